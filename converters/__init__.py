@@ -1,0 +1,1 @@
+"""Sources of sparse models, one file each."""

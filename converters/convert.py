@@ -1,0 +1,167 @@
+"""convert: any source to a SparseModel, and back from a folder or an archive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from converters import torchvision_models
+from converters.presets import preset as preset_rules
+from dsr_tool.core.archive import Archive, open_archive
+from dsr_tool.core.budget import Budget
+from dsr_tool.core.config import ModelConfig
+from dsr_tool.core.layers import LayerSpec
+from dsr_tool.core.mask import Mask
+from dsr_tool.errors import FormatError, UsageError
+from dsr_tool.sparse.convert import sparsify
+from dsr_tool.sparse.discover import Rules, discover
+from dsr_tool.sparse.folder import read_folder
+from dsr_tool.sparse.model import SparseModel
+
+__all__ = ["convert", "load"]
+
+
+def convert(
+    source: str | nn.Module,
+    *,
+    sparsity: float | str | None = None,
+    budget: str | None = None,
+    weights: str | None = None,
+    num_classes: int | None = None,
+    input_size: int | None = None,
+    input_shape: Sequence[int] = (),
+    distribution: str | None = None,
+    positions: str | None = None,
+    preset: str | None = None,
+    keep_dense: Sequence[str] = (),
+    sparsify_patterns: Sequence[str] = (),
+    seed: int = 0,
+) -> SparseModel:
+    """Convert a model to an exact sparse budget.
+
+    Args:
+        source: a torchvision model name, or a module, which is changed in place.
+        sparsity: fraction of zeros among the prunable weights, in [0, 1).
+        budget: instead of a sparsity, non-zero parameters of the whole model (`5.1Mparams`).
+        weights: for a name, torchvision enum name or state_dict file; random when absent.
+        num_classes: for a name, outputs of a new head.
+        input_size: for a name, side of the square input in pixels.
+        input_shape: for a module, shape of one input; needed for multiply-adds and exports.
+        distribution: `uniform` (default), `erk`, or `magnitude` (default with `weights`).
+        positions: which weights of a layer stay active: `magnitude` (default with weights, and for a module) or
+            `random` (default for random weights).
+        preset: `paper` keeps dense what the paper's code kept dense, and nothing else.
+        keep_dense: patterns of weights to keep dense.
+        sparsify_patterns: patterns of weights to make sparse against the defaults.
+        seed: of random weights and random positions.
+
+    Raises:
+        UsageError: a parameter with a value that is not allowed.
+        FormatError: the weights file cannot be read.
+    """
+    wanted = _budget(sparsity, budget)
+    if isinstance(source, str):
+        module, config = torchvision_models.load(
+            source, weights, num_classes=num_classes, input_size=input_size, seed=seed
+        )
+        trained = weights is not None
+    else:
+        if weights is not None or num_classes is not None or input_size is not None:
+            raise UsageError("weights, num_classes and input_size go with a model name; a module has its own.")
+        module, trained = source, False
+        config = ModelConfig("module", type(source).__name__, 0, tuple(int(n) for n in input_shape))
+        positions = positions or "magnitude"
+    rules = Rules(
+        keep_dense=tuple(keep_dense),
+        sparsify=tuple(sparsify_patterns),
+        preset_dense=preset_rules(preset, module) if preset else {},
+        small_layers=preset is None,
+    )
+    record = {"preset": preset, "keep_dense": list(keep_dense), "sparsify": list(sparsify_patterns)}
+    return sparsify(
+        module,
+        replace(config, conversion={**config.conversion, **record}),
+        wanted,
+        distribution=distribution or ("magnitude" if trained else "uniform"),
+        positions=positions or ("magnitude" if trained else "random"),
+        rules=rules,
+        seed=seed,
+    )
+
+
+def load(path: str | Path, module: nn.Module | None = None) -> SparseModel:
+    """Load a model folder or an archive, bit for bit what was saved.
+
+    Args:
+        path: a folder that `SparseModel.save`, `dsr-tool convert` or `dsr-tool train` wrote, or a `.dsr` file.
+        module: for models that torchvision does not know, a fresh module of the same architecture.
+
+    Raises:
+        FileError: nothing there.
+        FormatError: damaged, or not for this module.
+        CheckFailed: weights and masks disagree.
+    """
+    path = Path(path)
+    model = _from_archive(open_archive(path), module) if path.is_file() else _from_folder(path, module)
+    model.check()
+    return model
+
+
+def _from_folder(path: Path, module: nn.Module | None) -> SparseModel:
+    saved = read_folder(path)
+    module = module or _fresh(saved.config)
+    return _assemble(module, saved.config, saved.specs, saved.weights(), saved.masks(), str(path))
+
+
+def _from_archive(archive: Archive, module: nn.Module | None) -> SparseModel:
+    module = module or _fresh(archive.config)
+    specs = {name: entry.spec for name, entry in archive.entries.items()}
+    state, masks = {}, {}
+    for name, tensor in archive:
+        state[name] = torch.from_numpy(tensor.to_dense())
+        if specs[name].role == "sparse":
+            masks[name] = tensor.mask
+    return _assemble(module, archive.config, specs, state, masks, str(archive.path))
+
+
+def _fresh(config: ModelConfig) -> nn.Module:
+    if config.source != "torchvision":
+        raise UsageError(
+            f"architecture {config.architecture!r} is not one of torchvision's; give load() a module of that class."
+        )
+    # On the meta device nothing is initialised; a few architectures compute with tensors while they are built.
+    try:
+        with torch.device("meta"):
+            return torchvision_models.build(config.architecture, config.num_classes)
+    except NotImplementedError:
+        return torchvision_models.build(config.architecture, config.num_classes)
+
+
+def _assemble(
+    module: nn.Module,
+    config: ModelConfig,
+    specs: dict[str, LayerSpec],
+    state: dict[str, torch.Tensor],
+    masks: dict[str, Mask],
+    where: str,
+) -> SparseModel:
+    own = {name: spec.shape for name, spec in discover(module).items()}
+    if {name: tuple(tensor.shape) for name, tensor in state.items()} != own or set(specs) != set(own):
+        differing = [
+            name for name in {**own, **state} if name not in state or own.get(name) != tuple(state[name].shape)
+        ]
+        first = differing[0] if differing else min(set(specs) ^ set(own))
+        raise FormatError(f"{where!r} does not hold a {config.architecture}: it disagrees about {first!r}.")
+    module.load_state_dict(state, assign=True)
+    active = {name: torch.from_numpy(mask.to_bool()) for name, mask in masks.items()}
+    return SparseModel(module, specs, active, config)
+
+
+def _budget(sparsity: float | str | None, budget: str | None) -> Budget:
+    if (sparsity is None) == (budget is None):
+        raise UsageError("exactly one of --sparsity and --budget is needed; give one of the two.")
+    return Budget.parse(budget) if budget is not None else Budget.of_sparsity(sparsity if sparsity is not None else 0)

@@ -1,0 +1,200 @@
+"""Source: torchvision's classification models, by name."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torchvision import models
+
+from dsr_tool.core.config import ModelConfig, Preprocessing
+from dsr_tool.errors import FormatError, UsageError, unknown_name
+
+__all__ = ["architectures", "build", "load"]
+
+
+def architectures() -> list[str]:
+    """Names of all classification models of the installed torchvision."""
+    names: list[str] = models.list_models(module=models)
+    return names
+
+
+def build(name: str, num_classes: int = 1000) -> nn.Module:
+    """A randomly initialised model.
+
+    Raises:
+        UsageError: torchvision has no classification model of that name.
+    """
+    if name not in architectures():
+        raise unknown_name("ARCH", name, architectures())
+    # These two warn unless they are told to use their own initialisation.
+    options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    module: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **options)
+    return module
+
+
+def load(
+    name: str,
+    weights: str | None = None,
+    *,
+    num_classes: int | None = None,
+    input_size: int | None = None,
+    seed: int = 0,
+) -> tuple[nn.Module, ModelConfig]:
+    """Build a model, fill in its weights, and describe it.
+
+    Args:
+        name: torchvision's name (`resnet50`).
+        weights: enum name (`ResNet50_Weights.IMAGENET1K_V2`, `IMAGENET1K_V2`, `DEFAULT`), a state_dict file, or None
+            for random weights.
+        num_classes: a new head of so many classes where it differs from what the weights have.
+        input_size: side of the square input in pixels; the architecture's own when absent.
+        seed: of random weights.
+
+    Raises:
+        UsageError: unknown name or weights, weights of another architecture, or a head the model cannot have.
+        FormatError: the state_dict file cannot be read.
+    """
+    if name not in architectures():
+        raise unknown_name("ARCH", name, architectures())
+    if num_classes is not None and num_classes < 1:
+        raise UsageError(f"--num-classes {num_classes} is not allowed; give 1 or more.")
+    if input_size is not None and input_size < 1:
+        raise UsageError(f"--input-size {input_size} is not allowed; give pixels, 1 or more.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if weights is None:
+            module, enum = build(name, num_classes or 1000), None
+        elif _is_file(weights):
+            module, enum = _from_file(name, Path(weights), num_classes), None
+        else:
+            module, enum = _from_enum(name, weights, num_classes)
+    own_head = num_classes is None or num_classes == len(_categories(enum))
+    size = input_size or _input_size(name, module, enum)
+    config = ModelConfig(
+        source="torchvision",
+        architecture=name,
+        num_classes=num_classes or _head(module)[1],
+        input_shape=(3, size, size),
+        preprocessing=_preprocessing(enum, size),
+        labels=tuple(_categories(enum)) if own_head else (),
+        conversion={"weights": weights if enum is None else str(enum)},
+    )
+    return module, config
+
+
+def _is_file(weights: str) -> bool:
+    return Path(weights).suffix in (".pth", ".pt", ".safetensors", ".bin") or Path(weights).exists()
+
+
+def _from_enum(name: str, weights: str, num_classes: int | None) -> tuple[nn.Module, Any]:
+    enum_class = models.get_model_weights(name)
+    short = weights.removeprefix(f"{enum_class.__name__}.")
+    known = ["DEFAULT", *enum_class.__members__]
+    if short not in known:
+        raise unknown_name("--weights", weights, [*known, *(f"{enum_class.__name__}.{key}" for key in known)])
+    enum = enum_class[short]
+    try:
+        state = enum.get_state_dict(progress=False, check_hash=True)
+    except OSError as error:
+        raise UsageError(
+            f"--weights {weights!r} could not be downloaded ({error}); give the path of a state_dict file instead."
+        ) from error
+    return _with_state(name, state, num_classes, str(enum)), enum
+
+
+def _from_file(name: str, path: Path, num_classes: int | None) -> nn.Module:
+    if not path.is_file():
+        raise UsageError(
+            f"--weights file {str(path)!r} does not exist; give a state_dict file or a torchvision enum name."
+        )
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FormatError(f"--weights file {str(path)!r} cannot be read as a state_dict ({reason}).") from error
+    except SafetensorError as error:
+        raise FormatError(f"--weights file {str(path)!r} is a damaged safetensors file ({error}).") from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise FormatError(f"--weights file {str(path)!r} holds no state_dict of tensors.")
+    return _with_state(name, state, num_classes, str(path))
+
+
+def _with_state(name: str, state: Mapping[str, torch.Tensor], num_classes: int | None, what: str) -> nn.Module:
+    """A model with the state loaded strictly; its head is replaced when another number of classes is asked for."""
+    # DataParallel writes every name behind this prefix.
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    module = build(name)
+    path, outputs = _head(module)
+    head = state.get(f"{path}.weight")
+    if head is not None and head.ndim >= 2 and head.shape[0] != outputs:
+        outputs = head.shape[0]
+        module = build(name, outputs)
+    if num_classes in (None, outputs):
+        _load_strictly(module, name, state, what)
+        return module
+    _load_strictly(module, name, state, what)
+    target = build(name, num_classes or outputs)
+    fitting = {key: value.shape for key, value in target.state_dict().items()}
+    kept = {key: value for key, value in module.state_dict().items() if fitting.get(key) == value.shape}
+    target.load_state_dict(kept, strict=False)
+    return target
+
+
+def _load_strictly(module: nn.Module, name: str, state: Mapping[str, torch.Tensor], what: str) -> None:
+    own = module.state_dict()
+    missing = sorted(set(own) - set(state))
+    unknown = sorted(set(state) - set(own))
+    differing = sorted(key for key in set(own) & set(state) if own[key].shape != state[key].shape)
+    if missing or unknown or differing:
+        first = (missing or unknown or differing)[0]
+        raise UsageError(
+            f"--weights {what!r} is no state_dict of {name}: {len(missing)} names missing, {len(unknown)} unknown, "
+            f"{len(differing)} of another shape (first: {first!r}); give the architecture that the file was made for."
+        )
+    module.load_state_dict(dict(state))
+
+
+def _head(module: nn.Module) -> tuple[str, int]:
+    """Path and outputs of the last linear or convolutional layer: the classifier in every torchvision model."""
+    layers = {path: child for path, child in module.named_modules() if isinstance(child, (nn.Linear, nn.Conv2d))}
+    path, layer = list(layers.items())[-1]
+    return path, int(layer.weight.shape[0])
+
+
+def _input_size(name: str, module: nn.Module, enum: Any) -> int:
+    """Pixels that the weights, the module or the architecture's default weights were made for."""
+    if enum is None and isinstance(getattr(module, "image_size", None), int):
+        return int(module.image_size)  # type: ignore[arg-type]
+    crop = (enum or models.get_model_weights(name).DEFAULT).transforms().crop_size
+    return int(crop[0])
+
+
+def _preprocessing(enum: Any, size: int) -> Preprocessing:
+    """What the weights were trained with; otherwise ImageNet's usual 256 / 224 in proportion to the size."""
+    if enum is None:
+        return Preprocessing(resize=round(size * 256 / 224), crop=size)
+    transforms = enum.transforms()
+    return Preprocessing(
+        int(transforms.resize_size[0]),
+        int(transforms.crop_size[0]),
+        tuple(transforms.mean),
+        tuple(transforms.std),
+        str(transforms.interpolation.value),
+    )
+
+
+def _categories(enum: Any) -> list[str]:
+    return [] if enum is None else list(enum.meta["categories"])

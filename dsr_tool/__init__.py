@@ -1,0 +1,42 @@
+"""dsr-tool: sparse models at an exact budget, trained, exported small, and measured honestly.
+
+The names below are imported when they are first used, so that a deployed model never pays for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from converters.convert import convert as convert
+    from converters.convert import load as load
+    from dsr_tool.core.archive import open_archive as open_archive
+    from dsr_tool.methods import attach as attach
+    from dsr_tool.runtime import Session as Session
+    from dsr_tool.sparse.model import SparseModel as SparseModel
+    from exporters.export import export as export
+    from exporters.verify import verify as verify
+
+_PUBLIC = {
+    "SparseModel": "dsr_tool.sparse.model",
+    "Session": "dsr_tool.runtime",
+    "attach": "dsr_tool.methods",
+    "convert": "converters.convert",
+    "export": "exporters.export",
+    "load": "converters.convert",
+    "open_archive": "dsr_tool.core.archive",
+    "verify": "exporters.verify",
+}
+
+__all__ = ["SparseModel", "Session", "attach", "convert", "export", "load", "open_archive", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'dsr_tool' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

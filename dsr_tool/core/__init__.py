@@ -1,0 +1,1 @@
+"""The nouns without torch: masks, budgets, distributions, codecs, the archive, footprints, the graph."""

@@ -1,0 +1,258 @@
+"""Codecs: a mask and its values to named arrays and back, pure functions with an exact inverse.
+
+`docs/format.md` describes every byte. Sizes are exact: what `encode` returns is what lies in the file.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dsr_tool.core.graph import Array
+from dsr_tool.core.layers import matrix_shape
+from dsr_tool.core.mask import Mask
+from dsr_tool.errors import FormatError
+
+__all__ = ["CODECS", "SPARSE_CODECS", "Codec", "SparseTensor", "Streams", "encode_smallest"]
+
+Streams = dict[str, Array]
+
+_VALUE_TYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
+_SKIP = 255
+
+
+@dataclass(frozen=True, eq=False)
+class SparseTensor:
+    """A parameter as its mask and the values at the active positions.
+
+    Attributes:
+        mask: the active positions.
+        values: shape (mask.active,), in the order of the positions.
+    """
+
+    mask: Mask
+    values: Array
+
+    @classmethod
+    def from_dense(cls, array: Array, mask: Mask) -> SparseTensor:
+        """Gather the values of `array` under `mask`."""
+        return cls(mask, array.reshape(-1)[mask.positions])
+
+    def to_dense(self) -> Array:
+        """The parameter with exact (positive) zeros outside the mask."""
+        flat = np.zeros(self.mask.size, dtype=self.values.dtype)
+        flat[self.mask.positions] = self.values
+        return flat.reshape(self.mask.shape)
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How one parameter lies in a file.
+
+    Attributes:
+        name: name in the manifest.
+        encode: sparse tensor -> named streams.
+        decode: streams, shape, active count, type -> sparse tensor; raises `FormatError` on any disagreement.
+    """
+
+    name: str
+    encode: Callable[[SparseTensor], Streams]
+    decode: Callable[[Mapping[str, Array], tuple[int, ...], int, np.dtype[Any]], SparseTensor]
+
+
+# --- dense: every entry, zeros included; the mask beside it where some are inactive ----------------------
+
+
+def _encode_dense(tensor: SparseTensor) -> Streams:
+    mask = {} if tensor.mask.active == tensor.mask.size else {"mask": tensor.mask.bits}
+    return {"": tensor.to_dense(), **mask}
+
+
+def _decode_dense(
+    streams: Mapping[str, Array], shape: tuple[int, ...], active: int, dtype: np.dtype[Any]
+) -> SparseTensor:
+    size = math.prod(shape)
+    array, *bits = _streams(streams, "", *(("mask",) if active < size else ()))
+    if array.shape != shape:
+        raise FormatError(f"a dense parameter of shape {shape} came with shape {array.shape}; the file is damaged.")
+    flat = array.reshape(-1)
+    mask = Mask.from_bits(bits[0], shape) if bits else Mask(shape, np.arange(size, dtype=np.int64))
+    if np.count_nonzero(flat) != np.count_nonzero(flat[mask.positions]):
+        raise FormatError("a dense parameter has values outside its mask; the file is damaged.")
+    return _checked(mask, flat[mask.positions] if bits else flat, active, dtype)
+
+
+# --- bitmask: one bit an entry ---------------------------------------------------------------------------
+
+
+def _encode_bitmask(tensor: SparseTensor) -> Streams:
+    return {"mask": tensor.mask.bits, "values": tensor.values}
+
+
+def _decode_bitmask(streams: Mapping[str, Array], shape: tuple[int, ...], active: int, dtype: np.dtype) -> SparseTensor:
+    bits, values = _streams(streams, "mask", "values")
+    return _checked(Mask.from_bits(bits, shape), values, active, dtype)
+
+
+# --- CSR: row pointers and column indices of the matrix view ---------------------------------------------
+
+
+def _encode_csr(tensor: SparseTensor) -> Streams:
+    rows, columns = matrix_shape(tensor.mask.shape)
+    row_of, column_of = np.divmod(tensor.mask.positions, max(columns, 1))
+    counts = np.bincount(row_of, minlength=rows)
+    indptr = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    return {"indptr": indptr, "indices": column_of.astype(np.int32), "values": tensor.values}
+
+
+def _decode_csr(streams: Mapping[str, Array], shape: tuple[int, ...], active: int, dtype: np.dtype) -> SparseTensor:
+    indptr, indices, values = _streams(streams, "indptr", "indices", "values")
+    rows, columns = matrix_shape(shape)
+    if indptr.dtype != np.int32 or indptr.shape != (rows + 1,) or indices.dtype != np.int32 or indices.ndim != 1:
+        raise FormatError(f"CSR of {rows} rows takes int32 indptr of {rows + 1} entries and int32 indices.")
+    counts: npt.NDArray[np.int64] = np.diff(indptr.astype(np.int64))
+    if indptr[0] != 0 or (counts < 0).any() or indptr[-1] != len(indices):
+        raise FormatError("CSR indptr does not rise from 0 to the number of indices; the file is damaged.")
+    if len(indices) and not (indices.min() >= 0 and indices.max() < columns):
+        raise FormatError(f"CSR has a column index outside 0 to {columns - 1}; the file is damaged.")
+    positions = np.repeat(np.arange(rows, dtype=np.int64) * columns, counts) + indices
+    if (np.diff(positions) <= 0).any():
+        raise FormatError("CSR columns of a row are not strictly increasing; the file is damaged.")
+    return _checked(Mask(shape, positions), values, active, dtype)
+
+
+# --- delta: run lengths and byte planes, both Huffman-coded ----------------------------------------------
+
+
+def _encode_delta(tensor: SparseTensor) -> Streams:
+    return {"mask": _deflate(_runs(tensor.mask)), "values": _encode_planes(tensor.values)}
+
+
+def _decode_delta(streams: Mapping[str, Array], shape: tuple[int, ...], active: int, dtype: np.dtype) -> SparseTensor:
+    coded, planes = _streams(streams, "mask", "values")
+    if coded.dtype != np.uint8 or planes.dtype != np.uint8:
+        raise FormatError("a delta-coded parameter has streams of bytes; the file is damaged.")
+    size = math.prod(shape)
+    rarer = min(active, size - active)
+    # One byte an entry, and one for every 255 positions skipped.
+    runs = np.frombuffer(_inflate(coded.tobytes(), rarer + size // _SKIP), np.uint8)
+    positions = np.cumsum(np.where(runs == _SKIP, _SKIP, runs.astype(np.int64) + 1))[runs != _SKIP] - 1
+    if len(positions) != rarer or (rarer and positions[-1] >= size):
+        raise FormatError(f"a delta-coded mask does not hold {rarer} positions below {size}; the file is damaged.")
+    mask = Mask(shape, positions)
+    if active * 2 > size:
+        mask = Mask.from_bool(~mask.to_bool())
+    return _checked(mask, _decode_planes(planes, active, dtype), active, dtype)
+
+
+def _runs(mask: Mask) -> bytes:
+    """Distances between entries of the rarer symbol, less one; 255 skips 255 positions without an entry."""
+    positions = mask.positions
+    if mask.active * 2 > mask.size:
+        positions = np.flatnonzero(~mask.to_bool().reshape(-1))
+    gaps = np.diff(positions, prepend=-1) - 1
+    skips = gaps // _SKIP
+    runs = np.full(len(gaps) + int(skips.sum()), _SKIP, dtype=np.uint8)
+    runs[np.cumsum(skips + 1) - 1] = gaps % _SKIP
+    return runs.tobytes()
+
+
+def _encode_planes(values: Array) -> npt.NDArray[np.uint8]:
+    """Byte planes of the values rotated left by one bit, each behind its length, Huffman-coded where that helps.
+
+    Rotating puts the eight exponent bits of a float32 into one plane and the sign last.
+    """
+    width = values.dtype.itemsize
+    unsigned = np.ascontiguousarray(values).view(f"<u{width}")
+    rotated = (unsigned << 1) | (unsigned >> (8 * width - 1))
+    planes = np.ascontiguousarray(rotated).view(np.uint8).reshape(-1, width)
+    pieces: list[bytes] = []
+    for i in range(width):
+        raw = planes[:, i].tobytes()
+        coded = _deflate(raw).tobytes()
+        plane = coded if len(coded) < len(raw) else raw
+        pieces += [len(plane).to_bytes(8, "little"), plane]
+    return np.frombuffer(b"".join(pieces), np.uint8)
+
+
+def _decode_planes(stream: npt.NDArray[np.uint8], count: int, dtype: np.dtype[Any]) -> Array:
+    width = dtype.itemsize
+    planes = np.empty((count, width), dtype=np.uint8)
+    raw, offset = stream.tobytes(), 0
+    for i in range(width):
+        length = int.from_bytes(raw[offset : offset + 8], "little")
+        plane = raw[offset + 8 : offset + 8 + length]
+        offset += 8 + length
+        data = plane if length == count else _inflate(plane, count)
+        if length > count or len(data) != count:
+            raise FormatError(f"a byte plane does not hold {count} bytes; the file is damaged.")
+        planes[:, i] = np.frombuffer(data, np.uint8)
+    if offset != len(raw):
+        raise FormatError("the byte planes do not fill their stream; the file is damaged.")
+    rotated = planes.view(f"<u{width}").reshape(-1)
+    return ((rotated >> 1) | (rotated << (8 * width - 1))).view(dtype)
+
+
+def _deflate(data: bytes) -> npt.NDArray[np.uint8]:
+    """Raw deflate with Huffman codes only: string matching makes gaps and planes larger, not smaller."""
+    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+    return np.frombuffer(coder.compress(data) + coder.flush(), np.uint8)
+
+
+def _inflate(data: bytes, most: int) -> bytes:
+    """The inverse of `_deflate`; refuses streams that hold more than `most` bytes before making them."""
+    coder = zlib.decompressobj(-15)
+    try:
+        raw = coder.decompress(data, most + 1)
+    except zlib.error as error:
+        raise FormatError(f"a coded stream cannot be decoded ({error}); the file is damaged.") from error
+    if len(raw) > most or not coder.eof or coder.unused_data:
+        raise FormatError(f"a coded stream does not end where it should ({most} bytes at most); the file is damaged.")
+    return raw
+
+
+# --- what they share -------------------------------------------------------------------------------------
+
+
+def _streams(streams: Mapping[str, Array], *names: str) -> list[Array]:
+    if set(streams) != set(names):
+        raise FormatError(f"streams {sorted(streams)} were found where {sorted(names)} were expected.")
+    return [streams[name] for name in names]
+
+
+def _checked(mask: Mask, values: Array, active: int, dtype: np.dtype[Any]) -> SparseTensor:
+    if mask.active != active or values.shape != (active,) or values.dtype != dtype:
+        raise FormatError(
+            f"a parameter of {active} active {dtype} weights came with {mask.active} positions and "
+            f"{values.shape} {values.dtype} values; the file is damaged."
+        )
+    return SparseTensor(mask, values)
+
+
+CODECS: dict[str, Codec] = {
+    codec.name: codec
+    for codec in (
+        Codec("delta", _encode_delta, _decode_delta),
+        Codec("bitmask", _encode_bitmask, _decode_bitmask),
+        Codec("csr", _encode_csr, _decode_csr),
+        Codec("dense", _encode_dense, _decode_dense),
+    )
+}
+
+SPARSE_CODECS = ("delta", "bitmask", "csr")
+
+
+def encode_smallest(tensor: SparseTensor) -> tuple[str, Streams]:
+    """The name and streams of the codec that takes the fewest bytes for this tensor; ties go to the simpler."""
+    if tensor.values.dtype not in _VALUE_TYPES:
+        return "bitmask", _encode_bitmask(tensor)
+    encoded = {name: CODECS[name].encode(tensor) for name in ("bitmask", "csr", "delta")}
+    sizes = {name: sum(array.nbytes for array in streams.values()) for name, streams in encoded.items()}
+    best = min(sizes, key=lambda name: sizes[name])
+    return best, encoded[best]

@@ -1,0 +1,82 @@
+"""A method at work: it counts optimizer steps, reallocates when due, and keeps everything inside the masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import optim
+
+from dsr_tool.methods.base import Method, Reallocation
+from dsr_tool.sparse.active import gather
+from dsr_tool.sparse.keeper import MaskKeeper
+from dsr_tool.sparse.model import SparseModel
+
+__all__ = ["Attached"]
+
+
+class Attached:
+    """A method bound to a model and its optimizer.
+
+    Nothing needs to be called: the optimizer's own `step` drives it.
+
+    Attributes:
+        model: the sparse model.
+        method: the method.
+        step: optimizer steps so far.
+        last: the latest reallocation, if any.
+    """
+
+    def __init__(
+        self,
+        model: SparseModel,
+        optimizer: optim.Optimizer,
+        method: Method,
+        *,
+        seed: int = 0,
+        on_reallocation: Callable[[int, Reallocation], None] | None = None,
+    ) -> None:
+        """Hook into the optimizer.
+
+        Args:
+            model: the sparse model, already on its device.
+            optimizer: made from `model.module.parameters()`.
+            method: what decides.
+            seed: of the random positions; the same on every rank of a distributed run.
+            on_reallocation: called after each reallocation with the step and what moved.
+        """
+        self.model = model
+        self.method = method
+        self.step = 0
+        self.last: Reallocation | None = None
+        self._notify = on_reallocation
+        self._keeper = MaskKeeper(model, optimizer)
+        device = next(iter(model.masks.values())).device if model.masks else torch.device("cpu")
+        self._generator = torch.Generator(device=device).manual_seed(seed)
+        self._hook = optimizer.register_step_post_hook(self._after_step)
+
+    def remove(self) -> None:
+        """Take all hooks off the optimizer."""
+        self._hook.remove()
+        self._keeper.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step, method state and random state; masks are saved with the model."""
+        return {"step": self.step, "method": self.method.state_dict(), "random": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.step = int(state["step"])
+        self.method.load_state_dict(state["method"])
+        self._generator.set_state(state["random"].cpu())
+
+    @torch.no_grad()
+    def _after_step(self, *_: Any) -> None:
+        self.step += 1
+        if not self.model.masks or not self.method.due(self.step):
+            return
+        self.last = self.method.update(gather(self.model), self._generator)
+        self._keeper.move(self.last.dropped, self.last.grown)
+        if self._notify is not None:
+            self._notify(self.step, self.last)

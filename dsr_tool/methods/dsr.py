@@ -1,0 +1,93 @@
+"""dsr: dynamic sparse reparameterization (Mostafa & Wang, ICML 2019, Algorithm 1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dsr_tool.core.budget import apportion
+from dsr_tool.errors import UsageError
+from dsr_tool.methods.base import Reallocation
+from dsr_tool.methods.grow import at_random
+from dsr_tool.methods.prune import below_threshold, keep_at_least
+from dsr_tool.methods.schedule import ReallocationSchedule
+from dsr_tool.sparse.active import ActiveWeights, Positions
+
+__all__ = ["DSR"]
+
+
+class DSR:
+    """Drop below one global threshold, regrow across layers in proportion to the survivors, adapt the threshold.
+
+    Beyond the paper, the count stays exact in the corners: a layer keeps its largest weight rather than be
+    emptied; what a full layer cannot take goes to the others in proportion; and when the free positions of the
+    whole network are fewer than the weights to drop, the largest of those stay.
+    """
+
+    name = "dsr"
+
+    def __init__(
+        self,
+        schedule: ReallocationSchedule,
+        *,
+        target: float = 0.15,
+        tolerance: float = 0.1,
+        threshold: float = 1e-3,
+    ) -> None:
+        """Set the method up.
+
+        Args:
+            schedule: when to reallocate.
+            target: N_p, how many weights to move each time: a number (1 or more) or a fraction of the active
+                weights (below 1). The paper's runs at sparsity 0.9 moved 0.15 to 0.18 of them.
+            tolerance: δ, how far from the target a move may be, as a fraction, before the threshold changes.
+            threshold: the first threshold H.
+
+        Raises:
+            UsageError: a value outside its range.
+        """
+        for name, value, good in (
+            ("target", target, target > 0),
+            ("tolerance", tolerance, 0 <= tolerance < 1),
+            ("threshold", threshold, threshold > 0),
+        ):
+            if not good:
+                raise UsageError(f"dsr {name} {value} is not allowed; give a positive number (tolerance below 1).")
+        self.schedule = schedule
+        self.target = target
+        self.tolerance = tolerance
+        self.threshold = threshold
+
+    def due(self, step: int) -> bool:
+        """Whether the schedule asks for a reallocation after this step."""
+        return self.schedule.due(step)
+
+    def update(self, weights: ActiveWeights, generator: torch.Generator) -> Reallocation:
+        """One reallocation; the threshold adapts to how many weights lay below it."""
+        below = below_threshold(weights, self.threshold)
+        drop = keep_at_least(weights, below, most=sum(weights.free))
+        dropped = Positions.of(weights.positions.flat[drop], weights.sizes)
+        survivors = [had - lost for had, lost in zip(weights.counts, dropped.counts, strict=True)]
+        counts = apportion(sum(dropped.counts), survivors, weights.free)
+        grown = at_random(weights, counts, generator)
+        facts = {"threshold": self.threshold}
+        self._adapt(int(torch.count_nonzero(below)), sum(weights.counts))
+        return Reallocation(dropped, grown, facts)
+
+    def _adapt(self, below: int, active: int) -> None:
+        """Algorithm 1, step 3: halve H when too many fell below it, double it when too few did."""
+        target = self.target if self.target >= 1 else self.target * active
+        if below > (1 + self.tolerance) * target:
+            self.threshold /= 2
+        # With every weight below it, a higher threshold could drop no more.
+        elif below < min((1 - self.tolerance) * target, active):
+            self.threshold *= 2
+
+    def state_dict(self) -> dict[str, Any]:
+        """The threshold."""
+        return {"threshold": self.threshold}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the threshold back."""
+        self.threshold = float(state["threshold"])

@@ -1,0 +1,98 @@
+"""Where to activate weights: free positions, each equally likely, exactly as many as asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+
+from dsr_tool.sparse.active import ActiveWeights, Positions
+
+__all__ = ["at_random", "distinct"]
+
+
+def at_random(weights: ActiveWeights, counts: Sequence[int], generator: torch.Generator) -> Positions:
+    """Choose free positions uniformly without replacement, `counts[i]` in layer i.
+
+    Free means inactive before this update: a weight that was just dropped is not among them. The cost grows with
+    the active weights and the weights grown, not with all weights.
+
+    Args:
+        weights: the active weights before anything was dropped.
+        counts: how many to choose per layer, at most `weights.free`.
+        generator: source of randomness, on the device of the weights.
+    """
+    ranks = distinct(counts, weights.free, generator)
+    occupied = weights.positions.flat
+    # The j-th occupied position has occupied[j] - j free ones before it, which turns ranks into positions.
+    free_before = occupied - torch.arange(len(occupied), device=occupied.device)
+    chosen = ranks + torch.searchsorted(free_before, ranks, right=True)
+    return Positions(weights.sizes, tuple(counts), chosen)
+
+
+def distinct(counts: Sequence[int], rooms: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """Distinct random integers per segment, every subset equally likely.
+
+    Args:
+        counts: how many integers to draw in each segment, at most its room.
+        rooms: size of each segment; segment i holds the integers from sum(rooms[:i]) on.
+        generator: source of randomness.
+
+    Returns:
+        Sorted int64 vector of sum(counts) integers, on the generator's device.
+    """
+    starts = [0, *accumulate(rooms)]
+    found = torch.unique(_draws(counts, rooms, starts, generator))
+    got = _segment_counts(found, starts)
+    # Rarely a segment falls short after one round of draws; then, and where most of it is wanted, list it whole.
+    short = [i for i, (have, want) in enumerate(zip(got, counts, strict=True)) if have < want]
+    if short:
+        whole = [torch.arange(starts[i], starts[i + 1], device=found.device) for i in short]
+        found = torch.unique(torch.cat([found, *whole]))
+        got = _segment_counts(found, starts)
+    return _thin(found, got, counts, generator)
+
+
+def _draws(
+    counts: Sequence[int], rooms: Sequence[int], starts: Sequence[int], generator: torch.Generator
+) -> torch.Tensor:
+    """Draws with replacement, enough for `counts` distinct ones nearly always; none where most is wanted."""
+    draws = [_enough(count, room) if count * 2 <= room else 0 for count, room in zip(counts, rooms, strict=True)]
+    device = generator.device
+    times = torch.tensor(draws, device=device)
+    total = sum(draws)
+    room = torch.tensor(list(rooms), device=device).repeat_interleave(times, output_size=total)
+    start = torch.tensor(starts[:-1], device=device).repeat_interleave(times, output_size=total)
+    uniform = torch.rand(total, dtype=torch.float64, device=device, generator=generator)
+    return start + torch.minimum((uniform * room).long(), room - 1)
+
+
+def _enough(count: int, room: int) -> int:
+    """Draws whose expected number of distinct values is `count`, and three deviations on top."""
+    if count == 0:
+        return 0
+    expected = -room * math.log1p(-count / room)
+    return math.ceil(expected + 3 * math.sqrt(expected) + 3)
+
+
+def _thin(found: torch.Tensor, got: Sequence[int], counts: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """A random subset of the sorted `found`, `counts[i]` of the `got[i]` in each segment."""
+    if list(got) == list(counts):
+        return found
+    device = found.device
+    segment = torch.arange(len(got), device=device).repeat_interleave(
+        torch.tensor(got, device=device), output_size=len(found)
+    )
+    shuffled = torch.argsort(segment + torch.rand(len(found), dtype=torch.float64, device=device, generator=generator))
+    rank = torch.arange(len(found), device=device) - torch.tensor([0, *accumulate(got)], device=device)[segment]
+    wanted = torch.tensor(list(counts), device=device)[segment]
+    # Segments stay together in `shuffled`, so the k-th entry there belongs to the same segment as the k-th here.
+    chosen: torch.Tensor = found[shuffled[rank < wanted]].sort().values
+    return chosen
+
+
+def _segment_counts(found: torch.Tensor, starts: Sequence[int]) -> list[int]:
+    counts: list[int] = torch.diff(torch.searchsorted(found, torch.tensor(starts, device=found.device))).tolist()
+    return counts

@@ -1,0 +1,47 @@
+"""Which active weights to drop."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import torch
+
+from dsr_tool.sparse.active import ActiveWeights
+
+__all__ = ["below_threshold", "keep_at_least"]
+
+
+def below_threshold(weights: ActiveWeights, threshold: float) -> torch.Tensor:
+    """True for each active weight with |w| < threshold (Mostafa & Wang 2019, Algorithm 1, step 1)."""
+    return weights.values.abs() < threshold
+
+
+def keep_at_least(weights: ActiveWeights, drop: torch.Tensor, most: int) -> torch.Tensor:
+    """Take weights back from `drop` so that no layer is emptied and at most `most` are dropped.
+
+    The largest magnitudes are taken back: one of each layer that would be empty, then those that exceed `most`.
+
+    Args:
+        weights: the active weights.
+        drop: boolean vector over them, True for those to drop.
+        most: how many may be dropped in all.
+
+    Returns:
+        A boolean vector like `drop`.
+    """
+    bounds = [0, *accumulate(weights.counts)]
+    edges = torch.tensor(bounds, device=drop.device)
+    # Dropped per layer as differences of a running count, so that one trip to the host serves all layers.
+    running = torch.cat([drop.new_zeros(1, dtype=torch.int64), drop.cumsum(0)])
+    dropped: list[int] = torch.diff(running[edges]).tolist()
+    keep = drop.clone()
+    magnitude = weights.values.abs()
+    for i, count in enumerate(dropped):
+        if count and count == weights.counts[i]:
+            keep[bounds[i] + magnitude[bounds[i] : bounds[i + 1]].argmax()] = False
+            dropped[i] -= 1
+    excess = sum(dropped) - most
+    if excess > 0:
+        candidates = keep.nonzero().squeeze(1)
+        keep[candidates[magnitude[candidates].topk(excess).indices]] = False
+    return keep

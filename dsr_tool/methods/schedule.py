@@ -1,0 +1,63 @@
+"""When a method reallocates."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+
+from dsr_tool.errors import UsageError
+
+__all__ = ["ReallocationSchedule"]
+
+
+@dataclass(frozen=True)
+class ReallocationSchedule:
+    """Reallocation every so many steps, with periods that change over time, up to a last step.
+
+    Attributes:
+        periods: (first step, steps between reallocations) pairs, rising; the first starts at 0.
+        stop: no reallocation after this step.
+    """
+
+    periods: tuple[tuple[int, int], ...]
+    stop: int
+
+    def __post_init__(self) -> None:
+        """Raise `UsageError` for periods that do not start at 0, do not rise, or are not positive."""
+        starts = [start for start, _ in self.periods]
+        rising = bool(starts) and starts[0] == 0 and starts == sorted(set(starts))
+        if not rising or any(every < 1 for _, every in self.periods):
+            raise UsageError(
+                f"reallocation periods {self.periods} are not allowed; give (first step, every) pairs whose first steps "
+                f"rise from 0 and whose periods are at least 1."
+            )
+
+    @classmethod
+    def spread(cls, total_steps: int, *, every: int | None = None, stop: float = 0.95) -> ReallocationSchedule:
+        """The paper's schedule for CIFAR-10 (Mostafa & Wang 2019, appendix), scaled to a number of steps.
+
+        The period doubles after 12.5 %, 40 % and 70 % of the training, and reallocation stops after 95 %.
+
+        Args:
+            total_steps: optimizer steps of the whole training.
+            every: steps between reallocations at first; a thousandth of the training when absent, at least 10.
+            stop: fraction of the training after which nothing moves any more.
+        """
+        if total_steps < 1:
+            raise UsageError(
+                f"total_steps {total_steps} is not allowed; give the optimizer steps of the whole training."
+            )
+        if not 0 <= stop <= 1:
+            raise UsageError(f"reallocation stop {stop} is not allowed; give a fraction of the training in [0, 1].")
+        every = max(total_steps // 1000, 10) if every is None else every
+        starts = [round(total_steps * part) for part in (0, 0.125, 0.4, 0.7)]
+        periods = {start: every * 2**i for i, start in enumerate(starts)}
+        return cls(tuple(sorted(periods.items())), round(total_steps * stop))
+
+    def due(self, step: int) -> bool:
+        """Whether to reallocate after optimizer step number `step`, the first being 1."""
+        if not 0 < step <= self.stop:
+            return False
+        starts = [start for start, _ in self.periods]
+        start, every = self.periods[bisect_right(starts, step - 1) - 1]
+        return (step - start) % every == 0

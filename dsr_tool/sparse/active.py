@@ -1,0 +1,84 @@
+"""The active weights of a whole network as one flat vector, which is all that methods see.
+
+Positions are global: all sparse layers lie behind each other, each in row-major order. Whole-network vectors need
+one trip to the host for the counts of all layers, where layer by layer it would be one each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from dsr_tool.sparse.model import SparseModel
+
+__all__ = ["ActiveWeights", "Positions", "gather"]
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Some positions of a network's sparse weights.
+
+    Attributes:
+        sizes: weights per layer.
+        counts: how many of the positions lie in each layer.
+        flat: int64 global positions, strictly increasing, shape (sum of counts,).
+    """
+
+    sizes: tuple[int, ...]
+    counts: tuple[int, ...]
+    flat: torch.Tensor
+
+    @classmethod
+    def of(cls, flat: torch.Tensor, sizes: Sequence[int]) -> Positions:
+        """Count sorted global positions per layer; one trip to the host."""
+        edges = torch.tensor([0, *accumulate(sizes)], device=flat.device)
+        counts = torch.diff(torch.searchsorted(flat, edges)).tolist()
+        return cls(tuple(sizes), tuple(counts), flat)
+
+    def per_layer(self) -> list[torch.Tensor]:
+        """The positions within each layer."""
+        starts = [0, *accumulate(self.sizes)]
+        pieces = self.flat.split(list(self.counts))
+        return [piece - start for piece, start in zip(pieces, starts, strict=False)]
+
+
+@dataclass(frozen=True)
+class ActiveWeights:
+    """What a method may look at: where the active weights are and what their values are.
+
+    Attributes:
+        positions: the active positions.
+        values: their values in float32, shape (active,), in the same order.
+    """
+
+    positions: Positions
+    values: torch.Tensor
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Weights per layer."""
+        return self.positions.sizes
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Active weights per layer."""
+        return self.positions.counts
+
+    @property
+    def free(self) -> list[int]:
+        """Inactive positions per layer."""
+        return [size - count for size, count in zip(self.sizes, self.counts, strict=True)]
+
+
+@torch.no_grad()
+def gather(model: SparseModel) -> ActiveWeights:
+    """The active weights of a model, at O(weights) and without a sort."""
+    weights = list(model.weights.values())
+    flat = torch.cat([mask.reshape(-1) for mask in model.masks.values()]).nonzero().squeeze(1)
+    positions = Positions.of(flat, [weight.numel() for weight in weights])
+    pieces = zip(weights, positions.per_layer(), strict=True)
+    values = torch.cat([weight.detach().take(local).float() for weight, local in pieces])
+    return ActiveWeights(positions, values)

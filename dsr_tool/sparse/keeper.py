@@ -1,0 +1,101 @@
+"""MaskKeeper: keeps gradients, weights and optimizer state inside the masks, for any torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn, optim
+
+from dsr_tool.errors import UsageError
+from dsr_tool.sparse.active import Positions
+from dsr_tool.sparse.model import SparseModel
+
+__all__ = ["MaskKeeper"]
+
+_ZERO_STAYS_ZERO = (optim.SGD, optim.Adam, optim.AdamW, optim.RMSprop)
+"""Given zero gradient, weight and state, these leave all three at zero whatever their options are."""
+
+
+class MaskKeeper:
+    """Hooks on an optimizer that keep everything outside the masks at exactly zero after every step.
+
+    Before a step the gradients are masked. Weights, momentum and second moments then stay zero by themselves in
+    the optimizers listed above; in all others, and after a step with a closure, they are masked as well.
+    """
+
+    def __init__(self, model: SparseModel, optimizer: optim.Optimizer) -> None:
+        """Mask what is there and hook into the steps to come.
+
+        Args:
+            model: the sparse model, already on its device.
+            optimizer: any torch optimizer; state tensors of a weight's shape are taken as one value per weight.
+
+        Raises:
+            UsageError: a sparse weight is not among the optimizer's parameters.
+        """
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        strangers = [name for name, weight in model.weights.items() if id(weight) not in held]
+        if strangers:
+            raise UsageError(
+                f"weight {strangers[0]!r} is not among the optimizer's parameters; make the optimizer from "
+                f"model.module.parameters() after the model was moved to its device."
+            )
+        self.model = model
+        self.optimizer = optimizer
+        self._pairs = [(weight, model.masks[name]) for name, weight in model.weights.items()]
+        self._zero_outside()
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizer."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @torch.no_grad()
+    def move(self, dropped: Positions, grown: Positions) -> None:
+        """Deactivate and activate weights; both start over with weight, gradient and optimizer state at zero.
+
+        Args:
+            dropped: active positions that become inactive.
+            grown: inactive positions that become active.
+        """
+        layers = zip(self._pairs, dropped.per_layer(), grown.per_layer(), strict=True)
+        for (weight, mask), off, on in layers:
+            mask.put_(off, torch.zeros_like(off, dtype=torch.bool))
+            mask.put_(on, torch.ones_like(on, dtype=torch.bool))
+            moved = torch.cat([off, on])
+            for tensor in self._tensors(weight):
+                tensor.put_(moved, torch.zeros_like(moved, dtype=tensor.dtype))
+
+    def _tensors(self, weight: nn.Parameter) -> Iterator[torch.Tensor]:
+        """The weight, its gradient, and every state tensor that holds one value per weight."""
+        yield weight.data
+        if weight.grad is not None:
+            yield weight.grad
+        for value in self.optimizer.state.get(weight, {}).values():
+            if isinstance(value, torch.Tensor) and value.shape == weight.shape:
+                yield value
+
+    @torch.no_grad()
+    def _before_step(self, *_: Any) -> None:
+        for weight, mask in self._pairs:
+            if weight.grad is not None:
+                # Not a product with the mask: infinity times zero is NaN.
+                weight.grad.masked_fill_(~mask, 0.0)
+
+    def _after_step(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A closure computes gradients inside the step, where no hook can mask them.
+        closure = len(args) > 1 or kwargs.get("closure") is not None
+        if closure or type(optimizer) not in _ZERO_STAYS_ZERO:
+            self._zero_outside()
+
+    @torch.no_grad()
+    def _zero_outside(self) -> None:
+        for weight, mask in self._pairs:
+            for tensor in self._tensors(weight):
+                tensor.masked_fill_(~mask, 0.0)

@@ -1,0 +1,142 @@
+"""SparseModel: a module, what its parameters are, and which weights are active."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dsr_tool.core.codecs import SparseTensor
+from dsr_tool.core.config import ModelConfig
+from dsr_tool.core.layers import LayerSpec
+from dsr_tool.core.mask import Mask
+from dsr_tool.errors import CheckFailed
+
+__all__ = ["SparseModel"]
+
+
+class SparseModel:
+    """A plain module whose inactive weights are exact zeros, with the masks kept beside it.
+
+    The module is the one that was given: its parameters keep their names and types, so optimizers, `state_dict`,
+    `torch.compile` and DistributedDataParallel see an ordinary network.
+
+    Attributes:
+        module: the network.
+        specs: one `LayerSpec` per state_dict entry.
+        masks: boolean tensors by parameter name, True where active, for the sparse weights.
+        config: what the model is.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        specs: Mapping[str, LayerSpec],
+        masks: Mapping[str, torch.Tensor],
+        config: ModelConfig,
+    ) -> None:
+        """Hold the parts as they are; `check()` says whether they agree."""
+        self.module = module
+        self.specs = dict(specs)
+        self.masks = dict(masks)
+        self.config = config
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module."""
+        return self.module(*args, **kwargs)
+
+    @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The sparse weights by name, in the order of `masks`."""
+        parameters = dict(self.module.named_parameters())
+        return {name: parameters[name] for name in self.masks}
+
+    @property
+    def active_weights(self) -> int:
+        """Active weights of all sparse layers."""
+        return sum(int(torch.count_nonzero(mask)) for mask in self.masks.values())
+
+    @property
+    def prunable_weights(self) -> int:
+        """Weights of all sparse layers, active or not."""
+        return sum(mask.numel() for mask in self.masks.values())
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model, zeros included."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros among the prunable weights."""
+        return 1 - self.active_weights / self.prunable_weights if self.prunable_weights else 0.0
+
+    @property
+    def model_sparsity(self) -> float:
+        """Fraction of zeros among all parameters of the model."""
+        return (self.prunable_weights - self.active_weights) / self.parameters if self.parameters else 0.0
+
+    def to(self, *args: Any, **kwargs: Any) -> SparseModel:
+        """Move the module as `nn.Module.to` does, and the masks after it, in the memory format of their weights."""
+        self.module.to(*args, **kwargs)
+        for name, weight in self.weights.items():
+            moved = torch.empty_like(weight, dtype=torch.bool)
+            self.masks[name] = moved.copy_(self.masks[name])
+        return self
+
+    @torch.no_grad()
+    def apply_masks(self) -> None:
+        """Set every inactive weight to (positive) zero."""
+        for name, weight in self.weights.items():
+            weight.masked_fill_(~self.masks[name], 0.0)
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Raise `CheckFailed` unless every mask fits its weight and every inactive weight is exactly zero.
+
+        Loading a dense state_dict into the module undoes its sparsity without a word, so this runs before every
+        save and export.
+        """
+        parameters = dict(self.module.named_parameters())
+        for name, mask in self.masks.items():
+            if name not in parameters or parameters[name].shape != mask.shape:
+                found = tuple(parameters[name].shape) if name in parameters else "nothing"
+                raise CheckFailed(f"mask {name!r} of shape {tuple(mask.shape)} fits no weight; the model has {found}.")
+            outside = int(torch.count_nonzero(parameters[name].masked_fill(mask, 0.0)))
+            if outside:
+                raise CheckFailed(
+                    f"weight {name!r} has {outside:,} non-zero values outside its mask; were dense weights loaded? "
+                    f"call apply_masks() to zero them."
+                )
+
+    @torch.no_grad()
+    def tensors(self) -> dict[str, SparseTensor]:
+        """Every entry of the state_dict as numpy values under a mask; full masks for those that are dense."""
+        tensors = {}
+        for name, value in self.module.state_dict().items():
+            array = value.detach().cpu().contiguous().numpy()
+            if name in self.masks:
+                mask = Mask.from_bool(self.masks[name].cpu().contiguous().numpy())
+            else:
+                mask = Mask(array.shape, np.arange(array.size, dtype=np.int64))
+            tensors[name] = SparseTensor.from_dense(array, mask)
+        return tensors
+
+    def save(self, folder: str | Path, *, force: bool = False) -> None:
+        """Write a model folder: plain weights, packed masks and a description.
+
+        Args:
+            folder: the new folder.
+            force: replace an existing one.
+
+        Raises:
+            CheckFailed: weights and masks disagree.
+            FileError: the folder exists, or the disk refuses it.
+        """
+        from dsr_tool.sparse.folder import save_folder
+
+        save_folder(self, folder, force=force)

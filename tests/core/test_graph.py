@@ -1,0 +1,47 @@
+import numpy as np
+import pytest
+
+from dsr_tool.core.graph import Graph, Node, Value
+from dsr_tool.errors import FormatError
+
+
+@pytest.fixture
+def graph():
+    return Graph(
+        inputs=(Value("x", (None, 3, 4, 4)),),
+        outputs=(Value("y", (None, 2)),),
+        nodes=(
+            Node("Conv", ("x", "w", ""), ("h",), {"pads": (0, 0, 0, 0), "group": 1, "auto_pad": "NOTSET"}),
+            Node("Gemm", ("h", "k"), ("y",), {"alpha": 1.0}),
+        ),
+        constants={"k": np.array([[1.5, -np.inf]], np.float32)},
+        parameters=("w",),
+        opset=18,
+    )
+
+
+def test_json_and_back(graph):
+    again = Graph.from_json(graph.to_json())
+    assert again.to_json() == graph.to_json()
+    assert again.nodes == graph.nodes
+    np.testing.assert_array_equal(again.constants["k"], graph.constants["k"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"h"', '"z"'),
+        ('"outputs":["y"]', '"outputs":["h"]'),
+        ('"opset":18', '"opset":null'),
+        ('"float32","shape":[1,2]', '"float32","shape":[1,3]'),
+        ('"float32","shape":[1,2]', '"object","shape":[1,2]'),
+        ('"parameters":["w"]', '"parameters":3'),
+        ('"pads":[0,0,0,0]', '"pads":[0,"a",0,0]'),
+        ("{", "["),
+    ],
+)
+def test_damaged_documents_are_refused(graph, old, new):
+    text = graph.to_json()
+    assert old in text
+    with pytest.raises(FormatError):
+        Graph.from_json(text.replace(old, new, 1))
