@@ -133,12 +133,7 @@ def _fresh(config: ModelConfig) -> nn.Module:
         raise UsageError(
             f"architecture {config.architecture!r} is not one of torchvision's; give load() a module of that class."
         )
-    # On the meta device nothing is initialised; a few architectures compute with tensors while they are built.
-    try:
-        with torch.device("meta"):
-            return torchvision_models.build(config.architecture, config.num_classes)
-    except NotImplementedError:
-        return torchvision_models.build(config.architecture, config.num_classes)
+    return torchvision_models.structure(config.architecture, config.num_classes)
 
 
 def _assemble(
@@ -156,6 +151,9 @@ def _assemble(
         ]
         first = differing[0] if differing else min(set(specs) ^ set(own))
         raise FormatError(f"{where!r} does not hold a {config.architecture}: it disagrees about {first!r}.")
+    for name, value in module.state_dict().items():
+        if value.dtype != state[name].dtype:
+            raise FormatError(f"{where!r} holds {name!r} as {state[name].dtype}, where the model has {value.dtype}.")
     module.load_state_dict(state, assign=True)
     active = {name: torch.from_numpy(mask.to_bool()) for name, mask in masks.items()}
     return SparseModel(module, specs, active, config)

@@ -17,7 +17,7 @@ from torchvision import models
 from dsr_tool.core.config import ModelConfig, Preprocessing
 from dsr_tool.errors import FormatError, UsageError, unknown_name
 
-__all__ = ["architectures", "build", "load"]
+__all__ = ["architectures", "build", "load", "structure"]
 
 
 def architectures() -> list[str]:
@@ -38,6 +38,18 @@ def build(name: str, num_classes: int = 1000) -> nn.Module:
     options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
     module: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **options)
     return module
+
+
+def structure(name: str, num_classes: int = 1000) -> nn.Module:
+    """A model without values, on the meta device, to be filled with `load_state_dict(..., assign=True)`.
+
+    Where the builder computes with tensors, which the meta device cannot (RegNet), it is a real one.
+    """
+    try:
+        with torch.device("meta"):
+            return build(name, num_classes)
+    except NotImplementedError:
+        return build(name, num_classes)
 
 
 def load(
@@ -136,12 +148,12 @@ def _with_state(name: str, state: Mapping[str, torch.Tensor], num_classes: int |
     """A model with the state loaded strictly; its head is replaced when another number of classes is asked for."""
     # DataParallel writes every name behind this prefix.
     state = {key.removeprefix("module."): value for key, value in state.items()}
-    module = build(name)
+    module = structure(name)
     path, outputs = _head(module)
     head = state.get(f"{path}.weight")
     if head is not None and head.ndim >= 2 and head.shape[0] != outputs:
         outputs = head.shape[0]
-        module = build(name, outputs)
+        module = structure(name, outputs)
     if num_classes in (None, outputs):
         _load_strictly(module, name, state, what)
         return module
@@ -155,6 +167,9 @@ def _with_state(name: str, state: Mapping[str, torch.Tensor], num_classes: int |
 
 def _load_strictly(module: nn.Module, name: str, state: Mapping[str, torch.Tensor], what: str) -> None:
     own = module.state_dict()
+    # Files from before torch 0.4.1 lack the counters of batch normalisation.
+    counters = {key: torch.zeros_like(value, device="cpu") for key, value in own.items() if value.ndim == 0}
+    state = {**{key: value for key, value in counters.items() if key.endswith("num_batches_tracked")}, **state}
     missing = sorted(set(own) - set(state))
     unknown = sorted(set(state) - set(own))
     differing = sorted(key for key in set(own) & set(state) if own[key].shape != state[key].shape)
@@ -164,7 +179,7 @@ def _load_strictly(module: nn.Module, name: str, state: Mapping[str, torch.Tenso
             f"--weights {what!r} is no state_dict of {name}: {len(missing)} names missing, {len(unknown)} unknown, "
             f"{len(differing)} of another shape (first: {first!r}); give the architecture that the file was made for."
         )
-    module.load_state_dict(dict(state))
+    module.load_state_dict({key: value.to(own[key].dtype) for key, value in state.items()}, assign=True)
 
 
 def _head(module: nn.Module) -> tuple[str, int]:

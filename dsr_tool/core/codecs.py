@@ -82,7 +82,7 @@ def _decode_dense(
     if array.shape != shape:
         raise FormatError(f"a dense parameter of shape {shape} came with shape {array.shape}; the file is damaged.")
     flat = array.reshape(-1)
-    mask = Mask.from_bits(bits[0], shape) if bits else Mask(shape, np.arange(size, dtype=np.int64))
+    mask = Mask.from_bits(bits[0], shape) if bits else Mask.full(shape)
     if np.count_nonzero(flat) != np.count_nonzero(flat[mask.positions]):
         raise FormatError("a dense parameter has values outside its mask; the file is damaged.")
     return _checked(mask, flat[mask.positions] if bits else flat, active, dtype)
@@ -116,7 +116,8 @@ def _decode_csr(streams: Mapping[str, Array], shape: tuple[int, ...], active: in
     rows, columns = matrix_shape(shape)
     if indptr.dtype != np.int32 or indptr.shape != (rows + 1,) or indices.dtype != np.int32 or indices.ndim != 1:
         raise FormatError(f"CSR of {rows} rows takes int32 indptr of {rows + 1} entries and int32 indices.")
-    counts: npt.NDArray[np.int64] = np.diff(indptr.astype(np.int64))
+    ends = indptr.astype(np.int64)
+    counts = ends[1:] - ends[:-1]
     if indptr[0] != 0 or (counts < 0).any() or indptr[-1] != len(indices):
         raise FormatError("CSR indptr does not rise from 0 to the number of indices; the file is damaged.")
     if len(indices) and not (indices.min() >= 0 and indices.max() < columns):

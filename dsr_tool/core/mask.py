@@ -41,6 +41,11 @@ class Mask:
         return cls(active.shape, np.flatnonzero(active).astype(np.int64, copy=False))
 
     @classmethod
+    def full(cls, shape: tuple[int, ...]) -> Mask:
+        """The mask of a dense parameter: everything is active."""
+        return cls(shape, np.arange(math.prod(shape), dtype=np.int64))
+
+    @classmethod
     def from_bits(cls, bits: npt.NDArray[np.uint8], shape: tuple[int, ...]) -> Mask:
         """The mask stored as packed bits, first entry in the highest bit of the first byte.
 

@@ -44,6 +44,8 @@ def distinct(counts: Sequence[int], rooms: Sequence[int], generator: torch.Gener
         Sorted int64 vector of sum(counts) integers, on the generator's device.
     """
     starts = [0, *accumulate(rooms)]
+    if not any(counts):
+        return torch.empty(0, dtype=torch.int64, device=generator.device)
     found = torch.unique(_draws(counts, rooms, starts, generator))
     got = _segment_counts(found, starts)
     # Rarely a segment falls short after one round of draws; then, and where most of it is wanted, list it whole.
@@ -79,17 +81,20 @@ def _enough(count: int, room: int) -> int:
 
 def _thin(found: torch.Tensor, got: Sequence[int], counts: Sequence[int], generator: torch.Generator) -> torch.Tensor:
     """A random subset of the sorted `found`, `counts[i]` of the `got[i]` in each segment."""
-    if list(got) == list(counts):
-        return found
+    excess = [have - want for have, want in zip(got, counts, strict=True)]
+    if sum(excess) * 4 < len(found):
+        # Choosing the few to leave out is the same task on fewer, and spares a sort of all random keys.
+        keep = torch.ones_like(found, dtype=torch.bool)
+        keep[distinct(excess, got, generator)] = False
+        return found[keep]
     device = found.device
-    segment = torch.arange(len(got), device=device).repeat_interleave(
-        torch.tensor(got, device=device), output_size=len(found)
-    )
-    shuffled = torch.argsort(segment + torch.rand(len(found), dtype=torch.float64, device=device, generator=generator))
+    sizes = torch.tensor(got, device=device)
+    segment = torch.arange(len(got), device=device).repeat_interleave(sizes, output_size=len(found))
+    keys = segment + torch.rand(len(found), dtype=torch.float64, device=device, generator=generator)
     rank = torch.arange(len(found), device=device) - torch.tensor([0, *accumulate(got)], device=device)[segment]
     wanted = torch.tensor(list(counts), device=device)[segment]
-    # Segments stay together in `shuffled`, so the k-th entry there belongs to the same segment as the k-th here.
-    chosen: torch.Tensor = found[shuffled[rank < wanted]].sort().values
+    # Segments stay together in the order of the keys, so its k-th entry belongs to the segment of the k-th here.
+    chosen: torch.Tensor = found[torch.argsort(keys)[rank < wanted]].sort().values
     return chosen
 
 

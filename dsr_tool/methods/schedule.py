@@ -28,8 +28,8 @@ class ReallocationSchedule:
         rising = bool(starts) and starts[0] == 0 and starts == sorted(set(starts))
         if not rising or any(every < 1 for _, every in self.periods):
             raise UsageError(
-                f"reallocation periods {self.periods} are not allowed; give (first step, every) pairs whose first steps "
-                f"rise from 0 and whose periods are at least 1."
+                f"reallocation periods {self.periods} are not allowed; give (first step, every) pairs whose first "
+                f"steps rise from 0 and whose periods are at least 1."
             )
 
     @classmethod

@@ -15,7 +15,7 @@ from torch import nn
 from dsr_tool.core.layers import LayerSpec
 from dsr_tool.errors import UsageError, unknown_name
 
-__all__ = ["TINY_FRACTION", "Rules", "discover"]
+__all__ = ["TINY_FRACTION", "TINY_WEIGHTS", "Rules", "discover"]
 
 _CONVOLUTIONS = (
     nn.Conv1d,
@@ -34,9 +34,13 @@ _NORMS = (
     nn.LocalResponseNorm,
 )
 
-TINY_FRACTION = 1e-4
-"""A layer with a smaller part of all weights than this stays dense: at any sparsity it moves the model's size by
-less than a hundredth of a per cent, and such layers (squeeze-and-excitation, class heads of two) are bottlenecks."""
+TINY_WEIGHTS, TINY_FRACTION = 1024, 0.01
+"""A layer with fewer weights than the first and a smaller part of all weights than the second stays dense.
+
+Sparse at 0.9 it would keep fewer than a hundred weights and save less than four kilobytes, while such layers are
+bottlenecks that everything passes: 3-channel stems of small networks, the squeeze of squeeze-and-excitation. The
+second bound keeps small networks, where every layer counts, out of this rule.
+"""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def discover(module: nn.Module, rules: Rules | None = None) -> dict[str, LayerSp
     owners = _owners(module)
     specs = {name: _by_type(name, *owners[name]) for name in module.state_dict() if name in owners}
     _check_patterns(rules, [name for name, spec in specs.items() if spec.weight])
-    tiny_below = TINY_FRACTION * sum(spec.size for spec in specs.values() if spec.weight)
+    tiny_below = min(TINY_WEIGHTS, TINY_FRACTION * sum(spec.size for spec in specs.values() if spec.weight))
     return {
         name: _by_rules(spec, owners[name][0], rules, tiny_below) if spec.weight else spec
         for name, spec in specs.items()
@@ -132,7 +136,7 @@ def _by_rules(spec: LayerSpec, owner: nn.Module, rules: Rules, tiny_below: float
     if rules.small_layers and _is_depthwise(owner):
         return replace(spec, role="dense", reason="depthwise: one input channel per filter")
     if rules.small_layers and spec.size < tiny_below:
-        return replace(spec, role="dense", reason="tiny: less than 1/10,000 of the model's weights")
+        return replace(spec, role="dense", reason=f"tiny: fewer than {TINY_WEIGHTS:,} weights")
     return spec
 
 

@@ -21,9 +21,12 @@ from dsr_tool.core.mask import Mask
 from dsr_tool.errors import FileError, FormatError
 from dsr_tool.sparse.model import SparseModel
 
-__all__ = ["CONFIG", "MASKS", "WEIGHTS", "Saved", "read_folder", "save_folder", "write_model"]
+__all__ = ["CONFIG", "MASKS", "NEXT", "WEIGHTS", "Saved", "read_folder", "save_folder", "write_model"]
 
 CONFIG, WEIGHTS, MASKS = "config.json", "model.safetensors", "masks.safetensors"
+NEXT = ".next"
+"""Folder of files that are about to replace those beside it; they count from the moment it has this name."""
+
 SCHEMA = "dsr-tool/model/1"
 
 
@@ -40,7 +43,7 @@ class Saved:
     def __init__(self, path: Path) -> None:
         """Read `config.json`; see `read_folder` for what is raised."""
         self.path = path
-        document = _read_json(path / CONFIG)
+        document = _read_json(self.file(CONFIG))
         if document.get("schema") != SCHEMA:
             raise FormatError(
                 f"{str(path / CONFIG)!r} has schema {document.get('schema')!r}; this dsr-tool reads {SCHEMA!r}."
@@ -53,9 +56,14 @@ class Saved:
             raise FormatError(f"{str(path / CONFIG)!r} is not understood: {error}.") from error
         self.specs = {spec.name: spec for spec in specs}
 
+    def file(self, name: str) -> Path:
+        """Path of one of the files, also while they are being replaced."""
+        replacing = self.path / NEXT / name
+        return replacing if replacing.exists() else self.path / name
+
     def weights(self) -> dict[str, torch.Tensor]:
         """The state_dict."""
-        path = self.path / WEIGHTS
+        path = self.file(WEIGHTS)
         require_file(path, "weights")
         try:
             return load_tensors(path)
@@ -64,7 +72,7 @@ class Saved:
 
     def masks(self) -> dict[str, Mask]:
         """Masks of the sparse layers, checked against the shapes of the specs."""
-        path = self.path / MASKS
+        path = self.file(MASKS)
         require_file(path, "masks")
         try:
             bits = load_arrays(path)

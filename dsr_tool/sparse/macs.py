@@ -23,7 +23,7 @@ class _Counter(TorchDispatchMode):
     """Adds up what torch's own FLOP formulas say of each operator, for the parameter whose storage it reads."""
 
     def __init__(self, owners: Mapping[int, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.owners = owners
         self.macs: dict[str, int] = {}
 

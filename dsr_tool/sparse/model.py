@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -122,7 +121,7 @@ class SparseModel:
             if name in self.masks:
                 mask = Mask.from_bool(self.masks[name].cpu().contiguous().numpy())
             else:
-                mask = Mask(array.shape, np.arange(array.size, dtype=np.int64))
+                mask = Mask.full(array.shape)
             tensors[name] = SparseTensor.from_dense(array, mask)
         return tensors
 

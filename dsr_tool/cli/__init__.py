@@ -1,0 +1,93 @@
+"""The command line: one file a command, imported only when it is called, so that help answers at once."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+
+import click
+
+from dsr_tool.errors import DsrError, unknown_name
+
+__all__ = ["cli", "main"]
+
+_COMMANDS = {
+    "convert": "Convert a torchvision model to an exact sparse budget.",
+    "train": "Train a converted model with dynamic sparse reparameterization.",
+    "export": "Write a model as one small file: archive or ONNX.",
+    "report": "Say where every weight, byte and multiply-add is.",
+    "predict": "Run a file on pictures or arrays.",
+    "verify": "Check that a file computes what its model computes.",
+    "demo": "The main job on a small real data set, in a few minutes.",
+    "doctor": "Versions, devices, and what does not fit together.",
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in _COMMANDS:
+            raise unknown_name("command", cmd_name, _COMMANDS)
+        command: click.Command = importlib.import_module(f"dsr_tool.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(
+    cls=_LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Exit codes: 0 done, 1 error, 2 wrong usage, 3 a check failed. Results go to stdout, all else to stderr.",
+)
+@click.version_option(package_name="dsr-tool", prog_name="dsr-tool")
+def cli() -> None:
+    """Fit a vision model into a budget: exact sparsity, trained masks, files that are really small."""
+
+
+def main() -> None:
+    """Entry point: run a command and turn what goes wrong into one sentence and an exit code."""
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        result = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except DsrError as error:
+        return _say(str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        return _say("interrupted; what was complete was kept.", 130)
+    except BrokenPipeError:
+        # The reader of our stdout has gone; closing it again at exit would complain once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ImportError as error:
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return _say(f"an import failed ({what}); `dsr-tool doctor` says what does not fit together.", 1)
+    except MemoryError:
+        return _say("memory ran out; use a smaller model, input or batch, or a larger machine.", 1)
+    except OSError as error:
+        where = f" {error.filename!r}" if error.filename else ""
+        return _say(f"the system refused{where}: {error.strerror or error}.", 1)
+    except Exception as error:  # noqa: BLE001 - the last line of defence: no traceback at a user's hand
+        if os.environ.get("DSR_TOOL_TRACEBACK"):
+            traceback.print_exc()
+        return _say(
+            f"unexpected {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else '-'} "
+            f"(this is a defect in dsr-tool; set DSR_TOOL_TRACEBACK=1 to see where).",
+            1,
+        )
+    return result if isinstance(result, int) else 0
+
+
+def _say(message: str, code: int) -> int:
+    click.echo(f"dsr-tool: {message}", err=True)
+    return code

@@ -1,0 +1,35 @@
+"""What all commands share: --json and --quiet, how results leave, and examples in the help."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+__all__ = ["emit", "examples", "note", "output_options"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def output_options(function: F) -> F:
+    """Add `--json` and `--quiet` to a command, as arguments `as_json` and `quiet`."""
+    function = click.option("--quiet", "-q", is_flag=True, help="Say nothing but the result and errors.")(function)
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(function)
+
+
+def examples(*lines: str) -> str:
+    """An epilog with examples that can be copied as they stand."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def emit(document: dict[str, Any], text: str, *, as_json: bool) -> None:
+    """Print the result: the document, or the text for people."""
+    click.echo(json.dumps(document, indent=1, allow_nan=False) if as_json else text)
+
+
+def note(message: str, *, quiet: bool) -> None:
+    """Say something beside the result."""
+    if not quiet:
+        click.echo(message, err=True)

@@ -1,0 +1,115 @@
+"""dsr-tool predict: run a file on pictures or arrays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dsr_tool.cli.common import emit, examples, output_options
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from dsr_tool.core.archive import Archive
+
+__all__ = ["command"]
+
+_RUNTIMES = ("sparse", "scipy", "onnxruntime")
+
+
+@click.command(
+    "predict",
+    epilog=examples(
+        "dsr-tool predict resnet18-90.dsr cat.jpg dog.jpg --top 3",
+        "dsr-tool predict resnet18-90.dsr batch.npy --runtime onnxruntime --json",
+    ),
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--runtime", default="sparse", show_default=True, help="sparse, scipy or onnxruntime.")
+@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="How many classes to print.")
+@click.option("--labels", type=click.Path(path_type=Path), help="Text file of class names, one a line.")
+@output_options
+def command(
+    file: Path, inputs: tuple[Path, ...], runtime: str, top: int, labels: Path | None, as_json: bool, quiet: bool
+) -> None:
+    """Run the archive FILE on pictures, or on .npy arrays that are preprocessed already.
+
+    The default runtime needs numpy and scipy alone; today `sparse` and `scipy` are the same.
+    """
+    from dsr_tool.core.archive import open_archive
+    from dsr_tool.errors import unknown_name
+    from dsr_tool.runtime import load_inputs
+
+    if runtime not in _RUNTIMES:
+        raise unknown_name("--runtime", runtime, _RUNTIMES)
+    archive = open_archive(file)
+    names = _labels(labels, archive)
+    batch = load_inputs(inputs, archive.config)
+    outputs = _run(archive, runtime, batch)
+    predictions = [_prediction(row, names, top) for row in outputs]
+    if len(inputs) == len(outputs):
+        for path, prediction in zip(inputs, predictions, strict=True):
+            prediction["input"] = str(path)
+    document = {
+        "schema": "dsr-tool/predict/1",
+        "file": str(file),
+        "runtime": runtime,
+        "predictions": predictions,
+    }
+    emit(document, "" if quiet else _text(document), as_json=as_json)
+
+
+def _run(archive: Archive, runtime: str, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    if runtime == "onnxruntime":
+        from exporters.onnx_model import to_onnx
+        from exporters.onnx_session import OnnxSession
+
+        model = to_onnx(archive.graph, dict(archive), encoding="dense")
+        return OnnxSession(model.SerializeToString()).run(batch)
+    from dsr_tool.runtime import Session
+
+    return Session(archive).run(batch)
+
+
+def _labels(path: Path | None, archive: Archive) -> tuple[str, ...]:
+    if path is None:
+        return archive.config.labels
+    from dsr_tool.core.files import require_file
+    from dsr_tool.errors import FormatError, UsageError
+
+    require_file(path, "--labels")
+    try:
+        names = tuple(path.read_text(encoding="utf-8").splitlines())
+    except UnicodeDecodeError as error:
+        raise FormatError(f"--labels {str(path)!r} is not UTF-8 text ({error}).") from error
+    if len(names) < archive.config.num_classes:
+        raise UsageError(
+            f"--labels {str(path)!r} has {len(names)} lines; the model has {archive.config.num_classes} classes."
+        )
+    return names
+
+
+def _prediction(scores: npt.NDArray[np.float32], names: tuple[str, ...], top: int) -> dict[str, Any]:
+    import numpy as np
+
+    exponents = np.exp((scores - scores.max()).astype(np.float64))
+    probabilities = exponents / exponents.sum()
+    best = np.argsort(-probabilities, kind="stable")[:top]
+    return {
+        "top": [
+            {"class": int(i), "label": names[i] if i < len(names) else str(i), "probability": float(probabilities[i])}
+            for i in best
+        ]
+    }
+
+
+def _text(document: dict[str, Any]) -> str:
+    lines = []
+    for index, prediction in enumerate(document["predictions"]):
+        best = ", ".join(f"{one['label']} {one['probability']:.3f}" for one in prediction["top"])
+        lines.append(f"{prediction.get('input', index)}: {best}")
+    return "\n".join(lines)

@@ -1,0 +1,35 @@
+"""dsr-tool verify: does a file still compute what its model computes?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dsr_tool.cli.common import emit, examples, output_options
+
+__all__ = ["command"]
+
+
+@click.command(
+    "verify",
+    epilog=examples(
+        "dsr-tool verify resnet18-90.dsr --against resnet18-90",
+        "dsr-tool verify resnet18-90.onnx --against resnet18-90 --json",
+    ),
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--against", required=True, type=click.Path(path_type=Path), help="The model folder it came from.")
+@output_options
+def command(file: Path, against: Path, as_json: bool, quiet: bool) -> int:
+    """Compare FILE, an archive or ONNX file, with the model it was exported from; exit code 3 when they differ."""
+    from converters.convert import load
+    from dsr_tool.core.files import require_file
+    from dsr_tool.report.verification import verification_document, verification_text
+    from exporters.verify import verify
+
+    require_file(file, "FILE")
+    verification = verify(file, load(against))
+    document = verification_document("verify", verification)
+    emit(document, "" if quiet else verification_text(verification), as_json=as_json)
+    return 0 if verification.passed else 3

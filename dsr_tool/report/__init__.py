@@ -1,0 +1,1 @@
+"""Footprints of models, runs and files, as terminal tables and JSON."""

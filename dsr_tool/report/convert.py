@@ -1,0 +1,67 @@
+"""What a conversion did: each parameter, sparse or dense, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from dsr_tool.report.tables import render
+from dsr_tool.sparse.discover import count
+from dsr_tool.sparse.model import SparseModel
+
+__all__ = ["conversion_document", "conversion_text"]
+
+
+def conversion_document(model: SparseModel, path: Path) -> dict[str, Any]:
+    """The conversion as plain values, schema `dsr-tool/convert/1`."""
+    active = {name: int(mask.count_nonzero()) for name, mask in model.masks.items()}
+    counts = count(model.specs)
+    layers = [
+        {**spec.to_dict(), "parameters": spec.size, "active": active.get(name, spec.size)}
+        for name, spec in model.specs.items()
+    ]
+    return {
+        "schema": "dsr-tool/convert/1",
+        "path": str(path),
+        "model": model.config.to_dict(),
+        "parameters": counts["parameters"],
+        "weights": counts["weights"],
+        "prunable_weights": counts["prunable"],
+        "active_weights": model.active_weights,
+        "sparsity_of_prunable_weights": model.sparsity,
+        "sparsity_of_whole_model": model.model_sparsity,
+        "layers": layers,
+    }
+
+
+def conversion_text(document: dict[str, Any]) -> str:
+    """The same for a terminal: weights one by one, everything else by reason."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for header, justify in (
+        ("weight", "left"),
+        ("role", "left"),
+        ("active", "right"),
+        ("of", "right"),
+        ("why", "left"),
+    ):
+        table.add_column(header, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for layer in document["layers"]:
+        if layer["weight"]:
+            counts = (f"{layer['active']:,}", f"{layer['parameters']:,}")
+            table.add_row(layer["name"], layer["role"], *counts, layer["reason"])
+    others: dict[str, list[int]] = {}
+    for layer in document["layers"]:
+        if layer["role"] == "dense" and not layer["weight"]:
+            others.setdefault(layer["reason"], []).append(layer["parameters"])
+    for reason, sizes in others.items():
+        table.add_row(f"{len(sizes)} more", "dense", f"{sum(sizes):,}", f"{sum(sizes):,}", reason)
+    return (
+        f"{render(table)}\n"
+        f"{document['path']}: {document['model']['architecture']} with {document['active_weights']:,} of "
+        f"{document['prunable_weights']:,} prunable weights active; zeros are "
+        f"{document['sparsity_of_prunable_weights']:.4%} of the prunable weights and "
+        f"{document['sparsity_of_whole_model']:.4%} of all {document['parameters']:,} parameters"
+    )

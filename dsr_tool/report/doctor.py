@@ -1,0 +1,93 @@
+"""What is installed, and what of it does not fit together."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+__all__ = ["doctor_document", "doctor_text"]
+
+
+def doctor_document() -> dict[str, Any]:
+    """Versions, devices and problems, schema `dsr-tool/doctor/1`."""
+    problems: list[str] = []
+    packages = _packages(problems)
+    for name in ("torch", "torchvision", "onnxruntime", "onnxscript"):
+        if packages.get(name):
+            _import(name, problems)
+    _own_packages(problems)
+    return {
+        "schema": "dsr-tool/doctor/1",
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "packages": packages,
+        "devices": _devices(),
+        "problems": problems,
+    }
+
+
+def doctor_text(document: dict[str, Any]) -> str:
+    """The same for a terminal."""
+    lines = [f"Python {document['python']} on {document['platform']}, {document['cores']} cores"]
+    lines += [f"  {name} {number or 'not installed'}" for name, number in document["packages"].items()]
+    lines += [f"device: {device}" for device in document["devices"]]
+    lines += [f"problem: {problem}" for problem in document["problems"]] or ["no problem found"]
+    return "\n".join(lines)
+
+
+def _packages(problems: list[str]) -> dict[str, str | None]:
+    """Installed versions of what dsr-tool asks for, against the lower bounds it asks for."""
+    found: dict[str, str | None] = {}
+    for requirement in requires("dsr-tool") or []:
+        match = re.match(r"([A-Za-z0-9_.-]+)>=([0-9.]+)", requirement.replace(" ", ""))
+        if match is None or "extra==" in requirement.replace(" ", ""):
+            continue
+        name, bound = match[1], match[2]
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+            problems.append(f"{name} is not installed; run: pip install '{name}>={bound}'")
+            continue
+        if _numbers(found[name] or "") < _numbers(bound):
+            problems.append(f"{name} {found[name]} is older than {bound}; run: pip install --upgrade '{name}>={bound}'")
+    return found
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text.partition("+")[0])[:3])
+
+
+def _import(name: str, problems: list[str]) -> None:
+    try:
+        importlib.import_module(name)
+    except (ImportError, RuntimeError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        remedy = f"reinstall {name}"
+        if name == "torchvision":
+            remedy = "install torch and torchvision together from one place, so that their builds match"
+        problems.append(f"{name} cannot be imported ({reason}); {remedy}")
+
+
+def _own_packages(problems: list[str]) -> None:
+    """A stranger's `converters` or `exporters` earlier on the path would shadow ours."""
+    for name in ("converters", "exporters"):
+        module = importlib.import_module(name)
+        folder = Path(module.__file__ or "").parent
+        if not (folder / "py.typed").is_file() or not (module.__doc__ or "").strip():
+            problems.append(f"package {name} comes from {str(folder)!r}, which is not dsr-tool's; rename that folder")
+
+
+def _devices() -> list[str]:
+    try:
+        import torch
+    except (ImportError, OSError):
+        return []
+    gpus = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    return [f"cpu, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}", *gpus]

@@ -1,0 +1,163 @@
+"""Footprints of whatever lies at a path: model folder, run, archive or ONNX file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsr_tool.core.archive import Archive, open_archive
+from dsr_tool.core.codecs import SparseTensor
+from dsr_tool.core.config import ModelConfig
+from dsr_tool.core.footprint import Footprint, footprint
+from dsr_tool.core.layers import LayerSpec
+from dsr_tool.core.mask import Mask
+from dsr_tool.errors import FileError, FormatError
+
+__all__ = ["Source", "read"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was found at a path.
+
+    Attributes:
+        path: where.
+        kind: `model folder`, `run folder`, `archive` or `onnx`.
+        footprint: what it weighs.
+        config: what the model is, where the file tells.
+        training: what the log of a run says; empty elsewhere.
+    """
+
+    path: Path
+    kind: str
+    footprint: Footprint
+    config: ModelConfig | None
+    training: Mapping[str, Any]
+
+
+def read(path: str | Path) -> Source:
+    """Measure a model folder, run folder, archive or ONNX file.
+
+    Raises:
+        FileError: nothing there.
+        FormatError: damaged, or none of the four.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileError(f"PATH {str(path)!r} does not exist; give a model folder, run folder, .dsr or .onnx file.")
+    if path.is_dir():
+        return _folder(path)
+    if path.suffix == ".onnx":
+        return _onnx(path)
+    return _archive(open_archive(path))
+
+
+def _archive(archive: Archive) -> Source:
+    specs = {name: entry.spec for name, entry in archive.entries.items()}
+    stored = {name: (entry.codec, archive.entry_bytes(name)) for name, entry in archive.entries.items()}
+    sparse = sum(nbytes for name, (_, nbytes) in stored.items() if specs[name].role == "sparse")
+    parts = {
+        "sparse weights": sparse,
+        "dense rest": sum(nbytes for _, nbytes in stored.values()) - sparse,
+        "graph and manifest": archive.document_bytes,
+        "container header": archive.header_bytes,
+    }
+    measured = footprint(_Decoding(archive), specs, stored=stored, file_bytes=archive.nbytes, parts=parts)
+    return Source(archive.path, "archive", measured, archive.config, {})
+
+
+class _Decoding(Mapping[str, SparseTensor]):
+    """The tensors of an archive, decoded one at a time."""
+
+    def __init__(self, archive: Archive) -> None:
+        self._archive = archive
+
+    def __getitem__(self, name: str) -> SparseTensor:
+        return self._archive.tensor(name)
+
+    def __iter__(self) -> Any:
+        return iter(self._archive.entries)
+
+    def __len__(self) -> int:
+        return len(self._archive.entries)
+
+
+def _onnx(path: Path) -> Source:
+    from exporters.onnx_read import read_onnx
+
+    file = read_onnx(path)
+    specs = {name: entry.spec for name, entry in file.entries.items()}
+    stored = {name: (entry.codec, entry.nbytes) for name, entry in file.entries.items()}
+    sparse = sum(nbytes for name, (_, nbytes) in stored.items() if specs[name].role == "sparse")
+    parts = {
+        "sparse weights": sparse,
+        "dense rest": sum(nbytes for _, nbytes in stored.values()) - sparse,
+        "nodes and names": file.document_bytes,
+    }
+    measured = footprint(dict(file), specs, stored=stored, file_bytes=file.nbytes, parts=parts)
+    return Source(path, "onnx", measured, None, {})
+
+
+def _folder(path: Path) -> Source:
+    from dsr_tool.sparse.folder import CONFIG, MASKS, WEIGHTS, read_folder
+
+    saved = read_folder(path)
+    masks = saved.masks()
+    tensors = {}
+    for name, value in saved.weights().items():
+        array = value.numpy()
+        tensors[name] = SparseTensor.from_dense(array, masks[name] if name in masks else Mask.full(array.shape))
+    _same_names(path, tensors, saved.specs)
+    weights = saved.file(WEIGHTS)
+    dense = sum(tensor.mask.size * tensor.values.dtype.itemsize for tensor in tensors.values())
+    mask_bytes = sum((mask.size + 7) // 8 for mask in masks.values())
+    parts = {
+        "weights, zeros in place": dense,
+        "masks": mask_bytes,
+        "description": saved.file(CONFIG).stat().st_size,
+        "container headers": _header_bytes(weights) + _header_bytes(saved.file(MASKS)),
+    }
+    stored = {name: ("dense", tensor.mask.size * tensor.values.dtype.itemsize) for name, tensor in tensors.items()}
+    total = sum(saved.file(name).stat().st_size for name in (CONFIG, WEIGHTS, MASKS))
+    measured = footprint(tensors, saved.specs, stored=stored, file_bytes=total, parts=parts)
+    training = _training(path / "log.jsonl")
+    return Source(path, "run folder" if training else "model folder", measured, saved.config, training)
+
+
+def _same_names(path: Path, tensors: Mapping[str, SparseTensor], specs: Mapping[str, LayerSpec]) -> None:
+    differing = [n for n in {**specs, **tensors} if n not in tensors or n not in specs]
+    differing += [n for n in tensors if n in specs and tensors[n].mask.shape != specs[n].shape]
+    if differing:
+        raise FormatError(f"{str(path)!r}: weights and config.json disagree about {differing[0]!r}.")
+
+
+def _header_bytes(path: Path) -> int:
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+def _training(log: Path) -> dict[str, Any]:
+    """Method, epochs and accuracy of a run, from its log."""
+    if not log.is_file():
+        return {}
+    try:
+        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+        epochs = [line for line in lines if line["kind"] == "epoch"]
+        start: dict[str, Any] = next((line for line in lines if line["kind"] == "start"), {})
+        moved = [line for line in lines if line["kind"] == "reallocation"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"log {str(log)!r} is not understood: {error}; the run is damaged.") from error
+    best = max(epochs, key=lambda line: line["test_accuracy"], default=None)
+    return {
+        "method": start.get("settings", {}).get("method"),
+        "data": start.get("data"),
+        "epochs": len(epochs),
+        "reallocations": len(moved),
+        "weights_moved": sum(sum(line["dropped"].values()) for line in moved),
+        "last_test_accuracy": epochs[-1]["test_accuracy"] if epochs else None,
+        "best_test_accuracy": best["test_accuracy"] if best else None,
+        "best_epoch": best["epoch"] if best else None,
+    }

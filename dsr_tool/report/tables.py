@@ -1,0 +1,125 @@
+"""Footprints as documents for JSON and as tables for a terminal."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from dsr_tool.core.footprint import Footprint, Sizes
+from dsr_tool.report.sources import Source
+
+__all__ = ["megabytes", "render", "report_document", "report_text"]
+
+_WIDTH = 400
+_COLUMNS = (
+    "parameters",
+    "active",
+    "density",
+    "dense MB",
+    "CSR MB",
+    "bitmask MB",
+    "coded MB",
+    "bound MB",
+    "MMACs",
+    "of",
+)
+
+
+def report_document(source: Source) -> dict[str, Any]:
+    """The report as plain values, schema `dsr-tool/report/1`."""
+    return {
+        "schema": "dsr-tool/report/1",
+        "path": str(source.path),
+        "kind": source.kind,
+        "model": source.config.to_dict() if source.config else None,
+        "training": dict(source.training) or None,
+        **source.footprint.to_dict(),
+    }
+
+
+def report_text(source: Source) -> str:
+    """The report as tables: the weights one by one, the model in all, and where the bytes of the file are."""
+    print_ = source.footprint
+    name = f"{source.config.architecture}, " if source.config else ""
+    lines = [f"{source.path}: {name}{source.kind}, {source.footprint.file_bytes:,} bytes"]
+    if source.training:
+        lines.append(_training_line(source.training))
+    lines += [render(_layers(print_)), render(_totals(print_)), *_closing(source)]
+    return "\n".join(lines)
+
+
+def render(table: Table) -> str:
+    """A table as text, as wide as it needs: a cut number would be a wrong one."""
+    text = io.StringIO()
+    Console(file=text, width=_WIDTH).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def megabytes(nbytes: int) -> str:
+    """Bytes for people: MB are 10^6."""
+    return f"{nbytes / 1e6:,.3f}" if nbytes < 10**7 else f"{nbytes / 1e6:,.2f}"
+
+
+def _layers(print_: Footprint) -> Table:
+    table = _table("layer", "role", *_COLUMNS)
+    for layer in print_.layers:
+        if layer.spec.weight:
+            table.add_row(layer.spec.name, layer.spec.role, *_numbers(layer.sizes))
+    rest = [layer for layer in print_.layers if not layer.spec.weight]
+    for role, title in (("dense", "biases, norms and other parameters"), ("buffer", "buffers")):
+        some = [layer for layer in rest if layer.spec.role == role]
+        if some:
+            sizes = sum((layer.sizes for layer in some), Sizes())
+            table.add_row(f"{title} ({len(some)})", role, *_numbers(sizes))
+    return table
+
+
+def _numbers(sizes: Sizes) -> list[str]:
+    macs = [f"{macs / 1e6:,.2f}" if sizes.dense_macs else "" for macs in (sizes.sparse_macs, sizes.dense_macs)]
+    sized = (sizes.dense_bytes, sizes.csr_bytes, sizes.bitmask_bytes, sizes.coded_bytes, sizes.bound_bytes)
+    counts = [f"{sizes.parameters:,}", f"{sizes.active:,}", f"{sizes.density:.4f}"]
+    return [*counts, *(megabytes(nbytes) for nbytes in sized), *macs]
+
+
+def _totals(print_: Footprint) -> Table:
+    table = _table("in all", *_COLUMNS)
+    table.add_row("prunable weights", *_numbers(print_.prunable))
+    table.add_row("whole model", *_numbers(print_.model))
+    table.add_row("with buffers", *_numbers(print_.everything))
+    return table
+
+
+def _closing(source: Source) -> list[str]:
+    print_ = source.footprint
+    parts = ", ".join(f"{name} {nbytes:,}" for name, nbytes in print_.parts.items())
+    agree = "agrees" if print_.computed_bytes == print_.file_bytes else "DOES NOT AGREE"
+    return [
+        f"sparsity: {print_.sparsity:.4%} of the prunable weights, {print_.model_sparsity:.4%} of the whole model",
+        f"bytes: {parts}",
+        f"size on disk {print_.file_bytes:,}, computed {print_.computed_bytes:,}: {agree}; "
+        f"dense fp32 {print_.everything.dense_bytes:,}, entropy bound {print_.everything.bound_bytes:,}",
+        "MB are 10^6 bytes; MMACs are millions of multiply-adds for one input, with active weights and with all; "
+        "coded: run lengths and byte planes, Huffman-coded; bound: log2 C(parameters, active) bits and raw values",
+    ]
+
+
+def _training_line(training: Any) -> str:
+    best, last = training["best_test_accuracy"], training["last_test_accuracy"]
+    accuracy = (
+        f"test accuracy {last:.4f} (best {best:.4f} in epoch {training['best_epoch']})" if best is not None else ""
+    )
+    return (
+        f"trained with {training['method']} on {training['data']}, {training['epochs']} epochs: {accuracy}; "
+        f"{training['reallocations']} reallocations moved {training['weights_moved']:,} weights"
+    )
+
+
+def _table(*headers: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for header in headers:
+        table.add_column(header, justify="right" if header in _COLUMNS else "left", no_wrap=True)
+    return table

@@ -1,0 +1,30 @@
+"""A verification as a document and as a sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from exporters.verification import Verification
+
+__all__ = ["verification_document", "verification_text"]
+
+
+def verification_document(command: str, verification: Verification) -> dict[str, Any]:
+    """The verification as plain values, schema `dsr-tool/<command>/1`."""
+    return {"schema": f"dsr-tool/{command}/1", **verification.to_dict()}
+
+
+def verification_text(verification: Verification) -> str:
+    """What was compared and what came out, for a terminal."""
+    runs = ", ".join(f"{name} {difference:.2g}" for name, difference in verification.runtimes.items())
+    lines = [
+        f"{verification.path}: {verification.kind}, {verification.file_bytes:,} bytes, "
+        f"{'verified' if verification.passed else 'NOT VERIFIED'}",
+        f"  largest difference to PyTorch: {runs} (allowed {verification.tolerance:.2g}, "
+        f"largest output {verification.scale:.3g})",
+        f"  masks {'equal' if verification.masks_equal else 'DIFFER'}, "
+        f"weights {'equal bit for bit' if verification.weights_equal else 'DIFFER'}",
+    ]
+    return "\n".join(
+        [*lines, *(f"  problem: {text}" for text in verification.problems), *map("  {}".format, verification.notes)]
+    )

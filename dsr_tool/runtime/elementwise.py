@@ -1,0 +1,124 @@
+"""Operators that compute each entry of the output from one entry of each input."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+from scipy import special
+
+from dsr_tool.core.graph import Array
+from dsr_tool.errors import UsageError
+from dsr_tool.runtime.kernels import Table
+
+__all__ = ["OPERATORS"]
+
+# TensorProto.DataType of the ONNX standard.
+_TYPES = {
+    1: np.float32,
+    2: np.uint8,
+    3: np.int8,
+    4: np.uint16,
+    5: np.int16,
+    6: np.int32,
+    7: np.int64,
+    9: np.bool_,
+    10: np.float16,
+    11: np.float64,
+    12: np.uint32,
+    13: np.uint64,
+}
+
+
+def _relu(x: Array) -> Array:
+    return np.maximum(x, 0)
+
+
+def _clip(x: Array, low: Array | None = None, high: Array | None = None) -> Array:
+    if low is not None:
+        x = np.maximum(x, low)
+    return x if high is None else np.minimum(x, high)
+
+
+def _hard_sigmoid(x: Array, *, alpha: float = 0.2, beta: float = 0.5) -> Array:
+    result: Array = x * alpha
+    result += beta
+    return np.clip(result, 0, 1, out=result)
+
+
+def _hard_swish(x: Array) -> Array:
+    return x * _hard_sigmoid(x, alpha=1 / 6)
+
+
+def _gelu(x: Array, *, approximate: str = "none") -> Array:
+    if approximate == "tanh":
+        inner = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+    else:
+        inner = special.erf(x * math.sqrt(0.5))
+    inner += 1
+    inner *= x
+    inner *= 0.5
+    return np.asarray(inner)
+
+
+def _div(a: Array, b: Array) -> Array:
+    if np.issubdtype(a.dtype, np.integer):
+        # Integers are divided towards zero, unlike `//`.
+        return np.asarray(np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b)), a.dtype)
+    return np.asarray(a / b)
+
+
+def _pow(base: Array, exponent: Array) -> Array:
+    return np.asarray(np.power(base, exponent), base.dtype)
+
+
+def _max(*arrays: Array) -> Array:
+    return functools.reduce(np.maximum, arrays)
+
+
+def _min(*arrays: Array) -> Array:
+    return functools.reduce(np.minimum, arrays)
+
+
+def _cast(x: Array, *, to: int) -> Array:
+    if to not in _TYPES:
+        raise UsageError(f"Cast to type number {to} is not supported; known numbers: {sorted(_TYPES)}.")
+    return x.astype(_TYPES[to])
+
+
+def _cast_like(x: Array, like: Array) -> Array:
+    return x.astype(like.dtype)
+
+
+def _identity(x: Array, *_rest: Array) -> Array:
+    return x
+
+
+OPERATORS: Table = {
+    "Add": np.add,
+    "Cast": _cast,
+    "CastLike": _cast_like,
+    "Clip": _clip,
+    "Div": _div,
+    "Dropout": _identity,
+    "Equal": np.equal,
+    "Erf": special.erf,
+    "Exp": np.exp,
+    "Gelu": _gelu,
+    "HardSigmoid": _hard_sigmoid,
+    "HardSwish": _hard_swish,
+    "Identity": _identity,
+    "Max": _max,
+    "Min": _min,
+    "Mul": np.multiply,
+    "Neg": np.negative,
+    "Not": np.logical_not,
+    "Pow": _pow,
+    "Relu": _relu,
+    "Sigmoid": special.expit,
+    "Sqrt": np.sqrt,
+    "Sub": np.subtract,
+    "Tanh": np.tanh,
+    "Where": np.where,
+}

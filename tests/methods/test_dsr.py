@@ -1,0 +1,142 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsr_tool.errors import UsageError
+from dsr_tool.methods import DSR, METHODS, ReallocationSchedule, make
+from dsr_tool.sparse.active import ActiveWeights, Positions
+
+ALWAYS = ReallocationSchedule(((0, 1),), 10**9)
+
+layer = st.one_of(
+    st.integers(1, 80).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))),
+    st.integers(1, 80).map(lambda n: (n, n)),  # full
+    st.integers(1, 80).map(lambda n: (n, 1)),  # nearly empty
+)
+
+
+def network(layers, seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    sizes, counts = [n for n, _ in layers], [c for _, c in layers]
+    starts = np.cumsum([0, *sizes])
+    flat = [np.sort(rng.permutation(n)[:c]) + s for (n, c), s in zip(layers, starts[:-1], strict=True)]
+    values = [rng.normal(size=c) * scale * 10 ** rng.uniform(-2, 2) for c in counts]
+    return ActiveWeights(
+        Positions(tuple(sizes), tuple(counts), torch.from_numpy(np.concatenate(flat))),
+        torch.from_numpy(np.concatenate(values).astype(np.float32)),
+    )
+
+
+@settings(max_examples=300)
+@given(st.lists(layer, min_size=1, max_size=10), st.integers(0, 10**6), st.sampled_from([1e-6, 0.1, 1.0, 10.0, 1e9]))
+def test_the_count_is_exact_and_no_layer_is_emptied_or_overfilled(layers, seed, threshold):
+    weights = network(layers, seed)
+    method = DSR(ALWAYS, target=0.2, threshold=threshold)
+    moved = method.update(weights, torch.Generator().manual_seed(seed))
+    assert len(moved.dropped.flat) == len(moved.grown.flat) == sum(moved.grown.counts)
+    before = set(weights.positions.flat.tolist())
+    dropped, grown = set(moved.dropped.flat.tolist()), set(moved.grown.flat.tolist())
+    assert dropped <= before
+    assert not grown & before  # so nothing just dropped is grown again
+    after = Positions.of(torch.tensor(sorted(before - dropped | grown)), weights.sizes)
+    assert sum(after.counts) == sum(weights.counts)
+    assert all(1 <= count <= size for count, size in zip(after.counts, weights.sizes, strict=True))
+    for lost, had in zip(moved.dropped.counts, weights.counts, strict=True):
+        assert lost < had
+
+
+def test_one_reallocation_as_the_paper_writes_it():
+    """Algorithm 1 by hand: two layers of 10 with 4 and 6 active, H = 0.5."""
+    values = torch.tensor([1.0, 0.1, -0.2, 2.0, 0.4, -3.0, 1.0, 0.7, -0.1, 5.0])
+    flat = torch.tensor([0, 2, 4, 6, 10, 11, 13, 15, 17, 19])
+    weights = ActiveWeights(Positions((10, 10), (4, 6), flat), values)
+    method = DSR(ALWAYS, target=4, tolerance=0.1, threshold=0.5)
+    moved = method.update(weights, torch.Generator().manual_seed(0))
+    assert moved.dropped.flat.tolist() == [2, 4, 10, 17]
+    # Survivors 2 and 4: four weights are grown 4/6 * 2 = 1.33 and 4/6 * 4 = 2.67.
+    assert moved.grown.counts == (1, 3)
+    assert moved.facts["threshold"] == 0.5
+    assert method.threshold == 0.5  # 4 dropped is within 10 % of 4
+
+
+@pytest.mark.parametrize(
+    ("target", "factor"), [(2, 0.5), (3, 0.5), (3.7, 1), (4, 1), (4.4, 1), (5, 2), (0.2, 0.5), (0.4, 1), (0.9, 2)]
+)
+def test_the_threshold_is_halved_doubled_or_kept(target, factor):
+    values = torch.tensor([1.0, 0.1, -0.2, 2.0, 0.4, -3.0, 1.0, 0.7, -0.1, 5.0])
+    weights = ActiveWeights(Positions((100,), (10,), torch.arange(10)), values)
+    method = DSR(ALWAYS, target=target, tolerance=0.1, threshold=0.5)
+    method.update(weights, torch.Generator())
+    assert method.threshold == 0.5 * factor
+
+
+def test_the_threshold_does_not_run_away_when_everything_lies_below_it():
+    weights = network([(50, 10)], 0)
+    method = DSR(ALWAYS, target=1000, threshold=1e6)
+    for _ in range(5):
+        method.update(weights, torch.Generator())
+    assert method.threshold == 1e6
+
+
+def test_a_full_network_moves_nothing():
+    moved = DSR(ALWAYS, threshold=10.0).update(network([(5, 5), (7, 7)], 0), torch.Generator())
+    assert len(moved.dropped.flat) == len(moved.grown.flat) == 0
+
+
+def test_where_room_is_short_the_smallest_go_first():
+    values = torch.tensor([0.4, 0.1, 0.3, 0.2, 9.0])
+    weights = ActiveWeights(Positions((7,), (5,), torch.arange(5)), values)
+    moved = DSR(ALWAYS, threshold=1.0).update(weights, torch.Generator())
+    assert moved.dropped.flat.tolist() == [1, 3]
+    assert moved.grown.flat.tolist() == [5, 6]
+
+
+def test_a_layer_that_would_be_emptied_keeps_its_largest():
+    values = torch.tensor([0.1, -0.3, 0.2, 5.0, 6.0])
+    weights = ActiveWeights(Positions((9, 9), (3, 2), torch.tensor([0, 1, 2, 9, 10])), values)
+    moved = DSR(ALWAYS, threshold=1.0).update(weights, torch.Generator())
+    assert moved.dropped.flat.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("option", [{"target": 0}, {"target": -3}, {"tolerance": 1}, {"threshold": 0}])
+def test_values_out_of_range_are_refused(option):
+    with pytest.raises(UsageError, match=next(iter(option))):
+        DSR(ALWAYS, **option)
+
+
+def test_state_survives():
+    method = DSR(ALWAYS, threshold=0.25)
+    other = DSR(ALWAYS)
+    other.load_state_dict(method.state_dict())
+    assert other.threshold == 0.25
+
+
+def test_the_papers_schedule_scaled():
+    schedule = ReallocationSchedule.spread(100_000)
+    assert schedule.periods == ((0, 100), (12_500, 200), (40_000, 400), (70_000, 800))
+    assert schedule.stop == 95_000
+    due = [step for step in range(1, 100_001) if schedule.due(step)]
+    assert due[:3] == [100, 200, 300]
+    assert [step for step in due if step > 12_500][:2] == [12_700, 12_900]
+    assert due[-1] <= 95_000
+    assert len(due) == 125 + 137 + 75 + 31
+
+
+@pytest.mark.parametrize("periods", [(), ((1, 5),), ((0, 5), (0, 6)), ((0, 0),), ((0, 5), (9, 1), (4, 2))])
+def test_schedules_that_make_no_sense_are_refused(periods):
+    with pytest.raises(UsageError):
+        ReallocationSchedule(periods, 10)
+
+
+def test_unknown_methods_and_lengths_are_refused():
+    with pytest.raises(UsageError, match="did you mean static"):
+        make("statik", 10)
+    with pytest.raises(UsageError, match="total_steps 0"):
+        make("dsr", 0)
+    assert set(METHODS) >= {"dsr", "static"}
+    assert not any(make("static", 100).due(step) for step in range(200))
+    assert math.isclose(make("dsr", 100, target=0.3).target, 0.3)

@@ -1,0 +1,82 @@
+"""One node or one small graph in onnxruntime and in our runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import helper
+
+from dsr_tool.core.codecs import SparseTensor
+from dsr_tool.core.graph import Graph, Node, Value
+from dsr_tool.core.mask import Mask
+from dsr_tool.runtime.plan import OPERATORS, Plan
+
+OPSET = 20
+
+
+def _onnxruntime(
+    op: str, arrays: list[np.ndarray | None], outputs: int, attributes: Mapping[str, Any]
+) -> list[np.ndarray]:
+    given = {f"i{i}": array for i, array in enumerate(arrays) if array is not None}
+    names = [f"i{i}" if array is not None else "" for i, array in enumerate(arrays)]
+    results = [f"o{i}" for i in range(outputs)]
+    kinds = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in given.items()}
+    graph = helper.make_graph(
+        [helper.make_node(op, names, results, **attributes)],
+        "one node",
+        [helper.make_tensor_value_info(name, kinds[name], array.shape) for name, array in given.items()],
+        [helper.make_empty_tensor_value_info(name) for name in results],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
+    model = onnx.shape_inference.infer_shapes(model)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    return list(session.run(None, given))
+
+
+def _plan(op: str, arrays: list[np.ndarray | None], attributes: Mapping[str, Any]) -> np.ndarray:
+    """The first array is the input, the others are constants or, where they are float, parameters."""
+    others = {f"i{i}": array for i, array in enumerate(arrays) if array is not None and i > 0}
+    names = tuple(f"i{i}" if array is not None else "" for i, array in enumerate(arrays))
+    tensors = {
+        name: SparseTensor.from_dense(array, Mask.from_bool(array != 0))
+        for name, array in others.items()
+        if array.dtype == np.float32
+    }
+    constants = {name: array for name, array in others.items() if name not in tensors}
+    graph = Graph(
+        (Value("i0", ()),),
+        (Value("o0", ()),),
+        (Node(op, names, ("o0",), attributes),),
+        constants,
+        tuple(tensors),
+        OPSET,
+    )
+    return Plan(graph, tensors).run(arrays[0])
+
+
+@pytest.fixture(scope="session")
+def agree() -> Callable[..., None]:
+    """Assert that onnxruntime, the plan of a one-node graph and the bare operator give the same."""
+
+    def check(op: str, *arrays: np.ndarray | None, outputs: int = 1, rtol: float = 1e-5, **attributes: Any) -> None:
+        inputs = [None if array is None else np.asarray(array) for array in arrays]
+        wanted = _onnxruntime(op, inputs, outputs, attributes)
+        with np.errstate(all="ignore"):
+            bare = OPERATORS[op](*inputs, **attributes)
+        found = [np.asarray(array) for array in (bare if isinstance(bare, tuple) else (bare,))]
+        assert len(found) == len(wanted)
+        for ours, theirs in [*zip(found, wanted, strict=True), (_plan(op, inputs, attributes), wanted[0])]:
+            assert ours.shape == theirs.shape
+            assert ours.dtype == theirs.dtype
+            scale = np.abs(theirs[np.isfinite(theirs)]).max(initial=0) if theirs.dtype.kind == "f" else 0
+            np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=rtol * float(scale))
+
+    return check

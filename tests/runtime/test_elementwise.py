@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from onnx import TensorProto
+
+from dsr_tool.errors import UsageError
+from dsr_tool.runtime.plan import OPERATORS
+
+RNG = np.random.default_rng(0)
+X = np.concatenate([RNG.standard_normal(500) * 4, [0, -0.0, 1, -1, 30, -30, 88, -88]]).astype(np.float32)
+Y = RNG.permutation(X)
+INTEGERS = np.array([-7, 7, -7, 7, 0, 5], np.int64)
+DIVISORS = np.array([2, -2, -2, 2, 3, 5], np.int64)
+
+
+@pytest.mark.parametrize(
+    ("op", "attributes"),
+    [
+        ("Dropout", {}),
+        ("Erf", {}),
+        ("Exp", {}),
+        ("Gelu", {}),
+        ("Gelu", {"approximate": "tanh"}),
+        ("HardSigmoid", {}),
+        ("HardSigmoid", {"alpha": 1 / 6, "beta": 0.4}),
+        ("HardSwish", {}),
+        ("Identity", {}),
+        ("Neg", {}),
+        ("Relu", {}),
+        ("Sigmoid", {}),
+        ("Tanh", {}),
+    ],
+)
+def test_of_one_array(agree, op, attributes):
+    # To an absolute error of 2e-6 of the largest value, which the approximations of onnxruntime need.
+    values = X[np.abs(X) < 20]
+    agree(op, values.reshape(1, -1), rtol=2e-6, **attributes)
+
+
+def test_extreme_values_stay_quiet(agree):
+    agree("Sigmoid", X)
+    agree("Sqrt", np.abs(X))
+    agree("Exp", np.array([-200, 200], np.float32))
+    agree("Div", np.array([1, -1], np.float32), np.zeros(2, np.float32))
+
+
+@pytest.mark.parametrize("op", ["Add", "Sub", "Mul", "Div", "Max", "Min", "Equal"])
+def test_of_two_arrays(agree, op):
+    agree(op, X.reshape(2, -1), Y[: X.size // 2])
+    agree(op, INTEGERS.reshape(2, 3), DIVISORS.reshape(2, 3))
+    agree(op, np.float32(3).reshape(()), np.float32(-2).reshape(()))
+
+
+def test_pow(agree):
+    agree("Pow", np.abs(X), np.float32(1.5).reshape(()))
+    agree("Pow", X, np.float32(2).reshape(1))
+    agree("Pow", X, np.array([3], np.int64))
+
+
+def test_max_and_min_of_many(agree):
+    agree("Max", X, Y, X - Y)
+    agree("Min", X, Y, X - Y)
+
+
+def test_clip_with_any_of_its_limits(agree):
+    low, high = np.float32(-1).reshape(()), np.float32(2).reshape(())
+    agree("Clip", X)
+    agree("Clip", X, low)
+    agree("Clip", X, None, high)
+    agree("Clip", X, low, high)
+
+
+def test_where_and_not(agree):
+    chosen = RNG.random((2, 5)) < 0.5
+    agree("Not", chosen)
+    agree("Where", chosen, X[:5], Y[:10].reshape(2, 5))
+
+
+@pytest.mark.parametrize("to", ["FLOAT", "DOUBLE", "FLOAT16", "INT32", "INT64", "INT8", "BOOL"])
+def test_cast(agree, to):
+    agree("Cast", np.array([-2.7, -0.5, 0, 0.5, 1, 100.9], np.float32), to=getattr(TensorProto, to))
+
+
+def test_cast_like(agree):
+    agree("CastLike", X[:5], np.zeros(1, np.int32))
+
+
+def test_cast_to_an_unknown_type_is_refused():
+    with pytest.raises(UsageError, match="type number 16"):
+        OPERATORS["Cast"](X, to=TensorProto.BFLOAT16)

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+import scipy.sparse
+
+from dsr_tool.core.codecs import SparseTensor
+from dsr_tool.core.graph import Graph, Node, Value
+from dsr_tool.core.mask import Mask
+from dsr_tool.errors import FormatError, UsageError
+from dsr_tool.runtime.plan import Plan
+
+X = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
+
+
+def plan_of(*nodes: Node, constants=None, tensors=None, outputs=("y",)) -> Plan:
+    tensors = tensors or {}
+    graph = Graph(
+        (Value("x", (None, 3, 8)),),
+        tuple(Value(name, ()) for name in outputs),
+        nodes,
+        constants or {},
+        tuple(tensors),
+        20,
+    )
+    graph.check()
+    return Plan(graph, tensors)
+
+
+def sparse(shape: tuple[int, ...], density: float = 0.1) -> SparseTensor:
+    rng = np.random.default_rng(1)
+    mask = Mask.from_bool(rng.random(shape) < density)
+    return SparseTensor(mask, rng.standard_normal(mask.active).astype(np.float32))
+
+
+def test_what_depends_on_weights_alone_is_computed_once(monkeypatch):
+    weight = sparse((20, 8))
+    nodes = (
+        Node("Transpose", ("w",), ("t",), {"perm": (1, 0)}),
+        Node("Slice", ("t", "starts", "ends", "axes"), ("s",)),
+        Node("MatMul", ("x", "s"), ("y",)),
+    )
+    constants = {name: np.array([n], np.int64) for name, n in (("starts", 5), ("ends", 15), ("axes", 1))}
+    made = []
+    csr_array = scipy.sparse.csr_array
+    monkeypatch.setattr(scipy.sparse, "csr_array", lambda *a, **k: made.append(csr_array(*a, **k)) or made[-1])
+    plan = plan_of(*nodes, constants=constants, tensors={"w": weight})
+    assert [matrix.shape for matrix in made] == [(10, 8)], "the slice of a sparse weight multiplies as CSR"
+    np.testing.assert_allclose(plan.run(X), X @ weight.to_dense().T[:, 5:15], rtol=1e-5, atol=1e-5)
+    assert len(made) == 1
+
+
+def test_values_are_freed_after_their_last_use():
+    x = np.zeros((1 << 18,), np.float32)
+    nodes = [Node("Neg", (f"v{i}" if i else "x",), (f"v{i + 1}",)) for i in range(20)]
+    plan = plan_of(*nodes, Node("Add", ("v20", "x"), ("y",)))
+    tracemalloc.start()
+    plan.run(x)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3.5 * x.nbytes
+
+
+def test_the_input_is_left_alone_and_runs_are_independent():
+    plan = plan_of(Node("Relu", ("x",), ("r",)), Node("Add", ("r", "x"), ("y",)))
+    before = X.copy()
+    np.testing.assert_array_equal(plan.run(X), plan.run(X))
+    np.testing.assert_array_equal(X, before)
+
+
+def test_only_the_first_output_is_computed():
+    nodes = (Node("Neg", ("x",), ("y",)), Node("Unheard", ("x",), ("z",)))
+    np.testing.assert_array_equal(plan_of(*nodes, outputs=("y", "z")).run(X), -X)
+
+
+def test_an_output_that_depends_on_no_input_is_constant():
+    plan = plan_of(Node("Neg", ("c",), ("y",)), constants={"c": np.ones(3, np.float32)})
+    np.testing.assert_array_equal(plan.run(X), -np.ones(3))
+
+
+def test_infinities_and_nan_pass_without_a_warning():
+    constants = {"c": np.array([-1.0], np.float32)}
+    plan = plan_of(Node("Sqrt", ("c",), ("s",)), Node("Div", ("x", "s"), ("y",)), constants=constants)
+    assert np.isnan(plan.run(X)).all()
+    plan = plan_of(Node("Sub", ("x", "x"), ("z",)), Node("Div", ("x", "z"), ("y",)))
+    assert np.isinf(plan.run(X)).all()
+
+
+def test_unused_pieces_of_a_split_may_have_no_name():
+    plan = plan_of(Node("Split", ("x",), ("", "y", "z"), {"axis": 1, "num_outputs": 3}))
+    np.testing.assert_array_equal(plan.run(X), X[:, 1:2])
+
+
+def test_attributes_that_change_no_value_are_accepted():
+    plan = plan_of(Node("MaxPool", ("x",), ("y",), {"kernel_shape": (2,), "storage_order": 0}))
+    assert plan.run(X).shape == (2, 3, 7)
+
+
+def test_an_unknown_operator_is_named():
+    with pytest.raises(UsageError, match=r"operator Unheard \(which makes 'y'\) is not known"):
+        plan_of(Node("Unheard", ("x",), ("y",)))
+
+
+def test_old_operator_sets_are_refused():
+    graph = Graph((Value("x", ()),), (Value("y", ()),), (Node("Neg", ("x",), ("y",)),), {}, (), 13)
+    with pytest.raises(UsageError, match="operator set 13"):
+        Plan(graph, {})
+
+
+def test_a_second_output_that_is_read_is_refused():
+    nodes = (Node("MaxPool", ("x",), ("p", "i"), {"kernel_shape": (2,)}), Node("Neg", ("i",), ("y",)))
+    with pytest.raises(UsageError, match="second output 'i'"):
+        plan_of(*nodes)
+
+
+def test_an_unsupported_form_of_an_operator_is_refused():
+    with pytest.raises(UsageError, match="SAME_UPPER"):
+        plan_of(Node("MaxPool", ("x",), ("y",), {"kernel_shape": (2,), "auto_pad": "SAME_UPPER"})).run(X)
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        Node("Conv", ("x", "w"), ("y",)),
+        Node("Conv", ("x", "w"), ("y",), {"novel": 1}),
+        Node("MatMul", ("x", "w"), ("y",)),
+        Node("Gemm", ("x", "w"), ("y",), {"transB": 1}),
+        Node("Add", ("x", "w"), ("y",)),
+        Node("Neg", ("x",), ("y",), {"novel": 1}),
+        Node("Concat", ("x", "w"), ("y",)),
+        Node("Conv", (), ("y",)),
+        Node("Flatten", (), ("y",)),
+    ],
+)
+def test_graphs_that_do_not_fit_give_one_sentence(node):
+    with pytest.raises(FormatError, match=f"operator {node.op} .*cannot be computed.*does not fit"):
+        plan_of(node, tensors={"w": sparse((5, 7, 3))}).run(X)

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsr_tool.errors import UsageError
+from dsr_tool.runtime.plan import OPERATORS
+
+X = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 5)
+
+
+def int64(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+@pytest.mark.parametrize("shape", [(6, -1), (0, 0, 20), (-1,), (0, -1, 2, 5), (1, 120)])
+def test_reshape(agree, shape):
+    agree("Reshape", X, int64(*shape))
+
+
+def test_reshape_to_zero(agree):
+    agree("Reshape", np.zeros((0, 4), np.float32), int64(4, 0), allowzero=1)
+
+
+@pytest.mark.parametrize("axis", range(-4, 5))
+def test_flatten(agree, axis):
+    agree("Flatten", X, axis=axis)
+
+
+def test_squeeze_and_unsqueeze(agree):
+    agree("Squeeze", X.reshape(1, 6, 1, 20))
+    agree("Squeeze", X.reshape(1, 6, 1, 20), int64(-2))
+    agree("Unsqueeze", X, int64(0, -1, 3))
+
+
+def test_transpose(agree):
+    agree("Transpose", X)
+    agree("Transpose", X, perm=(2, 0, 3, 1))
+
+
+def test_concat_and_split(agree):
+    agree("Concat", X, X[:, :1], X, axis=-3)
+    agree("Split", X, int64(1, 0, 4), axis=-1, outputs=3)
+    agree("Split", X, axis=2, num_outputs=2, outputs=2)
+    agree("Split", X, axis=3, num_outputs=3, outputs=3)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_slice(agree, data):
+    axes = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=4, unique=True))
+    near = st.integers(-7, 7)
+    starts = int64(*(data.draw(near | st.sampled_from((2**31 - 1, -(2**63)))) for _ in axes))
+    steps = int64(*(data.draw(st.sampled_from((1, 2, 3, -1, -2))) for _ in axes))
+    # Backwards, onnxruntime takes the largest end for the smallest, which the standard does not say.
+    far = [st.sampled_from((2**31 - 1, 2**63 - 1) if step > 0 else (-(2**63),)) for step in steps]
+    ends = int64(*(data.draw(near | end) for end in far))
+    agree("Slice", X, starts, ends, int64(*(axis - 4 * data.draw(st.booleans()) for axis in axes)), steps)
+
+
+def test_slice_with_defaults(agree):
+    agree("Slice", X, int64(1, 0), int64(2, -1))
+
+
+@pytest.mark.parametrize("indices", [int64(0, 2, -1), np.int64(1).reshape(()), int64(0, 1, 2, 0).reshape(2, 2)])
+def test_gather(agree, indices):
+    agree("Gather", X, indices, axis=1)
+    agree("Gather", X, indices.astype(np.int32), axis=-1)
+
+
+@pytest.mark.parametrize(
+    ("indices", "batch_dims"),
+    [
+        (int64(1, 2, 0, 1).reshape(2, 2), 0),
+        (int64(0, -1).reshape(2, 1), 0),
+        (int64(2, 0).reshape(2, 1), 1),
+        (int64(*range(3), *range(3)).reshape(2, 3, 1), 2),
+        (int64(2, 3, 0, 1, 1, 1, 2, 2).reshape(2, 2, 2), 1),
+    ],
+)
+def test_gather_nd(agree, indices, batch_dims):
+    agree("GatherND", X, indices, batch_dims=batch_dims)
+
+
+@pytest.mark.parametrize("reduction", ["none", "add", "mul", "max", "min"])
+def test_scatter_nd(agree, reduction):
+    updates = np.arange(40, dtype=np.float32).reshape(2, 4, 5) - 30
+    agree("ScatterND", X, int64(0, 1, 1, -1).reshape(2, 2), updates, reduction=reduction)
+    if reduction != "none":
+        agree("ScatterND", X, int64(0, 1, 0, 1).reshape(2, 2), updates, reduction=reduction)
+
+
+def test_scatter_nd_leaves_its_input_alone():
+    before = X.copy()
+    OPERATORS["ScatterND"](X, int64(0).reshape(1, 1), np.zeros((1, 3, 4, 5), np.float32))
+    np.testing.assert_array_equal(X, before)
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect", "edge"])
+def test_pad(agree, mode):
+    agree("Pad", X, int64(0, 0, 2, 1, 0, 0, 1, 3), mode=mode)
+    agree("Pad", X, int64(2, 1, 1, 3), None, int64(-2, 3), mode=mode)
+
+
+def test_pad_with_a_value_and_negative_width(agree):
+    agree("Pad", X, int64(0, 0, -1, 1, 0, 1, -2, -3), np.float32(7).reshape(()))
+
+
+def test_expand(agree):
+    agree("Expand", X[:, :1], int64(2, 3, 4, 5))
+    agree("Expand", X[:1, :1, :1, 0], int64(2, 1, 3))
+    agree("Expand", X, int64(1))
+
+
+@pytest.mark.parametrize("limits", [{}, {"start": 1}, {"start": -3, "end": -1}, {"start": 0, "end": 9}, {"end": -9}])
+def test_shape(agree, limits):
+    agree("Shape", X, **limits)
+
+
+@pytest.mark.parametrize("values", [(0, 7, 2), (5, -4, -3), (3, 3, 1)])
+def test_range(agree, values):
+    agree("Range", *(np.array(value, np.int64) for value in values))
+    agree("Range", *(np.array(value * 0.5, np.float32) for value in values))
+
+
+def test_constants():
+    agree_with = np.testing.assert_array_equal
+    agree_with(OPERATORS["Constant"](value_ints=(1, 2)), int64(1, 2), strict=True)
+    agree_with(OPERATORS["Constant"](value_int=3), np.array(3, np.int64), strict=True)
+    agree_with(OPERATORS["Constant"](value_float=0.5), np.array(0.5, np.float32), strict=True)
+    agree_with(OPERATORS["Constant"](value_floats=(0.5,)), np.array([0.5], np.float32), strict=True)
+    agree_with(OPERATORS["ConstantOfShape"](int64(2, 3)), np.zeros((2, 3), np.float32), strict=True)
+    agree_with(OPERATORS["ConstantOfShape"](int64(2), value=(4,)), int64(4, 4), strict=True)
+
+
+def test_unknown_modes_are_refused():
+    with pytest.raises(UsageError, match="wrap"):
+        OPERATORS["Pad"](X, int64(*[0] * 8), mode="wrap")
+    with pytest.raises(UsageError, match="reduction"):
+        OPERATORS["ScatterND"](X, int64(0).reshape(1, 1), X[:1], reduction="mean")

@@ -1,0 +1,157 @@
+"""Whatever the optimizer: outside the masks everything is exactly zero after every step, and the count is exact."""
+
+import pytest
+import torch
+from torch import nn, optim
+
+from converters.convert import convert
+from dsr_tool.errors import UsageError
+from dsr_tool.methods import DSR, Attached, ReallocationSchedule, attach
+
+OPTIMIZERS = {
+    "sgd": lambda p: optim.SGD(p, lr=0.1),
+    "sgd-momentum": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2),
+    "sgd-nesterov": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
+    "adam": lambda p: optim.Adam(p, weight_decay=1e-2),
+    "adam-amsgrad": lambda p: optim.Adam(p, amsgrad=True),
+    "adamw": lambda p: optim.AdamW(p, weight_decay=0.1),
+    "rmsprop": lambda p: optim.RMSprop(p, lr=1e-3, momentum=0.9, centered=True, weight_decay=1e-2),
+    "adamax": optim.Adamax,
+    "adagrad": lambda p: optim.Adagrad(p, initial_accumulator_value=0.1),
+    "rprop": optim.Rprop,
+}
+
+
+def network(memory_format=torch.contiguous_format):
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 8, 3, padding=1),
+        nn.Flatten(),
+        nn.Linear(8 * 36, 10),
+    )
+    model = convert(module, sparsity=0.8)
+    return model.to(memory_format=memory_format)
+
+
+def train(model, optimizer, steps, after):
+    torch.manual_seed(1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(torch.randn(6, 3, 6, 6)).logsumexp(1).sum()
+        loss.backward()
+        optimizer.step()
+        after()
+
+
+def outside_is_zero(model, optimizer):
+    for name, weight in model.weights.items():
+        outside = ~model.masks[name]
+        tensors = [weight.detach(), weight.grad, *optimizer.state[weight].values()]
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor) and tensor.shape == weight.shape:
+                assert torch.count_nonzero(tensor[outside]) == 0
+        assert not torch.signbit(weight.detach()[outside]).any()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_everything_outside_stays_zero_while_weights_move(name, memory_format):
+    model = network(memory_format)
+    optimizer = OPTIMIZERS[name](model.module.parameters())
+    method = DSR(ReallocationSchedule(((0, 2),), 100), target=0.2, threshold=0.02)
+    moved = []
+    attached = Attached(model, optimizer, method, on_reallocation=lambda step, what: moved.append(what))
+    active = model.active_weights
+    masks = {key: mask.clone() for key, mask in model.masks.items()}
+
+    def check():
+        outside_is_zero(model, optimizer)
+        assert model.active_weights == active
+        model.check()
+
+    train(model, optimizer, 9, check)
+    assert attached.step == 9
+    assert len(moved) == 4
+    assert sum(len(what.dropped.flat) for what in moved) > 0
+    assert any(not torch.equal(masks[key], model.masks[key]) for key in masks)
+
+
+def test_moved_weights_start_over():
+    model = network()
+    optimizer = OPTIMIZERS["adam"](model.module.parameters())
+    seen = {}
+
+    def look(_, what):
+        for (name, weight), off, on in zip(
+            model.weights.items(), what.dropped.per_layer(), what.grown.per_layer(), strict=True
+        ):
+            for tensor in (weight.detach(), *(v for v in optimizer.state[weight].values() if v.ndim)):
+                assert torch.count_nonzero(tensor.take(torch.cat([off, on]))) == 0
+            assert model.masks[name].take(on).all()
+            assert not model.masks[name].take(off).any()
+            seen[name] = len(off)
+
+    method = DSR(ReallocationSchedule(((0, 3),), 100), target=0.3, threshold=0.2)
+    Attached(model, optimizer, method, on_reallocation=look)
+    train(model, optimizer, 3, lambda: None)
+    assert sum(seen.values()) > 0
+
+
+def test_a_dense_step_and_a_full_mask_agree_bit_for_bit():
+    reference, model = network(), network()
+    for other in (reference, model):
+        for mask in other.masks.values():
+            mask.fill_(True)
+    plain = OPTIMIZERS["sgd-nesterov"](reference.module.parameters())
+    kept = OPTIMIZERS["sgd-nesterov"](model.module.parameters())
+    attach(model, kept, "static", total_steps=1)
+    train(reference, plain, 3, lambda: None)
+    train(model, kept, 3, lambda: None)
+    for a, b in zip(reference.module.parameters(), model.module.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_infinite_gradients_outside_the_mask_do_no_harm():
+    model = network()
+    optimizer = OPTIMIZERS["sgd-momentum"](model.module.parameters())
+    attach(model, optimizer, "static", total_steps=1)
+    model(torch.randn(2, 3, 6, 6)).sum().backward()
+    for name, weight in model.weights.items():
+        weight.grad[~model.masks[name]] = torch.inf
+    optimizer.step()
+    outside_is_zero(model, optimizer)
+    assert all(torch.isfinite(weight).all() for weight in model.module.parameters())
+
+
+def test_steps_with_a_closure_are_masked_too():
+    model = network()
+    optimizer = optim.LBFGS(model.module.parameters(), max_iter=2)
+    attach(model, optimizer, "static", total_steps=1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 3, 6, 6)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    model.check()
+
+
+def test_an_optimizer_of_other_parameters_is_refused():
+    model = network()
+    with pytest.raises(UsageError, match="not among the optimizer's parameters"):
+        attach(model, optim.SGD([nn.Parameter(torch.ones(1))], lr=1), "static", total_steps=1)
+
+
+def test_hooks_come_off():
+    model = network()
+    optimizer = OPTIMIZERS["sgd"](model.module.parameters())
+    attached = attach(model, optimizer, "dsr", total_steps=100)
+    attached.remove()
+    train(model, optimizer, 1, lambda: None)
+    assert attached.step == 0
+    assert any(torch.count_nonzero(w[~model.masks[n]]) for n, w in model.weights.items())

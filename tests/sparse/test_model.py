@@ -1,0 +1,238 @@
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchvision import models
+
+from converters.convert import convert, load
+from dsr_tool.errors import CheckFailed, FileError, FormatError, UsageError
+from dsr_tool.sparse.discover import Rules, count, discover
+
+
+class Attention(nn.Module):
+    """One of every kind of parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(50, 32)
+        self.position = nn.Parameter(torch.zeros(1, 7, 32))
+        self.layer_scale = nn.Parameter(torch.ones(32, 1, 1))
+        self.same = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.cross = nn.MultiheadAttention(32, 4, kdim=24, vdim=16, bias=False)
+        self.conv1 = nn.Conv1d(32, 48, 3)
+        self.up = nn.ConvTranspose2d(32, 48, 2)
+        self.volume = nn.Conv3d(8, 16, 3)
+        self.depthwise = nn.Conv2d(64, 64, 7, groups=64)
+        self.norms = nn.Sequential(nn.BatchNorm1d(3), nn.LayerNorm([4, 32]), nn.GroupNorm(2, 4), nn.InstanceNorm2d(3))
+        self.head = nn.Linear(32, 100)
+
+
+def test_layers_are_found_by_type():
+    specs = discover(Attention())
+    assert [name for name, spec in specs.items() if spec.role == "sparse"] == [
+        "embedding.weight",
+        "same.in_proj_weight",
+        "same.out_proj.weight",
+        "cross.q_proj_weight",
+        "cross.k_proj_weight",
+        "cross.v_proj_weight",
+        "cross.out_proj.weight",
+        "conv1.weight",
+        "up.weight",
+        "volume.weight",
+        "head.weight",
+    ]
+    assert "depthwise" in specs["depthwise.weight"].reason
+    assert specs["norms.1.weight"].reason == "normalisation (LayerNorm)"
+    assert specs["position"].role == "dense"
+    assert specs["norms.0.running_mean"].role == "buffer"
+
+
+def test_small_networks_have_no_tiny_layers():
+    specs = discover(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
+    assert [spec.role for spec in specs.values() if spec.weight] == ["sparse", "sparse"]
+
+
+def test_patterns_keep_dense_and_sparsify():
+    rules = Rules(keep_dense=["head", "same.*"], sparsify=["depthwise", "same.out_proj.weight"])
+    specs = discover(Attention(), rules)
+    assert specs["head.weight"].role == specs["same.in_proj_weight"].role == "dense"
+    assert specs["depthwise.weight"].role == specs["same.out_proj.weight"].role == "sparse"
+    assert "'head'" in specs["head.weight"].reason
+    with pytest.raises(UsageError, match="did you mean"):
+        discover(Attention(), Rules(keep_dense=["heed.weight"]))
+
+
+def test_tied_weights_are_refused():
+    module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    module[1].weight = module[0].weight
+    with pytest.raises(UsageError, match="one shared tensor"):
+        discover(module)
+
+
+def test_lazy_layers_are_refused():
+    with pytest.raises(UsageError, match="has no shape yet"):
+        discover(nn.Sequential(nn.LazyLinear(8)))
+
+
+@pytest.mark.parametrize(("sparsity", "whole"), [("0.8", 0.711), ("0.9", 0.800)])
+def test_the_papers_resnet50(sparsity, whole):
+    """Nominal .8 and .9 of Mostafa & Wang 2019 are 71.1 and 80.0 % of the whole model."""
+    with torch.device("meta"):
+        specs = discover(models.resnet50(), Rules())
+    assert count(specs)["prunable"] == 25_502_912
+    model = convert("resnet50", sparsity=sparsity, preset="paper")
+    assert model.model_sparsity == pytest.approx(whole, abs=5e-4)
+    kept = {name for name, spec in model.specs.items() if spec.weight and spec.role == "dense"}
+    assert kept == {"conv1.weight", *(f"layer{i}.0.downsample.0.weight" for i in (1, 2, 3, 4))}
+
+
+def test_macs_of_resnet18_and_attention():
+    model = convert("resnet18", sparsity=0)
+    assert sum(s.macs_per_weight * s.size for s in model.specs.values()) == 1_814_073_344
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    specs = convert(layer, sparsity=0.5, input_shape=(10, 32)).specs
+    assert {name: spec.macs_per_weight for name, spec in specs.items() if spec.weight} == {
+        "self_attn.in_proj_weight": 10,
+        "self_attn.out_proj.weight": 10,
+        "linear1.weight": 10,
+        "linear2.weight": 10,
+    }
+
+
+def test_magnitude_keeps_the_largest_and_random_does_not_look():
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 32)
+    before = layer.weight.detach().clone()
+    model = convert(nn.Sequential(layer), sparsity=0.75)
+    kept = model.masks["0.weight"]
+    assert before[kept].abs().min() >= before[~kept].abs().max()
+    assert torch.equal(layer.weight[kept], before[kept])
+    again = convert(nn.Sequential(nn.Linear(64, 32)), sparsity=0.75, positions="random", seed=1)
+    assert again.active_weights == model.active_weights == 512
+
+
+def small(**options):
+    return convert("squeezenet1_1", sparsity=0.9, num_classes=5, input_size=64, **options)
+
+
+def test_folder_and_back_bit_for_bit(tmp_path):
+    model = small()
+    model.save(tmp_path / "m")
+    again = load(tmp_path / "m")
+    assert again.config == model.config
+    assert again.specs == model.specs
+    for name, value in model.module.state_dict().items():
+        assert torch.equal(again.module.state_dict()[name], value)
+    for name, mask in model.masks.items():
+        assert torch.equal(again.masks[name], mask)
+    plain = models.squeezenet1_1(num_classes=5)
+    plain.load_state_dict(load_file(tmp_path / "m" / "model.safetensors"))
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        small(seed=3).save(tmp_path / name)
+    for file in ("config.json", "model.safetensors", "masks.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_dense_weights_loaded_over_a_sparse_model_are_noticed(tmp_path):
+    model = small()
+    model.module.load_state_dict(models.squeezenet1_1(num_classes=5).state_dict())
+    with pytest.raises(CheckFailed, match="outside its mask"):
+        model.save(tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+    model.apply_masks()
+    model.save(tmp_path / "m")
+
+
+def test_existing_folders_stay(tmp_path):
+    model = small()
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "mine").write_text("keep")
+    with pytest.raises(FileError, match="exists already"):
+        model.save(tmp_path / "m")
+    assert (tmp_path / "m" / "mine").read_text() == "keep"
+    model.save(tmp_path / "m", force=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def edit(change):
+    def apply(path):
+        document = json.loads(path.read_text())
+        change(document)
+        path.write_text(json.dumps(document))
+
+    return apply
+
+
+def foreign_mask(path):
+    masks = load_file(path)
+    first = next(iter(masks))
+    save_file({**masks, first: masks[first][:-1].contiguous()}, path)
+
+
+def stray_weight(path):
+    weights = load_file(path)
+    weights["features.0.weight"][0, 0, 0] = 1.0
+    save_file(weights, path)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "error"),
+    [
+        ("config.json", truncate, FormatError),
+        ("config.json", edit(lambda d: d.update(schema="dsr-tool/model/9")), FormatError),
+        ("config.json", edit(lambda d: d.pop("layers")), FormatError),
+        ("config.json", edit(lambda d: d["layers"].pop(0)), FormatError),
+        ("config.json", edit(lambda d: d["model"].update(architecture="squeezenet9_9")), UsageError),
+        ("config.json", edit(lambda d: d["model"].update(architecture="resnet18")), FormatError),
+        ("config.json", edit(lambda d: d["model"].update(num_classes=6)), FormatError),
+        ("model.safetensors", truncate, FormatError),
+        ("model.safetensors", lambda path: path.unlink(), FileError),
+        ("masks.safetensors", truncate, FormatError),
+        ("masks.safetensors", foreign_mask, FormatError),
+        ("masks.safetensors", lambda path: save_file({}, path), FormatError),
+        ("model.safetensors", stray_weight, CheckFailed),
+    ],
+)
+def test_damaged_folders_are_refused_in_one_sentence(tmp_path, file, damage, error):
+    small().save(tmp_path / "m")
+    damage(tmp_path / "m" / file)
+    with pytest.raises(error) as caught:
+        load(tmp_path / "m")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_model_folder(tmp_path):
+    with pytest.raises(FileError, match="does not exist"):
+        load(tmp_path / "nothing")
+    with pytest.raises(FileError, match="is not a model folder"):
+        load(tmp_path)
+
+
+def test_modules_of_ones_own_come_back_with_a_fresh_module(tmp_path):
+    torch.manual_seed(0)
+    model = convert(nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4)), sparsity=0.5)
+    model.save(tmp_path / "m")
+    with pytest.raises(UsageError, match="give load"):
+        load(tmp_path / "m")
+    again = load(tmp_path / "m", nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4)))
+    x = torch.randn(3, 20)
+    assert torch.equal(again(x), model(x))
+
+
+def test_deep_copies_are_independent():
+    model = small()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(iter(other.weights.values())).add_(1)
+    model.check()
