@@ -41,13 +41,16 @@ class SparseTensor:
 
     @classmethod
     def from_dense(cls, array: Array, mask: Mask) -> SparseTensor:
-        """Gather the values of `array` under `mask`."""
-        return cls(mask, array.reshape(-1)[mask.positions])
+        """Gather the values of `array` under `mask`; under a full one they share its memory."""
+        flat = array.reshape(-1)
+        return cls(mask, flat if mask.stored is None else flat[mask.stored])
 
     def to_dense(self) -> Array:
-        """The parameter with exact (positive) zeros outside the mask."""
+        """The parameter with exact (positive) zeros outside the mask; under a full one it shares memory."""
+        if self.mask.stored is None:
+            return self.values.reshape(self.mask.shape)
         flat = np.zeros(self.mask.size, dtype=self.values.dtype)
-        flat[self.mask.positions] = self.values
+        flat[self.mask.stored] = self.values
         return flat.reshape(self.mask.shape)
 
 
@@ -81,11 +84,11 @@ def _decode_dense(
     array, *bits = _streams(streams, "", *(("mask",) if active < size else ()))
     if array.shape != shape:
         raise FormatError(f"a dense parameter of shape {shape} came with shape {array.shape}; the file is damaged.")
-    flat = array.reshape(-1)
     mask = Mask.from_bits(bits[0], shape) if bits else Mask.full(shape)
-    if np.count_nonzero(flat) != np.count_nonzero(flat[mask.positions]):
+    tensor = SparseTensor.from_dense(array, mask)
+    if np.count_nonzero(array) != np.count_nonzero(tensor.values):
         raise FormatError("a dense parameter has values outside its mask; the file is damaged.")
-    return _checked(mask, flat[mask.positions] if bits else flat, active, dtype)
+    return _checked(mask, tensor.values, active, dtype)
 
 
 # --- bitmask: one bit an entry ---------------------------------------------------------------------------

@@ -29,11 +29,12 @@ class Mask:
 
     Attributes:
         shape: shape of the parameter.
-        positions: strictly increasing int64 flat positions of the active entries, shape (active,).
+        stored: strictly increasing int64 flat positions of the active entries, shape (active,); None for all, so that
+            dense parameters cost nothing.
     """
 
     shape: tuple[int, ...]
-    positions: npt.NDArray[np.int64]
+    stored: npt.NDArray[np.int64] | None = None
 
     @classmethod
     def from_bool(cls, active: npt.NDArray[np.bool_]) -> Mask:
@@ -43,7 +44,7 @@ class Mask:
     @classmethod
     def full(cls, shape: tuple[int, ...]) -> Mask:
         """The mask of a dense parameter: everything is active."""
-        return cls(shape, np.arange(math.prod(shape), dtype=np.int64))
+        return cls(shape)
 
     @classmethod
     def from_bits(cls, bits: npt.NDArray[np.uint8], shape: tuple[int, ...]) -> Mask:
@@ -69,9 +70,14 @@ class Mask:
         return math.prod(self.shape)
 
     @property
+    def positions(self) -> npt.NDArray[np.int64]:
+        """Strictly increasing flat positions of the active entries, shape (active,)."""
+        return np.arange(self.size, dtype=np.int64) if self.stored is None else self.stored
+
+    @property
     def active(self) -> int:
         """Number of active entries."""
-        return len(self.positions)
+        return self.size if self.stored is None else len(self.stored)
 
     @property
     def density(self) -> float:
@@ -83,10 +89,18 @@ class Mask:
         """Packed bits, shape (ceil(size / 8),); the inverse of `from_bits`."""
         return np.packbits(self.to_bool().reshape(-1))
 
+    def equals(self, other: Mask) -> bool:
+        """Whether the same entries of the same shape are active."""
+        if self.shape != other.shape or self.active != other.active:
+            return False
+        return self.active == self.size or np.array_equal(self.positions, other.positions)
+
     def to_bool(self) -> npt.NDArray[np.bool_]:
         """Boolean array of `shape`, True where active."""
+        if self.stored is None:
+            return np.ones(self.shape, dtype=np.bool_)
         flat = np.zeros(self.size, dtype=np.bool_)
-        flat[self.positions] = True
+        flat[self.stored] = True
         return flat.reshape(self.shape)
 
     @property

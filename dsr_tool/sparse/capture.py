@@ -15,7 +15,7 @@ from torch import nn
 
 from dsr_tool.errors import UsageError
 
-__all__ = ["INPUT", "OUTPUT", "capture"]
+__all__ = ["INPUT", "OUTPUT", "capture", "frozen_copy"]
 
 INPUT, OUTPUT = "input", "output"
 _NO_LIMIT = 1 << 40  # bytes; constants of any size are folded
@@ -38,14 +38,19 @@ def capture(module: nn.Module, input_shape: tuple[int, ...]) -> Any:
     return program.model
 
 
-def _export(module: nn.Module, input_shape: tuple[int, ...]) -> Any:
-    # Sharing the tensors with the copy costs no memory and keeps tied weights tied.
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """The module in eval mode on the CPU, as a copy that shares tensors which are there already."""
+    # Shared tensors cost no memory, and tied weights stay tied.
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().cpu(), p.requires_grad) for p in module.parameters()}
     memo |= {id(b): b.detach().cpu() for b in module.buffers()}
+    return copy.deepcopy(module, memo).eval()
+
+
+def _export(module: nn.Module, input_shape: tuple[int, ...]) -> Any:
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     try:
         return torch.onnx.export(
-            copy.deepcopy(module, memo).eval(),
+            frozen_copy(module),
             # A batch of one would be taken for a constant.
             (torch.zeros(2, *input_shape, dtype=dtype),),
             dynamo=True,

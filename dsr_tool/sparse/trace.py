@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from converters.capture import INPUT, OUTPUT, capture
 from dsr_tool.core.graph import Array, Attribute, Graph, Node, Value
 from dsr_tool.errors import UsageError
+from dsr_tool.sparse.capture import INPUT, OUTPUT, capture
 
 __all__ = ["trace"]
 
+_ONE = np.ones(1)
 _ATTRIBUTES: dict[str, Any] = {"INT": int, "FLOAT": float, "STRING": str}
 
 
@@ -99,18 +100,23 @@ class _Reader:
             else:
                 self._names[name] = self._use(node.inputs[0])
             return
-        inputs = [self._use(value) for value in node.inputs]
-        op, attributes = node.op_type, {}
+        op, inputs, attributes = self._plain(node, [self._use(value) for value in node.inputs])
+        outputs = [self._make(op, value, result) for value in node.outputs]
+        self._nodes.append(Node(op, _strip(inputs), _strip(outputs), attributes))
+
+    def _plain(self, node: Any, inputs: list[str]) -> tuple[str, list[str], dict[str, Attribute]]:
+        """Operator, inputs and attributes, in the simpler of two forms where there are two."""
+        op = node.op_type
         if op == "ConstantOfShape":
             # Its value is an array, which attributes cannot hold; spreading a constant says the same.
             filler = _constant(node) if node.attributes else np.zeros(1, np.float32)
-            op, inputs = "Expand", [self._constant(filler), *inputs]
-        else:
-            attributes = {name: self._attribute(node, attr) for name, attr in node.attributes.items()}
-        if op == "Conv" and inputs[2:] and not self._constants.get(inputs[2], np.ones(1)).any():
+            return "Expand", [self._constant(filler), *inputs], {}
+        if op == "Reshape" and _shape(node.inputs[0]) == () and self._constants.get(inputs[1], _ONE).tolist() == [-1]:
+            # Shape inference follows a number through this operator, but not through a reshape.
+            return "Unsqueeze", [inputs[0], self._constant(np.zeros(1, np.int64))], {}
+        if op == "Conv" and inputs[2:] and not self._constants.get(inputs[2], _ONE).any():
             inputs = inputs[:2]  # torch writes a bias of zeros where there is none
-        outputs = [self._make(op, value, result) for value in node.outputs]
-        self._nodes.append(Node(op, _strip(inputs), _strip(outputs), attributes))
+        return op, inputs, {name: self._attribute(node, attr) for name, attr in node.attributes.items()}
 
     def _use(self, value: Any) -> str:
         """Name of a value that something reads."""
@@ -165,7 +171,8 @@ def _constant(node: Any) -> Array:
 
 
 def _shape(value: Any) -> tuple[int | None, ...]:
-    return tuple(n if isinstance(n, int) else None for n in value.shape)
+    """Dimensions, None where free; of a value whose rank is unknown, the batch alone."""
+    return tuple(n if isinstance(n, int) else None for n in ((None,) if value.shape is None else value.shape))
 
 
 def _strip(names: list[str]) -> tuple[str, ...]:

@@ -10,9 +10,9 @@ from onnx import checker, helper, numpy_helper
 from torch import nn
 from torchvision import models
 
-from converters.trace import trace
 from dsr_tool.core.graph import Graph
 from dsr_tool.errors import UsageError
+from dsr_tool.sparse.trace import trace
 
 
 def run(graph, module, x):

@@ -1,0 +1,45 @@
+"""What PyTorch computes on random inputs, and how far another runtime is from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from dsr_tool.core.graph import Array, Value
+
+__all__ = ["largest_difference", "outputs_of", "random_inputs", "rounding_error"]
+
+
+def random_inputs(value: Value, samples: int, seed: int) -> list[Array]:
+    """Random inputs: one alone, then a batch of `samples`."""
+    random = np.random.default_rng(seed)
+    one = [n or 1 for n in value.shape[1:]]
+    return [random.standard_normal((batch, *one)).astype(value.dtype) for batch in (1, samples)]
+
+
+def rounding_error(module: nn.Module, inputs: list[Array], reference: list[Array]) -> float:
+    """Largest rounding error of PyTorch's outputs; the module is of double precision afterwards."""
+    try:
+        exact = outputs_of(module.double(), [x.astype(np.float64) for x in inputs])
+    except RuntimeError:  # a type is written into its code
+        return 0.0
+    return largest_difference(exact, reference)
+
+
+def outputs_of(module: nn.Module, inputs: list[Array]) -> list[Array]:
+    """What PyTorch computes."""
+    with torch.no_grad():
+        outputs = [module(torch.from_numpy(x)) for x in inputs]
+    return [(y["out"] if isinstance(y, Mapping) else y).numpy() for y in outputs]
+
+
+def largest_difference(expected: list[Array], found: list[Array]) -> float:
+    """Largest absolute difference, NaN included; infinite where shapes differ."""
+    pairs = list(zip(expected, found, strict=True))
+    if any(one.shape != other.shape for one, other in pairs):
+        return float("inf")
+    with np.errstate(invalid="ignore", over="ignore"):
+        return float(np.max([np.abs(one - other).max(initial=0.0) for one, other in pairs]))
