@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -128,10 +129,7 @@ def _from_file(name: str, path: Path, num_classes: int | None) -> nn.Module:
             f"--weights file {str(path)!r} does not exist; give a state_dict file or a torchvision enum name."
         )
     try:
-        if path.suffix == ".safetensors":
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _read_state(path)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FormatError(f"--weights file {str(path)!r} cannot be read as a state_dict ({reason}).") from error
@@ -142,6 +140,15 @@ def _from_file(name: str, path: Path, num_classes: int | None) -> nn.Module:
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise FormatError(f"--weights file {str(path)!r} holds no state_dict of tensors.")
     return _with_state(name, state, num_classes, str(path))
+
+
+def _read_state(path: Path) -> Any:
+    """What a file holds; pickles are read as data, never run."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about unusual pickles, which fail below if they are no state_dict
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _with_state(name: str, state: Mapping[str, torch.Tensor], num_classes: int | None, what: str) -> nn.Module:
@@ -203,8 +210,8 @@ def _preprocessing(enum: Any, size: int) -> Preprocessing:
         return Preprocessing(resize=round(size * 256 / 224), crop=size)
     transforms = enum.transforms()
     return Preprocessing(
-        int(transforms.resize_size[0]),
-        int(transforms.crop_size[0]),
+        round(int(transforms.resize_size[0]) * size / int(transforms.crop_size[0])),
+        size,
         tuple(transforms.mean),
         tuple(transforms.std),
         str(transforms.interpolation.value),

@@ -25,8 +25,9 @@ def examples(*lines: str) -> str:
 
 
 def emit(document: dict[str, Any], text: str, *, as_json: bool) -> None:
-    """Print the result: the document, or the text for people."""
-    click.echo(json.dumps(document, indent=1, allow_nan=False) if as_json else text)
+    """Print the result: the document, or the text for people unless it is empty."""
+    if as_json or text:
+        click.echo(json.dumps(document, indent=1, allow_nan=False) if as_json else text)
 
 
 def note(message: str, *, quiet: bool) -> None:

@@ -44,7 +44,7 @@ def command(arch: str, output: Path, as_json: bool, quiet: bool, force: bool, **
     from dsr_tool.core.files import refuse_existing
     from dsr_tool.report.convert import conversion_document, conversion_text
 
-    refuse_existing(output, force=force)
+    refuse_existing(output, force=force, marker="config.json")
     model = convert(arch, sparsify_patterns=options.pop("sparsify"), **options)
     model.save(output, force=force)
     document = conversion_document(model, output)

@@ -25,11 +25,17 @@ def command(file: Path, against: Path, as_json: bool, quiet: bool) -> int:
     """Compare FILE, an archive or ONNX file, with the model it was exported from; exit code 3 when they differ."""
     from converters.convert import load
     from dsr_tool.core.files import require_file
+    from dsr_tool.errors import CheckFailed, FormatError
     from dsr_tool.report.verification import verification_document, verification_text
     from exporters.verify import verify
 
     require_file(file, "FILE")
-    verification = verify(file, load(against))
+    model = load(against)
+    try:
+        verification = verify(file, model)
+    except FormatError as error:
+        # Here a damaged file is what was asked about, not what got in the way.
+        raise CheckFailed(str(error)) from error
     document = verification_document("verify", verification)
     emit(document, "" if quiet else verification_text(verification), as_json=as_json)
     return 0 if verification.passed else 3

@@ -9,15 +9,29 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from dsr_tool.errors import FileError
 
-__all__ = ["new_file", "new_folder", "refuse_existing", "require_file"]
+__all__ = ["new_file", "new_folder", "refuse_existing", "require_file", "share"]
 
 
-def refuse_existing(path: Path, *, force: bool) -> None:
-    """Raise `FileError` when `path` exists and `force` is not set, or when its parent cannot hold it."""
-    if path.exists() and not force:
+def refuse_existing(path: Path, *, force: bool, marker: str = "") -> None:
+    """Raise `FileError` when `path` must not be replaced, or when its parent cannot hold it.
+
+    Args:
+        path: the output.
+        force: whether an existing one may be replaced.
+        marker: for a folder, the file that says it is one of ours: no other folder is replaced, unless it is empty.
+    """
+    holds_something = path.exists() and not (marker and path.is_dir() and not any(path.iterdir()))
+    if holds_something and not force:
         raise FileError(f"output {str(path)!r} exists already; give another path, or --force to replace it.")
+    if holds_something and marker and path.is_dir() and not (path / marker).exists():
+        raise FileError(
+            f"output {str(path)!r} is a folder of something else (it has no {marker}), which --force does not replace; "
+            f"give another path."
+        )
     parent = path.absolute().parent
     existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
     if not existing.is_dir():
@@ -49,20 +63,20 @@ def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
         part = Path(name)
         try:
             yield part
-            part.chmod(0o666 & ~_umask())
+            share(part)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
+def new_folder(path: Path, *, marker: str, force: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it takes the place of `path`, else it is removed.
 
     Raises:
-        FileError: `path` exists without `force`, or the disk refuses the write.
+        FileError: `path` exists without `force` or is none of ours, or the disk refuses the write.
     """
-    refuse_existing(path, force=force)
+    refuse_existing(path, force=force, marker=marker)
     if path.exists() and not path.is_dir():
         raise FileError(f"output {str(path)!r} is a file; give the path of a folder.")
     with _writing(path):
@@ -74,6 +88,11 @@ def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
             _swap(part, path)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+
+def share(path: Path) -> None:
+    """Give a file the permissions of a new one: temporary files and safetensors' are for their owner alone."""
+    path.chmod(0o666 & ~_umask())
 
 
 def _swap(part: Path, path: Path) -> None:
@@ -94,8 +113,8 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except FileError:
         raise
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise FileError(f"output {str(path)!r} could not be written: {reason}; nothing was left.") from error
 
 

@@ -40,7 +40,8 @@ class ReallocationSchedule:
 
         Args:
             total_steps: optimizer steps of the whole training.
-            every: steps between reallocations at first; a thousandth of the training when absent, at least 10.
+            every: steps between reallocations at first; a thousandth of the training when absent, but at least 10,
+                or a twentieth of a short training.
             stop: fraction of the training after which nothing moves any more.
         """
         if total_steps < 1:
@@ -49,7 +50,7 @@ class ReallocationSchedule:
             )
         if not 0 <= stop <= 1:
             raise UsageError(f"reallocation stop {stop} is not allowed; give a fraction of the training in [0, 1].")
-        every = max(total_steps // 1000, 10) if every is None else every
+        every = every or max(total_steps // 1000, min(10, max(total_steps // 20, 1)))
         starts = [round(total_steps * part) for part in (0, 0.125, 0.4, 0.7)]
         periods = {start: every * 2**i for i, start in enumerate(starts)}
         return cls(tuple(sorted(periods.items())), round(total_steps * stop))

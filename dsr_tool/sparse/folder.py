@@ -15,7 +15,7 @@ from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
 from dsr_tool.core.config import ModelConfig
-from dsr_tool.core.files import new_folder, require_file
+from dsr_tool.core.files import new_folder, require_file, share
 from dsr_tool.core.layers import LayerSpec
 from dsr_tool.core.mask import Mask
 from dsr_tool.errors import FileError, FormatError
@@ -111,7 +111,7 @@ def save_folder(model: SparseModel, path: str | Path, *, force: bool = False) ->
         FileError: the folder exists without `force`, or the disk refuses it.
     """
     model.check()
-    with new_folder(Path(path), force=force) as part:
+    with new_folder(Path(path), marker=CONFIG, force=force) as part:
         write_model(model, part)
 
 
@@ -129,6 +129,8 @@ def write_model(model: SparseModel, folder: Path) -> None:
     save_tensors(_plain(model.module.state_dict()), folder / WEIGHTS)
     tensors = {name: Mask.from_bool(mask.cpu().contiguous().numpy()).bits for name, mask in model.masks.items()}
     save_arrays(tensors, folder / MASKS)
+    for name in (WEIGHTS, MASKS):
+        share(folder / name)
 
 
 def _plain(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -156,7 +156,11 @@ def test_existing_folders_stay(tmp_path):
     (tmp_path / "m" / "mine").write_text("keep")
     with pytest.raises(FileError, match="exists already"):
         model.save(tmp_path / "m")
+    with pytest.raises(FileError, match="something else"):
+        model.save(tmp_path / "m", force=True)
     assert (tmp_path / "m" / "mine").read_text() == "keep"
+    (tmp_path / "m" / "mine").unlink()
+    model.save(tmp_path / "m")
     model.save(tmp_path / "m", force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
 

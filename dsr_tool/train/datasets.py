@@ -1,0 +1,161 @@
+"""The data sets behind `--data`: what they hold, before anything is fitted to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torchvision import datasets as tv
+
+from dsr_tool.errors import FileError, FormatError, UsageError, unknown_name
+from dsr_tool.train.arrays import read_idx, read_npz
+from dsr_tool.train.images import DataSet, InMemory, OnDisk
+
+__all__ = ["DATASETS", "open_dataset"]
+
+_FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+_DIGITS = tuple(str(digit) for digit in range(10))
+
+
+def open_dataset(spec: str, input_shape: tuple[int, ...]) -> DataSet:
+    """Open the data set that `--data` names.
+
+    Args:
+        spec: a name of `DATASETS`, and behind a colon where it lies or how large it is.
+        input_shape: channels, height and width of random images.
+
+    Raises:
+        UsageError: no such data set, or its part behind the colon is missing or not allowed.
+        FileError: nothing there.
+        FormatError: what is there is damaged or of the wrong kind.
+    """
+    name, _, rest = spec.partition(":")
+    if name not in DATASETS:
+        raise unknown_name("--data", name, DATASETS)
+    needs, open_it = DATASETS[name]
+    if bool(rest) != bool(needs):
+        raise UsageError(f"--data {spec!r} is not allowed; write it as {name}{':' if needs else ''}{needs}.")
+    if needs in ("ROOT", "FILE.npz"):
+        return open_it(Path(rest))
+    return _fake(rest, input_shape) if needs else open_it()
+
+
+def _digits() -> DataSet:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UsageError(
+            "--data 'digits' needs scikit-learn, which is not installed; run: pip install 'dsr-tool[digits]'"
+        ) from error
+    digits = load_digits()
+    images = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    # Every fifth image of each class is held out: stratified, and the same everywhere.
+    rank = torch.nn.functional.one_hot(labels).cumsum(0).gather(1, labels[:, None]).squeeze(1)
+    held = rank % 5 == 0
+    return DataSet(
+        InMemory(images[~held], labels[~held]), InMemory(images[held], labels[held]), 10, _DIGITS, augment="shift"
+    )
+
+
+def _mnist(root: Path) -> DataSet:
+    return _idx_files(root, "MNIST", _DIGITS, augment="shift")
+
+
+def _fashion_mnist(root: Path) -> DataSet:
+    return _idx_files(root, "FashionMNIST", _FASHION, augment="crop-flip")
+
+
+def _idx_files(root: Path, folder: str, classes: tuple[str, ...], augment: str) -> DataSet:
+    """The four original files, packed or not, in torchvision's place for them or in ROOT itself; nothing is written."""
+    places = [root / folder / "raw", root / "raw", root]
+    raw = next((place for place in places if list(place.glob("train-images-idx3-ubyte*"))), None)
+    if raw is None:
+        raise FileError(
+            f"{folder} folder {str(root)!r} holds no train-images-idx3-ubyte or .gz of it, neither there nor in "
+            f"{folder}/raw; download the four files from the data set's site."
+        )
+    train, test = (read_idx(raw, part) for part in ("train", "t10k"))
+    return DataSet(train, test, 10, classes, augment)
+
+
+def _cifar(root: Path, kind: Callable[..., Any]) -> DataSet:
+    try:
+        parts = [kind(root, train=train, download=False) for train in (True, False)]
+    except RuntimeError as error:
+        raise FileError(
+            f"{kind.__name__} folder {str(root)!r} does not hold the official {kind.base_folder}, unpacked and "  # type: ignore[attr-defined]
+            f"whole; download it from the data set's site, or give its images as arrays:FILE.npz."
+        ) from error
+    train, test = (
+        InMemory(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+        for part in parts
+    )
+    return DataSet(train, test, len(parts[0].classes), tuple(parts[0].classes), augment="crop-flip")
+
+
+def _cifar10(root: Path) -> DataSet:
+    return _cifar(root, tv.CIFAR10)
+
+
+def _cifar100(root: Path) -> DataSet:
+    return _cifar(root, tv.CIFAR100)
+
+
+def _images(root: Path) -> DataSet:
+    train, test = (_image_folder(root / part) for part in ("train", "val"))
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))[0]
+        raise FormatError(
+            f"images folder {str(root)!r}: class {odd!r} is not in both train/ and val/; give it to both."
+        )
+    on_disk = [OnDisk([path for path, _ in part.samples], torch.tensor(part.targets)) for part in (train, test)]
+    return DataSet(on_disk[0], on_disk[1], len(train.classes), tuple(train.classes), augment="imagenet")
+
+
+def _image_folder(path: Path) -> tv.ImageFolder:
+    try:
+        return tv.ImageFolder(str(path))
+    except OSError as error:
+        reason = str(error).splitlines()[0].rstrip(". ")
+        raise FileError(
+            f"images folder {str(path)!r} cannot be used ({reason}); give a ROOT with train/CLASS/ and val/CLASS/ "
+            f"folders of pictures."
+        ) from error
+
+
+def _arrays(path: Path) -> DataSet:
+    train, test, classes = read_npz(path)
+    count = int(max(train.labels.max(), test.labels.max())) + 1
+    return DataSet(train, test, count, classes if len(classes) == count else (), augment="none")
+
+
+def _fake(rest: str, input_shape: tuple[int, ...]) -> DataSet:
+    """Random images of the model's own size, the same each time; nothing can be learnt from them."""
+    if not rest.isdecimal() or not 2 <= int(rest) <= 10**7:
+        raise UsageError(f"--data 'fake:{rest}' is not allowed; give how many training images, 2 or more.")
+    generator = torch.Generator().manual_seed(0)
+    train, test = (
+        InMemory(
+            torch.randint(0, 256, (count, *input_shape), dtype=torch.uint8, generator=generator),
+            torch.randint(0, 10, (count,), generator=generator),
+        )
+        for count in (int(rest), max(int(rest) // 5, 1))
+    )
+    return DataSet(train, test, 10, (), augment="none")
+
+
+DATASETS: dict[str, tuple[str, Callable[..., DataSet]]] = {
+    "digits": ("", _digits),
+    "mnist": ("ROOT", _mnist),
+    "fashion-mnist": ("ROOT", _fashion_mnist),
+    "cifar10": ("ROOT", _cifar10),
+    "cifar100": ("ROOT", _cifar100),
+    "images": ("ROOT", _images),
+    "arrays": ("FILE.npz", _arrays),
+    "fake": ("N", _fake),
+}
+"""What stands behind the colon of each data set, and how it is opened."""

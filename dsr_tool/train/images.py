@@ -1,0 +1,73 @@
+"""What a data set holds: images in memory or on disk, to train on and held out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from dsr_tool.errors import FormatError
+
+__all__ = ["DataSet", "InMemory", "OnDisk"]
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Images held as one tensor.
+
+    Attributes:
+        images: uint8, or float32 in [0, 1]; shape (images, channels, height, width).
+        labels: int64 class numbers, shape (images,).
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """Images read when they are needed.
+
+    Attributes:
+        paths: of the image files.
+        labels: int64 class numbers, shape (images,).
+    """
+
+    paths: Sequence[str]
+    labels: torch.Tensor
+
+    def read(self, index: int, mode: str) -> Image.Image:
+        """One picture in PIL's `mode`.
+
+        Raises:
+            FormatError: the file is no picture, or damaged.
+        """
+        try:
+            with Image.open(self.paths[index]) as image:
+                converted: Image.Image = image.convert(mode)
+                return converted
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+            raise FormatError(
+                f"image {self.paths[index]!r} cannot be read ({error}); remove or replace the file."
+            ) from error
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Images to train on, and images that are held out.
+
+    Attributes:
+        train: what the model learns from.
+        test: what it is evaluated on.
+        num_classes: one more than the largest label.
+        classes: their names, or none.
+        augment: the augmentation that suits the data.
+    """
+
+    train: InMemory | OnDisk
+    test: InMemory | OnDisk
+    num_classes: int
+    classes: tuple[str, ...]
+    augment: str

@@ -1,0 +1,257 @@
+"""The training loop: the same on CPU and GPU, and nothing in a step that a dense step would not do."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn, optim
+from torch.nn.functional import cross_entropy
+
+from dsr_tool.errors import CheckFailed, DsrError
+from dsr_tool.methods import Attached, Reallocation, make
+from dsr_tool.sparse.model import SparseModel
+from dsr_tool.train.data import Data
+from dsr_tool.train.records import EpochRecord, Observer, TrainResult
+from dsr_tool.train.settings import PRECISIONS, TrainSettings
+
+__all__ = ["AUXILIARY_WEIGHT", "evaluate", "lr_factor", "train"]
+
+AUXILIARY_WEIGHT = 0.3
+"""Weight of each auxiliary classifier's loss (Szegedy et al., Going deeper with convolutions, section 5)."""
+_LOOK_EVERY = 100
+
+
+def train(model: SparseModel, data: Data, settings: TrainSettings, observers: Sequence[Observer] = ()) -> TrainResult:
+    """Train a model in place, at an unchanged number of active weights.
+
+    Args:
+        model: what to train; it is moved to the device, and its description takes on the data's preprocessing.
+        data: what to train on, opened for this model.
+        settings: how.
+        observers: who is told.
+
+    Raises:
+        UsageError: settings that are not allowed.
+        DsrError: the loss is no longer finite, the GPU's memory ran out, or the model cannot be compiled.
+        CheckFailed: the number of active weights changed.
+    """
+    settings.check()
+    model.config = data.describe(model.config)
+    device = settings.torch_device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        run = _Run(model, data, settings, observers)
+        try:
+            return TrainResult(tuple(run.epoch(number) for number in range(1, settings.epochs + 1)))
+        except RuntimeError as error:
+            if explained := _explained(error, settings):
+                raise explained from error
+            raise
+        finally:
+            run.attached.remove()
+            model.module.eval()
+
+
+@torch.no_grad()
+def evaluate(model: SparseModel, data: Data, settings: TrainSettings) -> tuple[float, float]:
+    """Mean loss and fraction right over all test images, in fp32."""
+    model.module.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=settings.torch_device)
+    for inputs, labels in data.test_batches(settings):
+        outputs = model(inputs)
+        loss = cross_entropy(outputs, labels, reduction="sum")
+        totals += torch.stack([loss, (outputs.argmax(1) == labels).sum()])
+    loss_sum, right = totals.tolist()
+    count = len(data.dataset.test.labels)
+    return loss_sum / count, right / count
+
+
+def lr_factor(settings: TrainSettings, steps_per_epoch: int) -> Callable[[int], float]:
+    """The learning rate after so many steps, as a fraction of its peak."""
+    warmup = round(settings.warmup_epochs * steps_per_epoch)
+    total = settings.epochs * steps_per_epoch
+    milestones = settings.milestones or tuple(settings.epochs * part for part in (0.3, 0.6, 0.8))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if settings.schedule == "step":
+            passed: int = sum(step >= round(milestone * steps_per_epoch) for milestone in milestones)
+            return settings.gamma**passed
+        return (1 + math.cos(math.pi * min((step - warmup) / (total - warmup), 1.0))) / 2
+
+    return factor
+
+
+@dataclass
+class _Moved:
+    """What reallocations of one epoch moved, per layer."""
+
+    dropped: list[int]
+    grown: list[int]
+    threshold: float | None = None
+
+    @classmethod
+    def nothing(cls, model: SparseModel) -> _Moved:
+        return cls([0] * len(model.masks), [0] * len(model.masks))
+
+    def add(self, moved: Reallocation) -> None:
+        self.dropped = [a + b for a, b in zip(self.dropped, moved.dropped.counts, strict=True)]
+        self.grown = [a + b for a, b in zip(self.grown, moved.grown.counts, strict=True)]
+        self.threshold = moved.facts.get("threshold", self.threshold)
+
+
+class _Run:
+    """One training: optimizer, schedule and method, made after the model is on its device."""
+
+    def __init__(self, model: SparseModel, data: Data, settings: TrainSettings, observers: Sequence[Observer]) -> None:
+        self.model, self.data, self.settings, self.observers = model, data, settings, observers
+        device = settings.torch_device
+        layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
+        model.to(device, memory_format=layout)
+        self.steps = data.steps(settings.batch_size)
+        self.optimizer = _optimizer(model.module, settings)
+        self.scheduler = optim.lr_scheduler.LambdaLR(self.optimizer, lr_factor(settings, self.steps))
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+        self.forward: Callable[[torch.Tensor], Any] = torch.compile(model.module) if settings.compile else model.module
+        total = self.steps * settings.epochs
+        method = make(settings.method, total, every=settings.every, stop=settings.stop, **settings.method_options)
+        self.attached = Attached(model, self.optimizer, method, seed=settings.seed, on_reallocation=self._on_move)
+        self.moved = _Moved.nothing(model)
+        self.budget = model.active_weights
+        for observer in observers:
+            observer.on_start(model, total)
+
+    def epoch(self, number: int) -> EpochRecord:
+        """Train for one epoch, evaluate, and tell the observers."""
+        start = time.perf_counter()
+        self.moved = _Moved.nothing(self.model)
+        train_loss, train_accuracy = self._train(number)
+        test_loss, test_accuracy = evaluate(self.model, self.data, self.settings)
+        if not math.isfinite(test_loss):
+            raise _diverged(number * self.steps)
+        active = _active(self.model)
+        if sum(active.values()) != self.budget:
+            raise CheckFailed(
+                f"the model has {sum(active.values()):,} active weights after epoch {number}, not {self.budget:,}; "
+                f"something outside the method changed its masks."
+            )
+        record = EpochRecord(
+            epoch=number,
+            step=number * self.steps,
+            train_loss=train_loss,
+            train_accuracy=train_accuracy,
+            test_loss=test_loss,
+            test_accuracy=test_accuracy,
+            lr=self.optimizer.param_groups[0]["lr"],
+            time_s=time.perf_counter() - start,
+            active_weights=self.budget,
+            density={name: count / self.model.masks[name].numel() for name, count in active.items()},
+            dropped=dict(zip(active, self.moved.dropped, strict=True)),
+            grown=dict(zip(active, self.moved.grown, strict=True)),
+            threshold=self.moved.threshold,
+        )
+        for observer in self.observers:
+            observer.on_epoch(self.model, record)
+        return record
+
+    def _train(self, number: int) -> tuple[float, float]:
+        """All steps of an epoch; mean loss and fraction right, which stay on the device until the end."""
+        device = self.settings.torch_device
+        # Whatever the model draws (dropout) depends on seed and epoch alone.
+        torch.manual_seed(int(np.random.SeedSequence([self.settings.seed, number]).generate_state(1)[0]))
+        self.model.module.train()
+        losses = torch.zeros(self.steps, device=device)
+        right = torch.zeros((), dtype=torch.int64, device=device)
+        seen = 0
+        for index, (inputs, labels) in enumerate(self.data.train_batches(self.settings, number)):
+            loss, outputs = self._step(inputs, labels)
+            losses[index] = loss
+            right += (outputs.argmax(1) == labels).sum()
+            seen += len(labels)
+            if (index + 1) % _LOOK_EVERY == 0 or index + 1 == self.steps:
+                _check_finite(losses[: index + 1], first=(number - 1) * self.steps + 1)
+            for observer in self.observers:
+                observer.on_step((number - 1) * self.steps + index + 1)
+        return losses.mean().item(), right.item() / seen
+
+    def _step(self, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimizer step; the loss and the main outputs, detached."""
+        precision = PRECISIONS[self.settings.precision]
+        mixed = torch.autocast(inputs.device.type, precision) if precision != torch.float32 else nullcontext()
+        with mixed:
+            outputs = self.forward(inputs)
+            # GoogLeNet and Inception give auxiliary outputs behind the main one while training.
+            every = outputs if isinstance(outputs, tuple) else (outputs,)
+            smoothing = self.settings.label_smoothing
+            main, *auxiliary = (
+                cross_entropy(output.float(), labels, label_smoothing=smoothing)
+                for output in every
+                if output is not None
+            )
+            loss = main + AUXILIARY_WEIGHT * sum(auxiliary)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        before = self.attached.step
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        # The scaler leaves out steps whose gradients overflowed.
+        if self.attached.step > before:
+            self.scheduler.step()
+        return loss.detach(), every[0].detach()
+
+    def _on_move(self, step: int, moved: Reallocation) -> None:
+        self.moved.add(moved)
+        for observer in self.observers:
+            observer.on_reallocation(step, moved)
+
+
+def _optimizer(module: nn.Module, settings: TrainSettings) -> optim.Optimizer:
+    parameters, lr, decay = module.parameters(), settings.learning_rate, settings.weight_decay
+    if settings.optimizer == "sgd":
+        momentum = settings.momentum
+        return optim.SGD(parameters, lr, momentum=momentum, nesterov=momentum > 0, weight_decay=decay)
+    if settings.optimizer == "rmsprop":
+        return optim.RMSprop(parameters, lr, momentum=settings.momentum, weight_decay=decay)
+    kind = optim.Adam if settings.optimizer == "adam" else optim.AdamW
+    return kind(parameters, lr, weight_decay=decay)
+
+
+def _check_finite(losses: torch.Tensor, first: int) -> None:
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad):
+        raise _diverged(first + int(bad[0]))
+
+
+def _explained(error: RuntimeError, settings: TrainSettings) -> DsrError | None:
+    """What torch ran into, where the user can do something about it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return DsrError(
+            f"the GPU's memory ran out at batch size {settings.batch_size}; lower --batch-size, or give "
+            f"--precision bf16."
+        )
+    if settings.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        reason = " ".join(str(error).split("\n")[:2]).strip()
+        return DsrError(f"torch.compile failed ({reason}); leave out --compile, or install a C++ compiler.")
+    return None
+
+
+def _diverged(step: int) -> DsrError:
+    return DsrError(
+        f"the loss is no longer finite at step {step}; what was saved before is kept; lower --lr, or give "
+        f"--warmup-epochs."
+    )
+
+
+def _active(model: SparseModel) -> dict[str, int]:
+    """Active weights by layer, with one trip to the host."""
+    if not model.masks:
+        return {}
+    counts: list[int] = torch.stack([mask.count_nonzero() for mask in model.masks.values()]).tolist()
+    return dict(zip(model.masks, counts, strict=True))

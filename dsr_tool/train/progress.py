@@ -1,0 +1,89 @@
+"""Progress: a bar on a terminal, a line per epoch elsewhere, both on stderr."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from dsr_tool.sparse.model import SparseModel
+from dsr_tool.train.records import EpochRecord, Observer
+
+__all__ = ["Progress", "summary"]
+
+
+class Progress(Observer):
+    """Shows where a training is; use it as a context manager, so that the terminal is left in order."""
+
+    def __init__(self, epochs: int, *, quiet: bool = False, console: Console | None = None) -> None:
+        """Nothing is shown before the training starts.
+
+        Args:
+            epochs: of the whole training.
+            quiet: show nothing at all.
+            console: where to; stderr when absent.
+        """
+        self._epochs = epochs
+        self._console = console or Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            transient=True,
+        )
+        # Off a terminal a bar would be repeated in every log file.
+        self._shown = self._console.is_terminal and not quiet
+        self._task = self._bar.add_task("epoch 1", start=False)
+
+    def __enter__(self) -> Progress:
+        if self._shown:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._shown:
+            self._bar.stop()
+
+    def on_start(self, model: SparseModel, total_steps: int) -> None:  # noqa: ARG002 - the observer's signature
+        """Start the clock."""
+        self._bar.start_task(self._task)
+        self._bar.update(self._task, total=total_steps)
+
+    def on_step(self, step: int) -> None:
+        """Move the bar."""
+        self._bar.update(self._task, completed=step)
+
+    def on_epoch(self, model: SparseModel, record: EpochRecord) -> None:  # noqa: ARG002
+        """Print the epoch's line above the bar."""
+        self._console.print(summary(record, self._epochs))
+        self._bar.update(self._task, description=f"epoch {min(record.epoch + 1, self._epochs)}")
+
+
+def summary(record: EpochRecord, epochs: int) -> str:
+    """One line: accuracy, losses, seconds, and the layers whose number of weights changed most."""
+    line = (
+        f"epoch {record.epoch:>{len(str(epochs))}}/{epochs}  accuracy {record.test_accuracy:.4f}  "
+        f"loss {record.train_loss:.4f} (test {record.test_loss:.4f})  {record.time_s:.1f} s"
+    )
+    moved = sum(record.dropped.values())
+    if not moved:
+        return line
+    return f"{line}  moved {moved:,}{_shift(record)}"
+
+
+def _shift(record: EpochRecord, most: int = 3) -> str:
+    """The layers that gained and lost most, as `: +layer1.conv 1,200 -fc 800`."""
+    net = {name: grown - record.dropped[name] for name, grown in record.grown.items()}
+    ranked = sorted(net, key=net.__getitem__)
+    gained = [name for name in ranked[::-1][:most] if net[name] > 0]
+    lost = [name for name in ranked[:most] if net[name] < 0]
+    parts = [
+        f"{'+' if net[name] > 0 else '-'}{name.removesuffix('.weight')} {abs(net[name]):,}" for name in gained + lost
+    ]
+    return f": {' '.join(parts)}" if parts else ""

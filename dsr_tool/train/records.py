@@ -1,0 +1,78 @@
+"""What a training tells: a record per epoch, and who listens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsr_tool.methods import Reallocation
+from dsr_tool.sparse.model import SparseModel
+
+__all__ = ["EpochRecord", "Observer", "TrainResult"]
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """What one epoch came to.
+
+    Attributes:
+        epoch: its number, the first being 1.
+        step: optimizer steps since the start.
+        train_loss: mean over its steps, auxiliary losses included.
+        train_accuracy: fraction right, as the images went by.
+        test_loss: mean over all test images.
+        test_accuracy: fraction right of all test images.
+        lr: learning rate at its end.
+        time_s: its seconds, evaluation included.
+        active_weights: of all sparse layers.
+        density: fraction of active weights by layer.
+        dropped: weights dropped in this epoch by layer.
+        grown: weights grown in this epoch by layer.
+        threshold: the method's threshold at its last reallocation, where it has one.
+    """
+
+    epoch: int
+    step: int
+    train_loss: float
+    train_accuracy: float
+    test_loss: float
+    test_accuracy: float
+    lr: float
+    time_s: float
+    active_weights: int
+    density: dict[str, float]
+    dropped: dict[str, int]
+    grown: dict[str, int]
+    threshold: float | None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """All epochs of a training."""
+
+    epochs: tuple[EpochRecord, ...]
+
+    @property
+    def last(self) -> EpochRecord:
+        """The last epoch, whose state the model is in."""
+        return self.epochs[-1]
+
+    @property
+    def best(self) -> EpochRecord:
+        """The first epoch of the highest test accuracy."""
+        return max(self.epochs, key=lambda record: record.test_accuracy)
+
+
+class Observer:
+    """What is told while a training runs; by itself it does nothing."""
+
+    def on_start(self, model: SparseModel, total_steps: int) -> None:
+        """Before the first step, with the model in its initial state."""
+
+    def on_step(self, step: int) -> None:
+        """After each optimizer step; results are still on their way on a GPU."""
+
+    def on_reallocation(self, step: int, moved: Reallocation) -> None:
+        """After each reallocation."""
+
+    def on_epoch(self, model: SparseModel, record: EpochRecord) -> None:
+        """After each epoch, evaluated and checked."""

@@ -1,0 +1,163 @@
+"""TrainSettings: everything a training is told, checked as a whole before it starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from dsr_tool.errors import UsageError, unknown_name
+from dsr_tool.methods import METHODS
+from dsr_tool.train.augment import AUGMENTATIONS
+
+__all__ = ["LEARNING_RATES", "PRECISIONS", "SCHEDULES", "TrainSettings"]
+
+LEARNING_RATES = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3}
+"""The optimizers there are, and the learning rate of each when none is given."""
+SCHEDULES = ("cosine", "step")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train; the defaults are those of the paper's CIFAR-10 runs where it has them, with a cosine schedule.
+
+    Attributes:
+        method: name of a training method.
+        epochs: passes over the training images.
+        batch_size: images per optimizer step.
+        lr: peak learning rate; None for the usual one of the optimizer.
+        schedule: `cosine` to zero, or `step` by `gamma` at each milestone.
+        milestones: epochs at which `step` lowers the rate; none: at 30, 60 and 80 % as in the paper.
+        gamma: factor of each of these.
+        warmup_epochs: epochs of linear rise to `lr`; may be a fraction.
+        optimizer: `sgd` (Nesterov when there is momentum), `adam`, `adamw` or `rmsprop`.
+        momentum: of `sgd` and `rmsprop`.
+        weight_decay: on all parameters.
+        label_smoothing: fraction of each label spread over all classes.
+        augment: name of an augmentation; None for the one that suits the data.
+        device: `auto` takes CUDA where there is one.
+        precision: of forward and backward; weights and evaluation stay fp32.
+        compile: whether to run the model through `torch.compile`.
+        workers: processes that load images; None for none in memory and a few on disk.
+        seed: of order, augmentation, dropout and random positions.
+        every: optimizer steps between reallocations at first; None for a thousandth of the training, at least 10.
+        stop: fraction of the training after which nothing is reallocated.
+        target: weights to move at each reallocation: a number (1 or more) or a fraction of the active ones.
+        tolerance: how far from the target a move may be, as a fraction, before the threshold changes.
+        threshold: first threshold below which weights are dropped.
+    """
+
+    method: str = "dsr"
+    epochs: int = 30
+    batch_size: int = 128
+    lr: float | None = None
+    schedule: str = "cosine"
+    milestones: tuple[float, ...] = ()
+    gamma: float = 0.2
+    warmup_epochs: float = 0.0
+    optimizer: str = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    augment: str | None = None
+    device: str = "auto"
+    precision: str = "fp32"
+    compile: bool = False
+    workers: int | None = None
+    seed: int = 0
+    every: int | None = None
+    stop: float = 0.95
+    target: float = 0.15
+    tolerance: float = 0.1
+    threshold: float = 1e-3
+
+    def check(self) -> None:
+        """Raise one `UsageError` that lists every value that is not allowed, each with what is."""
+        errors = [*self._unknown(), *self._out_of_range(), *self._at_odds()]
+        if errors:
+            raise UsageError(" ".join(errors))
+
+    def _unknown(self) -> Iterator[str]:
+        for name, known in (
+            ("method", METHODS),
+            ("schedule", SCHEDULES),
+            ("optimizer", LEARNING_RATES),
+            ("augment", AUGMENTATIONS),
+            ("device", _DEVICES),
+            ("precision", PRECISIONS),
+        ):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                yield str(unknown_name(f"--{name}", str(value), known))
+
+    def _out_of_range(self) -> Iterator[str]:
+        for name, low, high, allowed in (
+            ("epochs", 1, math.inf, "1 or more"),
+            # Batch normalisation learns nothing from a single image.
+            ("batch_size", 2, math.inf, "2 or more images"),
+            ("lr", 1e-12, math.inf, "a positive number"),
+            ("gamma", 1e-12, 1, "a factor in (0, 1]"),
+            ("warmup_epochs", 0, math.inf, "0 or more epochs"),
+            ("momentum", 0, 1 - 1e-9, "a fraction in [0, 1)"),
+            ("weight_decay", 0, math.inf, "0 or more"),
+            ("label_smoothing", 0, 1 - 1e-9, "a fraction in [0, 1)"),
+            ("workers", 0, math.inf, "0 or more processes"),
+            ("seed", 0, 2**63 - 1, "a whole number from 0 on"),
+            ("every", 1, math.inf, "1 or more steps"),
+            ("stop", 0, 1, "a fraction of the training in [0, 1]"),
+            ("target", 1e-12, math.inf, "a fraction of the active weights below 1, or a number of weights"),
+            ("tolerance", 0, 1 - 1e-9, "a fraction in [0, 1)"),
+            ("threshold", 1e-30, math.inf, "a positive number"),
+        ):
+            value = getattr(self, name)
+            # Written so that NaN is refused; infinity never is of use.
+            if value is not None and not (low <= value <= high and math.isfinite(value)):
+                yield f"--{name.replace('_', '-')} {value} is not allowed; give {allowed}."
+
+    def _at_odds(self) -> Iterator[str]:
+        if not all(earlier < later for earlier, later in pairwise((0, *self.milestones, math.inf))):
+            yield f"--milestones {list(self.milestones)} is not allowed; give epochs that rise from above 0."
+        if self.milestones and self.schedule == "cosine":
+            yield "--milestones goes with --schedule step; cosine has none."
+        if 1 <= self.epochs <= self.warmup_epochs:
+            yield f"--warmup-epochs {self.warmup_epochs} is not allowed; give fewer than the {self.epochs} epochs."
+        if self.device == "cuda" and not torch.cuda.is_available():
+            yield "--device 'cuda' is not there: torch finds no GPU; give cpu, or auto."
+        if self.precision == "fp16" and self.torch_device.type == "cpu":
+            yield "--precision 'fp16' needs a GPU; give bf16 or fp32 on a CPU."
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device that `device` means here."""
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        return torch.device(name if name in _DEVICES else "cpu")
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate."""
+        return self.lr if self.lr is not None else LEARNING_RATES[self.optimizer]
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """Options of the method beyond its schedule."""
+        if self.method != "dsr":
+            return {}
+        return {"target": self.target, "tolerance": self.tolerance, "threshold": self.threshold}
+
+    def resolve(self, augment: str) -> TrainSettings:
+        """The same settings with every default that depends on something filled in, for the record.
+
+        Args:
+            augment: the augmentation that suits the data.
+        """
+        return replace(self, lr=self.learning_rate, augment=self.augment or augment, device=self.torch_device.type)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "milestones": list(self.milestones)}

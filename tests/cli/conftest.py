@@ -1,0 +1,71 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Run the command line in this process as `dsr-tool` would: exit code, stdout, stderr."""
+
+    def call(*arguments):
+        from dsr_tool import cli
+
+        monkeypatch.setattr(sys, "argv", ["dsr-tool", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capfd.readouterr()
+        return ended.value.code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def run_json(run):
+    def call(*arguments):
+        code, out, err = run(*arguments, "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    return call
+
+
+@pytest.fixture
+def python():
+    """Run Python code in a fresh process."""
+
+    def call(code):
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A small converted model."""
+    from converters.convert import convert
+
+    path = tmp_path_factory.mktemp("models") / "net"
+    convert("squeezenet1_1", sparsity=0.9, num_classes=5, input_size=64).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def archive(folder):
+    from converters.convert import load
+    from exporters.export import export
+
+    path = folder.with_suffix(".dsr")
+    export(load(folder), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def onnx_file(folder):
+    from converters.convert import load
+    from exporters.export import export
+
+    path = folder.with_suffix(".onnx")
+    export(load(folder), path)
+    return path

@@ -1,0 +1,197 @@
+"""Whatever a user gets wrong: one sentence on stderr, the right exit code, no traceback, nothing left behind."""
+
+import errno
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torchvision import models
+
+
+def bad(run, folder, *arguments):
+    """Run, check the form of the complaint, and that the folder has no new entry; returns code and sentence."""
+    before = sorted(path.name for path in folder.iterdir())
+    code, out, err = run(*arguments)
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in err
+    assert "unexpected" not in err
+    assert sorted(path.name for path in folder.iterdir()) == before
+    return code, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["resnet81", "--sparsity", "0.9"], 2, "did you mean resnet18"),
+        (["resnet18", "--sparsity", "1"], 2, "from 0 up to but not including 1"),
+        (["resnet18", "--sparsity", "-0.1"], 2, "from 0 up to but not including 1"),
+        (["resnet18", "--sparsity", "ninety"], 2, "fraction of zeros"),
+        (["resnet18"], 2, "exactly one of --sparsity and --budget"),
+        (["resnet18", "--sparsity", "0.9", "--budget", "1Mparams"], 2, "exactly one"),
+        (["resnet18", "--budget", "12 apples"], 2, "5.1Mparams"),
+        (["resnet18", "--budget", "1kparams"], 2, "cannot be met"),
+        (["resnet18", "--sparsity", "0.9999999"], 2, "highest reachable sparsity is 0.999998"),
+        (["resnet18", "--sparsity", "0.9", "--keep-dense", "*"], 2, "highest reachable sparsity is 0"),
+        (["resnet18", "--sparsity", "0.9", "--keep-dense", "layr1.0.conv1"], 2, "did you mean layer1.0.conv1"),
+        (["resnet18", "--sparsity", "0.9", "--distribution", "erc"], 2, "did you mean erk"),
+        (["resnet18", "--sparsity", "0.9", "--preset", "papers"], 2, "did you mean paper"),
+        (["resnet18", "--sparsity", "0.9", "--weights", "ResNet18_Weights.DEFALT"], 2, "ResNet18_Weights.DEFAULT"),
+        (["resnet18", "--sparsity", "0.9", "--weights", "nothing.pth"], 2, "does not exist"),
+        (["resnet18", "--sparsity", "0.9", "--num-classes", "0"], 2, "--num-classes 0"),
+        (["resnet18", "--sparsity", "0.9", "--input-size", "0"], 2, "--input-size 0"),
+        (["alexnet", "--sparsity", "0.9", "--input-size", "8"], 2, "--input-size"),
+    ],
+)
+def test_convert(run, tmp_path, arguments, code, says):
+    found, sentence = bad(run, tmp_path, "convert", *arguments, "-o", tmp_path / "m")
+    assert found == code
+    assert says in sentence
+
+
+def test_convert_with_weights_of_another_architecture(run, tmp_path):
+    save_file(models.squeezenet1_1().state_dict(), tmp_path / "squeeze.safetensors")
+    code, sentence = bad(
+        run, tmp_path, "convert", "resnet18", "--sparsity", "0.5", "--weights", tmp_path / "squeeze.safetensors", "-o",
+        tmp_path / "m",
+    )  # fmt: skip
+    assert code == 2
+    assert "is no state_dict of resnet18" in sentence
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 not really", b"\x80\x04N."])
+def test_convert_with_a_file_that_is_no_state_dict(run, tmp_path, content):
+    (tmp_path / "w.pth").write_bytes(content)
+    code, sentence = bad(
+        run, tmp_path, "convert", "resnet18", "--sparsity", "0.5", "--weights", tmp_path / "w.pth", "-o", tmp_path / "m"
+    )
+    assert code == 1
+    assert "state_dict" in sentence
+
+
+def test_pickles_are_never_run(run, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    torch.save({"a": Evil()}, tmp_path / "w.pth")
+    code, _ = bad(
+        run, tmp_path, "convert", "resnet18", "--sparsity", "0.5", "--weights", tmp_path / "w.pth", "-o", tmp_path / "m"
+    )
+    assert code == 1
+    assert not (tmp_path / "owned").exists()
+
+
+def test_outputs_that_exist_stay(run, folder, tmp_path):
+    for name in ("a.dsr", "a.onnx", "m"):
+        (tmp_path / name).write_text("mine")
+    for arguments in (
+        ["convert", "squeezenet1_1", "--sparsity", "0.9", "-o", tmp_path / "m"],
+        ["export", folder, "-o", tmp_path / "a.dsr"],
+        ["export", folder, "-o", tmp_path / "a.onnx"],
+        ["train", folder, "-o", tmp_path / "m", "--data", "fake:10"],
+    ):
+        code, sentence = bad(run, tmp_path, *arguments)
+        assert code == 1
+        assert "exists already" in sentence
+    assert all((tmp_path / name).read_text() == "mine" for name in ("a.dsr", "a.onnx", "m"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["export", "{missing}", "-o", "{out}"], 1, "does not exist"),
+        (["export", "{tmp}", "-o", "{out}"], 1, "is not a model folder"),
+        (["export", "{folder}", "-o", "{out}", "--to", "onix"], 2, "did you mean onnx"),
+        (["export", "{folder}", "-o", "{out}", "--encoding", "delt"], 2, "did you mean delta"),
+        (["export", "{folder}", "-o", "{out}", "--to", "onnx", "--encoding", "csr"], 2, "csr"),
+        (["report", "{missing}"], 1, "does not exist"),
+        (["report", "{tmp}"], 1, "is not a model folder"),
+        (["report", "{text}"], 1, "is not a dsr archive"),
+        (["report", "{textonnx}"], 1, "is not an ONNX file"),
+        (["verify", "{missing}", "--against", "{folder}"], 1, "does not exist"),
+        (["verify", "{archive}", "--against", "{missing}"], 1, "does not exist"),
+        (["verify", "{text}", "--against", "{folder}"], 3, "text"),
+        (["predict", "{missing}", "{npy}"], 1, "does not exist"),
+        (["predict", "{archive}", "{missing}"], 1, "does not exist"),
+        (["predict", "{archive}", "{text}"], 1, "text"),
+        (["predict", "{archive}", "{npy}"], 2, "shape"),
+        (["predict", "{archive}", "{npy}", "--runtime", "tensorrt"], 2, "onnxruntime"),
+        (["predict", "{archive}", "{npy}", "--labels", "{text}"], 2, "1 lines"),
+        (["train", "{missing}", "-o", "{out}", "--data", "fake:10"], 1, "does not exist"),
+        (["train", "{folder}", "-o", "{out}", "--data", "minst:x"], 2, "did you mean mnist"),
+        (["train", "{folder}", "-o", "{out}", "--data", "mnist:{missing}"], 1, "missing"),
+        (["train", "{folder}", "-o", "{out}", "--data", "images:{tmp}"], 1, "train"),
+        (["train", "{folder}", "-o", "{out}", "--data", "fake:10", "--method", "dsrr"], 2, "did you mean dsr"),
+        (["train", "{folder}", "-o", "{out}", "--data", "fake:10", "--epochs", "0"], 2, "epochs"),
+        (["reprot", "x"], 2, "did you mean report"),
+    ],
+)
+def test_other_commands(run, folder, archive, tmp_path, arguments, code, says):
+    (tmp_path / "text").write_text("hello")
+    (tmp_path / "text.onnx").write_text("hello")
+    np.save(tmp_path / "x.npy", np.zeros((7, 7), np.float32))
+    places = {
+        "missing": tmp_path / "missing",
+        "tmp": tmp_path,
+        "out": tmp_path / "out",
+        "folder": folder,
+        "archive": archive,
+        "text": tmp_path / "text",
+        "textonnx": tmp_path / "text.onnx",
+        "npy": tmp_path / "x.npy",
+    }
+    found, sentence = bad(run, tmp_path, *(argument.format(**places) for argument in arguments))
+    assert says in sentence
+    assert found == code
+
+
+@pytest.mark.parametrize("at", [0.0, 0.02, 0.5, 0.999])
+def test_damaged_archives(run, folder, archive, tmp_path, at):
+    raw = bytearray(archive.read_bytes())
+    raw[int(at * len(raw))] ^= 0x55
+    (tmp_path / "flipped.dsr").write_bytes(raw)
+    (tmp_path / "cut.dsr").write_bytes(raw[: len(raw) // 2])
+    np.save(tmp_path / "x.npy", np.zeros((3, 64, 64), np.float32))
+    for name in ("flipped.dsr", "cut.dsr"):
+        for command, code in (
+            (["predict", tmp_path / name, tmp_path / "x.npy"], 1),
+            (["report", tmp_path / name], 1),
+            (["verify", tmp_path / name, "--against", folder], 3),
+        ):
+            found, sentence = bad(run, tmp_path, *command)
+            assert found == code
+            assert "damaged" in sentence
+
+
+def test_model_folders_with_a_mask_that_does_not_fit(run, folder, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in folder.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    document = json.loads((broken / "config.json").read_text())
+    next(layer for layer in document["layers"] if layer["role"] == "sparse")["shape"] = [3, 3]
+    (broken / "config.json").write_text(json.dumps(document))
+    code, sentence = bad(run, tmp_path, "export", broken, "-o", tmp_path / "a.dsr")
+    assert code == 1
+    assert "mask" in sentence
+
+
+@pytest.mark.parametrize("name", ["a.dsr", "a.onnx"])
+def test_a_disk_that_fills(run, folder, tmp_path, monkeypatch, name):
+    from pathlib import Path
+
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dsr_tool.core.archive.save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    code, sentence = bad(run, tmp_path, "export", folder, "-o", tmp_path / name)
+    assert code == 1
+    assert "No space left on device" in sentence
+    monkeypatch.setattr("dsr_tool.sparse.folder.save_tensors", full)
+    code, sentence = bad(run, tmp_path, "convert", "squeezenet1_1", "--sparsity", "0.5", "-o", tmp_path / "m")
+    assert code == 1
+    assert "No space left on device" in sentence

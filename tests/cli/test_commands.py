@@ -1,0 +1,176 @@
+"""Each command does its job, and its JSON says what it did."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+import dsr_tool
+from dsr_tool.cli import _COMMANDS, cli
+
+
+def test_help_names_every_command_and_imports_none(python):
+    done = python(
+        "import sys, dsr_tool.cli\n"
+        "sys.argv = ['dsr-tool', '--help']\n"
+        "try:\n    dsr_tool.cli.main()\nexcept SystemExit:\n    pass\n"
+        "print([m for m in ('torch', 'numpy', 'onnx', 'scipy', 'rich') if m in sys.modules])"
+    )
+    assert done.stdout.endswith("[]\n"), done.stderr
+    for name in _COMMANDS:
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize("name", _COMMANDS)
+def test_help_of_each_command_has_examples(name):
+    result = CliRunner().invoke(cli, [name, "--help"])
+    assert result.exit_code == 0
+    assert "--json" in result.output
+    assert result.output.count(f"dsr-tool {name}") >= 2
+
+
+def test_convert_says_for_each_parameter_whether_it_is_sparse_and_why(run_json, tmp_path):
+    done = run_json("convert", "mobilenet_v3_small", "--sparsity", "0.75", "-o", tmp_path / "m", "--num-classes", 10)
+    assert done["schema"] == "dsr-tool/convert/1"
+    assert done["active_weights"] == round(done["prunable_weights"] * 0.25)
+    roles = {layer["role"] for layer in done["layers"]}
+    assert roles == {"sparse", "dense", "buffer"}
+    assert all(layer["reason"] for layer in done["layers"])
+    assert sum(layer["active"] for layer in done["layers"] if layer["role"] == "sparse") == done["active_weights"]
+    assert {path.name for path in (tmp_path / "m").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "masks.safetensors",
+    }
+
+
+def test_convert_to_a_number_of_parameters(run_json, tmp_path):
+    done = run_json("convert", "squeezenet1_1", "--budget", "0.3Mparams", "-o", tmp_path / "m")
+    dense = sum(layer["parameters"] for layer in done["layers"] if layer["role"] == "dense")
+    assert done["active_weights"] + dense == 300_000
+
+
+def test_export_verify_and_report_agree(run_json, folder, tmp_path):
+    for name, kind in (("a.dsr", "archive"), ("a.onnx", "onnx")):
+        path = tmp_path / name
+        exported = run_json("export", folder, "-o", path)
+        assert exported["schema"] == "dsr-tool/export/1"
+        assert exported["passed"]
+        assert exported["kind"] == kind
+        assert exported["file_bytes"] == path.stat().st_size
+        verified = run_json("verify", path, "--against", folder)
+        assert verified["passed"]
+        report = run_json("report", path)
+        assert report["kind"] == kind
+        assert report["file_bytes"] == report["computed_bytes"] == path.stat().st_size
+        assert report["prunable"]["active"] == round(report["prunable"]["parameters"] * 0.1)
+
+
+def test_reports_of_all_kinds_agree_about_the_model(run_json, folder, archive, onnx_file):
+    whole, packed, onnx = (run_json("report", path) for path in (folder, archive, onnx_file))
+    assert whole["prunable"] == packed["prunable"]
+    assert whole["model"] == packed["model"]
+    for key in ("parameters", "active", "dense_macs", "sparse_macs", "csr_bytes", "bitmask_bytes"):
+        assert onnx["prunable"][key] == whole["prunable"][key]
+    assert whole["file_bytes"] == whole["computed_bytes"] == sum(file.stat().st_size for file in folder.iterdir())
+    assert whole["sparsity_of_prunable_weights"] == pytest.approx(0.9, abs=1e-5)
+    assert whole["sparsity_of_whole_model"] < whole["sparsity_of_prunable_weights"]
+    assert packed["parts_bytes"]["sparse weights"] <= packed["prunable"]["coded_bytes"]
+
+
+def test_report_for_people(run, archive):
+    code, out, _ = run("report", archive)
+    assert code == 0
+    assert "of the prunable weights" in out
+    assert "agrees" in out
+    assert "…" not in out
+
+
+def test_predict_in_both_runtimes(run_json, archive, tmp_path):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (80, 90, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    results = [
+        run_json("predict", archive, tmp_path / "a.png", "--runtime", runtime, "--top", 5)
+        for runtime in ("sparse", "scipy", "onnxruntime")
+    ]
+    tops = [[(one["class"], one["probability"]) for one in done["predictions"][0]["top"]] for done in results]
+    assert tops[0] == tops[1]
+    assert [c for c, _ in tops[0]] == [c for c, _ in tops[2]]
+    assert np.allclose([p for _, p in tops[0]], [p for _, p in tops[2]], rtol=1e-4)
+    assert sum(p for _, p in tops[0]) == pytest.approx(1)
+
+
+def test_predict_with_labels_and_arrays(run, archive, tmp_path):
+    np.save(tmp_path / "batch.npy", np.zeros((3, 3, 64, 64), np.float32))
+    (tmp_path / "names.txt").write_text("ant\nbee\ncat\ndog\nelk\n")
+    code, out, _ = run("predict", archive, tmp_path / "batch.npy", "--labels", tmp_path / "names.txt", "--top", 1)
+    assert code == 0
+    assert len(out.splitlines()) == 3
+    assert out.split()[1] in {"ant", "bee", "cat", "dog", "elk"}
+
+
+def test_the_default_runtime_never_imports_torch(python, archive, tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((3, 64, 64), np.float32))
+    done = python(
+        "import sys, dsr_tool.cli\n"
+        f"sys.argv = ['dsr-tool', 'predict', {str(archive)!r}, {str(tmp_path / 'x.npy')!r}, '--json']\n"
+        "try:\n    dsr_tool.cli.main()\nexcept SystemExit as ended:\n    assert not ended.code, ended.code\n"
+        "loaded = {name.partition('.')[0] for name in sys.modules}\n"
+        "print(sorted(loaded & {'torch', 'torchvision', 'onnx', 'onnxscript', 'onnxruntime'}))"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("[]\n")
+    assert json.loads(done.stdout.removesuffix("[]\n"))["predictions"]
+
+
+def test_verify_tells_files_apart(run, archive, tmp_path):
+    other = tmp_path / "other"
+    assert run("convert", "squeezenet1_1", "--sparsity", "0.9", "--num-classes", 5, "--seed", 1, "-o", other)[0] == 0
+    code, out, _ = run("verify", archive, "--against", other)
+    assert code == 3
+    assert "NOT VERIFIED" in out
+
+
+def test_doctor(run_json):
+    done = run_json("doctor")
+    assert done["problems"] == []
+    assert done["packages"]["torch"]
+
+
+def test_quiet_says_nothing(run, folder, tmp_path):
+    code, out, err = run("export", folder, "-o", tmp_path / "q.dsr", "--quiet")
+    assert (code, out, err) == (0, "", "")
+
+
+def test_public_names_load_when_they_are_used(python):
+    done = python(
+        "import sys, dsr_tool\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules)\n"
+        "assert set(dsr_tool.__all__) <= set(dir(dsr_tool))\n"
+        "for name in dsr_tool.__all__:\n    getattr(dsr_tool, name)"
+    )
+    assert done.returncode == 0, done.stderr
+    assert not hasattr(dsr_tool, "nonsense")
+
+
+def test_a_foreign_training_loop_needs_three_lines(python, tmp_path):
+    done = python(
+        "import torch, dsr_tool\n"
+        "net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 128), torch.nn.ReLU(),"
+        " torch.nn.Linear(128, 10))\n"
+        "model = dsr_tool.convert(net, sparsity=0.9, input_shape=(1, 8, 8))\n"
+        "optimizer = torch.optim.Adam(net.parameters(), lr=0.01)\n"
+        "moves = dsr_tool.attach(model, optimizer, total_steps=100)\n"
+        "for _ in range(100):\n"
+        "    optimizer.zero_grad()\n"
+        "    torch.nn.functional.cross_entropy(net(torch.randn(16, 1, 8, 8)), torch.randint(10, (16,))).backward()\n"
+        "    optimizer.step()\n"
+        f"dsr_tool.export(model, {str(tmp_path / 'net.dsr')!r})\n"
+        "assert moves.step == 100 and moves.last is not None\n"
+        "assert model.active_weights == 947\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(tmp_path / "net.dsr").stat().st_size > 0

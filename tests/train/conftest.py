@@ -1,0 +1,69 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from converters.convert import convert
+from dsr_tool.train import TrainSettings, load_data
+
+
+class Tiny(nn.Module):
+    """Two convolutions, normalisation and a classifier: enough for weights to move between layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 16, 3, padding=1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.first(x)))
+        return self.head(torch.relu(self.second(x)).amax((2, 3)))
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _one_thread():
+    """Networks this small are slower on several threads, and far slower where these are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tiny():
+    """Makers of the small network, a sparse model of it, its data, and settings that reallocate often."""
+
+    def model(sparsity=0.8, seed=0):
+        torch.manual_seed(seed)
+        return convert(Tiny(), sparsity=sparsity, input_shape=(3, 8, 8), positions="random", seed=seed)
+
+    def settings(**changes):
+        return TrainSettings(**{"epochs": 2, "batch_size": 64, "every": 5, "device": "cpu", **changes})
+
+    def data(spec="fake:200"):
+        return load_data(spec, model().config)
+
+    return SimpleNamespace(module=Tiny, model=model, settings=settings, data=data)
+
+
+@pytest.fixture
+def arrays():
+    """Writes a .npz file of labelled images, with changes."""
+
+    def write(path, **changes):
+        rng = np.random.default_rng(0)
+        content = {
+            "x_train": rng.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8),
+            "y_train": np.arange(20) % 4,
+            "x_test": rng.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8),
+            "y_test": np.arange(8) % 4,
+            **changes,
+        }
+        np.savez(path, **{name: value for name, value in content.items() if value is not None})
+        return path
+
+    return write
