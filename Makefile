@@ -34,7 +34,6 @@ test-slow: .venv/installed
 bench: .venv/installed
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/reallocation.py
-	$(BIN)/python benchmarks/storage.py
 
 clean:
 	rm -rf .venv demo-out

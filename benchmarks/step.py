@@ -40,32 +40,37 @@ def make(*, sparse: bool) -> Callable[[torch.Tensor, torch.Tensor], float]:
     return stepper(model.module, optimizer)
 
 
+def measure(batch_size: int, size: int, pairs: int) -> None:
+    """Print the median ratio and its spread for one shape of input."""
+    dense, sparse = make(sparse=False), make(sparse=True)
+    images = torch.randn(batch_size, 3, size, size)
+    labels = torch.randint(0, 1000, (batch_size,))
+    times = []
+    for index in range(pairs + 2):
+        first, second = (dense, sparse) if index % 2 else (sparse, dense)
+        seconds = (first(images, labels), second(images, labels))
+        if index >= 2:  # the first of each kind allocates
+            times.append(seconds if index % 2 else seconds[::-1])
+    ratios = sorted(sparse_s / dense_s for dense_s, sparse_s in times)
+    dense_ms, sparse_ms = (statistics.median(column) * 1e3 for column in zip(*times, strict=True))
+    spread = f"quartiles {ratios[len(ratios) // 4]:.4f} to {ratios[-len(ratios) // 4]:.4f}"
+    print(
+        f"batch {batch_size:3} of {size:3} px: dense {dense_ms:6.1f} ms, sparse {sparse_ms:6.1f} ms (medians)", end="; "
+    )
+    print(f"sparse / dense {statistics.median(ratios):.4f} ({spread})")
+
+
 def main() -> None:
-    """Print the median ratio and its spread."""
+    """Measure at ImageNet's, an intermediate and CIFAR's size; small inputs hide the least."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=30)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--size", type=int, default=96, help="side of the input in pixels")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    dense, sparse = make(sparse=False), make(sparse=True)
-    images = torch.randn(arguments.batch_size, 3, arguments.size, arguments.size)
-    labels = torch.randint(0, 1000, (arguments.batch_size,))
-    pairs = []
-    for index in range(arguments.pairs + 2):
-        first, second = (dense, sparse) if index % 2 else (sparse, dense)
-        times = [first(images, labels), second(images, labels)]
-        if index >= 2:  # the first of each kind allocates
-            pairs.append(times if index % 2 else times[::-1])
-    ratios = sorted(sparse_s / dense_s for dense_s, sparse_s in pairs)
-    shape = f"batch {arguments.batch_size} of {arguments.size} px"
-    print(f"ResNet-18, {shape}, {arguments.threads} threads, torch {torch.__version__}")
-    print(f"dense step  {statistics.median(d for d, _ in pairs) * 1e3:8.1f} ms (median)")
-    print(f"sparse step {statistics.median(s for _, s in pairs) * 1e3:8.1f} ms (median)")
-    spread = f"quartiles {ratios[len(ratios) // 4]:.4f} to {ratios[-len(ratios) // 4]:.4f}"
-    print(f"sparse / dense {statistics.median(ratios):.4f} ({spread})")
+    print(f"ResNet-18, SGD with Nesterov momentum, {arguments.threads} threads, torch {torch.__version__}")
+    for batch_size, size in ((16, 224), (32, 96), (128, 32)):
+        measure(batch_size, size, arguments.pairs)
 
 
 if __name__ == "__main__":

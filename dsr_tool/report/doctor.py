@@ -21,6 +21,8 @@ def doctor_document() -> dict[str, Any]:
         if packages.get(name):
             _import(name, problems)
     _own_packages(problems)
+    if not problems:
+        _capture(packages, problems)
     return {
         "schema": "dsr-tool/doctor/1",
         "python": platform.python_version(),
@@ -82,6 +84,22 @@ def _own_packages(problems: list[str]) -> None:
         folder = Path(module.__file__ or "").parent
         if not (folder / "py.typed").is_file() or not (module.__doc__ or "").strip():
             problems.append(f"package {name} comes from {str(folder)!r}, which is not dsr-tool's; rename that folder")
+
+
+def _capture(packages: dict[str, str | None], problems: list[str]) -> None:
+    """Torch's exporter and onnxscript are released apart, and not every pair works."""
+    from torch import nn
+
+    from dsr_tool.errors import UsageError
+    from dsr_tool.sparse.trace import trace
+
+    try:
+        trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), (3, 8, 8))
+    except UsageError as error:
+        problems.append(
+            f"torch {packages['torch']} with onnxscript {packages['onnxscript']} cannot export a model ({error}); "
+            f"install an onnxscript of the time of that torch (for torch 2.6: pip install 'onnxscript<0.3')"
+        )
 
 
 def _devices() -> list[str]:

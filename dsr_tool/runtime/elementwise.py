@@ -95,28 +95,57 @@ def _identity(x: Array, *_rest: Array) -> Array:
     return x
 
 
+def _leaky_relu(x: Array, *, alpha: float = 0.01) -> Array:
+    return np.where(x < 0, x.dtype.type(alpha) * x, x)
+
+
+def _elu(x: Array, *, alpha: float = 1.0) -> Array:
+    return np.where(x < 0, x.dtype.type(alpha) * np.expm1(np.minimum(x, 0)), x)
+
+
+def _softplus(x: Array) -> Array:
+    result: Array = np.logaddexp(x, x.dtype.type(0))
+    return result
+
+
 OPERATORS: Table = {
+    "Abs": np.abs,
     "Add": np.add,
+    "And": np.logical_and,
     "Cast": _cast,
     "CastLike": _cast_like,
+    "Ceil": np.ceil,
     "Clip": _clip,
+    "Cos": np.cos,
     "Div": _div,
     "Dropout": _identity,
+    "Elu": _elu,
     "Equal": np.equal,
     "Erf": special.erf,
     "Exp": np.exp,
+    "Floor": np.floor,
     "Gelu": _gelu,
+    "Greater": np.greater,
+    "GreaterOrEqual": np.greater_equal,
     "HardSigmoid": _hard_sigmoid,
     "HardSwish": _hard_swish,
     "Identity": _identity,
+    "LeakyRelu": _leaky_relu,
+    "Less": np.less,
+    "LessOrEqual": np.less_equal,
+    "Log": np.log,
     "Max": _max,
     "Min": _min,
     "Mul": np.multiply,
     "Neg": np.negative,
     "Not": np.logical_not,
+    "Or": np.logical_or,
     "Pow": _pow,
     "Relu": _relu,
     "Sigmoid": special.expit,
+    "Sign": np.sign,
+    "Sin": np.sin,
+    "Softplus": _softplus,
     "Sqrt": np.sqrt,
     "Sub": np.subtract,
     "Tanh": np.tanh,

@@ -19,6 +19,7 @@ __all__ = ["INPUT", "OUTPUT", "capture", "frozen_copy"]
 
 INPUT, OUTPUT = "input", "output"
 _NO_LIMIT = 1 << 40  # bytes; constants of any size are folded
+_LARGEST_BATCH = 1 << 24  # some versions of torch want a bound
 
 
 def capture(module: nn.Module, input_shape: tuple[int, ...]) -> Any:
@@ -56,7 +57,7 @@ def _export(module: nn.Module, input_shape: tuple[int, ...]) -> Any:
             dynamo=True,
             optimize=False,
             verbose=False,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=_LARGEST_BATCH)},),
             input_names=[INPUT],
             output_names=[OUTPUT],
         )
@@ -73,18 +74,14 @@ def _fold(model: Any, state: Container[str]) -> None:
     """Compute everything that depends on no state_dict entry, and drop what nothing uses."""
     from onnxscript import optimizer
 
-    def may_fold(node: Any) -> bool | None:
-        uses_weights = any(value is not None and value.name in state for value in node.inputs)
-        return False if uses_weights and node.op_type != "Shape" else None
-
+    optimizer.inline(model)  # older exporters leave functions
+    # As inputs, state_dict entries have shapes but no values, so that nothing is computed from them.
+    for name in [name for name in model.graph.initializers if name in state]:
+        model.graph.inputs.append(model.graph.initializers.pop(name))
     # Twice, since the first round uncovers shapes for the second.
     for _ in range(2):
         optimizer.fold_constants(
-            model,
-            input_size_limit=_NO_LIMIT,
-            output_size_limit=_NO_LIMIT,
-            onnx_shape_inference=True,
-            should_fold=may_fold,
+            model, input_size_limit=_NO_LIMIT, output_size_limit=_NO_LIMIT, onnx_shape_inference=True
         )
         optimizer.remove_unused_nodes(model)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,33 @@ __all__ = ["MaskKeeper"]
 
 _ZERO_STAYS_ZERO = (optim.SGD, optim.Adam, optim.AdamW, optim.RMSprop)
 """Given zero gradient, weight and state, these leave all three at zero whatever their options are."""
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """A sparse weight, its mask, and the mask once more as all-ones or all-zeros integers of the weight's width.
+
+    A bitwise "and" clears three times as fast as filling under a boolean mask does on a CPU, and unlike a product it
+    makes zeros of infinities. Its price is as much memory as the weight takes.
+    """
+
+    weight: nn.Parameter
+    mask: torch.Tensor
+    bits: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: nn.Parameter, mask: torch.Tensor) -> _Layer:
+        return cls(weight, mask, mask.to(_INTEGERS[weight.element_size()]).neg_())
+
+    def clear(self, tensor: torch.Tensor) -> None:
+        """Set everything outside the mask to (positive) zero, in place."""
+        if tensor.element_size() == self.bits.element_size():
+            tensor.view(self.bits.dtype).bitwise_and_(self.bits)
+        else:
+            tensor.masked_fill_(~self.mask, 0.0)
 
 
 class MaskKeeper:
@@ -44,7 +72,7 @@ class MaskKeeper:
             )
         self.model = model
         self.optimizer = optimizer
-        self._pairs = [(weight, model.masks[name]) for name, weight in model.weights.items()]
+        self._layers = [_Layer.of(weight, model.masks[name]) for name, weight in model.weights.items()]
         self._zero_outside()
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -64,12 +92,13 @@ class MaskKeeper:
             dropped: active positions that become inactive.
             grown: inactive positions that become active.
         """
-        layers = zip(self._pairs, dropped.per_layer(), grown.per_layer(), strict=True)
-        for (weight, mask), off, on in layers:
-            mask.put_(off, torch.zeros_like(off, dtype=torch.bool))
-            mask.put_(on, torch.ones_like(on, dtype=torch.bool))
+        layers = zip(self._layers, dropped.per_layer(), grown.per_layer(), strict=True)
+        for layer, off, on in layers:
+            for positions, active in ((off, False), (on, True)):
+                layer.mask.put_(positions, torch.full_like(positions, active, dtype=torch.bool))
+                layer.bits.put_(positions, torch.full_like(positions, -int(active), dtype=layer.bits.dtype))
             moved = torch.cat([off, on])
-            for tensor in self._tensors(weight):
+            for tensor in self._tensors(layer.weight):
                 tensor.put_(moved, torch.zeros_like(moved, dtype=tensor.dtype))
 
     def _tensors(self, weight: nn.Parameter) -> Iterator[torch.Tensor]:
@@ -83,10 +112,9 @@ class MaskKeeper:
 
     @torch.no_grad()
     def _before_step(self, *_: Any) -> None:
-        for weight, mask in self._pairs:
-            if weight.grad is not None:
-                # Not a product with the mask: infinity times zero is NaN.
-                weight.grad.masked_fill_(~mask, 0.0)
+        for layer in self._layers:
+            if layer.weight.grad is not None:
+                layer.clear(layer.weight.grad)
 
     def _after_step(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A closure computes gradients inside the step, where no hook can mask them.
@@ -96,6 +124,6 @@ class MaskKeeper:
 
     @torch.no_grad()
     def _zero_outside(self) -> None:
-        for weight, mask in self._pairs:
-            for tensor in self._tensors(weight):
-                tensor.masked_fill_(~mask, 0.0)
+        for layer in self._layers:
+            for tensor in self._tensors(layer.weight):
+                layer.clear(tensor)

@@ -71,7 +71,7 @@ class _Reader:
         for name, value in source.initializers.items():
             if name not in self._state:
                 self._arrays[name] = value.const_value.numpy()
-        (given,), (result,) = source.inputs, source.outputs
+        (given, *_), (result,) = source.inputs, source.outputs
         self._names[given.name] = INPUT
         for node in source:
             self._read(node, result.name)

@@ -17,18 +17,29 @@ DIVISORS = np.array([2, -2, -2, 2, 3, 5], np.int64)
 @pytest.mark.parametrize(
     ("op", "attributes"),
     [
+        ("Abs", {}),
+        ("Ceil", {}),
+        ("Cos", {}),
         ("Dropout", {}),
+        ("Elu", {}),
+        ("Elu", {"alpha": 0.3}),
         ("Erf", {}),
         ("Exp", {}),
+        ("Floor", {}),
         ("Gelu", {}),
         ("Gelu", {"approximate": "tanh"}),
         ("HardSigmoid", {}),
         ("HardSigmoid", {"alpha": 1 / 6, "beta": 0.4}),
         ("HardSwish", {}),
         ("Identity", {}),
+        ("LeakyRelu", {}),
+        ("LeakyRelu", {"alpha": 0.2}),
         ("Neg", {}),
         ("Relu", {}),
         ("Sigmoid", {}),
+        ("Sign", {}),
+        ("Sin", {}),
+        ("Softplus", {}),
         ("Tanh", {}),
     ],
 )
@@ -41,15 +52,23 @@ def test_of_one_array(agree, op, attributes):
 def test_extreme_values_stay_quiet(agree):
     agree("Sigmoid", X)
     agree("Sqrt", np.abs(X))
+    agree("Log", np.abs(X))
     agree("Exp", np.array([-200, 200], np.float32))
     agree("Div", np.array([1, -1], np.float32), np.zeros(2, np.float32))
 
 
-@pytest.mark.parametrize("op", ["Add", "Sub", "Mul", "Div", "Max", "Min", "Equal"])
+@pytest.mark.parametrize(
+    "op", ["Add", "Sub", "Mul", "Div", "Max", "Min", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"]
+)
 def test_of_two_arrays(agree, op):
     agree(op, X.reshape(2, -1), Y[: X.size // 2])
     agree(op, INTEGERS.reshape(2, 3), DIVISORS.reshape(2, 3))
     agree(op, np.float32(3).reshape(()), np.float32(-2).reshape(()))
+
+
+@pytest.mark.parametrize("op", ["And", "Or"])
+def test_of_two_truths(agree, op):
+    agree(op, np.array([[True], [False]]), np.array([True, False]))
 
 
 def test_pow(agree):

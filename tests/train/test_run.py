@@ -173,7 +173,7 @@ def test_an_existing_run_is_not_replaced_unasked(tiny, tmp_path):
 
 def test_force_replaces_runs_only(tmp_path):
     (tmp_path / "precious").write_text("not a run")
-    with pytest.raises(FileError, match="something else than a run"):
+    with pytest.raises(FileError, match="folder of something else"):
         RunFolder(tmp_path, force=True)
     assert (tmp_path / "precious").exists()
 
