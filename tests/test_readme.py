@@ -1,0 +1,41 @@
+"""What the README says can be typed can be typed."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from dsr_tool.cli import cli
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^    (dsr-tool .*)$", README, re.M)
+
+
+def test_the_training_loop_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "net.dsr").exists()
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_and_options_exist(line):
+    _, name, *arguments = shlex.split(line)
+    command = cli.get_command(click.Context(cli), name)
+    command.make_context(name, arguments)
+
+
+@pytest.mark.slow
+def test_the_main_job_runs_as_written(tmp_path):
+    for line in re.findall(r"^    ((?:dsr-tool|python) .*)$", README, re.M):
+        arguments = shlex.split(line)
+        arguments[0] = str(Path(sys.executable).parent / arguments[0])
+        done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (line, done.stderr)
+    assert re.search(r"^seven.png: 7 ", done.stdout, re.M)
