@@ -8,9 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from dsr_tool.core.config import ModelConfig
 from dsr_tool.core.files import new_file, require_file
 from dsr_tool.core.graph import Array, Graph
 from dsr_tool.core.layers import LayerSpec
+from dsr_tool.core.manifest import GRAPH, MANIFEST, METADATA, Entry, crc32_of, pack, unpack
 from dsr_tool.errors import FormatError, UsageError, unknown_name
 
 __all__ = ["ENCODINGS", "FORMAT_VERSION", "Archive", "Entry", "open_archive", "write_archive"]
@@ -31,37 +30,6 @@ __all__ = ["ENCODINGS", "FORMAT_VERSION", "Archive", "Entry", "open_archive", "w
 FORMAT_VERSION = (1, 0)
 ENCODINGS = ("auto", *CODECS)
 MAX_DECODED_BYTES = 16 << 30
-_MAX_DOCUMENT_BYTES = 256 << 20
-_MANIFEST, _GRAPH, _METADATA = ":manifest", ":graph", "dsr_archive"
-_DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of the state_dict, as the manifest lists it.
-
-    Attributes:
-        spec: name, shape, role and reason.
-        dtype: numpy name of its type.
-        codec: how it is stored.
-        active: entries that are stored.
-        crc32: checksum of each stream, by suffix.
-    """
-
-    spec: LayerSpec
-    dtype: str
-    codec: str
-    active: int
-    crc32: Mapping[str, int]
-
-    @property
-    def nbytes_dense(self) -> int:
-        """Bytes when decoded."""
-        return self.spec.size * np.dtype(self.dtype).itemsize
-
-    def stream(self, suffix: str) -> str:
-        """Name of one of its streams in the container."""
-        return f"{self.spec.name}:{suffix}" if suffix else self.spec.name
 
 
 def write_archive(
@@ -96,11 +64,11 @@ def write_archive(
     absent = [name for name in graph.parameters if name not in tensors]
     if absent:
         raise UsageError(f"graph parameter {absent[0]!r} is not among the model's tensors; trace the same model.")
-    streams: Streams = {_GRAPH: _pack(graph.to_json())}
+    streams: Streams = {GRAPH: pack(graph.to_json())}
     entries = []
     for name, tensor in tensors.items():
         codec, parts = _encode(tensor, specs[name], encoding)
-        crc32 = {suffix: _crc32(array) for suffix, array in parts.items()}
+        crc32 = {suffix: crc32_of(array) for suffix, array in parts.items()}
         entry = Entry(specs[name], tensor.values.dtype.name, codec, tensor.mask.active, crc32)
         entries.append(entry)
         for suffix, array in parts.items():
@@ -110,16 +78,16 @@ def write_archive(
     manifest = {
         "schema": "dsr-tool/archive/1",
         "versions": dict(versions or {}),
-        "graph_crc32": _crc32(streams[_GRAPH]),
+        "graph_crc32": crc32_of(streams[GRAPH]),
         "model": config.to_dict(),
-        "tensors": [_entry_to_dict(entry) for entry in entries],
+        "tensors": [entry.to_dict() for entry in entries],
     }
-    streams[_MANIFEST] = _pack(json.dumps(manifest, separators=(",", ":"), allow_nan=False))
-    digest = hashlib.sha256(streams[_MANIFEST].tobytes()).hexdigest()
+    streams[MANIFEST] = pack(json.dumps(manifest, separators=(",", ":"), allow_nan=False))
+    digest = hashlib.sha256(streams[MANIFEST].tobytes()).hexdigest()
     header = {"version": ".".join(map(str, FORMAT_VERSION)), "manifest_sha256": digest}
     with new_file(path, force=force) as part:
         # One metadata entry, since the container's writer orders several at random.
-        save_file(streams, part, metadata={_METADATA: json.dumps(header)})
+        save_file(streams, part, metadata={METADATA: json.dumps(header)})
 
 
 def open_archive(path: str | Path, *, max_decoded_bytes: int = MAX_DECODED_BYTES) -> Archive:
@@ -160,14 +128,14 @@ class Archive:
         manifest = self._manifest()
         try:
             self.config = ModelConfig.from_dict(manifest["model"])
-            entries = [_entry_from_dict(data) for data in manifest["tensors"]]
+            entries = [Entry.from_dict(data) for data in manifest["tensors"]]
             self.versions = {str(name): str(text) for name, text in manifest["versions"].items()}
             graph_crc32 = int(manifest["graph_crc32"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self._damaged(f"its manifest is not understood ({error})") from error
         self.entries = {entry.spec.name: entry for entry in entries}
         self._check_entries(entries, max_decoded_bytes)
-        self.graph = Graph.from_json(_unpack(self._stream(_GRAPH, graph_crc32)))
+        self.graph = Graph.from_json(unpack(self._stream(GRAPH, graph_crc32)))
         if absent := [name for name in self.graph.parameters if name not in self.entries]:
             raise self._damaged(f"its graph uses {absent[0]!r}, which it does not hold")
 
@@ -185,7 +153,7 @@ class Archive:
     @cached_property
     def document_bytes(self) -> int:
         """Bytes of manifest and graph as stored."""
-        return self.stored_bytes(_MANIFEST) + self.stored_bytes(_GRAPH)
+        return self.stored_bytes(MANIFEST) + self.stored_bytes(GRAPH)
 
     def entry_bytes(self, name: str) -> int:
         """Bytes of all streams of one tensor as stored."""
@@ -222,7 +190,7 @@ class Archive:
 
     def _manifest(self) -> dict[str, Any]:
         try:
-            header = json.loads((self._file.metadata() or {})[_METADATA])
+            header = json.loads((self._file.metadata() or {})[METADATA])
             major = int(str(header["version"]).split(".", maxsplit=1)[0])
             digest = str(header["manifest_sha256"])
         except (KeyError, TypeError, ValueError) as error:
@@ -234,11 +202,11 @@ class Archive:
                 f"{str(self.path)!r} has format version {header['version']}; this dsr-tool reads versions up to "
                 f"{FORMAT_VERSION[0]}.x, so install a newer dsr-tool."
             )
-        packed = self._stream(_MANIFEST, None)
+        packed = self._stream(MANIFEST, None)
         if hashlib.sha256(packed.tobytes()).hexdigest() != digest:
             raise self._damaged("the checksum of its manifest does not match")
         try:
-            manifest = json.loads(_unpack(packed))
+            manifest = json.loads(unpack(packed))
         except (ValueError, RecursionError) as error:
             raise self._damaged(f"its manifest is not JSON ({error})") from error
         if not isinstance(manifest, dict):
@@ -246,7 +214,7 @@ class Archive:
         return manifest
 
     def _check_entries(self, entries: list[Entry], max_decoded_bytes: int) -> None:
-        expected = {_MANIFEST, _GRAPH} | {entry.stream(suffix) for entry in entries for suffix in entry.crc32}
+        expected = {MANIFEST, GRAPH} | {entry.stream(suffix) for entry in entries for suffix in entry.crc32}
         if len(self.entries) != len(entries) or expected != self._names:
             raise self._damaged("its tensors are not those that its manifest lists")
         total = sum(entry.nbytes_dense for entry in entries)
@@ -263,7 +231,7 @@ class Archive:
             array: Array = self._file.get_tensor(name)
         except (SafetensorError, TypeError, ValueError) as error:
             raise self._damaged(f"stream {name!r} cannot be read ({error})") from error
-        if crc32 is not None and _crc32(array) != crc32:
+        if crc32 is not None and crc32_of(array) != crc32:
             raise self._damaged(f"the checksum of stream {name!r} does not match")
         return array
 
@@ -285,45 +253,3 @@ def _encode(tensor: SparseTensor, spec: LayerSpec, encoding: str) -> tuple[str, 
     if encoding == "auto":
         return encode_smallest(tensor)
     return encoding, CODECS[encoding].encode(tensor)
-
-
-def _entry_to_dict(entry: Entry) -> dict[str, Any]:
-    return {
-        **entry.spec.to_dict(),
-        "dtype": entry.dtype,
-        "codec": entry.codec,
-        "active": entry.active,
-        "crc32": dict(entry.crc32),
-    }
-
-
-def _entry_from_dict(data: dict[str, Any]) -> Entry:
-    data = dict(data)
-    dtype, codec, active, crc32 = (data.pop(key) for key in ("dtype", "codec", "active", "crc32"))
-    spec = LayerSpec.from_dict(data)
-    if dtype not in _DTYPES or codec not in CODECS:
-        raise FormatError(
-            f"tensor {spec.name!r} has type {dtype!r} and codec {codec!r}, which this version cannot read."
-        )
-    if not isinstance(active, int) or not 0 <= active <= spec.size:
-        raise FormatError(f"tensor {spec.name!r} claims {active!r} active of {spec.size} entries.")
-    return Entry(spec, dtype, codec, active, {str(suffix): int(crc) for suffix, crc in crc32.items()})
-
-
-def _crc32(array: Array) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).data)
-
-
-def _pack(document: str) -> Array:
-    return np.frombuffer(zlib.compress(document.encode("utf-8"), 9), np.uint8)
-
-
-def _unpack(packed: Array) -> str:
-    coder = zlib.decompressobj()
-    try:
-        raw = coder.decompress(packed.tobytes(), _MAX_DOCUMENT_BYTES)
-        if not coder.eof or coder.unused_data:
-            raise FormatError(f"a document of the archive does not end within {_MAX_DOCUMENT_BYTES:,} bytes.")
-        return raw.decode("utf-8")
-    except (zlib.error, UnicodeDecodeError) as error:
-        raise FormatError(f"a document of the archive cannot be decoded ({error}); the file is damaged.") from error

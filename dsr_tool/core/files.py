@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from dsr_tool.errors import FileError
 
-__all__ = ["new_file", "new_folder", "refuse_existing", "require_file", "share"]
+__all__ = ["new_file", "new_folder", "refuse_existing", "require_file", "share", "writing"]
 
 
 def refuse_existing(path: Path, *, force: bool, marker: str = "") -> None:
@@ -56,7 +56,7 @@ def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
     refuse_existing(path, force=force)
     if path.is_dir():
         raise FileError(f"output {str(path)!r} is a folder; give the path of a file.")
-    with _writing(path):
+    with writing(path):
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.absolute().parent)
         os.close(handle)
@@ -79,7 +79,7 @@ def new_folder(path: Path, *, marker: str, force: bool = False) -> Iterator[Path
     refuse_existing(path, force=force, marker=marker)
     if path.exists() and not path.is_dir():
         raise FileError(f"output {str(path)!r} is a file; give the path of a folder.")
-    with _writing(path):
+    with writing(path):
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.absolute().parent))
         try:
@@ -107,15 +107,15 @@ def _swap(part: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn the system's errors while writing `path` into one sentence."""
+def writing(path: Path, left: str = "nothing was left") -> Iterator[None]:
+    """Turn the system's errors while writing `path` into one sentence that ends with what is `left`."""
     try:
         yield
     except FileError:
         raise
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise FileError(f"output {str(path)!r} could not be written: {reason}; nothing was left.") from error
+        raise FileError(f"output {str(path)!r} could not be written: {reason}; {left}.") from error
 
 
 def _umask() -> int:

@@ -6,27 +6,25 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from safetensors import SafetensorError
-
-from dsr_tool.core.files import new_folder, refuse_existing
+from dsr_tool.core.files import new_folder, refuse_existing, writing
 from dsr_tool.errors import FileError
 from dsr_tool.methods import Reallocation
-from dsr_tool.sparse.folder import CONFIG, save_folder, write_model
+from dsr_tool.sparse.folder import CONFIG, NEXT, save_folder, write_model
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.train.records import EpochRecord, Observer
 
 __all__ = ["LOG", "SETTINGS", "RunFolder"]
 
 LOG, SETTINGS = "log.jsonl", "settings.json"
-_BEST, _NEXT = "best", ".next"
+_BEST = "best"
+_KEPT = "what was saved before is whole"
 
 
 class RunFolder(Observer):
@@ -85,7 +83,7 @@ class RunFolder(Observer):
             "prunable_weights": model.prunable_weights,
             "active_weights": model.active_weights,
         }
-        with _disk(self.path), new_folder(self.path, marker=CONFIG, force=self._force) as part:
+        with new_folder(self.path, marker=CONFIG, force=self._force) as part:
             write_model(model, part)
             (part / SETTINGS).write_text(json.dumps(self.facts, indent=1) + "\n", encoding="utf-8")
             (part / LOG).write_text(_line("start", start), encoding="utf-8")
@@ -105,7 +103,7 @@ class RunFolder(Observer):
     def on_epoch(self, model: SparseModel, record: EpochRecord) -> None:
         """Save the state, then log the epoch."""
         model.check()
-        with _disk(self.path):
+        with writing(self.path, _KEPT):
             _replace_model(model, self.path)
             if self._best is None or record.test_accuracy > self._best:
                 save_folder(model, self.path / _BEST, force=True)
@@ -114,7 +112,7 @@ class RunFolder(Observer):
         self._log("epoch", **asdict(record))
 
     def _log(self, kind: str, **values: Any) -> None:
-        with _disk(self.path), (self.path / LOG).open("a", encoding="utf-8") as file:
+        with writing(self.path, _KEPT), (self.path / LOG).open("a", encoding="utf-8") as file:
             file.write(_line(kind, values))
 
 
@@ -132,13 +130,13 @@ def _replace_model(model: SparseModel, folder: Path) -> None:
     part = Path(tempfile.mkdtemp(prefix=".part.", dir=folder))
     try:
         write_model(model, part)
-        part.rename(folder / _NEXT)
+        part.rename(folder / NEXT)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     try:
-        _move_out(folder / _NEXT)
+        _move_out(folder / NEXT)
     except KeyboardInterrupt:
-        _move_out(folder / _NEXT)
+        _move_out(folder / NEXT)
         raise
 
 
@@ -148,17 +146,3 @@ def _move_out(folder: Path) -> None:
         for file in folder.iterdir():
             file.replace(folder.parent / file.name)
         folder.rmdir()
-
-
-@contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    """Turn what the system says while a run is written into one sentence."""
-    try:
-        yield
-    except FileError:
-        raise
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise FileError(
-            f"run folder {str(path)!r} could not be written: {reason}; what was saved before is whole."
-        ) from error

@@ -150,7 +150,7 @@ def test_a_full_disk_leaves_what_was_saved_before(tiny, tmp_path):
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with pytest.raises(FileError, match="run folder .* could not be written: .*; what was saved before is whole"):
+        with pytest.raises(FileError, match="could not be written: .*; what was saved before is whole"):
             start(tiny, tmp_path / "run", Fill(), epochs=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -1,0 +1,99 @@
+"""What an archive says about itself: names of streams, entries of the manifest, packed documents, checksums."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dsr_tool.core.codecs import CODECS
+from dsr_tool.core.graph import Array
+from dsr_tool.core.layers import LayerSpec
+from dsr_tool.errors import FormatError
+
+__all__ = ["GRAPH", "MANIFEST", "METADATA", "Entry", "crc32_of", "pack", "unpack"]
+
+MANIFEST, GRAPH, METADATA = ":manifest", ":graph", "dsr_archive"
+_MAX_DOCUMENT_BYTES = 256 << 20
+_DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the state_dict, as the manifest lists it.
+
+    Attributes:
+        spec: name, shape, role and reason.
+        dtype: numpy name of its type.
+        codec: how it is stored.
+        active: entries that are stored.
+        crc32: checksum of each stream, by suffix.
+    """
+
+    spec: LayerSpec
+    dtype: str
+    codec: str
+    active: int
+    crc32: Mapping[str, int]
+
+    @property
+    def nbytes_dense(self) -> int:
+        """Bytes when decoded."""
+        return self.spec.size * np.dtype(self.dtype).itemsize
+
+    def stream(self, suffix: str) -> str:
+        """Name of one of its streams in the container."""
+        return f"{self.spec.name}:{suffix}" if suffix else self.spec.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            **self.spec.to_dict(),
+            "dtype": self.dtype,
+            "codec": self.codec,
+            "active": self.active,
+            "crc32": dict(self.crc32),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Entry:
+        """The inverse of `to_dict`.
+
+        Raises:
+            FormatError: a type or codec of another version, or a count that cannot be.
+        """
+        data = dict(data)
+        dtype, codec, active, crc32 = (data.pop(key) for key in ("dtype", "codec", "active", "crc32"))
+        spec = LayerSpec.from_dict(data)
+        if dtype not in _DTYPES or codec not in CODECS:
+            raise FormatError(
+                f"tensor {spec.name!r} has type {dtype!r} and codec {codec!r}, which this version cannot read."
+            )
+        if not isinstance(active, int) or not 0 <= active <= spec.size:
+            raise FormatError(f"tensor {spec.name!r} claims {active!r} active of {spec.size} entries.")
+        return cls(spec, dtype, codec, active, {str(suffix): int(crc) for suffix, crc in crc32.items()})
+
+
+def crc32_of(array: Array) -> int:
+    """Zlib's checksum of the bytes of an array."""
+    return zlib.crc32(np.ascontiguousarray(array).data)
+
+
+def pack(document: str) -> Array:
+    """A JSON document as compressed bytes."""
+    return np.frombuffer(zlib.compress(document.encode("utf-8"), 9), np.uint8)
+
+
+def unpack(packed: Array) -> str:
+    """The inverse of `pack`; raises `FormatError` for damage and for documents without end."""
+    coder = zlib.decompressobj()
+    try:
+        raw = coder.decompress(packed.tobytes(), _MAX_DOCUMENT_BYTES)
+        if not coder.eof or coder.unused_data:
+            raise FormatError(f"a document of the archive does not end within {_MAX_DOCUMENT_BYTES:,} bytes.")
+        return raw.decode("utf-8")
+    except (zlib.error, UnicodeDecodeError) as error:
+        raise FormatError(f"a document of the archive cannot be decoded ({error}); the file is damaged.") from error
