@@ -42,7 +42,7 @@ def report_document(source: Source) -> dict[str, Any]:
 
 
 def report_text(source: Source) -> str:
-    """The report as tables: the weights one by one, the model in all, and where the bytes of the file are."""
+    """The report as tables: weights one by one and the rest by reason, the model in all, and where the bytes are."""
     print_ = source.footprint
     name = f"{source.config.architecture}, " if source.config else ""
     lines = [f"{source.path}: {name}{source.kind}, {source.footprint.file_bytes:,} bytes"]
@@ -65,16 +65,16 @@ def megabytes(nbytes: int) -> str:
 
 
 def _layers(print_: Footprint) -> Table:
-    table = _table("layer", "role", *_COLUMNS)
+    table = _table("layer", "role", *_COLUMNS, "why")
     for layer in print_.layers:
         if layer.spec.weight:
-            table.add_row(layer.spec.name, layer.spec.role, *_numbers(layer.sizes))
-    rest = [layer for layer in print_.layers if not layer.spec.weight]
-    for role, title in (("dense", "biases, norms and other parameters"), ("buffer", "buffers")):
-        some = [layer for layer in rest if layer.spec.role == role]
-        if some:
-            sizes = sum((layer.sizes for layer in some), Sizes())
-            table.add_row(f"{title} ({len(some)})", role, *_numbers(sizes))
+            table.add_row(layer.spec.name, layer.spec.role, *_numbers(layer.sizes), layer.spec.reason)
+    rest: dict[tuple[str, str], list[Sizes]] = {}
+    for layer in print_.layers:
+        if not layer.spec.weight:
+            rest.setdefault((layer.spec.role, layer.spec.reason), []).append(layer.sizes)
+    for (role, reason), sizes in rest.items():
+        table.add_row(f"{len(sizes)} more", role, *_numbers(sum(sizes, Sizes())), reason)
     return table
 
 

@@ -1,6 +1,7 @@
 """All of torchvision's classifiers: the audit by type against a rule by shape and name, and exact counts."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -49,6 +50,16 @@ def test_audit_agrees_with_a_rule_by_shape_and_name(name):
     for sparsity in ("0.5", "0.9", "0.98"):
         target = Budget.of_sparsity(sparsity).active_weights(counts["prunable"], 0, len(shapes))
         assert sum(uniform(target, shapes)) == sum(erk(target, shapes)) == target
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", architectures())
+def test_all_converted_whole(name):
+    model = convert(name, sparsity="0.9")
+    assert model.active_weights == round(Fraction(model.prunable_weights, 10))
+    assert all(mask.any() for mask in model.masks.values())
+    assert sum(spec.macs_per_weight for spec in model.specs.values()) > 0
+    model.check()
 
 
 @pytest.mark.parametrize(
