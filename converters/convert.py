@@ -64,6 +64,8 @@ def convert(
         FormatError: the weights file cannot be read.
     """
     wanted = _budget(sparsity, budget)
+    if not 0 <= seed < 1 << 63:
+        raise UsageError(f"seed {seed} is not allowed; give a whole number from 0 to 2^63 - 1.")
     if isinstance(source, str):
         module, config = torchvision_models.load(
             source, weights, num_classes=num_classes, input_size=input_size, seed=seed

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
-import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torchvision import models
 
 from dsr_tool.core.config import ModelConfig, Preprocessing
 from dsr_tool.errors import FormatError, UsageError, unknown_name
+
+_OWN_NORMALISATION = ("googlenet", "inception_v3")
+"""With its own weights torchvision builds these to undo ImageNet's normalisation inside; ours take 0.5 outside."""
 
 __all__ = ["architectures", "build", "load", "structure"]
 
@@ -96,7 +97,7 @@ def load(
         architecture=name,
         num_classes=num_classes or _head(module)[1],
         input_shape=(3, size, size),
-        preprocessing=_preprocessing(enum, size),
+        preprocessing=_preprocessing(name, enum, size, trained=weights is not None),
         labels=tuple(_categories(enum)) if own_head else (),
         conversion={"weights": weights if enum is None else str(enum)},
     )
@@ -130,14 +131,14 @@ def _from_file(name: str, path: Path, num_classes: int | None) -> nn.Module:
         )
     try:
         state = _read_state(path)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged pickle or zip ends in whatever the reader trips over
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FormatError(f"--weights file {str(path)!r} cannot be read as a state_dict ({reason}).") from error
-    except SafetensorError as error:
-        raise FormatError(f"--weights file {str(path)!r} is a damaged safetensors file ({error}).") from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    ):
         raise FormatError(f"--weights file {str(path)!r} holds no state_dict of tensors.")
     return _with_state(name, state, num_classes, str(path))
 
@@ -186,7 +187,7 @@ def _load_strictly(module: nn.Module, name: str, state: Mapping[str, torch.Tenso
             f"--weights {what!r} is no state_dict of {name}: {len(missing)} names missing, {len(unknown)} unknown, "
             f"{len(differing)} of another shape (first: {first!r}); give the architecture that the file was made for."
         )
-    module.load_state_dict({key: value.to(own[key].dtype) for key, value in state.items()}, assign=True)
+    module.load_state_dict({key: value.to(own[key].dtype, copy=True) for key, value in state.items()}, assign=True)
 
 
 def _head(module: nn.Module) -> tuple[str, int]:
@@ -204,18 +205,21 @@ def _input_size(name: str, module: nn.Module, enum: Any) -> int:
     return int(crop[0])
 
 
-def _preprocessing(enum: Any, size: int) -> Preprocessing:
+def _preprocessing(name: str, enum: Any, size: int, *, trained: bool) -> Preprocessing:
     """What the weights were trained with; otherwise ImageNet's usual 256 / 224 in proportion to the size."""
-    if enum is None:
-        return Preprocessing(resize=round(size * 256 / 224), crop=size)
-    transforms = enum.transforms()
-    return Preprocessing(
-        round(int(transforms.resize_size[0]) * size / int(transforms.crop_size[0])),
-        size,
-        tuple(transforms.mean),
-        tuple(transforms.std),
-        str(transforms.interpolation.value),
-    )
+    usual = Preprocessing(resize=round(size * 256 / 224), crop=size)
+    if enum is not None:
+        transforms = enum.transforms()
+        usual = Preprocessing(
+            round(int(transforms.resize_size[0]) * size / int(transforms.crop_size[0])),
+            size,
+            tuple(transforms.mean),
+            tuple(transforms.std),
+            str(transforms.interpolation.value),
+        )
+    if trained and name in _OWN_NORMALISATION:
+        usual = replace(usual, mean=(0.5,) * 3, std=(0.5,) * 3)
+    return usual
 
 
 def _categories(enum: Any) -> list[str]:

@@ -107,7 +107,10 @@ def _load(path: Path) -> ModelProto:
     require_file(path, "ONNX file")
     try:
         model = onnx.load(path, load_external_data=False)
-        if any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer):
+        sparse = (part for tensor in model.graph.sparse_initializer for part in (tensor.values, tensor.indices))
+        constants = (tensor for _, tensor in _constants(model.graph))
+        tensors = (*model.graph.initializer, *sparse, *constants)
+        if any(tensor.data_location == TensorProto.EXTERNAL for tensor in tensors):
             raise FormatError(f"{str(path)!r} keeps its weights in other files; save it again as one file.")
         onnx.checker.check_model(model)
     except FormatError:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import torch
 
 from dsr_tool.core.archive import open_archive
 from dsr_tool.core.codecs import SparseTensor
@@ -66,6 +67,9 @@ def checked_graph(model: SparseModel) -> Graph:
         UsageError: the input shape is unknown, or the module cannot be captured.
     """
     model.check()
+    other = next((t.dtype for t in model.module.parameters() if t.dtype != torch.float32), None)
+    if other is not None:
+        raise UsageError(f"weights of {other} cannot be exported; call model.to(torch.float32) first.")
     if not model.config.input_shape:
         raise UsageError(
             f"{model.config.architecture} has no input shape, which an export needs; give an input size when you "
@@ -87,13 +91,19 @@ def verify_archive(path: Path, model: SparseModel, *, samples: int = 3, seed: in
         archive.tensor,
     )
     tensors = {name: archive.tensor(name) for name in archive.graph.parameters}
-    plain = to_onnx(archive.graph, tensors, encoding="dense").SerializeToString()
-    runs: dict[str, Run] = {"onnxruntime": OnnxSession(plain).run}
+    runs: dict[str, Run] = {}
     notes = []
+    try:
+        plain = to_onnx(archive.graph, tensors, encoding="dense")
+        runs["onnxruntime"] = OnnxSession(plain.SerializeToString()).run
+    except UsageError as error:
+        notes.append(f"onnxruntime cannot run it: {error}")
     try:
         runs["sparse"] = Session(archive).run
     except UsageError as error:
         notes.append(f"the sparse runtime cannot run it: {error}")
+    if not runs:
+        raise UsageError(f"{str(path)!r} cannot be verified, since no runtime runs it: {'; '.join(notes)}")
     return _verification(
         path,
         "archive",

@@ -59,8 +59,9 @@ def _run() -> int:
     try:
         result = cli.main(standalone_mode=False)
     except click.ClickException as error:
-        error.show()
-        return error.exit_code
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "dsr-tool"
+        return _say(f"{error.format_message().rstrip('.')}; `{path} --help` says what is allowed.", error.exit_code)
     except DsrError as error:
         return _say(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):

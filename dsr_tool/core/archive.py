@@ -131,7 +131,7 @@ class Archive:
             entries = [Entry.from_dict(data) for data in manifest["tensors"]]
             self.versions = {str(name): str(text) for name, text in manifest["versions"].items()}
             graph_crc32 = int(manifest["graph_crc32"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise self._damaged(f"its manifest is not understood ({error})") from error
         self.entries = {entry.spec.name: entry for entry in entries}
         self._check_entries(entries, max_decoded_bytes)
@@ -193,14 +193,15 @@ class Archive:
             header = json.loads((self._file.metadata() or {})[METADATA])
             major = int(str(header["version"]).split(".", maxsplit=1)[0])
             digest = str(header["manifest_sha256"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise FormatError(
                 f"{str(self.path)!r} is a safetensors file but not a dsr archive; make one with `dsr-tool export`."
             ) from error
-        if major > FORMAT_VERSION[0]:
+        if major != FORMAT_VERSION[0]:
+            remedy = "install a newer dsr-tool" if major > FORMAT_VERSION[0] else "export it again"
             raise FormatError(
-                f"{str(self.path)!r} has format version {header['version']}; this dsr-tool reads versions up to "
-                f"{FORMAT_VERSION[0]}.x, so install a newer dsr-tool."
+                f"{str(self.path)!r} has format version {header['version']}; this dsr-tool reads version "
+                f"{FORMAT_VERSION[0]}.x, so {remedy}."
             )
         packed = self._stream(MANIFEST, None)
         if hashlib.sha256(packed.tobytes()).hexdigest() != digest:
@@ -217,7 +218,7 @@ class Archive:
         expected = {MANIFEST, GRAPH} | {entry.stream(suffix) for entry in entries for suffix in entry.crc32}
         if len(self.entries) != len(entries) or expected != self._names:
             raise self._damaged("its tensors are not those that its manifest lists")
-        total = sum(entry.nbytes_dense for entry in entries)
+        total = sum(entry.nbytes_decoded for entry in entries)
         if total > max_decoded_bytes:
             raise FormatError(
                 f"{str(self.path)!r} claims {total:,} bytes of weights, more than the {max_decoded_bytes:,} allowed; "

@@ -38,7 +38,7 @@ class Budget:
         """
         try:
             value = Fraction(str(sparsity))
-        except ValueError:
+        except (ValueError, ZeroDivisionError):
             value = Fraction(-1)
         if not 0 <= value < 1:
             raise UsageError(

@@ -19,11 +19,18 @@ from dsr_tool.core.layers import matrix_shape
 from dsr_tool.core.mask import Mask
 from dsr_tool.errors import FormatError
 
-__all__ = ["CODECS", "SPARSE_CODECS", "Codec", "SparseTensor", "Streams", "encode_smallest"]
+__all__ = [
+    "CODECS",
+    "Codec",
+    "SparseTensor",
+    "Streams",
+    "bitmask_bytes",
+    "csr_bytes",
+    "encode_smallest",
+]
 
 Streams = dict[str, Array]
 
-_VALUE_TYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
 _SKIP = 255
 
 
@@ -249,14 +256,25 @@ CODECS: dict[str, Codec] = {
     )
 }
 
-SPARSE_CODECS = ("delta", "bitmask", "csr")
-
 
 def encode_smallest(tensor: SparseTensor) -> tuple[str, Streams]:
     """The name and streams of the codec that takes the fewest bytes for this tensor; ties go to the simpler."""
-    if tensor.values.dtype not in _VALUE_TYPES:
-        return "bitmask", _encode_bitmask(tensor)
-    encoded = {name: CODECS[name].encode(tensor) for name in ("bitmask", "csr", "delta")}
-    sizes = {name: sum(array.nbytes for array in streams.values()) for name, streams in encoded.items()}
+    coded = _encode_delta(tensor)
+    sizes = {
+        "bitmask": bitmask_bytes(tensor),
+        "csr": csr_bytes(tensor),
+        "delta": sum(array.nbytes for array in coded.values()),
+    }
     best = min(sizes, key=lambda name: sizes[name])
-    return best, encoded[best]
+    return best, coded if best == "delta" else CODECS[best].encode(tensor)
+
+
+def bitmask_bytes(tensor: SparseTensor) -> int:
+    """Exact bytes of the bitmask codec."""
+    return (tensor.mask.size + 7) // 8 + tensor.values.nbytes
+
+
+def csr_bytes(tensor: SparseTensor) -> int:
+    """Exact bytes of the CSR codec: int32 row pointers and column indices, and the values."""
+    rows, _ = matrix_shape(tensor.mask.shape)
+    return 4 * (rows + 1) + 4 * tensor.mask.active + tensor.values.nbytes

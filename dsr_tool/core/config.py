@@ -9,6 +9,8 @@ from dsr_tool.errors import FormatError
 
 __all__ = ["ModelConfig", "Preprocessing"]
 
+_MOST_CLASSES, _LONGEST_SIDE = 10**6, 1 << 20
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -64,7 +66,7 @@ class ModelConfig:
         """
         try:
             picture = data["preprocessing"]
-            return cls(
+            config = cls(
                 source=_text(data["source"]),
                 architecture=_text(data["architecture"]),
                 num_classes=int(data["num_classes"]),
@@ -79,8 +81,14 @@ class ModelConfig:
                 labels=tuple(_text(label) for label in data["labels"]),
                 conversion=dict(data["conversion"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, KeyError, TypeError, ValueError) as error:
             raise FormatError(f"the model's description is not understood: {error!r}; the file is damaged.") from error
+        if not 0 <= config.num_classes <= _MOST_CLASSES or any(not 0 < n < _LONGEST_SIDE for n in config.input_shape):
+            raise FormatError(
+                f"the model's description claims {config.num_classes} classes and inputs of {config.input_shape}; "
+                f"the file is damaged."
+            )
+        return config
 
 
 def _text(value: Any) -> str:

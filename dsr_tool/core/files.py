@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -22,20 +23,29 @@ def refuse_existing(path: Path, *, force: bool, marker: str = "") -> None:
     Args:
         path: the output.
         force: whether an existing one may be replaced.
-        marker: for a folder, the file that says it is one of ours: no other folder is replaced, unless it is empty.
+        marker: for a folder, the JSON file whose `schema` says it is one of ours: no other folder is replaced, unless
+            it is empty.
     """
     holds_something = path.exists() and not (marker and path.is_dir() and not any(path.iterdir()))
     if holds_something and not force:
         raise FileError(f"output {str(path)!r} exists already; give another path, or --force to replace it.")
-    if holds_something and marker and path.is_dir() and not (path / marker).exists():
+    if holds_something and marker and path.is_dir() and not _is_ours(path / marker):
         raise FileError(
-            f"output {str(path)!r} is a folder of something else (it has no {marker}), which --force does not replace; "
-            f"give another path."
+            f"output {str(path)!r} is a folder of something else (it has no {marker} of ours), which --force does not "
+            f"replace; give another path."
         )
     parent = path.absolute().parent
     existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
     if not existing.is_dir():
         raise FileError(f"output {str(path)!r} cannot be created: {str(existing)!r} is not a folder.")
+
+
+def _is_ours(marker: Path) -> bool:
+    try:
+        document = json.loads(marker.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and str(document.get("schema", "")).startswith("dsr-tool/")
 
 
 def require_file(path: Path, what: str) -> None:
@@ -102,8 +112,13 @@ def _swap(part: Path, path: Path) -> None:
         return
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.absolute().parent))
     path.replace(old / path.name)
-    part.replace(path)
-    shutil.rmtree(old)
+    try:
+        part.replace(path)
+    except BaseException:
+        (old / path.name).replace(path)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager

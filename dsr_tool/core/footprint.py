@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from dsr_tool.core.codecs import CODECS, SparseTensor
+from dsr_tool.core.codecs import CODECS, SparseTensor, bitmask_bytes, csr_bytes
 from dsr_tool.core.layers import LayerSpec
 
 __all__ = ["Footprint", "LayerFootprint", "Sizes", "footprint"]
@@ -166,13 +166,10 @@ def _measure(tensor: SparseTensor, spec: LayerSpec) -> Sizes:
     macs = {"dense_macs": round(size * spec.macs_per_weight), "sparse_macs": round(active * spec.macs_per_weight)}
     if spec.role != "sparse":
         return Sizes(size, active, *[dense] * 5, **macs)
-    csr, bitmask, coded = (_encoded(tensor, name) for name in ("csr", "bitmask", "delta"))
+    csr, bitmask = csr_bytes(tensor), bitmask_bytes(tensor)
+    coded = sum(array.nbytes for array in CODECS["delta"].encode(tensor).values())
     bound = math.ceil(tensor.mask.entropy_bound_bits / 8) + active * width
     return Sizes(size, active, dense, csr, bitmask, coded, bound, **macs)
-
-
-def _encoded(tensor: SparseTensor, codec: str) -> int:
-    return sum(array.nbytes for array in CODECS[codec].encode(tensor).values())
 
 
 def _total(layers: Iterable[LayerFootprint]) -> Sizes:

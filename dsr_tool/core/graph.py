@@ -110,13 +110,18 @@ class Graph:
                 parameters=tuple(str(name) for name in data["parameters"]),
                 opset=int(data["opset"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise FormatError(f"the graph is not understood: {error!r}; the file is damaged.") from error
         graph.check()
         return graph
 
     def check(self) -> None:
         """Raise `FormatError` unless every value is made exactly once, and before it is used."""
+        if not self.inputs or not self.outputs:
+            raise FormatError("the graph has no input or no output; the file is damaged.")
+        for value in (*self.inputs, *self.outputs):
+            if value.dtype not in _CONSTANT_TYPES:
+                raise FormatError(f"value {value.name!r} is of type {value.dtype!r}, which no graph has.")
         known = {value.name for value in self.inputs} | set(self.constants) | set(self.parameters)
         for node in self.nodes:
             missing = [name for name in node.inputs if name and name not in known]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from dsr_tool.errors import FormatError
 
-__all__ = ["LayerSpec"]
+__all__ = ["LayerSpec", "matrix_shape"]
+
+_LARGEST = 1 << 40
+"""No file of ours has a tensor of more entries, and none a weight with more multiply-adds."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,19 @@ class LayerSpec:
             FormatError: a field is missing, unknown, or of the wrong type.
         """
         try:
-            spec = cls(**{**data, "shape": tuple(int(n) for n in data["shape"])})
+            # Fields that a newer version adds are left aside.
+            known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
+            spec = cls(**{**known, "shape": tuple(int(n) for n in data["shape"])})
             well_typed = (
                 all(isinstance(text, str) for text in (spec.name, spec.kind, spec.reason))
                 and spec.role in ("sparse", "dense", "buffer")
+                and isinstance(spec.weight, bool)
                 and isinstance(spec.macs_per_weight, (int, float))
-                and all(n >= 0 for n in spec.shape)
+                and 0 <= spec.macs_per_weight < _LARGEST
+                and all((spec.role != "sparse") <= n < _LARGEST for n in spec.shape)
+                and spec.size < _LARGEST
             )
-        except (TypeError, ValueError, KeyError) as error:
+        except (ArithmeticError, TypeError, ValueError, KeyError) as error:
             raise FormatError(f"layer entry {str(data)[:80]!r} is not understood: {error}.") from error
         if not well_typed:
             raise FormatError(f"layer entry {str(data)[:80]!r} has a value of the wrong type or range.")

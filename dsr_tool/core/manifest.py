@@ -17,7 +17,7 @@ from dsr_tool.errors import FormatError
 __all__ = ["GRAPH", "MANIFEST", "METADATA", "Entry", "crc32_of", "pack", "unpack"]
 
 MANIFEST, GRAPH, METADATA = ":manifest", ":graph", "dsr_archive"
-_MAX_DOCUMENT_BYTES = 256 << 20
+_MAX_DOCUMENT_BYTES = 64 << 20
 _DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
 
 
@@ -40,9 +40,10 @@ class Entry:
     crc32: Mapping[str, int]
 
     @property
-    def nbytes_dense(self) -> int:
-        """Bytes when decoded."""
-        return self.spec.size * np.dtype(self.dtype).itemsize
+    def nbytes_decoded(self) -> int:
+        """Bytes of memory to decode it: the tensor, and unless it is dense its positions and a bitmap."""
+        sparse = 0 if self.codec == "dense" and self.active == self.spec.size else 8 * self.active + self.spec.size
+        return self.spec.size * np.dtype(self.dtype).itemsize + sparse
 
     def stream(self, suffix: str) -> str:
         """Name of one of its streams in the container."""
@@ -72,6 +73,8 @@ class Entry:
             raise FormatError(
                 f"tensor {spec.name!r} has type {dtype!r} and codec {codec!r}, which this version cannot read."
             )
+        if spec.role == "sparse" and not dtype.startswith("float"):
+            raise FormatError(f"tensor {spec.name!r} is sparse and of type {dtype!r}; weights are of floating point.")
         if not isinstance(active, int) or not 0 <= active <= spec.size:
             raise FormatError(f"tensor {spec.name!r} claims {active!r} active of {spec.size} entries.")
         return cls(spec, dtype, codec, active, {str(suffix): int(crc) for suffix, crc in crc32.items()})

@@ -39,7 +39,7 @@ class Mask:
     @classmethod
     def from_bool(cls, active: npt.NDArray[np.bool_]) -> Mask:
         """The mask of a boolean array, True where active."""
-        return cls(active.shape, np.flatnonzero(active).astype(np.int64, copy=False))
+        return cls(active.shape, None if active.all() else np.flatnonzero(active).astype(np.int64, copy=False))
 
     @classmethod
     def full(cls, shape: tuple[int, ...]) -> Mask:
@@ -62,7 +62,7 @@ class Mask:
         unpacked = np.unpackbits(bits)
         if unpacked[size:].any():
             raise FormatError(f"a mask of shape {shape} has bits set past its end; the file is damaged.")
-        return cls(shape, np.flatnonzero(unpacked[:size]))
+        return cls.from_bool(unpacked[:size].reshape(shape).view(np.bool_))
 
     @property
     def size(self) -> int:

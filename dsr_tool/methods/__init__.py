@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import optim
@@ -18,9 +19,10 @@ from dsr_tool.sparse.model import SparseModel
 __all__ = ["DSR", "METHODS", "Attached", "Method", "Reallocation", "ReallocationSchedule", "Static", "attach", "make"]
 
 METHODS: dict[str, Callable[..., Method]] = {
-    "dsr": DSR,
-    "static": lambda schedule, **options: Static(**options),  # noqa: ARG005 - it has no schedule
+    "dsr": lambda schedule, **options: DSR(schedule(), **options),
+    "static": lambda _schedule, **options: Static(**options),
 }
+"""Each takes a function that makes the schedule, which `static` never calls, and the method's own options."""
 
 
 def make(name: str, total_steps: int, *, every: int | None = None, stop: float = 0.95, **options: Any) -> Method:
@@ -38,7 +40,7 @@ def make(name: str, total_steps: int, *, every: int | None = None, stop: float =
     """
     if name not in METHODS:
         raise unknown_name("method", name, METHODS)
-    return METHODS[name](ReallocationSchedule.spread(total_steps, every=every, stop=stop), **options)
+    return METHODS[name](partial(ReallocationSchedule.spread, total_steps, every=every, stop=stop), **options)
 
 
 def attach(
@@ -50,7 +52,8 @@ def attach(
         model: the sparse model, already on its device.
         optimizer: made from `model.module.parameters()`.
         method: a method, or the name of one.
-        total_steps: optimizer steps of the whole training; needed with a name, to spread the reallocations.
+        total_steps: optimizer steps of the whole training, over which a method by name spreads its reallocations;
+            `static` has none.
         seed: of the random positions.
     """
     if isinstance(method, str):

@@ -24,6 +24,7 @@ class Attached:
     Attributes:
         model: the sparse model.
         method: the method.
+        names: the sparse layers it works on, without frozen ones (`requires_grad=False`).
         step: optimizer steps so far.
         last: the latest reallocation, if any.
     """
@@ -52,9 +53,14 @@ class Attached:
         self.last: Reallocation | None = None
         self._notify = on_reallocation
         self._keeper = MaskKeeper(model, optimizer)
-        device = next(iter(model.masks.values())).device if model.masks else torch.device("cpu")
+        self.names = self._keeper.names
+        device = model.masks[self.names[0]].device if self.names else torch.device("cpu")
         self._generator = torch.Generator(device=device).manual_seed(seed)
         self._hook = optimizer.register_step_post_hook(self._after_step)
+
+    def mask_gradients(self) -> None:
+        """Zero gradients outside the masks now; call it before clipping by norm, so that only kept ones count."""
+        self._keeper.mask_gradients()
 
     def remove(self) -> None:
         """Take all hooks off the optimizer."""
@@ -74,9 +80,9 @@ class Attached:
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
         self.step += 1
-        if not self.model.masks or not self.method.due(self.step):
+        if not self.names or not self.method.due(self.step):
             return
-        self.last = self.method.update(gather(self.model), self._generator)
+        self.last = self.method.update(gather(self.model, self.names), self._generator)
         self._keeper.move(self.last.dropped, self.last.grown)
         if self._notify is not None:
             self._notify(self.step, self.last)

@@ -50,7 +50,7 @@ class ReallocationSchedule:
             )
         if not 0 <= stop <= 1:
             raise UsageError(f"reallocation stop {stop} is not allowed; give a fraction of the training in [0, 1].")
-        every = every or max(total_steps // 1000, min(10, max(total_steps // 20, 1)))
+        every = max(total_steps // 1000, min(10, max(total_steps // 20, 1))) if every is None else every
         starts = [round(total_steps * part) for part in (0, 0.125, 0.4, 0.7)]
         periods = {start: every * 2**i for i, start in enumerate(starts)}
         return cls(tuple(sorted(periods.items())), round(total_steps * stop))

@@ -107,10 +107,11 @@ def _folder(path: Path) -> Source:
     saved = read_folder(path)
     masks = saved.masks()
     tensors = {}
-    for name, value in saved.weights().items():
-        array = value.numpy()
+    state = saved.weights()
+    _same_shapes(path, {name: tuple(value.shape) for name, value in state.items()}, saved.specs)
+    for name, value in state.items():
+        array = value.float().numpy() if value.is_floating_point() else value.numpy()
         tensors[name] = SparseTensor.from_dense(array, masks[name] if name in masks else Mask.full(array.shape))
-    _same_names(path, tensors, saved.specs)
     weights = saved.file(WEIGHTS)
     dense = sum(tensor.mask.size * tensor.values.dtype.itemsize for tensor in tensors.values())
     mask_bytes = sum((mask.size + 7) // 8 for mask in masks.values())
@@ -127,11 +128,13 @@ def _folder(path: Path) -> Source:
     return Source(path, "run folder" if training else "model folder", measured, saved.config, training)
 
 
-def _same_names(path: Path, tensors: Mapping[str, SparseTensor], specs: Mapping[str, LayerSpec]) -> None:
-    differing = [n for n in {**specs, **tensors} if n not in tensors or n not in specs]
-    differing += [n for n in tensors if n in specs and tensors[n].mask.shape != specs[n].shape]
+def _same_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, LayerSpec]) -> None:
+    listed = {name: spec.shape for name, spec in specs.items()}
+    differing = [name for name in {**listed, **shapes} if listed.get(name) != shapes.get(name)]
     if differing:
-        raise FormatError(f"{str(path)!r}: weights and config.json disagree about {differing[0]!r}.")
+        raise FormatError(
+            f"{str(path)!r}: weights and config.json disagree about {differing[0]!r}; the folder is damaged."
+        )
 
 
 def _header_bytes(path: Path) -> int:

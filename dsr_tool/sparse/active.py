@@ -14,7 +14,7 @@ import torch
 
 from dsr_tool.sparse.model import SparseModel
 
-__all__ = ["ActiveWeights", "Positions", "gather"]
+__all__ = ["ActiveWeights", "Positions", "gather", "put_"]
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,28 @@ class ActiveWeights:
 
 
 @torch.no_grad()
-def gather(model: SparseModel) -> ActiveWeights:
-    """The active weights of a model, at O(weights) and without a sort."""
-    weights = list(model.weights.values())
-    flat = torch.cat([mask.reshape(-1) for mask in model.masks.values()]).nonzero().squeeze(1)
+def gather(model: SparseModel, names: Sequence[str] | None = None) -> ActiveWeights:
+    """The active weights of a model, at O(weights) and without a sort.
+
+    Args:
+        model: the model.
+        names: the sparse layers to look at, all that are not frozen when absent.
+    """
+    names = model.trained if names is None else names
+    parameters = model.weights
+    weights = [parameters[name] for name in names]
+    flat = torch.cat([model.masks[name].reshape(-1) for name in names]).nonzero().squeeze(1)
     positions = Positions.of(flat, [weight.numel() for weight in weights])
     pieces = zip(weights, positions.per_layer(), strict=True)
     values = torch.cat([weight.detach().take(local).float() for weight, local in pieces])
     return ActiveWeights(positions, values)
+
+
+def put_(tensor: torch.Tensor, positions: torch.Tensor, value: float) -> None:
+    """Write `value` at flat positions of a tensor of any memory format, in place."""
+    values = torch.full_like(positions, value, dtype=tensor.dtype)
+    if torch.are_deterministic_algorithms_enabled():
+        # Positions are distinct, so either way gives the same; torch knows that of this one, which is slower.
+        tensor[torch.unravel_index(positions, tensor.shape)] = values
+    else:
+        tensor.put_(positions, values)

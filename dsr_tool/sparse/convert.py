@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -62,6 +63,7 @@ def sparsify(
     total = budget.active_weights(prunable, totals["parameters"] - prunable, layers)
     if config.input_shape:
         specs = with_macs(module, specs, config.input_shape)
+    _check_values(module, specs)
     model = SparseModel(module, specs, {}, config)
     counts = _counts(model, total, distribution)
     generator = torch.Generator().manual_seed(seed)
@@ -79,6 +81,16 @@ def sparsify(
     }
     model.config = replace(config, conversion=conversion)
     return model
+
+
+def _check_values(module: nn.Module, specs: Mapping[str, LayerSpec]) -> None:
+    for name, weight in module.named_parameters():
+        if specs[name].role != "sparse":
+            continue
+        if not weight.is_floating_point():
+            raise UsageError(f"weight {name!r} is of {weight.dtype}; only real floating-point weights can be sparse.")
+        if not torch.isfinite(weight).all():
+            raise UsageError(f"weight {name!r} holds values that are not finite; take weights from before that.")
 
 
 def _counts(model: SparseModel, total: int, distribution: str) -> dict[str, int]:

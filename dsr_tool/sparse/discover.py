@@ -88,7 +88,7 @@ def _owners(module: nn.Module) -> dict[str, tuple[nn.Module, str, tuple[int, ...
     """For each entry of the state_dict: owning module, local name, shape, whether it is a parameter."""
     owners: dict[str, tuple[nn.Module, str, tuple[int, ...], bool]] = {}
     seen: dict[int, str] = {}
-    for path, owner in module.named_modules():
+    for path, owner in module.named_modules(remove_duplicate=False):
         entries = [(n, t, True) for n, t in owner._parameters.items()]
         entries += [(n, t, False) for n, t in owner._buffers.items()]
         for local, tensor, is_parameter in entries:
@@ -97,9 +97,9 @@ def _owners(module: nn.Module) -> dict[str, tuple[nn.Module, str, tuple[int, ...
             name = f"{path}.{local}" if path else local
             if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
                 raise UsageError(f"parameter {name!r} has no shape yet; run one input through the model first.")
-            if is_parameter and id(tensor) in seen:
+            if id(tensor) in seen:
                 raise UsageError(
-                    f"parameters {seen[id(tensor)]!r} and {name!r} are one shared tensor, which cannot be converted; "
+                    f"entries {seen[id(tensor)]!r} and {name!r} are one shared tensor, which cannot be converted; "
                     f"give each layer its own weights."
                 )
             seen[id(tensor)] = name
@@ -119,7 +119,7 @@ def _by_type(name: str, owner: nn.Module, local: str, shape: tuple[int, ...], is
         return LayerSpec(name, shape, kind, "buffer", False, f"buffer of {kind}")
     if isinstance(owner, _NORMS):
         reason = f"normalisation ({kind})"
-    elif isinstance(owner, (*_WEIGHT_LAYERS, nn.MultiheadAttention)):
+    elif isinstance(owner, (*_WEIGHT_LAYERS, nn.MultiheadAttention)) and "bias" in local:
         reason = f"bias of {kind}"
     else:
         reason = f"parameter of {kind}, which is no layer of weights"

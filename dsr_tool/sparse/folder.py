@@ -140,7 +140,7 @@ def _plain(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{str(path)!r} cannot be read as JSON ({error}); the file is damaged.") from error
     if not isinstance(document, dict):
         raise FormatError(f"{str(path)!r} does not hold a JSON object; the file is damaged.")

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn, optim
 
 from dsr_tool.errors import UsageError
-from dsr_tool.sparse.active import Positions
+from dsr_tool.sparse.active import Positions, put_
 from dsr_tool.sparse.model import SparseModel
 
 __all__ = ["MaskKeeper"]
 
 _ZERO_STAYS_ZERO = (optim.SGD, optim.Adam, optim.AdamW, optim.RMSprop)
-"""Given zero gradient, weight and state, these leave all three at zero whatever their options are."""
+"""Given zero gradient, weight and state, these leave all three at zero, unless eps is zero."""
+
+_KEPT: WeakSet[optim.Optimizer] = WeakSet()
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -63,8 +66,13 @@ class MaskKeeper:
         Raises:
             UsageError: a sparse weight is not among the optimizer's parameters.
         """
+        if optimizer in _KEPT:
+            raise UsageError("a method is attached to this optimizer already; call remove() on what attach returned.")
+        model.align_masks()
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        strangers = [name for name, weight in model.weights.items() if id(weight) not in held]
+        weights = model.weights
+        self.names = model.trained
+        strangers = [name for name in self.names if id(weights[name]) not in held]
         if strangers:
             raise UsageError(
                 f"weight {strangers[0]!r} is not among the optimizer's parameters; make the optimizer from "
@@ -72,17 +80,20 @@ class MaskKeeper:
             )
         self.model = model
         self.optimizer = optimizer
-        self._layers = [_Layer.of(weight, model.masks[name]) for name, weight in model.weights.items()]
+        self._layers = [_Layer.of(weights[name], model.masks[name]) for name in self.names]
         self._zero_outside()
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_load_state_dict_post_hook(lambda _: self._zero_outside()),
         ]
+        _KEPT.add(optimizer)
 
     def remove(self) -> None:
         """Take the hooks off the optimizer."""
         for hook in self._hooks:
             hook.remove()
+        _KEPT.discard(self.optimizer)
 
     @torch.no_grad()
     def move(self, dropped: Positions, grown: Positions) -> None:
@@ -94,12 +105,12 @@ class MaskKeeper:
         """
         layers = zip(self._layers, dropped.per_layer(), grown.per_layer(), strict=True)
         for layer, off, on in layers:
-            for positions, active in ((off, False), (on, True)):
-                layer.mask.put_(positions, torch.full_like(positions, active, dtype=torch.bool))
-                layer.bits.put_(positions, torch.full_like(positions, -int(active), dtype=layer.bits.dtype))
+            for positions, active in ((off, 0), (on, 1)):
+                put_(layer.mask, positions, active)
+                put_(layer.bits, positions, -active)
             moved = torch.cat([off, on])
             for tensor in self._tensors(layer.weight):
-                tensor.put_(moved, torch.zeros_like(moved, dtype=tensor.dtype))
+                put_(tensor, moved, 0)
 
     def _tensors(self, weight: nn.Parameter) -> Iterator[torch.Tensor]:
         """The weight, its gradient, and every state tensor that holds one value per weight."""
@@ -111,15 +122,30 @@ class MaskKeeper:
                 yield value
 
     @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Zero all gradients outside the masks, as happens before each step anyway.
+
+        Raises:
+            UsageError: the model was moved since, or a layer makes sparse gradients.
+        """
+        for name, layer in zip(self.names, self._layers, strict=True):
+            if self.model.masks[name] is not layer.mask:
+                raise UsageError(f"the mask of {name!r} was replaced since; attach after the model was moved.")
+            gradient = layer.weight.grad
+            if gradient is None:
+                continue
+            if gradient.is_sparse:
+                raise UsageError(f"{name!r} makes sparse gradients, which cannot be masked; make it with sparse=False.")
+            layer.clear(gradient)
+
     def _before_step(self, *_: Any) -> None:
-        for layer in self._layers:
-            if layer.weight.grad is not None:
-                layer.clear(layer.weight.grad)
+        self.mask_gradients()
 
     def _after_step(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A closure computes gradients inside the step, where no hook can mask them.
         closure = len(args) > 1 or kwargs.get("closure") is not None
-        if closure or type(optimizer) not in _ZERO_STAYS_ZERO:
+        divides_by_zero = any(group.get("eps", 1) <= 0 for group in optimizer.param_groups)
+        if closure or divides_by_zero or type(optimizer) not in _ZERO_STAYS_ZERO:
             self._zero_outside()
 
     @torch.no_grad()

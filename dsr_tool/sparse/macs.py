@@ -55,15 +55,18 @@ def with_macs(module: nn.Module, specs: Mapping[str, LayerSpec], input_shape: tu
         UsageError: the network cannot take such an input.
     """
     training = {child: child.training for child in module.modules()}
-    state = {name: torch.empty_like(tensor, device="meta") for name, tensor in module.state_dict().items()}
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    state = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    dtype = next((t.dtype for t in module.parameters() if t.is_floating_point()), torch.float32)
+    example = torch.empty((_BATCH, *input_shape), dtype=dtype, device="meta")
     counter = _Counter({state[name].untyped_storage()._cdata: name for name, spec in specs.items() if spec.weight})
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operator would hide the projections
     try:
         module.eval()
         with torch.no_grad(), counter:
-            torch.func.functional_call(module, state, (torch.empty((_BATCH, *input_shape), device="meta"),))
-    except (RuntimeError, ValueError, AssertionError) as error:
+            torch.func.functional_call(module, state, (example,))
+    except Exception as error:  # a module may raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
             f"input shape {list(input_shape)} does not fit {type(module).__name__}: {reason}; "

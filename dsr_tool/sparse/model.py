@@ -13,7 +13,7 @@ from dsr_tool.core.codecs import SparseTensor
 from dsr_tool.core.config import ModelConfig
 from dsr_tool.core.layers import LayerSpec
 from dsr_tool.core.mask import Mask
-from dsr_tool.errors import CheckFailed
+from dsr_tool.errors import CheckFailed, UsageError
 
 __all__ = ["SparseModel"]
 
@@ -55,6 +55,11 @@ class SparseModel:
         return {name: parameters[name] for name in self.masks}
 
     @property
+    def trained(self) -> list[str]:
+        """Names of the sparse weights that are not frozen (`requires_grad`); methods move no others."""
+        return [name for name, weight in self.weights.items() if weight.requires_grad]
+
+    @property
     def active_weights(self) -> int:
         """Active weights of all sparse layers."""
         return sum(int(torch.count_nonzero(mask)) for mask in self.masks.values())
@@ -82,14 +87,20 @@ class SparseModel:
     def to(self, *args: Any, **kwargs: Any) -> SparseModel:
         """Move the module as `nn.Module.to` does, and the masks after it, in the memory format of their weights."""
         self.module.to(*args, **kwargs)
-        for name, weight in self.weights.items():
-            moved = torch.empty_like(weight, dtype=torch.bool)
-            self.masks[name] = moved.copy_(self.masks[name])
+        self.align_masks()
         return self
+
+    def align_masks(self) -> None:
+        """Bring masks to the device and memory format of their weights, for a module that was moved by itself."""
+        for name, weight in self.weights.items():
+            mask = self.masks[name]
+            if mask.shape == weight.shape and (mask.device != weight.device or mask.stride() != weight.stride()):
+                self.masks[name] = torch.empty_like(weight, dtype=torch.bool).copy_(mask)
 
     @torch.no_grad()
     def apply_masks(self) -> None:
         """Set every inactive weight to (positive) zero."""
+        self.align_masks()
         for name, weight in self.weights.items():
             weight.masked_fill_(~self.masks[name], 0.0)
 
@@ -101,6 +112,8 @@ class SparseModel:
         save and export.
         """
         parameters = dict(self.module.named_parameters())
+        if self.masks.keys() <= parameters.keys():
+            self.align_masks()
         for name, mask in self.masks.items():
             if name not in parameters or parameters[name].shape != mask.shape:
                 found = tuple(parameters[name].shape) if name in parameters else "nothing"
@@ -117,6 +130,10 @@ class SparseModel:
         """Every entry of the state_dict as numpy values under a mask; full masks for those that are dense."""
         tensors = {}
         for name, value in self.module.state_dict().items():
+            if value.dtype in (torch.bfloat16, torch.complex64, torch.complex128):
+                raise UsageError(
+                    f"{name!r} is of {value.dtype}, which no file holds; call model.to(torch.float32) first."
+                )
             array = value.detach().cpu().contiguous().numpy()
             if name in self.masks:
                 mask = Mask.from_bool(self.masks[name].cpu().contiguous().numpy())

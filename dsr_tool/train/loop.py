@@ -99,7 +99,7 @@ class _Moved:
 
     @classmethod
     def nothing(cls, model: SparseModel) -> _Moved:
-        return cls([0] * len(model.masks), [0] * len(model.masks))
+        return cls([0] * len(model.trained), [0] * len(model.trained))
 
     def add(self, moved: Reallocation) -> None:
         self.dropped = [a + b for a, b in zip(self.dropped, moved.dropped.counts, strict=True)]
@@ -153,8 +153,8 @@ class _Run:
             time_s=time.perf_counter() - start,
             active_weights=self.budget,
             density={name: count / self.model.masks[name].numel() for name, count in active.items()},
-            dropped=dict(zip(active, self.moved.dropped, strict=True)),
-            grown=dict(zip(active, self.moved.grown, strict=True)),
+            dropped=dict(zip(self.attached.names, self.moved.dropped, strict=True)),
+            grown=dict(zip(self.attached.names, self.moved.grown, strict=True)),
             threshold=self.moved.threshold,
         )
         for observer in self.observers:

@@ -88,7 +88,7 @@ class RunFolder(Observer):
             (part / SETTINGS).write_text(json.dumps(self.facts, indent=1) + "\n", encoding="utf-8")
             (part / LOG).write_text(_line("start", start), encoding="utf-8")
         self._started = True
-        self._names = list(model.masks)
+        self._names = model.trained
 
     def on_reallocation(self, step: int, moved: Reallocation) -> None:
         """Log it."""

@@ -56,7 +56,7 @@ def test_sparsity_counts_as_written_in_decimal(sparsity, prunable, active):
     assert Budget.of_sparsity(sparsity).active_weights(prunable, 99, 1) == active
 
 
-@pytest.mark.parametrize("sparsity", [1, -0.1, 1.5, "many", math.nan, math.inf])
+@pytest.mark.parametrize("sparsity", [1, -0.1, 1.5, "1/0", "many", math.nan, math.inf])
 def test_sparsity_outside_its_range_is_refused(sparsity):
     with pytest.raises(UsageError, match="fraction of zeros"):
         Budget.of_sparsity(sparsity)
@@ -72,7 +72,7 @@ def test_parameter_budgets(text, parameters):
     assert Budget.parse(text).active_weights(10**9, 3, 1) == parameters - 3
 
 
-@pytest.mark.parametrize("text", ["12", "1.5Xparams", "params", "-3Mparams", "1e3params"])
+@pytest.mark.parametrize("text", ["12", "1/0", "1.5Xparams", "params", "-3Mparams", "1e3params"])
 def test_budgets_that_are_not_understood(text):
     with pytest.raises(UsageError, match="5.1Mparams"):
         Budget.parse(text)

@@ -6,7 +6,7 @@ import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsr_tool.core.codecs import CODECS, SparseTensor, encode_smallest
+from dsr_tool.core.codecs import CODECS, SparseTensor, bitmask_bytes, csr_bytes, encode_smallest
 from dsr_tool.core.layers import matrix_shape
 from dsr_tool.core.mask import Mask
 from dsr_tool.errors import FormatError
@@ -68,6 +68,13 @@ def test_delta_masks_come_within_two_per_cent_of_the_entropy_bound(density):
     tensor = make((512, 2304), density, 0)
     coded = CODECS["delta"].encode(tensor)["mask"].nbytes * 8
     assert coded <= 1.02 * tensor.mask.entropy_bound_bits
+
+
+@given(st.sampled_from(SHAPES), st.sampled_from([0.0, 0.1, 1.0]), st.sampled_from([np.float16, np.float32]))
+def test_closed_forms_are_the_sizes_of_the_streams(shape, density, dtype):
+    tensor = make(shape, density, 0, dtype)
+    for name, size in (("csr", csr_bytes(tensor)), ("bitmask", bitmask_bytes(tensor))):
+        assert size == sum(array.nbytes for array in CODECS[name].encode(tensor).values())
 
 
 def test_the_smallest_codec_is_chosen_by_exact_size():

@@ -6,12 +6,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.errors import CheckFailed, FileError, FormatError
+from dsr_tool.errors import CheckFailed, FileError, FormatError, UsageError
 from exporters.archive import export_archive
 from exporters.onnx import export_onnx
+from exporters.onnx_read import read_onnx
 from exporters.verify import require, verify
 
 pytestmark = pytest.mark.usefixtures("trace_once")
@@ -152,3 +153,36 @@ def test_verifications_are_plain_values(make_model, tmp_path):
     data = verification.to_dict()
     assert data["passed"] is True and data["kind"] == "archive" and data["path"] == str(tmp_path / "m.dsr")
     assert replace(verification, problems=("x",)).passed is False
+
+
+def test_an_archive_too_large_for_onnx_is_verified_by_our_runtime(make_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("exporters.onnx_model._MAX_BYTES", 1000)
+    verification = export_archive(make_model(), tmp_path / "a.dsr")
+    assert verification.passed
+    assert set(verification.runtimes) == {"sparse"}
+    assert "onnxruntime cannot run it" in verification.notes[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_types_are_refused(make_model, tmp_path, dtype):
+    model = make_model()
+    model.to(dtype)
+    for name, export in EXPORTS.items():
+        with pytest.raises(UsageError, match="float32"):
+            export(model, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_constants_in_other_files_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret.bin").write_bytes(bytes(400))
+    constant = helper.make_tensor("k", TensorProto.FLOAT, [10, 10], bytes(400), raw=True)
+    constant.ClearField("raw_data")
+    constant.data_location = TensorProto.EXTERNAL
+    constant.external_data.add(key="location", value="secret.bin")
+    nodes = [helper.make_node("Constant", [], ["k"], value=constant), helper.make_node("MatMul", ["x", "k"], ["y"])]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, 10]) for name in "xy"]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), "a.onnx")
+    with pytest.raises(FormatError, match="other files"):
+        read_onnx(tmp_path / "a.onnx")

@@ -155,3 +155,111 @@ def test_hooks_come_off():
     train(model, optimizer, 1, lambda: None)
     assert attached.step == 0
     assert any(torch.count_nonzero(w[~model.masks[n]]) for n, w in model.weights.items())
+
+
+def momentum(model):
+    return OPTIMIZERS["sgd-momentum"](model.module.parameters())
+
+
+def test_moving_to_where_it_is_keeps_the_masks():
+    model = network()
+    optimizer = momentum(model)
+    attach(model, optimizer, DSR(ReallocationSchedule(((0, 1),), 100), target=0.2, threshold=0.1))
+    train(model, optimizer, 4, lambda: model.to("cpu"))
+    outside_is_zero(model, optimizer)
+    model.check()
+
+
+def test_a_module_moved_by_itself_takes_its_masks_along():
+    model = network()
+    model.module.to(memory_format=torch.channels_last)
+    optimizer = momentum(model)
+    attach(model, optimizer, "static")
+    assert model.masks["3.weight"].stride() == model.weights["3.weight"].stride()
+    train(model, optimizer, 2, lambda: outside_is_zero(model, optimizer))
+
+
+def test_masks_replaced_after_attaching_are_noticed():
+    model = network()
+    optimizer = momentum(model)
+    attach(model, optimizer, "static")
+    model.to(memory_format=torch.channels_last)
+    with pytest.raises(UsageError, match="attach after"):
+        train(model, optimizer, 1, lambda: None)
+
+
+def test_optimizer_state_of_a_dense_run_is_masked_when_it_is_loaded():
+    dense, model = network(), network()
+    for mask in dense.masks.values():
+        mask.fill_(True)
+    other, optimizer = momentum(dense), momentum(model)
+    train(dense, other, 2, lambda: None)
+    attach(model, optimizer, "static")
+    optimizer.load_state_dict(other.state_dict())
+    train(model, optimizer, 1, lambda: outside_is_zero(model, optimizer))
+
+
+def test_a_second_method_on_one_optimizer_is_refused():
+    model = network()
+    optimizer = momentum(model)
+    first = attach(model, optimizer, "static")
+    with pytest.raises(UsageError, match="attached to this optimizer already"):
+        attach(model, optimizer, "static")
+    first.remove()
+    attach(model, optimizer, "static")
+
+
+def test_frozen_weights_are_left_alone():
+    model = network()
+    model.weights["0.weight"].requires_grad_(False)
+    frozen = model.weights["0.weight"].detach().clone()
+    optimizer = momentum(model)
+    moves = attach(model, optimizer, DSR(ReallocationSchedule(((0, 1),), 100), target=0.2, threshold=0.1))
+    active = model.active_weights
+    train(model, optimizer, 5, model.check)
+    assert moves.names == ["3.weight", "5.weight"]
+    assert torch.equal(model.weights["0.weight"], frozen)
+    assert model.active_weights == active
+
+
+def test_deterministic_algorithms_reallocate_alike():
+    masks = []
+    for deterministic in (False, True):
+        model = network(torch.channels_last)
+        optimizer = momentum(model)
+        attach(model, optimizer, DSR(ReallocationSchedule(((0, 1),), 100), target=0.2, threshold=0.1))
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            train(model, optimizer, 3, lambda: None)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        masks.append(model.masks)
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+
+
+def test_clipping_after_masking_counts_kept_gradients_only():
+    model = network()
+    optimizer = momentum(model)
+    moves = attach(model, optimizer, "static")
+    model(torch.randn(2, 3, 6, 6)).square().sum().backward()
+    moves.mask_gradients()
+    kept = [weight.grad[model.masks[name]] for name, weight in model.weights.items()]
+    kept += [p.grad for n, p in model.module.named_parameters() if n not in model.masks]
+    expected = torch.cat([g.reshape(-1) for g in kept]).norm()
+    assert torch.nn.utils.clip_grad_norm_(model.module.parameters(), 1.0).item() == pytest.approx(expected.item())
+
+
+def test_sparse_gradients_are_refused():
+    model = convert(nn.Sequential(nn.Embedding(200, 32, sparse=True)), sparsity=0.5)
+    optimizer = optim.SGD(model.module.parameters(), lr=0.1)
+    attach(model, optimizer, "static")
+    model(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(UsageError, match="sparse=False"):
+        optimizer.step()
+
+
+def test_an_eps_of_zero_leaves_no_nan_outside():
+    model = network()
+    optimizer = optim.Adam(model.module.parameters(), eps=0)
+    attach(model, optimizer, "static")
+    train(model, optimizer, 1, lambda: outside_is_zero(model, optimizer))

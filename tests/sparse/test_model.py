@@ -1,5 +1,6 @@
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -232,6 +233,84 @@ def test_modules_of_ones_own_come_back_with_a_fresh_module(tmp_path):
     again = load(tmp_path / "m", nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4)))
     x = torch.randn(3, 20)
     assert torch.equal(again(x), model(x))
+
+
+def test_values_that_are_not_finite_or_not_real_are_refused():
+    for bad in (float("nan"), float("inf")):
+        layer = nn.Linear(20, 30)
+        with torch.no_grad():
+            layer.weight[0, 0] = bad
+        for distribution in ("uniform", "magnitude"):
+            with pytest.raises(UsageError, match="not finite"):
+                convert(nn.Sequential(layer), sparsity=0.5, distribution=distribution)
+    with pytest.raises(UsageError, match="complex64"):
+        convert(nn.Sequential(nn.Linear(20, 30, dtype=torch.complex64)), sparsity=0.5)
+
+
+def test_a_module_used_twice_is_refused():
+    layer = nn.Linear(20, 20)
+    with pytest.raises(UsageError, match="one shared tensor"):
+        convert(nn.Sequential(layer, nn.ReLU(), layer), sparsity=0.5)
+
+
+def test_macs_of_modules_with_buffers_outside_the_state_and_other_types():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(20, 30).double()
+            self.register_buffer("scale", torch.ones(20, dtype=torch.double), persistent=False)
+
+        def forward(self, x):
+            return self.fc(x * self.scale)
+
+    assert convert(Scaled(), sparsity=0.5, input_shape=(20,)).specs["fc.weight"].macs_per_weight == 1
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 63])
+def test_seeds_out_of_range(seed):
+    with pytest.raises(UsageError, match="seed"):
+        convert("squeezenet1_1", sparsity=0.5, seed=seed)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_inputs_of_models_that_normalise_themselves(name, tmp_path):
+    """torchvision builds these with transform_input for its own weights; ours must compute the same from a picture."""
+    theirs = models.get_model(name, init_weights=False, transform_input=True).eval()
+    save_file(theirs.state_dict(), tmp_path / "w.safetensors")
+    model = convert(name, weights=str(tmp_path / "w.safetensors"), sparsity=0)
+    picture = torch.rand(1, 3, 299, 299)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        expected = theirs((picture - mean[:, None, None]) / std[:, None, None])
+        ours = model.config.preprocessing
+        found = model.module.eval()((picture - ours.mean[0]) / ours.std[0])
+    assert ours.mean == ours.std == (0.5, 0.5, 0.5)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def test_force_replaces_no_folder_of_others(tmp_path):
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(FileError, match="something else"):
+        small().save(tmp_path / "bert", force=True)
+    assert (tmp_path / "bert" / "config.json").read_text() == '{"model_type": "bert"}'
+
+
+def test_a_replacement_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
+    small().save(tmp_path / "m")
+    before = (tmp_path / "m" / "model.safetensors").read_bytes()
+    rename = Path.replace
+
+    def fail(self, target):
+        if self.name.endswith(".part"):
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(FileError, match="Input/output error"):
+        small(seed=1).save(tmp_path / "m", force=True)
+    assert (tmp_path / "m" / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_deep_copies_are_independent():
