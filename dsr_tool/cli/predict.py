@@ -14,10 +14,13 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from dsr_tool.core.archive import Archive
+    from dsr_tool.runtime import Session
+    from exporters.onnx_session import OnnxSession
 
 __all__ = ["command"]
 
 _RUNTIMES = ("sparse", "scipy", "onnxruntime")
+_AT_ONCE = 16
 
 
 @click.command(
@@ -64,15 +67,22 @@ def command(
 
 
 def _run(archive: Archive, runtime: str, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    import numpy as np
+
+    session = _session(archive, runtime)
+    # A few at a time: activations take far more memory than inputs.
+    return np.concatenate([session.run(batch[i : i + _AT_ONCE]) for i in range(0, len(batch), _AT_ONCE)])
+
+
+def _session(archive: Archive, runtime: str) -> Session | OnnxSession:
     if runtime == "onnxruntime":
         from exporters.onnx_model import to_onnx
         from exporters.onnx_session import OnnxSession
 
-        model = to_onnx(archive.graph, dict(archive), encoding="dense")
-        return OnnxSession(model.SerializeToString()).run(batch)
+        return OnnxSession(to_onnx(archive.graph, dict(archive), encoding="dense").SerializeToString())
     from dsr_tool.runtime import Session
 
-    return Session(archive).run(batch)
+    return Session(archive)
 
 
 def _labels(path: Path | None, archive: Archive) -> tuple[str, ...]:
