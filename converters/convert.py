@@ -76,11 +76,11 @@ def convert(
             raise UsageError("weights, num_classes and input_size go with a model name; a module has its own.")
         module, trained = source, False
         config = ModelConfig("module", type(source).__name__, 0, tuple(int(n) for n in input_shape))
-        positions = positions or "magnitude"
+        positions = "magnitude" if positions is None else positions
     rules = Rules(
         keep_dense=tuple(keep_dense),
         sparsify=tuple(sparsify_patterns),
-        preset_dense=preset_rules(preset, module) if preset else {},
+        preset_dense=preset_rules(preset, module) if preset is not None else {},
         small_layers=preset is None,
     )
     record = {"preset": preset, "keep_dense": list(keep_dense), "sparsify": list(sparsify_patterns)}
@@ -88,8 +88,8 @@ def convert(
         module,
         replace(config, conversion={**config.conversion, **record}),
         wanted,
-        distribution=distribution or ("magnitude" if trained else "uniform"),
-        positions=positions or ("magnitude" if trained else "random"),
+        distribution=("magnitude" if trained else "uniform") if distribution is None else distribution,
+        positions=("magnitude" if trained else "random") if positions is None else positions,
         rules=rules,
         seed=seed,
     )

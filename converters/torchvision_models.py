@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,8 +15,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torchvision import models
 
-from dsr_tool.core.config import ModelConfig, Preprocessing
-from dsr_tool.errors import FormatError, UsageError, unknown_name
+from dsr_tool.core.config import MOST_CLASSES, ModelConfig, Preprocessing
+from dsr_tool.core.files import require_file
+from dsr_tool.errors import FileError, FormatError, UsageError, unknown_name
 
 _OWN_NORMALISATION = ("googlenet", "inception_v3")
 """With its own weights torchvision builds these to undo ImageNet's normalisation inside; ours take 0.5 outside."""
@@ -78,8 +81,8 @@ def load(
     """
     if name not in architectures():
         raise unknown_name("ARCH", name, architectures())
-    if num_classes is not None and num_classes < 1:
-        raise UsageError(f"--num-classes {num_classes} is not allowed; give 1 or more.")
+    if num_classes is not None and not 1 <= num_classes <= MOST_CLASSES:
+        raise UsageError(f"--num-classes {num_classes} is not allowed; give 1 to {MOST_CLASSES:,}.")
     if input_size is not None and input_size < 1:
         raise UsageError(f"--input-size {input_size} is not allowed; give pixels, 1 or more.")
     with torch.random.fork_rng(devices=[]):
@@ -105,7 +108,7 @@ def load(
 
 
 def _is_file(weights: str) -> bool:
-    return Path(weights).suffix in (".pth", ".pt", ".safetensors", ".bin") or Path(weights).exists()
+    return bool(weights) and (Path(weights).suffix in (".pth", ".pt", ".safetensors", ".bin") or Path(weights).exists())
 
 
 def _from_enum(name: str, weights: str, num_classes: int | None) -> tuple[nn.Module, Any]:
@@ -113,27 +116,29 @@ def _from_enum(name: str, weights: str, num_classes: int | None) -> tuple[nn.Mod
     short = weights.removeprefix(f"{enum_class.__name__}.")
     known = ["DEFAULT", *enum_class.__members__]
     if short not in known:
-        raise unknown_name("--weights", weights, [*known, *(f"{enum_class.__name__}.{key}" for key in known)])
+        prefix = f"{enum_class.__name__}." if "." in weights else ""
+        raise unknown_name("--weights", weights, [prefix + key for key in known])
     enum = enum_class[short]
     try:
-        state = enum.get_state_dict(progress=False, check_hash=True)
+        # torch.hub announces the download there.
+        with contextlib.redirect_stderr(io.StringIO()):
+            state = enum.get_state_dict(progress=False, check_hash=True)
     except OSError as error:
-        raise UsageError(
+        raise FileError(
             f"--weights {weights!r} could not be downloaded ({error}); give the path of a state_dict file instead."
         ) from error
     return _with_state(name, state, num_classes, str(enum)), enum
 
 
 def _from_file(name: str, path: Path, num_classes: int | None) -> nn.Module:
-    if not path.is_file():
-        raise UsageError(
-            f"--weights file {str(path)!r} does not exist; give a state_dict file or a torchvision enum name."
-        )
+    require_file(path, "--weights file")
     try:
         state = _read_state(path)
     except Exception as error:  # a damaged pickle or zip ends in whatever the reader trips over
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FormatError(f"--weights file {str(path)!r} cannot be read as a state_dict ({reason}).") from error
+        raise FormatError(
+            f"--weights file {str(path)!r} cannot be read as a state_dict: it is damaged, or was written neither by "
+            f"torch.save nor by safetensors."
+        ) from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not all(

@@ -6,7 +6,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from dsr_tool.core.archive import ENCODINGS, write_archive
+from dsr_tool.core.archive import ENCODINGS, encode_archive
 from dsr_tool.core.files import new_file, refuse_existing
 from dsr_tool.errors import unknown_name
 from dsr_tool.sparse.model import SparseModel
@@ -40,16 +40,8 @@ def export_archive(
     refuse_existing(path, force=force)
     graph = checked_graph(model)
     versions = {name: version(name) for name in ("dsr-tool", "torch", "torchvision")}
+    encoded = encode_archive(model.tensors(), model.specs, graph, model.config, encoding=encoding, versions=versions)
     with new_file(path, force=force) as part:
-        write_archive(
-            part,
-            model.tensors(),
-            model.specs,
-            graph,
-            model.config,
-            encoding=encoding,
-            versions=versions,
-            force=True,
-        )
+        encoded.save(part)
         verification = require(verify_archive(part, model))
     return replace(verification, path=path)

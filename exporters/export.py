@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dsr_tool.errors import unknown_name
+from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.sparse.model import SparseModel
 from exporters.archive import export_archive
 from exporters.onnx import export_onnx
 from exporters.verification import Verification
 
 __all__ = ["EXPORTERS", "export"]
+
+_SUFFIXES = {".dsr": "archive", ".onnx": "onnx"}
+_OTHERS = (".npy", ".npz", ".pt", ".pth", ".safetensors")
 
 EXPORTERS = {"archive": export_archive, "onnx": export_onnx}
 
@@ -31,11 +34,17 @@ def export(
         What the verification measured.
 
     Raises:
-        UsageError: unknown container or encoding.
+        UsageError: unknown container or encoding, or an ending that means another kind of file.
         CheckFailed: the file does not hold the model; none is left.
         FileError: the file exists without `force`, or the disk refuses it.
     """
-    to = to or ("onnx" if Path(path).suffix == ".onnx" else "archive")
+    suffix = Path(path).suffix.lower()
+    to = to or _SUFFIXES.get(suffix, "archive")
     if to not in EXPORTERS:
         raise unknown_name("--to", to, EXPORTERS)
+    if suffix in _OTHERS or _SUFFIXES.get(suffix, to) != to:
+        raise UsageError(
+            f"output {str(path)!r} would hold an {to} file, which readers of {suffix} files do not understand; call it "
+            f"{Path(path).stem}{'.onnx' if to == 'onnx' else '.dsr'}."
+        )
     return EXPORTERS[to](model, path, encoding=encoding, force=force)

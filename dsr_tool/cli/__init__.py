@@ -42,12 +42,17 @@ class _LazyGroup(click.Group):
 
 @click.group(
     cls=_LazyGroup,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Exit codes: 0 done, 1 error, 2 wrong usage, 3 a check failed. Results go to stdout, all else to stderr.",
+    epilog="Exit codes: 0 done, 1 error, 2 wrong usage, 3 a check failed, 130 interrupted. Results go to stdout, "
+    "all else to stderr.",
 )
 @click.version_option(package_name="dsr-tool", prog_name="dsr-tool")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Fit a vision model into a budget: exact sparsity, trained masks, files that are really small."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def main() -> None:
@@ -57,7 +62,7 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        result = cli.main(standalone_mode=False)
+        result = cli.main(prog_name="dsr-tool", standalone_mode=False)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "dsr-tool"
@@ -65,7 +70,7 @@ def _run() -> int:
     except DsrError as error:
         return _say(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        return _say("interrupted; what was complete was kept.", 130)
+        return _say("interrupted; whatever was written whole before is kept.", 130)
     except BrokenPipeError:
         # The reader of our stdout has gone; closing it again at exit would complain once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

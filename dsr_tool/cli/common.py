@@ -8,14 +8,24 @@ from typing import Any, TypeVar
 
 import click
 
-__all__ = ["emit", "examples", "note", "output_options"]
+__all__ = ["emit", "examples", "note", "output_options", "result_options"]
+
+_QUIET = "Print the result alone: no progress, no notes."
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def output_options(function: F) -> F:
     """Add `--json` and `--quiet` to a command, as arguments `as_json` and `quiet`."""
-    function = click.option("--quiet", "-q", is_flag=True, help="Say nothing but the result and errors.")(function)
+    return _json(click.option("--quiet", "-q", is_flag=True, help=_QUIET)(function))
+
+
+def result_options(function: F) -> F:
+    """The same for a command that prints its result and nothing beside it: `--quiet` changes nothing."""
+    return _json(click.option("--quiet", "-q", is_flag=True, expose_value=False, help=_QUIET)(function))
+
+
+def _json(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(function)
 
 
@@ -25,9 +35,8 @@ def examples(*lines: str) -> str:
 
 
 def emit(document: dict[str, Any], text: str, *, as_json: bool) -> None:
-    """Print the result: the document, or the text for people unless it is empty."""
-    if as_json or text:
-        click.echo(json.dumps(document, indent=1, allow_nan=False) if as_json else text)
+    """Print the result: the document, or the text for people."""
+    click.echo(json.dumps(document, indent=1, allow_nan=False) if as_json else text)
 
 
 def note(message: str, *, quiet: bool) -> None:

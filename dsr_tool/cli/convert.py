@@ -48,4 +48,4 @@ def command(arch: str, output: Path, as_json: bool, quiet: bool, force: bool, **
     model = convert(arch, sparsify_patterns=options.pop("sparsify"), **options)
     model.save(output, force=force)
     document = conversion_document(model, output)
-    emit(document, "" if quiet else conversion_text(document), as_json=as_json)
+    emit(document, conversion_text(document, short=quiet), as_json=as_json)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import click
 
-from dsr_tool.cli.common import emit, examples, output_options
+from dsr_tool.cli.common import emit, examples, result_options
 
 __all__ = ["command"]
 
 
 @click.command("doctor", epilog=examples("dsr-tool doctor", "dsr-tool doctor --json"))
-@output_options
-def command(as_json: bool, quiet: bool) -> int:
+@result_options
+def command(as_json: bool) -> int:
     """Print versions and devices, and for everything that does not fit together the remedy; exit code 3 if any."""
     from dsr_tool.report.doctor import doctor_document, doctor_text
 
     document = doctor_document()
-    emit(document, "" if quiet else doctor_text(document), as_json=as_json)
+    emit(document, doctor_text(document), as_json=as_json)
     return 3 if document["problems"] else 0

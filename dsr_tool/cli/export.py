@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dsr_tool.cli.common import emit, examples, output_options
+from dsr_tool.cli.common import emit, examples, result_options
 
 __all__ = ["command"]
 
@@ -28,10 +28,8 @@ __all__ = ["command"]
     help="auto is the smallest per layer; archive: delta, bitmask, csr, dense; onnx: delta, dense.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing file.")
-@output_options
-def command(
-    model_dir: Path, output: Path, to: str | None, encoding: str, force: bool, as_json: bool, quiet: bool
-) -> None:
+@result_options
+def command(model_dir: Path, output: Path, to: str | None, encoding: str, force: bool, as_json: bool) -> None:
     """Export the model in MODEL_DIR (or an archive) to one file.
 
     The file is run and compared with the model before it takes its name; when it does not hold the model, the exit
@@ -45,4 +43,4 @@ def command(
     refuse_existing(output, force=force)
     verification = export(load(model_dir), output, to=to, encoding=encoding, force=force)
     document = verification_document("export", verification)
-    emit(document, "" if quiet else verification_text(verification), as_json=as_json)
+    emit(document, verification_text(verification), as_json=as_json)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsr_tool.cli.common import emit, examples, output_options
+from dsr_tool.cli.common import emit, examples, result_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,10 +35,8 @@ _AT_ONCE = 16
 @click.option("--runtime", default="sparse", show_default=True, help="sparse, scipy or onnxruntime.")
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="How many classes to print.")
 @click.option("--labels", type=click.Path(path_type=Path), help="Text file of class names, one a line.")
-@output_options
-def command(
-    file: Path, inputs: tuple[Path, ...], runtime: str, top: int, labels: Path | None, as_json: bool, quiet: bool
-) -> None:
+@result_options
+def command(file: Path, inputs: tuple[Path, ...], runtime: str, top: int, labels: Path | None, as_json: bool) -> None:
     """Run the archive FILE on pictures, or on .npy arrays that are preprocessed already.
 
     The default runtime needs numpy and scipy alone; today `sparse` and `scipy` are the same.
@@ -53,17 +51,18 @@ def command(
     names = _labels(labels, archive)
     batch = load_inputs(inputs, archive.config)
     outputs = _run(archive, runtime, batch)
-    predictions = [_prediction(row, names, top) for row in outputs]
-    if len(inputs) == len(outputs):
-        for path, prediction in zip(inputs, predictions, strict=True):
-            prediction["input"] = str(path)
+    # One array of inputs makes several predictions, and then the number of each is its name.
+    sources = [str(path) for path in inputs] if len(inputs) == len(outputs) else list(map(str, range(len(outputs))))
+    predictions = [
+        {"input": source, "top": _best(row, names, top)} for source, row in zip(sources, outputs, strict=True)
+    ]
     document = {
         "schema": "dsr-tool/predict/1",
         "file": str(file),
         "runtime": runtime,
         "predictions": predictions,
     }
-    emit(document, "" if quiet else _text(document), as_json=as_json)
+    emit(document, _text(document), as_json=as_json)
 
 
 def _run(archive: Archive, runtime: str, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -103,23 +102,21 @@ def _labels(path: Path | None, archive: Archive) -> tuple[str, ...]:
     return names
 
 
-def _prediction(scores: npt.NDArray[np.float32], names: tuple[str, ...], top: int) -> dict[str, Any]:
+def _best(scores: npt.NDArray[np.float32], names: tuple[str, ...], top: int) -> list[dict[str, Any]]:
     import numpy as np
 
     exponents = np.exp((scores - scores.max()).astype(np.float64))
     probabilities = exponents / exponents.sum()
     best = np.argsort(-probabilities, kind="stable")[:top]
-    return {
-        "top": [
-            {"class": int(i), "label": names[i] if i < len(names) else str(i), "probability": float(probabilities[i])}
-            for i in best
-        ]
-    }
+    return [
+        {"class": int(i), "label": names[i] if i < len(names) else str(i), "probability": float(probabilities[i])}
+        for i in best
+    ]
 
 
 def _text(document: dict[str, Any]) -> str:
     lines = []
-    for index, prediction in enumerate(document["predictions"]):
-        best = ", ".join(f"{one['label']} {one['probability']:.3f}" for one in prediction["top"])
-        lines.append(f"{prediction.get('input', index)}: {best}")
+    for prediction in document["predictions"]:
+        best = ", ".join(f"{one['label']} {one['probability']:.1%}" for one in prediction["top"])
+        lines.append(f"{prediction['input']}: {best}")
     return "\n".join(lines)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dsr_tool.cli.common import emit, examples, output_options
+from dsr_tool.cli.common import emit, examples, result_options
 
 __all__ = ["command"]
 
@@ -16,8 +16,8 @@ __all__ = ["command"]
     epilog=examples("dsr-tool report resnet18-90", "dsr-tool report resnet18-90.dsr --json > footprint.json"),
 )
 @click.argument("path", type=click.Path(path_type=Path))
-@output_options
-def command(path: Path, as_json: bool, quiet: bool) -> None:
+@result_options
+def command(path: Path, as_json: bool) -> None:
     """Report the footprint of PATH: a model folder, run folder, .dsr archive or .onnx file.
 
     Per layer and in all: parameters, active weights, density, bytes as dense, CSR, bitmask and coded, the entropy
@@ -27,4 +27,4 @@ def command(path: Path, as_json: bool, quiet: bool) -> None:
     from dsr_tool.report.tables import report_document, report_text
 
     source = read(path)
-    emit(report_document(source), "" if quiet else report_text(source), as_json=as_json)
+    emit(report_document(source), report_text(source), as_json=as_json)

@@ -95,7 +95,7 @@ def command(model_dir: Path, output: Path, data: str, as_json: bool, quiet: bool
         "sparsity": model.sparsity,
         "model_sparsity": model.model_sparsity,
     }
-    emit(document, "" if quiet else _text(document), as_json=as_json)
+    emit(document, _text(document), as_json=as_json)
 
 
 def _text(document: dict[str, Any]) -> str:

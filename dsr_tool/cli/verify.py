@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dsr_tool.cli.common import emit, examples, output_options
+from dsr_tool.cli.common import emit, examples, result_options
 
 __all__ = ["command"]
 
@@ -20,8 +20,8 @@ __all__ = ["command"]
 )
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--against", required=True, type=click.Path(path_type=Path), help="The model folder it came from.")
-@output_options
-def command(file: Path, against: Path, as_json: bool, quiet: bool) -> int:
+@result_options
+def command(file: Path, against: Path, as_json: bool) -> int:
     """Compare FILE, an archive or ONNX file, with the model it was exported from; exit code 3 when they differ."""
     from converters.convert import load
     from dsr_tool.core.files import require_file
@@ -37,5 +37,5 @@ def command(file: Path, against: Path, as_json: bool, quiet: bool) -> int:
         # Here a damaged file is what was asked about, not what got in the way.
         raise CheckFailed(str(error)) from error
     document = verification_document("verify", verification)
-    emit(document, "" if quiet else verification_text(verification), as_json=as_json)
+    emit(document, verification_text(verification), as_json=as_json)
     return 0 if verification.passed else 3

@@ -25,11 +25,33 @@ from dsr_tool.core.layers import LayerSpec
 from dsr_tool.core.manifest import GRAPH, MANIFEST, METADATA, Entry, crc32_of, pack, unpack
 from dsr_tool.errors import FormatError, UsageError, unknown_name
 
-__all__ = ["ENCODINGS", "FORMAT_VERSION", "Archive", "Entry", "open_archive", "write_archive"]
+__all__ = [
+    "ENCODINGS",
+    "FORMAT_VERSION",
+    "Archive",
+    "Encoded",
+    "Entry",
+    "encode_archive",
+    "open_archive",
+    "write_archive",
+]
 
 FORMAT_VERSION = (1, 0)
 ENCODINGS = ("auto", *CODECS)
 MAX_DECODED_BYTES = 16 << 30
+
+
+class Encoded:
+    """A model encoded as an archive, not written yet."""
+
+    def __init__(self, streams: Streams, header: Mapping[str, str]) -> None:
+        """Use `encode_archive`."""
+        self._streams, self._header = streams, header
+
+    def save(self, path: Path) -> None:
+        """Write it to `path` as it is; see `new_file` for doing that safely."""
+        # One metadata entry, since the container's writer orders several at random.
+        save_file(self._streams, path, metadata={METADATA: json.dumps(self._header)})
 
 
 def write_archive(
@@ -40,24 +62,49 @@ def write_archive(
     config: ModelConfig,
     *,
     encoding: str = "auto",
-    versions: Mapping[str, str] | None = None,
     force: bool = False,
 ) -> None:
-    """Write a model into one file, beside the target first and renamed when whole.
+    """Encode a model and write it into one file, beside the target first and renamed when whole.
 
     Args:
         path: the new file.
+        tensors: see `encode_archive` for this and what follows.
+        specs: what each of them is.
+        graph: the computation.
+        config: what the model is.
+        encoding: `auto` or the name of a codec.
+        force: replace an existing file.
+
+    Raises:
+        UsageError: unknown encoding, or a graph of another model.
+        FileError: the file exists, or the disk refuses it.
+    """
+    encoded = encode_archive(tensors, specs, graph, config, encoding=encoding)
+    with new_file(path, force=force) as part:
+        encoded.save(part)
+
+
+def encode_archive(
+    tensors: Mapping[str, SparseTensor],
+    specs: Mapping[str, LayerSpec],
+    graph: Graph,
+    config: ModelConfig,
+    *,
+    encoding: str = "auto",
+    versions: Mapping[str, str] | None = None,
+) -> Encoded:
+    """Encode a model.
+
+    Args:
         tensors: every entry of the state_dict; full masks for those that are dense.
         specs: what each of them is.
         graph: the computation; its parameters are names of `tensors`.
         config: what the model is.
         encoding: `auto` for the smallest codec per layer, or the name of one.
         versions: names and versions of what made the file, for the record.
-        force: replace an existing file.
 
     Raises:
-        UsageError: unknown encoding.
-        FileError: the file exists, or the disk refuses it.
+        UsageError: unknown encoding, or a graph of another model.
     """
     if encoding not in ENCODINGS:
         raise unknown_name("encoding", encoding, ENCODINGS)
@@ -85,9 +132,7 @@ def write_archive(
     streams[MANIFEST] = pack(json.dumps(manifest, separators=(",", ":"), allow_nan=False))
     digest = hashlib.sha256(streams[MANIFEST].tobytes()).hexdigest()
     header = {"version": ".".join(map(str, FORMAT_VERSION)), "manifest_sha256": digest}
-    with new_file(path, force=force) as part:
-        # One metadata entry, since the container's writer orders several at random.
-        save_file(streams, part, metadata={METADATA: json.dumps(header)})
+    return Encoded(streams, header)
 
 
 def open_archive(path: str | Path, *, max_decoded_bytes: int = MAX_DECODED_BYTES) -> Archive:

@@ -76,8 +76,8 @@ class Budget:
             count = round(prunable * (1 - self.sparsity))
             if count < layers:
                 raise UsageError(
-                    f"sparsity {float(self.sparsity):g} cannot be reached: each of the {layers} sparse layers keeps at "
-                    f"least one of the {prunable:,} prunable weights; the highest reachable sparsity is "
+                    f"sparsity {float(self.sparsity):.12g} cannot be reached: each of the {layers} sparse layers keeps "
+                    f"at least one of the {prunable:,} prunable weights; the highest reachable sparsity is "
                     f"{_rounded_down(1 - Fraction(layers, prunable)) if prunable else 0:.9g}."
                 )
             return count

@@ -7,9 +7,9 @@ from typing import Any
 
 from dsr_tool.errors import FormatError
 
-__all__ = ["ModelConfig", "Preprocessing"]
+__all__ = ["MOST_CLASSES", "ModelConfig", "Preprocessing"]
 
-_MOST_CLASSES, _LONGEST_SIDE = 10**6, 1 << 20
+MOST_CLASSES, _LONGEST_SIDE = 10**6, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class ModelConfig:
             )
         except (ArithmeticError, KeyError, TypeError, ValueError) as error:
             raise FormatError(f"the model's description is not understood: {error!r}; the file is damaged.") from error
-        if not 0 <= config.num_classes <= _MOST_CLASSES or any(not 0 < n < _LONGEST_SIDE for n in config.input_shape):
+        if not 0 <= config.num_classes <= MOST_CLASSES or any(not 0 < n < _LONGEST_SIDE for n in config.input_shape):
             raise FormatError(
                 f"the model's description claims {config.num_classes} classes and inputs of {config.input_shape}; "
                 f"the file is damaged."

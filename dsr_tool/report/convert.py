@@ -37,8 +37,18 @@ def conversion_document(model: SparseModel, path: Path) -> dict[str, Any]:
     }
 
 
-def conversion_text(document: dict[str, Any]) -> str:
-    """The same for a terminal: weights one by one, everything else by reason."""
+def conversion_text(document: dict[str, Any], *, short: bool = False) -> str:
+    """The same for a terminal: weights one by one, everything else by reason; or, for `short`, the last line alone."""
+    closing = (
+        f"{document['path']}: {document['model']['architecture']} with {document['active_weights']:,} of "
+        f"{document['prunable_weights']:,} prunable weights active; zeros are "
+        f"{document['sparsity_of_prunable_weights']:.4%} of the prunable weights and "
+        f"{document['sparsity_of_whole_model']:.4%} of all {document['parameters']:,} parameters"
+    )
+    return closing if short else f"{render(_layers(document))}\n{closing}"
+
+
+def _layers(document: dict[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for header, justify in (
         ("weight", "left"),
@@ -58,10 +68,4 @@ def conversion_text(document: dict[str, Any]) -> str:
             others.setdefault(layer["reason"], []).append(layer["parameters"])
     for reason, sizes in others.items():
         table.add_row(f"{len(sizes)} more", "dense", f"{sum(sizes):,}", f"{sum(sizes):,}", reason)
-    return (
-        f"{render(table)}\n"
-        f"{document['path']}: {document['model']['architecture']} with {document['active_weights']:,} of "
-        f"{document['prunable_weights']:,} prunable weights active; zeros are "
-        f"{document['sparsity_of_prunable_weights']:.4%} of the prunable weights and "
-        f"{document['sparsity_of_whole_model']:.4%} of all {document['parameters']:,} parameters"
-    )
+    return table

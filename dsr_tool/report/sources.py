@@ -153,8 +153,10 @@ def _training(log: Path) -> dict[str, Any]:
         moved = [line for line in lines if line["kind"] == "reallocation"]
     except (ValueError, KeyError, TypeError) as error:
         raise FormatError(f"log {str(log)!r} is not understood: {error}; the run is damaged.") from error
+    end: dict[str, Any] = next((line for line in reversed(lines) if line["kind"] in ("start", "end")), {})
     best = max(epochs, key=lambda line: line["test_accuracy"], default=None)
     return {
+        "status": end.get("status", "cut off"),
         "method": start.get("settings", {}).get("method"),
         "data": start.get("data"),
         "epochs": len(epochs),

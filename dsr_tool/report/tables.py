@@ -97,13 +97,16 @@ def _closing(source: Source) -> list[str]:
     print_ = source.footprint
     parts = ", ".join(f"{name} {nbytes:,}" for name, nbytes in print_.parts.items())
     agree = "agrees" if print_.computed_bytes == print_.file_bytes else "DOES NOT AGREE"
+    size = "x".join(map(str, source.config.input_shape)) if source.config else "the file's size"
+    folded = ["active counts values that are not zero, and normalisation is folded: an ONNX file keeps no masks"]
     return [
+        *(folded if source.kind == "onnx" else []),
         f"sparsity: {print_.sparsity:.4%} of the prunable weights, {print_.model_sparsity:.4%} of the whole model",
         f"bytes: {parts}",
         f"size on disk {print_.file_bytes:,}, computed {print_.computed_bytes:,}: {agree}; "
         f"dense fp32 {print_.everything.dense_bytes:,}, entropy bound {print_.everything.bound_bytes:,}",
-        "MB are 10^6 bytes; MMACs are millions of multiply-adds for one input, with active weights and with all; "
-        "coded: run lengths and byte planes, Huffman-coded; bound: log2 C(parameters, active) bits and raw values",
+        f"MB are 10^6 bytes; MMACs are millions of multiply-adds for one input of {size}, with active weights and with "
+        "all; coded: run lengths and byte planes, Huffman-coded; bound: log2 C(parameters, active) bits and raw values",
     ]
 
 
@@ -112,8 +115,9 @@ def _training_line(training: Any) -> str:
     accuracy = (
         f"test accuracy {last:.4f} (best {best:.4f} in epoch {training['best_epoch']})" if best is not None else ""
     )
+    status = "" if training["status"] == "complete" else f" (NOT COMPLETE: {training['status']})"
     return (
-        f"trained with {training['method']} on {training['data']}, {training['epochs']} epochs: {accuracy}; "
+        f"trained{status} with {training['method']} on {training['data']}, {training['epochs']} epochs: {accuracy}; "
         f"{training['reallocations']} reallocations moved {training['weights_moved']:,} weights"
     )
 

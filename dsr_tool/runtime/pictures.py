@@ -66,7 +66,7 @@ def _array(path: Path, config: ModelConfig) -> _Float32:
     try:
         array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise FormatError(f"input {str(path)!r} is not a .npy file of numbers ({error}).") from error
+        raise FormatError(f"input {str(path)!r} is not a .npy file of numbers.") from error
     except OSError as error:
         raise _unreadable(path, error) from error
     rank = len(config.input_shape) or 3
@@ -77,6 +77,8 @@ def _array(path: Path, config: ModelConfig) -> _Float32:
             f"input {str(path)!r} holds {array.dtype} of shape {array.shape}; the model takes float32 of shape "
             f"{wanted}, or a batch of them."
         )
+    if not np.isfinite(batch).all():
+        raise UsageError(f"input {str(path)!r} holds values that are not finite; give numbers.")
     return np.asarray(batch, np.float32)
 
 

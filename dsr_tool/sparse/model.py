@@ -121,8 +121,8 @@ class SparseModel:
             outside = int(torch.count_nonzero(parameters[name].masked_fill(mask, 0.0)))
             if outside:
                 raise CheckFailed(
-                    f"weight {name!r} has {outside:,} non-zero values outside its mask; were dense weights loaded? "
-                    f"call apply_masks() to zero them."
+                    f"weight {name!r} has {outside:,} non-zero values outside its mask; either dense weights were "
+                    f"loaded over it (apply_masks() zeroes them), or its file is damaged."
                 )
 
     @torch.no_grad()

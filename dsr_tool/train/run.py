@@ -64,6 +64,10 @@ class RunFolder(Observer):
     ) -> None:
         if not self._started:
             return
+        if kind is not None and not self._done:
+            # Nothing was learnt, so that nothing is worth keeping.
+            shutil.rmtree(self.path, ignore_errors=True)
+            return
         status = "complete" if kind is None else "interrupted" if kind is KeyboardInterrupt else "failed"
         try:
             self._log("end", status=status, epochs=self._done, best_accuracy=self._best)

@@ -39,7 +39,15 @@ def bad(run, folder, *arguments):
         (["resnet18", "--sparsity", "0.9", "--distribution", "erc"], 2, "did you mean erk"),
         (["resnet18", "--sparsity", "0.9", "--preset", "papers"], 2, "did you mean paper"),
         (["resnet18", "--sparsity", "0.9", "--weights", "ResNet18_Weights.DEFALT"], 2, "ResNet18_Weights.DEFAULT"),
-        (["resnet18", "--sparsity", "0.9", "--weights", "nothing.pth"], 2, "does not exist"),
+        (["resnet18", "--sparsity", "0.9", "--weights", "nothing.pth"], 1, "does not exist"),
+        (["resnet18", "--sparsity", "0.9", "--weights", "."], 1, "is not a file"),
+        (["resnet18", "--sparsity", "0.9", "--weights", ""], 2, "DEFAULT"),
+        (["resnet18", "--sparsity", "0.9", "--distribution", ""], 2, "erk"),
+        (["resnet18", "--sparsity", "0.9", "--seed", "-1"], 2, "seed -1"),
+        (["resnet18", "--sparsity", "1/0"], 2, "fraction of zeros"),
+        (["resnet18", "--sparsity", "0.9", "--num-classes", "99999999999"], 2, "1 to 1,000,000"),
+        (["resnet18", "--sparsity", "0.9", "--seed", "many"], 2, "integer"),
+        ([], 2, "Missing argument"),
         (["resnet18", "--sparsity", "0.9", "--num-classes", "0"], 2, "--num-classes 0"),
         (["resnet18", "--sparsity", "0.9", "--input-size", "0"], 2, "--input-size 0"),
         (["alexnet", "--sparsity", "0.9", "--input-size", "8"], 2, "--input-size"),
@@ -107,6 +115,9 @@ def test_outputs_that_exist_stay(run, folder, tmp_path):
         (["export", "{folder}", "-o", "{out}", "--to", "onix"], 2, "did you mean onnx"),
         (["export", "{folder}", "-o", "{out}", "--encoding", "delt"], 2, "did you mean delta"),
         (["export", "{folder}", "-o", "{out}", "--to", "onnx", "--encoding", "csr"], 2, "csr"),
+        (["export", "{folder}", "-o", "{tmp}/a.npz"], 2, "call it a.dsr"),
+        (["export", "{folder}", "-o", "{tmp}/a.dsr", "--to", "onnx"], 2, "call it a.onnx"),
+        (["predict", "{archive}", "{nan}"], 2, "not finite"),
         (["report", "{missing}"], 1, "does not exist"),
         (["report", "{tmp}"], 1, "is not a model folder"),
         (["report", "{text}"], 1, "is not a dsr archive"),
@@ -133,8 +144,10 @@ def test_other_commands(run, folder, archive, tmp_path, arguments, code, says):
     (tmp_path / "text").write_text("hello")
     (tmp_path / "text.onnx").write_text("hello")
     np.save(tmp_path / "x.npy", np.zeros((7, 7), np.float32))
+    np.save(tmp_path / "nan.npy", np.full((3, 64, 64), np.nan, np.float32))
     places = {
         "missing": tmp_path / "missing",
+        "nan": tmp_path / "nan.npy",
         "tmp": tmp_path,
         "out": tmp_path / "out",
         "folder": folder,

@@ -1,6 +1,7 @@
 """Each command does its job, and its JSON says what it did."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -140,9 +141,29 @@ def test_doctor(run_json):
     assert done["packages"]["torch"]
 
 
-def test_quiet_says_nothing(run, folder, tmp_path):
+def test_quiet_prints_the_result_alone(run, folder, tmp_path):
     code, out, err = run("export", folder, "-o", tmp_path / "q.dsr", "--quiet")
-    assert (code, out, err) == (0, "", "")
+    assert (code, err) == (0, "")
+    assert "verified" in out
+    code, out, err = run("convert", "squeezenet1_1", "--sparsity", "0.9", "-o", tmp_path / "m", "--quiet")
+    assert (code, err, out.count("\n")) == (0, "", 1)
+
+
+def test_without_a_command_there_is_help(run):
+    code, out, err = run()
+    assert (code, err) == (0, "")
+    assert out.startswith("Usage: dsr-tool")
+
+
+def test_a_file_that_cannot_be_downloaded(run, tmp_path, monkeypatch):
+    def offline(*_args, **_kwargs):
+        print("Downloading", file=sys.stderr)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    code, out, err = run("convert", "squeezenet1_1", "--weights", "DEFAULT", "--sparsity", "0.9", "-o", tmp_path / "m")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "could not be downloaded" in err
 
 
 def test_public_names_load_when_they_are_used(python):

@@ -39,7 +39,7 @@ def model():
 @pytest.fixture
 def archive(tmp_path):
     path = tmp_path / "net.dsr"
-    write_archive(path, *model(), versions={"dsr-tool": "0"})
+    write_archive(path, *model())
     return path
 
 
