@@ -30,7 +30,7 @@ _KEPT = "what was saved before is whole"
 class RunFolder(Observer):
     """A model folder of the last complete epoch, with `log.jsonl`, `settings.json` and `best/` beside it.
 
-    It is made whole before the first step, with the model as it is then.
+    It is made whole before the first step, with the model as it is then, and removed again when no epoch was completed.
 
     Attributes:
         path: the folder.
