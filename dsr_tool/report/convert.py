@@ -28,7 +28,7 @@ def conversion_document(model: SparseModel, path: Path) -> dict[str, Any]:
         "path": str(path),
         "model": model.config.to_dict(),
         "parameters": counts["parameters"],
-        "weights": counts["weights"],
+        "weights_by_type": counts["weights"],
         "prunable_weights": counts["prunable"],
         "active_weights": model.active_weights,
         "sparsity_of_prunable_weights": model.sparsity,
@@ -41,7 +41,8 @@ def conversion_text(document: dict[str, Any], *, short: bool = False) -> str:
     """The same for a terminal: weights one by one, everything else by reason; or, for `short`, the last line alone."""
     closing = (
         f"{document['path']}: {document['model']['architecture']} with {document['active_weights']:,} of "
-        f"{document['prunable_weights']:,} prunable weights active; zeros are "
+        f"{document['prunable_weights']:,} prunable weights active "
+        f"({document['weights_by_type'] - document['prunable_weights']:,} more weights are kept dense); zeros are "
         f"{document['sparsity_of_prunable_weights']:.4%} of the prunable weights and "
         f"{document['sparsity_of_whole_model']:.4%} of all {document['parameters']:,} parameters"
     )
