@@ -6,7 +6,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help demo test test-slow lint bench clean
 help:
-	@echo "make demo   set up and run the main job on a small real data set (about five minutes on two cores)"
+	@echo "make demo   set up and run the main job on a small real data set (one to three minutes on two cores, after the installation)"
 	@echo "make test   set up and run linters, type checker, import contracts and tests"
 	@echo "make test-slow, make lint, make bench, make clean"
 

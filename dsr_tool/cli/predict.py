@@ -41,8 +41,10 @@ def command(file: Path, inputs: tuple[Path, ...], runtime: str, top: int, labels
 
     The default runtime needs numpy and scipy alone; today `sparse` and `scipy` are the same.
     """
+    import numpy as np
+
     from dsr_tool.core.archive import open_archive
-    from dsr_tool.errors import unknown_name
+    from dsr_tool.errors import DsrError, unknown_name
     from dsr_tool.runtime import load_inputs
 
     if runtime not in _RUNTIMES:
@@ -51,6 +53,8 @@ def command(file: Path, inputs: tuple[Path, ...], runtime: str, top: int, labels
     names = _labels(labels, archive)
     batch = load_inputs(inputs, archive.config)
     outputs = _run(archive, runtime, batch)
+    if not np.isfinite(outputs).all():
+        raise DsrError("the model's outputs are not finite; look at the scale of the inputs, and verify the file.")
     # One array of inputs makes several predictions, and then the number of each is its name.
     sources = [str(path) for path in inputs] if len(inputs) == len(outputs) else list(map(str, range(len(outputs))))
     predictions = [

@@ -69,10 +69,13 @@ def command(model_dir: Path, output: Path, data: str, as_json: bool, quiet: bool
     run folder is a model folder too, holding the last epoch's state, with the best epoch's in best/ and a log.jsonl.
     """
     from converters.convert import load
+    from dsr_tool.errors import UsageError
     from dsr_tool.train import Progress, RunFolder, TrainSettings, load_data, train
 
     settings = TrainSettings(**{name: value for name, value in options.items() if value is not None})
     settings.check()
+    if output.resolve() == model_dir.resolve():
+        raise UsageError(f"--output {str(output)!r} is the model to train; give another folder.")
     run = RunFolder(output, force=force)
     model = load(model_dir)
     images = load_data(data, model.config)

@@ -146,22 +146,29 @@ def _training(log: Path) -> dict[str, Any]:
     """Method, epochs and accuracy of a run, from its log."""
     if not log.is_file():
         return {}
+    text = log.read_bytes()
+    # A last line that was cut off, by a full disk or a power cut, tells nothing.
+    whole = text[: text.rfind(b"\n") + 1]
     try:
-        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-        epochs = [line for line in lines if line["kind"] == "epoch"]
-        start: dict[str, Any] = next((line for line in lines if line["kind"] == "start"), {})
-        moved = [line for line in lines if line["kind"] == "reallocation"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"log {str(log)!r} is not understood: {error}; the run is damaged.") from error
-    end: dict[str, Any] = next((line for line in reversed(lines) if line["kind"] in ("start", "end")), {})
-    best = max(epochs, key=lambda line: line["test_accuracy"], default=None)
+        return _summary([json.loads(line) for line in whole.splitlines() if line.strip()])
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise FormatError(f"log {str(log)!r} is not understood ({error!r}); the run is damaged.") from error
+
+
+def _summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    kinds: dict[str, list[dict[str, Any]]] = {"start": [], "epoch": [], "reallocation": [], "end": []}
+    for line in lines:
+        kinds[line["kind"]].append(line)
+    start = kinds["start"][0]
+    epochs = kinds["epoch"]
+    best = max(epochs, key=lambda line: float(line["test_accuracy"]), default=None)
     return {
-        "status": end.get("status", "cut off"),
-        "method": start.get("settings", {}).get("method"),
-        "data": start.get("data"),
+        "status": kinds["end"][-1]["status"] if kinds["end"] else "cut off",
+        "method": start["settings"]["method"],
+        "data": start["data"],
         "epochs": len(epochs),
-        "reallocations": len(moved),
-        "weights_moved": sum(sum(line["dropped"].values()) for line in moved),
+        "reallocations": len(kinds["reallocation"]),
+        "weights_moved": sum(sum(line["dropped"].values()) for line in kinds["reallocation"]),
         "last_test_accuracy": epochs[-1]["test_accuracy"] if epochs else None,
         "best_test_accuracy": best["test_accuracy"] if best else None,
         "best_epoch": best["epoch"] if best else None,

@@ -55,7 +55,7 @@ def report_text(source: Source) -> str:
 def render(table: Table) -> str:
     """A table as text, as wide as it needs: a cut number would be a wrong one."""
     text = io.StringIO()
-    Console(file=text, width=_WIDTH).print(table)
+    Console(file=text, width=_WIDTH, markup=False, emoji=False, highlight=False).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 

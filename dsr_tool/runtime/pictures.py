@@ -64,7 +64,8 @@ def _load(path: Path, config: ModelConfig) -> _Float32:
 def _array(path: Path, config: ModelConfig) -> _Float32:
     """A batch from a `.npy` file."""
     try:
-        array = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise FormatError(f"input {str(path)!r} is not a .npy file of numbers.") from error
     except OSError as error:

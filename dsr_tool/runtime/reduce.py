@@ -18,7 +18,8 @@ def _reduction(function: Callable[[Array, tuple[int, ...] | None, bool], Array])
 
     def run(x: Array, axes: Array | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Array:
         if axes is None or not axes.size:
-            return x if noop_with_empty_axes else function(x, None, bool(keepdims))
+            # With no axes to reduce, what is done to each element still is.
+            return function(x, () if noop_with_empty_axes else None, bool(keepdims))
         return function(x, tuple(axes.tolist()), bool(keepdims))
 
     return run

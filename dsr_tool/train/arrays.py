@@ -40,7 +40,7 @@ def read_npz(path: Path) -> tuple[InMemory, InMemory, tuple[str, ...]]:
     train, test = (_checked(path, arrays[f"x_{part}"], arrays[f"y_{part}"], part) for part in ("train", "test"))
     if train.images.shape[1] != test.images.shape[1]:
         raise FormatError(f"array file {str(path)!r}: x_train and x_test differ in their channels; they must agree.")
-    return train, test, tuple(str(name) for name in arrays.get("classes", ()))
+    return train, test, tuple(str(name) for name in np.atleast_1d(arrays.get("classes", np.array([], str))))
 
 
 def _checked(path: Path, x: npt.NDArray[np.generic], y: npt.NDArray[np.generic], part: str) -> InMemory:

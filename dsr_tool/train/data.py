@@ -79,9 +79,7 @@ class Data:
 
     def describe(self, config: ModelConfig) -> ModelConfig:
         """The description of a model trained on this data: with its preprocessing and class names."""
-        classes = self.dataset.classes
-        labels = classes if len(classes) in (0, config.num_classes) else config.labels
-        return replace(config, preprocessing=self.preprocessing, labels=labels)
+        return replace(config, preprocessing=self.preprocessing, labels=self.dataset.classes)
 
     def steps(self, batch_size: int) -> int:
         """Batches of one epoch; an incomplete last one is left out unless it is the only one."""

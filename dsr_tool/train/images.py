@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from dsr_tool.errors import FormatError
 
@@ -48,7 +48,7 @@ class OnDisk:
             with Image.open(self.paths[index]) as image:
                 converted: Image.Image = image.convert(mode)
                 return converted
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
             raise FormatError(
                 f"image {self.paths[index]!r} cannot be read ({error}); remove or replace the file."
             ) from error

@@ -84,7 +84,7 @@ def lr_factor(settings: TrainSettings, steps_per_epoch: int) -> Callable[[int], 
         if settings.schedule == "step":
             passed: int = sum(step >= round(milestone * steps_per_epoch) for milestone in milestones)
             return settings.gamma**passed
-        return (1 + math.cos(math.pi * min((step - warmup) / (total - warmup), 1.0))) / 2
+        return (1 + math.cos(math.pi * min((step - warmup) / max(total - warmup, 1), 1.0))) / 2
 
     return factor
 
@@ -144,7 +144,7 @@ class _Run:
             )
         record = EpochRecord(
             epoch=number,
-            step=number * self.steps,
+            step=self.attached.step,
             train_loss=train_loss,
             train_accuracy=train_accuracy,
             test_loss=test_loss,
@@ -236,6 +236,9 @@ def _explained(error: RuntimeError, settings: TrainSettings) -> DsrError | None:
             f"the GPU's memory ran out at batch size {settings.batch_size}; lower --batch-size, or give "
             f"--precision bf16."
         )
+    if any(words in str(error) for words in ("Output size is too small", "Kernel size can't be greater")):
+        reason = str(error).splitlines()[0]
+        return DsrError(f"the model's input is too small to train ({reason}); convert it with a larger --input-size.")
     if settings.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         reason = " ".join(str(error).split("\n")[:2]).strip()
         return DsrError(f"torch.compile failed ({reason}); leave out --compile, or install a C++ compiler.")

@@ -26,7 +26,9 @@ class Progress(Observer):
             console: where to; stderr when absent.
         """
         self._epochs = epochs
-        self._console = console or Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self._console = console or Console(
+            stderr=True, quiet=quiet, highlight=False, markup=False, emoji=False, soft_wrap=True
+        )
         self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -16,7 +16,7 @@ class EpochRecord:
 
     Attributes:
         epoch: its number, the first being 1.
-        step: optimizer steps since the start.
+        step: optimizer steps since the start, without those that overflowed in fp16.
         train_loss: mean over its steps, auxiliary losses included.
         train_accuracy: fraction right, as the images went by.
         test_loss: mean over all test images.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -55,6 +56,7 @@ class RunFolder(Observer):
         self._best: float | None = None
         self._done = 0
         self._started = False
+        self._replaced: Path | None = None
 
     def __enter__(self) -> RunFolder:
         return self
@@ -62,11 +64,8 @@ class RunFolder(Observer):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._started:
-            return
         if kind is not None and not self._done:
-            # Nothing was learnt, so that nothing is worth keeping.
-            shutil.rmtree(self.path, ignore_errors=True)
+            self._undo()
             return
         status = "complete" if kind is None else "interrupted" if kind is KeyboardInterrupt else "failed"
         try:
@@ -87,7 +86,12 @@ class RunFolder(Observer):
             "prunable_weights": model.prunable_weights,
             "active_weights": model.active_weights,
         }
-        with new_folder(self.path, marker=CONFIG, force=self._force) as part:
+        if self._force and self.path.is_dir():
+            # Kept until an epoch is complete: a run that learns nothing must not cost an older one.
+            self._replaced = self.path.with_name(f".{self.path.name}.replaced.{os.getpid()}")
+            with writing(self.path):
+                self.path.rename(self._replaced)
+        with new_folder(self.path, marker=CONFIG) as part:
             write_model(model, part)
             (part / SETTINGS).write_text(json.dumps(self.facts, indent=1) + "\n", encoding="utf-8")
             (part / LOG).write_text(_line("start", start), encoding="utf-8")
@@ -113,7 +117,17 @@ class RunFolder(Observer):
                 save_folder(model, self.path / _BEST, force=True)
                 self._best = record.test_accuracy
         self._done = record.epoch
+        if self._replaced is not None:
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            self._replaced = None
         self._log("epoch", **asdict(record))
+
+    def _undo(self) -> None:
+        """Remove a run in which nothing was learnt, and put back what it replaced."""
+        if self._started:
+            shutil.rmtree(self.path, ignore_errors=True)
+        if self._replaced is not None:
+            self._replaced.rename(self.path)
 
     def _log(self, kind: str, **values: Any) -> None:
         with writing(self.path, _KEPT), (self.path / LOG).open("a", encoding="utf-8") as file:

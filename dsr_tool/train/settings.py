@@ -46,7 +46,8 @@ class TrainSettings:
         compile: whether to run the model through `torch.compile`.
         workers: processes that load images; None for none in memory and a few on disk.
         seed: of order, augmentation, dropout and random positions.
-        every: optimizer steps between reallocations at first; None for a thousandth of the training, at least 10.
+        every: optimizer steps between reallocations at first; None for a thousandth of the training,
+            at least 10, or a twentieth of a short one.
         stop: fraction of the training after which nothing is reallocated.
         target: weights to move at each reallocation: a number (1 or more) or a fraction of the active ones.
         tolerance: how far from the target a move may be, as a fraction, before the threshold changes.

@@ -131,6 +131,9 @@ def test_outputs_that_exist_stay(run, folder, tmp_path):
         (["predict", "{archive}", "{npy}"], 2, "shape"),
         (["predict", "{archive}", "{npy}", "--runtime", "tensorrt"], 2, "onnxruntime"),
         (["predict", "{archive}", "{npy}", "--labels", "{text}"], 2, "1 lines"),
+        (["predict", "{archive}", "{zipped}"], 1, "is not a .npy file"),
+        (["predict", "{archive}", "{huge}"], 1, "not finite"),
+        (["train", "{folder}", "-o", "{folder}", "--data", "fake:10", "--force"], 2, "is the model to train"),
         (["train", "{missing}", "-o", "{out}", "--data", "fake:10"], 1, "does not exist"),
         (["train", "{folder}", "-o", "{out}", "--data", "minst:x"], 2, "did you mean mnist"),
         (["train", "{folder}", "-o", "{out}", "--data", "mnist:{missing}"], 1, "missing"),
@@ -144,10 +147,15 @@ def test_other_commands(run, folder, archive, tmp_path, arguments, code, says):
     (tmp_path / "text").write_text("hello")
     (tmp_path / "text.onnx").write_text("hello")
     np.save(tmp_path / "x.npy", np.zeros((7, 7), np.float32))
+    np.save(tmp_path / "huge.npy", np.full((3, 64, 64), 3e38, np.float32))
+    np.savez(tmp_path / "zipped.npz", x=np.zeros(3))
+    (tmp_path / "zipped.npz").rename(tmp_path / "zipped.npy")
     np.save(tmp_path / "nan.npy", np.full((3, 64, 64), np.nan, np.float32))
     places = {
         "missing": tmp_path / "missing",
         "nan": tmp_path / "nan.npy",
+        "huge": tmp_path / "huge.npy",
+        "zipped": tmp_path / "zipped.npy",
         "tmp": tmp_path,
         "out": tmp_path / "out",
         "folder": folder,

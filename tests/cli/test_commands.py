@@ -195,3 +195,24 @@ def test_a_foreign_training_loop_needs_three_lines(python, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert Path(tmp_path / "net.dsr").stat().st_size > 0
+
+
+def test_patterns_are_shown_as_they_are(run, tmp_path):
+    code, out, _ = run(
+        "convert", "squeezenet1_1", "--sparsity", "0.9", "-o", tmp_path / "m", "--keep-dense", "f[a-z]atures.0*"
+    )
+    assert code == 0
+    assert "kept dense by pattern 'f[a-z]atures.0*'" in out
+
+
+def test_a_log_that_was_cut_off_is_no_obstacle(run, run_json, tmp_path):
+    model = tmp_path / "m"
+    run("convert", "squeezenet1_1", "--sparsity", "0.9", "--num-classes", 10, "--input-size", 32, "-o", model)
+    code, _, err = run("train", model, "-o", tmp_path / "run", "--data", "fake:40", "--epochs", 1, "--lr", 0.01, "-q")
+    assert code == 0, err
+    with (tmp_path / "run" / "log.jsonl").open("a") as log:
+        log.write('{"kind": "epo')
+    report = run_json("report", tmp_path / "run")
+    assert report["kind"] == "run folder"
+    assert report["training"]["status"] == "complete"
+    assert report["training"]["epochs"] == 1

@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 import dsr_tool
 from dsr_tool.errors import DsrError, UsageError
 from dsr_tool.train import Observer, TrainSettings, evaluate, load_data, train
+from dsr_tool.train.loop import lr_factor
 
 
 class Listener(Observer):
@@ -159,3 +160,8 @@ def test_digits_are_learnt_at_a_fifth_of_the_weights(tiny):
     result = train(model, data, tiny.settings(epochs=8, every=20, augment="none"))
     assert result.best.test_accuracy > 0.6 > result.epochs[0].test_accuracy
     assert result.last.train_loss < result.epochs[0].train_loss / 2
+
+
+def test_a_warmup_that_rounds_up_to_the_whole_training(tiny):
+    factor = lr_factor(tiny.settings(epochs=1, warmup_epochs=0.9), 2)
+    assert [factor(step) for step in range(4)] == [0.5, 1.0, 1.0, 0.0]

@@ -182,3 +182,13 @@ def test_a_folder_that_cannot_be_made_is_said(tiny, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(FileError, match="could not be written"):
         start(tiny, tmp_path / "locked" / "run")
+
+
+def test_force_costs_nothing_when_nothing_is_learnt(tiny, tmp_path):
+    old, _ = start(tiny, tmp_path / "run", epochs=1)
+    with pytest.raises(KeyboardInterrupt):
+        start(tiny, tmp_path / "run", Stop(2, KeyboardInterrupt()), force=True)
+    assert same(state(tmp_path / "run", tiny), old)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    start(tiny, tmp_path / "run", epochs=1, force=True, seed=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
