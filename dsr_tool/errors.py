@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["CheckFailed", "DsrError", "FileError", "FormatError", "UsageError", "unknown_name"]
+__all__ = ["CheckFailed", "DsrError", "FileError", "FormatError", "UsageError", "first_line", "unknown_name"]
 
 
 class DsrError(Exception):
@@ -35,6 +35,12 @@ class CheckFailed(DsrError):  # noqa: N818 - it says what happened
     """Something that should agree does not: weights and masks, or a file and its model (exit code 3)."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another library says, or its class where it says nothing; without a full stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(". ")
 
 
 def unknown_name(parameter: str, value: str, known: Iterable[str]) -> UsageError:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 from dsr_tool.core.archive import ENCODINGS, encode_archive
+from dsr_tool.core.config import installed_versions
 from dsr_tool.core.files import new_file, refuse_existing
 from dsr_tool.errors import unknown_name
 from dsr_tool.sparse.model import SparseModel
@@ -39,8 +39,9 @@ def export_archive(
     path = Path(path)
     refuse_existing(path, force=force)
     graph = checked_graph(model)
-    versions = {name: version(name) for name in ("dsr-tool", "torch", "torchvision")}
-    encoded = encode_archive(model.tensors(), model.specs, graph, model.config, encoding=encoding, versions=versions)
+    encoded = encode_archive(
+        model.tensors(), model.specs, graph, model.config, encoding=encoding, versions=installed_versions()
+    )
     with new_file(path, force=force) as part:
         encoded.save(part)
         verification = require(verify_archive(part, model))

@@ -20,7 +20,7 @@ from dsr_tool.core.files import require_file
 from dsr_tool.core.graph import Array
 from dsr_tool.core.layers import LayerSpec
 from dsr_tool.core.mask import Mask
-from dsr_tool.errors import FormatError
+from dsr_tool.errors import FormatError, first_line
 from exporters.onnx_compact import decode
 from exporters.onnx_macs import WeightUse, weight_uses
 from exporters.onnx_model import METADATA
@@ -116,8 +116,7 @@ def _load(path: Path) -> ModelProto:
     except FormatError:
         raise
     except (DecodeError, ValueError, onnx.checker.ValidationError) as error:
-        reason = (str(error).strip().splitlines() or ["it cannot be decoded"])[0].rstrip(".")
-        raise FormatError(f"{str(path)!r} is not an ONNX file, or is damaged: {reason}.") from error
+        raise FormatError(f"{str(path)!r} is not an ONNX file, or is damaged: {first_line(error)}.") from error
     return model
 
 

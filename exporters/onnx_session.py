@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from dsr_tool.core.graph import Array
-from dsr_tool.errors import FormatError
+from dsr_tool.errors import FormatError, first_line
 
 __all__ = ["OnnxSession"]
 
@@ -36,7 +35,7 @@ class OnnxSession:
         try:
             self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # one class for each of its status codes, all straight from Exception
-            raise FormatError(f"onnxruntime cannot load {_name(source)}: {_first_line(error)}.") from error
+            raise FormatError(f"onnxruntime cannot load {_name(source)}: {first_line(error)}.") from error
         self._input = self._session.get_inputs()[0].name
 
     def run(self, x: Array) -> Array:
@@ -48,13 +47,9 @@ class OnnxSession:
         try:
             output: Array = self._session.run(None, {self._input: x})[0]
         except Exception as error:  # as above
-            raise FormatError(f"onnxruntime cannot run inputs of shape {x.shape}: {_first_line(error)}.") from error
+            raise FormatError(f"onnxruntime cannot run inputs of shape {x.shape}: {first_line(error)}.") from error
         return output
 
 
 def _name(source: Path | bytes) -> str:
     return repr(str(source)) if isinstance(source, Path) else "the model"
-
-
-def _first_line(error: Exception) -> Any:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

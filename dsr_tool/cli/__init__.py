@@ -9,7 +9,7 @@ import traceback
 
 import click
 
-from dsr_tool.errors import DsrError, unknown_name
+from dsr_tool.errors import DsrError, first_line, unknown_name
 
 __all__ = ["cli", "main"]
 
@@ -76,8 +76,7 @@ def _run() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ImportError as error:
-        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return _say(f"an import failed ({what}); `dsr-tool doctor` says what does not fit together.", 1)
+        return _say(f"an import failed ({first_line(error)}); `dsr-tool doctor` says what does not fit together.", 1)
     except MemoryError:
         return _say("memory ran out; use a smaller model, input or batch, or a larger machine.", 1)
     except OSError as error:
@@ -87,7 +86,7 @@ def _run() -> int:
         if os.environ.get("DSR_TOOL_TRACEBACK"):
             traceback.print_exc()
         return _say(
-            f"unexpected {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else '-'} "
+            f"unexpected {type(error).__name__}: {first_line(error)} "
             f"(this is a defect in dsr-tool; set DSR_TOOL_TRACEBACK=1 to see where).",
             1,
         )

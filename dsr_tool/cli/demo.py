@@ -121,15 +121,10 @@ def _row(run: _Run, model: SparseModel, accuracy: float, archive: Verification, 
 
 
 def _text(document: dict[str, Any]) -> str:
-    from rich import box
-    from rich.table import Table
+    from dsr_tool.report.tables import megabytes, plain_table, render
 
-    from dsr_tool.report.tables import megabytes, render
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("run")
-    for header in ("accuracy", "active weights", "of", "dense fp32 MB", "archive MB", "compact ONNX MB", "verified"):
-        table.add_column(header, justify="right", no_wrap=True)
+    numbers = ("accuracy", "active weights", "of", "dense fp32 MB", "archive MB", "compact ONNX MB", "verified")
+    table = plain_table("run", *numbers, numbers=numbers)
     for row in document["runs"]:
         sizes = (megabytes(row[key]) for key in ("dense_fp32_bytes", "archive_bytes", "onnx_bytes"))
         counts = (f"{row['active_weights']:,}", f"{row['prunable_weights']:,}")

@@ -22,7 +22,7 @@ from dsr_tool.core.config import ModelConfig
 from dsr_tool.core.files import new_file, require_file
 from dsr_tool.core.graph import Array, Graph
 from dsr_tool.core.layers import LayerSpec
-from dsr_tool.core.manifest import GRAPH, MANIFEST, METADATA, Entry, crc32_of, pack, unpack
+from dsr_tool.core.manifest import GRAPH, MANIFEST, METADATA, Entry, container_header_bytes, crc32_of, pack, unpack
 from dsr_tool.errors import FormatError, UsageError, unknown_name
 
 __all__ = [
@@ -192,8 +192,7 @@ class Archive:
     @cached_property
     def header_bytes(self) -> int:
         """Bytes of the container's own header: its length, and the table of streams."""
-        with self.path.open("rb") as file:
-            return 8 + int.from_bytes(file.read(8), "little")
+        return container_header_bytes(self.path)
 
     @cached_property
     def document_bytes(self) -> int:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 from dsr_tool.errors import FormatError
 
-__all__ = ["MOST_CLASSES", "ModelConfig", "Preprocessing"]
+__all__ = ["MOST_CLASSES", "ModelConfig", "Preprocessing", "installed_versions"]
 
 MOST_CLASSES, _LONGEST_SIDE = 10**6, 1 << 20
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of what makes a file, for the record in it."""
+    return {name: version(name) for name in ("dsr-tool", "torch", "torchvision")}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from dsr_tool.core.graph import Array
 from dsr_tool.core.layers import LayerSpec
 from dsr_tool.errors import FormatError
 
-__all__ = ["GRAPH", "MANIFEST", "METADATA", "Entry", "crc32_of", "pack", "unpack"]
+__all__ = ["GRAPH", "MANIFEST", "METADATA", "Entry", "container_header_bytes", "crc32_of", "pack", "unpack"]
 
 MANIFEST, GRAPH, METADATA = ":manifest", ":graph", "dsr_archive"
 _MAX_DOCUMENT_BYTES = 64 << 20
@@ -78,6 +79,12 @@ class Entry:
         if not isinstance(active, int) or not 0 <= active <= spec.size:
             raise FormatError(f"tensor {spec.name!r} claims {active!r} active of {spec.size} entries.")
         return cls(spec, dtype, codec, active, {str(suffix): int(crc) for suffix, crc in crc32.items()})
+
+
+def container_header_bytes(path: Path) -> int:
+    """Bytes of a safetensors file that are no tensor data: the length of its table, and the table."""
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
 
 
 def crc32_of(array: Array) -> int:

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import torch
 
-from dsr_tool.sparse.active import ActiveWeights, Positions
+from dsr_tool.sparse.active import ActiveWeights, Positions, segment_counts
 
 __all__ = ["at_random", "distinct"]
 
@@ -47,13 +47,13 @@ def distinct(counts: Sequence[int], rooms: Sequence[int], generator: torch.Gener
     if not any(counts):
         return torch.empty(0, dtype=torch.int64, device=generator.device)
     found = torch.unique(_draws(counts, rooms, starts, generator))
-    got = _segment_counts(found, starts)
+    got = segment_counts(found, rooms)
     # Rarely a segment falls short after one round of draws; then, and where most of it is wanted, list it whole.
     short = [i for i, (have, want) in enumerate(zip(got, counts, strict=True)) if have < want]
     if short:
         whole = [torch.arange(starts[i], starts[i + 1], device=found.device) for i in short]
         found = torch.unique(torch.cat([found, *whole]))
-        got = _segment_counts(found, starts)
+        got = segment_counts(found, rooms)
     return _thin(found, got, counts, generator)
 
 
@@ -96,8 +96,3 @@ def _thin(found: torch.Tensor, got: Sequence[int], counts: Sequence[int], genera
     # Segments stay together in the order of the keys, so its k-th entry belongs to the segment of the k-th here.
     chosen: torch.Tensor = found[torch.argsort(keys)[rank < wanted]].sort().values
     return chosen
-
-
-def _segment_counts(found: torch.Tensor, starts: Sequence[int]) -> list[int]:
-    counts: list[int] = torch.diff(torch.searchsorted(found, torch.tensor(starts, device=found.device))).tolist()
-    return counts

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
-from dsr_tool.report.tables import render
+from dsr_tool.report.tables import plain_table, render
 from dsr_tool.sparse.discover import count
 from dsr_tool.sparse.model import SparseModel
 
@@ -50,15 +49,7 @@ def conversion_text(document: dict[str, Any], *, short: bool = False) -> str:
 
 
 def _layers(document: dict[str, Any]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for header, justify in (
-        ("weight", "left"),
-        ("role", "left"),
-        ("active", "right"),
-        ("of", "right"),
-        ("why", "left"),
-    ):
-        table.add_column(header, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table = plain_table("weight", "role", "active", "of", "why", numbers=("active", "of"))
     for layer in document["layers"]:
         if layer["weight"]:
             counts = (f"{layer['active']:,}", f"{layer['parameters']:,}")

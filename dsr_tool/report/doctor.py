@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
+from dsr_tool.errors import UsageError, first_line
+
 __all__ = ["doctor_document", "doctor_text"]
 
 
@@ -70,11 +72,10 @@ def _import(name: str, problems: list[str]) -> None:
     try:
         importlib.import_module(name)
     except (ImportError, RuntimeError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         remedy = f"reinstall {name}"
         if name == "torchvision":
             remedy = "install torch and torchvision together from one place, so that their builds match"
-        problems.append(f"{name} cannot be imported ({reason}); {remedy}")
+        problems.append(f"{name} cannot be imported ({first_line(error)}); {remedy}")
 
 
 def _own_packages(problems: list[str]) -> None:
@@ -90,7 +91,6 @@ def _capture(packages: dict[str, str | None], problems: list[str]) -> None:
     """Torch's exporter and onnxscript are released apart, and not every pair works."""
     from torch import nn
 
-    from dsr_tool.errors import UsageError
     from dsr_tool.sparse.trace import trace
 
     try:

@@ -13,6 +13,7 @@ from dsr_tool.core.codecs import SparseTensor
 from dsr_tool.core.config import ModelConfig
 from dsr_tool.core.footprint import Footprint, footprint
 from dsr_tool.core.layers import LayerSpec
+from dsr_tool.core.manifest import container_header_bytes
 from dsr_tool.core.mask import Mask
 from dsr_tool.errors import FileError, FormatError
 
@@ -58,15 +59,18 @@ def read(path: str | Path) -> Source:
 def _archive(archive: Archive) -> Source:
     specs = {name: entry.spec for name, entry in archive.entries.items()}
     stored = {name: (entry.codec, archive.entry_bytes(name)) for name, entry in archive.entries.items()}
-    sparse = sum(nbytes for name, (_, nbytes) in stored.items() if specs[name].role == "sparse")
     parts = {
-        "sparse weights": sparse,
-        "dense rest": sum(nbytes for _, nbytes in stored.values()) - sparse,
+        **_weight_bytes(specs, stored),
         "graph and manifest": archive.document_bytes,
         "container header": archive.header_bytes,
     }
     measured = footprint(_Decoding(archive), specs, stored=stored, file_bytes=archive.nbytes, parts=parts)
     return Source(archive.path, "archive", measured, archive.config, {})
+
+
+def _weight_bytes(specs: Mapping[str, LayerSpec], stored: Mapping[str, tuple[str, int]]) -> dict[str, int]:
+    sparse = sum(nbytes for name, (_, nbytes) in stored.items() if specs[name].role == "sparse")
+    return {"sparse weights": sparse, "dense rest": sum(nbytes for _, nbytes in stored.values()) - sparse}
 
 
 class _Decoding(Mapping[str, SparseTensor]):
@@ -91,10 +95,8 @@ def _onnx(path: Path) -> Source:
     file = read_onnx(path)
     specs = {name: entry.spec for name, entry in file.entries.items()}
     stored = {name: (entry.codec, entry.nbytes) for name, entry in file.entries.items()}
-    sparse = sum(nbytes for name, (_, nbytes) in stored.items() if specs[name].role == "sparse")
     parts = {
-        "sparse weights": sparse,
-        "dense rest": sum(nbytes for _, nbytes in stored.values()) - sparse,
+        **_weight_bytes(specs, stored),
         "nodes and names": file.document_bytes,
     }
     measured = footprint(dict(file), specs, stored=stored, file_bytes=file.nbytes, parts=parts)
@@ -106,22 +108,20 @@ def _folder(path: Path) -> Source:
 
     saved = read_folder(path)
     masks = saved.masks()
-    tensors = {}
     state = saved.weights()
     _same_shapes(path, {name: tuple(value.shape) for name, value in state.items()}, saved.specs)
+    tensors = {}
     for name, value in state.items():
-        array = value.float().numpy() if value.is_floating_point() else value.numpy()
-        tensors[name] = SparseTensor.from_dense(array, masks[name] if name in masks else Mask.full(array.shape))
-    weights = saved.file(WEIGHTS)
-    dense = sum(tensor.mask.size * tensor.values.dtype.itemsize for tensor in tensors.values())
+        array = (value.float() if value.is_floating_point() else value).numpy()
+        tensors[name] = SparseTensor.from_dense(array, masks.get(name, Mask.full(array.shape)))
+    stored = {name: ("dense", value.nbytes) for name, value in state.items()}
     mask_bytes = sum((mask.size + 7) // 8 for mask in masks.values())
     parts = {
-        "weights, zeros in place": dense,
+        "weights, zeros in place": sum(nbytes for _, nbytes in stored.values()),
         "masks": mask_bytes,
         "description": saved.file(CONFIG).stat().st_size,
-        "container headers": _header_bytes(weights) + _header_bytes(saved.file(MASKS)),
+        "container headers": sum(container_header_bytes(saved.file(name)) for name in (WEIGHTS, MASKS)),
     }
-    stored = {name: ("dense", tensor.mask.size * tensor.values.dtype.itemsize) for name, tensor in tensors.items()}
     total = sum(saved.file(name).stat().st_size for name in (CONFIG, WEIGHTS, MASKS))
     measured = footprint(tensors, saved.specs, stored=stored, file_bytes=total, parts=parts)
     training = _training(path / "log.jsonl")
@@ -135,11 +135,6 @@ def _same_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]], specs: Mappi
         raise FormatError(
             f"{str(path)!r}: weights and config.json disagree about {differing[0]!r}; the folder is damaged."
         )
-
-
-def _header_bytes(path: Path) -> int:
-    with path.open("rb") as file:
-        return 8 + int.from_bytes(file.read(8), "little")
 
 
 def _training(log: Path) -> dict[str, Any]:

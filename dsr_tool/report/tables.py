@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Container
 from typing import Any
 
 from rich import box
@@ -12,7 +13,7 @@ from rich.table import Table
 from dsr_tool.core.footprint import Footprint, Sizes
 from dsr_tool.report.sources import Source
 
-__all__ = ["megabytes", "render", "report_document", "report_text"]
+__all__ = ["megabytes", "plain_table", "render", "report_document", "report_text"]
 
 _WIDTH = 400
 _COLUMNS = (
@@ -52,6 +53,14 @@ def report_text(source: Source) -> str:
     return "\n".join(lines)
 
 
+def plain_table(*headers: str, numbers: Container[str]) -> Table:
+    """An empty table; columns in `numbers` are set flush right."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for header in headers:
+        table.add_column(header, justify="right" if header in numbers else "left", no_wrap=True)
+    return table
+
+
 def render(table: Table) -> str:
     """A table as text, as wide as it needs: a cut number would be a wrong one."""
     text = io.StringIO()
@@ -65,7 +74,7 @@ def megabytes(nbytes: int) -> str:
 
 
 def _layers(print_: Footprint) -> Table:
-    table = _table("layer", "role", *_COLUMNS, "why")
+    table = plain_table("layer", "role", *_COLUMNS, "why", numbers=_COLUMNS)
     for layer in print_.layers:
         if layer.spec.weight:
             table.add_row(layer.spec.name, layer.spec.role, *_numbers(layer.sizes), layer.spec.reason)
@@ -86,7 +95,7 @@ def _numbers(sizes: Sizes) -> list[str]:
 
 
 def _totals(print_: Footprint) -> Table:
-    table = _table("in all", *_COLUMNS)
+    table = plain_table("in all", *_COLUMNS, numbers=_COLUMNS)
     table.add_row("prunable weights", *_numbers(print_.prunable))
     table.add_row("whole model", *_numbers(print_.model))
     table.add_row("with buffers", *_numbers(print_.everything))
@@ -120,10 +129,3 @@ def _training_line(training: Any) -> str:
         f"trained{status} with {training['method']} on {training['data']}, {training['epochs']} epochs: {accuracy}; "
         f"{training['reallocations']} reallocations moved {training['weights_moved']:,} weights"
     )
-
-
-def _table(*headers: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for header in headers:
-        table.add_column(header, justify="right" if header in _COLUMNS else "left", no_wrap=True)
-    return table

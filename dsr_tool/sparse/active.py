@@ -14,7 +14,14 @@ import torch
 
 from dsr_tool.sparse.model import SparseModel
 
-__all__ = ["ActiveWeights", "Positions", "gather", "put_"]
+__all__ = ["ActiveWeights", "Positions", "gather", "put_", "segment_counts"]
+
+
+def segment_counts(flat: torch.Tensor, sizes: Sequence[int]) -> list[int]:
+    """How many of the sorted integers `flat` lie in each of consecutive segments of `sizes`; one trip to the host."""
+    edges = torch.tensor([0, *accumulate(sizes)], device=flat.device)
+    counts: list[int] = torch.diff(torch.searchsorted(flat, edges)).tolist()
+    return counts
 
 
 @dataclass(frozen=True)
@@ -34,9 +41,7 @@ class Positions:
     @classmethod
     def of(cls, flat: torch.Tensor, sizes: Sequence[int]) -> Positions:
         """Count sorted global positions per layer; one trip to the host."""
-        edges = torch.tensor([0, *accumulate(sizes)], device=flat.device)
-        counts = torch.diff(torch.searchsorted(flat, edges)).tolist()
-        return cls(tuple(sizes), tuple(counts), flat)
+        return cls(tuple(sizes), tuple(segment_counts(flat, sizes)), flat)
 
     def per_layer(self) -> list[torch.Tensor]:
         """The positions within each layer."""

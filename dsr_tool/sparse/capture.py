@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsr_tool.errors import UsageError
+from dsr_tool.errors import UsageError, first_line
 
 __all__ = ["INPUT", "OUTPUT", "capture", "frozen_copy"]
 
@@ -62,11 +62,10 @@ def _export(module: nn.Module, input_shape: tuple[int, ...]) -> Any:
             output_names=[OUTPUT],
         )
     except Exception as error:  # torch has a class of its own for each stage, and the module may raise anything
-        reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
             f"{type(module).__name__} cannot be captured with input shape {input_shape}: "
-            f"{reason.rstrip('.')}; give the shape that the model takes, and a model without data-dependent "
-            f"control flow."
+            f"{first_line(error.__cause__ or error)}; give the shape that the model takes, and a model without "
+            f"data-dependent control flow."
         ) from error
 
 

@@ -113,7 +113,6 @@ def _choose(weight: torch.Tensor, active: int, positions: str, generator: torch.
     if positions == "random":
         chosen = torch.randperm(weight.numel(), generator=generator)[:active]
     else:
-        # A stable sort, so that ties are settled the same way everywhere.
         magnitude = weight.detach().float().abs().reshape(-1).cpu().numpy()
         chosen = torch.from_numpy(_largest(magnitude, active))
     mask = torch.zeros(weight.numel(), dtype=torch.bool)

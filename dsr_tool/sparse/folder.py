@@ -14,7 +14,7 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
-from dsr_tool.core.config import ModelConfig
+from dsr_tool.core.config import ModelConfig, installed_versions
 from dsr_tool.core.files import new_folder, require_file, share
 from dsr_tool.core.layers import LayerSpec
 from dsr_tool.core.mask import Mask
@@ -117,11 +117,9 @@ def save_folder(model: SparseModel, path: str | Path, *, force: bool = False) ->
 
 def write_model(model: SparseModel, folder: Path) -> None:
     """Write the three files of a checked model into an existing folder."""
-    from importlib.metadata import version
-
     document = {
         "schema": SCHEMA,
-        "versions": {name: version(name) for name in ("dsr-tool", "torch", "torchvision")},
+        "versions": installed_versions(),
         "model": model.config.to_dict(),
         "layers": [spec.to_dict() for spec in model.specs.values()],
     }

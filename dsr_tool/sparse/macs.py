@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from dsr_tool.core.layers import LayerSpec
-from dsr_tool.errors import UsageError
+from dsr_tool.errors import UsageError, first_line
 
 __all__ = ["with_macs"]
 
@@ -67,9 +67,8 @@ def with_macs(module: nn.Module, specs: Mapping[str, LayerSpec], input_shape: tu
         with torch.no_grad(), counter:
             torch.func.functional_call(module, state, (example,))
     except Exception as error:  # a module may raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"input shape {list(input_shape)} does not fit {type(module).__name__}: {reason}; "
+            f"input shape {list(input_shape)} does not fit {type(module).__name__}: {first_line(error)}; "
             f"give another --input-size."
         ) from error
     finally:

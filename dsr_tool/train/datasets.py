@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torchvision import datasets as tv
 
-from dsr_tool.errors import FileError, FormatError, UsageError, unknown_name
+from dsr_tool.errors import FileError, FormatError, UsageError, first_line, unknown_name
 from dsr_tool.train.arrays import read_idx, read_npz
 from dsr_tool.train.images import DataSet, InMemory, OnDisk
 
@@ -120,7 +120,7 @@ def _image_folder(path: Path) -> tv.ImageFolder:
     try:
         return tv.ImageFolder(str(path))
     except OSError as error:
-        reason = str(error).splitlines()[0].rstrip(". ")
+        reason = first_line(error)
         raise FileError(
             f"images folder {str(path)!r} cannot be used ({reason}); give a ROOT with train/CLASS/ and val/CLASS/ "
             f"folders of pictures."

@@ -14,7 +14,7 @@ import torch
 from torch import nn, optim
 from torch.nn.functional import cross_entropy
 
-from dsr_tool.errors import CheckFailed, DsrError
+from dsr_tool.errors import CheckFailed, DsrError, first_line
 from dsr_tool.methods import Attached, Reallocation, make
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.train.data import Data
@@ -237,7 +237,7 @@ def _explained(error: RuntimeError, settings: TrainSettings) -> DsrError | None:
             f"--precision bf16."
         )
     if any(words in str(error) for words in ("Output size is too small", "Kernel size can't be greater")):
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         return DsrError(f"the model's input is too small to train ({reason}); convert it with a larger --input-size.")
     if settings.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         reason = " ".join(str(error).split("\n")[:2]).strip()

@@ -9,11 +9,11 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from dsr_tool.core.config import installed_versions
 from dsr_tool.core.files import new_folder, refuse_existing, writing
 from dsr_tool.errors import FileError
 from dsr_tool.methods import Reallocation
@@ -67,6 +67,8 @@ class RunFolder(Observer):
         if kind is not None and not self._done:
             self._undo()
             return
+        if not self._started:
+            return
         status = "complete" if kind is None else "interrupted" if kind is KeyboardInterrupt else "failed"
         try:
             self._log("end", status=status, epochs=self._done, best_accuracy=self._best)
@@ -80,7 +82,7 @@ class RunFolder(Observer):
         model.check()
         start = {
             **self.facts,
-            "versions": {name: version(name) for name in ("dsr-tool", "torch", "torchvision")},
+            "versions": installed_versions(),
             "total_steps": total_steps,
             "parameters": model.parameters,
             "prunable_weights": model.prunable_weights,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
@@ -216,3 +217,12 @@ def test_a_log_that_was_cut_off_is_no_obstacle(run, run_json, tmp_path):
     assert report["kind"] == "run folder"
     assert report["training"]["status"] == "complete"
     assert report["training"]["epochs"] == 1
+
+
+def test_sizes_agree_for_weights_of_another_type(run_json, tmp_path):
+    from converters.convert import convert
+
+    model = convert("squeezenet1_1", sparsity=0.9, num_classes=5, input_size=64)
+    model.to(torch.bfloat16).save(tmp_path / "m")
+    report = run_json("report", tmp_path / "m")
+    assert report["file_bytes"] == report["computed_bytes"]

@@ -192,3 +192,9 @@ def test_force_costs_nothing_when_nothing_is_learnt(tiny, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     start(tiny, tmp_path / "run", epochs=1, force=True, seed=1)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_that_never_starts_writes_nothing(tmp_path):
+    with RunFolder(tmp_path / "run"):
+        pass
+    assert list(tmp_path.iterdir()) == []
