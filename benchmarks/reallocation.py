@@ -44,7 +44,7 @@ class Ours:
 
     def __call__(self) -> None:
         """Reallocate once."""
-        moved = self.method.update(gather(self.model), self.generator)
+        moved = self.method.update(gather(self.model), 1, self.generator)
         self.keeper.move(moved.dropped, moved.grown)
 
 

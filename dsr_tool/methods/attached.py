@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,8 +53,13 @@ class Attached:
         self.step = 0
         self.last: Reallocation | None = None
         self._notify = on_reallocation
-        self._keeper = MaskKeeper(model, optimizer)
+        self._gradients: tuple[torch.Tensor, ...] | None = None
+        self._keeper = MaskKeeper(
+            model, optimizer, before_masking=self._keep_gradients if method.needs_gradients else None
+        )
         self.names = self._keeper.names
+        masks = [model.masks[name] for name in self.names]
+        method.begin([mask.numel() for mask in masks], [int(mask.count_nonzero()) for mask in masks])
         device = model.masks[self.names[0]].device if self.names else torch.device("cpu")
         self._generator = torch.Generator(device=device).manual_seed(seed)
         self._hook = optimizer.register_step_post_hook(self._after_step)
@@ -77,12 +83,24 @@ class Attached:
         self.method.load_state_dict(state["method"])
         self._generator.set_state(state["random"].cpu())
 
+    def _keep_gradients(self) -> None:
+        """Copy the dense gradients of a step after which the method will ask for them."""
+        # What `mask_gradients` kept before a clipping must not be replaced by what it left.
+        if self._gradients is None and self.method.due(self.step + 1):
+            weights = (self.model.weights[name] for name in self.names)
+            self._gradients = tuple(
+                torch.zeros_like(weight) if weight.grad is None else weight.grad.detach().clone() for weight in weights
+            )
+            self._gradients = tuple(gradient.reshape(-1).float() for gradient in self._gradients)
+
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
         self.step += 1
         if not self.names or not self.method.due(self.step):
             return
-        self.last = self.method.update(gather(self.model, self.names), self._generator)
+        weights = replace(gather(self.model, self.names), gradients=self._gradients)
+        self.last = self.method.update(weights, self.step, self._generator)
+        self._gradients = None
         self._keeper.move(self.last.dropped, self.last.grown)
         if self._notify is not None:
             self._notify(self.step, self.last)

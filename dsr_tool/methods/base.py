@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 
@@ -18,30 +20,45 @@ class Reallocation:
 
     Attributes:
         dropped: active positions that become inactive.
-        grown: inactive positions that become active; as many as were dropped.
+        grown: inactive positions that become active.
         facts: what the method wants in the log, by name (`threshold`).
     """
 
     dropped: Positions
     grown: Positions
-    facts: dict[str, float]
+    facts: dict[str, float] = field(default_factory=dict)
 
 
-class Method(Protocol):
-    """A training method; it sees weights only through their active values and positions."""
+class Method(ABC):
+    """A training method; it sees weights only through their active values and positions.
 
-    @property
-    def name(self) -> str:
-        """Name on the command line."""
+    Attributes:
+        name: name on the command line.
+        needs_gradients: whether `update` looks at the gradients of inactive weights.
+    """
 
+    name: ClassVar[str]
+    needs_gradients: ClassVar[bool] = False
+
+    def begin(self, sizes: Sequence[int], counts: Sequence[int]) -> None:  # noqa: B027 - most have nothing to say
+        """Look at the model before the first step; raise `UsageError` where the method cannot work on it.
+
+        Args:
+            sizes: weights per sparse layer.
+            counts: active ones among them.
+        """
+
+    @abstractmethod
     def due(self, step: int) -> bool:
         """Whether to update after optimizer step `step`, the first being 1."""
 
-    def update(self, weights: ActiveWeights, generator: torch.Generator) -> Reallocation:
-        """Decide what to move; nothing is changed here."""
+    @abstractmethod
+    def update(self, weights: ActiveWeights, step: int, generator: torch.Generator) -> Reallocation:
+        """Decide what to move after optimizer step `step`; nothing is changed here."""
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart, plain values."""
+        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
         """The inverse of `state_dict`."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from dsr_tool.core.budget import apportion
 from dsr_tool.errors import UsageError
-from dsr_tool.methods.base import Reallocation
+from dsr_tool.methods.base import Method, Reallocation
 from dsr_tool.methods.grow import at_random
 from dsr_tool.methods.prune import below_threshold, keep_at_least
 from dsr_tool.methods.schedule import ReallocationSchedule
@@ -17,7 +18,7 @@ from dsr_tool.sparse.active import ActiveWeights, Positions
 __all__ = ["DSR"]
 
 
-class DSR:
+class DSR(Method):
     """Drop below one global threshold, regrow across layers in proportion to the survivors, adapt the threshold.
 
     Beyond the paper, the count stays exact in the corners: a layer keeps its largest weight rather than be
@@ -48,9 +49,9 @@ class DSR:
             UsageError: a value outside its range.
         """
         for name, value, good in (
-            ("target", target, target > 0),
+            ("target", target, 0 < target < math.inf),
             ("tolerance", tolerance, 0 <= tolerance < 1),
-            ("threshold", threshold, threshold > 0),
+            ("threshold", threshold, 0 < threshold < math.inf),
         ):
             if not good:
                 raise UsageError(f"dsr {name} {value} is not allowed; give a positive number (tolerance below 1).")
@@ -63,7 +64,7 @@ class DSR:
         """Whether the schedule asks for a reallocation after this step."""
         return self.schedule.due(step)
 
-    def update(self, weights: ActiveWeights, generator: torch.Generator) -> Reallocation:
+    def update(self, weights: ActiveWeights, step: int, generator: torch.Generator) -> Reallocation:  # noqa: ARG002
         """One reallocation; the threshold adapts to how many weights lay below it."""
         below = below_threshold(weights, self.threshold)
         drop = keep_at_least(weights, below, most=sum(weights.free))

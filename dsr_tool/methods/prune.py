@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
 
 from dsr_tool.sparse.active import ActiveWeights
 
-__all__ = ["below_threshold", "keep_at_least"]
+__all__ = ["below_threshold", "keep_at_least", "smallest"]
 
 
 def below_threshold(weights: ActiveWeights, threshold: float) -> torch.Tensor:
@@ -45,3 +46,17 @@ def keep_at_least(weights: ActiveWeights, drop: torch.Tensor, most: int) -> torc
         candidates = keep.nonzero().squeeze(1)
         keep[candidates[magnitude[candidates].topk(excess).indices]] = False
     return keep
+
+
+def smallest(weights: ActiveWeights, counts: Sequence[int]) -> torch.Tensor:
+    """True for the `counts[i]` smallest magnitudes among the active weights of each layer i.
+
+    The cost is a selection among the active weights, not a sort.
+    """
+    drop = torch.zeros_like(weights.values, dtype=torch.bool)
+    bounds = [0, *accumulate(weights.counts)]
+    for i, count in enumerate(counts):
+        if count:
+            magnitude = weights.values[bounds[i] : bounds[i + 1]].abs()
+            drop[bounds[i] + magnitude.topk(count, largest=False, sorted=False).indices] = True
+    return drop

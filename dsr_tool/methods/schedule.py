@@ -44,16 +44,52 @@ class ReallocationSchedule:
                 or a twentieth of a short training.
             stop: fraction of the training after which nothing moves any more.
         """
-        if total_steps < 1:
-            raise UsageError(
-                f"total_steps {total_steps} is not allowed; give the optimizer steps of the whole training."
-            )
-        if not 0 <= stop <= 1:
-            raise UsageError(f"reallocation stop {stop} is not allowed; give a fraction of the training in [0, 1].")
+        _check(total_steps, stop)
         every = max(total_steps // 1000, min(10, max(total_steps // 20, 1))) if every is None else every
         starts = [round(total_steps * part) for part in (0, 0.125, 0.4, 0.7)]
         periods = {start: every * 2**i for i, start in enumerate(starts)}
         return cls(tuple(sorted(periods.items())), round(total_steps * stop))
+
+    @classmethod
+    def steady(cls, total_steps: int, *, every: int | None = None, stop: float = 0.75) -> ReallocationSchedule:
+        """One period throughout, as in RigL (Evci et al. 2020, section 4: every 100 of 32,000 steps, until 25,000).
+
+        Args:
+            total_steps: optimizer steps of the whole training.
+            every: steps between updates; in proportion to the above when absent, but at least 10, or a twentieth of a
+                short training.
+            stop: fraction of the training after which nothing moves any more.
+        """
+        _check(total_steps, stop)
+        every = max(total_steps // 320, min(10, max(total_steps // 20, 1))) if every is None else every
+        return cls(((0, every),), round(total_steps * stop))
+
+    @classmethod
+    def times(
+        cls, count: int, total_steps: int, *, every: int | None = None, stop: float = 0.75
+    ) -> ReallocationSchedule:
+        """So many updates at equal distances, the last of them at `stop`.
+
+        Args:
+            count: how many.
+            total_steps: optimizer steps of the whole training.
+            every: steps between them instead, as often as they fit.
+            stop: fraction of the training at which the last one comes.
+        """
+        _check(total_steps, stop)
+        end = round(total_steps * stop)
+        every = max(end // count, 1) if every is None else every
+        return cls(((0, every),), end // every * every)
+
+    @property
+    def last(self) -> int:
+        """The last step that is due; 0 when none is."""
+        ends = [start for start, _ in self.periods[1:]] + [self.stop]
+        for (start, every), end in zip(reversed(self.periods), reversed(ends), strict=True):
+            steps = (min(end, self.stop) - start) // every
+            if steps > 0:
+                return start + steps * every
+        return 0
 
     def due(self, step: int) -> bool:
         """Whether to reallocate after optimizer step number `step`, the first being 1."""
@@ -62,3 +98,10 @@ class ReallocationSchedule:
         starts = [start for start, _ in self.periods]
         start, every = self.periods[bisect_right(starts, step - 1) - 1]
         return (step - start) % every == 0
+
+
+def _check(total_steps: int, stop: float) -> None:
+    if total_steps < 1:
+        raise UsageError(f"total_steps {total_steps} is not allowed; give the optimizer steps of the whole training.")
+    if not 0 <= stop <= 1:
+        raise UsageError(f"reallocation stop {stop} is not allowed; give a fraction of the training in [0, 1].")

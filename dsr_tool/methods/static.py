@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from dsr_tool.errors import UsageError
-from dsr_tool.methods.base import Reallocation
+from dsr_tool.methods.base import Method, Reallocation
 from dsr_tool.sparse.active import ActiveWeights
 
 __all__ = ["Static"]
 
 
-class Static:
+class Static(Method):
     """Never moves a weight."""
 
     name = "static"
@@ -22,13 +20,6 @@ class Static:
         """Never."""
         return False
 
-    def update(self, weights: ActiveWeights, generator: torch.Generator) -> Reallocation:  # noqa: ARG002
+    def update(self, weights: ActiveWeights, step: int, generator: torch.Generator) -> Reallocation:  # noqa: ARG002
         """Raise, since it is never due."""
         raise UsageError("method static never reallocates; call update only when due() says so.")
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take."""

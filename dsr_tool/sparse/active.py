@@ -57,10 +57,13 @@ class ActiveWeights:
     Attributes:
         positions: the active positions.
         values: their values in float32, shape (active,), in the same order.
+        gradients: for methods that ask for them, the gradient of each layer at all of its positions, flat and in
+            row-major order; held for one update only.
     """
 
     positions: Positions
     values: torch.Tensor
+    gradients: tuple[torch.Tensor, ...] | None = None
 
     @property
     def sizes(self) -> tuple[int, ...]:

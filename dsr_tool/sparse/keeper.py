@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -56,12 +56,15 @@ class MaskKeeper:
     the optimizers listed above; in all others, and after a step with a closure, they are masked as well.
     """
 
-    def __init__(self, model: SparseModel, optimizer: optim.Optimizer) -> None:
+    def __init__(
+        self, model: SparseModel, optimizer: optim.Optimizer, *, before_masking: Callable[[], None] | None = None
+    ) -> None:
         """Mask what is there and hook into the steps to come.
 
         Args:
             model: the sparse model, already on its device.
             optimizer: any torch optimizer; state tensors of a weight's shape are taken as one value per weight.
+            before_masking: called each time before gradients are masked, while they are still dense.
 
         Raises:
             UsageError: a sparse weight is not among the optimizer's parameters.
@@ -80,6 +83,7 @@ class MaskKeeper:
             )
         self.model = model
         self.optimizer = optimizer
+        self._before_masking = before_masking
         self._layers = [_Layer.of(weights[name], model.masks[name]) for name in self.names]
         self._zero_outside()
         self._hooks = [
@@ -128,6 +132,8 @@ class MaskKeeper:
         Raises:
             UsageError: the model was moved since, or a layer makes sparse gradients.
         """
+        if self._before_masking is not None:
+            self._before_masking()
         for name, layer in zip(self.names, self._layers, strict=True):
             if self.model.masks[name] is not layer.mask:
                 raise UsageError(f"the mask of {name!r} was replaced since; attach after the model was moved.")

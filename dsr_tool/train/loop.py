@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn, optim
+from torch import optim
 from torch.nn.functional import cross_entropy
 
-from dsr_tool.errors import CheckFailed, DsrError, first_line
-from dsr_tool.methods import Attached, Reallocation, make
+from dsr_tool.errors import CheckFailed, DsrError, FormatError, first_line
+from dsr_tool.methods import Attached, Reallocation
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.train.data import Data
+from dsr_tool.train.optimizers import lr_factor, make_optimizer
 from dsr_tool.train.records import EpochRecord, Observer, TrainResult
 from dsr_tool.train.settings import PRECISIONS, TrainSettings
 
-__all__ = ["AUXILIARY_WEIGHT", "evaluate", "lr_factor", "train"]
+__all__ = ["AUXILIARY_WEIGHT", "evaluate", "train"]
 
 AUXILIARY_WEIGHT = 0.3
 """Weight of each auxiliary classifier's loss (Szegedy et al., Going deeper with convolutions, section 5)."""
 _LOOK_EVERY = 100
 
 
-def train(model: SparseModel, data: Data, settings: TrainSettings, observers: Sequence[Observer] = ()) -> TrainResult:
+def train(
+    model: SparseModel,
+    data: Data,
+    settings: TrainSettings,
+    observers: Sequence[Observer] = (),
+    *,
+    state: Mapping[str, Any] | None = None,
+) -> TrainResult:
     """Train a model in place, at an unchanged number of active weights.
 
     Args:
@@ -36,9 +44,15 @@ def train(model: SparseModel, data: Data, settings: TrainSettings, observers: Se
         data: what to train on, opened for this model.
         settings: how.
         observers: who is told.
+        state: what `Observer.on_state` was given when an earlier training with the same data and settings left this
+            model; it goes on from there, on the CPU to the same bits.
+
+    Returns:
+        The epochs of this call.
 
     Raises:
         UsageError: settings that are not allowed.
+        FormatError: a state of another model or training.
         DsrError: the loss is no longer finite, the GPU's memory ran out, or the model cannot be compiled.
         CheckFailed: the number of active weights changed.
     """
@@ -48,7 +62,9 @@ def train(model: SparseModel, data: Data, settings: TrainSettings, observers: Se
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         run = _Run(model, data, settings, observers)
         try:
-            return TrainResult(tuple(run.epoch(number) for number in range(1, settings.epochs + 1)))
+            if state is not None:
+                run.restore(state)
+            return TrainResult(tuple(run.epoch(number) for number in range(run.done + 1, settings.epochs + 1)))
         except RuntimeError as error:
             if explained := _explained(error, settings):
                 raise explained from error
@@ -70,23 +86,6 @@ def evaluate(model: SparseModel, data: Data, settings: TrainSettings) -> tuple[f
     loss_sum, right = totals.tolist()
     count = len(data.dataset.test.labels)
     return loss_sum / count, right / count
-
-
-def lr_factor(settings: TrainSettings, steps_per_epoch: int) -> Callable[[int], float]:
-    """The learning rate after so many steps, as a fraction of its peak."""
-    warmup = round(settings.warmup_epochs * steps_per_epoch)
-    total = settings.epochs * steps_per_epoch
-    milestones = settings.milestones or tuple(settings.epochs * part for part in (0.3, 0.6, 0.8))
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        if settings.schedule == "step":
-            passed: int = sum(step >= round(milestone * steps_per_epoch) for milestone in milestones)
-            return settings.gamma**passed
-        return (1 + math.cos(math.pi * min((step - warmup) / max(total - warmup, 1), 1.0))) / 2
-
-    return factor
 
 
 @dataclass
@@ -116,14 +115,15 @@ class _Run:
         layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
         model.to(device, memory_format=layout)
         self.steps = data.steps(settings.batch_size)
-        self.optimizer = _optimizer(model.module, settings)
+        self.optimizer = make_optimizer(model.module, settings)
         self.scheduler = optim.lr_scheduler.LambdaLR(self.optimizer, lr_factor(settings, self.steps))
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self.forward: Callable[[torch.Tensor], Any] = torch.compile(model.module) if settings.compile else model.module
         total = self.steps * settings.epochs
-        method = make(settings.method, total, every=settings.every, stop=settings.stop, **settings.method_options)
+        method = settings.make_method(total)
         self.attached = Attached(model, self.optimizer, method, seed=settings.seed, on_reallocation=self._on_move)
         self.moved = _Moved.nothing(model)
+        self.done = 0
         self.budget = model.active_weights
         for observer in observers:
             observer.on_start(model, total)
@@ -157,9 +157,36 @@ class _Run:
             grown=dict(zip(self.attached.names, self.moved.grown, strict=True)),
             threshold=self.moved.threshold,
         )
+        self.done = number
         for observer in self.observers:
             observer.on_epoch(self.model, record)
+            observer.on_state(self.model, self.state())
         return record
+
+    def state(self) -> dict[str, Any]:
+        """All that the next epoch depends on, beside the model."""
+        return {
+            "epoch": self.done,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "method": self.attached.state_dict(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`."""
+        try:
+            optimizer = state["optimizer"]
+            of = {int(index): values for index, values in optimizer["state"].items()}
+            self.optimizer.load_state_dict({**optimizer, "state": of})
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.attached.load_state_dict(state["method"])
+            self.done = int(state["epoch"])
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise FormatError(
+                f"the saved state of the training does not fit this model ({first_line(error)})."
+            ) from error
 
     def _train(self, number: int) -> tuple[float, float]:
         """All steps of an epoch; mean loss and fraction right, which stay on the device until the end."""
@@ -208,19 +235,9 @@ class _Run:
 
     def _on_move(self, step: int, moved: Reallocation) -> None:
         self.moved.add(moved)
+        self.budget += len(moved.grown.flat) - len(moved.dropped.flat)
         for observer in self.observers:
             observer.on_reallocation(step, moved)
-
-
-def _optimizer(module: nn.Module, settings: TrainSettings) -> optim.Optimizer:
-    parameters, lr, decay = module.parameters(), settings.learning_rate, settings.weight_decay
-    if settings.optimizer == "sgd":
-        momentum = settings.momentum
-        return optim.SGD(parameters, lr, momentum=momentum, nesterov=momentum > 0, weight_decay=decay)
-    if settings.optimizer == "rmsprop":
-        return optim.RMSprop(parameters, lr, momentum=settings.momentum, weight_decay=decay)
-    kind = optim.Adam if settings.optimizer == "adam" else optim.AdamW
-    return kind(parameters, lr, weight_decay=decay)
 
 
 def _check_finite(losses: torch.Tensor, first: int) -> None:

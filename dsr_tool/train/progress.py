@@ -17,11 +17,12 @@ __all__ = ["Progress", "summary"]
 class Progress(Observer):
     """Shows where a training is; use it as a context manager, so that the terminal is left in order."""
 
-    def __init__(self, epochs: int, *, quiet: bool = False, console: Console | None = None) -> None:
+    def __init__(self, epochs: int, *, done: int = 0, quiet: bool = False, console: Console | None = None) -> None:
         """Nothing is shown before the training starts.
 
         Args:
             epochs: of the whole training.
+            done: epochs that an earlier call completed.
             quiet: show nothing at all.
             console: where to; stderr when absent.
         """
@@ -39,7 +40,7 @@ class Progress(Observer):
         )
         # Off a terminal a bar would be repeated in every log file.
         self._shown = self._console.is_terminal and not quiet
-        self._task = self._bar.add_task("epoch 1", start=False)
+        self._task = self._bar.add_task(f"epoch {min(done + 1, epochs)}", start=False)
 
     def __enter__(self) -> Progress:
         if self._shown:

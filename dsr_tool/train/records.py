@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dsr_tool.methods import Reallocation
 from dsr_tool.sparse.model import SparseModel
@@ -76,3 +78,6 @@ class Observer:
 
     def on_epoch(self, model: SparseModel, record: EpochRecord) -> None:
         """After each epoch, evaluated and checked."""
+
+    def on_state(self, model: SparseModel, state: Mapping[str, Any]) -> None:
+        """After that, with all that the training needs to go on from here, for `train(..., state=...)`."""

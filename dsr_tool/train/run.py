@@ -19,12 +19,13 @@ from dsr_tool.errors import FileError
 from dsr_tool.methods import Reallocation
 from dsr_tool.sparse.folder import CONFIG, NEXT, save_folder, write_model
 from dsr_tool.sparse.model import SparseModel
+from dsr_tool.train.checkpoint import CHECKPOINT, write_state
 from dsr_tool.train.records import EpochRecord, Observer
+from dsr_tool.train.resume import LOG, SETTINGS, Stopped, find_stopped
 
 __all__ = ["LOG", "SETTINGS", "RunFolder"]
 
-LOG, SETTINGS = "log.jsonl", "settings.json"
-_BEST = "best"
+_BEST, _PART = "best", ".part."
 _KEPT = "what was saved before is whole"
 
 
@@ -32,27 +33,33 @@ class RunFolder(Observer):
     """A model folder of the last complete epoch, with `log.jsonl`, `settings.json` and `best/` beside it.
 
     It is made whole before the first step, with the model as it is then, and removed again when no epoch was completed.
+    The state of the training is replaced together with the model, so that a run that was stopped at any moment can
+    be resumed from its last complete epoch.
 
     Attributes:
         path: the folder.
         facts: plain values for `settings.json` and the log, set before the training starts: its settings, where
             model and data came from.
+        stopped: what is resumed; None for a training from the start.
     """
 
-    def __init__(self, path: str | Path, *, force: bool = False) -> None:
+    def __init__(self, path: str | Path, *, force: bool = False, resume: bool = False) -> None:
         """Check that the folder can be made; nothing is written yet.
 
         Args:
             path: the new folder.
             force: replace an existing folder.
+            resume: go on where the run in it stopped; from the start where it has no complete epoch, or is not there.
 
         Raises:
             FileError: it exists and is not empty, without `force` or with something else in it, or cannot be made.
+            FormatError: the run to resume is damaged.
         """
         self.path = Path(path)
         self.facts: dict[str, Any] = {}
-        self._force = force
-        refuse_existing(self.path, force=force, marker=CONFIG)
+        self.stopped: Stopped | None = find_stopped(self.path) if resume else None
+        self._resume = resume
+        refuse_existing(self.path, force=force or resume, marker=CONFIG)
         self._best: float | None = None
         self._done = 0
         self._started = False
@@ -78,8 +85,12 @@ class RunFolder(Observer):
                 raise
 
     def on_start(self, model: SparseModel, total_steps: int) -> None:
-        """Make the folder."""
+        """Make the folder, or take the one that is there back to its last complete epoch."""
         model.check()
+        self._names = model.trained
+        if self.stopped is not None:
+            self._go_on(self.stopped)
+            return
         start = {
             **self.facts,
             "versions": installed_versions(),
@@ -88,17 +99,29 @@ class RunFolder(Observer):
             "prunable_weights": model.prunable_weights,
             "active_weights": model.active_weights,
         }
-        if self._force and self.path.is_dir():
+        if self.path.is_dir() and any(self.path.iterdir()):
             # Kept until an epoch is complete: a run that learns nothing must not cost an older one.
-            self._replaced = self.path.with_name(f".{self.path.name}.replaced.{os.getpid()}")
             with writing(self.path):
-                self.path.rename(self._replaced)
+                aside = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.replaced.", dir=self.path.absolute().parent))
+                self._replaced = self.path.rename(aside / self.path.name)
+            if self._resume:  # the run that was there has not learnt anything either
+                self._forget_replaced()
         with new_folder(self.path, marker=CONFIG) as part:
             write_model(model, part)
             (part / SETTINGS).write_text(json.dumps(self.facts, indent=1) + "\n", encoding="utf-8")
             (part / LOG).write_text(_line("start", start), encoding="utf-8")
         self._started = True
-        self._names = model.trained
+
+    def _go_on(self, stopped: Stopped) -> None:
+        with writing(self.path, _KEPT):
+            _move_out(self.path / NEXT)
+            for pattern in (f"{_PART}*", f".{_BEST}.*"):
+                for part in self.path.glob(pattern):
+                    shutil.rmtree(part, ignore_errors=True)
+            os.truncate(self.path / LOG, stopped.log_bytes)
+        self._best = max(record.test_accuracy for record in stopped.epochs)
+        self._done = len(stopped.epochs)
+        self._started = True
 
     def on_reallocation(self, step: int, moved: Reallocation) -> None:
         """Log it."""
@@ -111,18 +134,25 @@ class RunFolder(Observer):
         )
 
     def on_epoch(self, model: SparseModel, record: EpochRecord) -> None:
-        """Save the state, then log the epoch."""
+        """Log the epoch; what is logged but not saved yet is cut off again when the run is resumed."""
+        self._log("epoch", **asdict(record))
+        if self._best is None or record.test_accuracy > self._best:
+            with writing(self.path, _KEPT):
+                save_folder(model, self.path / _BEST, force=True)
+            self._best = record.test_accuracy
+
+    def on_state(self, model: SparseModel, state: Mapping[str, Any]) -> None:
+        """Save model and training together."""
         model.check()
         with writing(self.path, _KEPT):
-            _replace_model(model, self.path)
-            if self._best is None or record.test_accuracy > self._best:
-                save_folder(model, self.path / _BEST, force=True)
-                self._best = record.test_accuracy
-        self._done = record.epoch
+            _replace_model(model, {"training": state, "log_bytes": (self.path / LOG).stat().st_size}, self.path)
+        self._done = int(state["epoch"])
+        self._forget_replaced()
+
+    def _forget_replaced(self) -> None:
         if self._replaced is not None:
-            shutil.rmtree(self._replaced, ignore_errors=True)
+            shutil.rmtree(self._replaced.parent, ignore_errors=True)
             self._replaced = None
-        self._log("epoch", **asdict(record))
 
     def _undo(self) -> None:
         """Remove a run in which nothing was learnt, and put back what it replaced."""
@@ -130,6 +160,7 @@ class RunFolder(Observer):
             shutil.rmtree(self.path, ignore_errors=True)
         if self._replaced is not None:
             self._replaced.rename(self.path)
+            self._replaced.parent.rmdir()
 
     def _log(self, kind: str, **values: Any) -> None:
         with writing(self.path, _KEPT), (self.path / LOG).open("a", encoding="utf-8") as file:
@@ -141,15 +172,17 @@ def _line(kind: str, values: Mapping[str, Any]) -> str:
     return json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n"
 
 
-def _replace_model(model: SparseModel, folder: Path) -> None:
-    """Put a model's files in the place of those in `folder`, all of them or none.
+def _replace_model(model: SparseModel, state: Mapping[str, Any], folder: Path) -> None:
+    """Put the files of a model and its training in the place of those in `folder`, all of them or none.
 
     They are written into a folder of their own, whose renaming to `.next` decides: from then on what lies there
     counts before what lies beside it.
     """
-    part = Path(tempfile.mkdtemp(prefix=".part.", dir=folder))
+    part = Path(tempfile.mkdtemp(prefix=_PART, dir=folder))
     try:
         write_model(model, part)
+        write_state(part / CHECKPOINT, state)
+        _sync(part)
         part.rename(folder / NEXT)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -158,6 +191,13 @@ def _replace_model(model: SparseModel, folder: Path) -> None:
     except KeyboardInterrupt:
         _move_out(folder / NEXT)
         raise
+
+
+def _sync(folder: Path) -> None:
+    """Have the disk take the files before the folder is renamed: a power cut must not leave new names on no bytes."""
+    for file in folder.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
 
 
 def _move_out(folder: Path) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 
 from dsr_tool.errors import UsageError, unknown_name
-from dsr_tool.methods import METHODS
+from dsr_tool.methods import METHODS, Method, make
 from dsr_tool.train.augment import AUGMENTATIONS
 
 __all__ = ["LEARNING_RATES", "PRECISIONS", "SCHEDULES", "TrainSettings"]
@@ -46,12 +46,9 @@ class TrainSettings:
         compile: whether to run the model through `torch.compile`.
         workers: processes that load images; None for none in memory and a few on disk.
         seed: of order, augmentation, dropout and random positions.
-        every: optimizer steps between reallocations at first; None for a thousandth of the training,
-            at least 10, or a twentieth of a short one.
-        stop: fraction of the training after which nothing is reallocated.
-        target: weights to move at each reallocation: a number (1 or more) or a fraction of the active ones.
-        tolerance: how far from the target a move may be, as a fraction, before the threshold changes.
-        threshold: first threshold below which weights are dropped.
+        every: optimizer steps between updates of the method (at first); None for its own.
+        stop: fraction of the training after which nothing moves; None for the method's own.
+        options: the method's own options by name.
     """
 
     method: str = "dsr"
@@ -73,14 +70,12 @@ class TrainSettings:
     workers: int | None = None
     seed: int = 0
     every: int | None = None
-    stop: float = 0.95
-    target: float = 0.15
-    tolerance: float = 0.1
-    threshold: float = 1e-3
+    stop: float | None = None
+    options: Mapping[str, float | str] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise one `UsageError` that lists every value that is not allowed, each with what is."""
-        errors = [*self._unknown(), *self._out_of_range(), *self._at_odds()]
+        errors = [*self._unknown(), *self._out_of_range(), *self._at_odds(), *self._method()]
         if errors:
             raise UsageError(" ".join(errors))
 
@@ -112,14 +107,22 @@ class TrainSettings:
             ("seed", 0, 2**63 - 1, "a whole number from 0 on"),
             ("every", 1, math.inf, "1 or more steps"),
             ("stop", 0, 1, "a fraction of the training in [0, 1]"),
-            ("target", 1e-12, math.inf, "a fraction of the active weights below 1, or a number of weights"),
-            ("tolerance", 0, 1 - 1e-9, "a fraction in [0, 1)"),
-            ("threshold", 1e-30, math.inf, "a positive number"),
         ):
             value = getattr(self, name)
             # Written so that NaN is refused; infinity never is of use.
             if value is not None and not (low <= value <= high and math.isfinite(value)):
                 yield f"--{name.replace('_', '-')} {value} is not allowed; give {allowed}."
+
+    def _method(self) -> Iterator[str]:
+        if (
+            self.method in METHODS
+            and (self.stop is None or 0 <= self.stop <= 1)
+            and (self.every is None or self.every > 0)
+        ):
+            try:
+                self.make_method(10**6)
+            except UsageError as error:
+                yield str(error)
 
     def _at_odds(self) -> Iterator[str]:
         if not all(earlier < later for earlier, later in pairwise((0, *self.milestones, math.inf))):
@@ -144,12 +147,9 @@ class TrainSettings:
         """The peak learning rate."""
         return self.lr if self.lr is not None else LEARNING_RATES[self.optimizer]
 
-    @property
-    def method_options(self) -> dict[str, Any]:
-        """Options of the method beyond its schedule."""
-        if self.method != "dsr":
-            return {}
-        return {"target": self.target, "tolerance": self.tolerance, "threshold": self.threshold}
+    def make_method(self, total_steps: int) -> Method:
+        """The method, for a training of so many optimizer steps."""
+        return make(self.method, total_steps, every=self.every, stop=self.stop, **self.options)
 
     def resolve(self, augment: str) -> TrainSettings:
         """The same settings with every default that depends on something filled in, for the record.
@@ -161,4 +161,4 @@ class TrainSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {**asdict(self), "milestones": list(self.milestones)}
+        return {**asdict(self), "milestones": list(self.milestones), "options": dict(self.options)}

@@ -36,7 +36,7 @@ def network(layers, seed, scale=1.0):
 def test_the_count_is_exact_and_no_layer_is_emptied_or_overfilled(layers, seed, threshold):
     weights = network(layers, seed)
     method = DSR(ALWAYS, target=0.2, threshold=threshold)
-    moved = method.update(weights, torch.Generator().manual_seed(seed))
+    moved = method.update(weights, 1, torch.Generator().manual_seed(seed))
     assert len(moved.dropped.flat) == len(moved.grown.flat) == sum(moved.grown.counts)
     before = set(weights.positions.flat.tolist())
     dropped, grown = set(moved.dropped.flat.tolist()), set(moved.grown.flat.tolist())
@@ -55,7 +55,7 @@ def test_one_reallocation_as_the_paper_writes_it():
     flat = torch.tensor([0, 2, 4, 6, 10, 11, 13, 15, 17, 19])
     weights = ActiveWeights(Positions((10, 10), (4, 6), flat), values)
     method = DSR(ALWAYS, target=4, tolerance=0.1, threshold=0.5)
-    moved = method.update(weights, torch.Generator().manual_seed(0))
+    moved = method.update(weights, 1, torch.Generator().manual_seed(0))
     assert moved.dropped.flat.tolist() == [2, 4, 10, 17]
     # Survivors 2 and 4: four weights are grown 4/6 * 2 = 1.33 and 4/6 * 4 = 2.67.
     assert moved.grown.counts == (1, 3)
@@ -70,7 +70,7 @@ def test_the_threshold_is_halved_doubled_or_kept(target, factor):
     values = torch.tensor([1.0, 0.1, -0.2, 2.0, 0.4, -3.0, 1.0, 0.7, -0.1, 5.0])
     weights = ActiveWeights(Positions((100,), (10,), torch.arange(10)), values)
     method = DSR(ALWAYS, target=target, tolerance=0.1, threshold=0.5)
-    method.update(weights, torch.Generator())
+    method.update(weights, 1, torch.Generator())
     assert method.threshold == 0.5 * factor
 
 
@@ -78,19 +78,19 @@ def test_the_threshold_does_not_run_away_when_everything_lies_below_it():
     weights = network([(50, 10)], 0)
     method = DSR(ALWAYS, target=1000, threshold=1e6)
     for _ in range(5):
-        method.update(weights, torch.Generator())
+        method.update(weights, 1, torch.Generator())
     assert method.threshold == 1e6
 
 
 def test_a_full_network_moves_nothing():
-    moved = DSR(ALWAYS, threshold=10.0).update(network([(5, 5), (7, 7)], 0), torch.Generator())
+    moved = DSR(ALWAYS, threshold=10.0).update(network([(5, 5), (7, 7)], 0), 1, torch.Generator())
     assert len(moved.dropped.flat) == len(moved.grown.flat) == 0
 
 
 def test_where_room_is_short_the_smallest_go_first():
     values = torch.tensor([0.4, 0.1, 0.3, 0.2, 9.0])
     weights = ActiveWeights(Positions((7,), (5,), torch.arange(5)), values)
-    moved = DSR(ALWAYS, threshold=1.0).update(weights, torch.Generator())
+    moved = DSR(ALWAYS, threshold=1.0).update(weights, 1, torch.Generator())
     assert moved.dropped.flat.tolist() == [1, 3]
     assert moved.grown.flat.tolist() == [5, 6]
 
@@ -98,7 +98,7 @@ def test_where_room_is_short_the_smallest_go_first():
 def test_a_layer_that_would_be_emptied_keeps_its_largest():
     values = torch.tensor([0.1, -0.3, 0.2, 5.0, 6.0])
     weights = ActiveWeights(Positions((9, 9), (3, 2), torch.tensor([0, 1, 2, 9, 10])), values)
-    moved = DSR(ALWAYS, threshold=1.0).update(weights, torch.Generator())
+    moved = DSR(ALWAYS, threshold=1.0).update(weights, 1, torch.Generator())
     assert moved.dropped.flat.tolist() == [0, 2]
 
 

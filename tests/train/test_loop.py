@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 import dsr_tool
 from dsr_tool.errors import DsrError, UsageError
 from dsr_tool.train import Observer, TrainSettings, evaluate, load_data, train
-from dsr_tool.train.loop import lr_factor
+from dsr_tool.train.optimizers import lr_factor
 
 
 class Listener(Observer):

@@ -56,6 +56,7 @@ def test_a_run_is_a_model_folder_of_the_last_epoch(tiny, tmp_path):
         "masks.safetensors",
         "model.safetensors",
         "settings.json",
+        "training.safetensors",
     ]
     assert json.loads((tmp_path / "run" / "settings.json").read_text()) == {"data": "fake:200"}
     assert result.last.epoch == 3
@@ -121,7 +122,7 @@ def test_a_run_that_ends_before_its_first_epoch_leaves_nothing(tiny, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("call", [0, 1, 2])
+@pytest.mark.parametrize("call", [0, 1, 2, 3])
 def test_an_interrupt_between_two_files_still_moves_both(tiny, tmp_path, monkeypatch, call):
     model, folder = tiny.model(), tmp_path / "run"
     model.save(folder)
@@ -137,9 +138,14 @@ def test_an_interrupt_between_two_files_still_moves_both(tiny, tmp_path, monkeyp
 
     monkeypatch.setattr(run_module.Path, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_module._replace_model(model, folder)
+        run_module._replace_model(model, {"epoch": 1}, folder)
     assert same(state(folder, tiny), model)
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "masks.safetensors", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "masks.safetensors",
+        "model.safetensors",
+        "training.safetensors",
+    ]
 
 
 def test_a_full_disk_leaves_what_was_saved_before(tiny, tmp_path):

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from dsr_tool.errors import UsageError
 from dsr_tool.train import TrainSettings
-from dsr_tool.train.loop import lr_factor
+from dsr_tool.train.optimizers import lr_factor
 
 
 def test_defaults_are_allowed():
@@ -14,13 +14,15 @@ def test_defaults_are_allowed():
 
 
 def test_all_errors_are_reported_at_once():
-    wrong = TrainSettings(epochs=0, batch_size=1, lr=-1.0, optimizer="sdg", schedule="cosin", workers=-2, target=0)
+    wrong = TrainSettings(
+        epochs=0, batch_size=1, lr=-1.0, optimizer="sdg", schedule="cosin", workers=-2, options={"target": 0}
+    )
     with pytest.raises(UsageError) as caught:
         wrong.check()
     message = str(caught.value)
     for part in ("--epochs 0", "--batch-size 1", "--lr -1.0", "did you mean sgd", "did you mean cosine"):
         assert part in message
-    assert "--workers -2" in message and "--target 0" in message
+    assert "--workers -2" in message and "dsr target 0" in message
 
 
 @pytest.mark.parametrize(
@@ -35,8 +37,8 @@ def test_all_errors_are_reported_at_once():
         ({"seed": -1}, "--seed -1"),
         ({"every": 0}, "--every 0"),
         ({"stop": 1.1}, "--stop 1.1"),
-        ({"tolerance": 1.0}, "--tolerance 1.0"),
-        ({"threshold": 0.0}, "--threshold 0.0"),
+        ({"options": {"tolerance": 1.0}}, "dsr tolerance 1.0"),
+        ({"options": {"threshold": 0.0}}, "dsr threshold 0.0"),
         ({"schedule": "step", "milestones": (5.0, 3.0)}, "epochs that rise"),
         ({"schedule": "step", "milestones": (math.nan,)}, "epochs that rise"),
         ({"milestones": (5.0,)}, "goes with --schedule step"),

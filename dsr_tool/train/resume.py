@@ -1,0 +1,101 @@
+"""What a stopped training left, as far as it is needed to go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dsr_tool.errors import FileError, FormatError, UsageError
+from dsr_tool.sparse.folder import NEXT
+from dsr_tool.train.checkpoint import CHECKPOINT, read_state
+from dsr_tool.train.records import EpochRecord
+from dsr_tool.train.settings import TrainSettings
+
+__all__ = ["LOG", "SETTINGS", "Stopped", "find_stopped"]
+
+LOG, SETTINGS = "log.jsonl", "settings.json"
+
+_FREE = ("device", "workers")
+"""Settings that may differ from those of the start: where, not what, is computed."""
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A training that completed at least one epoch.
+
+    Attributes:
+        path: its run folder.
+        facts: its `settings.json`.
+        epochs: the complete epochs.
+        state: for `train(..., state=...)`.
+        log_bytes: length of its log at the end of the last of them.
+    """
+
+    path: Path
+    facts: Mapping[str, Any]
+    epochs: tuple[EpochRecord, ...]
+    state: Mapping[str, Any]
+    log_bytes: int
+
+    def settings(self, given: Mapping[str, Any]) -> TrainSettings:
+        """The settings of the run, after a look at those that are given again.
+
+        Raises:
+            UsageError: one of them differs from the run's.
+        """
+        known = {field.name for field in fields(TrainSettings)}
+        own = {name: value for name, value in self.facts["settings"].items() if name in known}
+        own["milestones"] = tuple(own.get("milestones", ()))
+        for name, value in given.items():
+            if name not in _FREE and own.get(name) != value:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} {value} differs from the {own.get(name)} that {str(self.path)!r} was "
+                    f"started with; leave it out to resume, or give another folder to train anew."
+                )
+        return TrainSettings(**{**own, **{name: given[name] for name in _FREE if name in given}})
+
+    def require(self, facts: Mapping[str, Any]) -> None:
+        """Raise `UsageError` when the data is not what the run was started with."""
+        for name, value in facts.items():
+            if self.facts.get(name) != value:
+                raise UsageError(
+                    f"{str(self.path)!r} was started with {name} {self.facts.get(name)!r}, not {value!r}; give the "
+                    f"same --data to resume, or another folder to train anew."
+                )
+
+
+def find_stopped(path: Path) -> Stopped | None:
+    """The run in a folder; None where no training completed an epoch.
+
+    Raises:
+        FileError: the folder holds something, but no run.
+        FormatError: the run is damaged.
+    """
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return None
+    if not (path / LOG).is_file():
+        raise FileError(f"{str(path)!r} is no run that could be resumed: it has no {LOG}; give the folder of a run.")
+    file = next((file for file in (path / NEXT / CHECKPOINT, path / CHECKPOINT) if file.is_file()), None)
+    if file is None:
+        # A run may have been stopped between logging its first epoch and saving it; one with more has lost a file.
+        if (path / LOG).read_bytes().count(b'{"kind": "epoch"') > 1:
+            raise FileError(f"{str(path)!r} has no {CHECKPOINT}, without which it cannot be resumed; train anew.")
+        return None
+    state = read_state(file)
+    try:
+        log = (path / LOG).read_bytes()[: state["log_bytes"]]
+        if len(log) < state["log_bytes"]:
+            raise ValueError(f"{LOG} is cut off")
+        lines = [json.loads(line) for line in log.splitlines()]
+        epochs = tuple(_record(line) for line in lines if line["kind"] == "epoch")
+        facts = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
+        return Stopped(path, dict(facts), epochs, state["training"], int(state["log_bytes"]))
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise FormatError(f"run {str(path)!r} cannot be resumed ({error}); it is damaged, so train anew.") from error
+
+
+def _record(line: Mapping[str, Any]) -> EpochRecord:
+    return EpochRecord(**{name: value for name, value in line.items() if name != "kind"})

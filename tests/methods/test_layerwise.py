@@ -1,0 +1,181 @@
+"""Methods that keep every layer's count, and gradual pruning, against their rules written out."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn, optim
+
+from converters.convert import convert
+from dsr_tool.core.budget import Budget
+from dsr_tool.errors import UsageError
+from dsr_tool.methods import SET, GradualPruning, ReallocationSchedule, RigL, attach, make
+from dsr_tool.sparse.active import ActiveWeights, Positions
+
+ALWAYS = ReallocationSchedule(((0, 1),), 100)
+
+layers = st.lists(
+    st.integers(1, 60).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))), min_size=1, max_size=6
+)
+
+
+def network(layers, seed):
+    rng = np.random.default_rng(seed)
+    sizes, counts = [n for n, _ in layers], [c for _, c in layers]
+    starts = np.cumsum([0, *sizes])
+    flat = [np.sort(rng.permutation(n)[:c]) + s for (n, c), s in zip(layers, starts[:-1], strict=True)]
+    return ActiveWeights(
+        Positions(tuple(sizes), tuple(counts), torch.from_numpy(np.concatenate(flat))),
+        torch.from_numpy(rng.normal(size=sum(counts)).astype(np.float32)),
+        tuple(torch.from_numpy(rng.normal(size=n).astype(np.float32)) for n in sizes),
+    )
+
+
+def after(weights, moved):
+    active = set(weights.positions.flat.tolist())
+    dropped, grown = set(moved.dropped.flat.tolist()), set(moved.grown.flat.tolist())
+    assert dropped <= active and not grown & active
+    return Positions.of(torch.tensor(sorted(active - dropped | grown)), weights.sizes)
+
+
+@given(layers, st.integers(0, 10**6), st.floats(0.01, 0.99))
+def test_set_keeps_every_layer_and_drops_the_smallest(layers, seed, fraction):
+    weights = network(layers, seed)
+    moved = SET(ALWAYS, drop_fraction=fraction).update(weights, 1, torch.Generator().manual_seed(seed))
+    assert after(weights, moved).counts == weights.counts
+    assert moved.dropped.counts == moved.grown.counts
+    dropped = np.isin(weights.positions.flat, moved.dropped.flat)
+    for values, gone in zip(
+        weights.values.abs().split(weights.counts), torch.from_numpy(dropped).split(weights.counts), strict=True
+    ):
+        assert not gone.any() or values[gone].max() <= values[~gone].min()
+
+
+def rigl_written_out(values, mask, gradient, fraction):
+    """Drop and grow as the authors' code does it, with full sorts: the mask of one layer afterwards."""
+    active = int(mask.sum())
+    prune = int(active * fraction)
+    ranking = np.argsort(-np.abs(values * mask), kind="stable")
+    kept = np.zeros(mask.size, bool)
+    kept[ranking[: active - prune]] = True
+    score = np.where(kept, np.abs(gradient).min() - 1, np.abs(gradient))
+    grown = np.zeros(mask.size, bool)
+    grown[np.argsort(-score, kind="stable")[:prune]] = True
+    return kept | grown
+
+
+@given(layers, st.integers(0, 10**6), st.integers(0, 100))
+def test_rigl_does_what_the_paper_writes(layers, seed, step):
+    weights = network(layers, seed)
+    method = RigL(ALWAYS, drop_fraction=0.6)
+    found = after(weights, method.update(weights, step, torch.Generator()))
+    assert found.counts == weights.counts
+    fraction = 0.3 * (1 + math.cos(math.pi * step / 100))
+    assert method.fraction(step) == pytest.approx(fraction)
+    parts = zip(
+        weights.positions.per_layer(),
+        weights.values.split(weights.counts),
+        weights.gradients,
+        found.per_layer(),
+        strict=True,
+    )
+    for local, values, gradient, positions in parts:
+        dense, mask = np.zeros(len(gradient)), np.zeros(len(gradient), bool)
+        dense[local], mask[local] = values, True
+        expected = rigl_written_out(dense, mask, gradient.numpy(), method.fraction(step))
+        assert np.flatnonzero(expected).tolist() == positions.tolist()
+
+
+def test_rigl_sees_the_dense_gradient_on_update_steps_only():
+    torch.manual_seed(0)
+    model = convert(nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 30)), sparsity=0.8, positions="random")
+    optimizer = optim.SGD(model.module.parameters(), lr=0.1, momentum=0.9)
+    attached = attach(model, optimizer, RigL(ReallocationSchedule(((0, 3),), 8), drop_fraction=0.5))
+    x = torch.randn(16, 30)
+    for step in range(1, 8):
+        before = {name: mask.clone() for name, mask in model.masks.items()}
+        optimizer.zero_grad()
+        model.module(x).square().sum().backward()
+        gradients = {name: weight.grad.clone() for name, weight in model.weights.items()}
+        attached.mask_gradients()
+        nn.utils.clip_grad_norm_(model.module.parameters(), 1e-3)
+        optimizer.step()
+        assert attached._gradients is None
+        for name, mask in model.masks.items():
+            assert mask.count_nonzero() == before[name].count_nonzero()
+            grown = mask & ~before[name]
+            assert bool(grown.any()) == (step % 3 == 0)
+            if grown.any():
+                inactive = gradients[name].abs()[~before[name] & ~mask]
+                assert gradients[name].abs()[grown].min() >= inactive.max()
+        model.check()
+
+
+def test_gmp_follows_the_cubic_and_ends_exactly():
+    torch.manual_seed(0)
+    model = convert(nn.Sequential(nn.Linear(31, 40), nn.Linear(40, 7)), sparsity=0, positions="random")
+    optimizer = optim.SGD(model.module.parameters(), lr=0.01)
+    method = make("gmp", 100, final_sparsity="0.9")
+    attached = attach(model, optimizer, method)
+    total, counts = model.prunable_weights, []
+    for _ in range(100):
+        optimizer.zero_grad()
+        model.module(torch.randn(4, 31)).square().sum().backward()
+        optimizer.step()
+        counts.append(model.active_weights)
+    expected = [round(total * (1 - 0.9 * (1 - (1 - min(step // 3 * 3, 75) / 75) ** 3))) for step in range(1, 101)]
+    assert counts == pytest.approx(expected, abs=1)
+    assert counts[-1] == counts[74] == Budget.of_sparsity("0.9").active_weights(total, 0, 2)
+    assert attached.last.grown.flat.numel() == 0
+    for mask in model.masks.values():
+        assert mask.float().mean() == pytest.approx(0.1, abs=0.005)
+
+
+def test_gmp_prunes_the_smallest():
+    weights = network([(20, 20), (10, 10)], 3)
+    moved = GradualPruning(ReallocationSchedule(((0, 1),), 1), final_sparsity=0.5).update(weights, 1, torch.Generator())
+    assert moved.dropped.counts == (10, 5)
+    first = weights.values[:20].abs().argsort()[:10].sort().values
+    assert moved.dropped.flat[:10].tolist() == first.tolist()
+
+
+def test_gmp_on_a_sparse_model_is_refused_before_the_first_step():
+    model = convert(nn.Sequential(nn.Linear(30, 40)), sparsity=0.9, positions="random")
+    optimizer = optim.SGD(model.module.parameters(), lr=0.01)
+    with pytest.raises(UsageError, match="convert it with --sparsity 0"):
+        attach(model, optimizer, make("gmp", 100, final_sparsity=0.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "what"),
+    [
+        ("set", {"drop_fraction": 0}, "drop_fraction 0"),
+        ("rigl", {"drop_fraction": 1.5}, "drop_fraction 1.5"),
+        ("gmp", {}, "needs a final sparsity"),
+        ("gmp", {"final_sparsity": 1}, "sparsity 1 is not allowed"),
+        ("static", {"threshold": 1}, "goes with method dsr, not with static"),
+        ("dsr", {"drop_fraction": 0.5}, "goes with method set or rigl, not with dsr"),
+        ("dsr", {"nonsense": 1}, "is no option of any method"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(name, options, what):
+    with pytest.raises(UsageError, match=what):
+        make(name, 1000, **options)
+
+
+def test_gmp_without_a_step_to_prune_at_is_refused():
+    with pytest.raises(UsageError, match="no step to prune at"):
+        make("gmp", 100, every=90, final_sparsity=0.5)
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.floats(0, 1))
+def test_the_last_step_of_a_schedule(total, every, stop):
+    for schedule in (
+        ReallocationSchedule.spread(total, every=every, stop=stop),
+        ReallocationSchedule.steady(total, every=every, stop=stop),
+        ReallocationSchedule.times(20, total, stop=stop),
+    ):
+        assert schedule.last == max((step for step in range(1, total + 1) if schedule.due(step)), default=0)

@@ -1,0 +1,218 @@
+"""A run that was stopped anywhere and resumed ends as the run that was never stopped, to the last bit."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dsr_tool.train.run as run_module
+from converters.convert import convert, load
+from dsr_tool.errors import FileError, FormatError, UsageError
+from dsr_tool.methods import METHODS
+from dsr_tool.train import Observer, RunFolder, train
+from dsr_tool.train.checkpoint import read_state, write_state
+
+FILES = ("config.json", "masks.safetensors", "model.safetensors", "training.safetensors", "settings.json")
+
+
+class Killed(BaseException):
+    """Ends the process: nothing that runs afterwards counts."""
+
+
+def go_on(tiny, folder, *more, **changes):
+    """Train, from the start or from where an earlier call was killed."""
+    gradual = changes.get("method") == "gmp"
+    if gradual:
+        changes["options"] = {"final_sparsity": 0.7}
+    run = RunFolder(folder, resume=True)
+    stopped = run.stopped
+    model = load(folder, tiny.module()) if stopped else tiny.model(0 if gradual else 0.8)
+    settings = tiny.settings(**{"epochs": 4, "batch_size": 50, "every": 3, **changes})
+    run.facts = {"data": "fake:200", "settings": settings.to_dict()}
+    with run:
+        train(model, tiny.data(), settings, [run, *more], state=stopped.state if stopped else None)
+
+
+def log_of(folder):
+    """Every line, without what a clock says."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_bytes().splitlines()]
+    return [{name: value for name, value in line.items() if name != "time_s"} for line in lines]
+
+
+def assert_equal(folder, other):
+    for name in FILES:
+        # The container's writer orders its metadata and names alike, so that whole files can be compared.
+        assert content(folder / name) == content(other / name), name
+    for name in ("model.safetensors", "masks.safetensors"):
+        assert (folder / "best" / name).read_bytes() == (other / "best" / name).read_bytes()
+    assert log_of(folder) == log_of(other)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in other.iterdir())
+
+
+def content(path):
+    if path.name != "training.safetensors":
+        return path.read_bytes()
+    state = read_state(path)
+    del state["log_bytes"]  # how many digits the seconds have in it
+    return flat(state)
+
+
+def flat(value):
+    if isinstance(value, torch.Tensor):
+        return value.dtype, tuple(value.shape), value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {name: flat(entry) for name, entry in value.items()}
+    return [flat(entry) for entry in value] if isinstance(value, list) else value
+
+
+def kill_at(monkeypatch, moment):
+    """Let the process die before the `moment`-th thing that touches the disk or ends a step; no clean-up happens."""
+    count = iter(range(10**6))
+
+    def strike(*_, **__):
+        if next(count) == moment:
+            raise Killed
+
+    def struck(function):
+        def call(*arguments, **options):
+            strike()
+            return function(*arguments, **options)
+
+        return call
+
+    class Step(Observer):
+        on_step = strike
+
+    for name in ("write_model", "write_state", "save_folder", "_move_out", "_sync"):
+        monkeypatch.setattr(run_module, name, struck(getattr(run_module, name)))
+    monkeypatch.setattr(run_module.RunFolder, "_log", struck(run_module.RunFolder._log))
+    monkeypatch.setattr(run_module.Path, "rename", struck(run_module.Path.rename))
+    monkeypatch.setattr(run_module.Path, "replace", struck(run_module.Path.replace))
+    monkeypatch.setattr(run_module.RunFolder, "__exit__", lambda *_: None)
+    monkeypatch.setattr(run_module.shutil, "rmtree", lambda *_, **__: None)
+    return Step()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_at_random_moments_and_resumed(tiny, tmp_path, method):
+    go_on(tiny, tmp_path / "whole", method=method)
+    draw = np.random.default_rng(zlib.crc32(method.encode()))
+    for trial in range(20):
+        folder = tmp_path / f"cut-{trial}"
+        for _ in range(draw.integers(1, 4)):
+            with pytest.MonkeyPatch.context() as patch:
+                step = kill_at(patch, draw.integers(60))
+                with pytest.raises(Killed):
+                    go_on(tiny, folder, step, method=method)
+                    raise Killed
+        go_on(tiny, folder, method=method)
+        assert_equal(folder, tmp_path / "whole")
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("changes", [{"optimizer": "adam"}, {"optimizer": "rmsprop"}, {"schedule": "step"}])
+def test_every_optimizer_goes_on(tiny, tmp_path, changes):
+    go_on(tiny, tmp_path / "whole", **changes)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        go_on(tiny, tmp_path / "cut", kill_at(patch, 40), **changes)
+    assert RunFolder(tmp_path / "cut", resume=True).stopped is not None
+    go_on(tiny, tmp_path / "cut", **changes)
+    assert_equal(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_an_interrupted_run_goes_on(tiny, tmp_path):
+    class Interrupt(Observer):
+        def on_step(self, step):
+            if step == 10:
+                raise KeyboardInterrupt
+
+    go_on(tiny, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        go_on(tiny, tmp_path / "cut", Interrupt())
+    assert log_of(tmp_path / "cut")[-1]["status"] == "interrupted"
+    go_on(tiny, tmp_path / "cut")
+    assert_equal(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_complete_run_stays_as_it_is(tiny, tmp_path):
+    go_on(tiny, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    go_on(tiny, tmp_path / "run")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
+
+
+def test_other_settings_or_data_are_refused(tiny, tmp_path):
+    go_on(tiny, tmp_path / "run")
+    stopped = RunFolder(tmp_path / "run", resume=True).stopped
+    with pytest.raises(UsageError, match="--epochs 9 differs from the 4"):
+        stopped.settings({"epochs": 9})
+    with pytest.raises(UsageError, match="started with data"):
+        stopped.require({"data": "fake:300"})
+    assert stopped.settings({"epochs": 4, "workers": 1}).workers == 1
+
+
+def test_what_is_no_run_is_refused(tiny, tmp_path):
+    tiny.model().save(tmp_path / "model")
+    with pytest.raises(FileError, match="no run that could be resumed"):
+        RunFolder(tmp_path / "model", resume=True)
+    assert RunFolder(tmp_path / "absent", resume=True).stopped is None
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "settings.json", "training.safetensors"])
+def test_a_damaged_run_is_said_to_be(tiny, tmp_path, name):
+    go_on(tiny, tmp_path / "run")
+    path = tmp_path / "run" / name
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(FormatError, match=r"cannot be (read|resumed)"):
+        RunFolder(tmp_path / "run", resume=True)
+    (tmp_path / "run" / "training.safetensors").unlink()
+    if name == "settings.json":
+        with pytest.raises(FileError, match="without which it cannot be resumed"):
+            RunFolder(tmp_path / "run", resume=True)
+
+
+def test_a_state_of_another_model_is_refused(tiny, tmp_path):
+    go_on(tiny, tmp_path / "run")
+    state = read_state(tmp_path / "run" / "training.safetensors")["training"]
+    del state["optimizer"]["param_groups"][0]["params"][0]
+    with pytest.raises(FormatError, match="does not fit this model"):
+        train(tiny.model(), tiny.data(), tiny.settings(epochs=4), state=state)
+
+
+def test_a_state_keeps_every_bit(tmp_path):
+    tree = {"a": [1, 0.1, None, {"7": torch.tensor([float("nan"), -0.0])}], "b": True, "c": torch.arange(3)}
+    write_state(tmp_path / "state", tree)
+    found = read_state(tmp_path / "state")
+    assert flat(found) == flat(tree)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_kill_minus_nine(tmp_path, method):
+    gradual = method == "gmp"
+    convert("shufflenet_v2_x0_5", sparsity=0 if gradual else 0.8, num_classes=10, input_size=32).save(
+        tmp_path / "model"
+    )
+    options = "--data fake:512 --epochs 6 --batch-size 64 --every 3 --device cpu --resume --method"
+    command = [Path(sys.executable).with_name("dsr-tool"), "train", tmp_path / "model", *options.split(), method]
+    command += ["--final-sparsity", "0.8"] if gradual else []
+    start = time.monotonic()
+    subprocess.run([*command, "-o", tmp_path / "whole"], check=True, capture_output=True)
+    took = time.monotonic() - start
+    draw = np.random.default_rng(zlib.crc32(method.encode()))
+    for _ in range(20):
+        process = subprocess.Popen([*command, "-o", tmp_path / "cut"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            process.communicate(timeout=draw.uniform(0.3, 1) * took)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+    subprocess.run([*command, "-o", tmp_path / "cut"], check=True, capture_output=True)
+    assert_equal(tmp_path / "cut", tmp_path / "whole")
