@@ -1,4 +1,4 @@
-"""A reader written from docs/format.md alone, with the container's own library, on frozen files."""
+"""A reader written from docs/format.md alone, with numpy, zlib and json, on frozen files and a fresh one."""
 
 import hashlib
 import importlib.util
@@ -9,74 +9,93 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors import safe_open
 
 GOLDEN = Path(__file__).parent / "golden"
+FILES = ["delta", "bitmask", "csr", "dense", "auto", "fp16"]
+
+# --- the reader: begin ---
+
+TYPES = {"BOOL": "?", "U8": "u1", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
 
-def bits(packed, size):
-    return np.flatnonzero(np.unpackbits(packed)[:size])
+def container(path):
+    raw = path.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    texts, streams = header.pop("__metadata__"), {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        data = np.frombuffer(raw[start + first : start + last], TYPES[entry["dtype"]])
+        streams[name] = data.reshape(entry["shape"])
+    return texts, streams
 
 
-def positions_of_runs(runs):
+def runs(coded):
     found, p = [], -1
-    for byte in runs:
+    for byte in zlib.decompress(coded.tobytes(), wbits=-15):
         p += 255 if byte == 255 else byte + 1
         if byte != 255:
             found.append(p)
     return np.array(found, int)
 
 
-def unplane(stream, active, dtype):
-    width, at, planes = np.dtype(dtype).itemsize, 0, []
+def planes(stream, count, dtype):
+    raw, width, at, found = stream.tobytes(), np.dtype(dtype).itemsize, 0, []
     for _ in range(width):
-        length = int.from_bytes(stream[at : at + 8], "little")
-        plane = stream[at + 8 : at + 8 + length]
-        planes.append(plane if length == active else zlib.decompress(plane, wbits=-15))
+        length = int.from_bytes(raw[at : at + 8], "little")
+        plane = raw[at + 8 : at + 8 + length]
+        found.append(np.frombuffer(plane if length == count else zlib.decompress(plane, wbits=-15), np.uint8))
         at += 8 + length
-    rotated = np.stack([np.frombuffer(plane, np.uint8) for plane in planes], 1).copy().view(f"<u{width}")[:, 0]
+    rotated = np.stack(found, 1).copy().view(f"<u{width}")[:, 0]
     return ((rotated >> 1) | (rotated << (8 * width - 1))).view(dtype)
 
 
 def decode(entry, stream):
     size, active, dtype = math.prod(entry["shape"]), entry["active"], entry["dtype"]
-    dense = np.zeros(size, dtype)
     if entry["codec"] == "dense":
-        return stream("").reshape(entry["shape"])
+        return stream("")
     if entry["codec"] == "bitmask":
-        where, values = bits(stream("mask"), size), stream("values")
+        where, values = np.flatnonzero(np.unpackbits(stream("mask"))[:size]), stream("values")
     elif entry["codec"] == "csr":
-        indptr, columns = stream("indptr"), size // entry["shape"][0]
-        rows = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
-        where, values = rows * columns + stream("indices"), stream("values")
+        rows = np.repeat(np.arange(entry["shape"][0]), np.diff(stream("indptr")))
+        where, values = rows * (size // entry["shape"][0]) + stream("indices"), stream("values")
     else:
-        where = positions_of_runs(zlib.decompress(stream("mask").tobytes(), wbits=-15))
+        where, values = runs(stream("mask")), planes(stream("values"), active, dtype)
         if 2 * active > size:
             where = np.setdiff1d(np.arange(size), where)
-        values = unplane(stream("values").tobytes(), active, dtype)
+    dense = np.zeros(size, dtype)
     dense[where] = values
-    return dense.reshape(entry["shape"])
+    return dense
 
 
 def read(path):
-    with safe_open(path, framework="np") as file:
-        header = json.loads(file.metadata()["dsr_archive"])
-        packed = file.get_tensor(":manifest").tobytes()
-        assert header["version"].split(".")[0] == "1"
-        assert hashlib.sha256(packed).hexdigest() == header["manifest_sha256"]
-        manifest = json.loads(zlib.decompress(packed))
-        graph = file.get_tensor(":graph").tobytes()
-        assert zlib.crc32(graph) == manifest["graph_crc32"]
-        tensors = {}
-        for entry in manifest["tensors"]:
+    texts, streams = container(path)
+    header, packed = json.loads(texts["dsr_archive"]), streams[":manifest"].tobytes()
+    assert header["version"].split(".")[0] == "1"
+    assert hashlib.sha256(packed).hexdigest() == header["manifest_sha256"]
+    manifest = json.loads(zlib.decompress(packed))
+    assert zlib.crc32(streams[":graph"]) == manifest["graph_crc32"]
+    tensors, shared = {}, {}
+    for dtype, crc32 in manifest["packed_crc32"].items():
+        assert zlib.crc32(streams[f":packed:{dtype}"]) == crc32
+        total = sum(math.prod(e["shape"]) for e in manifest["tensors"] if (e["codec"], e["dtype"]) == ("packed", dtype))
+        shared[dtype] = planes(streams[f":packed:{dtype}"], total, dtype)
+    for entry in manifest["tensors"]:
 
-            def stream(suffix, entry=entry):
-                array = file.get_tensor(f"{entry['name']}:{suffix}" if suffix else entry["name"])
-                assert zlib.crc32(array.tobytes()) == entry["crc32"][suffix]
-                return array
+        def stream(suffix, entry=entry):
+            array = streams[f"{entry['name']}:{suffix}" if suffix else entry["name"]]
+            assert zlib.crc32(array) == entry["crc32"][suffix]
+            return array
 
-            tensors[entry["name"]] = decode(entry, stream)
-    return tensors, json.loads(zlib.decompress(graph))
+        if entry["codec"] == "packed":
+            array, shared[entry["dtype"]] = np.split(shared[entry["dtype"]], [math.prod(entry["shape"])])
+        else:
+            array = decode(entry, stream)
+        tensors[entry["name"]] = array.reshape(entry["shape"])
+    return tensors, json.loads(zlib.decompress(streams[":graph"]))
+
+
+# --- the reader: end ---
 
 
 @pytest.fixture(scope="module")
@@ -87,23 +106,63 @@ def recipe():
     return module
 
 
-@pytest.mark.parametrize("encoding", ["delta", "bitmask", "csr", "dense"])
-def test_the_document_is_enough_to_read_an_archive(recipe, encoding):
-    tensors, graph = read(GOLDEN / f"{encoding}.dsr")
-    assert set(tensors) == set(recipe.SHAPES)
+def test_the_reader_is_short():
+    text = Path(__file__).read_text(encoding="utf-8")
+    reader = text.partition("# --- the reader: begin ---")[2].partition("# --- the reader: end ---")[0]
+    assert sum(bool(line.strip()) for line in reader.splitlines()) < 80
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_document_is_enough_to_read_an_archive(recipe, file):
+    tensors, graph = read(GOLDEN / f"{file}.dsr")
+    assert list(tensors) == list(recipe.SHAPES)
     for name, shape in recipe.SHAPES.items():
-        expected = np.zeros(math.prod(shape), np.float32)
-        expected[recipe.active(name)] = recipe.values(name)
-        assert tensors[name].tobytes() == expected.reshape(shape).tobytes()
+        values = recipe.values(name, file)
+        expected = np.zeros(math.prod(shape), values.dtype)
+        expected[recipe.active(name)] = values
+        assert (tensors[name].shape, tensors[name].dtype) == (shape, values.dtype)
+        assert tensors[name].tobytes() == expected.tobytes()
     assert graph["nodes"][0]["op"] == "Gemm"
 
 
-@pytest.mark.parametrize("encoding", ["delta", "bitmask", "csr", "dense"])
-def test_frozen_archives_stay_readable(recipe, encoding):
+@pytest.mark.parametrize("file", FILES)
+def test_frozen_archives_stay_readable(recipe, file):
     from dsr_tool import open_archive
 
-    archive = open_archive(GOLDEN / f"{encoding}.dsr")
+    archive = open_archive(GOLDEN / f"{file}.dsr")
     for name, tensor in archive:
         np.testing.assert_array_equal(tensor.mask.positions, recipe.active(name))
-        assert tensor.values.tobytes() == recipe.values(name).tobytes()
+        assert tensor.values.tobytes() == recipe.values(name, file).tobytes()
     np.testing.assert_array_equal(archive.graph.constants["k"], [1, -2])
+
+
+def test_frozen_archives_hold_every_codec():
+    from dsr_tool import open_archive
+
+    codecs = {entry.codec for file in FILES for entry in open_archive(GOLDEN / f"{file}.dsr").entries.values()}
+    assert codecs == {"delta", "bitmask", "csr", "dense", "packed"}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_the_reader_reads_a_fresh_archive(dtype, tmp_path):
+    from dsr_tool.core.archive import open_archive, write_archive
+    from dsr_tool.core.codecs import SparseTensor
+    from dsr_tool.core.config import ModelConfig
+    from dsr_tool.core.graph import Graph, Node, Value
+    from dsr_tool.core.layers import LayerSpec
+    from dsr_tool.core.mask import Mask
+
+    random = np.random.default_rng(0)
+    tensors, specs = {}, {}
+    for i, density in enumerate((0.001, 0.02, 0.3, 0.6, 0.97, 1.0)):
+        shape = (30 + i, 7, 5)
+        mask = Mask.from_bool(random.random(shape) < density)
+        tensors[f"w{i}"] = SparseTensor(mask, random.normal(size=mask.active).astype(dtype))
+        specs[f"w{i}"] = LayerSpec(f"w{i}", shape, "Conv1d", "sparse", True, "weight")
+        tensors[f"b{i}"] = SparseTensor(Mask.full((7,)), random.normal(size=7).astype(np.float32))
+        specs[f"b{i}"] = LayerSpec(f"b{i}", (7,), "Conv1d", "dense", False, "bias")
+    graph = Graph((Value("x", (None,)),), (Value("y", (None,)),), (Node("Relu", ("x",), ("y",)),), {}, (), 18)
+    write_archive(tmp_path / "a.dsr", tensors, specs, graph, ModelConfig("module", "Net"))
+    found, _ = read(tmp_path / "a.dsr")
+    for name, array in open_archive(tmp_path / "a.dsr").dense().items():
+        assert array.tobytes() == tensors[name].to_dense().tobytes() == found[name].tobytes()

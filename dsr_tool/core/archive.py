@@ -6,24 +6,32 @@ The container is safetensors; `docs/format.md` describes the content so that a s
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from dsr_tool.core.codecs import CODECS, SparseTensor, Streams, encode_smallest
+from dsr_tool.core.archive_writer import ENCODINGS, Encoded, encode_archive, write_archive
+from dsr_tool.core.codecs import CODECS, SparseTensor
 from dsr_tool.core.config import ModelConfig
-from dsr_tool.core.files import new_file, require_file
+from dsr_tool.core.container import Container, parse_json, whole
+from dsr_tool.core.files import require_file
 from dsr_tool.core.graph import Array, Graph
-from dsr_tool.core.layers import LayerSpec
-from dsr_tool.core.manifest import GRAPH, MANIFEST, METADATA, Entry, container_header_bytes, crc32_of, pack, unpack
-from dsr_tool.errors import FormatError, UsageError, unknown_name
+from dsr_tool.core.manifest import (
+    FORMAT_VERSION,
+    GRAPH,
+    MANIFEST,
+    METADATA,
+    PACKED,
+    Entry,
+    crc32_of,
+    packed_stream,
+    unpack,
+)
+from dsr_tool.core.packed import Packed
+from dsr_tool.errors import FileError, FormatError
 
 __all__ = [
     "ENCODINGS",
@@ -36,114 +44,21 @@ __all__ = [
     "write_archive",
 ]
 
-FORMAT_VERSION = (1, 0)
-ENCODINGS = ("auto", *CODECS)
 MAX_DECODED_BYTES = 16 << 30
+_ALIGNED = 64
+_FREE_DECODED_BYTES, _MAX_DECODED_RATIO = 256 << 20, 10_000
 
 
-class Encoded:
-    """A model encoded as an archive, not written yet."""
-
-    def __init__(self, streams: Streams, header: Mapping[str, str]) -> None:
-        """Use `encode_archive`."""
-        self._streams, self._header = streams, header
-
-    def save(self, path: Path) -> None:
-        """Write it to `path` as it is; see `new_file` for doing that safely."""
-        # One metadata entry, since the container's writer orders several at random.
-        save_file(self._streams, path, metadata={METADATA: json.dumps(self._header)})
-
-
-def write_archive(
-    path: Path,
-    tensors: Mapping[str, SparseTensor],
-    specs: Mapping[str, LayerSpec],
-    graph: Graph,
-    config: ModelConfig,
-    *,
-    encoding: str = "auto",
-    force: bool = False,
-) -> None:
-    """Encode a model and write it into one file, beside the target first and renamed when whole.
-
-    Args:
-        path: the new file.
-        tensors: see `encode_archive` for this and what follows.
-        specs: what each of them is.
-        graph: the computation.
-        config: what the model is.
-        encoding: `auto` or the name of a codec.
-        force: replace an existing file.
-
-    Raises:
-        UsageError: unknown encoding, or a graph of another model.
-        FileError: the file exists, or the disk refuses it.
-    """
-    encoded = encode_archive(tensors, specs, graph, config, encoding=encoding)
-    with new_file(path, force=force) as part:
-        encoded.save(part)
-
-
-def encode_archive(
-    tensors: Mapping[str, SparseTensor],
-    specs: Mapping[str, LayerSpec],
-    graph: Graph,
-    config: ModelConfig,
-    *,
-    encoding: str = "auto",
-    versions: Mapping[str, str] | None = None,
-) -> Encoded:
-    """Encode a model.
-
-    Args:
-        tensors: every entry of the state_dict; full masks for those that are dense.
-        specs: what each of them is.
-        graph: the computation; its parameters are names of `tensors`.
-        config: what the model is.
-        encoding: `auto` for the smallest codec per layer, or the name of one.
-        versions: names and versions of what made the file, for the record.
-
-    Raises:
-        UsageError: unknown encoding, or a graph of another model.
-    """
-    if encoding not in ENCODINGS:
-        raise unknown_name("encoding", encoding, ENCODINGS)
-    absent = [name for name in graph.parameters if name not in tensors]
-    if absent:
-        raise UsageError(f"graph parameter {absent[0]!r} is not among the model's tensors; trace the same model.")
-    streams: Streams = {GRAPH: pack(graph.to_json())}
-    entries = []
-    for name, tensor in tensors.items():
-        codec, parts = _encode(tensor, specs[name], encoding)
-        crc32 = {suffix: crc32_of(array) for suffix, array in parts.items()}
-        entry = Entry(specs[name], tensor.values.dtype.name, codec, tensor.mask.active, crc32)
-        entries.append(entry)
-        for suffix, array in parts.items():
-            if entry.stream(suffix) in streams:
-                raise UsageError(f"tensor {name!r} would share the stream {entry.stream(suffix)!r}; rename the module.")
-            streams[entry.stream(suffix)] = array
-    manifest = {
-        "schema": "dsr-tool/archive/1",
-        "versions": dict(versions or {}),
-        "graph_crc32": crc32_of(streams[GRAPH]),
-        "model": config.to_dict(),
-        "tensors": [entry.to_dict() for entry in entries],
-    }
-    streams[MANIFEST] = pack(json.dumps(manifest, separators=(",", ":"), allow_nan=False))
-    digest = hashlib.sha256(streams[MANIFEST].tobytes()).hexdigest()
-    header = {"version": ".".join(map(str, FORMAT_VERSION)), "manifest_sha256": digest}
-    return Encoded(streams, header)
-
-
-def open_archive(path: str | Path, *, max_decoded_bytes: int = MAX_DECODED_BYTES) -> Archive:
+def open_archive(path: str | Path, *, max_decoded_bytes: int | None = None) -> Archive:
     """Open an archive and check its header, manifest and graph; weights are decoded when asked for.
 
     Args:
         path: a `.dsr` file.
-        max_decoded_bytes: refuse files that claim to hold more than this, decoded.
+        max_decoded_bytes: refuse files that claim to hold more than this, decoded. When absent, 10,000 times the size
+            of the file and 256 MiB, and no more than 16 GiB.
 
     Raises:
-        FileError: there is no such file.
+        FileError: there is no such file, or it cannot be read.
         FormatError: it is no archive, damaged, of a newer major version, or claims too much.
     """
     path = Path(path)
@@ -162,37 +77,42 @@ class Archive:
         versions: what made the file.
     """
 
-    def __init__(self, path: Path, max_decoded_bytes: int = MAX_DECODED_BYTES) -> None:
+    def __init__(self, path: Path, max_decoded_bytes: int | None = None) -> None:
         """Use `open_archive`."""
         self.path = path
         try:
-            self._file = safe_open(path, framework="np")
-        except (SafetensorError, OSError, ValueError) as error:
+            self._container = Container(path)
+        except OSError as error:
+            raise FileError(f"archive {str(path)!r} cannot be read: {error.strerror or error}.") from error
+        except FormatError as error:
             raise FormatError(f"{str(path)!r} is not a dsr archive, or is cut off or damaged ({error}).") from error
-        self._names = frozenset(self._file.keys())
         manifest = self._manifest()
         try:
             self.config = ModelConfig.from_dict(manifest["model"])
             entries = [Entry.from_dict(data) for data in manifest["tensors"]]
             self.versions = {str(name): str(text) for name, text in manifest["versions"].items()}
-            graph_crc32 = int(manifest["graph_crc32"])
+            graph_crc32 = manifest["graph_crc32"]
+            self._packed_crc32: dict[str, int] = dict(manifest["packed_crc32"])
         except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise self._damaged(f"its manifest is not understood ({error})") from error
+        if not all(map(whole, (graph_crc32, *self._packed_crc32.values()))):
+            raise self._damaged("its manifest is not understood (a checksum is no number)")
         self.entries = {entry.spec.name: entry for entry in entries}
+        self._packed = Packed(self.entries)
         self._check_entries(entries, max_decoded_bytes)
-        self.graph = Graph.from_json(unpack(self._stream(GRAPH, graph_crc32)))
+        self.graph = self._graph(graph_crc32)
         if absent := [name for name in self.graph.parameters if name not in self.entries]:
             raise self._damaged(f"its graph uses {absent[0]!r}, which it does not hold")
 
     @property
     def nbytes(self) -> int:
         """Size of the file in bytes."""
-        return self.path.stat().st_size
+        return self._container.nbytes
 
-    @cached_property
+    @property
     def header_bytes(self) -> int:
         """Bytes of the container's own header: its length, and the table of streams."""
-        return container_header_bytes(self.path)
+        return self._container.header_bytes
 
     @cached_property
     def document_bytes(self) -> int:
@@ -200,15 +120,15 @@ class Archive:
         return self.stored_bytes(MANIFEST) + self.stored_bytes(GRAPH)
 
     def entry_bytes(self, name: str) -> int:
-        """Bytes of all streams of one tensor as stored."""
+        """Bytes of all streams of one tensor as stored; of a packed one its share of their stream, by its entries."""
         entry = self.entries[name]
+        if entry.codec == PACKED:
+            return self._packed.share(name, self.stored_bytes(packed_stream(entry.dtype)))
         return sum(self.stored_bytes(entry.stream(suffix)) for suffix in entry.crc32)
 
     def stored_bytes(self, stream: str) -> int:
         """Bytes of one stream of the container."""
-        part = self._file.get_slice(stream)
-        shape: list[int] = part.get_shape()
-        return math.prod(shape) * _ITEMSIZE[str(part.get_dtype())]
+        return self._container.streams[stream].nbytes
 
     def tensor(self, name: str) -> SparseTensor:
         """Decode one tensor, bit for bit what was written.
@@ -217,11 +137,32 @@ class Archive:
             FormatError: a stream is damaged.
         """
         entry = self.entries[name]
-        streams = {suffix: self._stream(entry.stream(suffix), crc) for suffix, crc in entry.crc32.items()}
         try:
+            if entry.codec == PACKED:
+                return self._packed.tensor(name, self._packed_stream)
+            streams = {suffix: self._stream(entry.stream(suffix), crc) for suffix, crc in entry.crc32.items()}
             return CODECS[entry.codec].decode(streams, entry.spec.shape, entry.active, np.dtype(entry.dtype))
         except FormatError as error:
             raise self._damaged(f"tensor {name!r}: {error}") from error
+
+    def dense(self) -> dict[str, Array]:
+        """Decode everything to dense arrays, which share one piece of memory per type.
+
+        One large piece is quicker to fill than many, since the system hands it out in large pages.
+
+        Raises:
+            FormatError: a stream is damaged.
+        """
+        sizes: dict[str, int] = {}
+        starts = {}
+        for name, entry in self.entries.items():
+            starts[name] = sizes.get(entry.dtype, 0)
+            sizes[entry.dtype] = starts[name] + -(-entry.spec.size // _ALIGNED) * _ALIGNED
+        memory = {dtype: np.zeros(size, dtype) for dtype, size in sizes.items()}
+        return {
+            name: self.tensor(name).to_dense(memory[entry.dtype][starts[name] : starts[name] + entry.spec.size])
+            for name, entry in self.entries.items()
+        }
 
     def __iter__(self) -> Iterator[tuple[str, SparseTensor]]:
         """Every tensor in turn, decoded."""
@@ -234,10 +175,10 @@ class Archive:
 
     def _manifest(self) -> dict[str, Any]:
         try:
-            header = json.loads((self._file.metadata() or {})[METADATA])
+            header = parse_json(self._container.metadata[METADATA].encode("utf-8"), METADATA)
             major = int(str(header["version"]).split(".", maxsplit=1)[0])
             digest = str(header["manifest_sha256"])
-        except (ArithmeticError, KeyError, RecursionError, TypeError, ValueError) as error:
+        except (ArithmeticError, KeyError, TypeError, ValueError) as error:
             raise FormatError(
                 f"{str(self.path)!r} is a safetensors file but not a dsr archive; make one with `dsr-tool export`."
             ) from error
@@ -247,54 +188,55 @@ class Archive:
                 f"{str(self.path)!r} has format version {header['version']}; this dsr-tool reads version "
                 f"{FORMAT_VERSION[0]}.x, so {remedy}."
             )
-        packed = self._stream(MANIFEST, None)
-        if hashlib.sha256(packed.tobytes()).hexdigest() != digest:
-            raise self._damaged("the checksum of its manifest does not match")
         try:
-            manifest = json.loads(unpack(packed))
-        except (ValueError, RecursionError) as error:
-            raise self._damaged(f"its manifest is not JSON ({error})") from error
-        if not isinstance(manifest, dict):
-            raise self._damaged("its manifest is not an object")
-        return manifest
+            packed = self._stream(MANIFEST, None)
+            if hashlib.sha256(packed.tobytes()).hexdigest() != digest:
+                raise FormatError("the checksum of its manifest does not match")
+            return parse_json(unpack(packed), "its manifest")
+        except FormatError as error:
+            raise self._damaged(str(error)) from error
 
-    def _check_entries(self, entries: list[Entry], max_decoded_bytes: int) -> None:
-        expected = {MANIFEST, GRAPH} | {entry.stream(suffix) for entry in entries for suffix in entry.crc32}
-        if len(self.entries) != len(entries) or expected != self._names:
+    def _check_entries(self, entries: list[Entry], max_decoded_bytes: int | None) -> None:
+        packed = self._packed.counts.keys()
+        expected = [MANIFEST, GRAPH, *map(packed_stream, packed)]
+        expected += [entry.stream(suffix) for entry in entries for suffix in entry.crc32]
+        if (
+            len(self.entries) != len(entries)
+            or self._packed_crc32.keys() != packed
+            or len(expected) != len(self._container.streams)
+            or set(expected) != self._container.streams.keys()
+        ):
             raise self._damaged("its tensors are not those that its manifest lists")
         total = sum(entry.nbytes_decoded for entry in entries)
+        if max_decoded_bytes is None:
+            max_decoded_bytes = min(_FREE_DECODED_BYTES + _MAX_DECODED_RATIO * self.nbytes, MAX_DECODED_BYTES)
         if total > max_decoded_bytes:
             raise FormatError(
                 f"{str(self.path)!r} claims {total:,} bytes of weights, more than the {max_decoded_bytes:,} allowed; "
                 f"raise max_decoded_bytes if you trust the file."
             )
 
-    def _stream(self, name: str, crc32: int | None) -> Array:
-        if name not in self._names:
-            raise self._damaged(f"it has no stream {name!r}")
+    def _graph(self, crc32: int) -> Graph:
         try:
-            array: Array = self._file.get_tensor(name)
-        except (SafetensorError, TypeError, ValueError) as error:
-            raise self._damaged(f"stream {name!r} cannot be read ({error})") from error
+            return Graph.from_json(unpack(self._stream(GRAPH, crc32)).decode("utf-8"))
+        except (FormatError, UnicodeDecodeError) as error:
+            raise self._damaged(str(error)) from error
+
+    def _packed_stream(self, dtype: str) -> Array:
+        return self._stream(packed_stream(dtype), self._packed_crc32[dtype])
+
+    def _stream(self, name: str, crc32: int | None) -> Array:
+        """One stream, its checksum compared."""
+        if name not in self._container.streams:
+            raise FormatError(f"it has no stream {name!r}")
+        try:
+            array = self._container.get(name)
+        except OSError as error:
+            raise FormatError(f"stream {name!r} cannot be read ({error.strerror or error})") from error
         if crc32 is not None and crc32_of(array) != crc32:
-            raise self._damaged(f"the checksum of stream {name!r} does not match")
+            raise FormatError(f"the checksum of stream {name!r} does not match")
         return array
 
     def _damaged(self, what: str) -> FormatError:
+        what = what.removesuffix("; the file is damaged.").removesuffix(".")
         return FormatError(f"archive {str(self.path)!r} is damaged: {what}; export it again or fetch a whole copy.")
-
-
-_ITEMSIZE = {
-    **dict.fromkeys(("BOOL", "U8", "I8"), 1),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
-    **dict.fromkeys(("I32", "U32", "F32"), 4),
-    **dict.fromkeys(("I64", "U64", "F64"), 8),
-}
-
-
-def _encode(tensor: SparseTensor, spec: LayerSpec, encoding: str) -> tuple[str, Streams]:
-    if spec.role != "sparse":
-        return "dense", CODECS["dense"].encode(tensor)
-    if encoding == "auto":
-        return encode_smallest(tensor)
-    return encoding, CODECS[encoding].encode(tensor)

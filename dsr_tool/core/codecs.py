@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from dsr_tool.core.coding import decode_planes, decode_runs, encode_planes, encode_runs
 from dsr_tool.core.graph import Array
 from dsr_tool.core.layers import matrix_shape
 from dsr_tool.core.mask import Mask
@@ -26,12 +25,11 @@ __all__ = [
     "Streams",
     "bitmask_bytes",
     "csr_bytes",
+    "dense_bytes",
     "encode_smallest",
 ]
 
 Streams = dict[str, Array]
-
-_SKIP = 255
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,13 +50,21 @@ class SparseTensor:
         flat = array.reshape(-1)
         return cls(mask, flat if mask.stored is None else flat[mask.stored])
 
-    def to_dense(self) -> Array:
-        """The parameter with exact (positive) zeros outside the mask; under a full one it shares memory."""
+    def to_dense(self, out: Array | None = None) -> Array:
+        """The parameter with exact (positive) zeros outside the mask; under a full one it shares memory.
+
+        Args:
+            out: zeros to write into, shape (size,); a new array when absent.
+        """
         if self.mask.stored is None:
-            return self.values.reshape(self.mask.shape)
-        flat = np.zeros(self.mask.size, dtype=self.values.dtype)
-        flat[self.mask.stored] = self.values
-        return flat.reshape(self.mask.shape)
+            if out is None:
+                return self.values.reshape(self.mask.shape)
+            out[:] = self.values
+        else:
+            if out is None:
+                out = np.zeros(self.mask.size, dtype=self.values.dtype)
+            out[self.mask.stored] = self.values
+        return out.reshape(self.mask.shape)
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ def _decode_dense(
         raise FormatError(f"a dense parameter of shape {shape} came with shape {array.shape}; the file is damaged.")
     mask = Mask.from_bits(bits[0], shape) if bits else Mask.full(shape)
     tensor = SparseTensor.from_dense(array, mask)
-    if np.count_nonzero(array) != np.count_nonzero(tensor.values):
+    if bits and np.count_nonzero(array) != np.count_nonzero(tensor.values):
         raise FormatError("a dense parameter has values outside its mask; the file is damaged.")
     return _checked(mask, tensor.values, active, dtype)
 
@@ -142,90 +148,14 @@ def _decode_csr(streams: Mapping[str, Array], shape: tuple[int, ...], active: in
 
 
 def _encode_delta(tensor: SparseTensor) -> Streams:
-    return {"mask": _deflate(_runs(tensor.mask)), "values": _encode_planes(tensor.values)}
+    return {"mask": encode_runs(tensor.mask), "values": encode_planes(tensor.values)}
 
 
 def _decode_delta(streams: Mapping[str, Array], shape: tuple[int, ...], active: int, dtype: np.dtype) -> SparseTensor:
     coded, planes = _streams(streams, "mask", "values")
-    if coded.dtype != np.uint8 or planes.dtype != np.uint8:
+    if coded.dtype != np.uint8 or planes.dtype != np.uint8 or coded.ndim != 1 or planes.ndim != 1:
         raise FormatError("a delta-coded parameter has streams of bytes; the file is damaged.")
-    size = math.prod(shape)
-    rarer = min(active, size - active)
-    # One byte an entry, and one for every 255 positions skipped.
-    runs = np.frombuffer(_inflate(coded.tobytes(), rarer + size // _SKIP), np.uint8)
-    positions = np.cumsum(np.where(runs == _SKIP, _SKIP, runs.astype(np.int64) + 1))[runs != _SKIP] - 1
-    if len(positions) != rarer or (rarer and positions[-1] >= size):
-        raise FormatError(f"a delta-coded mask does not hold {rarer} positions below {size}; the file is damaged.")
-    mask = Mask(shape, positions)
-    if active * 2 > size:
-        mask = Mask.from_bool(~mask.to_bool())
-    return _checked(mask, _decode_planes(planes, active, dtype), active, dtype)
-
-
-def _runs(mask: Mask) -> bytes:
-    """Distances between entries of the rarer symbol, less one; 255 skips 255 positions without an entry."""
-    positions = mask.positions
-    if mask.active * 2 > mask.size:
-        positions = np.flatnonzero(~mask.to_bool().reshape(-1))
-    gaps = np.diff(positions, prepend=-1) - 1
-    skips = gaps // _SKIP
-    runs = np.full(len(gaps) + int(skips.sum()), _SKIP, dtype=np.uint8)
-    runs[np.cumsum(skips + 1) - 1] = gaps % _SKIP
-    return runs.tobytes()
-
-
-def _encode_planes(values: Array) -> npt.NDArray[np.uint8]:
-    """Byte planes of the values rotated left by one bit, each behind its length, Huffman-coded where that helps.
-
-    Rotating puts the eight exponent bits of a float32 into one plane and the sign last.
-    """
-    width = values.dtype.itemsize
-    unsigned = np.ascontiguousarray(values).view(f"<u{width}")
-    rotated = (unsigned << 1) | (unsigned >> (8 * width - 1))
-    planes = np.ascontiguousarray(rotated).view(np.uint8).reshape(-1, width)
-    pieces: list[bytes] = []
-    for i in range(width):
-        raw = planes[:, i].tobytes()
-        coded = _deflate(raw).tobytes()
-        plane = coded if len(coded) < len(raw) else raw
-        pieces += [len(plane).to_bytes(8, "little"), plane]
-    return np.frombuffer(b"".join(pieces), np.uint8)
-
-
-def _decode_planes(stream: npt.NDArray[np.uint8], count: int, dtype: np.dtype[Any]) -> Array:
-    width = dtype.itemsize
-    planes = np.empty((count, width), dtype=np.uint8)
-    raw, offset = stream.tobytes(), 0
-    for i in range(width):
-        length = int.from_bytes(raw[offset : offset + 8], "little")
-        plane = raw[offset + 8 : offset + 8 + length]
-        offset += 8 + length
-        data = plane if length == count else _inflate(plane, count)
-        if length > count or len(data) != count:
-            raise FormatError(f"a byte plane does not hold {count} bytes; the file is damaged.")
-        planes[:, i] = np.frombuffer(data, np.uint8)
-    if offset != len(raw):
-        raise FormatError("the byte planes do not fill their stream; the file is damaged.")
-    rotated = planes.view(f"<u{width}").reshape(-1)
-    return ((rotated >> 1) | (rotated << (8 * width - 1))).view(dtype)
-
-
-def _deflate(data: bytes) -> npt.NDArray[np.uint8]:
-    """Raw deflate with Huffman codes only: string matching makes gaps and planes larger, not smaller."""
-    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
-    return np.frombuffer(coder.compress(data) + coder.flush(), np.uint8)
-
-
-def _inflate(data: bytes, most: int) -> bytes:
-    """The inverse of `_deflate`; refuses streams that hold more than `most` bytes before making them."""
-    coder = zlib.decompressobj(-15)
-    try:
-        raw = coder.decompress(data, most + 1)
-    except zlib.error as error:
-        raise FormatError(f"a coded stream cannot be decoded ({error}); the file is damaged.") from error
-    if len(raw) > most or not coder.eof or coder.unused_data:
-        raise FormatError(f"a coded stream does not end where it should ({most} bytes at most); the file is damaged.")
-    return raw
+    return _checked(decode_runs(coded, shape, active), decode_planes(planes, active, dtype), active, dtype)
 
 
 # --- what they share -------------------------------------------------------------------------------------
@@ -261,12 +191,19 @@ def encode_smallest(tensor: SparseTensor) -> tuple[str, Streams]:
     """The name and streams of the codec that takes the fewest bytes for this tensor; ties go to the simpler."""
     coded = _encode_delta(tensor)
     sizes = {
+        "dense": dense_bytes(tensor),
         "bitmask": bitmask_bytes(tensor),
         "csr": csr_bytes(tensor),
         "delta": sum(array.nbytes for array in coded.values()),
     }
     best = min(sizes, key=lambda name: sizes[name])
     return best, coded if best == "delta" else CODECS[best].encode(tensor)
+
+
+def dense_bytes(tensor: SparseTensor) -> int:
+    """Exact bytes of the dense codec: every value, and one bit an entry where some are inactive."""
+    mask = 0 if tensor.mask.active == tensor.mask.size else (tensor.mask.size + 7) // 8
+    return tensor.mask.size * tensor.values.dtype.itemsize + mask
 
 
 def bitmask_bytes(tensor: SparseTensor) -> int:

@@ -11,14 +11,31 @@ from typing import Any
 import numpy as np
 
 from dsr_tool.core.codecs import CODECS
+from dsr_tool.core.container import MAX_RANK, whole
 from dsr_tool.core.graph import Array
 from dsr_tool.core.layers import LayerSpec
 from dsr_tool.errors import FormatError
 
-__all__ = ["GRAPH", "MANIFEST", "METADATA", "Entry", "container_header_bytes", "crc32_of", "pack", "unpack"]
+__all__ = [
+    "FORMAT_VERSION",
+    "GRAPH",
+    "MANIFEST",
+    "METADATA",
+    "PACKED",
+    "Entry",
+    "container_header_bytes",
+    "crc32_of",
+    "pack",
+    "packed_stream",
+    "unpack",
+]
 
+FORMAT_VERSION = (1, 0)
 MANIFEST, GRAPH, METADATA = ":manifest", ":graph", "dsr_archive"
+PACKED = "packed"
+"""Codec of the many small tensors that share one stream per type: norms, biases and buffers."""
 _MAX_DOCUMENT_BYTES = 64 << 20
+_FREE_DOCUMENT_BYTES, _MAX_DOCUMENT_RATIO = 4 << 20, 256
 _DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
 
 
@@ -42,8 +59,8 @@ class Entry:
 
     @property
     def nbytes_decoded(self) -> int:
-        """Bytes of memory to decode it: the tensor, and unless it is dense its positions and a bitmap."""
-        sparse = 0 if self.codec == "dense" and self.active == self.spec.size else 8 * self.active + self.spec.size
+        """Bytes of memory to decode it: the tensor, and unless all is active its positions and a bitmap."""
+        sparse = 0 if self.active == self.spec.size else 8 * self.active + self.spec.size
         return self.spec.size * np.dtype(self.dtype).itemsize + sparse
 
     def stream(self, suffix: str) -> str:
@@ -69,16 +86,25 @@ class Entry:
         """
         data = dict(data)
         dtype, codec, active, crc32 = (data.pop(key) for key in ("dtype", "codec", "active", "crc32"))
+        if len(data["shape"]) > MAX_RANK:
+            raise FormatError(f"tensor {str(data.get('name'))[:80]!r} has {len(data['shape'])} dimensions.")
         spec = LayerSpec.from_dict(data)
-        if dtype not in _DTYPES or codec not in CODECS:
+        if dtype not in _DTYPES or (codec not in CODECS and codec != PACKED):
             raise FormatError(
                 f"tensor {spec.name!r} has type {dtype!r} and codec {codec!r}, which this version cannot read."
             )
         if spec.role == "sparse" and not dtype.startswith("float"):
             raise FormatError(f"tensor {spec.name!r} is sparse and of type {dtype!r}; weights are of floating point.")
-        if not isinstance(active, int) or not 0 <= active <= spec.size:
+        if not whole(active) or not 0 <= active <= spec.size:
             raise FormatError(f"tensor {spec.name!r} claims {active!r} active of {spec.size} entries.")
-        return cls(spec, dtype, codec, active, {str(suffix): int(crc) for suffix, crc in crc32.items()})
+        if not all(map(whole, crc32.values())) or (codec == PACKED and (crc32 or active < spec.size)):
+            raise FormatError(f"tensor {spec.name!r} has checksums or a count that do not go with codec {codec!r}.")
+        return cls(spec, dtype, codec, active, dict(crc32))
+
+
+def packed_stream(dtype: str) -> str:
+    """Name of the stream that holds all packed tensors of one type."""
+    return f":{PACKED}:{dtype}"
 
 
 def container_header_bytes(path: Path) -> int:
@@ -97,13 +123,17 @@ def pack(document: str) -> Array:
     return np.frombuffer(zlib.compress(document.encode("utf-8"), 9), np.uint8)
 
 
-def unpack(packed: Array) -> str:
-    """The inverse of `pack`; raises `FormatError` for damage and for documents without end."""
+def unpack(packed: Array) -> bytes:
+    """The inverse of `pack`, not decoded; raises `FormatError` for damage and for documents without end.
+
+    A document may be 256 times as long as it is stored, or 4 MiB, so that small files are quick to refuse.
+    """
+    most = min(_FREE_DOCUMENT_BYTES + _MAX_DOCUMENT_RATIO * packed.nbytes, _MAX_DOCUMENT_BYTES)
     coder = zlib.decompressobj()
     try:
-        raw = coder.decompress(packed.tobytes(), _MAX_DOCUMENT_BYTES)
-        if not coder.eof or coder.unused_data:
-            raise FormatError(f"a document of the archive does not end within {_MAX_DOCUMENT_BYTES:,} bytes.")
-        return raw.decode("utf-8")
-    except (zlib.error, UnicodeDecodeError) as error:
+        raw = coder.decompress(packed.tobytes(), most)
+    except zlib.error as error:
         raise FormatError(f"a document of the archive cannot be decoded ({error}); the file is damaged.") from error
+    if not coder.eof or coder.unused_data:
+        raise FormatError(f"a document of the archive does not end within {most:,} bytes; the file is damaged.")
+    return raw

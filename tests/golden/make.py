@@ -11,30 +11,47 @@ from dsr_tool.core.graph import Graph, Node, Value
 from dsr_tool.core.layers import LayerSpec
 from dsr_tool.core.mask import Mask
 
-SHAPES = {"conv": (6, 5, 3, 3), "far": (2, 900), "most": (4, 7), "rows": (5, 9), "fc": (3, 4)}
+SHAPES = {
+    "conv": (6, 5, 3, 3),
+    "far": (2, 900),
+    "most": (4, 7),
+    "rows": (5, 9),
+    "fc": (3, 4),
+    "kept": (40, 30),
+    "shift": (5,),
+    "scale": (70,),
+    "steps": (),
+    "flags": (3,),
+}
+WEIGHTS = ("conv", "far", "most", "rows", "fc", "kept")
+FILES = ("delta", "bitmask", "csr", "dense", "auto", "fp16")
 
 
 def active(name: str) -> np.ndarray:
     """Which entries are active, by arithmetic alone."""
-    i = np.arange(np.prod(SHAPES[name]))
-    rule = {"conv": i % 7 == 3, "far": i % 601 == 600, "most": i % 3 != 1, "rows": i * i % 5 == 1, "fc": i >= 0}
-    return np.flatnonzero(rule[name])
+    i = np.arange(int(np.prod(SHAPES[name])))
+    rule = {"conv": i % 7 == 3, "far": i % 601 == 600, "most": i % 3 != 1, "rows": i * i % 5 == 1}
+    return np.flatnonzero(rule.get(name, i >= 0))
 
 
-def values(name: str) -> np.ndarray:
-    """Their values, exact in float32, with a negative zero."""
-    found = (active(name) - 10).astype(np.float32) / 8
+def values(name: str, file: str) -> np.ndarray:
+    """Their values, exact in float16, with a negative zero."""
+    if name == "steps":
+        return np.array([70_000], np.int64)
+    if name == "flags":
+        return np.array([True, False, True])
+    found = ((active(name) - 10) % 97).astype(np.float32) / 8
     found[1] = -0.0
-    return found
+    return found.astype(np.float16) if file == "fp16" and name in WEIGHTS else found
 
 
 def main() -> None:
     """Write the files beside this script."""
-    tensors, specs = {}, {}
-    for name, shape in SHAPES.items():
-        role = "dense" if name == "fc" else "sparse"
-        specs[name] = LayerSpec(name, shape, "Linear", role, True, "golden", 1.0)
-        tensors[name] = SparseTensor(Mask(shape, active(name)), values(name))
+    roles = {"fc": "dense", "kept": "dense", "shift": "dense", "scale": "dense", "steps": "buffer", "flags": "buffer"}
+    specs = {
+        name: LayerSpec(name, shape, "Linear", roles.get(name, "sparse"), name in WEIGHTS, "golden", 1.0)
+        for name, shape in SHAPES.items()
+    }
     graph = Graph(
         (Value("x", (None, 4)),),
         (Value("y", (None, 3)),),
@@ -44,9 +61,17 @@ def main() -> None:
         18,
     )
     config = ModelConfig("module", "Golden", 3, (4,))
-    for encoding in ("delta", "bitmask", "csr", "dense"):
-        path = Path(__file__).with_name(f"{encoding}.dsr")
+    for file in FILES:
+        tensors = {name: SparseTensor(mask(name), values(name, file)) for name in SHAPES}
+        encoding = "auto" if file == "fp16" else file
+        path = Path(__file__).with_name(f"{file}.dsr")
         write_archive(path, tensors, specs, graph, config, encoding=encoding, force=True)
+
+
+def mask(name: str) -> Mask:
+    """The mask of one tensor."""
+    full = len(active(name)) == np.prod(SHAPES[name])
+    return Mask(SHAPES[name], None if full else active(name))
 
 
 if __name__ == "__main__":

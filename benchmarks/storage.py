@@ -1,0 +1,194 @@
+"""What a sparse ResNet-50 takes on disk, and what writing and reading it takes, beside other formats.
+
+Two tables for each sparsity. The first takes our archive apart, beside the entropy bound of the masks and beside B4
+(B2): that bound, four (two) bytes for each active weight, and everything else raw. The second has our archive and
+other formats, each written and read back to dense arrays in child processes of one thread on one core. Times are
+medians over rounds that take turns, from arrays to file and back, checksums included where a format has some. Memory
+is the peak of the child (VmHWM) above what it had before. What was read is compared with what was written.
+
+`storage_item.py` says how the weights are drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import pickle
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from storage_formats import FORMATS, Item
+
+from dsr_tool.core.archive import open_archive
+
+REPEATS = 3
+
+
+def main() -> None:
+    """Measure and print; `--child` is what the benchmark starts itself with."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9, 0.95, 0.98])
+    parser.add_argument("--draw", choices=("laplace", "normal", "whole"), default="laplace")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--slow", action="store_true", help="also zstd -19, which takes half a minute a round")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--child", nargs=3, metavar=("FORMAT", "ITEM", "FILE"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(child(*arguments.child)))
+        return
+    document = []
+    for sparsity in arguments.sparsity:
+        measured = measure(sparsity, arguments.draw, arguments.seed, arguments.rounds, slow=arguments.slow)
+        document.append(measured)
+        if not arguments.json:
+            show(measured)
+    if arguments.json:
+        print(json.dumps({"schema": "dsr-tool/benchmark-storage/1", "draw": arguments.draw, "items": document}))
+
+
+def measure(sparsity: float, draw: str, seed: int, rounds: int, *, slow: bool) -> dict[str, Any]:
+    """Everything about one sparsity, as plain values."""
+    from storage_item import make
+
+    item = make(sparsity, draw, seed)
+    sums = {4: _checksum({name: tensor.to_dense() for name, tensor in item.tensors.items()})}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name, form in FORMATS.items() if slow or not form.slow}
+    with tempfile.TemporaryDirectory() as folder:
+        source, file = Path(folder) / "item", Path(folder) / "file"
+        source.write_bytes(pickle.dumps(item))
+        for _ in range(rounds):
+            for name, past in runs.items():
+                past.append(_start(name, source, file))
+                if name.startswith("archive"):
+                    past[-1]["parts"] = parts(item, file, FORMATS[name].width)
+    expected = {name: sums.get(FORMATS[name].width) for name in runs}
+    wrong = [name for name, past in runs.items() if "sum" in past[0] and expected[name] not in (None, past[0]["sum"])]
+    if wrong:
+        sys.exit(f"{wrong[0]} does not give back what was written")
+    return {
+        "sparsity": sparsity,
+        "dense_bytes": sum(tensor.mask.size * tensor.values.itemsize for tensor in item.tensors.values()),
+        "bound_bytes": item.bound_bytes,
+        "b4_bytes": item.reference_bytes(4),
+        "b2_bytes": item.reference_bytes(2),
+        "formats": {name: _medians(past) for name, past in runs.items()},
+    }
+
+
+def parts(item: Item, path: Path, width: int) -> dict[str, float]:
+    """Where the bytes of an archive go."""
+    archive = open_archive(path)
+    sparse = {name: entry for name, entry in archive.entries.items() if entry.spec.role == "sparse"}
+    values = sum(
+        archive.stored_bytes(entry.stream(suffix))
+        for entry in sparse.values()
+        for suffix in entry.crc32.keys() & {"values", ""}
+    )
+    weights = sum(archive.entry_bytes(name) for name in sparse)
+    documents = archive.document_bytes + archive.header_bytes
+    return {
+        "mask_bytes": weights - values,
+        "values_bytes": values,
+        "rest_bytes": archive.nbytes - weights - documents,
+        "documents_bytes": documents,
+        "file_bytes": archive.nbytes,
+        "mask_to_bound": (weights - values) / item.bound_bytes,
+        "file_to_reference": archive.nbytes / item.reference_bytes(width),
+    }
+
+
+def child(name: str, source: str, file: str) -> dict[str, Any]:
+    """Write and read one format on one core."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    form, path = FORMATS[name], Path(file)
+    for library in form.libraries:
+        importlib.import_module(library)
+    if source:
+        item = pickle.loads(Path(source).read_bytes())  # noqa: S301 - our own parent wrote it
+        form.write(item, path)
+        return {"write_s": _seconds(lambda: form.write(item, path)), "file_bytes": path.stat().st_size}
+    before = _status("VmRSS")
+    dense = form.read(path)
+    found = {"peak_bytes": _status("VmHWM") - before, "sum": _checksum(dense)}
+    del dense
+    return found | {"read_s": _seconds(lambda: form.read(path))}
+
+
+def show(measured: dict[str, Any]) -> None:
+    """Print the two tables of one sparsity."""
+    b4, b2 = measured["b4_bytes"], measured["b2_bytes"]
+    print(f"\nsparsity {measured['sparsity']}: bound of the masks {measured['bound_bytes'] / 1e6:.3f} MB, ", end="")
+    print(f"B4 {b4 / 1e6:.3f} MB, B2 {b2 / 1e6:.3f} MB, dense {measured['dense_bytes'] / 1e6:.1f} MB")
+    print(f"{'bytes':28}{'mask':>11}{'values':>11}{'dense rest':>11}{'documents':>11}{'file':>11}", end="")
+    print(f"{'÷ bound':>9}{'÷ B4 (B2)':>10}")
+    for name, found in measured["formats"].items():
+        if part := found.get("parts"):
+            columns = ("mask_bytes", "values_bytes", "rest_bytes", "documents_bytes", "file_bytes")
+            print(f"{name:28}" + "".join(f"{part[column]:11,}" for column in columns), end="")
+            print(f"{part['mask_to_bound']:9.4f}{part['file_to_reference']:10.4f}")
+    print(f"{'one core':28}{'MB':>11}{'÷ B4':>11}{'write s':>11}{'read ms':>11}{'peak MB':>11}")
+    for name, found in measured["formats"].items():
+        if "absent" in found:
+            print(f"{name:28}{'not installed':>22} ({found['absent']})")
+            continue
+        size = found["file_bytes"]
+        print(f"{name:28}{size / 1e6:11.2f}{size / b4:11.3f}{found['write_s']:11.3f}", end="")
+        print(f"{found['read_s'] * 1e3:11.1f}{found['peak_bytes'] / 1e6:11.1f}")
+
+
+def _start(name: str, source: Path, file: Path) -> dict[str, Any]:
+    """Write and read in two fresh processes, so that neither has the memory of the other."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    found: dict[str, Any] = {}
+    for argument in (str(source), ""):
+        command = [sys.executable, __file__, "--child", name, argument, str(file)]
+        done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True, check=False)
+        if "ModuleNotFoundError: " in done.stderr:
+            return {"absent": done.stderr.strip().splitlines()[-1].removeprefix("ModuleNotFoundError: ")}
+        if done.returncode:
+            sys.exit(done.stderr)
+        found |= json.loads(done.stdout)
+    return found
+
+
+def _medians(past: list[dict[str, Any]]) -> dict[str, Any]:
+    times = {key: statistics.median(run[key] for run in past) for key in past[0] if key[-2:] == "_s" or "peak" in key}
+    return past[0] | times
+
+
+def _seconds(work: Any) -> float:
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        result = work()
+        times.append(time.perf_counter() - start)
+        del result
+    return statistics.median(times)
+
+
+def _status(field: str) -> int:
+    """Bytes of resident memory: `VmRSS` now, `VmHWM` at most so far."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def _checksum(dense: dict[str, Any]) -> int:
+    total = 0
+    for name in sorted(dense):
+        total = zlib.crc32(np.ascontiguousarray(dense[name]), total)
+    return total
+
+
+if __name__ == "__main__":
+    main()
