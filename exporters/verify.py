@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
 
 from dsr_tool.core.archive import open_archive
 from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.files import require_file
+from dsr_tool.core.compaction.record import COMPACTED, compacted_specs
+from dsr_tool.core.compaction.rewrite import folded_and_compacted
 from dsr_tool.core.graph import Array, Graph, Value
 from dsr_tool.errors import CheckFailed, UsageError
 from dsr_tool.sparse.capture import frozen_copy
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparse.trace import trace
-from exporters.onnx_compact import nonzero
-from exporters.onnx_model import folded, to_onnx
-from exporters.onnx_read import OnnxFile, read_onnx
-from exporters.onnx_session import OnnxSession
+from exporters.kinds import kind_of
+from exporters.onnx.model import to_onnx
+from exporters.onnx.session import OnnxSession
 from exporters.reference import largest_difference, outputs_of, random_inputs, rounding_error
+from exporters.values import rounded_model, rounding_notes, stored_as
 from exporters.verification import Verification, require
 
-__all__ = ["Verification", "checked_graph", "require", "verify", "verify_archive", "verify_onnx"]
+__all__ = [
+    "Verification",
+    "check_exportable",
+    "checked_graph",
+    "compared",
+    "differing_tensors",
+    "require",
+    "verify",
+    "verify_archive",
+]
 
 Run = Callable[[Array], Array]
+
+_ONE_FILE = (1 << 31) - (1 << 24)  # bytes of weights; protobuf ends at 2 GiB, and the graph needs a part of it
 
 RELATIVE_TOLERANCE = 1e-5
 """Largest difference to PyTorch allowed to a file, as a fraction of the largest output, ..."""
@@ -36,10 +46,10 @@ ROUNDING_FACTOR = 4
 
 
 def verify(path: str | Path, model: SparseModel, *, samples: int = 3, seed: int = 0) -> Verification:
-    """Compare an archive or ONNX file with the model that it should hold, on random inputs.
+    """Compare an exported file with the model that it should hold, by running both on random inputs.
 
     Args:
-        path: the file; its content says which of the two it is.
+        path: the file; its content says of which kind it is.
         model: the model.
         samples: size of the second batch of inputs; the first has one.
         seed: of the inputs.
@@ -47,24 +57,30 @@ def verify(path: str | Path, model: SparseModel, *, samples: int = 3, seed: int 
     Raises:
         CheckFailed: the file holds another architecture.
         FileError: there is no such file.
-        FormatError: it is damaged, or neither of the two.
+        FormatError: it is damaged, or no export.
         UsageError: the model has no input shape.
     """
+    from exporters.csr import verify_csr
+    from exporters.onnx.verify import verify_onnx
+    from exporters.state_dict import verify_state_dict
+
+    checks: dict[str, Callable[..., Verification]] = {
+        "archive": verify_archive,
+        "onnx": verify_onnx,
+        "csr": verify_csr,
+        "safetensors": verify_state_dict,
+        "state-dict": verify_state_dict,
+    }
     path = Path(path)
-    require_file(path, "file")
-    with path.open("rb") as file:
-        start = file.read(9)
-    # A safetensors file starts with the length of its header, eight bytes, and the header is a JSON object.
-    check = verify_archive if start[8:] == b"{" else verify_onnx
-    return check(path, model, samples=samples, seed=seed)
+    return checks[kind_of(path)](path, model, samples=samples, seed=seed)
 
 
-def checked_graph(model: SparseModel) -> Graph:
-    """The graph of a model whose weights and masks agree.
+def check_exportable(model: SparseModel) -> None:
+    """Look at what every export needs.
 
     Raises:
-        CheckFailed: they do not.
-        UsageError: the input shape is unknown, or the module cannot be captured.
+        CheckFailed: weights and masks disagree.
+        UsageError: weights of another type than float32, or an unknown input shape.
     """
     model.check()
     other = next((t.dtype for t in model.module.parameters() if t.dtype != torch.float32), None)
@@ -75,26 +91,52 @@ def checked_graph(model: SparseModel) -> Graph:
             f"{model.config.architecture} has no input shape, which an export needs; give an input size when you "
             f"convert it."
         )
+
+
+def checked_graph(model: SparseModel) -> Graph:
+    """The graph of a model whose weights and masks agree.
+
+    Raises:
+        CheckFailed: they do not.
+        UsageError: the input shape is unknown, or the module cannot be captured.
+    """
+    check_exportable(model)
     return trace(model.module, model.config.input_shape)
 
 
 def verify_archive(path: Path, model: SparseModel, *, samples: int = 3, seed: int = 0) -> Verification:
-    """`verify` for an archive: every tensor bit for bit, our runtime and ONNX Runtime."""
+    """`verify` for an archive: every tensor bit for bit, our runtime and ONNX Runtime.
+
+    One whose weights are float16 is compared with the model rounded likewise; a note says what the rounding does.
+    """
     from dsr_tool.runtime import Session
 
     archive = open_archive(path)
-    differing = _differing(
+    notes: list[str] = []
+    rounded_run = None
+    half = any(entry.dtype == "float16" and entry.spec.weight for entry in archive.entries.values())
+    if COMPACTED in archive.config.conversion:
+        expected, rounded_run = _compacted(model, half=half)
+    elif half:
+        expected = stored_as(model.tensors(), model.specs, "fp16")
+        rounded = rounded_model(model)
+        notes += rounding_notes(model, rounded, random_inputs(archive.graph.inputs[0], samples, seed))
+        model = rounded
+    else:
+        expected = model.tensors()
+    differing = differing_tensors(
         path,
         model,
-        model.tensors(),
+        expected,
         {name: entry.spec.shape for name, entry in archive.entries.items()},
         archive.tensor,
     )
     tensors = {name: archive.tensor(name) for name in archive.graph.parameters}
     runs: dict[str, Run] = {}
-    notes = []
     try:
-        plain = to_onnx(archive.graph, tensors, encoding="dense")
+        # What is too large for one ONNX file as it is, fits in compact form.
+        large = sum(tensor.mask.size * tensor.values.dtype.itemsize for tensor in tensors.values()) > _ONE_FILE
+        plain = to_onnx(archive.graph, tensors, encoding="auto" if large else "dense")
         runs["onnxruntime"] = OnnxSession(plain.SerializeToString()).run
     except UsageError as error:
         notes.append(f"onnxruntime cannot run it: {error}")
@@ -104,7 +146,7 @@ def verify_archive(path: Path, model: SparseModel, *, samples: int = 3, seed: in
         notes.append(f"the sparse runtime cannot run it: {error}")
     if not runs:
         raise UsageError(f"{str(path)!r} cannot be verified, since no runtime runs it: {'; '.join(notes)}")
-    return _verification(
+    return compared(
         path,
         "archive",
         model,
@@ -114,54 +156,20 @@ def verify_archive(path: Path, model: SparseModel, *, samples: int = 3, seed: in
         seed=seed,
         differing=differing,
         notes=notes,
+        rounded=rounded_run,
     )
 
 
-def verify_onnx(
-    path: Path, model: SparseModel, *, samples: int = 3, seed: int = 0, graph: Graph | None = None
-) -> Verification:
-    """`verify` for an ONNX file: its weights, ONNX Runtime, and that nothing is decoded at every inference.
-
-    Args:
-        path: the file.
-        model: the model.
-        samples: size of the second batch.
-        seed: of the inputs.
-        graph: the model's, when it was captured already.
-    """
-    graph = graph or checked_graph(model)
-    _, tensors = folded(graph, model.tensors())
-    expected = {name: nonzero(tensor) for name, tensor in tensors.items() if tensor.values.dtype.kind == "f"}
-    file = read_onnx(path)
-    shapes = {name: entry.spec.shape for name, entry in file.entries.items() if name in expected}
-    differing = _differing(path, model, expected, shapes, file.tensor)
-    session, left = _load(file)
-    slow = [f"onnxruntime decodes weights at every inference ({left[0]})"] if left else []
-    return _verification(
-        path,
-        "onnx",
-        model,
-        runs={"onnxruntime": session.run},
-        value=graph.inputs[0],
-        samples=samples,
-        seed=seed,
-        differing=differing,
-        problems=slow,
-    )
+def _compacted(model: SparseModel, *, half: bool) -> tuple[dict[str, SparseTensor], Run | None]:
+    """What a compacted archive of the model holds, and where its weights are rounded, what runs them so."""
+    _, small = folded_and_compacted(checked_graph(model), model.tensors())
+    if not half:
+        return dict(small.tensors), None
+    tensors = stored_as(small.tensors, compacted_specs(small.tensors, model.specs), "fp16")
+    return tensors, OnnxSession(to_onnx(small.graph, tensors, encoding="dense").SerializeToString()).run
 
 
-def _load(file: OnnxFile) -> tuple[OnnxSession, list[str]]:
-    """A session, and the decoding steps that are left in it after optimisation."""
-    if not file.decode_steps:
-        return OnnxSession(file.path), []
-    with tempfile.TemporaryDirectory() as folder:
-        optimized = Path(folder) / "optimized.onnx"
-        session = OnnxSession(file.path, optimized=optimized)
-        nodes = onnx.load(optimized).graph.node
-    return session, sorted(file.decode_steps.intersection(name for node in nodes for name in node.output))
-
-
-def _differing(
+def differing_tensors(
     path: Path,
     model: SparseModel,
     expected: Mapping[str, SparseTensor],
@@ -195,7 +203,7 @@ def _same_architecture(
         )
 
 
-def _verification(
+def compared(
     path: Path,
     kind: str,
     model: SparseModel,
@@ -207,23 +215,43 @@ def _verification(
     differing: tuple[list[str], list[str]],
     problems: Sequence[str] = (),
     notes: Sequence[str] = (),
+    rounded: Run | None = None,
 ) -> Verification:
+    """Run a file on random inputs beside its model in PyTorch.
+
+    Args:
+        path: the file.
+        kind: what it is.
+        model: the model.
+        runs: what runs the file, by name.
+        value: the input.
+        seed: of the inputs.
+        samples: size of the second batch of inputs; the first has one.
+        differing: what `differing_tensors` found.
+        problems: what else was found wrong.
+        notes: what could not be compared, and why.
+        rounded: runs the model with its weights rounded as they are in the file, to compare with in place of PyTorch.
+    """
     inputs = random_inputs(value, samples, seed)
     module = frozen_copy(model.module)
     reference = outputs_of(module, inputs)
+    if rounded is not None:
+        exact, reference = reference, [rounded(x) for x in inputs]
+        notes = [*notes, _rounding_note(exact, reference)]
     scale = float(np.max([np.abs(y).max(initial=0.0) for y in reference]))
     runtimes = {name: largest_difference(reference, [run(x) for x in inputs]) for name, run in runs.items()}
     tolerance = RELATIVE_TOLERANCE * scale
-    if max(runtimes.values()) > tolerance:
+    if max(runtimes.values()) > tolerance and rounded is None:
         # Double precision is slow, and needed only where a network rounds more than most.
         tolerance += ROUNDING_FACTOR * rounding_error(module, inputs, reference)
+    other = "PyTorch" if rounded is None else "the same rounded weights, stored dense,"
     masks, values = differing
     found = [f"the zeros of {name!r} differ" for name in masks[:1]]
     found += [f"the values of {name!r} differ" for name in values[:1]]
     if not np.isfinite(scale):
         found.append("the outputs of the model itself are not finite numbers")
     found += [
-        f"{name} differs from PyTorch by {difference:.3g} where {tolerance:.3g} is allowed"
+        f"{name} differs from {other} by {difference:.3g} where {tolerance:.3g} is allowed"
         for name, difference in runtimes.items()
         if not difference <= tolerance  # so that NaN is a difference
     ]
@@ -239,4 +267,12 @@ def _verification(
         weights_equal=not (masks or values),
         problems=(*found, *problems),
         notes=(*notes, *dead),
+    )
+
+
+def _rounding_note(exact: list[Array], rounded: list[Array]) -> str:
+    largest = max(float(np.abs(y).max(initial=0.0)) for y in exact)
+    return (
+        f"with weights rounded to float16, outputs differ by up to {largest_difference(exact, rounded):.3g} from those "
+        f"of the model as it was (largest output {largest:.3g})"
     )

@@ -11,12 +11,19 @@ from onnx import TensorProto, helper, numpy_helper
 from dsr_tool.core.codecs import SparseTensor
 from dsr_tool.errors import CheckFailed, FileError, FormatError, UsageError
 from exporters.archive import export_archive
-from exporters.onnx import export_onnx
-from exporters.onnx_read import read_onnx
+from exporters.onnx.decode import find
+from exporters.onnx.exporter import export_onnx
+from exporters.onnx.read import read_onnx
 from exporters.verify import require, verify
 
 pytestmark = pytest.mark.usefixtures("trace_once")
 EXPORTS = {"m.dsr": export_archive, "m.onnx": export_onnx}
+
+
+def code_of(proto, name):
+    """The bytes that say where the entries of a weight are."""
+    arrays = {tensor.name: tensor for tensor in proto.graph.initializer}
+    return arrays[find(name, {node.output[0]: node for node in proto.graph.node}, arrays).leaves["code"]]
 
 
 @pytest.mark.parametrize("name", EXPORTS)
@@ -54,8 +61,8 @@ def test_decoding_that_is_left_is_found(make_model, tmp_path):
     export_onnx(make_model(), tmp_path / "m.onnx")
     proto = onnx.load(tmp_path / "m.onnx")
     # An initializer that a caller may replace is no constant.
-    distances = next(tensor for tensor in proto.graph.initializer if tensor.name == "8.weight:distances")
-    proto.graph.input.append(onnx.helper.make_tensor_value_info(distances.name, 2, distances.dims))
+    code = code_of(proto, "8.weight")
+    proto.graph.input.append(onnx.helper.make_tensor_value_info(code.name, 2, code.dims))
     onnx.save(proto, tmp_path / "m.onnx")
     left = verify(tmp_path / "m.onnx", make_model())
     assert any("at every inference" in problem for problem in left.problems)
@@ -141,7 +148,7 @@ def test_files_that_are_neither(make_model, tmp_path):
 def test_a_damaged_initializer_is_a_format_error(make_model, tmp_path):
     export_onnx(make_model(), tmp_path / "m.onnx", encoding="delta")
     proto = onnx.load(tmp_path / "m.onnx")
-    part = next(tensor for tensor in proto.graph.initializer if tensor.name == "8.weight:distances")
+    part = code_of(proto, "8.weight")
     part.CopyFrom(numpy_helper.from_array(np.full(part.dims[0], 255, np.uint8), part.name))
     onnx.save(proto, tmp_path / "m.onnx")
     with pytest.raises(FormatError, match="'8.weight'"):
@@ -156,7 +163,7 @@ def test_verifications_are_plain_values(make_model, tmp_path):
 
 
 def test_an_archive_too_large_for_onnx_is_verified_by_our_runtime(make_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("exporters.onnx_model._MAX_BYTES", 1000)
+    monkeypatch.setattr("exporters.onnx.model._MAX_BYTES", 1000)
     verification = export_archive(make_model(), tmp_path / "a.dsr")
     assert verification.passed
     assert set(verification.runtimes) == {"sparse"}

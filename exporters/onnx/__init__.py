@@ -1,0 +1,1 @@
+"""ONNX files: writing them small, reading them back, running and checking them."""

@@ -1,0 +1,170 @@
+"""Multiply-adds of each weight of an ONNX model, from the shapes that its operators imply."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass
+
+import onnx
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+
+from dsr_tool.errors import FormatError, first_line
+
+__all__ = ["WeightUse", "weight_uses"]
+
+Shape = tuple[int, ...]
+
+# Inputs that are weights, by operator; a bias is none.
+_WEIGHT_SLOTS = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (0, 1), "MatMul": (0, 1)}
+_SAME_ENTRIES = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Cast"}
+_REAL = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
+_ARITHMETIC = {"Add", "Sub", "Mul", "Div"}
+_SMALL = 1024  # entries; initializers up to here may be shapes, which inference has to see
+
+
+@dataclass(frozen=True)
+class WeightUse:
+    """How a weight is used.
+
+    Attributes:
+        operator: `Conv`, `ConvTranspose`, `Gemm` or `MatMul`.
+        macs_per_weight: multiply-adds that each weight takes part in for one input; 0 where the shapes of the
+            model do not say.
+    """
+
+    operator: str
+    macs_per_weight: float
+
+
+def weight_uses(
+    model: ModelProto, weights: Mapping[str, ValueInfoProto], *, made: Set[str] = frozenset()
+) -> dict[str, WeightUse]:
+    """For each of the `weights` that a convolution or matrix product reads, that use.
+
+    A weight that several of them read has the sum of their multiply-adds.
+
+    Args:
+        model: the model.
+        weights: type and static shape of each.
+        made: names of values that exist to make weights out of what is stored; their nodes are not looked at.
+
+    Raises:
+        FormatError: types or shapes of the model contradict each other.
+    """
+    light = _without_weights(model, weights, {*made, *weights})
+    try:
+        return _uses(light, {name: _static(value) or () for name, value in weights.items()})
+    except (ArithmeticError, RuntimeError, ValueError, onnx.shape_inference.InferenceError) as error:
+        raise FormatError(f"the shapes of the model are not understood ({first_line(error)}).") from error
+
+
+def _uses(model: ModelProto, weights: Mapping[str, Shape]) -> dict[str, WeightUse]:
+    shapes, batch = _shapes(model)
+    origin = {name: name for name in weights}
+    uses: dict[str, WeightUse] = {}
+    for node in model.graph.node:
+        if node.domain not in ("", "ai.onnx"):
+            continue
+        if node.op_type in _SAME_ENTRIES and node.input[0] in origin:
+            origin.setdefault(node.output[0], origin[node.input[0]])
+        for slot in _WEIGHT_SLOTS.get(node.op_type, ()):
+            name = origin.get(node.input[slot])
+            if name is not None:
+                macs = _macs(node, shapes) / batch / max(math.prod(weights[name]), 1)
+                before = uses[name].macs_per_weight if name in uses else 0.0
+                uses[name] = WeightUse(node.op_type, before + macs)
+    return uses
+
+
+def _macs(node: NodeProto, shapes: Mapping[str, Shape]) -> int:
+    """Multiply-adds of one operator; where shapes are missing, one row for Gemm and 0 for others."""
+    first, second, out = (shapes.get(name) for name in (node.input[0], node.input[1], node.output[0]))
+    if node.op_type == "Gemm" and second is not None and (first is None or out is None):
+        return math.prod(second)
+    if first is None or second is None or out is None:
+        return 0
+    if node.op_type == "Conv":
+        return math.prod(out) * math.prod(second[1:])
+    if node.op_type == "ConvTranspose":
+        return math.prod(first) * math.prod(second[1:])
+    transposed = any(attr.name == "transA" and attr.i for attr in node.attribute)
+    return math.prod(out) * (first[0] if transposed else first[-1])
+
+
+def _shapes(model: ModelProto) -> tuple[dict[str, Shape], int]:
+    """Static shapes of all values for a batch of one, and the batch where the model fixes another."""
+    first = model.graph.input[0].type.tensor_type.shape.dim if model.graph.input else []
+    if first and first[0].dim_value <= 0:
+        first[0].dim_value = 1
+    batch = first[0].dim_value if first else 1
+    first_look = onnx.shape_inference.infer_shapes(model).graph
+    nodes = list(_harmless(model.graph.node, first_look))
+    body = helper.make_graph(nodes, "light", model.graph.input, model.graph.output)
+    body.initializer.extend(model.graph.initializer)
+    light = helper.make_model(body, opset_imports=model.opset_import, ir_version=model.ir_version)
+    graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+    return {**_known(graph), **{tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}}, batch
+
+
+def _known(graph: GraphProto) -> dict[str, Shape]:
+    shapes = {value.name: _static(value) for value in (*graph.input, *graph.value_info, *graph.output)}
+    return {name: shape for name, shape in shapes.items() if shape is not None}
+
+
+def _harmless(nodes: Iterable[NodeProto], seen: GraphProto) -> Iterator[NodeProto]:
+    """Nodes for an inference that follows vectors entry by entry, without those that could make long ones.
+
+    Shapes are short vectors of integers, but a vector in a file may claim to be of any length.
+
+    Args:
+        nodes: all of the graph.
+        seen: what an inference that follows no entries found.
+    """
+    shapes = _known(seen)
+    short = {name for name, shape in shapes.items() if len(shape) < 2 and math.prod(shape) <= _SMALL}
+    real = {value.name for value in (*seen.value_info, *seen.output) if _element(value) in _REAL}
+    for node in nodes:
+        output = node.output[0] if node.output else ""
+        if node.op_type in _ARITHMETIC and output not in short:
+            same_shape = NodeProto()
+            same_shape.CopyFrom(node)
+            same_shape.op_type = "Pow"
+            yield same_shape
+        elif node.op_type != "Concat" or output in short or output in real:
+            yield node
+
+
+def _static(value: ValueInfoProto) -> Shape | None:
+    dims = value.type.tensor_type.shape.dim
+    if not value.type.tensor_type.HasField("shape") or any(not dim.HasField("dim_value") for dim in dims):
+        return None
+    return tuple(dim.dim_value for dim in dims)
+
+
+def _without_weights(model: ModelProto, weights: Mapping[str, ValueInfoProto], made: Set[str]) -> ModelProto:
+    """A copy for shape inference in which weights are inputs; stated shapes of inner values are gone."""
+    graph, small = model.graph, []
+    nodes = [node for node in graph.node if made.isdisjoint(node.output)]
+    declared = {value.name: value for value in graph.input}
+    for tensor in graph.initializer:
+        if tensor.name in weights or math.prod(tensor.dims) > _SMALL:
+            declared.setdefault(tensor.name, _declare(tensor))
+        else:
+            small.append(tensor)
+    inputs = list({**declared, **weights}.values())
+    outputs = [ValueInfoProto(name=value.name, type=_unshaped(value)) for value in graph.output]
+    body = helper.make_graph(nodes, "light", inputs, outputs, small)
+    return helper.make_model(body, opset_imports=model.opset_import, ir_version=model.ir_version)
+
+
+def _declare(tensor: TensorProto) -> ValueInfoProto:
+    return helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+
+
+def _unshaped(value: ValueInfoProto) -> onnx.TypeProto:
+    return onnx.TypeProto(tensor_type=onnx.TypeProto.Tensor(elem_type=_element(value)))
+
+
+def _element(value: ValueInfoProto) -> int:
+    return int(value.type.tensor_type.elem_type)

@@ -1,0 +1,170 @@
+"""From a graph and its weights to an ONNX model, without torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto, NodeProto, SparseTensorProto, ValueInfoProto, helper
+
+from dsr_tool.core.codecs import SparseTensor
+from dsr_tool.core.folding import fold_norms
+from dsr_tool.core.graph import Graph, Node, Value
+from dsr_tool.core.layers import LayerSpec
+from dsr_tool.errors import UsageError, unknown_name
+from exporters.onnx.compact import FLOATS, coo, nonzero
+from exporters.onnx.nodes import NodeWriter, field_bytes
+from exporters.onnx.weights import add_weight, choose
+from exporters.values import stored_as
+
+__all__ = ["METADATA", "ONNX_ENCODINGS", "folded", "refuse_too_large", "to_onnx"]
+
+ONNX_ENCODINGS = ("auto", "delta", "bitmask", "coo", "dense")
+METADATA = "dsr_tool"
+"""Key of the model's metadata entry: a JSON object with the schema, the architecture and the sparse weights."""
+
+_IR_VERSION = 10  # the newest that onnxruntime 1.20 reads
+_MAX_BYTES = (1 << 31) - 1
+
+
+def to_onnx(
+    graph: Graph,
+    tensors: Mapping[str, SparseTensor],
+    *,
+    encoding: str = "auto",
+    values: str = "fp32",
+    specs: Mapping[str, LayerSpec] | None = None,
+    architecture: str = "",
+    notes: Mapping[str, Any] | None = None,
+) -> ModelProto:
+    """An ONNX model that computes what `graph` does with `tensors`, normalisations folded into convolutions.
+
+    Args:
+        graph: the computation; its values keep their names.
+        tensors: every parameter of the graph, by name.
+        encoding: `delta`, `bitmask` or `coo` for that form wherever a weight is sparse, `dense` for plain
+            initializers, `auto` for the smallest of delta, bitmask and dense, weight by weight.
+        values: `fp16` to store weights as float16, rounded once; the computation stays as it was.
+        specs: what the parameters are, since `fp16` rounds weights alone.
+        architecture: name for the record.
+        notes: more entries of the record, plain values for JSON.
+
+    Returns:
+        A model with one dynamic dimension, the batch; the same bytes for the same arguments.
+
+    Raises:
+        UsageError: unknown encoding, a model of more than 2 GB, or a value that float16 cannot hold.
+    """
+    if encoding not in ONNX_ENCODINGS:
+        raise unknown_name("ONNX encoding", encoding, ONNX_ENCODINGS)
+    sparse = [name for name in graph.parameters if _is_sparse(tensors[name])]
+    graph, tensors = folded(graph, tensors, values=values, specs=specs)
+    writer = NodeWriter(_names(graph))
+    for name in sorted(graph.constants):
+        writer.initializer(graph.constants[name], name)
+    apart = _add_weights(writer, graph, tensors, encoding)
+    refuse_too_large(writer.nbytes + sum(map(field_bytes, apart)))
+    body = helper.make_graph(
+        [*writer.nodes, *map(_node, graph)],
+        "model",
+        [_value(v) for v in graph.inputs],
+        [_value(v) for v in graph.outputs],
+        writer.initializers,
+        sparse_initializer=apart,
+    )
+    model = helper.make_model(
+        body,
+        opset_imports=[helper.make_opsetid("", graph.opset)],
+        ir_version=_IR_VERSION,
+        producer_name="dsr-tool",
+        producer_version=version("dsr-tool"),
+    )
+    record = {
+        "schema": "dsr-tool/onnx/1",
+        "architecture": architecture,
+        "sparse_weights": [name for name in sparse if name in graph.parameters],
+        **(notes or {}),
+    }
+    helper.set_model_props(model, {METADATA: json.dumps(record, separators=(",", ":"))})
+    return model
+
+
+def folded(
+    graph: Graph,
+    tensors: Mapping[str, SparseTensor],
+    *,
+    values: str = "fp32",
+    specs: Mapping[str, LayerSpec] | None = None,
+) -> tuple[Graph, dict[str, SparseTensor]]:
+    """The graph without norms that a convolution can take over, and its parameters as they are stored.
+
+    Args:
+        graph: the computation.
+        tensors: every parameter of the graph, by name.
+        values: `fp16` to round weights once, after folding.
+        specs: what the parameters are.
+
+    Raises:
+        UsageError: another name, or a weight that float16 cannot hold.
+    """
+    dtype = np.dtype(graph.inputs[0].dtype)
+    typed = {name: tensors[name] for name in graph.parameters}
+    for name, tensor in typed.items():
+        if tensor.values.dtype.kind == "f":
+            typed[name] = SparseTensor(tensor.mask, tensor.values.astype(dtype, copy=False))
+    graph, typed = fold_norms(graph, typed)
+    known = {name: tensor for name, tensor in typed.items() if name in (specs or {})}
+    return graph, typed | stored_as(known, specs or {}, values)
+
+
+def _add_weights(
+    writer: NodeWriter, graph: Graph, tensors: Mapping[str, SparseTensor], encoding: str
+) -> list[SparseTensorProto]:
+    """Write every parameter, and return those that stand apart, as sparse initializers."""
+    dtype = graph.inputs[0].dtype
+    sparse = {name: nonzero(tensors[name]) for name in graph.parameters if _is_sparse(tensors[name])}
+    forms = {} if encoding == "coo" else choose(sparse, encoding, dtype)
+    apart = []
+    for name in graph.parameters:
+        if encoding == "coo" and name in sparse:
+            stored = sparse[name].values.dtype.name
+            alias = name if stored == dtype else writer.cast(FLOATS[dtype], name)
+            apart.append(coo(alias, sparse[name]))
+        else:
+            add_weight(writer, name, sparse.get(name, tensors[name]), forms.get(name, "dense"), dtype)
+    return apart
+
+
+def _is_sparse(tensor: SparseTensor) -> bool:
+    return tensor.mask.active < tensor.mask.size and tensor.values.dtype.kind == "f"
+
+
+def _names(graph: Graph) -> set[str]:
+    values = {value.name for value in (*graph.inputs, *graph.outputs)}
+    return values | {name for node in graph for name in (*node.inputs, *node.outputs)}
+
+
+def refuse_too_large(nbytes: int) -> None:
+    """Raise `UsageError` for weights of more bytes than one ONNX file can have."""
+    if nbytes > _MAX_BYTES:
+        raise UsageError(
+            f"the ONNX file would take {nbytes:,} bytes, more than the {_MAX_BYTES:,} that the format allows in one "
+            f"file; export a smaller model, a sparser one with encoding 'auto', or an archive."
+        )
+
+
+def _node(node: Node) -> NodeProto:
+    attributes: dict[str, Any] = {
+        name: node.attributes[name] for name in sorted(node.attributes) if node.attributes[name] != ()
+    }
+    return helper.make_node(node.op, node.inputs, node.outputs, **attributes)
+
+
+def _value(value: Value) -> ValueInfoProto:
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(value.dtype))
+    free = ["batch", *(f"{value.name}_{i}" for i in range(1, len(value.shape)))]
+    shape = [name if n is None else n for name, n in zip(free, value.shape, strict=False)]
+    return helper.make_tensor_value_info(value.name, kind, shape)

@@ -1,0 +1,232 @@
+"""What any ONNX file weighs: its weights, how they are stored and how much work each of them does."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, ValueInfoProto, helper
+
+from dsr_tool.core.archive import MAX_DECODED_BYTES
+from dsr_tool.core.codecs import SparseTensor
+from dsr_tool.core.graph import Array
+from dsr_tool.core.layers import LayerSpec
+from dsr_tool.errors import FormatError
+from exporters.onnx.decode import Found, decode, find, from_coo, from_dense, shape_of
+from exporters.onnx.load import constants, load
+from exporters.onnx.macs import WeightUse, weight_uses
+from exporters.onnx.model import METADATA
+from exporters.onnx.nodes import field_bytes
+
+__all__ = ["OnnxEntry", "OnnxFile", "Stored", "read_onnx", "stored_weights"]
+
+_FREE_DECODED_BYTES, _MAX_DECODED_RATIO = 256 << 20, 10_000
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
+
+
+@dataclass(frozen=True)
+class OnnxEntry:
+    """One weight of an ONNX file.
+
+    Attributes:
+        spec: name, shape, operator that uses it (`kind`), role, multiply-adds.
+        dtype: numpy name of the type that its values are stored in.
+        codec: `dense` for an initializer, `delta` or `bitmask` for ours, `coo` for a sparse initializer.
+        active: entries that are not zero.
+        nbytes: bytes of everything in the file that makes it, without what other weights need too.
+    """
+
+    spec: LayerSpec
+    dtype: str
+    codec: str
+    active: int
+    nbytes: int
+
+
+class OnnxFile:
+    """A read ONNX file.
+
+    Attributes:
+        path: where it lies.
+        model: its content.
+        architecture: name of the model, empty where another tool wrote the file.
+        record: what else our exporter noted; empty where another tool wrote the file.
+        entries: every weight of floating point by name, in the order of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Use `read_onnx`."""
+        self.path = path
+        self.model = load(path)
+        self.record = _record(self.model)
+        self.architecture = str(self.record.get("architecture", ""))
+        self._stored = {stored.name: stored for stored in stored_weights(self.model.graph)}
+        _check_size(path, self._stored.values())
+        declared = {name: stored.declared() for name, stored in self._stored.items()}
+        uses = weight_uses(self.model, declared, made=self.decode_steps)
+        listed = self.record.get("sparse_weights")
+        sparse = {str(name) for name in listed} if isinstance(listed, list) else uses
+        self.entries = {name: _entry(stored, uses.get(name), name in sparse) for name, stored in self._stored.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file in bytes."""
+        return self.path.stat().st_size
+
+    @property
+    def document_bytes(self) -> int:
+        """Bytes of everything that belongs to no weight alone: nodes, constants, tables, names."""
+        return self.nbytes - sum(entry.nbytes for entry in self.entries.values())
+
+    @property
+    def decode_steps(self) -> frozenset[str]:
+        """Names of the values on the way from compact weights to dense ones."""
+        return frozenset(step for stored in self._stored.values() for step in stored.steps)
+
+    def tensor(self, name: str) -> SparseTensor:
+        """One weight as it is stored; its mask says where it is not zero."""
+        return self._stored[name].read()
+
+    def array(self, name: str) -> Array:
+        """One weight as an array of the type that the model computes with."""
+        return self._stored[name].array()
+
+    def __iter__(self) -> Iterator[tuple[str, SparseTensor]]:
+        """Every weight in turn."""
+        return ((name, stored.read()) for name, stored in self._stored.items())
+
+
+def read_onnx(path: str | Path) -> OnnxFile:
+    """Read an ONNX file, of this tool or any other, and decode its weights.
+
+    Raises:
+        FileError: there is no such file.
+        FormatError: it is no ONNX file, damaged, keeps weights in other files, or claims more of them than its
+            size makes likely.
+    """
+    return OnnxFile(Path(path))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight before it is decoded: all of them decoded at once would take gigabytes.
+
+    Attributes:
+        name: of the value that is the weight.
+        shape: as the file claims.
+        dtype: type that its values are stored in.
+        computed: type that the model computes with.
+        codec: see `OnnxEntry`.
+        nbytes: see `OnnxEntry`.
+        read: decodes it, and raises `FormatError` where the file does not keep what it claims.
+        steps: names of the values that exist to make it, itself among them.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    computed: np.dtype[Any]
+    codec: str
+    nbytes: int
+    read: Callable[[], SparseTensor]
+    steps: tuple[str, ...] = ()
+
+    def array(self) -> Array:
+        """The weight as the model sees it."""
+        return self.read().to_dense().astype(self.computed, copy=False)
+
+    def declared(self) -> ValueInfoProto:
+        """Type and shape of the weight as the model sees it."""
+        return helper.make_tensor_value_info(self.name, helper.np_dtype_to_tensor_dtype(self.computed), self.shape)
+
+
+def stored_weights(graph: GraphProto) -> Iterator[Stored]:
+    """Every weight of floating point: compact ones, plain initializers, sparse initializers."""
+    nodes = {node.output[0]: node for node in graph.node if node.output}
+    arrays = {tensor.name: tensor for tensor in graph.initializer} | dict(constants(graph))
+    taken: set[str] = set()
+    for name in [name for name, node in nodes.items() if node.op_type == "Reshape"]:
+        if found := find(name, nodes, arrays):
+            taken.update(found.leaves.values())
+            yield _compact(found, nodes, arrays)
+    casts = {node.input[0]: node for node in nodes.values() if node.op_type == "Cast" and node.input}
+    for name, proto in arrays.items():
+        if name not in taken and proto.data_type in _FLOATS:
+            yield _plain("dense", proto, name, proto, casts.get(name), partial(from_dense, proto))
+    for sparse in graph.sparse_initializer:
+        if sparse.values.data_type in _FLOATS:
+            name = sparse.values.name
+            yield _plain("coo", sparse, name, sparse.values, casts.get(name), partial(from_coo, sparse))
+
+
+def _compact(found: Found, nodes: Mapping[str, NodeProto], arrays: Mapping[str, TensorProto]) -> Stored:
+    own = found.own()
+    steps = [nodes[step] for step in found.steps]
+    shared = set(found.leaves.values()).difference(own)
+    nbytes = sum(field_bytes(arrays[source]) for source in own)
+    # The nodes that read nothing but shared tables are shared too.
+    nbytes += sum(field_bytes(node) for node in steps if not shared.issuperset(node.input))
+    dtype = _dtype(arrays[found.leaves["values"]].data_type)
+    computed = np.dtype(found.cast) if found.cast else dtype
+    read = partial(decode, found, arrays)
+    return Stored(found.name, shape_of(found, arrays), dtype, computed, found.form.codec, nbytes, read, found.steps)
+
+
+def _plain(
+    codec: str,
+    stored: TensorProto | SparseTensorProto,
+    name: str,
+    values: TensorProto,
+    cast: NodeProto | None,
+    read: Callable[[], SparseTensor],
+) -> Stored:
+    """An initializer; one of half precision that is cast to the type of the others has the name it is cast to."""
+    dtype, nbytes = _dtype(values.data_type), field_bytes(stored)
+    shape = tuple(int(n) for n in stored.dims)
+    to = cast.attribute[0].i if cast is not None and len(cast.attribute) else 0
+    if cast is None or values.data_type != TensorProto.FLOAT16 or to not in (TensorProto.FLOAT, TensorProto.DOUBLE):
+        return Stored(name, shape, dtype, dtype, codec, nbytes, read)
+    return Stored(cast.output[0], shape, dtype, _dtype(to), codec, nbytes + field_bytes(cast), read, (cast.output[0],))
+
+
+def _dtype(data_type: int) -> np.dtype[Any]:
+    return np.dtype(helper.tensor_dtype_to_np_dtype(data_type))
+
+
+def _check_size(path: Path, weights: Iterable[Stored]) -> None:
+    nbytes = sum(math.prod(stored.shape) * stored.computed.itemsize for stored in weights)
+    most = min(_FREE_DECODED_BYTES + _MAX_DECODED_RATIO * path.stat().st_size, MAX_DECODED_BYTES)
+    if nbytes > most:
+        raise FormatError(
+            f"{str(path)!r} claims weights of {nbytes:,} bytes, more than the {most:,} that are decoded from a file of "
+            f"its size; it is damaged, or not meant well."
+        )
+
+
+def _entry(stored: Stored, use: WeightUse | None, listed: bool) -> OnnxEntry:
+    mask = stored.read().mask
+    spec = LayerSpec(
+        stored.name,
+        mask.shape,
+        use.operator if use else "Initializer",
+        "sparse" if use and listed else "dense",
+        use is not None,
+        f"weight of {use.operator}" if use else "no weight of a convolution or matrix product",
+        use.macs_per_weight if use else 0.0,
+    )
+    return OnnxEntry(spec, stored.dtype.name, stored.codec, mask.active, stored.nbytes)
+
+
+def _record(model: ModelProto) -> Mapping[str, Any]:
+    text = next((entry.value for entry in model.metadata_props if entry.key == METADATA), "{}")
+    try:
+        record = json.loads(text)
+    except (RecursionError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}

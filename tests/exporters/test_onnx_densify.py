@@ -1,0 +1,68 @@
+"""Compact files made dense: the same bits under the same names, for runtimes' own tools."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from onnxruntime.quantization import QuantType, quantize_dynamic
+
+from dsr_tool.errors import CheckFailed, FileError, FormatError
+from exporters.onnx.exporter import densify, densify_file, export_onnx, read_onnx, to_onnx
+from exporters.onnx.session import OnnxSession
+
+pytestmark = pytest.mark.usefixtures("trace_once")
+COMPACT = ("auto", "delta", "bitmask", "coo", "dense")
+
+
+@pytest.mark.parametrize("encoding", COMPACT)
+@pytest.mark.parametrize("values", ["fp32", "fp16"])
+def test_densify_gives_plain_initializers(make_model, captured, encoding, values):
+    model = make_model(0.9)
+    tensors = model.tensors()
+    dense = densify(to_onnx(captured, tensors, encoding=encoding, values=values, specs=model.specs))
+    plain = to_onnx(captured, tensors, encoding="dense")
+    onnx.checker.check_model(dense, full_check=True)
+    assert [node.op_type for node in dense.graph.node] == [node.op_type for node in plain.graph.node]
+    arrays = {t.name: numpy_helper.to_array(t) for t in dense.graph.initializer}
+    for tensor in plain.graph.initializer:
+        expected = numpy_helper.to_array(tensor)
+        if values == "fp16" and tensor.name in model.specs and model.specs[tensor.name].weight:
+            expected = expected.astype(np.float16).astype(np.float32)
+        np.testing.assert_array_equal(arrays.pop(tensor.name), expected)
+    assert not arrays and not dense.graph.sparse_initializer
+
+
+def test_densified_files_are_verified_and_quantize(make_model, tmp_path):
+    export_onnx(make_model(), tmp_path / "compact.onnx", values="fp16")
+    verification = densify_file(tmp_path / "compact.onnx", tmp_path / "dense.onnx")
+    assert verification.passed and verification.weights_equal and verification.path == tmp_path / "dense.onnx"
+    assert verification.file_bytes == (tmp_path / "dense.onnx").stat().st_size
+    compact, dense = (read_onnx(tmp_path / name) for name in ("compact.onnx", "dense.onnx"))
+    assert set(dense.entries) == set(compact.entries)
+    assert {entry.codec for entry in dense.entries.values()} == {"dense"}
+    assert dense.architecture == "Small"
+
+    types = {"weight_type": QuantType.QUInt8}
+    quantize_dynamic(
+        tmp_path / "dense.onnx", tmp_path / "quantized.onnx", op_types_to_quantize=["MatMul", "Gemm"], **types
+    )
+    quantized = onnx.load(tmp_path / "quantized.onnx")
+    assert "MatMulInteger" in {node.op_type for node in quantized.graph.node}
+    x = np.random.default_rng(0).standard_normal((2, 3, 16, 16)).astype(np.float32)
+    exact, rough = (OnnxSession(tmp_path / name).run(x) for name in ("dense.onnx", "quantized.onnx"))
+    assert np.abs(exact - rough).max() < 0.1 * np.abs(exact).max()
+
+
+def test_what_cannot_be_made_dense(make_model, tmp_path, monkeypatch):
+    with pytest.raises(FileError, match="does not exist"):
+        densify_file(tmp_path / "none.onnx", tmp_path / "dense.onnx")
+    (tmp_path / "text.onnx").write_text("no model")
+    with pytest.raises(FormatError):
+        densify_file(tmp_path / "text.onnx", tmp_path / "dense.onnx")
+    export_onnx(make_model(), tmp_path / "m.onnx")
+    with pytest.raises(FileError, match="exists already"):
+        densify_file(tmp_path / "m.onnx", tmp_path / "m.onnx")
+    monkeypatch.setattr("exporters.onnx.densify._RELATIVE_TOLERANCE", -1.0)
+    with pytest.raises(CheckFailed, match="its outputs differ"):
+        densify_file(tmp_path / "m.onnx", tmp_path / "dense.onnx")
+    assert not (tmp_path / "dense.onnx").exists()
