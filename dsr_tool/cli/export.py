@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from dsr_tool.cli.common import emit, examples, result_options
+from dsr_tool.cli.common import emit, examples, model_option, result_options
 
 __all__ = ["command"]
 
@@ -15,32 +16,52 @@ __all__ = ["command"]
     "export",
     epilog=examples(
         "dsr-tool export resnet18-90 -o resnet18-90.dsr",
-        "dsr-tool export resnet18-90 -o resnet18-90.onnx --to onnx",
+        "dsr-tool export resnet18-90.dsr -o resnet18-90.onnx --values fp16",
+        "dsr-tool export resnet18-90 -o resnet18-90.npz",
+        "dsr-tool export resnet18-90.onnx -o dense.onnx --encoding dense",
     ),
 )
-@click.argument("model_dir", type=click.Path(path_type=Path))
+@click.argument("source", metavar="MODEL_DIR", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file to make.")
-@click.option("--to", help="archive (default) or onnx (default where the file is called .onnx).")
+@click.option(
+    "--to",
+    help="archive (.dsr, default), onnx, csr (.npz for scipy), safetensors or state-dict (.pth); absent: by the ending "
+    "of the file.",
+)
 @click.option(
     "--encoding",
     default="auto",
     show_default=True,
-    help="auto is the smallest per layer; archive: delta, bitmask, csr, dense; onnx: delta, dense.",
+    help="auto is the smallest per layer; or one for all that the container has: delta, bitmask, csr, coo, dense.",
 )
+@click.option(
+    "--values",
+    default="fp32",
+    show_default=True,
+    help="fp32 is exact; fp16 rounds weights, and leaves norms and biases.",
+)
+@click.option("--compact", is_flag=True, help="Remove channels that no active weight reaches (archive and onnx).")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
+@model_option
 @result_options
-def command(model_dir: Path, output: Path, to: str | None, encoding: str, force: bool, as_json: bool) -> None:
+def command(source: Path, output: Path, maker: str | None, as_json: bool, **options: Any) -> None:
     """Export the model in MODEL_DIR (or an archive) to one file.
 
     The file is run and compared with the model before it takes its name; when it does not hold the model, the exit
-    code is 3 and no file is left.
+    code is 3 and no file is left. Archives, ONNX and .npz files are small; safetensors and state-dict files keep zeros
+    in place, for tools that know nothing else, and are as large as a dense model. A compact ONNX file in place of
+    MODEL_DIR becomes a dense one.
     """
-    from converters.convert import load
     from dsr_tool.core.files import refuse_existing
     from dsr_tool.report.verification import verification_document, verification_text
-    from exporters.export import export
+    from exporters.export import densify_export, export
 
-    refuse_existing(output, force=force)
-    verification = export(load(model_dir), output, to=to, encoding=encoding, force=force)
+    refuse_existing(output, force=options["force"])
+    if source.suffix.lower() == ".onnx":
+        verification = densify_export(source, output, **options)
+    else:
+        from converters.convert import load
+
+        verification = export(load(source, maker), output, **options)
     document = verification_document("export", verification)
     emit(document, verification_text(verification), as_json=as_json)

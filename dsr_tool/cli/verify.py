@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dsr_tool.cli.common import emit, examples, result_options
+from dsr_tool.cli.common import emit, examples, model_option, result_options
 
 __all__ = ["command"]
 
@@ -15,14 +15,15 @@ __all__ = ["command"]
     "verify",
     epilog=examples(
         "dsr-tool verify resnet18-90.dsr --against resnet18-90",
-        "dsr-tool verify resnet18-90.onnx --against resnet18-90 --json",
+        "dsr-tool verify resnet18-90.npz --against resnet18-90 --json",
     ),
 )
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--against", required=True, type=click.Path(path_type=Path), help="The model folder it came from.")
+@model_option
 @result_options
-def command(file: Path, against: Path, as_json: bool) -> int:
-    """Compare FILE, an archive or ONNX file, with the model it was exported from; exit code 3 when they differ."""
+def command(file: Path, against: Path, maker: str | None, as_json: bool) -> int:
+    """Compare FILE, of any kind that `export` writes, with the model it came from; exit code 3 when they differ."""
     from converters.convert import load
     from dsr_tool.core.files import require_file
     from dsr_tool.errors import CheckFailed, FormatError
@@ -30,7 +31,7 @@ def command(file: Path, against: Path, as_json: bool) -> int:
     from exporters.verify import verify
 
     require_file(file, "FILE")
-    model = load(against)
+    model = load(against, maker)
     try:
         verification = verify(file, model)
     except FormatError as error:

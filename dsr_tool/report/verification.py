@@ -20,7 +20,7 @@ def verification_text(verification: Verification) -> str:
     lines = [
         f"{verification.path}: {verification.kind}, {verification.file_bytes:,} bytes, "
         f"{'verified' if verification.passed else 'NOT VERIFIED'}",
-        f"  largest difference to PyTorch: {runs} (allowed {verification.tolerance:.2g}, "
+        f"  largest difference of outputs: {runs} (allowed {verification.tolerance:.2g}, "
         f"largest output {verification.scale:.3g})",
         f"  masks {'equal' if verification.masks_equal else 'DIFFER'}, "
         f"weights {'equal bit for bit' if verification.weights_equal else 'DIFFER'}",

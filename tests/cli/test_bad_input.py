@@ -115,7 +115,8 @@ def test_outputs_that_exist_stay(run, folder, tmp_path):
         (["export", "{folder}", "-o", "{out}", "--to", "onix"], 2, "did you mean onnx"),
         (["export", "{folder}", "-o", "{out}", "--encoding", "delt"], 2, "did you mean delta"),
         (["export", "{folder}", "-o", "{out}", "--to", "onnx", "--encoding", "csr"], 2, "csr"),
-        (["export", "{folder}", "-o", "{tmp}/a.npz"], 2, "call it a.dsr"),
+        (["export", "{folder}", "-o", "{tmp}/a.npy"], 2, "call it a.dsr"),
+        (["export", "{folder}", "-o", "{tmp}/a.npz", "--to", "archive"], 2, "call it a.dsr"),
         (["export", "{folder}", "-o", "{tmp}/a.dsr", "--to", "onnx"], 2, "call it a.onnx"),
         (["predict", "{archive}", "{nan}"], 2, "not finite"),
         (["report", "{missing}"], 1, "does not exist"),
@@ -200,14 +201,20 @@ def test_model_folders_with_a_mask_that_does_not_fit(run, folder, tmp_path):
     assert "mask" in sentence
 
 
-@pytest.mark.parametrize("name", ["a.dsr", "a.onnx"])
+@pytest.mark.parametrize("name", ["a.dsr", "a.onnx", "a.npz", "a.safetensors", "a.pth"])
 def test_a_disk_that_fills(run, folder, tmp_path, monkeypatch, name):
     from pathlib import Path
 
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("dsr_tool.core.archive.save_file", full)
+    for writer in (
+        "dsr_tool.core.archive_writer.save_file",
+        "exporters.csr.write_csr",
+        "exporters.state_dict.save_file",
+    ):
+        monkeypatch.setattr(writer, full)
+    monkeypatch.setattr(torch, "save", full)
     monkeypatch.setattr(Path, "write_bytes", full)
     code, sentence = bad(run, tmp_path, "export", folder, "-o", tmp_path / name)
     assert code == 1

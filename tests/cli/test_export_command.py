@@ -1,0 +1,107 @@
+"""`export` into every container, and what `report` and `verify` say about the files."""
+
+import numpy as np
+import pytest
+import torch
+from torchvision import models
+
+import dsr_tool
+from dsr_tool.sparse.trace import trace
+
+pytestmark = pytest.mark.usefixtures("trace_once")
+FILES = {"a.dsr": "archive", "a.onnx": "onnx", "a.npz": "csr", "a.safetensors": "safetensors", "a.pth": "state-dict"}
+
+
+@pytest.fixture
+def trace_once(monkeypatch, captured):
+    """Lets exports and verifications use the graph that was captured already, which saves seconds for each."""
+    monkeypatch.setattr("exporters.verify.trace", lambda module, shape: captured)
+
+
+@pytest.fixture(scope="module")
+def captured(folder):
+    return trace(dsr_tool.load(folder).module, (3, 64, 64))
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("values", ["fp32", "fp16"])
+def test_export_and_verify_agree_about_every_container(run_json, folder, tmp_path, name, values):
+    exported = run_json("export", folder, "-o", tmp_path / name, "--values", values)
+    assert exported["schema"] == "dsr-tool/export/1" and exported["kind"] == FILES[name]
+    assert exported["passed"] and exported["masks_equal"] and exported["weights_equal"]
+    assert exported["file_bytes"] == (tmp_path / name).stat().st_size
+    verified = run_json("verify", tmp_path / name, "--against", folder)
+    assert verified["passed"] and verified["kind"] == FILES[name]
+
+
+def test_an_archive_is_a_source_like_its_folder(run_json, archive, tmp_path):
+    for to in ("onnx", "csr", "safetensors", "state-dict"):
+        assert run_json("export", archive, "-o", tmp_path / to, "--to", to)["kind"] == to
+
+
+def test_the_lines_of_the_manual_multiply(run, folder, tmp_path):
+    assert run("export", folder, "-o", tmp_path / "m.npz")[0] == 0
+    layers = dsr_tool.load_csr(tmp_path / "m.npz")
+    y = layers["classifier.1.weight"] @ np.ones(512, np.float32)
+    expected = dsr_tool.load(folder).module.classifier[1].weight.sum((1, 2, 3)).detach().numpy()
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_state_dict_goes_into_plain_torchvision_and_its_size_is_said(run, folder, tmp_path):
+    code, out, err = run("export", folder, "-o", tmp_path / "m.pth")
+    assert (code, err) == (0, "")
+    assert "as large as a dense one" in out and out.count("\n") == 4
+    net = models.squeezenet1_1(num_classes=5)
+    net.load_state_dict(torch.load(tmp_path / "m.pth", weights_only=True))
+
+
+def test_report_of_a_csr_file_accounts_for_every_byte(run, run_json, folder, tmp_path):
+    run_json("export", folder, "-o", tmp_path / "m.npz")
+    whole, report = run_json("report", folder), run_json("report", tmp_path / "m.npz")
+    assert report["kind"] == "csr" and report["prunable"] == whole["prunable"] and report["model"] == whole["model"]
+    assert report["file_bytes"] == report["computed_bytes"] == (tmp_path / "m.npz").stat().st_size
+    assert set(report["parts_bytes"]) == {"sparse weights", "dense rest", "description", "zip container"}
+    assert report["parts_bytes"]["sparse weights"] < report["prunable"]["csr_bytes"]
+    code, out, _ = run("report", tmp_path / "m.npz")
+    assert code == 0 and "agrees" in out
+
+
+@pytest.mark.parametrize("command", ["report", "verify"])
+def test_damaged_csr_files(run, folder, tmp_path, command):
+    assert run("export", folder, "-o", tmp_path / "m.npz")[0] == 0
+    raw = bytearray((tmp_path / "m.npz").read_bytes())
+    raw[len(raw) // 2] ^= 0x55
+    (tmp_path / "m.npz").write_bytes(raw)
+    against = ["--against", folder] if command == "verify" else []
+    code, out, err = run(command, tmp_path / "m.npz", *against)
+    assert (code, out, err.count("\n")) == (3 if against else 1, "", 1)
+    assert "damaged" in err
+
+
+def test_a_compact_onnx_file_becomes_dense(run_json, folder, onnx_file, tmp_path):
+    done = run_json("export", onnx_file, "-o", tmp_path / "d.onnx", "--encoding", "dense")
+    assert done["schema"] == "dsr-tool/export/1" and done["kind"] == "onnx" and done["passed"]
+    assert done["file_bytes"] == (tmp_path / "d.onnx").stat().st_size > onnx_file.stat().st_size
+    assert run_json("verify", tmp_path / "d.onnx", "--against", folder)["passed"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["-o", "a.npz", "--encoding", "delta"], "does not exist in csr files"),
+        (["-o", "a.dsr", "--values", "fp61"], "did you mean fp16"),
+        (["-o", "a.pth", "--compact"], "which state-dict files lack"),
+        (["-o", "a.npz", "--to", "safetensors"], "call it a.safetensors"),
+    ],
+)
+def test_wrong_usage(run, folder, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("export", folder, *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert says in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_onnx_file_is_no_model_folder(run, onnx_file, tmp_path):
+    code, _, err = run("export", onnx_file, "-o", tmp_path / "a.dsr")
+    assert code == 2 and "can only become a dense one" in err

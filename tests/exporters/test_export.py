@@ -1,0 +1,110 @@
+"""One call for every container: which combinations there are, and what is said about the others."""
+
+import functools
+
+import pytest
+from torchvision import models
+
+import dsr_tool
+from converters.convert import convert, load
+from dsr_tool.errors import FileError, UsageError
+from dsr_tool.sparse.trace import trace
+from exporters.export import CONTAINERS, densify_export, export
+from exporters.kinds import kind_of
+
+FILES = {"m.dsr": "archive", "m.onnx": "onnx", "m.npz": "csr", "m.safetensors": "safetensors", "m.pth": "state-dict"}
+
+
+@pytest.mark.usefixtures("trace_once")
+@pytest.mark.parametrize("name", [*FILES, "m.pt", "m", "m.DSR"])
+def test_the_ending_says_the_container_and_the_content_too(make_model, tmp_path, name):
+    verification = export(make_model(), tmp_path / name)
+    expected = FILES.get(name, "state-dict" if name == "m.pt" else "archive")
+    assert verification.passed and verification.kind == expected == kind_of(tmp_path / name)
+    assert verification.path == tmp_path / name and verification.file_bytes == (tmp_path / name).stat().st_size
+
+
+@pytest.mark.usefixtures("trace_once")
+@pytest.mark.parametrize(("to", "encoding"), [(to, e) for to, one in CONTAINERS.items() for e in one.encodings])
+def test_every_encoding_of_every_container(make_model, tmp_path, to, encoding):
+    assert export(make_model(), tmp_path / "m", to=to, encoding=encoding).passed
+    assert kind_of(tmp_path / "m") == to
+
+
+@pytest.mark.usefixtures("trace_once")
+@pytest.mark.parametrize("to", CONTAINERS)
+def test_half_precision_in_every_container(make_model, tmp_path, to):
+    exact = export(make_model(), tmp_path / "exact", to=to)
+    half = export(make_model(), tmp_path / "half", to=to, values="fp16")
+    assert half.passed and half.file_bytes < exact.file_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("m", {"to": "onix"}, "--to 'onix' is unknown; did you mean onnx"),
+        ("m", {"to": "statedict"}, "did you mean state-dict"),
+        ("m.npz", {"to": "archive"}, "an archive file, which readers of .npz files do not understand; call it m.dsr"),
+        ("m.dsr", {"to": "csr"}, "a csr file, which readers of .dsr files do not understand; call it m.npz"),
+        ("m.pth", {"to": "safetensors"}, "call it m.safetensors"),
+        ("m.safetensors", {"to": "state-dict"}, "call it m.pth"),
+        ("m.npy", {}, "call it m.dsr"),
+        ("m.dsr", {"encoding": "delt"}, "--encoding 'delt' is unknown; did you mean delta"),
+        ("m.npz", {"encoding": "delta"}, "'delta' does not exist in csr files, which take auto, csr"),
+        ("m.safetensors", {"encoding": "csr"}, "does not exist in safetensors files, which take auto, dense"),
+        ("m.onnx", {"encoding": "csr"}, "does not exist in onnx files"),
+        ("m.dsr", {"values": "fp61"}, "--values 'fp61' is unknown; did you mean fp16"),
+        ("m.npz", {"compact": True}, "--compact removes channels from a graph, which csr files lack"),
+        ("m.pth", {"compact": True}, "or use --to archive or onnx"),
+    ],
+)
+def test_what_does_not_fit_together(make_model, tmp_path, name, options, says):
+    with pytest.raises(UsageError, match=says):
+        export(make_model(), tmp_path / name, **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_is_replaced_without_force(make_model, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(FileError, match="exists already"):
+        export(make_model(), tmp_path / name)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_all_containers_from_a_folder_and_from_an_archive(tmp_path, monkeypatch):
+    traced = functools.cache(lambda name, shape: trace(models.squeezenet1_1(num_classes=5), shape))
+    monkeypatch.setattr("exporters.verify.trace", lambda module, shape: traced(type(module).__name__, shape))
+    convert("squeezenet1_1", sparsity=0.9, num_classes=5, input_size=64).save(tmp_path / "net")
+    export(load(tmp_path / "net"), tmp_path / "net.dsr")
+    for name in FILES:
+        for source in ("net", "net.dsr"):
+            assert export(load(tmp_path / source), tmp_path / f"{source}-{name}").passed
+        assert (tmp_path / f"net-{name}").read_bytes() == (tmp_path / f"net.dsr-{name}").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("d.onnx", {}),
+        ("d.dsr", {"encoding": "dense"}),
+        ("d.onnx", {"encoding": "delta"}),
+        ("d.onnx", {"encoding": "dense", "values": "fp16"}),
+        ("d.onnx", {"encoding": "dense", "compact": True}),
+    ],
+)
+def test_an_onnx_file_only_becomes_dense(tmp_path, name, options):
+    with pytest.raises(UsageError, match="can only become a dense one"):
+        densify_export(tmp_path / "m.onnx", tmp_path / name, **options)
+
+
+@pytest.mark.usefixtures("trace_once")
+def test_a_compact_onnx_file_becomes_dense(make_model, tmp_path):
+    small = export(make_model(0.9), tmp_path / "m.onnx")
+    done = densify_export(tmp_path / "m.onnx", tmp_path / "d.onnx", encoding="dense")
+    plain = export(make_model(0.9), tmp_path / "p.onnx", encoding="dense")
+    assert done.passed and done.file_bytes > small.file_bytes
+    assert abs(done.file_bytes - plain.file_bytes) < 0.02 * plain.file_bytes
+    assert dsr_tool.verify(tmp_path / "d.onnx", make_model(0.9)).passed
+    with pytest.raises(FileError, match="exists already"):
+        densify_export(tmp_path / "m.onnx", tmp_path / "d.onnx", encoding="dense")
