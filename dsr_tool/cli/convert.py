@@ -1,4 +1,4 @@
-"""dsr-tool convert: a torchvision model to an exact sparse budget."""
+"""dsr-tool convert: a torchvision model, or one of your own, to an exact sparse budget."""
 
 from __future__ import annotations
 
@@ -12,11 +12,19 @@ from dsr_tool.cli.common import emit, examples, output_options
 __all__ = ["command"]
 
 
+def _shape(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:  # noqa: ARG001
+    try:
+        return tuple(int(part) for part in value.split(",")) if value else ()
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not a shape; write it as 3,224,224.") from error
+
+
 @click.command(
     "convert",
     epilog=examples(
         "dsr-tool convert resnet18 --num-classes 10 --input-size 32 --sparsity 0.9 -o resnet18-90",
         "dsr-tool convert mobilenet_v2 --weights DEFAULT --sparsity 0.5 --keep-dense 'classifier.*' -o mobilenet-50",
+        "dsr-tool convert mypackage.nets:small --input-shape 3,64,64 --sparsity 0.8 -o small-80",
     ),
 )
 @click.argument("arch")
@@ -24,8 +32,14 @@ __all__ = ["command"]
 @click.option("--weights", help="torchvision enum name, or a state_dict file (.pth, .safetensors); absent: random.")
 @click.option("--num-classes", type=int, help="A new classifier head of so many classes.")
 @click.option("--input-size", type=int, help="Side of the square input in pixels; default: the architecture's.")
+@click.option(
+    "--input-shape",
+    callback=_shape,
+    metavar="C,H,W",
+    help="Instead: the whole shape of one input; C,T,H,W for video; needed for module:callable.",
+)
 @click.option("--sparsity", help="Fraction of zeros among the prunable weights, in [0, 1).")
-@click.option("--budget", help="Instead: non-zero parameters of the whole model, such as 5.1Mparams.")
+@click.option("--budget", help="Instead, of the whole model: 5.1Mparams, 12MB, 12MiB (of its archive) or 0.8GMACs.")
 @click.option("--distribution", help="uniform (default without weights), erk, or magnitude (default with weights).")
 @click.option("--keep-dense", multiple=True, metavar="PATTERN", help="Keep these weights dense; repeatable.")
 @click.option("--sparsify", multiple=True, metavar="PATTERN", help="Make these weights sparse; repeatable.")
@@ -34,18 +48,23 @@ __all__ = ["command"]
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @output_options
 def command(arch: str, output: Path, as_json: bool, quiet: bool, force: bool, **options: Any) -> None:
-    """Convert ARCH, a torchvision classification model, to masked sparse form.
+    """Convert ARCH to masked sparse form.
+
+    ARCH is a torchvision model for classification, segmentation or video, or module:callable, which returns a
+    torch.nn.Module and may lie in the current directory.
 
     Weights are found by the type of their layer: convolutions, linear layers, embeddings and attention
     projections. Depthwise and tiny layers stay dense unless --sparsify names them. The number of active weights
     equals the target to the last weight.
     """
+    from converters.budgets import Fitted
     from converters.convert import convert
     from dsr_tool.core.files import refuse_existing
     from dsr_tool.report.convert import conversion_document, conversion_text
 
     refuse_existing(output, force=force, marker="config.json")
-    model = convert(arch, sparsify_patterns=options.pop("sparsify"), **options)
+    reached: list[Fitted] = []
+    model = convert(arch, sparsify_patterns=options.pop("sparsify"), on_fitted=reached.append, **options)
     model.save(output, force=force)
-    document = conversion_document(model, output)
+    document = conversion_document(reached[0], output)
     emit(document, conversion_text(document, short=quiet), as_json=as_json)

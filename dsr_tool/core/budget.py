@@ -1,33 +1,50 @@
-"""What the user allows, turned into exact integer counts."""
+"""What the user allows: a sparsity, or parameters, bytes or multiply-adds; and exact integer shares of a number."""
 
 from __future__ import annotations
 
+import decimal
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 from dsr_tool.errors import UsageError
 
-__all__ = ["Budget", "apportion"]
+__all__ = ["FORMS", "Budget", "apportion"]
 
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+FORMS = "5.1Mparams, 12MB, 12MiB, 300kB or 0.8GMACs"
+"""How a budget is written, for messages."""
+
+_PREFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+_BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+_UNITS = {
+    **{f"{prefix}params": ("parameters", factor) for prefix, factor in _PREFIXES.items()},
+    **{f"{prefix}B": ("bytes", factor) for prefix, factor in (_PREFIXES | _BINARY).items()},
+    **{f"{prefix}MACs": ("macs", factor) for prefix, factor in _PREFIXES.items()},
+}
+_WRITTEN = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([A-Za-z]+)")
+_SHOWN_DIGITS = 4
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many weights may be active: a sparsity of the prunable weights, or parameters of the whole model.
-
-    Exactly one of the two fields is set.
+    """How much a model may be. Exactly one of the first four fields is set.
 
     Attributes:
         sparsity: fraction of zeros among the prunable weights, in [0, 1).
         parameters: non-zero parameters of the whole model, dense ones included.
+        bytes: size of the exported archive, with the smallest encodings and exact fp32 values.
+        macs: multiply-adds of the whole model for one input, dense layers included.
+        unit: what the number was given in (`MB`, `Mparams`), for messages; empty for single ones.
     """
 
     sparsity: Fraction | None = None
     parameters: int | None = None
+    bytes: int | None = None
+    macs: int | None = None
+    unit: str = ""
 
     @classmethod
     def of_sparsity(cls, sparsity: float | str) -> Budget:
@@ -48,18 +65,68 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """A budget as written on the command line: `5.1Mparams`, `300kparams` or `420000params`.
+        """A budget as written on the command line; a fraction of a byte, parameter or multiply-add is cut off.
 
         Raises:
-            UsageError: the text is not such a number.
+            UsageError: the text is not a number with one of the units.
         """
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)params", text.strip())
-        if match is None:
-            raise UsageError(f"budget {text!r} is not understood; write a number of parameters such as 5.1Mparams.")
-        return cls(parameters=math.floor(Fraction(match[1]) * _UNITS[match[2]]))
+        match = _WRITTEN.fullmatch(text.strip())
+        unit = match[2] if match else ""
+        unit = f"{unit}s" if unit.endswith("MAC") else unit
+        if match is None or unit not in _UNITS:
+            raise UsageError(f"budget {text[:80]!r} is not understood; write a number and its unit, as in {FORMS}.")
+        kind, factor = _UNITS[unit]
+        amounts = {kind: math.floor(Fraction(match[1]) * factor)}
+        return cls(None, amounts.get("parameters"), amounts.get("bytes"), amounts.get("macs"), unit)
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Budget | None:
+        """The budget that `to_record` noted, where it was one in bytes; None for anything else."""
+        nbytes, unit = record.get("budget_bytes"), record.get("budget_unit")
+        # The record comes from a file, which may hold anything.
+        if type(nbytes) is not int or nbytes < 0 or not isinstance(unit, str) or _UNITS.get(unit, [""])[0] != "bytes":
+            return None
+        return cls(bytes=nbytes, unit=unit)
+
+    def to_record(self) -> dict[str, float | int | str]:
+        """Plain values for the description of a model."""
+        if self.sparsity is not None:
+            return {"sparsity": float(self.sparsity)}
+        return {f"budget_{self.kind}": self.amount, "budget_unit": self.unit}
+
+    @property
+    def kind(self) -> str:
+        """The name of the field that is set."""
+        return next(name for name in ("sparsity", "parameters", "bytes", "macs") if getattr(self, name) is not None)
+
+    @property
+    def amount(self) -> int:
+        """Parameters, bytes or multiply-adds, whichever is limited; 0 for a sparsity."""
+        return self.parameters or self.bytes or self.macs or 0
+
+    def show(self, amount: int | None = None, rounding: str = decimal.ROUND_HALF_EVEN) -> str:
+        """An amount, or the budget itself, in the budget's unit with four digits or more: `11.84 MB`."""
+        amount = self.amount if amount is None else amount
+        unit = self.unit or {"parameters": "params", "bytes": "B", "macs": "MACs"}[self.kind]
+        factor = _UNITS[unit][1]
+        if factor == 1:
+            return f"{amount:,} {unit}"
+        whole = len(str(amount // factor))
+        context = decimal.Context(prec=max(_SHOWN_DIGITS, whole), rounding=rounding)
+        number = context.divide(decimal.Decimal(amount), decimal.Decimal(factor))
+        places = max(-int(number.as_tuple().exponent), _SHOWN_DIGITS - whole, 0)
+        return f"{number:,.{places}f} {unit}"
+
+    def out_of_reach(self, least: int, most: int, why: str = "") -> UsageError:
+        """The error for a model that can only be `least` to `most` of what is limited; the range is rounded inwards."""
+        low, high = self.show(least, decimal.ROUND_CEILING), self.show(most, decimal.ROUND_FLOOR)
+        return UsageError(
+            f"budget {self.show()} cannot be met{why}: this model can have from {low} to {high}; give a budget in that "
+            f"range, or keep fewer layers dense."
+        )
 
     def active_weights(self, prunable: int, other: int, layers: int) -> int:
-        """The exact number of active prunable weights.
+        """The exact number of active prunable weights, for a sparsity or a number of parameters.
 
         Args:
             prunable: number of prunable weights.
@@ -70,7 +137,7 @@ class Budget:
             Active weights, rounded half to even where the sparsity asks for a fraction of a weight.
 
         Raises:
-            UsageError: no assignment of zeros can meet the budget.
+            UsageError: no assignment of zeros can meet the budget, or it is of another kind.
         """
         if self.sparsity is not None:
             count = round(prunable * (1 - self.sparsity))
@@ -82,7 +149,7 @@ class Budget:
                 )
             return count
         if self.parameters is None:
-            raise UsageError("a budget needs either a sparsity or a number of parameters; give one of the two.")
+            raise UsageError("a budget in bytes or multiply-adds depends on the model; convert() solves for it.")
         least, most = other + layers, other + prunable
         if not least <= self.parameters <= most:
             raise UsageError(

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from dsr_tool.core.budget import apportion
 
-__all__ = ["DISTRIBUTIONS", "by_magnitude", "erk", "uniform"]
+__all__ = ["DISTRIBUTIONS", "by_magnitude", "erk", "largest", "uniform"]
 
 DISTRIBUTIONS = ("uniform", "erk", "magnitude")
 
@@ -71,3 +71,17 @@ def by_magnitude(total: int, weights: Sequence[npt.NDArray[np.floating]]) -> lis
         counts[i] += tied
         missing -= tied
     return counts
+
+
+def largest(magnitudes: npt.NDArray[np.floating], active: int) -> npt.NDArray[np.int64]:
+    """Positions of the largest entries of one layer, exactly `active` of them; of equal ones the earlier.
+
+    Args:
+        magnitudes: non-negative, flat.
+        active: how many, at least 1.
+    """
+    if active >= magnitudes.size:
+        return np.arange(magnitudes.size)
+    cut = np.partition(magnitudes, magnitudes.size - active)[magnitudes.size - active]
+    above = np.flatnonzero(magnitudes > cut)
+    return np.concatenate([above, np.flatnonzero(magnitudes == cut)[: active - len(above)]])

@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
+from converters.budgets import LEAST_BYTES, LEAST_MACS, Fitted
+from dsr_tool.report.budget import ARCHIVE, BudgetCheck
 from dsr_tool.report.tables import plain_table, render
 from dsr_tool.sparse.discover import count
 from dsr_tool.sparse.model import SparseModel
@@ -14,8 +16,9 @@ from dsr_tool.sparse.model import SparseModel
 __all__ = ["conversion_document", "conversion_text"]
 
 
-def conversion_document(model: SparseModel, path: Path) -> dict[str, Any]:
+def conversion_document(fitted: Fitted, path: Path) -> dict[str, Any]:
     """The conversion as plain values, schema `dsr-tool/convert/1`."""
+    model = fitted.model
     active = {name: int(mask.count_nonzero()) for name, mask in model.masks.items()}
     counts = count(model.specs)
     layers = [
@@ -32,6 +35,8 @@ def conversion_document(model: SparseModel, path: Path) -> dict[str, Any]:
         "active_weights": model.active_weights,
         "sparsity_of_prunable_weights": model.sparsity,
         "sparsity_of_whole_model": model.model_sparsity,
+        "budget": _budget(fitted, counts["parameters"]),
+        "archive_bytes": fitted.archive_bytes,
         "layers": layers,
     }
 
@@ -45,7 +50,30 @@ def conversion_text(document: dict[str, Any], *, short: bool = False) -> str:
         f"{document['sparsity_of_prunable_weights']:.4%} of the prunable weights and "
         f"{document['sparsity_of_whole_model']:.4%} of all {document['parameters']:,} parameters"
     )
+    if document["budget"]:
+        closing += f"\n{document['budget']['line']}"
     return closing if short else f"{render(_layers(document))}\n{closing}"
+
+
+def _budget(fitted: Fitted, parameters: int) -> dict[str, Any] | None:
+    """A budget beside what the model came to; None for a sparsity, which is met exactly."""
+    model, budget = fitted.model, fitted.budget
+    if budget.kind == "sparsity":
+        return None
+    if budget.kind == "parameters":
+        active = parameters - model.prunable_weights + model.active_weights
+        check, least = BudgetCheck(budget, active, "active in the whole model"), 1.0
+    elif budget.kind == "bytes":
+        check, least = BudgetCheck(budget, fitted.archive_bytes or 0, ARCHIVE), LEAST_BYTES
+    else:
+        check, least = BudgetCheck(budget, _macs(model), "with active weights, for one input"), LEAST_MACS
+    far = "" if check.fraction >= least else "; one more weight would exceed it, so that this is as near as it gets"
+    return {**check.to_dict(), "sparsity": model.sparsity, "line": f"{check.line}{far}"}
+
+
+def _macs(model: SparseModel) -> int:
+    active = {name: int(mask.count_nonzero()) for name, mask in model.masks.items()}
+    return sum(round(active.get(name, spec.size) * spec.macs_per_weight) for name, spec in model.specs.items())
 
 
 def _layers(document: dict[str, Any]) -> Table:

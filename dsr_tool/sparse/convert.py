@@ -5,25 +5,116 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import nn
 
 from dsr_tool.core.budget import Budget
 from dsr_tool.core.config import ModelConfig
-from dsr_tool.core.distribution import DISTRIBUTIONS, by_magnitude, erk, uniform
+from dsr_tool.core.distribution import DISTRIBUTIONS, by_magnitude, erk, largest, uniform
 from dsr_tool.core.layers import LayerSpec
 from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.sparse.discover import Rules, count, discover
 from dsr_tool.sparse.macs import with_macs
 from dsr_tool.sparse.model import SparseModel
 
-__all__ = ["POSITIONS", "sparsify"]
+__all__ = ["POSITIONS", "Plan", "sparsify"]
 
 POSITIONS = ("magnitude", "random")
 
 
-@torch.no_grad()
+class Plan:
+    """A module that is about to become sparse, and the masks that any number of active weights would give it.
+
+    Nothing is changed before `finish`, so that several numbers can be tried. The same number gives the same masks, and
+    with random positions those of a smaller number lie within those of a larger one, where the distribution allows.
+
+    Attributes:
+        module: the network, with all its weights.
+        specs: one `LayerSpec` per state_dict entry; with multiply-adds where the input shape is known.
+        config: what the model is.
+        sparse: the specs of the sparse layers alone.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: ModelConfig,
+        *,
+        distribution: str = "uniform",
+        positions: str = "magnitude",
+        rules: Rules | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Find the layers; see `sparsify` for the arguments and what is raised."""
+        if distribution not in DISTRIBUTIONS:
+            raise unknown_name("distribution", distribution, DISTRIBUTIONS)
+        if positions not in POSITIONS:
+            raise unknown_name("positions", positions, POSITIONS)
+        specs = discover(module, rules)
+        self.module, self.config = module, config
+        self.specs = with_macs(module, specs, config.input_shape) if config.input_shape else specs
+        self.sparse = [spec for spec in self.specs.values() if spec.role == "sparse"]
+        self._distribution, self._positions, self._seed = distribution, positions, seed
+        _check_values(module, self.specs)
+
+    @property
+    def prunable(self) -> int:
+        """Weights of all sparse layers: the most that can be active."""
+        return sum(spec.size for spec in self.sparse)
+
+    def exact(self, budget: Budget) -> int:
+        """The number of active weights that a sparsity or a number of parameters means here.
+
+        Raises:
+            UsageError: nobody can meet it.
+        """
+        if not self.sparse and budget.sparsity:
+            raise UsageError(
+                f"sparsity {float(budget.sparsity):g} cannot be reached: no layer of this model is left to be sparse, "
+                f"so the highest reachable sparsity is 0; keep fewer layers dense."
+            )
+        other = count(self.specs)["parameters"] - self.prunable
+        return budget.active_weights(self.prunable, other, len(self.sparse))
+
+    @torch.no_grad()
+    def counts(self, total: int) -> dict[str, int]:
+        """Active weights per sparse layer, `total` in all."""
+        if not self.sparse:
+            return {}
+        if self._distribution == "magnitude":
+            parameters = dict(self.module.named_parameters())
+            weights = [parameters[spec.name].detach().float().cpu().numpy() for spec in self.sparse]
+            counts = by_magnitude(total, weights)
+        else:
+            counts = (uniform if self._distribution == "uniform" else erk)(total, [spec.shape for spec in self.sparse])
+        return {spec.name: active for spec, active in zip(self.sparse, counts, strict=True)}
+
+    @torch.no_grad()
+    def tried(self, total: int, budget: Budget) -> SparseModel:
+        """The model with `total` active weights, but with the values of the others still in place."""
+        generator = torch.Generator().manual_seed(self._seed)
+        parameters = dict(self.module.named_parameters())
+        masks = {
+            name: _choose(parameters[name], active, self._positions, generator)
+            for name, active in self.counts(total).items()
+        }
+        conversion = {
+            **self.config.conversion,
+            **budget.to_record(),
+            "distribution": self._distribution,
+            "positions": self._positions,
+            "seed": self._seed,
+            "active_weights": total,
+        }
+        return SparseModel(self.module, self.specs, masks, replace(self.config, conversion=conversion))
+
+    def finish(self, total: int, budget: Budget) -> SparseModel:
+        """The model with `total` active weights; all others become zero in the module, so that this is the end."""
+        model = self.tried(total, budget)
+        model.apply_masks()
+        return model
+
+
 def sparsify(
     module: nn.Module,
     config: ModelConfig,
@@ -39,7 +130,7 @@ def sparsify(
     Args:
         module: the network; weights that become inactive are set to zero.
         config: what it is; with an `input_shape`, multiply-adds are counted.
-        budget: how many weights may be active.
+        budget: how many weights may be active, as a sparsity or a number of parameters.
         distribution: `uniform`, `erk` or `magnitude`.
         positions: `magnitude` keeps the largest weights of each layer, `random` any.
         rules: which layers stay dense.
@@ -48,39 +139,8 @@ def sparsify(
     Raises:
         UsageError: an option nobody knows, a budget nobody can meet, or weights that are not float.
     """
-    if distribution not in DISTRIBUTIONS:
-        raise unknown_name("distribution", distribution, DISTRIBUTIONS)
-    if positions not in POSITIONS:
-        raise unknown_name("positions", positions, POSITIONS)
-    specs = discover(module, rules)
-    totals = count(specs)
-    layers, prunable = totals["sparse_layers"], totals["prunable"]
-    if not prunable and budget.sparsity:
-        raise UsageError(
-            f"sparsity {float(budget.sparsity):g} cannot be reached: no layer of this model is left to be sparse, "
-            f"so the highest reachable sparsity is 0; keep fewer layers dense."
-        )
-    total = budget.active_weights(prunable, totals["parameters"] - prunable, layers)
-    if config.input_shape:
-        specs = with_macs(module, specs, config.input_shape)
-    _check_values(module, specs)
-    model = SparseModel(module, specs, {}, config)
-    counts = _counts(model, total, distribution)
-    generator = torch.Generator().manual_seed(seed)
-    parameters = dict(module.named_parameters())
-    for name, active in counts.items():
-        model.masks[name] = _choose(parameters[name], active, positions, generator)
-    model.apply_masks()
-    conversion = {
-        **config.conversion,
-        **_budget_for_the_record(budget),
-        "distribution": distribution,
-        "positions": positions,
-        "seed": seed,
-        "active_weights": total,
-    }
-    model.config = replace(config, conversion=conversion)
-    return model
+    plan = Plan(module, config, distribution=distribution, positions=positions, rules=rules, seed=seed)
+    return plan.finish(plan.exact(budget), budget)
 
 
 def _check_values(module: nn.Module, specs: Mapping[str, LayerSpec]) -> None:
@@ -93,43 +153,13 @@ def _check_values(module: nn.Module, specs: Mapping[str, LayerSpec]) -> None:
             raise UsageError(f"weight {name!r} holds values that are not finite; take weights from before that.")
 
 
-def _counts(model: SparseModel, total: int, distribution: str) -> dict[str, int]:
-    """Active weights per sparse layer."""
-    sparse: list[LayerSpec] = [spec for spec in model.specs.values() if spec.role == "sparse"]
-    shapes = [spec.shape for spec in sparse]
-    if not sparse:
-        return {}
-    if distribution == "magnitude":
-        parameters = dict(model.module.named_parameters())
-        weights = [parameters[spec.name].detach().float().cpu().numpy() for spec in sparse]
-        counts = by_magnitude(total, weights)
-    else:
-        counts = (uniform if distribution == "uniform" else erk)(total, shapes)
-    return {spec.name: active for spec, active in zip(sparse, counts, strict=True)}
-
-
 def _choose(weight: torch.Tensor, active: int, positions: str, generator: torch.Generator) -> torch.Tensor:
     """A mask with exactly `active` entries, in the memory format of the weight."""
     if positions == "random":
         chosen = torch.randperm(weight.numel(), generator=generator)[:active]
     else:
         magnitude = weight.detach().float().abs().reshape(-1).cpu().numpy()
-        chosen = torch.from_numpy(_largest(magnitude, active))
+        chosen = torch.from_numpy(largest(magnitude, active))
     mask = torch.zeros(weight.numel(), dtype=torch.bool)
     mask[chosen] = True
     return torch.empty_like(weight, dtype=torch.bool).copy_(mask.reshape(weight.shape))
-
-
-def _largest(magnitude: np.ndarray, active: int) -> np.ndarray:
-    """Positions of the largest entries, exactly `active`; of equal ones the earlier."""
-    if active >= magnitude.size:
-        return np.arange(magnitude.size)
-    cut = np.partition(magnitude, magnitude.size - active)[magnitude.size - active]
-    above = np.flatnonzero(magnitude > cut)
-    return np.concatenate([above, np.flatnonzero(magnitude == cut)[: active - len(above)]])
-
-
-def _budget_for_the_record(budget: Budget) -> dict[str, float | int]:
-    if budget.sparsity is not None:
-        return {"sparsity": float(budget.sparsity)}
-    return {"budget_parameters": budget.parameters or 0}
