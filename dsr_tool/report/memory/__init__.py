@@ -1,0 +1,1 @@
+"""Memory of running and of training: computed, and measured in child processes."""
