@@ -3,28 +3,82 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from dsr_tool.cli.common import emit, examples, result_options
+from dsr_tool.cli.common import emit, examples, model_option, result_options
 
 __all__ = ["command"]
 
 
 @click.command(
     "report",
-    epilog=examples("dsr-tool report resnet18-90", "dsr-tool report resnet18-90.dsr --json > footprint.json"),
+    epilog=examples(
+        "dsr-tool report resnet18-90",
+        "dsr-tool report resnet18-90.dsr --json > footprint.json",
+        "dsr-tool report runs/digits --html digits.html",
+        "dsr-tool report resnet18-90.dsr --budget 5MB",
+        "dsr-tool report resnet18-90 --memory --batch 16 --measure",
+    ),
 )
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--html", type=click.Path(path_type=Path), help="Also write the report as one self-contained page.")
+@click.option("--budget", help="Only say whether it fits 5.1Mparams, 12MB, 12MiB or 0.8GMACs; exit code 3 if not.")
+@click.option("--force", is_flag=True, help="Replace an existing page.")
+@click.option("--memory", is_flag=True, help="Only say what running takes, by runtime, and training.")
+@click.option("--batch", type=int, help="With --memory: inputs at once (default 1).")
+@click.option("--input-size", type=int, help="With --memory, of a folder: side of the square input in pixels.")
+@click.option("--optimizer", help="With --memory: sgd (default), sgd-plain, adam, adamw or rmsprop.")
+@click.option("--measure", "measured", is_flag=True, help="With --memory: also measure it, in child processes.")
+@model_option
 @result_options
-def command(path: Path, as_json: bool) -> None:
+def command(
+    path: Path,
+    html: Path | None,
+    budget: str | None,
+    maker: str | None,
+    force: bool,
+    as_json: bool,
+    memory: bool,
+    **options: Any,
+) -> None:
     """Report the footprint of PATH: a model folder, run folder, .dsr archive or .onnx file.
 
     Per layer and in all: parameters, active weights, density, bytes as dense, CSR, bitmask and coded, the entropy
-    bound, and multiply-adds; sparsity against both denominators; and the size on disk beside the computed one.
+    bound, and multiply-adds; sparsity against both denominators; and the size on disk beside the computed one. The
+    page of --html shows the same as charts, with a picture of each mask, and for a run how it went.
+
+    --budget counts the bytes of a file on disk and, for a folder, those of the archive that it exports to. --memory
+    computes weights and activations for each runtime, and for a folder the ledger of a training step.
     """
+    from dsr_tool.core.budget import Budget
+    from dsr_tool.core.files import refuse_existing
+    from dsr_tool.errors import CheckFailed
+    from dsr_tool.report.budget import check_source
+    from dsr_tool.report.memory.document import memory_document, wanted_memory
+    from dsr_tool.report.memory.text import memory_text
     from dsr_tool.report.sources import read
     from dsr_tool.report.tables import report_document, report_text
 
+    if html:
+        refuse_existing(html, force=force)
+    allowed = Budget.parse(budget) if budget is not None else None
+    wanted = wanted_memory(memory, maker=maker, **options)
     source = read(path)
-    emit(report_document(source), report_text(source), as_json=as_json)
+    check = check_source(source, allowed, maker) if allowed else None
+    document = {**report_document(source), "budget": check.to_dict() if check else None}
+    if wanted:
+        document["memory"] = memory_document(source, wanted)
+    if html:
+        from dsr_tool.report.page.page import write_page
+
+        # Whatever the document holds beyond the footprint is shown on the page in sections of its own.
+        write_page(html, source, document, force=force)
+    if check or wanted:
+        lines = [*([check.line] if check else []), *([memory_text(document["memory"])] if wanted else [])]
+    else:
+        lines = [report_text(source)]
+    emit(document, "\n".join(lines), as_json=as_json)
+    if check and not check.fits:
+        click.get_current_context().exit(CheckFailed.exit_code)

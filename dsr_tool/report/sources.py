@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dsr_tool.core.archive import Archive, open_archive
 from dsr_tool.core.codecs import SparseTensor
+from dsr_tool.core.compaction.record import COMPACTED, Saved
 from dsr_tool.core.config import ModelConfig
+from dsr_tool.core.csr_file import CsrFile, load_csr
 from dsr_tool.core.footprint import Footprint, footprint
 from dsr_tool.core.layers import LayerSpec
 from dsr_tool.core.manifest import container_header_bytes
 from dsr_tool.core.mask import Mask
 from dsr_tool.errors import FileError, FormatError
+from dsr_tool.report.runlog import RunLog, read_log
+from exporters.kinds import kind_of
 
-__all__ = ["Source", "read"]
+__all__ = ["Source", "StoredBytes", "read"]
+
+
+class StoredBytes(NamedTuple):
+    """Bytes of one tensor in the file at hand: those that say where its entries are, and all others."""
+
+    positions: int
+    values: int
 
 
 @dataclass(frozen=True)
@@ -26,10 +36,14 @@ class Source:
 
     Attributes:
         path: where.
-        kind: `model folder`, `run folder`, `archive` or `onnx`.
+        kind: `model folder`, `run folder`, `archive`, `onnx` or `csr`.
         footprint: what it weighs.
         config: what the model is, where the file tells.
-        training: what the log of a run says; empty elsewhere.
+        training: what the log of a run says, in short; empty elsewhere.
+        tensors: every tensor of the footprint by name, decoded when asked for.
+        stored: what each of them takes in the file, positions and values apart.
+        log: the whole log of a run.
+        saved: what compaction saved, where the file is compacted.
     """
 
     path: Path
@@ -37,22 +51,30 @@ class Source:
     footprint: Footprint
     config: ModelConfig | None
     training: Mapping[str, Any]
+    tensors: Mapping[str, SparseTensor] = field(default_factory=dict)
+    stored: Mapping[str, StoredBytes] = field(default_factory=dict)
+    log: RunLog | None = None
+    saved: Saved | None = None
 
 
 def read(path: str | Path) -> Source:
-    """Measure a model folder, run folder, archive or ONNX file.
+    """Measure a model folder, run folder, archive, ONNX file or .npz of CSR matrices.
 
     Raises:
         FileError: nothing there.
-        FormatError: damaged, or none of the four.
+        FormatError: damaged, or none of the five.
     """
     path = Path(path)
     if not path.exists():
-        raise FileError(f"PATH {str(path)!r} does not exist; give a model folder, run folder, .dsr or .onnx file.")
+        raise FileError(
+            f"PATH {str(path)!r} does not exist; give a model folder, run folder, .dsr, .onnx or .npz file."
+        )
     if path.is_dir():
         return _folder(path)
     if path.suffix == ".onnx":
         return _onnx(path)
+    if path.suffix == ".npz" or kind_of(path) == "csr":
+        return _csr(load_csr(path))
     return _archive(open_archive(path))
 
 
@@ -64,8 +86,20 @@ def _archive(archive: Archive) -> Source:
         "graph and manifest": archive.document_bytes,
         "container header": archive.header_bytes,
     }
-    measured = footprint(_Decoding(archive), specs, stored=stored, file_bytes=archive.nbytes, parts=parts)
-    return Source(archive.path, "archive", measured, archive.config, {})
+    tensors = _Decoding(archive)
+    measured = footprint(tensors, specs, stored=stored, file_bytes=archive.nbytes, parts=parts)
+    apart = {name: _archive_bytes(archive, name) for name in specs}
+    record = archive.config.conversion.get(COMPACTED)
+    saved = None if record is None else Saved.from_dict(record)
+    return Source(archive.path, "archive", measured, archive.config, {}, tensors, apart, saved=saved)
+
+
+def _archive_bytes(archive: Archive, name: str) -> StoredBytes:
+    """Streams of values have the suffix `values` or none; all others hold positions."""
+    entry = archive.entries[name]
+    others = [suffix for suffix in entry.crc32 if suffix not in ("", "values")]
+    positions = sum(archive.stored_bytes(entry.stream(suffix)) for suffix in others)
+    return StoredBytes(positions, archive.entry_bytes(name) - positions)
 
 
 def _weight_bytes(specs: Mapping[str, LayerSpec], stored: Mapping[str, tuple[str, int]]) -> dict[str, int]:
@@ -74,9 +108,9 @@ def _weight_bytes(specs: Mapping[str, LayerSpec], stored: Mapping[str, tuple[str
 
 
 class _Decoding(Mapping[str, SparseTensor]):
-    """The tensors of an archive, decoded one at a time."""
+    """The tensors of a file, decoded one at a time."""
 
-    def __init__(self, archive: Archive) -> None:
+    def __init__(self, archive: Archive | CsrFile) -> None:
         self._archive = archive
 
     def __getitem__(self, name: str) -> SparseTensor:
@@ -89,8 +123,28 @@ class _Decoding(Mapping[str, SparseTensor]):
         return len(self._archive.entries)
 
 
+def _csr(file: CsrFile) -> Source:
+    specs = {name: entry.spec for name, entry in file.entries.items()}
+    stored = {name: (entry.codec, file.entry_bytes(name)) for name, entry in file.entries.items()}
+    parts = {
+        **_weight_bytes(specs, stored),
+        "description": file.description_bytes,
+        "zip container": file.container_bytes,
+    }
+    tensors = _Decoding(file)
+    measured = footprint(tensors, specs, stored=stored, file_bytes=file.nbytes, parts=parts)
+    return Source(
+        file.path, "csr", measured, file.config, {}, tensors, {name: _csr_bytes(file, name) for name in specs}
+    )
+
+
+def _csr_bytes(file: CsrFile, name: str) -> StoredBytes:
+    values = sum(nbytes for array, nbytes in file.stored[name].items() if array in (name, f"{name}:data"))
+    return StoredBytes(file.entry_bytes(name) - values, values)
+
+
 def _onnx(path: Path) -> Source:
-    from exporters.onnx_read import read_onnx
+    from exporters.onnx.read import read_onnx
 
     file = read_onnx(path)
     specs = {name: entry.spec for name, entry in file.entries.items()}
@@ -99,8 +153,18 @@ def _onnx(path: Path) -> Source:
         **_weight_bytes(specs, stored),
         "nodes and names": file.document_bytes,
     }
-    measured = footprint(dict(file), specs, stored=stored, file_bytes=file.nbytes, parts=parts)
-    return Source(path, "onnx", measured, None, {})
+    tensors = dict(file)
+    measured = footprint(tensors, specs, stored=stored, file_bytes=file.nbytes, parts=parts)
+    apart = {name: _onnx_bytes(entry.codec, entry.nbytes, tensors[name]) for name, entry in file.entries.items()}
+    record = file.record.get(COMPACTED)
+    saved = None if record is None else Saved.from_dict(record)
+    return Source(path, "onnx", measured, None, {}, tensors, apart, saved=saved)
+
+
+def _onnx_bytes(codec: str, nbytes: int, tensor: SparseTensor) -> StoredBytes:
+    """Whatever a compact weight takes beyond its values serves their positions: fillers and operators as well."""
+    values = nbytes if codec == "dense" else min(tensor.values.nbytes, nbytes)
+    return StoredBytes(nbytes - values, values)
 
 
 def _folder(path: Path) -> Source:
@@ -115,17 +179,20 @@ def _folder(path: Path) -> Source:
         array = (value.float() if value.is_floating_point() else value).numpy()
         tensors[name] = SparseTensor.from_dense(array, masks.get(name, Mask.full(array.shape)))
     stored = {name: ("dense", value.nbytes) for name, value in state.items()}
-    mask_bytes = sum((mask.size + 7) // 8 for mask in masks.values())
+    positions = {name: (mask.size + 7) // 8 for name, mask in masks.items()}
     parts = {
         "weights, zeros in place": sum(nbytes for _, nbytes in stored.values()),
-        "masks": mask_bytes,
+        "masks": sum(positions.values()),
         "description": saved.file(CONFIG).stat().st_size,
         "container headers": sum(container_header_bytes(saved.file(name)) for name in (WEIGHTS, MASKS)),
     }
     total = sum(saved.file(name).stat().st_size for name in (CONFIG, WEIGHTS, MASKS))
     measured = footprint(tensors, saved.specs, stored=stored, file_bytes=total, parts=parts)
-    training = _training(path / "log.jsonl")
-    return Source(path, "run folder" if training else "model folder", measured, saved.config, training)
+    apart = {name: StoredBytes(positions.get(name, 0), value.nbytes) for name, value in state.items()}
+    log_file = path / "log.jsonl"
+    log = read_log(log_file) if log_file.is_file() else None
+    kind, training = ("run folder", log.summary()) if log else ("model folder", {})
+    return Source(path, kind, measured, saved.config, training, tensors, apart, log)
 
 
 def _same_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, LayerSpec]) -> None:
@@ -135,36 +202,3 @@ def _same_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]], specs: Mappi
         raise FormatError(
             f"{str(path)!r}: weights and config.json disagree about {differing[0]!r}; the folder is damaged."
         )
-
-
-def _training(log: Path) -> dict[str, Any]:
-    """Method, epochs and accuracy of a run, from its log."""
-    if not log.is_file():
-        return {}
-    text = log.read_bytes()
-    # A last line that was cut off, by a full disk or a power cut, tells nothing.
-    whole = text[: text.rfind(b"\n") + 1]
-    try:
-        return _summary([json.loads(line) for line in whole.splitlines() if line.strip()])
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise FormatError(f"log {str(log)!r} is not understood ({error!r}); the run is damaged.") from error
-
-
-def _summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    kinds: dict[str, list[dict[str, Any]]] = {"start": [], "epoch": [], "reallocation": [], "end": []}
-    for line in lines:
-        kinds[line["kind"]].append(line)
-    start = kinds["start"][0]
-    epochs = kinds["epoch"]
-    best = max(epochs, key=lambda line: float(line["test_accuracy"]), default=None)
-    return {
-        "status": kinds["end"][-1]["status"] if kinds["end"] else "cut off",
-        "method": start["settings"]["method"],
-        "data": start["data"],
-        "epochs": len(epochs),
-        "reallocations": len(kinds["reallocation"]),
-        "weights_moved": sum(sum(line["dropped"].values()) for line in kinds["reallocation"]),
-        "last_test_accuracy": epochs[-1]["test_accuracy"] if epochs else None,
-        "best_test_accuracy": best["test_accuracy"] if best else None,
-        "best_epoch": best["epoch"] if best else None,
-    }

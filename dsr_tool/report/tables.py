@@ -38,6 +38,7 @@ def report_document(source: Source) -> dict[str, Any]:
         "kind": source.kind,
         "model": source.config.to_dict() if source.config else None,
         "training": dict(source.training) or None,
+        "compaction": source.saved.to_dict() if source.saved else None,
         **source.footprint.to_dict(),
     }
 
@@ -49,7 +50,7 @@ def report_text(source: Source) -> str:
     lines = [f"{source.path}: {name}{source.kind}, {source.footprint.file_bytes:,} bytes"]
     if source.training:
         lines.append(_training_line(source.training))
-    lines += [render(_layers(print_)), render(_totals(print_)), *_closing(source)]
+    lines += [render(_layers(print_)), render(_totals(print_)), *_compaction(source), *_closing(source)]
     return "\n".join(lines)
 
 
@@ -100,6 +101,26 @@ def _totals(print_: Footprint) -> Table:
     table.add_row("whole model", *_numbers(print_.model))
     table.add_row("with buffers", *_numbers(print_.everything))
     return table
+
+
+def _compaction(source: Source) -> list[str]:
+    """What a compacted file lost, per layer and in all."""
+    saved = source.saved
+    if saved is None:
+        return []
+    columns = ("filters", "of", "input channels", "of ")
+    table = plain_table("compacted", *columns, numbers=columns)
+    for layer in saved.layers:
+        (filters, kept), (inputs, used) = layer.filters, layer.inputs
+        table.add_row(layer.weight, f"{kept:,}", f"{filters:,}", f"{used:,}", f"{inputs:,}")
+    pairs = (saved.weights, saved.active, saved.dense_macs, saved.sparse_macs)
+    weights, active, dense, sparse = (f"{before:,} -> {after:,}" for before, after in pairs)
+    return [
+        *([render(table)] if saved.layers else []),
+        f"compaction removed {saved.filters:,} filters and {saved.inputs:,} input channels in {len(saved.layers)} "
+        f"layers: weights {weights}, active {active}; multiply-adds {dense}, with active weights {sparse}; the file "
+        f"takes {source.footprint.file_bytes:,} bytes, {saved.plain_bytes:,} without compaction",
+    ]
 
 
 def _closing(source: Source) -> list[str]:

@@ -1,0 +1,149 @@
+"""The footprint as sections of a page: headline numbers, bytes by part, formats side by side, and the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dsr_tool.report.page import numbers
+from dsr_tool.report.page.charts import bars
+from dsr_tool.report.page.layer_view import (
+    Layer,
+    bytes_by_layer,
+    density_by_layer,
+    layers_of,
+    masks_of_layers,
+    shown,
+    sparse_of,
+    work_by_layer,
+)
+from dsr_tool.report.page.parts import Bars, Figure, Key, Number, Section, Table, kind_of_file
+from dsr_tool.report.sources import Source
+
+__all__ = ["footprint_sections", "headline"]
+
+
+def headline(source: Source) -> list[Number]:
+    """The numbers that answer most questions, with both denominators of sparsity."""
+    measured = source.footprint
+    model, prunable, whole = measured.model, measured.prunable, measured.everything
+    share = measured.file_bytes / whole.dense_bytes if whole.dense_bytes else 0
+    macs_share = f"{numbers.percent(model.sparse_macs / model.dense_macs)} of " if model.dense_macs else "of "
+    return [
+        Number(
+            "Sparsity of the prunable weights",
+            numbers.percent(measured.sparsity),
+            f"{numbers.count(prunable.active)} of {numbers.count(prunable.parameters)} active",
+        ),
+        Number(
+            "Sparsity of the whole model",
+            numbers.percent(measured.model_sparsity),
+            f"{numbers.count(model.active)} of {numbers.count(model.parameters)} active",
+        ),
+        Number("Parameters", numbers.short_count(model.parameters), f"{numbers.short_count(model.active)} active"),
+        Number("Size on disk", numbers.byte_size(measured.file_bytes), f"{numbers.count(measured.file_bytes)} bytes"),
+        Number(
+            "Dense size",
+            numbers.byte_size(whole.dense_bytes),
+            f"the file takes {numbers.percent(share)} of it",
+        ),
+        Number(
+            "Work for one input",
+            numbers.macs(model.sparse_macs),
+            f"{macs_share}{numbers.macs(model.dense_macs)} with every weight",
+        ),
+    ]
+
+
+def footprint_sections(source: Source) -> list[Section]:
+    """Everything that the footprint tells, as sections."""
+    every = layers_of(source)
+    layers, note = shown(every)
+    notes = [note] if note else []
+    return [
+        Section("bytes", "Where the bytes go", [_parts(source, every), bytes_by_layer(source, layers)], notes=notes),
+        Section("formats", "Formats side by side", [_formats(source)]),
+        *([Section("density", "Density by layer", [density_by_layer(layers)], notes=notes)] if layers else []),
+        *([Section("work", "Work by layer", [work_by_layer(layers)], notes=notes)] if layers else []),
+        *(
+            [Section("masks", "Mask of a layer", [masks_of_layers(source, layers)], notes=notes)]
+            if sparse_of(layers)
+            else []
+        ),
+    ]
+
+
+def _parts(source: Source, every: Sequence[Layer]) -> Figure:
+    sparse = sparse_of(every)
+    total = source.footprint.file_bytes
+    positions = sum(layer.stored.positions for layer in sparse)
+    values = sum(layer.stored.values for layer in sparse)
+    names = {layer.name for layer in sparse}
+    rest = sum(layer.stored_bytes or 0 for layer in source.footprint.layers if layer.spec.name not in names)
+    parts = [
+        ("Values of sparse weights", "values", values),
+        ("Positions of sparse weights", "positions", positions),
+        ("Dense rest: weights kept dense, norms, biases, buffers", "rest", rest),
+        ("Graph, description, names and headers", "paper", total - positions - values - rest),
+    ]
+    entries = [
+        (label, f"{numbers.byte_size(n)}, {numbers.share(n, total, 1)}", style, float(n)) for label, style, n in parts
+    ]
+    bound = source.footprint.everything.bound_bytes
+    rows = [(label, numbers.count(n), numbers.share(n, total, 1)) for label, _, n in parts]
+    rows += [
+        (f"As the file counts: {name}", numbers.count(n), numbers.share(n, total, 1))
+        for name, n in source.footprint.parts.items()
+    ]
+    ends = [("Whole file", total), ("Entropy bound of the masks, and raw values", bound)]
+    rows += [(label, numbers.count(n), numbers.share(n, total, 1)) for label, n in ends]
+    made = bars(entries, stacked=True)
+    times = numbers.significant(total / bound, 3) if bound else numbers.NONE
+    return Figure(
+        "The whole file by part",
+        Bars(made, kind="stack"),
+        Table("Bytes of the whole file by part", ("part", "bytes", "of the file"), rows),
+        f"{numbers.byte_size(total)} in all, {times} times the entropy bound of {numbers.byte_size(bound)}, which "
+        f"counts values as they are.",
+        [Key(bar.style, bar.label, bar.text) for bar in made],
+    )
+
+
+def _formats(source: Source) -> Figure:
+    measured = source.footprint
+    fields = ("dense_bytes", "csr_bytes", "bitmask_bytes", "coded_bytes", "bound_bytes")
+    labels = (
+        "Dense",
+        "CSR, 32-bit indices",
+        "Bitmask",
+        "Coded, as in an archive",
+        "Bound: mask entropy, raw values",
+    )
+    whole = [(label, getattr(measured.everything, name)) for label, name in zip(labels, fields, strict=True)]
+    entries = [
+        (label, numbers.byte_size(n), "bound" if i == len(whole) - 1 else "rest", float(n))
+        for i, (label, n) in enumerate(whole)
+    ]
+    here = (
+        f"This {kind_of_file(source.kind)}",
+        numbers.byte_size(measured.file_bytes),
+        "values",
+        float(measured.file_bytes),
+    )
+    rows = [
+        (
+            label,
+            *(
+                numbers.count(getattr(sizes, name))
+                for sizes in (measured.prunable, measured.model, measured.everything)
+            ),
+        )
+        for label, name in zip(labels, fields, strict=True)
+    ]
+    rows.append((here[0], "", "", numbers.count(measured.file_bytes)))
+    headers = ("format", "prunable weights", "whole model", "with buffers")
+    return Figure(
+        "Parameters and buffers in each format",
+        Bars(bars([*entries, here])),
+        Table("Bytes of the model in each format", headers, rows),
+        "Formats hold the weights alone; the file at hand also holds graph, names and headers.",
+    )

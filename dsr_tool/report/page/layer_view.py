@@ -1,0 +1,218 @@
+"""The layers of a footprint as figures of a page: bytes, density, multiply-adds and masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from dsr_tool.core.footprint import LayerFootprint, Sizes
+from dsr_tool.report.page import numbers
+from dsr_tool.report.page.charts import Series, columns
+from dsr_tool.report.page.mask_pictures import mask_picture, picture_budget
+from dsr_tool.report.page.parts import Figure, Key, MaskEntry, Masks, Table, kind_of_file
+from dsr_tool.report.sources import Source, StoredBytes
+
+__all__ = [
+    "Layer",
+    "bytes_by_layer",
+    "density_by_layer",
+    "layers_of",
+    "masks_of_layers",
+    "shown",
+    "sparse_of",
+    "work_by_layer",
+]
+
+_MOST_LAYERS = 350
+"""Weights that are shown one by one; torchvision's deepest classifier, EfficientNetV2-L, has 340."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight: its footprint, and its bytes in the file."""
+
+    footprint: LayerFootprint
+    stored: StoredBytes
+
+    @property
+    def name(self) -> str:
+        """Name in the state_dict."""
+        return self.footprint.spec.name
+
+    @property
+    def sizes(self) -> Sizes:
+        """What it takes in each format."""
+        return self.footprint.sizes
+
+    @property
+    def sparse(self) -> bool:
+        """Whether it may have inactive entries."""
+        return self.footprint.spec.role == "sparse"
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of the active values as they are."""
+        return self.sizes.active * self.sizes.dense_bytes // max(self.sizes.parameters, 1)
+
+
+def layers_of(source: Source) -> list[Layer]:
+    """The weights of a source, in the order of the model."""
+    return [
+        Layer(layer, source.stored.get(layer.spec.name, StoredBytes(0, layer.stored_bytes or 0)))
+        for layer in source.footprint.layers
+        if layer.spec.weight
+    ]
+
+
+def shown(every: Sequence[Layer]) -> tuple[list[Layer], str]:
+    """The layers that are shown, the largest where there are too many, and a sentence about the others."""
+    if len(every) <= _MOST_LAYERS:
+        return list(every), ""
+    largest = {layer.name for layer in sorted(every, key=lambda layer: -layer.sizes.parameters)[:_MOST_LAYERS]}
+    note = f"Shown are the {_MOST_LAYERS} largest of {numbers.count(len(every))} weights."
+    return [layer for layer in every if layer.name in largest], note
+
+
+def sparse_of(layers: Iterable[Layer]) -> list[Layer]:
+    """Those that are not kept dense."""
+    return [layer for layer in layers if layer.sparse]
+
+
+def bytes_by_layer(source: Source, layers: Sequence[Layer]) -> Figure:
+    """What each weight takes in the file, by part, against the entropy bound."""
+    names = [layer.name for layer in layers]
+    stored = [layer.stored.positions + layer.stored.values for layer in layers]
+    titles = [f"{name}: {numbers.byte_size(n)}" for name, n in zip(names, stored, strict=True)]
+    series = [
+        Series("values", "values", [layer.stored.values if layer.sparse else 0 for layer in layers]),
+        Series("positions", "positions", [layer.stored.positions if layer.sparse else 0 for layer in layers]),
+        Series("kept dense", "rest", [0 if layer.sparse else sum(layer.stored) for layer in layers]),
+    ]
+    unit = numbers.scaled(max(stored, default=0), ("B", "kB", "MB", "GB", "TB"))
+    rows = [
+        (
+            layer.name,
+            layer.footprint.codec,
+            *map(numbers.count, (layer.stored.positions, _mask_bound(layer), layer.stored.values, layer.raw_bytes)),
+            *map(numbers.count, (sum(layer.stored), layer.sizes.bound_bytes)),
+        )
+        for layer in layers
+    ]
+    headers = ("weight", "stored as", "positions", "mask bound", "values", "raw values", "together", "bound")
+    return Figure(
+        "By layer, in the order of the model",
+        columns(
+            names,
+            series,
+            lambda value: numbers.in_unit(value, unit),
+            titles,
+            step=[layer.sizes.bound_bytes for layer in layers],
+        ),
+        Table(f"Bytes of each weight in this {kind_of_file(source.kind)}", headers, rows, frozenset({0, 1})),
+        _largest(names, stored, source.footprint.file_bytes, "of the file"),
+        [
+            Key("values", "values"),
+            Key("positions", "positions"),
+            Key("rest", "kept dense"),
+            Key("step", "entropy bound of the mask, and raw values"),
+        ],
+    )
+
+
+def _mask_bound(layer: Layer) -> int:
+    return max(layer.sizes.bound_bytes - layer.raw_bytes, 0)
+
+
+def _largest(names: Sequence[str], amounts: Sequence[int], whole: int, of: str) -> str:
+    if not names or not whole:
+        return ""
+    most = max(range(len(names)), key=lambda i: amounts[i])
+    return f"Largest: {names[most]} with {numbers.percent(amounts[most] / whole, 1)} {of}."
+
+
+def density_by_layer(layers: Sequence[Layer]) -> Figure:
+    """The active share of each weight."""
+    names = [layer.name for layer in layers]
+    titles = [f"{layer.name}: {numbers.percent(layer.sizes.density)}" for layer in layers]
+    series = [
+        Series("sparse", "values", [layer.sizes.density if layer.sparse else 0 for layer in layers]),
+        Series("kept dense", "rest", [0 if layer.sparse else layer.sizes.density for layer in layers]),
+    ]
+    rows = [
+        (
+            layer.name,
+            numbers.by(*layer.footprint.spec.shape),
+            numbers.count(layer.sizes.parameters),
+            numbers.count(layer.sizes.active),
+            numbers.percent(layer.sizes.density, 4),
+            layer.footprint.spec.reason,
+        )
+        for layer in layers
+    ]
+    headers = ("weight", "shape", "entries", "active", "density", "why")
+    shares = sorted(layer.sizes.density for layer in sparse_of(layers))
+    finding = (
+        f"Sparse weights have densities from {numbers.percent(shares[0])} to {numbers.percent(shares[-1])}."
+        if shares
+        else "No weight is sparse."
+    )
+    return Figure(
+        "Active share of each weight, in the order of the model",
+        columns(names, series, numbers.round_percent, titles),
+        Table("Density of each weight", headers, rows, frozenset({0, 1, 5})),
+        finding,
+        [Key("values", "sparse"), Key("rest", "kept dense")],
+    )
+
+
+def work_by_layer(layers: Sequence[Layer]) -> Figure:
+    """The multiply-adds of each weight, with active entries and saved."""
+    names = [layer.name for layer in layers]
+    active = [layer.sizes.sparse_macs for layer in layers]
+    titles = [f"{layer.name}: {numbers.macs(layer.sizes.sparse_macs)}" for layer in layers]
+    series = [
+        Series("with active weights", "values", active),
+        Series("saved", "saved", [layer.sizes.dense_macs - layer.sizes.sparse_macs for layer in layers]),
+    ]
+    unit = numbers.scaled(max((layer.sizes.dense_macs for layer in layers), default=0), ("", "k", "M", "G", "T"))
+    rows = [
+        (
+            layer.name,
+            numbers.count(layer.sizes.sparse_macs),
+            numbers.count(layer.sizes.dense_macs),
+            numbers.share(layer.sizes.sparse_macs, layer.sizes.dense_macs),
+        )
+        for layer in layers
+    ]
+    headers = ("weight", "with active weights", "with every weight", "share")
+    return Figure(
+        "Multiply-adds for one input, in the order of the model",
+        columns(names, series, lambda value: numbers.in_unit(value, unit), titles),
+        Table("Multiply-adds of each weight for one input", headers, rows),
+        _largest(names, active, sum(active), "of all that is left"),
+        [Key("values", "with active weights"), Key("saved", "saved by zeros")],
+    )
+
+
+def masks_of_layers(source: Source, layers: Sequence[Layer]) -> Figure:
+    """The mask of every sparse layer as a picture; the largest comes first."""
+    blocks = picture_budget(len(sparse_of(layers)))
+    entries = [_mask(source, layer, i, blocks) for i, layer in enumerate(layers) if layer.sparse]
+    sizes = [layer.sizes.parameters for layer in sparse_of(layers)]
+    return Figure("Which entries are active", Masks(entries, sizes.index(max(sizes))), None, _SHADES)
+
+
+_SHADES = "Each mask is seen as a matrix, its first dimension by all others; a shade is the active share of a block."
+
+
+def _mask(source: Source, layer: Layer, place: int, blocks: int) -> MaskEntry:
+    picture = mask_picture(source.tensors[layer.name].mask, blocks)
+    down, across = picture.block
+    size = "one weight" if down == across == 1 else f"up to {numbers.by(down, across)} weights"
+    sentence = (
+        f"{numbers.by(*layer.footprint.spec.shape)}, here {numbers.count(picture.rows)} rows and "
+        f"{numbers.count(picture.columns)} columns; {numbers.count(layer.sizes.active)} of "
+        f"{numbers.count(layer.sizes.parameters)} active, density {numbers.percent(layer.sizes.density, 4)}; "
+        f"a block is {size}, the densest {numbers.percent(picture.darkest)} active."
+    )
+    return MaskEntry(layer.name, place, picture, sentence)

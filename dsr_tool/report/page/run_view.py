@@ -1,0 +1,205 @@
+"""A run as sections of a page: accuracy, loss, what was reallocated, and density by layer over time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from dsr_tool.report.page import numbers
+from dsr_tool.report.page.axes import Tick, prefixes, span_ticks
+from dsr_tool.report.page.charts import Series, columns, lines
+from dsr_tool.report.page.mask_pictures import heat_map
+from dsr_tool.report.page.parts import Figure, Heat, Key, Number, Section, Table
+from dsr_tool.report.runlog import Epoch, RunLog
+
+__all__ = ["run_headline", "run_section"]
+
+_MOST_ROWS, _MOST_COLUMNS = 200, 6
+_MOST_LAYERS = 350
+_LOWEST_DENSITY, _SMALLEST_THRESHOLD = 1e-4, 1e-30
+
+T = TypeVar("T")
+
+
+def run_headline(log: RunLog) -> list[Number]:
+    """How a run ended."""
+    facts = log.summary()
+    note = f"{facts['method']} on {facts['data']}"
+    if not log.epochs:
+        return [Number("Training", facts["status"], f"{note}; no epoch was completed")]
+    last, best = facts["last_test_accuracy"], facts["best_test_accuracy"]
+    return [
+        Number("Training", facts["status"], f"{note}, {facts['epochs']} of {log.settings.get('epochs', '?')} epochs"),
+        Number(
+            "Test accuracy",
+            numbers.percent(last),
+            f"best {numbers.percent(best)} in epoch {facts['best_epoch']}",
+        ),
+        Number(
+            "Weights moved",
+            numbers.short_count(facts["weights_moved"]),
+            f"in {numbers.count(facts['reallocations'])} reallocations",
+        ),
+    ]
+
+
+def run_section(log: RunLog) -> list[Section]:
+    """How a run went; nothing where no epoch was completed."""
+    if not log.epochs:
+        return []
+    figures = [_accuracy(log.epochs), _loss(log.epochs)]
+    if log.reallocations:
+        figures += [_moved(log.epochs), *_threshold(log)]
+    if log.epochs[-1].density:
+        figures.append(_density(log.epochs))
+    return [Section("training", "Training", figures, layout="pairs")]
+
+
+def _thinned(items: Sequence[T], most: int) -> list[T]:
+    """At most so many of the items, evenly spread, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def _some(caption: str, kept: Sequence[object], every: Sequence[object]) -> str:
+    return caption if len(kept) == len(every) else f"{caption}: {len(kept)} of {len(every)}, evenly spread"
+
+
+def _accuracy(epochs: Sequence[Epoch]) -> Figure:
+    kept = _thinned(epochs, _MOST_ROWS)
+    train, test = ([getattr(epoch, name) for epoch in kept] for name in ("train_accuracy", "test_accuracy"))
+    series = [Series("train", "train", train), Series("test", "test", test)]
+    chart = lines([epoch.number for epoch in kept], series, numbers.round_percent, span=_span(epochs))
+    rows = [(str(e.number), *map(numbers.percent, (a, b))) for e, a, b in zip(kept, train, test, strict=True)]
+    table = Table(_some("Accuracy by epoch", kept, epochs), ("epoch", "train", "test"), rows)
+    return Figure("Accuracy by epoch", chart, table, _TRAIN_TEST)
+
+
+def _loss(epochs: Sequence[Epoch]) -> Figure:
+    kept = _thinned(epochs, _MOST_ROWS)
+    train, test = ([getattr(epoch, name) for epoch in kept] for name in ("train_loss", "test_loss"))
+    series = [Series("train", "train", train), Series("test", "test", test)]
+    chart = lines([epoch.number for epoch in kept], series, lambda value: f"{value:.3g}", span=_span(epochs))
+    rows = [
+        (str(epoch.number), f"{a:.4f}", f"{b:.4f}", f"{epoch.lr:.4g}", f"{epoch.time_s:.1f}")
+        for epoch, a, b in zip(kept, train, test, strict=True)
+    ]
+    headers = ("epoch", "train", "test", "learning rate", "seconds")
+    return Figure("Loss by epoch", chart, Table(_some("Loss by epoch", kept, epochs), headers, rows), _TRAIN_TEST)
+
+
+_TRAIN_TEST = "Training: mean over the epoch, as the images went by. Test: at its end."
+
+
+def _span(epochs: Sequence[Epoch]) -> tuple[float, float]:
+    return epochs[0].number, epochs[-1].number
+
+
+def _moved(epochs: Sequence[Epoch]) -> Figure:
+    kept = _thinned(epochs, _MOST_ROWS)
+    dropped = [sum(epoch.dropped.values()) for epoch in kept]
+    grown = [sum(epoch.grown.values()) for epoch in kept]
+    numbered = [str(epoch.number) for epoch in kept]
+    titles = [f"epoch {n}: {d:,} dropped, {g:,} grown" for n, d, g in zip(numbered, dropped, grown, strict=True)]
+    unit = numbers.scaled(max([*dropped, *grown]), ("", "k", "M", "G"))
+    chart = columns(
+        numbered,
+        [Series("dropped", "values", dropped)],
+        lambda value: numbers.in_unit(value, unit),
+        titles,
+        step=grown,
+        ticks=_column_ticks(kept),
+    )
+    rows = [
+        (number, numbers.count(d), numbers.count(g), _optional(epoch.threshold))
+        for number, d, g, epoch in zip(numbered, dropped, grown, kept, strict=True)
+    ]
+    caption = _some("Weights dropped and grown, and the last threshold, by epoch", kept, epochs)
+    return Figure(
+        "Weights moved by epoch",
+        chart,
+        Table(caption, ("epoch", "dropped", "grown", "threshold"), rows),
+        "As many are grown as are dropped: the budget holds." if dropped == grown else "",
+        [Key("values", "dropped"), Key("step", "grown")],
+    )
+
+
+def _column_ticks(epochs: Sequence[Epoch]) -> list[Tick]:
+    """Numbers of epochs below the middles of their columns."""
+    every = max(-(-len(epochs) // 6), 1)
+    return [
+        Tick(round(100 * (i + 0.5) / len(epochs), 2), str(epoch.number))
+        for i, epoch in enumerate(epochs)
+        if i % every == 0
+    ]
+
+
+def _optional(value: float | None) -> str:
+    return numbers.NONE if value is None else f"{value:.4g}"
+
+
+def _threshold(log: RunLog) -> list[Figure]:
+    """The threshold at each reallocation, for methods that have one."""
+    every = [moved for moved in log.reallocations if (moved.threshold or 0) > _SMALLEST_THRESHOLD]
+    steps = log.epochs[-1].step / max(log.epochs[-1].number, 1)
+    if not every or steps <= 0:
+        return []
+    kept = _thinned(every, _MOST_ROWS)
+    values = [moved.threshold or math.nan for moved in kept]
+    chart = lines(
+        [moved.step / steps for moved in kept],
+        [Series("", "single", values)],
+        lambda value: f"{value:.3g}",
+        span=(0, log.epochs[-1].number),
+        logarithmic=True,
+    )
+    rows = [
+        (
+            numbers.count(moved.step),
+            _optional(moved.threshold),
+            numbers.count(moved.dropped),
+            numbers.count(moved.grown),
+        )
+        for moved in kept
+    ]
+    caption = _some("Threshold and weights moved by reallocation", kept, every)
+    return [
+        Figure(
+            "Threshold below which weights are dropped, by epoch",
+            chart,
+            Table(caption, ("step", "threshold", "dropped", "grown"), rows),
+            "The scale is logarithmic.",
+        )
+    ]
+
+
+def _density(epochs: Sequence[Epoch]) -> Figure:
+    """Layers from top to bottom, epochs from left to right."""
+    names = list(epochs[-1].density)[:_MOST_LAYERS]
+    kept = _thinned(epochs, _MOST_ROWS)
+    values = np.array([[epoch.density.get(name, 0.0) for epoch in kept] for name in names])
+    positive = values[values > 0]
+    low = max(float(positive.min(initial=1.0)), _LOWEST_DENSITY)
+    high = max(float(positive.max(initial=low)), low)
+    scale = (numbers.percent(low), numbers.percent(math.sqrt(low * high)), numbers.percent(high))
+    few = _thinned(epochs, _MOST_COLUMNS)
+    rows = [(name, *(numbers.percent(epoch.density.get(name, 0.0), 3) for epoch in few)) for name in names]
+    first, last = (np.array([epoch.density.get(name, 0.0) for name in names]) for epoch in (epochs[0], epochs[-1]))
+    gained, lost = (names[int(pick(last - first))] for pick in (np.argmax, np.argmin))
+    return Figure(
+        "Density by layer and epoch",
+        Heat(
+            heat_map(values, low, high),
+            prefixes(names, room=14, down=True),
+            span_ticks(epochs[0].number, epochs[-1].number),
+            scale,
+        ),
+        Table(_some("Density by layer and epoch", few, epochs), ("weight", *(str(e.number) for e in few)), rows),
+        f"From the first epoch to the last, {gained} gained the most density and {lost} lost the most. "
+        f"Each row is a layer in the order of the model; shades are logarithmic.",
+        wide=True,
+    )

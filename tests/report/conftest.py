@@ -1,0 +1,113 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsr_tool.core.codecs import SparseTensor
+from dsr_tool.core.config import ModelConfig
+from dsr_tool.core.footprint import footprint
+from dsr_tool.core.layers import LayerSpec
+from dsr_tool.core.mask import Mask
+from dsr_tool.report.page.page import page_html
+from dsr_tool.report.sources import Source, StoredBytes, read
+from dsr_tool.report.tables import report_document
+
+HOSTILE = "<script>alert(1)</script>\"'&\x00\ud800"
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    from converters.convert import convert
+
+    path = tmp_path_factory.mktemp("page") / "net"
+    convert("squeezenet1_1", sparsity=0.9, num_classes=5, input_size=64).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_folder(model_folder):
+    """The same model with the log of a run of 200 epochs, of which one loss was not finite."""
+    path = model_folder.with_name("run")
+    shutil.copytree(model_folder, path)
+    names = [layer.spec.name for layer in read(path).footprint.layers if layer.spec.role == "sparse"]
+    settings = {"method": "dsr", "epochs": 200, "lr": 0.1}
+    lines = [{"kind": "start", "model": "squeezenet1_1", "data": "digits", "settings": settings, "total_steps": 2000}]
+    for epoch in range(1, 201):
+        moved = dict.fromkeys(names, 1000 - 5 * epoch)
+        lines += [{"kind": "reallocation", "step": 10 * epoch - 5, "dropped": moved, "grown": moved, "threshold": 1e-3}]
+        lines += [_epoch(epoch, names, moved)]
+    lines += [{"kind": "end", "status": "complete", "epochs": 200, "best_accuracy": 0.9}]
+    (path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def _epoch(number, names, moved):
+    return {
+        "kind": "epoch",
+        "epoch": number,
+        "step": 10 * number,
+        "train_loss": 2 / number,
+        "test_loss": None if number == 100 else 3 / number,
+        "train_accuracy": 1 - 0.9 / number,
+        "test_accuracy": 0.9 - 0.8 / number,
+        "lr": 0.1,
+        "time_s": 1.0,
+        "active_weights": 1,
+        "density": {name: 0.1 + 0.001 * (i + 1) * (number % 7) for i, name in enumerate(names)},
+        "dropped": moved,
+        "grown": moved,
+        "threshold": 1e-3 * 2 ** (number % 5),
+    }
+
+
+@pytest.fixture(scope="session")
+def exported(model_folder):
+    """The archive, ONNX and .npz files of the model, by kind."""
+    from converters.convert import load
+    from exporters.export import export
+
+    files = {"archive": "net.dsr", "onnx": "net.onnx", "csr": "net.npz"}
+    model = load(model_folder)
+    for name in files.values():
+        export(model, model_folder.with_name(name))
+    return {kind: model_folder.with_name(name) for kind, name in files.items()}
+
+
+@pytest.fixture(scope="session")
+def made():
+    """A source of so many layers, all alike, under names of any kind."""
+
+    def make(layers, name="features.denseblock{0}.denselayer{0}.conv.weight", architecture="net", role="sparse"):
+        rng = np.random.default_rng(0)
+        mask = Mask.from_bool(rng.random((64, 32, 3, 3)) < 0.1) if role == "sparse" else Mask.full((64, 32, 3, 3))
+        tensor = SparseTensor(mask, rng.normal(size=mask.active).astype(np.float32))
+        names = [name.format(i) for i in range(layers)]
+        specs = {n: LayerSpec(n, mask.shape, "Conv2d", role, True, f"why {n}", 49.0) for n in names}
+        tensors = dict.fromkeys(names, tensor)
+        stored = dict.fromkeys(names, ("delta", 6000))
+        parts = {"sparse weights": 6000 * layers, "graph": 100}
+        measured = footprint(tensors, specs, stored=stored, file_bytes=6000 * layers + 100, parts=parts)
+        apart = dict.fromkeys(names, StoredBytes(1000, 5000))
+        config = ModelConfig("module", architecture, 5, (3, 32, 32))
+        return Source(Path("somewhere"), "archive", measured, config, {}, tensors, apart)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def page():
+    """The page of a source, or of whatever lies at a path; further parts of the document as keywords."""
+
+    def make(source, **parts):
+        source = source if isinstance(source, Source) else read(source)
+        return page_html(source, {**report_document(source), **parts})
+
+    return make
+
+
+@pytest.fixture
+def hostile(made):
+    """A source whose every text tries to be markup."""
+    return made(3, HOSTILE + "{0}", HOSTILE)
