@@ -1,0 +1,52 @@
+"""Writes the valid files that mutants are made of, a folder for each kind: python corpus.py FOLDER."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from network import SHAPE, Network
+from safetensors.torch import save_file
+
+from dsr_tool.core.budget import Budget
+from dsr_tool.core.config import ModelConfig
+from dsr_tool.sparse.convert import sparsify
+from dsr_tool.sparse.model import SparseModel
+from exporters.export import export
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+FOLDER_FILES = {"weights": "model.safetensors", "masks": "masks.safetensors", "config": "config.json"}
+
+
+def main() -> None:
+    """Write every kind."""
+    root = Path(sys.argv[1])
+    for kind in ("archive", "predict", "onnx", "npz", *FOLDER_FILES, "safetensors", "pickle"):
+        (root / kind).mkdir(parents=True)
+    model = _model()
+    for encoding in ("auto", "delta", "csr", "dense"):
+        export(model, root / "archive" / f"{encoding}.dsr", encoding=encoding)
+    export(model, root / "archive" / "half.dsr", values="fp16")
+    shutil.copy(root / "archive" / "auto.dsr", root / "predict")
+    for path in GOLDEN.glob("*.dsr"):
+        shutil.copy(path, root / "archive")
+    for encoding in ("auto", "delta", "bitmask", "coo", "dense"):
+        export(model, root / "onnx" / f"{encoding}.onnx", encoding=encoding)
+    export(model, root / "npz" / "model.npz")
+    model.save(root / "folder")
+    for kind, name in FOLDER_FILES.items():
+        shutil.copy(root / "folder" / name, root / kind)
+    state = {f"features.{i}.weight": torch.arange(12.0).reshape(3, 4) for i in range(6)}
+    save_file(state, root / "safetensors" / "state.safetensors")
+    torch.save(state, root / "pickle" / "state.pth")
+
+
+def _model() -> SparseModel:
+    torch.manual_seed(0)
+    return sparsify(Network(), ModelConfig("module", "Network", 4, SHAPE), Budget.of_sparsity(0.8), positions="random")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Mutants of every kind of file that is read: an error in one sentence or a correct load, within bounds."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+KINDS = ("archive", "predict", "onnx", "npz", "weights", "masks", "config", "safetensors", "pickle")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpus") / "files"
+    subprocess.run([sys.executable, HERE / "corpus.py", root], check=True)
+    return root
+
+
+def _attack(kind, corpus, scratch, seed, count):
+    shutil.copytree(corpus / "folder", scratch / "folder")
+    command = [sys.executable, HERE / "worker.py", kind, corpus / kind, scratch, seed, 0, count]
+    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    at = (scratch / "at").read_text()
+    assert ended.returncode == 0, f"ended at mutant {at} of seed {seed}: {ended.stderr[-3000:]}"
+    result = json.loads(ended.stdout)
+    assert not result["failures"], "\n\n".join(f"mutant {number}: {what}" for number, what in result["failures"][:3])
+    assert result["rejected"] > count / 4
+    return result
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_thousand_mutants(kind, corpus, tmp_path):
+    _attack(kind, corpus, tmp_path, seed=1, count=1000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_twenty_thousand_mutants(kind, corpus, tmp_path):
+    result = _attack(kind, corpus, tmp_path, seed=2, count=20_000)
+    print(kind, {key: result[key] for key in ("accepted", "rejected", "slowest_s")})
