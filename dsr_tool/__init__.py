@@ -12,10 +12,13 @@ if TYPE_CHECKING:
     from converters.convert import convert as convert
     from converters.convert import load as load
     from dsr_tool.core.archive import open_archive as open_archive
+    from dsr_tool.core.csr_file import load_csr as load_csr
     from dsr_tool.methods import attach as attach
+    from dsr_tool.report.footprints import footprint as footprint
     from dsr_tool.runtime import Session as Session
     from dsr_tool.sparse.model import SparseModel as SparseModel
     from exporters.export import export as export
+    from exporters.onnx.session import onnx_session as onnx_session
     from exporters.verify import verify as verify
 
 _PUBLIC = {
@@ -24,12 +27,27 @@ _PUBLIC = {
     "attach": "dsr_tool.methods",
     "convert": "converters.convert",
     "export": "exporters.export",
+    "footprint": "dsr_tool.report.footprints",
     "load": "converters.convert",
+    "load_csr": "dsr_tool.core.csr_file",
+    "onnx_session": "exporters.onnx.session",
     "open_archive": "dsr_tool.core.archive",
     "verify": "exporters.verify",
 }
 
-__all__ = ["SparseModel", "Session", "attach", "convert", "export", "load", "open_archive", "verify"]
+__all__ = [
+    "Session",
+    "SparseModel",
+    "attach",
+    "convert",
+    "export",
+    "footprint",
+    "load",
+    "load_csr",
+    "onnx_session",
+    "open_archive",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-__all__ = ["emit", "examples", "note", "output_options", "result_options"]
+__all__ = ["emit", "examples", "model_option", "note", "output_options", "result_options"]
 
 _QUIET = "Print the result alone: no progress, no notes."
 
@@ -23,6 +23,12 @@ def output_options(function: F) -> F:
 def result_options(function: F) -> F:
     """The same for a command that prints its result and nothing beside it: `--quiet` changes nothing."""
     return _json(click.option("--quiet", "-q", is_flag=True, expose_value=False, help=_QUIET)(function))
+
+
+def model_option(function: F) -> F:
+    """Add `--model` to a command that loads a model, as argument `maker`."""
+    text = "For a network of your own: what makes it, as it was converted; no file may say which code to run."
+    return click.option("--model", "maker", metavar="MODULE:CALLABLE", help=text)(function)
 
 
 def _json(function: F) -> F:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from dsr_tool.core.archive import Archive
     from dsr_tool.runtime import Session
-    from exporters.onnx_session import OnnxSession
+    from exporters.onnx.session import OnnxSession
 
 __all__ = ["command"]
 
@@ -39,7 +39,8 @@ _AT_ONCE = 16
 def command(file: Path, inputs: tuple[Path, ...], runtime: str, top: int, labels: Path | None, as_json: bool) -> None:
     """Run the archive FILE on pictures, or on .npy arrays that are preprocessed already.
 
-    The default runtime needs numpy and scipy alone; today `sparse` and `scipy` are the same.
+    Classifiers give probabilities; segmentation gives the share of pixels of each class. The default runtime needs
+    numpy and scipy alone; today `sparse` and `scipy` are the same.
     """
     import numpy as np
 
@@ -58,7 +59,8 @@ def command(file: Path, inputs: tuple[Path, ...], runtime: str, top: int, labels
     # One array of inputs makes several predictions, and then the number of each is its name.
     sources = [str(path) for path in inputs] if len(inputs) == len(outputs) else list(map(str, range(len(outputs))))
     predictions = [
-        {"input": source, "top": _best(row, names, top)} for source, row in zip(sources, outputs, strict=True)
+        {"input": source, "top": (_best if row.ndim == 1 else _pixels)(row, names, top)}
+        for source, row in zip(sources, outputs, strict=True)
     ]
     document = {
         "schema": "dsr-tool/predict/1",
@@ -79,8 +81,8 @@ def _run(archive: Archive, runtime: str, batch: npt.NDArray[np.float32]) -> npt.
 
 def _session(archive: Archive, runtime: str) -> Session | OnnxSession:
     if runtime == "onnxruntime":
-        from exporters.onnx_model import to_onnx
-        from exporters.onnx_session import OnnxSession
+        from exporters.onnx.model import to_onnx
+        from exporters.onnx.session import OnnxSession
 
         return OnnxSession(to_onnx(archive.graph, dict(archive), encoding="dense").SerializeToString())
     from dsr_tool.runtime import Session
@@ -118,9 +120,23 @@ def _best(scores: npt.NDArray[np.float32], names: tuple[str, ...], top: int) -> 
     ]
 
 
+def _pixels(scores: npt.NDArray[np.float32], names: tuple[str, ...], top: int) -> list[dict[str, Any]]:
+    """Shares of the pixels by class, from scores (classes, height, width)."""
+    import numpy as np
+
+    counts = np.bincount(scores.argmax(axis=0).ravel(), minlength=len(scores))
+    best = np.argsort(-counts, kind="stable")[:top]
+    return [
+        {"class": int(i), "label": names[i] if i < len(names) else str(i), "pixels": float(counts[i] / counts.sum())}
+        for i in best
+        if counts[i]
+    ]
+
+
 def _text(document: dict[str, Any]) -> str:
     lines = []
     for prediction in document["predictions"]:
-        best = ", ".join(f"{one['label']} {one['probability']:.1%}" for one in prediction["top"])
+        parts = [f"{one['label']} {one.get('probability', one.get('pixels')):.1%}" for one in prediction["top"]]
+        best = ", ".join(parts) + (" of the pixels" if "pixels" in prediction["top"][0] else "")
         lines.append(f"{prediction['input']}: {best}")
     return "\n".join(lines)

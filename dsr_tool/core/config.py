@@ -8,9 +8,9 @@ from typing import Any
 
 from dsr_tool.errors import FormatError
 
-__all__ = ["MOST_CLASSES", "ModelConfig", "Preprocessing", "installed_versions"]
+__all__ = ["LONGEST_SIDE", "MOST_CLASSES", "ModelConfig", "Preprocessing", "installed_versions"]
 
-MOST_CLASSES, _LONGEST_SIDE = 10**6, 1 << 20
+MOST_CLASSES, LONGEST_SIDE = 10**6, 1 << 20
 
 
 def installed_versions() -> dict[str, str]:
@@ -42,10 +42,11 @@ class ModelConfig:
     """The part of a model folder or archive that says what the model is.
 
     Attributes:
-        source: `torchvision`, or `module` for a network that only its author can build.
-        architecture: torchvision's model name, or the class name of the module.
+        source: `torchvision`, `callable` for a network that a function of the user's own returns, or `module` for
+            one that was given as it is.
+        architecture: torchvision's model name, `module:callable`, or the class name of the module.
         num_classes: length of the output.
-        input_shape: channels, height, width of one input; empty while unknown.
+        input_shape: channels, frames for video, height, width of one input; empty while unknown.
         preprocessing: how pictures become inputs.
         labels: class names, or none.
         conversion: how the model was converted: budget, distribution, seed, for the record.
@@ -89,7 +90,7 @@ class ModelConfig:
             )
         except (ArithmeticError, KeyError, TypeError, ValueError) as error:
             raise FormatError(f"the model's description is not understood: {error!r}; the file is damaged.") from error
-        if not 0 <= config.num_classes <= MOST_CLASSES or any(not 0 < n < _LONGEST_SIDE for n in config.input_shape):
+        if not 0 <= config.num_classes <= MOST_CLASSES or any(not 0 < n < LONGEST_SIDE for n in config.input_shape):
             raise FormatError(
                 f"the model's description claims {config.num_classes} classes and inputs of {config.input_shape}; "
                 f"the file is damaged."

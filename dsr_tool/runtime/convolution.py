@@ -13,9 +13,10 @@ from dsr_tool.runtime.kernels import Kernel, Table
 from dsr_tool.runtime.matrices import Multiply, Weight, dense, multiplier
 from dsr_tool.runtime.windows import Sizes, Window
 
-__all__ = ["OPERATORS", "prepare_conv"]
+__all__ = ["COLUMN_BYTES", "OPERATORS", "prepare_conv"]
 
-_COLUMN_BYTES = 4 << 20  # of one im2col block; larger gains nothing and leaves the cache
+COLUMN_BYTES = 4 << 20
+"""Of one im2col block; larger gains nothing and leaves the cache."""
 
 
 def prepare_conv(
@@ -64,7 +65,7 @@ class _Convolution:
         padded = self.window.padded(x[0], out)
         taps = math.prod(self.window.kernel)
         row_bytes = taps * x.shape[1] * math.prod(out[1:]) * x.itemsize
-        rows = out[0] if taps == 1 else max(_COLUMN_BYTES // max(row_bytes, 1), 1)
+        rows = out[0] if taps == 1 else max(COLUMN_BYTES // max(row_bytes, 1), 1)
         blocks = [self._rows(padded, out, first, rows) for first in range(0, out[0], rows)]
         return _joined(blocks, axis=1).reshape(1, -1, *out)
 

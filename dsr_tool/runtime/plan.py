@@ -12,7 +12,7 @@ import numpy as np
 from dsr_tool.core.codecs import SparseTensor
 from dsr_tool.core.graph import Array, Graph, Node
 from dsr_tool.errors import DsrError, FormatError, UsageError
-from dsr_tool.runtime import convolution, elementwise, matmul, pooling, reduce, shapes
+from dsr_tool.runtime import convolution, elementwise, matmul, pooling, reduce, resize, shapes
 from dsr_tool.runtime.kernels import Kernel, Table
 from dsr_tool.runtime.matrices import Weight, dense
 
@@ -24,6 +24,7 @@ OPERATORS: Table = {
     **matmul.OPERATORS,
     **pooling.OPERATORS,
     **reduce.OPERATORS,
+    **resize.OPERATORS,
     **shapes.OPERATORS,
 }
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry
 from dsr_tool.core.layers import LayerSpec
 from dsr_tool.errors import UsageError, first_line
 
-__all__ = ["with_macs"]
+__all__ = ["output_shape", "with_macs"]
 
 _BATCH = 2
 
@@ -54,30 +54,52 @@ def with_macs(module: nn.Module, specs: Mapping[str, LayerSpec], input_shape: tu
     Raises:
         UsageError: the network cannot take such an input.
     """
-    training = {child: child.training for child in module.modules()}
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    state = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    dtype = next((t.dtype for t in module.parameters() if t.is_floating_point()), torch.float32)
-    example = torch.empty((_BATCH, *input_shape), dtype=dtype, device="meta")
+    state = _without_values(module)
     counter = _Counter({state[name].untyped_storage()._cdata: name for name, spec in specs.items() if spec.weight})
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one fused operator would hide the projections
-    try:
-        module.eval()
-        with torch.no_grad(), counter:
-            torch.func.functional_call(module, state, (example,))
-    except Exception as error:  # a module may raise anything
-        raise UsageError(
-            f"input shape {list(input_shape)} does not fit {type(module).__name__}: {first_line(error)}; "
-            f"give another --input-size."
-        ) from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for child, mode in training.items():
-            child.training = mode
+    with counter:
+        _run(module, state, input_shape)
     return {
         name: replace(spec, macs_per_weight=counter.macs.get(name, 0) / _BATCH / max(spec.size, 1))
         if spec.weight
         else spec
         for name, spec in specs.items()
     }
+
+
+def output_shape(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of what the network makes of one input, or of its entry `out`; empty where that is no tensor.
+
+    Raises:
+        UsageError: the network cannot take such an input.
+    """
+    output = _run(module, _without_values(module), input_shape)
+    output = output.get("out") if isinstance(output, Mapping) else output
+    return tuple(output.shape[1:]) if isinstance(output, torch.Tensor) else ()
+
+
+def _without_values(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer on the meta device."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+
+
+def _run(module: nn.Module, state: dict[str, torch.Tensor], input_shape: tuple[int, ...]) -> Any:
+    """The output for `_BATCH` inputs in eval mode; nothing is computed, and the module stays as it is."""
+    training = {child: child.training for child in module.modules()}
+    dtype = next((t.dtype for t in module.parameters() if t.is_floating_point()), torch.float32)
+    example = torch.empty((_BATCH, *input_shape), dtype=dtype, device="meta")
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one fused operator would hide the projections
+    try:
+        module.eval()
+        with torch.no_grad():
+            return torch.func.functional_call(module, state, (example,))
+    except Exception as error:  # a module may raise anything
+        raise UsageError(
+            f"input shape {list(input_shape)} does not fit {type(module).__name__}: {first_line(error)}; "
+            f"give another --input-size or --input-shape."
+        ) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for child, mode in training.items():
+            child.training = mode

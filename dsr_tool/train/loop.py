@@ -14,7 +14,7 @@ import torch
 from torch import optim
 from torch.nn.functional import cross_entropy
 
-from dsr_tool.errors import CheckFailed, DsrError, FormatError, first_line
+from dsr_tool.errors import CheckFailed, DsrError, FormatError, UsageError, first_line
 from dsr_tool.methods import Attached, Reallocation
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.train.data import Data
@@ -216,6 +216,7 @@ class _Run:
             outputs = self.forward(inputs)
             # GoogLeNet and Inception give auxiliary outputs behind the main one while training.
             every = outputs if isinstance(outputs, tuple) else (outputs,)
+            _require_scores(every[0], self.data.dataset.num_classes)
             smoothing = self.settings.label_smoothing
             main, *auxiliary = (
                 cross_entropy(output.float(), labels, label_smoothing=smoothing)
@@ -238,6 +239,16 @@ class _Run:
         self.budget += len(moved.grown.flat) - len(moved.dropped.flat)
         for observer in self.observers:
             observer.on_reallocation(step, moved)
+
+
+def _require_scores(outputs: Any, classes: int) -> None:
+    """Raise `UsageError` unless a model gives one score per class and image."""
+    if not isinstance(outputs, torch.Tensor) or outputs.ndim != 2 or outputs.shape[1] < classes:
+        found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+        raise UsageError(
+            f"the model gives outputs of {found}, where training needs a score for each of the {classes} classes of the "
+            f"data, (batch, classes); give a classification model with as many outputs."
+        )
 
 
 def _check_finite(losses: torch.Tensor, first: int) -> None:

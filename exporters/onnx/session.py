@@ -94,6 +94,10 @@ class OnnxSession:
         options.log_severity_level = _ERRORS_ONLY
         if optimized is not None:
             options.optimized_model_filepath = str(optimized)
+            # Beside it, since a model of more than 2 GB does not fit into one file of this format.
+            data = optimized.with_suffix(".data").name
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data)
+            options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
         self._session = _load(source, options)
         self._input = self._session.get_inputs()[0].name
 

@@ -80,5 +80,5 @@ def _load(file: OnnxFile) -> tuple[OnnxSession, list[str]]:
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         session = OnnxSession(file.path, optimized=optimized)
-        nodes = onnx.load(optimized).graph.node
+        nodes = onnx.load(optimized, load_external_data=False).graph.node
     return session, sorted(file.decode_steps.intersection(name for node in nodes for name in node.output))

@@ -64,7 +64,7 @@ def add_weight(writer: NodeWriter, name: str, tensor: SparseTensor, form: str, d
     parts = _COMPACT[form](tensor) if form in _COMPACT else None
     if parts is not None:
         _add_parts(writer, name, parts, dtype)
-    elif tensor.values.dtype.name == dtype:
+    elif tensor.values.dtype.kind != "f" or tensor.values.dtype.name == dtype:
         writer.initializer(tensor.to_dense(), name)
     else:
         writer.add((FLOATS[dtype], "values"), {"values": tensor.to_dense()}, {}, name)
@@ -98,7 +98,7 @@ def _own_bytes(name: str, tensor: SparseTensor, form: str, dtype: str) -> int:
 
 def _dense_bytes(name: str, tensor: SparseTensor, dtype: str) -> int:
     writer, stored = NodeWriter(), tensor.values.dtype
-    source = name if stored.name == dtype else writer.cast(FLOATS[dtype], name)
+    source = name if stored.kind != "f" or stored.name == dtype else writer.cast(FLOATS[dtype], name)
     return writer.nbytes + initializer_bytes(source, tensor.mask.shape, stored)
 
 

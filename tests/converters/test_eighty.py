@@ -16,13 +16,15 @@ from dsr_tool.sparse.discover import count, discover
 # Parameters with two or more dimensions that are no weights of a layer, by what torchvision calls them.
 NO_WEIGHTS = ("class_token", "pos_embedding", "layer_scale", "relative_position_bias_table", "logit_scale")
 
+CLASSIFIERS = architectures("classification")
+
 
 def test_torchvision_has_the_eighty_classifiers():
-    assert len(architectures()) >= 80
-    assert architectures() == models.list_models(module=models)
+    assert len(CLASSIFIERS) >= 80
+    assert models.list_models(module=models) == CLASSIFIERS
 
 
-@pytest.mark.parametrize("name", architectures())
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_audit_agrees_with_a_rule_by_shape_and_name(name):
     module = structure(name)
     specs = discover(module)
@@ -53,7 +55,7 @@ def test_audit_agrees_with_a_rule_by_shape_and_name(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", architectures())
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_all_converted_whole(name):
     model = convert(name, sparsity="0.9")
     assert model.active_weights == round(Fraction(model.prunable_weights, 10))

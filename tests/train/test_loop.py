@@ -165,3 +165,11 @@ def test_digits_are_learnt_at_a_fifth_of_the_weights(tiny):
 def test_a_warmup_that_rounds_up_to_the_whole_training(tiny):
     factor = lr_factor(tiny.settings(epochs=1, warmup_epochs=0.9), 2)
     assert [factor(step) for step in range(4)] == [0.5, 1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("outputs", [{"out": torch.zeros(2, 10)}, torch.zeros(2, 10, 8, 8), torch.zeros(2, 9)])
+def test_outputs_that_are_no_scores_are_refused(tiny, outputs):
+    model = tiny.model()
+    model.module.forward = lambda _: outputs
+    with pytest.raises(UsageError, match="score for each of the 10 classes"):
+        train(model, tiny.data(), tiny.settings())

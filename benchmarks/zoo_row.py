@@ -1,0 +1,196 @@
+"""One model through the whole chain, as one row of the zoo: convert, archive, load back, ONNX, both runtimes.
+
+    python benchmarks/zoo_row.py resnet18 --input-shape 3,64,64
+
+prints one JSON object. `benchmarks/zoo.py` calls this once a model, in a process of its own, so that the peak of
+memory is that model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+from converters.convert import convert, load
+from dsr_tool.errors import DsrError
+from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparse.trace import trace
+from exporters.archive import export_archive
+from exporters.onnx.exporter import export_onnx
+from exporters.verification import Verification
+
+SPARSITY = 0.9
+_NOISE = 0.1
+_BATCH, _SMALL = 16, 3 * 128 * 128
+
+
+@torch.no_grad()
+def enliven(model: SparseModel, seed: int = 0) -> float:
+    """Give a random model the numbers of a trained one, so that a mistake anywhere reaches its output.
+
+    Fresh networks hide their layers: layer scale starts at 1e-6, heads at zero, norms do nothing, and at a sparsity
+    of 0.9 signals fade. So sparse weights are scaled by the inverse root of their density (weights that are all zero
+    are drawn anew), every other parameter gets noise, and batch norms take the statistics of one batch.
+
+    Args:
+        model: changed in place; masks stay.
+        seed: of the noise and the batch.
+
+    Returns:
+        Largest difference between the outputs of two random inputs, as a fraction of the largest output.
+    """
+    random = torch.Generator().manual_seed(seed)
+
+    def noise(like: torch.Tensor) -> torch.Tensor:
+        return torch.randn(like.shape, generator=random)
+
+    parameters = dict(model.module.named_parameters())
+    for name, spec in model.specs.items():
+        if spec.role == "buffer":
+            continue
+        value = parameters[name]
+        if spec.weight and not value.any():
+            value.copy_(noise(value) / math.sqrt(spec.matrix_shape[1]))
+        elif not spec.weight:
+            value.add_(_NOISE * noise(value))
+        if name in model.masks:
+            value.div_(math.sqrt(float(model.masks[name].float().mean())))
+    model.apply_masks()
+    model.module.eval()
+    shape = model.config.input_shape
+    norms = [layer for layer in model.module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    for layer in norms:
+        layer.train()
+        layer.momentum = 1.0
+    if norms:
+        # With few samples some variances come out far too small, and what they divide grows from layer to layer.
+        model(torch.randn(_BATCH if math.prod(shape) < _SMALL else 4, *shape, generator=random))
+    model.module.eval()
+    outputs = model(torch.randn(2, *shape, generator=random))
+    outputs = outputs["out"] if isinstance(outputs, Mapping) else outputs
+    return float((outputs[0] - outputs[1]).abs().max() / outputs.abs().max())
+
+
+def measure(name: str, input_shape: tuple[int, ...]) -> dict[str, Any]:
+    """The row of one model.
+
+    Args:
+        name: torchvision's name.
+        input_shape: of one input; the architecture's own when empty.
+    """
+    start = time.perf_counter()
+    row = {"model": name, **chain(convert(name, sparsity=SPARSITY, input_shape=input_shape, seed=0))}
+    return row | {"seconds": time.perf_counter() - start, "peak_bytes": _peak_bytes(), "machine": _machine()}
+
+
+def chain(model: SparseModel, fresh: nn.Module | None = None) -> dict[str, Any]:
+    """What a converted model becomes in each form; its numbers are changed on the way.
+
+    Args:
+        model: with an input shape.
+        fresh: another module of the same architecture, for models that torchvision does not know by name.
+    """
+    spread = enliven(model)
+    row: dict[str, Any] = {
+        "input_shape": list(model.config.input_shape),
+        "parameters": model.parameters,
+        "prunable": model.prunable_weights,
+        "active": model.active_weights,
+        "model_sparsity": model.model_sparsity,
+        "spread": spread,
+        **_bytes(model),
+    }
+    # Both exports capture one module, which takes longer than all the rest.
+    with tempfile.TemporaryDirectory() as folder, mock.patch("exporters.verify.trace", functools.cache(trace)):
+        archive = export_archive(model, Path(folder) / "model.dsr")
+        row["bit_for_bit"] = archive.weights_equal and _same(model, load(archive.path, fresh))
+        onnx = export_onnx(model, Path(folder) / "model.onnx")
+    return row | {
+        "archive_bytes": archive.file_bytes,
+        "onnx_bytes": onnx.file_bytes,
+        "relative": {
+            "archive in the sparse runtime": _relative(archive, "sparse"),
+            "archive in onnxruntime": _relative(archive, "onnxruntime"),
+            "onnx in onnxruntime": _relative(onnx, "onnxruntime"),
+        },
+        "notes": [*archive.notes, *onnx.notes],
+    }
+
+
+def _bytes(model: SparseModel) -> dict[str, int]:
+    """The state_dict as it is, and its bound: log2 C(n, active) bits a mask, raw values, raw dense rest."""
+    dense, bound = 0, 0.0
+    for tensor in model.tensors().values():
+        width = tensor.values.dtype.itemsize
+        dense += tensor.mask.size * width
+        bound += tensor.mask.entropy_bound_bits / 8 + tensor.mask.active * width
+    return {"dense_bytes": dense, "bound_bytes": math.ceil(bound)}
+
+
+def _same(model: SparseModel, other: SparseModel) -> bool:
+    """Whether every tensor and every mask of the two have the same bits."""
+    ours, theirs = model.module.state_dict(), other.module.state_dict()
+    return (
+        ours.keys() == theirs.keys()
+        and model.masks.keys() == other.masks.keys()
+        and all(torch.equal(_bits(ours[name]), _bits(theirs[name])) for name in ours)
+        and all(torch.equal(model.masks[name], other.masks[name]) for name in model.masks)
+    )
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.int32) if tensor.dtype == torch.float32 else tensor
+
+
+def _relative(verification: Verification, runtime: str) -> float | None:
+    """Largest difference to PyTorch as a fraction of the largest output; None where the runtime did not run."""
+    difference = verification.runtimes.get(runtime)
+    return None if difference is None else difference / verification.scale
+
+
+def _machine() -> str:
+    """Versions and hardware in words."""
+    names = ("torch", "torchvision", "onnxruntime", "numpy", "scipy")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"Python {platform.python_version()}, {versions} on {platform.system()}, {os.cpu_count()} cores of {cpu}"
+
+
+def _peak_bytes() -> int:
+    """Most memory that this process ever had resident (Linux)."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+
+
+def main() -> None:
+    """Print the row of one model, or what went wrong, as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("--input-shape", default="", help="such as 3,64,64; default: the architecture's")
+    arguments = parser.parse_args()
+    shape = tuple(int(n) for n in arguments.input_shape.split(",") if n)
+    torch.set_num_threads(1)
+    try:
+        row = measure(arguments.name, shape)
+    except DsrError as error:
+        row = {"model": arguments.name, "input_shape": list(shape), "error": str(error)}
+    print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

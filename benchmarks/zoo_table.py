@@ -1,0 +1,157 @@
+"""docs/zoo.md from the rows that `zoo_row.py` measured."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+__all__ = ["table"]
+
+Row = Mapping[str, Any]
+
+_LIMIT = 1e-4
+_HEAD = (
+    "model",
+    "input",
+    "parameters, M",
+    "prunable, M",
+    "zeros of all",
+    "dense, MB",
+    "archive, MB",
+    "÷ bound",
+    "ONNX, MB",
+    "ONNX Runtime",
+    "own runtime",
+    "bit for bit",
+    "peak, GB",
+    "s",
+)
+
+_OPENING = """\
+# The zoo: every torchvision classifier through the whole chain
+
+Each row is one model, converted at sparsity 0.9 of the prunable weights (random weights, seed 0), written as an
+archive, loaded back, written as a compact ONNX file, and run by PyTorch, by ONNX Runtime and by our own runtime. Made
+by one command,
+
+    python benchmarks/zoo.py
+
+which measures each model in a process of its own, keeps finished rows in `build/zoo.jsonl`, goes on where it was
+interrupted, and writes this file.
+
+{machine}
+
+How to read it:
+
+- **input**: channels, height, width (video: channels, frames, height, width). Small where the model allows it; vision
+  transformers and MaxViT have position tables of one size. Files hardly depend on it, peak memory and seconds do.
+- **zeros of all**: zeros as a fraction of all parameters. What may become sparse is **prunable**; depthwise and tiny
+  layers, norms and biases stay dense, so small mobile networks have fewer zeros.
+- **dense**: the state_dict as it is. **archive**: the `.dsr` file, encoding `auto`, exact float32 values. **÷ bound**
+  is the archive divided by log2 C(n, active) bits for each mask plus raw values plus the raw dense rest; below 1
+  since values compress too.
+- **ONNX**: the compact file, encoding `auto`. It holds less than an archive where a model has auxiliary heads for
+  training (GoogLeNet, Inception), which its output does not depend on.
+- **ONNX Runtime**, **own runtime**: the largest difference to PyTorch, as a fraction of the largest output, on a
+  batch of one and a batch of three random inputs. ONNX Runtime ran both files where it could; the worse one counts.
+  At most {limit:g} is asked for.
+- **bit for bit**: whether every tensor and every mask that `converters.convert.load` gives back has the bits of the
+  model.
+- **peak**: most memory that the process had resident, PyTorch (about 0.7 GB by itself) and all the checking included.
+
+Fresh networks hide their layers: layer scale starts at 1e-6, heads of transformers at zero, norms do nothing, and
+signals fade at this sparsity. So that a mistake in any layer reaches the output, weights are scaled by the inverse
+root of their density after the conversion, all other parameters get noise, and batch norms take the statistics of one
+batch. Two random inputs then differ in their outputs by at least {spread:.1%} of the largest output, for every model
+here."""
+
+
+def table(rows: Mapping[str, Row], order: Sequence[str], beyond: Iterable[str]) -> str:
+    """The document.
+
+    Args:
+        rows: what was measured, by model.
+        order: every model that belongs here, in the order of the tables.
+        beyond: those of them that are no classifiers.
+    """
+    beyond = set(beyond)
+    groups = [[name for name in order if name not in beyond], [name for name in order if name in beyond]]
+    done = {name: row for name, row in rows.items() if "error" not in row and name in order}
+    opening = _OPENING.format(
+        machine=_machine(done.values()), limit=_LIMIT, spread=min((row["spread"] for row in done.values()), default=0)
+    )
+    parts = [opening, "## Classification", _summary(groups[0], done), *_rows(groups[0], done)]
+    parts += ["## Segmentation and video", _summary(groups[1], done), *_rows(groups[1], done)]
+    failed = [f"- {name}: {rows[name]['error']}" for name in order if "error" in rows.get(name, {})]
+    missing = [f"- {name}: not measured" for name in order if name not in rows]
+    if failed or missing:
+        parts += ["## Not done", "\n".join([*failed, *missing])]
+    return "\n\n".join(parts) + "\n"
+
+
+def passed(row: Row) -> bool:
+    """Whether a model came back and both runtimes agree with PyTorch."""
+    ours, theirs = _differences(row)
+    return bool(row["bit_for_bit"]) and ours is not None and theirs is not None and max(ours, theirs) <= _LIMIT
+
+
+def _summary(names: Sequence[str], done: Mapping[str, Row]) -> str:
+    rows = [done[name] for name in names if name in done]
+    if not rows:
+        return "Nothing measured yet."
+    good = sum(passed(row) for row in rows)
+    pairs = [_differences(row) for row in rows]
+    ours = max((pair[0] for pair in pairs if pair[0] is not None), default=0.0)
+    theirs = max((pair[1] for pair in pairs if pair[1] is not None), default=0.0)
+    dense, archive = (sum(row[key] for row in rows) for key in ("dense_bytes", "archive_bytes"))
+    minutes = sum(row["seconds"] for row in rows) / 60
+    ratios = sorted(row["archive_bytes"] / row["bound_bytes"] for row in rows)
+    return _wrapped(
+        f"{good} of {len(names)} models pass all of it. Largest difference: ONNX Runtime {theirs:.1e}, own runtime "
+        f"{ours:.1e}. Together {dense / 1e9:.2f} GB dense and {archive / 1e9:.2f} GB as archives, which are "
+        f"{ratios[0]:.2f} to {ratios[-1]:.2f} times the bound; {minutes:.0f} minutes in all."
+    )
+
+
+def _rows(names: Sequence[str], done: Mapping[str, Row]) -> list[str]:
+    lines = ["| " + " | ".join(_HEAD) + " |", "|---|---|" + "---:|" * (len(_HEAD) - 2)]
+    lines += ["| " + " | ".join(_cells(done[name])) + " |" for name in names if name in done]
+    return ["\n".join(lines)]
+
+
+def _cells(row: Row) -> list[str]:
+    ours, theirs = _differences(row)
+    return [
+        row["model"],
+        " x ".join(map(str, row["input_shape"])),
+        f"{row['parameters'] / 1e6:.2f}",
+        f"{row['prunable'] / 1e6:.2f}",
+        f"{row['model_sparsity']:.3f}",
+        f"{row['dense_bytes'] / 1e6:.2f}",
+        f"{row['archive_bytes'] / 1e6:.2f}",
+        f"{row['archive_bytes'] / row['bound_bytes']:.3f}",
+        f"{row['onnx_bytes'] / 1e6:.2f}",
+        "not run" if theirs is None else f"{theirs:.1e}",
+        "not run" if ours is None else f"{ours:.1e}",
+        "yes" if row["bit_for_bit"] else "no",
+        f"{row['peak_bytes'] / 1e9:.2f}",
+        f"{row['seconds']:.0f}",
+    ]
+
+
+def _differences(row: Row) -> tuple[float | None, float | None]:
+    """Of our runtime and of ONNX Runtime."""
+    both = [row["relative"][key] for key in ("archive in onnxruntime", "onnx in onnxruntime")]
+    ran = [value for value in both if value is not None]
+    return row["relative"]["archive in the sparse runtime"], max(ran, default=None)
+
+
+def _machine(rows: Iterable[Row]) -> str:
+    """Versions and hardware, as the rows recorded them."""
+    texts = dict.fromkeys(row["machine"] for row in rows)
+    return _wrapped("Measured with " + "; and with ".join(texts) + ", one thread a model.") if texts else ""
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 118, break_on_hyphens=False)

@@ -1,0 +1,93 @@
+"""state_dict files: pickles read as data and safetensors, and loading them into a module strictly."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from dsr_tool.core.files import require_file
+from dsr_tool.errors import FormatError, UsageError
+
+__all__ = ["fill", "is_state_file", "load_strictly", "read_state"]
+
+
+def is_state_file(weights: str) -> bool:
+    """Whether `--weights` means a file, by its ending or because there is one."""
+    return bool(weights) and (Path(weights).suffix in (".pth", ".pt", ".safetensors", ".bin") or Path(weights).exists())
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """The state_dict that a file holds, by itself or under the key `state_dict` of a checkpoint.
+
+    Raises:
+        FileError: there is no such file.
+        FormatError: it is damaged, or holds something else.
+    """
+    require_file(path, "--weights file")
+    try:
+        state = _read(path)
+    except Exception as error:  # a damaged pickle or zip ends in whatever the reader trips over
+        raise FormatError(
+            f"--weights file {str(path)!r} cannot be read as a state_dict: it is damaged, or was written neither by "
+            f"torch.save nor by safetensors."
+        ) from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    ):
+        raise FormatError(f"--weights file {str(path)!r} holds no state_dict of tensors.")
+    # DataParallel writes every name behind this prefix.
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def load_strictly(module: nn.Module, name: str, state: Mapping[str, torch.Tensor], what: str) -> None:
+    """Fill a module, which may live on the meta device, with exactly its own entries.
+
+    Args:
+        module: changed in place; its types stay.
+        name: what to call it.
+        state: every entry of its state_dict.
+        what: where the state comes from.
+
+    Raises:
+        UsageError: names are missing or unknown, or shapes differ.
+    """
+    own = module.state_dict()
+    # Files from before torch 0.4.1 lack the counters of batch normalisation.
+    counters = {key: torch.zeros_like(value, device="cpu") for key, value in own.items() if value.ndim == 0}
+    state = {**{key: value for key, value in counters.items() if key.endswith("num_batches_tracked")}, **state}
+    missing = sorted(set(own) - set(state))
+    unknown = sorted(set(state) - set(own))
+    differing = sorted(key for key in set(own) & set(state) if own[key].shape != state[key].shape)
+    if missing or unknown or differing:
+        first = (missing or unknown or differing)[0]
+        raise UsageError(
+            f"--weights {what!r} is no state_dict of {name}: {len(missing)} names missing, {len(unknown)} unknown, "
+            f"{len(differing)} of another shape (first: {first!r}); give the architecture that the file was made for."
+        )
+    fill(module, {key: value.to(own[key].dtype, copy=True) for key, value in state.items()})
+
+
+def fill(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Put these tensors into a module, which may live on the meta device; they have its own names and shapes."""
+    # The versions of the layouts travel beside the tensors, and some models (MNASNet) ask for theirs.
+    versioned = OrderedDict(state)
+    versioned._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
+    module.load_state_dict(versioned, assign=True)
+
+
+def _read(path: Path) -> Any:
+    """What a file holds; pickles are read as data, never run."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about unusual pickles, which fail below if they are no state_dict
+        return torch.load(path, map_location="cpu", weights_only=True)
