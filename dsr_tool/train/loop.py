@@ -246,8 +246,8 @@ def _require_scores(outputs: Any, classes: int) -> None:
     if not isinstance(outputs, torch.Tensor) or outputs.ndim != 2 or outputs.shape[1] < classes:
         found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, torch.Tensor) else type(outputs).__name__
         raise UsageError(
-            f"the model gives outputs of {found}, where training needs a score for each of the {classes} classes of the "
-            f"data, (batch, classes); give a classification model with as many outputs."
+            f"the model gives outputs of {found}, where training needs a score for each of the {classes} classes of "
+            f"the data, (batch, classes); give a classification model with as many outputs."
         )
 
 
