@@ -66,7 +66,7 @@ def build(source: str, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)  # after the import, which may draw numbers of its own
         try:
             module = function()
-        except Exception as error:  # the user's code may raise anything
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
             raise UsageError(
                 f"{source!r} failed when it was called without arguments "
                 f"({type(error).__name__}: {first_line(error)}); name a callable that needs none."
@@ -79,7 +79,7 @@ def build(source: str, seed: int = 0) -> nn.Module:
 def _find(source: str, path: str, attribute: str) -> Any:
     try:
         found: Any = importlib.import_module(path)
-    except Exception as error:  # importing runs the user's code
+    except (Exception, SystemExit) as error:  # importing runs the user's code
         raise UsageError(
             f"module {path!r} of {source!r} cannot be imported ({type(error).__name__}: {first_line(error)}); run from "
             f"the folder that holds it, or install it."

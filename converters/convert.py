@@ -131,8 +131,8 @@ def load(path: str | Path, module: nn.Module | str | None = None) -> SparseModel
 
 def _from_folder(path: Path, module: nn.Module | None) -> SparseModel:
     saved = read_folder(path)
-    module = module or _fresh(saved.config)
-    return _assemble(module, saved.config, saved.specs, saved.weights(), saved.masks(), str(path))
+    state, masks = saved.weights(), saved.masks()
+    return _assemble(module or _fresh(saved.config), saved.config, saved.specs, state, masks, str(path))
 
 
 def _from_archive(archive: Archive, module: nn.Module | None) -> SparseModel:
@@ -212,7 +212,10 @@ def _assemble(
             name for name in {**own, **state} if name not in state or own.get(name) != tuple(state[name].shape)
         ]
         first = differing[0] if differing else min(set(specs) ^ set(own))
-        raise FormatError(f"{where!r} does not hold a {config.architecture}: it disagrees about {first!r}.")
+        raise FormatError(
+            f"{where!r} holds {config.architecture} and disagrees about {first!r} with the {type(module).__name__} to "
+            f"be filled; give the model that it was made from, or a whole copy if it is damaged."
+        )
     for name, value in module.state_dict().items():
         if value.dtype != state[name].dtype:
             raise FormatError(f"{where!r} holds {name!r} as {state[name].dtype}, where the model has {value.dtype}.")

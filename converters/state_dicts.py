@@ -68,7 +68,7 @@ def load_strictly(module: nn.Module, name: str, state: Mapping[str, torch.Tensor
     unknown = sorted(set(state) - set(own))
     differing = sorted(key for key in set(own) & set(state) if own[key].shape != state[key].shape)
     if missing or unknown or differing:
-        first = (missing or unknown or differing)[0]
+        first = (missing or unknown or differing)[0][:80]
         raise UsageError(
             f"--weights {what!r} is no state_dict of {name}: {len(missing)} names missing, {len(unknown)} unknown, "
             f"{len(differing)} of another shape (first: {first!r}); give the architecture that the file was made for."

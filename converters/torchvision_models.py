@@ -133,13 +133,18 @@ def _task(name: str) -> str:
                 f"ARCH {name!r} is {what}; give a torchvision model for classification, segmentation or video, or "
                 f"module:callable for a network of your own."
             )
+    if name and ("/" in name or Path(name).suffix or Path(name).exists()):
+        raise UsageError(
+            f"ARCH {name!r} is a path; give the name of a torchvision model, such as resnet18, or module:callable for "
+            f"a network of your own, and a file of its values as --weights."
+        )
     raise unknown_name("ARCH", name, architectures())
 
 
 def _from_enum(name: str, weights: str, num_classes: int | None) -> tuple[nn.Module, Any]:
     enum_class = models.get_model_weights(name)
     short = weights.removeprefix(f"{enum_class.__name__}.")
-    known = ["DEFAULT", *enum_class.__members__]
+    known = list({"DEFAULT": None, **enum_class.__members__})
     if short not in known:
         prefix = f"{enum_class.__name__}." if "." in weights else ""
         raise unknown_name("--weights", weights, [prefix + key for key in known])

@@ -11,6 +11,9 @@ from collections.abc import Iterable
 __all__ = ["CheckFailed", "DsrError", "FileError", "FormatError", "UsageError", "first_line", "unknown_name"]
 
 
+_LONGEST, _LONGEST_NAME = 450, 80
+
+
 class DsrError(Exception):
     """Base of every error that dsr-tool raises on purpose; the command line exits with `exit_code`."""
 
@@ -28,7 +31,15 @@ class FileError(DsrError, OSError):
 
 
 class FormatError(DsrError, ValueError):
-    """A file is damaged, of a newer version, or not of the kind that was asked for (exit code 1)."""
+    """A file is damaged, of a newer version, or not of the kind that was asked for (exit code 1).
+
+    Such messages cite what stands in files of strangers: they are one printable line, and long ones lose their middle.
+    """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST * 2 // 3]} ... {message[-_LONGEST // 3 :]}"
+        super().__init__("".join(char if char.isprintable() else repr(char)[1:-1] for char in message))
 
 
 class CheckFailed(DsrError):  # noqa: N818 - it says what happened
@@ -51,7 +62,7 @@ def unknown_name(parameter: str, value: str, known: Iterable[str]) -> UsageError
         value: the name that nobody knows.
         known: every allowed name.
     """
-    names = sorted(known)
+    names, value = sorted(known), value[:_LONGEST_NAME]
     close = difflib.get_close_matches(value, names, n=3, cutoff=0.5)
     if close:
         hint = f"did you mean {' or '.join(close)}?"

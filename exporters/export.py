@@ -45,7 +45,7 @@ CONTAINERS = {
 }
 
 _ENDINGS = {ending: name for name, container in CONTAINERS.items() for ending in container.endings}
-_FOREIGN = (".npy", ".bin", ".zip")
+_FOREIGN = (".npy", ".bin", ".zip", ".json", ".txt", ".gz", ".html")
 
 
 def export(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,14 +10,24 @@ import torch
 from torch import nn
 
 from dsr_tool.core.graph import Array, Value
+from dsr_tool.errors import FormatError, UsageError, first_line
 
 __all__ = ["largest_difference", "outputs_of", "random_inputs", "rounding_error"]
 
+_MOST_ENTRIES = 1 << 27
+"""Of one input: half a GiB in float32."""
+
 
 def random_inputs(value: Value, samples: int, seed: int) -> list[Array]:
-    """Random inputs: one alone, then a batch of `samples`."""
+    """Random inputs: one alone, then a batch of `samples`.
+
+    Raises:
+        FormatError: the shape, which comes out of a file, is not one that can be filled.
+    """
+    one = [1 if n is None else n for n in value.shape[1:]]
+    if min(one, default=1) < 1 or math.prod(one) > _MOST_ENTRIES:
+        raise FormatError(f"input {value.name[:80]!r} has the shape {str(value.shape)[:80]}, which cannot be filled.")
     random = np.random.default_rng(seed)
-    one = [n or 1 for n in value.shape[1:]]
     return [random.standard_normal((batch, *one)).astype(value.dtype) for batch in (1, samples)]
 
 
@@ -24,15 +35,25 @@ def rounding_error(module: nn.Module, inputs: list[Array], reference: list[Array
     """Largest rounding error of PyTorch's outputs; the module is of double precision afterwards."""
     try:
         exact = outputs_of(module.double(), [x.astype(np.float64) for x in inputs])
-    except RuntimeError:  # a type is written into its code
+    except UsageError:  # a type is written into its code
         return 0.0
     return largest_difference(exact, reference)
 
 
 def outputs_of(module: nn.Module, inputs: list[Array]) -> list[Array]:
-    """What PyTorch computes."""
-    with torch.no_grad():
-        outputs = [module(torch.from_numpy(x)) for x in inputs]
+    """What PyTorch computes.
+
+    Raises:
+        UsageError: the module cannot be run on such inputs (an embedding takes no random numbers).
+    """
+    try:
+        with torch.no_grad():
+            outputs = [module(torch.from_numpy(x)) for x in inputs]
+    except Exception as error:  # whatever the code of a user's own network raises
+        raise UsageError(
+            f"the model cannot be verified: it fails on random inputs of {inputs[0].shape} ({first_line(error)}); "
+            f"only models of continuous inputs can be exported."
+        ) from error
     return [(y["out"] if isinstance(y, Mapping) else y).numpy() for y in outputs]
 
 

@@ -141,7 +141,7 @@ def _export(
     coded = footprint(tensors, model.specs).everything.coded_bytes
     size = (
         f"zeros are stored in place, so this file is as large as a dense one; an archive (.dsr) holds the same weights "
-        f"in {coded:,} bytes"
+        f"in {coded:,} bytes, and a few kB of graph"
     )
     return replace(verification, path=path, notes=(*verification.notes, size))
 
@@ -154,7 +154,11 @@ def _write_safetensors(path: Path, state: dict[str, Array]) -> None:
 def _write_pth(path: Path, state: dict[str, Array]) -> None:
     # Into an open file: given a path, torch.save writes its name into the file too.
     with path.open("wb") as file:
-        torch.save({name: torch.from_numpy(array) for name, array in state.items()}, file)
+        try:
+            torch.save({name: torch.from_numpy(array) for name, array in state.items()}, file)
+        except RuntimeError as error:
+            # What the disk said, which closing the archive in torch hides behind an error of its own.
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def _read(path: Path, kind: str) -> dict[str, torch.Tensor]:

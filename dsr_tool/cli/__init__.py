@@ -14,11 +14,11 @@ from dsr_tool.errors import DsrError, first_line, unknown_name
 __all__ = ["cli", "main"]
 
 _COMMANDS = {
-    "convert": "Convert a torchvision model to an exact sparse budget.",
-    "train": "Train a converted model with dynamic sparse reparameterization.",
-    "export": "Write a model as one small file: archive or ONNX.",
+    "convert": "Convert a torchvision model, or one of your own, to an exact sparse budget.",
+    "train": "Train a converted model at its budget: DSR, SET, RigL, static masks or gradual pruning.",
+    "export": "Write a model as one file: archive, ONNX, CSR for scipy, safetensors or state_dict.",
     "report": "Say where every weight, byte and multiply-add is.",
-    "predict": "Run a file on pictures or arrays.",
+    "predict": "Run an archive on pictures or arrays.",
     "verify": "Check that a file computes what its model computes.",
     "demo": "The main job on a small real data set, in a few minutes.",
     "doctor": "Versions, devices, and what does not fit together.",
@@ -64,9 +64,7 @@ def _run() -> int:
     try:
         result = cli.main(prog_name="dsr-tool", standalone_mode=False)
     except click.ClickException as error:
-        context = getattr(error, "ctx", None)
-        path = context.command_path if context else "dsr-tool"
-        return _say(f"{error.format_message().rstrip('.')}; `{path} --help` says what is allowed.", error.exit_code)
+        return _say(_usage(error), error.exit_code)
     except DsrError as error:
         return _say(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
@@ -91,6 +89,14 @@ def _run() -> int:
             1,
         )
     return result if isinstance(result, int) else 0
+
+
+def _usage(error: click.ClickException) -> str:
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "dsr-tool"
+    if isinstance(error, click.NoSuchOption) and error.possibilities:
+        return f"option {error.option_name} is unknown; did you mean {' or '.join(error.possibilities)}?"
+    return f"{error.format_message().rstrip('.')}; `{path} --help` says what is allowed."
 
 
 def _say(message: str, code: int) -> int:

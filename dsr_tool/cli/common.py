@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
 __all__ = ["emit", "examples", "model_option", "note", "output_options", "result_options"]
 
+_STDOUT = "dsr_tool.cli.stdout"
 _QUIET = "Print the result alone: no progress, no notes."
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -17,12 +21,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def output_options(function: F) -> F:
     """Add `--json` and `--quiet` to a command, as arguments `as_json` and `quiet`."""
-    return _json(click.option("--quiet", "-q", is_flag=True, help=_QUIET)(function))
+    return _result(click.option("--quiet", "-q", is_flag=True, help=_QUIET)(function))
 
 
 def result_options(function: F) -> F:
     """The same for a command that prints its result and nothing beside it: `--quiet` changes nothing."""
-    return _json(click.option("--quiet", "-q", is_flag=True, expose_value=False, help=_QUIET)(function))
+    return _result(click.option("--quiet", "-q", is_flag=True, expose_value=False, help=_QUIET)(function))
 
 
 def model_option(function: F) -> F:
@@ -31,8 +35,16 @@ def model_option(function: F) -> F:
     return click.option("--model", "maker", metavar="MODULE:CALLABLE", help=text)(function)
 
 
-def _json(function: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(function)
+def _result(function: F) -> F:
+    """Add `--json`, and keep stdout for what `emit` prints: a network of the user's own may print as it runs."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any, **options: Any) -> Any:
+        click.get_current_context().meta[_STDOUT] = sys.stdout
+        with contextlib.redirect_stdout(sys.stderr):
+            return function(*arguments, **options)
+
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(cast(F, run))
 
 
 def examples(*lines: str) -> str:
@@ -42,7 +54,8 @@ def examples(*lines: str) -> str:
 
 def emit(document: dict[str, Any], text: str, *, as_json: bool) -> None:
     """Print the result: the document, or the text for people."""
-    click.echo(json.dumps(document, indent=1, allow_nan=False) if as_json else text)
+    stdout = click.get_current_context().meta[_STDOUT]
+    click.echo(json.dumps(document, indent=1, allow_nan=False) if as_json else text, file=stdout)
 
 
 def note(message: str, *, quiet: bool) -> None:

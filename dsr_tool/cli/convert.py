@@ -14,7 +14,7 @@ __all__ = ["command"]
 
 def _shape(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:  # noqa: ARG001
     try:
-        return tuple(int(part) for part in value.split(",")) if value else ()
+        return tuple(int(part) for part in value.split(",")) if value is not None else ()
     except ValueError as error:
         raise click.BadParameter(f"{value!r} is not a shape; write it as 3,224,224.") from error
 

@@ -50,18 +50,23 @@ def command(source: Path, output: Path, maker: str | None, as_json: bool, **opti
     The file is run and compared with the model before it takes its name; when it does not hold the model, the exit
     code is 3 and no file is left. Archives, ONNX and .npz files are small; safetensors and state-dict files keep zeros
     in place, for tools that know nothing else, and are as large as a dense model. A compact ONNX file in place of
-    MODEL_DIR becomes a dense one.
+    MODEL_DIR becomes a dense one. An archive of a model with a budget in bytes is compared with it.
     """
     from dsr_tool.core.files import refuse_existing
+    from dsr_tool.report.budget import check_exported
     from dsr_tool.report.verification import verification_document, verification_text
     from exporters.export import densify_export, export
 
     refuse_existing(output, force=options["force"])
+    check = None
     if source.suffix.lower() == ".onnx":
         verification = densify_export(source, output, **options)
     else:
         from converters.convert import load
 
-        verification = export(load(source, maker), output, **options)
-    document = verification_document("export", verification)
-    emit(document, verification_text(verification), as_json=as_json)
+        model = load(source, maker)
+        verification = export(model, output, **options)
+        check = check_exported(model, verification)
+    document = {**verification_document("export", verification), "budget": check.to_dict() if check else None}
+    text = verification_text(verification) + (f"\n  {check.line}" if check else "")
+    emit(document, text, as_json=as_json)

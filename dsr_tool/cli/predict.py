@@ -52,12 +52,11 @@ def command(file: Path, inputs: tuple[Path, ...], runtime: str, top: int, labels
         raise unknown_name("--runtime", runtime, _RUNTIMES)
     archive = open_archive(file)
     names = _labels(labels, archive)
-    batch = load_inputs(inputs, archive.config)
-    outputs = _run(archive, runtime, batch)
+    batches = [load_inputs([path], archive.config) for path in inputs]
+    outputs = _run(archive, runtime, np.concatenate(batches))
     if not np.isfinite(outputs).all():
         raise DsrError("the model's outputs are not finite; look at the scale of the inputs, and verify the file.")
-    # One array of inputs makes several predictions, and then the number of each is its name.
-    sources = [str(path) for path in inputs] if len(inputs) == len(outputs) else list(map(str, range(len(outputs))))
+    sources = [name for path, batch in zip(inputs, batches, strict=True) for name in _inputs(path, len(batch))]
     predictions = [
         {"input": source, "top": (_best if row.ndim == 1 else _pixels)(row, names, top)}
         for source, row in zip(sources, outputs, strict=True)
@@ -69,6 +68,11 @@ def command(file: Path, inputs: tuple[Path, ...], runtime: str, top: int, labels
         "predictions": predictions,
     }
     emit(document, _text(document), as_json=as_json)
+
+
+def _inputs(path: Path, count: int) -> list[str]:
+    """What to call the inputs of a file; an array may hold several."""
+    return [str(path)] if count == 1 else [f"{path}[{i}]" for i in range(count)]
 
 
 def _run(archive: Archive, runtime: str, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

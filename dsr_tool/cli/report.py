@@ -43,7 +43,7 @@ def command(
     memory: bool,
     **options: Any,
 ) -> None:
-    """Report the footprint of PATH: a model folder, run folder, .dsr archive or .onnx file.
+    """Report the footprint of PATH: a model folder, run folder, .dsr archive, .onnx file or .npz file.
 
     Per layer and in all: parameters, active weights, density, bytes as dense, CSR, bitmask and coded, the entropy
     bound, and multiply-adds; sparsity against both denominators; and the size on disk beside the computed one. The

@@ -14,7 +14,7 @@ __all__ = ["command"]
 
 def _numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[float, ...] | None:  # noqa: ARG001
     try:
-        return tuple(float(part) for part in value.split(",")) if value else None
+        return tuple(float(part) for part in value.split(",")) if value is not None else None
     except ValueError as error:
         raise click.BadParameter(f"{value!r} is not a list of numbers; write it as 60,120,160.") from error
 
@@ -40,7 +40,11 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
 @click.option("--batch-size", type=int, help="Images per step; default 128.")
 @click.option("--lr", type=float, help="Peak learning rate; default 0.1 for sgd, 0.001 for the others.")
 @click.option("--schedule", help="cosine (default) or step.")
-@click.option("--milestones", callback=_numbers, help="Epochs at which step lowers the rate, such as 60,120,160.")
+@click.option(
+    "--milestones",
+    callback=_numbers,
+    help="Epochs at which step lowers the rate, such as 60,120,160; default: at 30, 60 and 80 %.",
+)
 @click.option("--gamma", type=float, help="Factor of each of these; default 0.2.")
 @click.option("--warmup-epochs", type=float, help="Epochs of linear rise to the peak; default 0.")
 @click.option("--optimizer", help="sgd (default), adam, adamw or rmsprop.")
@@ -60,7 +64,11 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
 @click.option("--threshold", type=float, help="dsr: magnitude below which weights are dropped at first; default 0.001.")
 @click.option("--drop-fraction", type=float, help="set, rigl: share of a layer to move; default 0.14, 0.3 (decaying).")
 @click.option("--final-sparsity", help="gmp: fraction of zeros at the end; the model starts with sparsity 0.")
-@click.option("--resume", is_flag=True, help="Go on where the run in the output folder stopped, bit for bit.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on where the run in the output folder stopped, bit for bit; from the start where there is none.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing run folder.")
 @model_option
 @output_options
@@ -94,6 +102,8 @@ def command(
         options["options"] = {name: value for name, value in own.items() if value is not None}
     given = {name: value for name, value in options.items() if value is not None}
     TrainSettings(**given).check()
+    if resume and force:
+        raise UsageError(f"--resume goes on with {str(output)!r} and --force replaces it; give one of the two.")
     if output.resolve() == model_dir.resolve():
         raise UsageError(f"--output {str(output)!r} is the model to train; give another folder.")
     run = RunFolder(output, force=force, resume=resume)
@@ -101,7 +111,7 @@ def command(
     model = load(output if stopped else model_dir, maker)
     images = load_data(data, model.config)
     if stopped:
-        stopped.require({"data": data, **images.sizes})
+        stopped.require({"model": str(model_dir), "data": data, **images.sizes})
     settings = (stopped.settings(given) if stopped else TrainSettings(**given)).resolve(images.dataset.augment)
     run.facts = {"model": str(model_dir), "data": data, **images.sizes, "settings": settings.to_dict()}
     before = stopped.epochs if stopped else ()

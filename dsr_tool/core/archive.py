@@ -26,6 +26,7 @@ from dsr_tool.core.manifest import (
     METADATA,
     PACKED,
     Entry,
+    check_claim,
     crc32_of,
     packed_stream,
     unpack,
@@ -44,9 +45,7 @@ __all__ = [
     "write_archive",
 ]
 
-MAX_DECODED_BYTES = 16 << 30
 _ALIGNED = 64
-_FREE_DECODED_BYTES, _MAX_DECODED_RATIO = 256 << 20, 10_000
 
 
 def open_archive(path: str | Path, *, max_decoded_bytes: int | None = None) -> Archive:
@@ -207,14 +206,7 @@ class Archive:
             or set(expected) != self._container.streams.keys()
         ):
             raise self._damaged("its tensors are not those that its manifest lists")
-        total = sum(entry.nbytes_decoded for entry in entries)
-        if max_decoded_bytes is None:
-            max_decoded_bytes = min(_FREE_DECODED_BYTES + _MAX_DECODED_RATIO * self.nbytes, MAX_DECODED_BYTES)
-        if total > max_decoded_bytes:
-            raise FormatError(
-                f"{str(self.path)!r} claims {total:,} bytes of weights, more than the {max_decoded_bytes:,} allowed; "
-                f"raise max_decoded_bytes if you trust the file."
-            )
+        check_claim(self.path, entries, self.nbytes, max_decoded_bytes)
 
     def _graph(self, crc32: int) -> Graph:
         try:

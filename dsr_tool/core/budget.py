@@ -6,7 +6,7 @@ import decimal
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -68,15 +68,20 @@ class Budget:
         """A budget as written on the command line; a fraction of a byte, parameter or multiply-add is cut off.
 
         Raises:
-            UsageError: the text is not a number with one of the units.
+            UsageError: the text is not a number above 0 with one of the units.
         """
         match = _WRITTEN.fullmatch(text.strip())
         unit = match[2] if match else ""
         unit = f"{unit}s" if unit.endswith("MAC") else unit
         if match is None or unit not in _UNITS:
+            near = [name for name in _UNITS if name.lower() in (unit.lower(), f"{unit}s".lower())]
+            if match and near:
+                raise UsageError(f"budget {text[:80]!r} is not understood; did you mean {match[1]}{near[0]}?")
             raise UsageError(f"budget {text[:80]!r} is not understood; write a number and its unit, as in {FORMS}.")
         kind, factor = _UNITS[unit]
         amounts = {kind: math.floor(Fraction(match[1]) * factor)}
+        if not amounts[kind]:
+            raise UsageError(f"budget {text[:80]!r} allows nothing; write a larger number, as in {FORMS}.")
         return cls(None, amounts.get("parameters"), amounts.get("bytes"), amounts.get("macs"), unit)
 
     @classmethod
@@ -117,13 +122,32 @@ class Budget:
         places = max(-int(number.as_tuple().exponent), _SHOWN_DIGITS - whole, 0)
         return f"{number:,.{places}f} {unit}"
 
-    def out_of_reach(self, least: int, most: int, why: str = "") -> UsageError:
+    def out_of_reach(self, least: int, most: int) -> UsageError:
         """The error for a model that can only be `least` to `most` of what is limited; the range is rounded inwards."""
-        low, high = self.show(least, decimal.ROUND_CEILING), self.show(most, decimal.ROUND_FLOOR)
+        low, high = self._legible(least, decimal.ROUND_CEILING), self._legible(most, decimal.ROUND_FLOOR)
+        if least >= most:
+            return UsageError(
+                f"budget {self.show()} cannot be met: no layer of this model is left to be sparse, so that it always "
+                f"has {self._legible(most)}; keep fewer layers dense."
+            )
+        if self.amount > most:
+            return UsageError(
+                f"budget {self.show()} is more than this model can fill, which has {high} with all its weights; give "
+                f"one from {low} to {high}, or --sparsity 0 for all weights."
+            )
         return UsageError(
-            f"budget {self.show()} cannot be met{why}: this model can have from {low} to {high}; give a budget in that "
+            f"budget {self.show()} cannot be met: this model can have from {low} to {high}; give a budget in that "
             f"range, or keep fewer layers dense."
         )
+
+    def _legible(self, amount: int, rounding: str = decimal.ROUND_HALF_EVEN) -> str:
+        """An amount in whichever unit, of the kind that the budget is in, leaves digits before the point."""
+        binary = "i" in self.unit
+        units = {name: factor for name, (kind, factor) in _UNITS.items() if kind == self.kind}
+        family = [name for name, factor in units.items() if factor == 1 or ("i" in name) == binary]
+        fitting = [name for name in family if units[name] <= amount]
+        unit = max(fitting, key=units.__getitem__, default=self.unit)
+        return replace(self, unit=unit).show(amount, rounding)
 
     def active_weights(self, prunable: int, other: int, layers: int) -> int:
         """The exact number of active prunable weights, for a sparsity or a number of parameters.

@@ -27,6 +27,8 @@ MAX_RANK = 32
 """Dimensions of a tensor, as in numpy."""
 _MAX_HEADER_BYTES = 64 << 20
 _LARGEST = 1 << 48
+_OTHERS = {b"PK\x03\x04": "a zip file, as .npz and .pth files are", b"\x08": "an ONNX file"}
+"""What files of other kinds start with, for those whose first bytes are the length of no header."""
 _TYPES = {
     "BOOL": "?",
     "U8": "u1",
@@ -79,10 +81,12 @@ class Container:
         # The file stays open as long as this object lives, so that it may be replaced meanwhile.
         weakref.finalize(self, self._file.close)
         self.nbytes = os.fstat(self._file.fileno()).st_size
-        length = int.from_bytes(self._file.read(8), "little")
+        start = self._file.read(8)
+        length = int.from_bytes(start, "little")
         self.header_bytes = 8 + length
         if length > _MAX_HEADER_BYTES or not 10 <= self.header_bytes <= self.nbytes:
-            raise FormatError(f"its header claims {length:,} bytes")
+            other = next((kind for first, kind in _OTHERS.items() if start.startswith(first)), "")
+            raise FormatError(f"it looks like {other}" if other else f"its header claims {length:,} bytes")
         header = parse_json(self._read(8, length).tobytes(), "its header")
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):

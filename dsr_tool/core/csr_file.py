@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from dsr_tool.core.archive import MAX_DECODED_BYTES
 from dsr_tool.core.codecs import CODECS, SparseTensor
 from dsr_tool.core.config import ModelConfig
 from dsr_tool.core.container import parse_json
 from dsr_tool.core.files import require_file
 from dsr_tool.core.graph import Array
 from dsr_tool.core.layers import LayerSpec, matrix_shape
-from dsr_tool.core.manifest import Entry
+from dsr_tool.core.manifest import Entry, check_claim
 from dsr_tool.core.mask import Mask
 from dsr_tool.core.npz import NpzReader, write_npz
 from dsr_tool.errors import FormatError, UsageError
@@ -30,7 +29,6 @@ __all__ = ["CsrFile", "load_csr", "write_csr"]
 SCHEMA = "dsr-tool/csr/1"
 DESCRIPTION = ":description"
 _PARTS = ("data", "indices", "indptr", "shape")
-_FREE_DECODED_BYTES, _MAX_DECODED_RATIO = 256 << 20, 10_000
 _FREE_DESCRIPTION_BYTES, _MAX_DESCRIPTION_RATIO = 4 << 20, 64
 _MOST = 2**31 - 1
 
@@ -207,14 +205,7 @@ def _check_entries(file: NpzReader, entries: list[Entry], max_decoded_bytes: int
             raise file.damaged(f"tensor {entry.spec.name!r} is stored otherwise than its role says")
         if entry.codec == "csr" and max(entry.active, rows, columns) > _MOST:
             raise file.damaged(f"weight {entry.spec.name!r} is too large for int32 indices")
-    total = sum(entry.nbytes_decoded for entry in entries)
-    if max_decoded_bytes is None:
-        max_decoded_bytes = min(_FREE_DECODED_BYTES + _MAX_DECODED_RATIO * file.nbytes, MAX_DECODED_BYTES)
-    if total > max_decoded_bytes:
-        raise FormatError(
-            f"{str(file.path)!r} claims {total:,} bytes of weights, more than the {max_decoded_bytes:,} allowed; "
-            f"raise max_decoded_bytes if you trust the file."
-        )
+    check_claim(file.path, entries, file.nbytes, max_decoded_bytes)
 
 
 def _read(file: NpzReader, entry: Entry) -> csr_matrix[Any] | Array:

@@ -16,6 +16,7 @@ from dsr_tool.core.mask import Mask
 
 __all__ = ["fold_norms"]
 
+_EPSILON = 1e-5
 _Float64 = npt.NDArray[np.float64]
 
 
@@ -33,8 +34,10 @@ def fold_norms(graph: Graph, tensors: Mapping[str, SparseTensor]) -> tuple[Graph
         The graph without those norms, and the tensors that it uses.
     """
     folder = _Folder(graph, tensors)
-    for node in graph:
-        folder.add(node)
+    # A norm that divides by zero gives what it would give unfolded.
+    with np.errstate(all="ignore"):
+        for node in graph:
+            folder.add(node)
     return folder.result()
 
 
@@ -74,6 +77,7 @@ class _Folder:
         return (
             norm.op == "BatchNormalization"
             and not norm.attributes.get("training_mode", 0)
+            and isinstance(norm.attributes.get("epsilon", _EPSILON), float)
             and len(norm.inputs) == 5
             and conv.op == "Conv"
             and len(conv.inputs) > 1
@@ -96,7 +100,7 @@ class _Folder:
     def _folded(self, conv: Node, norm: Node) -> Node:
         """The convolution that computes both; its new weight and bias go to the tensors."""
         scale, shift, mean, variance = (self._float64(name) for name in norm.inputs[1:5])
-        factor = scale / np.sqrt(variance + cast("float", norm.attributes.get("epsilon", 1e-5)))
+        factor = scale / np.sqrt(variance + cast("float", norm.attributes.get("epsilon", _EPSILON)))
         source, weight = conv.inputs[:2]
         old = self._float64(conv.inputs[2]) if conv.inputs[2:] and conv.inputs[2] else np.zeros(1)
         self._tensors[weight] = scaled = _scaled(self._tensors[weight], factor)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,8 @@ __all__ = ["Array", "Attribute", "Graph", "Node", "Value"]
 Array = npt.NDArray[Any]
 Attribute = int | float | str | tuple[int, ...] | tuple[float, ...] | tuple[str, ...]
 
+_WORD = re.compile(r"[A-Za-z]\w{0,79}", re.ASCII)
+"""How operators and attributes are called."""
 _CONSTANT_TYPES = ("bool", "int32", "int64", "uint8", "float16", "float32", "float64")
 
 
@@ -111,7 +114,7 @@ class Graph:
                 opset=int(data["opset"]),
             )
         except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-            raise FormatError(f"the graph is not understood: {error!r}; the file is damaged.") from error
+            raise FormatError(f"the graph is not understood ({repr(error)[:200]}); the file is damaged.") from error
         graph.check()
         return graph
 
@@ -121,22 +124,22 @@ class Graph:
             raise FormatError("the graph has no input or no output; the file is damaged.")
         for value in (*self.inputs, *self.outputs):
             if value.dtype not in _CONSTANT_TYPES:
-                raise FormatError(f"value {value.name!r} is of type {value.dtype!r}, which no graph has.")
+                raise FormatError(f"value {value.name[:80]!r} is of type {value.dtype[:20]!r}, which no graph has.")
         known = {value.name for value in self.inputs} | set(self.constants) | set(self.parameters)
         for node in self.nodes:
+            if not all(_WORD.fullmatch(word) for word in (node.op, *node.attributes)) or not any(node.outputs):
+                raise FormatError(f"node {node.op[:80]!r} has a name that no operator or attribute has, or no output.")
             missing = [name for name in node.inputs if name and name not in known]
             if missing:
-                raise FormatError(
-                    f"node {node.op} -> {node.outputs} uses {missing[0]!r}, which nothing makes before it."
-                )
+                raise FormatError(f"a node {node.op} uses {missing[0][:80]!r}, which nothing makes before it.")
             for name in node.outputs:
                 if name in known:
-                    raise FormatError(f"value {name!r} of node {node.op} is made twice.")
+                    raise FormatError(f"value {name[:80]!r} of node {node.op} is made twice.")
                 if name:
                     known.add(name)
         for value in self.outputs:
             if value.name not in known:
-                raise FormatError(f"output {value.name!r} is made by no node.")
+                raise FormatError(f"output {value.name[:80]!r} is made by no node.")
 
     def users(self) -> dict[str, list[Node]]:
         """For each value name, the nodes that read it."""
@@ -194,8 +197,8 @@ def _array_to_dict(array: Array) -> dict[str, Any]:
 def _array_from_dict(data: dict[str, Any]) -> Array:
     dtype, shape = str(data["dtype"]), tuple(int(n) for n in data["shape"])
     if dtype not in _CONSTANT_TYPES:
-        raise FormatError(f"constant of type {dtype!r} is not allowed; known types: {', '.join(_CONSTANT_TYPES)}.")
+        raise FormatError(f"constant of type {dtype[:20]!r} is not allowed; known types: {', '.join(_CONSTANT_TYPES)}.")
     raw = base64.b64decode(data["data"], validate=True)
     if min(shape, default=0) < 0 or len(raw) != math.prod(shape) * np.dtype(dtype).itemsize:
-        raise FormatError(f"constant of shape {shape} does not match its {len(raw)} bytes.")
+        raise FormatError(f"constant of shape {str(shape)[:80]} does not match its {len(raw)} bytes.")
     return np.frombuffer(raw, np.dtype(dtype).newbyteorder("<")).astype(dtype).reshape(shape)

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from dsr_tool.core.container import MAX_RANK
 from dsr_tool.errors import FormatError
 
 __all__ = ["LayerSpec", "matrix_shape"]
@@ -67,8 +68,9 @@ class LayerSpec:
                 and isinstance(spec.weight, bool)
                 and isinstance(spec.macs_per_weight, (int, float))
                 and 0 <= spec.macs_per_weight < _LARGEST
-                and all((spec.role != "sparse") <= n < _LARGEST for n in spec.shape)
-                and spec.size < _LARGEST
+                and len(spec.shape) <= MAX_RANK
+                and all(n >= (spec.role == "sparse") for n in spec.shape)
+                and math.prod(n or 1 for n in spec.shape) < _LARGEST  # numpy counts so, even where one of them is 0
             )
         except (ArithmeticError, TypeError, ValueError, KeyError) as error:
             raise FormatError(f"layer entry {str(data)[:80]!r} is not understood: {error}.") from error

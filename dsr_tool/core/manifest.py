@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dsr_tool.core.codecs import CODECS
-from dsr_tool.core.container import MAX_RANK, whole
+from dsr_tool.core.container import whole
 from dsr_tool.core.graph import Array
 from dsr_tool.core.layers import LayerSpec
 from dsr_tool.errors import FormatError
@@ -23,8 +23,10 @@ __all__ = [
     "METADATA",
     "PACKED",
     "Entry",
+    "check_claim",
     "container_header_bytes",
     "crc32_of",
+    "most_decoded_bytes",
     "pack",
     "packed_stream",
     "unpack",
@@ -36,6 +38,7 @@ PACKED = "packed"
 """Codec of the many small tensors that share one stream per type: norms, biases and buffers."""
 _MAX_DOCUMENT_BYTES = 64 << 20
 _FREE_DOCUMENT_BYTES, _MAX_DOCUMENT_RATIO = 4 << 20, 256
+_FREE_DECODED_BYTES, _MAX_DECODED_RATIO, _MAX_DECODED_BYTES = 256 << 20, 10_000, 16 << 30
 _DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
 
 
@@ -86,8 +89,6 @@ class Entry:
         """
         data = dict(data)
         dtype, codec, active, crc32 = (data.pop(key) for key in ("dtype", "codec", "active", "crc32"))
-        if len(data["shape"]) > MAX_RANK:
-            raise FormatError(f"tensor {str(data.get('name'))[:80]!r} has {len(data['shape'])} dimensions.")
         spec = LayerSpec.from_dict(data)
         if dtype not in _DTYPES or (codec not in CODECS and codec != PACKED):
             raise FormatError(
@@ -100,6 +101,22 @@ class Entry:
         if not all(map(whole, crc32.values())) or (codec == PACKED and (crc32 or active < spec.size)):
             raise FormatError(f"tensor {spec.name!r} has checksums or a count that do not go with codec {codec!r}.")
         return cls(spec, dtype, codec, active, dict(crc32))
+
+
+def check_claim(path: Path, entries: Iterable[Entry], file_bytes: int, most: int | None = None) -> None:
+    """Raise `FormatError` where a file claims more than `most` bytes decoded; by its size when absent."""
+    claimed = sum(entry.nbytes_decoded for entry in entries)
+    most = most_decoded_bytes(file_bytes) if most is None else most
+    if claimed > most:
+        raise FormatError(
+            f"{str(path)!r} claims {claimed:,} bytes of weights, more than the {most:,} allowed; raise "
+            f"max_decoded_bytes if you trust the file."
+        )
+
+
+def most_decoded_bytes(file_bytes: int) -> int:
+    """What a file of so many bytes may claim to hold decoded."""
+    return min(_FREE_DECODED_BYTES + _MAX_DECODED_RATIO * file_bytes, _MAX_DECODED_BYTES)
 
 
 def packed_stream(dtype: str) -> str:

@@ -65,7 +65,9 @@ class Attached:
         self._hook = optimizer.register_step_post_hook(self._after_step)
 
     def mask_gradients(self) -> None:
-        """Zero gradients outside the masks now; call it before clipping by norm, so that only kept ones count."""
+        """Zero gradients outside the masks now; call it once before clipping by norm, so that only kept ones count."""
+        # Those of a step that a scaler left out, as they overflowed, count no more.
+        self._gradients = None
         self._keeper.mask_gradients()
 
     def remove(self) -> None:
@@ -75,13 +77,21 @@ class Attached:
 
     def state_dict(self) -> dict[str, Any]:
         """Step, method state and random state; masks are saved with the model."""
-        return {"step": self.step, "method": self.method.state_dict(), "random": self._generator.get_state()}
+        return {
+            "step": self.step,
+            "method": self.method.state_dict(),
+            "random": self._generator.get_state(),
+            "device": self._generator.device.type,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`; on another kind of device, random numbers begin anew."""
         self.step = int(state["step"])
         self.method.load_state_dict(state["method"])
-        self._generator.set_state(state["random"].cpu())
+        if state["device"] == self._generator.device.type:
+            self._generator.set_state(state["random"].cpu())
+        else:
+            self._generator.manual_seed(self._generator.initial_seed() + self.step)
 
     def _keep_gradients(self) -> None:
         """Copy the dense gradients of a step after which the method will ask for them."""

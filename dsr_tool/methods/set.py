@@ -46,7 +46,7 @@ class SET(Method):
     def update(self, weights: ActiveWeights, step: int, generator: torch.Generator) -> Reallocation:  # noqa: ARG002
         """One reallocation; every layer keeps its count, and at least one of its weights."""
         counts = [
-            min(round(self.drop_fraction * active), active - 1, free)
+            min(round(self.drop_fraction * active), max(active - 1, 0), free)
             for active, free in zip(weights.counts, weights.free, strict=True)
         ]
         dropped = Positions(weights.sizes, tuple(counts), weights.positions.flat[smallest(weights, counts)])

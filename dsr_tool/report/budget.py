@@ -11,8 +11,9 @@ from dsr_tool.report.sources import Source
 
 if TYPE_CHECKING:
     from dsr_tool.sparse.model import SparseModel  # a report of a file does without torch
+    from exporters.verification import Verification
 
-__all__ = ["ARCHIVE", "BudgetCheck", "check_source", "check_trained", "too_large"]
+__all__ = ["ARCHIVE", "BudgetCheck", "check_exported", "check_source", "check_trained", "too_large"]
 
 ARCHIVE = "of the archive that it exports to"
 
@@ -45,10 +46,11 @@ class BudgetCheck:
     def line(self) -> str:
         """One line for a terminal."""
         what = self.budget.kind.replace("macs", "multiply-adds")
-        over = "" if self.fits else f", {self.found - self.budget.amount:,} {what} too many"
+        excess = self.found - self.budget.amount
+        over = "" if self.fits else f", {excess:,} {what.removesuffix('s') if excess == 1 else what} too many"
         return (
             f"budget {self.budget.show()}: {'fits' if self.fits else 'does not fit'}, {self.budget.show(self.found)} "
-            f"({self.fraction:.1%}) {self.measured}{over}".replace("%)", " %)")
+            f"({self.fraction:.1%}) {self.measured}{over}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,6 +96,12 @@ def check_source(source: Source, budget: Budget, maker: str | None = None) -> Bu
     from converters.convert import load
 
     return BudgetCheck(budget, archive_bytes(load(source.path, maker)), ARCHIVE)
+
+
+def check_exported(model: SparseModel, verification: Verification) -> BudgetCheck | None:
+    """Check an archive against the budget in bytes of its model; None for other files, and without such a budget."""
+    budget = Budget.of_record(model.config.conversion) if verification.kind == "archive" else None
+    return None if budget is None else BudgetCheck(budget, verification.file_bytes, "on disk")
 
 
 def check_trained(model: SparseModel) -> BudgetCheck | None:

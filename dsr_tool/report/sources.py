@@ -16,11 +16,16 @@ from dsr_tool.core.footprint import Footprint, footprint
 from dsr_tool.core.layers import LayerSpec
 from dsr_tool.core.manifest import container_header_bytes
 from dsr_tool.core.mask import Mask
-from dsr_tool.errors import FileError, FormatError
+from dsr_tool.errors import FileError, FormatError, UsageError
 from dsr_tool.report.runlog import RunLog, read_log
 from exporters.kinds import kind_of
 
 __all__ = ["Source", "StoredBytes", "read"]
+
+
+_FILES = {".dsr": "archive", ".onnx": "onnx", ".npz": "csr"}
+_ONNX_START = b"\x08"
+"""The key of `ir_version`, with which exporters begin a model."""
 
 
 class StoredBytes(NamedTuple):
@@ -63,6 +68,7 @@ def read(path: str | Path) -> Source:
     Raises:
         FileError: nothing there.
         FormatError: damaged, or none of the five.
+        UsageError: a file of plain weights, which says neither what is sparse nor what is computed.
     """
     path = Path(path)
     if not path.exists():
@@ -71,11 +77,15 @@ def read(path: str | Path) -> Source:
         )
     if path.is_dir():
         return _folder(path)
-    if path.suffix == ".onnx":
+    kind = _FILES.get(path.suffix.lower()) or kind_of(path, "PATH")
+    if kind in ("safetensors", "state-dict"):
+        raise UsageError(
+            f"PATH {str(path)!r} is a {kind} file of plain weights, which does not say what is sparse; give the model "
+            f"folder that it was exported from, or a .dsr, .onnx or .npz file."
+        )
+    if kind == "onnx" and (path.suffix.lower() == ".onnx" or path.read_bytes()[:1] == _ONNX_START):
         return _onnx(path)
-    if path.suffix == ".npz" or kind_of(path) == "csr":
-        return _csr(load_csr(path))
-    return _archive(open_archive(path))
+    return _csr(load_csr(path)) if kind == "csr" else _archive(open_archive(path))
 
 
 def _archive(archive: Archive) -> Source:

@@ -134,10 +134,16 @@ def _closing(source: Source) -> list[str]:
         f"sparsity: {print_.sparsity:.4%} of the prunable weights, {print_.model_sparsity:.4%} of the whole model",
         f"bytes: {parts}",
         f"size on disk {print_.file_bytes:,}, computed {print_.computed_bytes:,}: {agree}; "
-        f"dense fp32 {print_.everything.dense_bytes:,}, entropy bound {print_.everything.bound_bytes:,}",
+        f"{_dense(print_)} {print_.everything.dense_bytes:,}, entropy bound {print_.everything.bound_bytes:,}",
         f"MB are 10^6 bytes; MMACs are millions of multiply-adds for one input of {size}, with active weights and with "
         "all; coded: run lengths and byte planes, Huffman-coded; bound: log2 C(parameters, active) bits and raw values",
     ]
+
+
+def _dense(print_: Footprint) -> str:
+    """What a dense file would be, by the types that the weights have here."""
+    bits = {8 * layer.sizes.dense_bytes // layer.sizes.parameters for layer in print_.layers if layer.spec.weight}
+    return f"dense {' and '.join(f'fp{n}' for n in sorted(bits))}".rstrip() + (" (weights)" if bits - {32} else "")
 
 
 def _training_line(training: Any) -> str:

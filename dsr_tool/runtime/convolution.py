@@ -9,7 +9,7 @@ import numpy as np
 
 from dsr_tool.core.codecs import SparseTensor
 from dsr_tool.core.graph import Array
-from dsr_tool.runtime.kernels import Kernel, Table
+from dsr_tool.runtime.kernels import Kernel, Table, claim
 from dsr_tool.runtime.matrices import Multiply, Weight, dense, multiplier
 from dsr_tool.runtime.windows import Sizes, Window
 
@@ -66,6 +66,7 @@ class _Convolution:
         taps = math.prod(self.window.kernel)
         row_bytes = taps * x.shape[1] * math.prod(out[1:]) * x.itemsize
         rows = out[0] if taps == 1 else max(COLUMN_BYTES // max(row_bytes, 1), 1)
+        claim((row_bytes * min(rows, out[0]),), np.uint8)
         blocks = [self._rows(padded, out, first, rows) for first in range(0, out[0], rows)]
         return _joined(blocks, axis=1).reshape(1, -1, *out)
 
@@ -94,6 +95,7 @@ class _Depthwise:
         out = self.window.output_size(x.shape[2:])
         padded = self.window.padded(x[0], out)[:, None]
         weight = self.weight.reshape(*self.weight.shape, *(1 for _ in out))
+        claim((*self.weight.shape[:2], *out), x.dtype)
         result = np.zeros((*self.weight.shape[:2], *out), x.dtype)
         scratch = np.empty_like(result)
         for i, tap in enumerate(self.window.taps(padded, out)):

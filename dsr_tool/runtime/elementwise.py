@@ -10,7 +10,7 @@ from scipy import special
 
 from dsr_tool.core.graph import Array
 from dsr_tool.errors import UsageError
-from dsr_tool.runtime.kernels import Table
+from dsr_tool.runtime.kernels import Kernel, Table, claim
 
 __all__ = ["OPERATORS"]
 
@@ -31,14 +31,29 @@ _TYPES = {
 }
 
 
+def _broadcasting(function: Kernel) -> Kernel:
+    """A function of two arrays that claims what they broadcast to."""
+
+    def run(a: Array, b: Array) -> Array:
+        if a.size > 1 and b.size > 1 and a.shape != b.shape:
+            claim(np.broadcast_shapes(a.shape, b.shape), np.result_type(a, b))
+        result: Array = function(a, b)
+        return result
+
+    return run
+
+
+_maximum, _minimum = _broadcasting(np.maximum), _broadcasting(np.minimum)
+
+
 def _relu(x: Array) -> Array:
     return np.maximum(x, 0)
 
 
 def _clip(x: Array, low: Array | None = None, high: Array | None = None) -> Array:
     if low is not None:
-        x = np.maximum(x, low)
-    return x if high is None else np.minimum(x, high)
+        x = _maximum(x, low)
+    return x if high is None else np.asarray(_minimum(x, high))
 
 
 def _hard_sigmoid(x: Array, *, alpha: float = 0.2, beta: float = 0.5) -> Array:
@@ -74,11 +89,11 @@ def _pow(base: Array, exponent: Array) -> Array:
 
 
 def _max(*arrays: Array) -> Array:
-    return functools.reduce(np.maximum, arrays)
+    return functools.reduce(_maximum, arrays)
 
 
 def _min(*arrays: Array) -> Array:
-    return functools.reduce(np.minimum, arrays)
+    return functools.reduce(_minimum, arrays)
 
 
 def _cast(x: Array, *, to: int) -> Array:
@@ -91,8 +106,17 @@ def _cast_like(x: Array, like: Array) -> Array:
     return x.astype(like.dtype)
 
 
-def _identity(x: Array, *_rest: Array) -> Array:
+def _identity(x: Array) -> Array:
     return x
+
+
+def _dropout(x: Array, ratio: Array | None = None, training: Array | None = None) -> Array:  # noqa: ARG001
+    return x
+
+
+def _where(condition: Array, a: Array, b: Array) -> Array:
+    claim(np.broadcast_shapes(condition.shape, a.shape, b.shape), np.result_type(a, b))
+    return np.where(condition, a, b)
 
 
 def _leaky_relu(x: Array, *, alpha: float = 0.01) -> Array:
@@ -110,44 +134,44 @@ def _softplus(x: Array) -> Array:
 
 OPERATORS: Table = {
     "Abs": np.abs,
-    "Add": np.add,
-    "And": np.logical_and,
+    "Add": _broadcasting(np.add),
+    "And": _broadcasting(np.logical_and),
     "Cast": _cast,
     "CastLike": _cast_like,
     "Ceil": np.ceil,
     "Clip": _clip,
     "Cos": np.cos,
-    "Div": _div,
-    "Dropout": _identity,
+    "Div": _broadcasting(_div),
+    "Dropout": _dropout,
     "Elu": _elu,
-    "Equal": np.equal,
+    "Equal": _broadcasting(np.equal),
     "Erf": special.erf,
     "Exp": np.exp,
     "Floor": np.floor,
     "Gelu": _gelu,
-    "Greater": np.greater,
-    "GreaterOrEqual": np.greater_equal,
+    "Greater": _broadcasting(np.greater),
+    "GreaterOrEqual": _broadcasting(np.greater_equal),
     "HardSigmoid": _hard_sigmoid,
     "HardSwish": _hard_swish,
     "Identity": _identity,
     "LeakyRelu": _leaky_relu,
-    "Less": np.less,
-    "LessOrEqual": np.less_equal,
+    "Less": _broadcasting(np.less),
+    "LessOrEqual": _broadcasting(np.less_equal),
     "Log": np.log,
     "Max": _max,
     "Min": _min,
-    "Mul": np.multiply,
+    "Mul": _broadcasting(np.multiply),
     "Neg": np.negative,
     "Not": np.logical_not,
-    "Or": np.logical_or,
-    "Pow": _pow,
+    "Or": _broadcasting(np.logical_or),
+    "Pow": _broadcasting(_pow),
     "Relu": _relu,
     "Sigmoid": special.expit,
     "Sign": np.sign,
     "Sin": np.sin,
     "Softplus": _softplus,
     "Sqrt": np.sqrt,
-    "Sub": np.subtract,
+    "Sub": _broadcasting(np.subtract),
     "Tanh": np.tanh,
-    "Where": np.where,
+    "Where": _where,
 }

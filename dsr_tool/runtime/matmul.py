@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from dsr_tool.core.graph import Array
-from dsr_tool.runtime.kernels import Kernel, Table
+from dsr_tool.runtime.kernels import Kernel, Table, claim
 from dsr_tool.runtime.matrices import Weight, dense, multiplier
 
 __all__ = ["OPERATORS", "prepare_gemm", "prepare_matmul"]
@@ -60,6 +62,7 @@ def prepare_gemm(
 
 
 def _matmul(a: Array, b: Array) -> Array:
+    claim((*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), *a.shape[-2:-1], *b.shape[-1:]), a.dtype)
     result: Array = np.matmul(_for_blas(a), _for_blas(b))
     return result
 
@@ -80,12 +83,27 @@ def _gemm(
     transB: int = 0,  # noqa: N803
 ) -> Array:
     result: Array = np.asarray(alpha, a.dtype) * _matmul(a.T if transA else a, b.T if transB else b)
-    return result if c is None else result + np.asarray(beta, a.dtype) * c
+    if c is None:
+        return result
+    claim(np.broadcast_shapes(result.shape, c.shape), a.dtype)
+    return np.asarray(result + np.asarray(beta, a.dtype) * c)
 
 
 def _einsum(*arrays: Array, equation: str) -> Array:
+    claim(_einsum_shape(arrays, equation), arrays[0].dtype)
     result: Array = np.einsum(equation, *arrays, optimize=True)
     return result
+
+
+def _einsum_shape(arrays: Sequence[Array], equation: str) -> list[int]:
+    """Shape of the result, or the sizes of all `arrays` where its labels do not stand in the equation."""
+    terms, _, out = equation.replace(" ", "").partition("->")
+    if not out.isalpha():
+        return [array.size for array in arrays]
+    sizes: dict[str, int] = {}
+    for term, array in zip(terms.split(","), arrays, strict=True):
+        sizes.update(zip(term, array.shape, strict=True))
+    return [sizes[label] for label in out]
 
 
 OPERATORS: Table = {"Einsum": _einsum, "Gemm": _gemm, "MatMul": _matmul}

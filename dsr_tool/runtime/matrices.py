@@ -12,6 +12,7 @@ from dsr_tool.core.codecs import SparseTensor
 from dsr_tool.core.graph import Array
 from dsr_tool.core.layers import matrix_shape
 from dsr_tool.core.mask import Mask
+from dsr_tool.runtime.kernels import claim
 
 __all__ = ["MAX_CSR_DENSITY", "Multiply", "Weight", "dense", "multiplier"]
 
@@ -54,6 +55,7 @@ def multiplier(weight: Weight, groups: int = 1) -> Multiply:
 def _sparse(weight: SparseTensor, groups: int) -> Multiply:
     rows, columns = matrix_shape(weight.mask.shape)
     row, column = np.divmod(weight.mask.positions, max(columns, 1))
+    claim((rows + 1,), np.int32)  # a weight without columns has any number of rows
     indptr = np.zeros(rows + 1, np.int32)
     np.cumsum(np.bincount(row, minlength=rows), out=indptr[1:])
     # Block-diagonal: one product for all groups, without a loop over them.
@@ -63,6 +65,7 @@ def _sparse(weight: SparseTensor, groups: int) -> Multiply:
     matrix.check_format(full_check=True)  # scipy's product trusts its indices
 
     def multiply(x: Array) -> Array:
+        claim((rows, *x.shape[1:]), x.dtype)
         product: Array = matrix @ np.ascontiguousarray(x)
         return product
 
@@ -74,6 +77,7 @@ def _dense(weight: Array, groups: int) -> Multiply:
     blocks = weight.reshape(groups, rows // groups, columns)
 
     def multiply(x: Array) -> Array:
+        claim((rows, x.size // max(groups * columns, 1)), x.dtype)
         product: Array = blocks @ x.reshape(groups, columns, -1)
         return product.reshape(rows, -1)
 

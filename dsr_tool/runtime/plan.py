@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,9 +12,9 @@ import numpy as np
 
 from dsr_tool.core.codecs import SparseTensor
 from dsr_tool.core.graph import Array, Graph, Node
-from dsr_tool.errors import DsrError, FormatError, UsageError
+from dsr_tool.errors import FormatError, UsageError, first_line
 from dsr_tool.runtime import convolution, elementwise, matmul, pooling, reduce, resize, shapes
-from dsr_tool.runtime.kernels import Kernel, Table
+from dsr_tool.runtime.kernels import FREE_BYTES, Kernel, Table, claim, room, takes
 from dsr_tool.runtime.matrices import Weight, dense
 
 __all__ = ["OPERATORS", "Plan"]
@@ -36,6 +37,13 @@ _PREPARED: Table = {
 }
 
 _OLDEST_OPSET = 18
+
+_SEVERAL = frozenset({"Split"})
+"""Operators of which all outputs are computed; of the others, the first is."""
+
+_MAX_FOLDED_RATIO, _MAX_HELD_RATIO = 10, 10_000
+"""What is computed from the weights alone may take so often what they take; what is held while running, what the
+input takes."""
 
 # Attributes that change nothing in what is computed here.
 _INERT = frozenset({"momentum", "saturate", "seed", "stash_type", "storage_order"})
@@ -65,7 +73,7 @@ class Plan:
 
         Raises:
             UsageError: an operator, a form of one, or an operator set that this runtime does not know.
-            FormatError: the weights do not fit the graph.
+            FormatError: the weights do not fit the graph, or what is computed from them takes too much memory.
         """
         if graph.opset < _OLDEST_OPSET:
             raise UsageError(
@@ -74,17 +82,26 @@ class Plan:
             )
         self._input, self._output = graph.inputs[0].name, graph.outputs[0].name
         self._steps: list[_Step] = []
-        known: dict[str, Weight] = {**graph.constants, **{name: tensors[name] for name in graph.parameters}}
         self._constants: dict[str, Array] = {}
-        for node, release in _needed(graph.nodes, self._output):
-            kernel, inputs = _kernel(node, known)
-            if all(name in known for name in inputs if name):
-                known.update(_compute(node, kernel, [_array(known, name) for name in inputs]))
-            else:
-                self._constants.update({name: dense(known[name]) for name in inputs if name in known})
-                self._steps.append(_Step(node, kernel, inputs, release))
-            for name in release:
-                known.pop(name, None)
+        self._prepare(graph.nodes, {**graph.constants, **{name: tensors[name] for name in graph.parameters}})
+
+    def _prepare(self, nodes: Sequence[Node], known: dict[str, Weight]) -> None:
+        """Compute what is `known`, and keep the steps that are left."""
+        limit, folded = FREE_BYTES + _MAX_FOLDED_RATIO * sum(map(_nbytes, known.values())), 0
+        # Infinities and NaN follow IEEE, as in the standard, and are the caller's to judge.
+        with room(limit), np.errstate(all="ignore"):
+            for node, release in _needed(nodes, self._output):
+                kernel, inputs = _kernel(node, known)
+                if all(name in known for name in inputs if name):
+                    made = _compute(node, kernel, [_array(known, name) for name in inputs])
+                    folded += _total(made)
+                    _check(node, folded, limit)
+                    known.update(made)
+                else:
+                    self._constants.update({name: dense(known[name]) for name in inputs if name in known})
+                    self._steps.append(_Step(node, kernel, inputs, release))
+                for name in release:
+                    known.pop(name, None)
         if self._output in known:
             self._constants[self._output] = dense(known[self._output])
 
@@ -92,14 +109,21 @@ class Plan:
         """Compute the first output for the input `x`, which must fit the graph.
 
         Raises:
-            FormatError: a value does not fit the operator that reads it.
+            FormatError: a value does not fit the operator that reads it, or values take too much memory.
         """
         values: dict[str, Array] = {**self._constants, self._input: x}
-        for step in self._steps:
-            arguments = [values[name] if name else None for name in step.inputs]
-            values.update(_compute(step.node, step.kernel, arguments))
-            for name in step.release:
-                values.pop(name, None)
+        limit, held = FREE_BYTES + _MAX_HELD_RATIO * x.nbytes, x.nbytes
+        with room(limit), np.errstate(all="ignore"):
+            for step in self._steps:
+                made = _compute(step.node, step.kernel, [values[name] if name else None for name in step.inputs])
+                held += _total(made)
+                _check(step.node, held, limit)
+                values.update(made)
+                # Nothing else may hold on to a value that nobody reads any more.
+                del made
+                for name in step.release:
+                    held -= values[name].nbytes if name in values and name not in self._constants else 0
+                    values.pop(name, None)
         return np.asarray(values[self._output], order="C")
 
 
@@ -111,7 +135,7 @@ def _needed(nodes: Sequence[Node], output: str) -> Iterable[tuple[Node, tuple[st
         made = {name for name in node.outputs if name}
         if not made & later:
             continue
-        if (extra := made & later - {node.outputs[0]}) and node.op != "Split":
+        if (extra := made & later - {node.outputs[0]}) and node.op not in _SEVERAL:
             raise UsageError(
                 f"{_called(node)} has a second output {min(extra)!r}, which this runtime does not compute."
             )
@@ -128,21 +152,43 @@ def _kernel(node: Node, known: Mapping[str, Weight]) -> tuple[Kernel, tuple[str,
             f"{_called(node)} is not known to the sparse runtime; export the model to ONNX and run it with "
             f"onnxruntime, or replace that layer."
         )
+    needed, most = takes(OPERATORS[node.op])
+    present = node.inputs if most == math.inf else node.inputs[:needed]
+    if not needed <= len(node.inputs) <= most or not all(present):
+        raise FormatError(f"{_called(node)} has an input too many or too few; the graph is damaged.")
     attributes = {name: value for name, value in node.attributes.items() if name not in _INERT}
-    first, others = "".join(node.inputs[:1]), node.inputs[1:]
+    first, others = node.inputs[:1], node.inputs[1:]
     prepare = _PREPARED.get(node.op)
-    if prepare is None or first in known or not all(name in known for name in others if name):
+    if prepare is None or first[0] in known or not all(name in known for name in others if name):
         return functools.partial(OPERATORS[node.op], **attributes), node.inputs
     with _explained(node):
-        return prepare(*(known.get(name) for name in others), **attributes), (first,)
+        return prepare(*(known.get(name) for name in others), **attributes), first
 
 
 def _compute(node: Node, kernel: Kernel, arguments: Iterable[Array | None]) -> dict[str, Array]:
-    # Infinities and NaN follow IEEE, as in the standard, and are the caller's to judge.
-    with _explained(node), np.errstate(all="ignore"):
+    with _explained(node):
         result = kernel(*arguments)
-    results = result if isinstance(result, tuple) else (result,)
+        results = result if isinstance(result, tuple) else (result,)
+        if len(results) != len(node.outputs) and node.op in _SEVERAL:
+            raise ValueError(f"it makes {len(results)} pieces, not {len(node.outputs)}")
     return {name: np.asarray(array) for name, array in zip(node.outputs, results, strict=False) if name}
+
+
+def _total(made: Mapping[str, Array]) -> int:
+    return sum(array.nbytes for array in made.values())
+
+
+def _check(node: Node, nbytes: int, limit: int) -> None:
+    """Raise where values together take more than one value alone may."""
+    if nbytes > limit:
+        with _explained(node):
+            claim((nbytes,), np.uint8)
+
+
+def _nbytes(weight: Weight) -> int:
+    if isinstance(weight, SparseTensor):
+        return weight.mask.size * weight.values.itemsize
+    return weight.nbytes
 
 
 def _array(known: Mapping[str, Weight], name: str) -> Array | None:
@@ -150,7 +196,7 @@ def _array(known: Mapping[str, Weight], name: str) -> Array | None:
 
 
 def _called(node: Node) -> str:
-    return f"operator {node.op} (which makes {node.outputs[0]!r})"
+    return f"operator {node.op} (which makes {node.outputs[0][:80]!r})"
 
 
 @contextlib.contextmanager
@@ -158,9 +204,10 @@ def _explained(node: Node) -> Iterator[None]:
     """Turn what numpy and scipy raise on arguments that do not fit into one sentence about the node."""
     try:
         yield
-    except DsrError:
+    except UsageError:
         raise
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
         raise FormatError(
-            f"{_called(node)} cannot be computed: {error}; the graph does not fit its weights or input."
+            f"{_called(node)} cannot be computed: {first_line(error)[:200]}; the graph does not fit its weights or "
+            f"input."
         ) from error

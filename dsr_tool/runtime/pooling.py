@@ -8,7 +8,8 @@ import math
 import numpy as np
 
 from dsr_tool.core.graph import Array
-from dsr_tool.runtime.kernels import Table
+from dsr_tool.runtime.kernels import Table, claim
+from dsr_tool.runtime.reduce import mean
 from dsr_tool.runtime.windows import Sizes, Window
 
 __all__ = ["OPERATORS"]
@@ -55,11 +56,13 @@ def _average_pool(
         window = dataclasses.replace(window, begin=(0,) * len(size))
     else:
         counted = list(size)
+    claim(counted, x.dtype)
     result /= _sum_of_taps(window, np.ones((1, 1, *counted), x.dtype), out)
     return result
 
 
 def _sum_of_taps(window: Window, x: Array, out: Sizes) -> Array:
+    claim((*x.shape[:2], *out), x.dtype)
     result = np.zeros((*x.shape[:2], *out), x.dtype)
     for tap in window.taps(window.padded(x, out), out):
         result += tap
@@ -67,7 +70,7 @@ def _sum_of_taps(window: Window, x: Array, out: Sizes) -> Array:
 
 
 def _global_average_pool(x: Array) -> Array:
-    return np.asarray(x.mean(axis=tuple(range(2, x.ndim)), keepdims=True, dtype=x.dtype))
+    return mean(x, tuple(range(2, x.ndim)), keep=True)
 
 
 OPERATORS: Table = {

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import numpy as np
 
 from dsr_tool.core.graph import Array
-from dsr_tool.errors import UsageError
+from dsr_tool.errors import FormatError, UsageError
 from dsr_tool.runtime.kernels import Kernel, Table
 
-__all__ = ["OPERATORS"]
+__all__ = ["OPERATORS", "mean"]
 
 
 def _reduction(function: Callable[[Array, tuple[int, ...] | None, bool], Array]) -> Kernel:
@@ -25,7 +25,10 @@ def _reduction(function: Callable[[Array, tuple[int, ...] | None, bool], Array])
     return run
 
 
-def _mean(x: Array, axes: tuple[int, ...] | None, keep: bool) -> Array:
+def mean(x: Array, axes: tuple[int, ...] | None, keep: bool) -> Array:
+    """The mean over some axes; `FormatError` where there is nothing to take it of."""
+    if not x.size:
+        raise FormatError("the mean of an array without entries is no number.")
     return np.asarray(x.mean(axis=axes, keepdims=keep, dtype=x.dtype))
 
 
@@ -45,10 +48,12 @@ def _softmax(x: Array, *, axis: int = -1) -> Array:
 
 def _layer_norm(x: Array, scale: Array, bias: Array | None = None, *, axis: int = -1, epsilon: float = 1e-5) -> Array:
     axes = tuple(range(axis % x.ndim, x.ndim))
-    result: Array = x - x.mean(axis=axes, keepdims=True)
-    variance = np.square(result).mean(axis=axes, keepdims=True)
+    result: Array = x - mean(x, axes, keep=True)
+    variance = mean(np.square(result), axes, keep=True)
     result *= scale / np.sqrt(variance + np.asarray(epsilon, x.dtype))
-    return result if bias is None else result + bias
+    if bias is not None:
+        result += bias
+    return result
 
 
 def _batch_norm(
@@ -63,6 +68,8 @@ def _batch_norm(
 ) -> Array:
     if training_mode:
         raise UsageError("BatchNormalization in training mode cannot run; export the model in eval mode.")
+    if not scale.shape == bias.shape == mean.shape == variance.shape == x.shape[1:2]:
+        raise FormatError(f"its {x.shape[1:2]} channels do not have one scale, bias, mean and variance each.")
     factor = scale / np.sqrt(variance + np.asarray(epsilon, variance.dtype))
     per_channel = (-1, *(1 for _ in x.shape[2:]))
     result: Array = x * factor.reshape(per_channel)
@@ -74,7 +81,7 @@ OPERATORS: Table = {
     "BatchNormalization": _batch_norm,
     "LayerNormalization": _layer_norm,
     "ReduceL2": _reduction(_l2),
-    "ReduceMean": _reduction(_mean),
+    "ReduceMean": _reduction(mean),
     "ReduceSum": _reduction(_sum),
     "Softmax": _softmax,
 }

@@ -6,7 +6,7 @@ import numpy as np
 
 from dsr_tool.core.graph import Array
 from dsr_tool.errors import UsageError, unknown_name
-from dsr_tool.runtime.kernels import Table
+from dsr_tool.runtime.kernels import Table, claim
 
 __all__ = ["OPERATORS"]
 
@@ -55,6 +55,7 @@ def _resize(
             out = int(n * scale)
         if out == n and scale == 1.0:
             continue
+        claim((out, max(x.size // max(n, 1), 1)), np.float64)
         at = _coordinates(out, n, scale, coordinate_transformation_mode)
         if mode == "nearest":
             x = np.take(x, np.clip(_ROUNDINGS[nearest_mode](at).astype(np.int64), 0, n - 1), axis)

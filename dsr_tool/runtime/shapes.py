@@ -8,7 +8,7 @@ import numpy as np
 
 from dsr_tool.core.graph import Array
 from dsr_tool.errors import UsageError, unknown_name
-from dsr_tool.runtime.kernels import Table
+from dsr_tool.runtime.kernels import Table, claim
 
 __all__ = ["OPERATORS"]
 
@@ -30,11 +30,15 @@ def _constant(
 
 def _constant_of_shape(shape: Array, *, value: float | tuple[float, ...] = 0.0) -> Array:
     filler = np.ravel(value)[0]
-    return np.full(shape.tolist(), filler, np.int64 if isinstance(filler, np.integer) else np.float32)
+    dtype = np.int64 if isinstance(filler, np.integer) else np.float32
+    claim(shape.tolist(), dtype)
+    return np.full(shape.tolist(), filler, dtype)
 
 
 def _range(start: Array, limit: Array, delta: Array) -> Array:
-    return np.arange(start.item(), limit.item(), delta.item(), dtype=start.dtype)
+    first, end, step = start.item(), limit.item(), delta.item()
+    claim((math.ceil((end - first) / step),), start.dtype)
+    return np.arange(first, end, step, dtype=start.dtype)
 
 
 def _shape(x: Array, *, start: int = 0, end: int | None = None) -> Array:
@@ -64,11 +68,13 @@ def _transpose(x: Array, *, perm: tuple[int, ...] | None = None) -> Array:
 
 
 def _concat(*arrays: Array, axis: int) -> Array:
+    claim((sum(array.size for array in arrays),), np.result_type(*arrays))
     return np.concatenate(arrays, axis)
 
 
 def _split(x: Array, split: Array | None = None, *, axis: int = 0, num_outputs: int = 1) -> tuple[Array, ...]:
     if split is None:
+        claim((num_outputs,), np.int64)
         # Equal pieces, the last one smaller where they do not divide.
         piece = -(-x.shape[axis] // num_outputs)
         bounds = [min(piece * i, x.shape[axis]) for i in range(1, num_outputs)]
@@ -88,12 +94,14 @@ def _slice(x: Array, starts: Array, ends: Array, axes: Array | None = None, step
 
 
 def _gather(x: Array, indices: Array, *, axis: int = 0) -> Array:
+    claim((indices.size, x.size // max(x.shape[axis], 1)), x.dtype)
     return np.take(x, indices, axis)
 
 
 def _gather_nd(x: Array, indices: Array, *, batch_dims: int = 0) -> Array:
     batch = np.ogrid[tuple(slice(n) for n in x.shape[:batch_dims])]
     rest = indices.ndim - 1 - batch_dims
+    claim((*indices.shape[:-1], *x.shape[batch_dims + indices.shape[-1] :]), x.dtype)
     leading = tuple(axis.reshape(axis.shape + (1,) * rest) for axis in batch)
     return np.asarray(x[leading + tuple(np.moveaxis(indices, -1, 0))])
 
@@ -121,15 +129,18 @@ def _pad(
         # Negative padding cuts.
         parts[axis] = slice(max(-begin, 0), x.shape[axis] - max(-end, 0))
     x = x[tuple(parts)]
+    claim([begin + n + end for n, (begin, end) in zip(x.shape, width, strict=True)], x.dtype)
     if mode == "constant":
         return np.pad(x, width, constant_values=0 if value is None else value.item())
     if mode in ("reflect", "edge"):
         return np.pad(x, width, mode=mode)  # type: ignore[call-overload,no-any-return]
-    raise UsageError(f"mode {mode!r} of Pad is not supported; constant, reflect and edge are.")
+    raise UsageError(f"mode {str(mode)[:40]!r} of Pad is not supported; constant, reflect and edge are.")
 
 
 def _expand(x: Array, shape: Array) -> Array:
-    return np.broadcast_to(x, np.broadcast_shapes(x.shape, tuple(shape.tolist())))
+    out = np.broadcast_shapes(x.shape, tuple(shape.tolist()))
+    claim(out, x.dtype)  # a view, but what reads it may copy it
+    return np.broadcast_to(x, out)
 
 
 OPERATORS: Table = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,15 @@ from typing import Any
 import numpy as np
 
 from dsr_tool.core.graph import Array
-from dsr_tool.errors import UsageError
+from dsr_tool.errors import FormatError, UsageError
+from dsr_tool.runtime.kernels import claim
 
 __all__ = ["Window"]
 
 Sizes = tuple[int, ...]
+
+_MOST_TAPS = 1 << 18
+"""Entries of a kernel, each of which takes a step in Python: those of a pool over 512 x 512 pixels."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,13 @@ class Window:
     def of(cls, kernel: Sizes, strides: Sizes, pads: Sizes, dilations: Sizes, auto_pad: str) -> Window:
         """From the attributes of a node, where an empty tuple means the default of the standard."""
         if auto_pad not in ("NOTSET", "VALID"):
-            raise UsageError(f"auto_pad {auto_pad!r} is not supported; export the model with explicit pads.")
-        rank = len(kernel)
+            raise UsageError(f"auto_pad {str(auto_pad)[:40]!r} is not supported; export the model with explicit pads.")
+        rank, entries = len(kernel), (*kernel, *strides, *dilations)
+        lengths = (len(strides) or rank, len(dilations) or rank, len(pads) or 2 * rank)
+        if lengths != (rank, rank, 2 * rank) or min(entries, default=1) < 1 or min(pads, default=0) < 0:
+            raise FormatError(f"the window has sizes that do not go together (kernel {str(kernel)[:40]}).")
+        if math.prod(kernel) > _MOST_TAPS:
+            raise FormatError(f"the kernel has {math.prod(kernel):,} entries, more than the {_MOST_TAPS:,} allowed.")
         ones, zeros = (1,) * rank, (0,) * rank
         pads = pads if pads and auto_pad == "NOTSET" else zeros + zeros
         return cls(kernel, strides or ones, dilations or ones, pads[:rank], pads[rank:])
@@ -63,6 +73,7 @@ class Window:
         reach = self._reach(out)
         if not any(self.begin) and all(r <= n for r, n in zip(reach, size, strict=True)):
             return x
+        claim((*lead, *reach), x.dtype)
         result = np.full((*lead, *reach), value, x.dtype)
         inner = tuple(slice(b, min(b + n, r)) for b, n, r in zip(self.begin, size, reach, strict=True))
         kept = tuple(slice(0, part.stop - part.start) for part in inner)

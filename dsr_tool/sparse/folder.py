@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
 from dsr_tool.core.config import ModelConfig, installed_versions
+from dsr_tool.core.container import Container
 from dsr_tool.core.files import new_folder, require_file, share
 from dsr_tool.core.layers import LayerSpec
 from dsr_tool.core.mask import Mask
@@ -75,8 +75,9 @@ class Saved:
         path = self.file(MASKS)
         require_file(path, "masks")
         try:
-            bits = load_arrays(path)
-        except (SafetensorError, OSError, ValueError) as error:
+            container = Container(path)
+            bits = {name: container.get(name) for name in container.streams}
+        except (FormatError, OSError) as error:
             raise FormatError(f"masks {str(path)!r} cannot be read ({error}); the file is damaged.") from error
         sparse = {name: spec for name, spec in self.specs.items() if spec.role == "sparse"}
         if set(bits) != set(sparse):

@@ -144,12 +144,17 @@ class MaskKeeper:
                 raise UsageError(f"{name!r} makes sparse gradients, which cannot be masked; make it with sparse=False.")
             layer.clear(gradient)
 
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self, _: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._before_masking is not None and _has_closure(args, kwargs):
+            raise UsageError(
+                "this method looks at the gradients before each step; call backward() first, and step() without a "
+                "closure."
+            )
         self.mask_gradients()
 
     def _after_step(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A closure computes gradients inside the step, where no hook can mask them.
-        closure = len(args) > 1 or kwargs.get("closure") is not None
+        closure = _has_closure(args, kwargs)
         divides_by_zero = any(group.get("eps", 1) <= 0 for group in optimizer.param_groups)
         if closure or divides_by_zero or type(optimizer) not in _ZERO_STAYS_ZERO:
             self._zero_outside()
@@ -159,3 +164,7 @@ class MaskKeeper:
         for layer in self._layers:
             for tensor in self._tensors(layer.weight):
                 layer.clear(tensor)
+
+
+def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return any(given is not None for given in (*args[1:], kwargs.get("closure")))

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,13 @@ import torch
 from torch import optim
 from torch.nn.functional import cross_entropy
 
-from dsr_tool.errors import CheckFailed, DsrError, FormatError, UsageError, first_line
+from dsr_tool.errors import CheckFailed, FormatError, first_line
 from dsr_tool.methods import Attached, Reallocation
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.train.data import Data
+from dsr_tool.train.failures import check_finite, diverged, explained, require_scores
 from dsr_tool.train.optimizers import lr_factor, make_optimizer
-from dsr_tool.train.records import EpochRecord, Observer, TrainResult
+from dsr_tool.train.records import EpochRecord, Moved, Observer, TrainResult
 from dsr_tool.train.settings import PRECISIONS, TrainSettings
 
 __all__ = ["AUXILIARY_WEIGHT", "evaluate", "train"]
@@ -66,8 +66,8 @@ def train(
                 run.restore(state)
             return TrainResult(tuple(run.epoch(number) for number in range(run.done + 1, settings.epochs + 1)))
         except RuntimeError as error:
-            if explained := _explained(error, settings):
-                raise explained from error
+            if known := explained(error, settings):
+                raise known from error
             raise
         finally:
             run.attached.remove()
@@ -88,24 +88,6 @@ def evaluate(model: SparseModel, data: Data, settings: TrainSettings) -> tuple[f
     return loss_sum / count, right / count
 
 
-@dataclass
-class _Moved:
-    """What reallocations of one epoch moved, per layer."""
-
-    dropped: list[int]
-    grown: list[int]
-    threshold: float | None = None
-
-    @classmethod
-    def nothing(cls, model: SparseModel) -> _Moved:
-        return cls([0] * len(model.trained), [0] * len(model.trained))
-
-    def add(self, moved: Reallocation) -> None:
-        self.dropped = [a + b for a, b in zip(self.dropped, moved.dropped.counts, strict=True)]
-        self.grown = [a + b for a, b in zip(self.grown, moved.grown.counts, strict=True)]
-        self.threshold = moved.facts.get("threshold", self.threshold)
-
-
 class _Run:
     """One training: optimizer, schedule and method, made after the model is on its device."""
 
@@ -122,7 +104,7 @@ class _Run:
         total = self.steps * settings.epochs
         method = settings.make_method(total)
         self.attached = Attached(model, self.optimizer, method, seed=settings.seed, on_reallocation=self._on_move)
-        self.moved = _Moved.nothing(model)
+        self.moved = Moved.nothing(model)
         self.done = 0
         self.budget = model.active_weights
         for observer in observers:
@@ -131,11 +113,11 @@ class _Run:
     def epoch(self, number: int) -> EpochRecord:
         """Train for one epoch, evaluate, and tell the observers."""
         start = time.perf_counter()
-        self.moved = _Moved.nothing(self.model)
+        self.moved = Moved.nothing(self.model)
         train_loss, train_accuracy = self._train(number)
         test_loss, test_accuracy = evaluate(self.model, self.data, self.settings)
         if not math.isfinite(test_loss):
-            raise _diverged(number * self.steps)
+            raise diverged(number * self.steps)
         active = _active(self.model)
         if sum(active.values()) != self.budget:
             raise CheckFailed(
@@ -167,6 +149,7 @@ class _Run:
         """All that the next epoch depends on, beside the model."""
         return {
             "epoch": self.done,
+            "trained": _trained(self.model),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -176,6 +159,8 @@ class _Run:
     def restore(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state`."""
         try:
+            if state["trained"] != _trained(self.model):
+                raise ValueError("other parameters are frozen")
             optimizer = state["optimizer"]
             of = {int(index): values for index, values in optimizer["state"].items()}
             self.optimizer.load_state_dict({**optimizer, "state": of})
@@ -203,7 +188,7 @@ class _Run:
             right += (outputs.argmax(1) == labels).sum()
             seen += len(labels)
             if (index + 1) % _LOOK_EVERY == 0 or index + 1 == self.steps:
-                _check_finite(losses[: index + 1], first=(number - 1) * self.steps + 1)
+                check_finite(losses[: index + 1], first=(number - 1) * self.steps + 1)
             for observer in self.observers:
                 observer.on_step((number - 1) * self.steps + index + 1)
         return losses.mean().item(), right.item() / seen
@@ -216,7 +201,7 @@ class _Run:
             outputs = self.forward(inputs)
             # GoogLeNet and Inception give auxiliary outputs behind the main one while training.
             every = outputs if isinstance(outputs, tuple) else (outputs,)
-            _require_scores(every[0], self.data.dataset.num_classes)
+            require_scores(every[0], self.data.dataset.num_classes)
             smoothing = self.settings.label_smoothing
             main, *auxiliary = (
                 cross_entropy(output.float(), labels, label_smoothing=smoothing)
@@ -241,43 +226,9 @@ class _Run:
             observer.on_reallocation(step, moved)
 
 
-def _require_scores(outputs: Any, classes: int) -> None:
-    """Raise `UsageError` unless a model gives one score per class and image."""
-    if not isinstance(outputs, torch.Tensor) or outputs.ndim != 2 or outputs.shape[1] < classes:
-        found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-        raise UsageError(
-            f"the model gives outputs of {found}, where training needs a score for each of the {classes} classes of "
-            f"the data, (batch, classes); give a classification model with as many outputs."
-        )
-
-
-def _check_finite(losses: torch.Tensor, first: int) -> None:
-    bad = (~losses.isfinite()).nonzero()
-    if len(bad):
-        raise _diverged(first + int(bad[0]))
-
-
-def _explained(error: RuntimeError, settings: TrainSettings) -> DsrError | None:
-    """What torch ran into, where the user can do something about it."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return DsrError(
-            f"the GPU's memory ran out at batch size {settings.batch_size}; lower --batch-size, or give "
-            f"--precision bf16."
-        )
-    if any(words in str(error) for words in ("Output size is too small", "Kernel size can't be greater")):
-        reason = first_line(error)
-        return DsrError(f"the model's input is too small to train ({reason}); convert it with a larger --input-size.")
-    if settings.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        reason = " ".join(str(error).split("\n")[:2]).strip()
-        return DsrError(f"torch.compile failed ({reason}); leave out --compile, or install a C++ compiler.")
-    return None
-
-
-def _diverged(step: int) -> DsrError:
-    return DsrError(
-        f"the loss is no longer finite at step {step}; what was saved before is kept; lower --lr, or give "
-        f"--warmup-epochs."
-    )
+def _trained(model: SparseModel) -> list[str]:
+    """Names of the parameters that are not frozen, which no file holds."""
+    return [name for name, parameter in model.module.named_parameters() if parameter.requires_grad]
 
 
 def _active(model: SparseModel) -> dict[str, int]:

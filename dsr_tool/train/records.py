@@ -9,7 +9,7 @@ from typing import Any
 from dsr_tool.methods import Reallocation
 from dsr_tool.sparse.model import SparseModel
 
-__all__ = ["EpochRecord", "Observer", "TrainResult"]
+__all__ = ["EpochRecord", "Moved", "Observer", "TrainResult"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,26 @@ class EpochRecord:
     dropped: dict[str, int]
     grown: dict[str, int]
     threshold: float | None
+
+
+@dataclass
+class Moved:
+    """What reallocations of one epoch moved, per layer."""
+
+    dropped: list[int]
+    grown: list[int]
+    threshold: float | None = None
+
+    @classmethod
+    def nothing(cls, model: SparseModel) -> Moved:
+        """The beginning of an epoch."""
+        return cls([0] * len(model.trained), [0] * len(model.trained))
+
+    def add(self, moved: Reallocation) -> None:
+        """One more reallocation."""
+        self.dropped = [a + b for a, b in zip(self.dropped, moved.dropped.counts, strict=True)]
+        self.grown = [a + b for a, b in zip(self.grown, moved.grown.counts, strict=True)]
+        self.threshold = moved.facts.get("threshold", self.threshold)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Stopped:
     Attributes:
         path: its run folder.
         facts: its `settings.json`.
+        started: the settings in there.
         epochs: the complete epochs.
         state: for `train(..., state=...)`.
         log_bytes: length of its log at the end of the last of them.
@@ -36,6 +37,7 @@ class Stopped:
 
     path: Path
     facts: Mapping[str, Any]
+    started: TrainSettings
     epochs: tuple[EpochRecord, ...]
     state: Mapping[str, Any]
     log_bytes: int
@@ -46,24 +48,25 @@ class Stopped:
         Raises:
             UsageError: one of them differs from the run's.
         """
-        known = {field.name for field in fields(TrainSettings)}
-        own = {name: value for name, value in self.facts["settings"].items() if name in known}
-        own["milestones"] = tuple(own.get("milestones", ()))
-        for name, value in given.items():
-            if name not in _FREE and own.get(name) != value:
-                raise UsageError(
-                    f"--{name.replace('_', '-')} {value} differs from the {own.get(name)} that {str(self.path)!r} was "
-                    f"started with; leave it out to resume, or give another folder to train anew."
-                )
-        return TrainSettings(**{**own, **{name: given[name] for name in _FREE if name in given}})
+        own = {**self.started.to_dict(), "milestones": self.started.milestones, **self.started.options}
+        asked = {**given, **given.get("options", {})}
+        for name, value in asked.items():
+            if name in ("options", *_FREE) or own.get(name) == value:
+                continue
+            was = f"differs from the {own[name]} that" if name in own else "was not given when"
+            raise UsageError(
+                f"--{name.replace('_', '-')} {value} {was} {str(self.path)!r} was started{' with' * (name in own)}; "
+                f"leave it out to resume, or give another folder to train anew."
+            )
+        return replace(self.started, **{name: given[name] for name in _FREE if name in given})
 
     def require(self, facts: Mapping[str, Any]) -> None:
-        """Raise `UsageError` when the data is not what the run was started with."""
+        """Raise `UsageError` when model or data are not what the run was started with."""
         for name, value in facts.items():
             if self.facts.get(name) != value:
                 raise UsageError(
                     f"{str(self.path)!r} was started with {name} {self.facts.get(name)!r}, not {value!r}; give the "
-                    f"same --data to resume, or another folder to train anew."
+                    f"same model and --data to resume, or another folder to train anew."
                 )
 
 
@@ -80,8 +83,9 @@ def find_stopped(path: Path) -> Stopped | None:
         raise FileError(f"{str(path)!r} is no run that could be resumed: it has no {LOG}; give the folder of a run.")
     file = next((file for file in (path / NEXT / CHECKPOINT, path / CHECKPOINT) if file.is_file()), None)
     if file is None:
-        # A run may have been stopped between logging its first epoch and saving it; one with more has lost a file.
-        if (path / LOG).read_bytes().count(b'{"kind": "epoch"') > 1:
+        # A run may have been stopped between logging its first epoch and saving it; one that came further lost a file.
+        log = (path / LOG).read_bytes()
+        if log.count(b'{"kind": "epoch"') > 1 or b'{"kind": "end"' in log:
             raise FileError(f"{str(path)!r} has no {CHECKPOINT}, without which it cannot be resumed; train anew.")
         return None
     state = read_state(file)
@@ -91,11 +95,22 @@ def find_stopped(path: Path) -> Stopped | None:
             raise ValueError(f"{LOG} is cut off")
         lines = [json.loads(line) for line in log.splitlines()]
         epochs = tuple(_record(line) for line in lines if line["kind"] == "epoch")
+        if [record.epoch for record in epochs] != list(range(1, state["training"]["epoch"] + 1)):
+            raise ValueError(f"{LOG} does not hold the epochs of {CHECKPOINT}")
         facts = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
-        return Stopped(path, dict(facts), epochs, state["training"], int(state["log_bytes"]))
-    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        return Stopped(path, dict(facts), _settings(facts["settings"]), epochs, state["training"], state["log_bytes"])
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise FormatError(f"run {str(path)!r} cannot be resumed ({error}); it is damaged, so train anew.") from error
 
 
 def _record(line: Mapping[str, Any]) -> EpochRecord:
     return EpochRecord(**{name: value for name, value in line.items() if name != "kind"})
+
+
+def _settings(values: Mapping[str, Any]) -> TrainSettings:
+    """The settings of a run, looked at but for what depends on the machine."""
+    known = {field.name for field in fields(TrainSettings)}
+    settings = TrainSettings(**{name: value for name, value in values.items() if name in known})
+    settings = replace(settings, milestones=tuple(settings.milestones))
+    replace(settings, device="cpu", precision="fp32").check()
+    return settings

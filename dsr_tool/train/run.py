@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ from dsr_tool.methods import Reallocation
 from dsr_tool.sparse.folder import CONFIG, NEXT, save_folder, write_model
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.train.checkpoint import CHECKPOINT, write_state
+from dsr_tool.train.lock import Lock
 from dsr_tool.train.records import EpochRecord, Observer
 from dsr_tool.train.resume import LOG, SETTINGS, Stopped, find_stopped
 
@@ -52,11 +53,16 @@ class RunFolder(Observer):
             resume: go on where the run in it stopped; from the start where it has no complete epoch, or is not there.
 
         Raises:
-            FileError: it exists and is not empty, without `force` or with something else in it, or cannot be made.
+            FileError: it exists and is not empty, without `force` or with something else in it, cannot be made, or is
+                being trained by another process.
             FormatError: the run to resume is damaged.
         """
         self.path = Path(path)
         self.facts: dict[str, Any] = {}
+        # Before anything is read, since a training that goes on replaces it.
+        self._lock: Lock | None = None
+        if (force or resume) and (self.path / LOG).is_file():
+            self._lock = Lock(self.path / LOG)
         self.stopped: Stopped | None = find_stopped(self.path) if resume else None
         self._resume = resume
         refuse_existing(self.path, force=force or resume, marker=CONFIG)
@@ -71,6 +77,13 @@ class RunFolder(Observer):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        try:
+            self._end(kind)
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    def _end(self, kind: type[BaseException] | None) -> None:
         if kind is not None and not self._done:
             self._undo()
             return
@@ -111,10 +124,15 @@ class RunFolder(Observer):
             (part / SETTINGS).write_text(json.dumps(self.facts, indent=1) + "\n", encoding="utf-8")
             (part / LOG).write_text(_line("start", start), encoding="utf-8")
         self._started = True
+        self._lock = Lock(self.path / LOG)
 
     def _go_on(self, stopped: Stopped) -> None:
+        stopped.require({name: value for name, value in self.facts.items() if name != "settings"})
         with writing(self.path, _KEPT):
             _move_out(self.path / NEXT)
+            if not (self.path / _BEST).exists():  # it was just being replaced
+                for old in self.path.glob(f".{_BEST}.*.old/{_BEST}"):
+                    old.rename(self.path / _BEST)
             for pattern in (f"{_PART}*", f".{_BEST}.*"):
                 for part in self.path.glob(pattern):
                     shutil.rmtree(part, ignore_errors=True)
@@ -145,6 +163,7 @@ class RunFolder(Observer):
         """Save model and training together."""
         model.check()
         with writing(self.path, _KEPT):
+            _sync([self.path / LOG])
             _replace_model(model, {"training": state, "log_bytes": (self.path / LOG).stat().st_size}, self.path)
         self._done = int(state["epoch"])
         self._forget_replaced()
@@ -182,7 +201,7 @@ def _replace_model(model: SparseModel, state: Mapping[str, Any], folder: Path) -
     try:
         write_model(model, part)
         write_state(part / CHECKPOINT, state)
-        _sync(part)
+        _sync(part.iterdir())
         part.rename(folder / NEXT)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -193,9 +212,9 @@ def _replace_model(model: SparseModel, state: Mapping[str, Any], folder: Path) -
         raise
 
 
-def _sync(folder: Path) -> None:
-    """Have the disk take the files before the folder is renamed: a power cut must not leave new names on no bytes."""
-    for file in folder.iterdir():
+def _sync(files: Iterable[Path]) -> None:
+    """Have the disk take files before others rely on them: a power cut must not leave new names on no bytes."""
+    for file in files:
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, ValueInfoProto, helper
 
-from dsr_tool.core.archive import MAX_DECODED_BYTES
 from dsr_tool.core.codecs import SparseTensor
 from dsr_tool.core.graph import Array
 from dsr_tool.core.layers import LayerSpec
+from dsr_tool.core.manifest import most_decoded_bytes
 from dsr_tool.errors import FormatError
 from exporters.onnx.decode import Found, decode, find, from_coo, from_dense, shape_of
 from exporters.onnx.load import constants, load
@@ -26,7 +26,6 @@ from exporters.onnx.nodes import field_bytes
 
 __all__ = ["OnnxEntry", "OnnxFile", "Stored", "read_onnx", "stored_weights"]
 
-_FREE_DECODED_BYTES, _MAX_DECODED_RATIO = 256 << 20, 10_000
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
 
 
@@ -201,7 +200,7 @@ def _dtype(data_type: int) -> np.dtype[Any]:
 
 def _check_size(path: Path, weights: Iterable[Stored]) -> None:
     nbytes = sum(math.prod(stored.shape) * stored.computed.itemsize for stored in weights)
-    most = min(_FREE_DECODED_BYTES + _MAX_DECODED_RATIO * path.stat().st_size, MAX_DECODED_BYTES)
+    most = most_decoded_bytes(path.stat().st_size)
     if nbytes > most:
         raise FormatError(
             f"{str(path)!r} claims weights of {nbytes:,} bytes, more than the {most:,} that are decoded from a file of "

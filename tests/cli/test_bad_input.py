@@ -33,6 +33,14 @@ def bad(run, folder, *arguments):
         (["resnet18", "--sparsity", "0.9", "--budget", "1Mparams"], 2, "exactly one"),
         (["resnet18", "--budget", "12 apples"], 2, "5.1Mparams"),
         (["resnet18", "--budget", "1kparams"], 2, "cannot be met"),
+        (["resnet18", "--budget", "12mb"], 2, "did you mean 12MB?"),
+        (["resnet18", "--budget", "0MB"], 2, "allows nothing"),
+        (["squeezenet1_1", "--budget", "9GMACs"], 2, "more than this model can fill"),
+        (["squeezenet1_1", "--budget", "9MMACs", "--keep-dense", "*"], 2, "no layer of this model is left"),
+        (["resnet18", "--sparsity", "0.9", "--sparsty"], 2, "option --sparsty is unknown; did you mean"),
+        (["resnet18", "--sparsity", "0.9", "--input-shape", ""], 2, "write it as 3,224,224"),
+        (["resnet18.onnx", "--sparsity", "0.9"], 2, "is a path"),
+        (["resnet18", "--sparsity", "0.9", "--weights", "DEFALT"], 2, "did you mean DEFAULT?"),
         (["resnet18", "--sparsity", "0.9999999"], 2, "highest reachable sparsity is 0.999998"),
         (["resnet18", "--sparsity", "0.9", "--keep-dense", "*"], 2, "highest reachable sparsity is 0"),
         (["resnet18", "--sparsity", "0.9", "--keep-dense", "layr1.0.conv1"], 2, "did you mean layer1.0.conv1"),
@@ -123,6 +131,7 @@ def test_outputs_that_exist_stay(run, folder, tmp_path):
         (["report", "{tmp}"], 1, "is not a model folder"),
         (["report", "{text}"], 1, "is not a dsr archive"),
         (["report", "{textonnx}"], 1, "is not an ONNX file"),
+        (["report", "{plain}"], 2, "safetensors file of plain weights"),
         (["verify", "{missing}", "--against", "{folder}"], 1, "does not exist"),
         (["verify", "{archive}", "--against", "{missing}"], 1, "does not exist"),
         (["verify", "{text}", "--against", "{folder}"], 3, "text"),
@@ -141,12 +150,15 @@ def test_outputs_that_exist_stay(run, folder, tmp_path):
         (["train", "{folder}", "-o", "{out}", "--data", "images:{tmp}"], 1, "train"),
         (["train", "{folder}", "-o", "{out}", "--data", "fake:10", "--method", "dsrr"], 2, "did you mean dsr"),
         (["train", "{folder}", "-o", "{out}", "--data", "fake:10", "--epochs", "0"], 2, "epochs"),
+        (["train", "{folder}", "-o", "{out}", "--data", "fake:10", "--resume", "--force"], 2, "give one of the two"),
+        (["train", "{folder}", "-o", "{out}", "--data", "fake:10", "--milestones", ""], 2, "60,120,160"),
         (["reprot", "x"], 2, "did you mean report"),
     ],
 )
 def test_other_commands(run, folder, archive, tmp_path, arguments, code, says):
     (tmp_path / "text").write_text("hello")
     (tmp_path / "text.onnx").write_text("hello")
+    save_file({"a": torch.zeros(2)}, tmp_path / "plain.safetensors")
     np.save(tmp_path / "x.npy", np.zeros((7, 7), np.float32))
     np.save(tmp_path / "huge.npy", np.full((3, 64, 64), 3e38, np.float32))
     np.savez(tmp_path / "zipped.npz", x=np.zeros(3))
@@ -163,6 +175,7 @@ def test_other_commands(run, folder, archive, tmp_path, arguments, code, says):
         "archive": archive,
         "text": tmp_path / "text",
         "textonnx": tmp_path / "text.onnx",
+        "plain": tmp_path / "plain.safetensors",
         "npy": tmp_path / "x.npy",
     }
     found, sentence = bad(run, tmp_path, *(argument.format(**places) for argument in arguments))

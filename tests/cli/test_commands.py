@@ -110,7 +110,7 @@ def test_predict_with_labels_and_arrays(run, archive, tmp_path):
     (tmp_path / "names.txt").write_text("ant\nbee\ncat\ndog\nelk\n")
     code, out, _ = run("predict", archive, tmp_path / "batch.npy", "--labels", tmp_path / "names.txt", "--top", 1)
     assert code == 0
-    assert len(out.splitlines()) == 3
+    assert [line.partition(":")[0] for line in out.splitlines()] == [f"{tmp_path / 'batch.npy'}[{i}]" for i in range(3)]
     assert out.split()[1] in {"ant", "bee", "cat", "dog", "elk"}
 
 
@@ -226,3 +226,29 @@ def test_sizes_agree_for_weights_of_another_type(run_json, tmp_path):
     model.to(torch.bfloat16).save(tmp_path / "m")
     report = run_json("report", tmp_path / "m")
     assert report["file_bytes"] == report["computed_bytes"]
+
+
+def test_stdout_is_the_result_whatever_a_network_prints(run_json, tmp_path, monkeypatch):
+    (tmp_path / "talking.py").write_text(
+        "import torch\nprint('import')\n"
+        "class Net(torch.nn.Linear):\n"
+        "    def __init__(self):\n        print('made')\n        super().__init__(64, 64)\n"
+        "    def forward(self, x):\n        print('run')\n        return super().forward(x)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    done = run_json("convert", "talking:Net", "--input-shape", "64", "--sparsity", "0.5", "-o", "m")
+    assert done["model"]["architecture"] == "talking:Net"
+
+
+def test_a_network_that_ends_the_program_is_an_error_in_one_sentence(run, tmp_path, monkeypatch):
+    (tmp_path / "ending.py").write_text("def net():\n    raise SystemExit(7)\n")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("convert", "ending:net", "--input-shape", "64", "--sparsity", "0.5", "-o", "m")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "failed when it was called" in err
+
+
+def test_reports_go_by_what_a_file_is_not_by_the_case_of_its_ending(run_json, onnx_file, tmp_path):
+    for name in ("a.ONNX", "unnamed"):
+        (tmp_path / name).write_bytes(onnx_file.read_bytes())
+        assert run_json("report", tmp_path / name)["kind"] == "onnx"

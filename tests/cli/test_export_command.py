@@ -1,5 +1,8 @@
 """`export` into every container, and what `report` and `verify` say about the files."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -105,3 +108,21 @@ def test_wrong_usage(run, folder, tmp_path, monkeypatch, arguments, says):
 def test_an_onnx_file_is_no_model_folder(run, onnx_file, tmp_path):
     code, _, err = run("export", onnx_file, "-o", tmp_path / "a.dsr")
     assert code == 2 and "can only become a dense one" in err
+
+
+def test_an_archive_over_the_budget_of_its_model_says_so(run, run_json, folder, tmp_path):
+    assert run_json("export", folder, "-o", tmp_path / "a.dsr")["budget"] is None
+    shutil.copytree(folder, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["model"]["conversion"].update(budget_bytes=400_000, budget_unit="kB")
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    code, out, _ = run("export", tmp_path / "m", "-o", tmp_path / "b.dsr", "--encoding", "csr")
+    assert code == 0 and "  budget 400.0 kB: does not fit, " in out
+    assert run_json("export", tmp_path / "m", "-o", tmp_path / "c.dsr", "--values", "fp16")["budget"]["fits"]
+    assert run_json("export", tmp_path / "m", "-o", tmp_path / "c.npz")["budget"] is None
+
+
+def test_reports_call_float16_weights_by_their_name(run, folder, tmp_path):
+    for name, values, says in (("a.dsr", "fp32", "dense fp32 "), ("b.dsr", "fp16", "dense fp16 (weights) ")):
+        assert run("export", folder, "-o", tmp_path / name, "--values", values)[0] == 0
+        assert says in run("report", tmp_path / name)[1]

@@ -29,6 +29,20 @@ def test_every_bit_comes_back(tmp_path, encoding, small_model):
         assert tensor.values.tobytes() == tensors[name].values.tobytes()
 
 
+@pytest.mark.parametrize("encoding", ["auto", "dense"])
+@pytest.mark.parametrize("shape", [(), (0,), (5, 0), (0, 5, 2)])
+@pytest.mark.parametrize("role", ["dense", "buffer"])
+def test_tensors_of_one_entry_or_none_come_back(tmp_path, encoding, shape, role, small_model):
+    tensors, specs, graph, config = small_model
+    mask = Mask.full(shape)
+    for name, dtype, weight in (("a.odd", np.float32, True), ("b.odd", np.float32, False), ("c.odd", np.int64, False)):
+        tensors[name] = SparseTensor(mask, np.full(mask.size, 7, dtype))
+        specs[name] = LayerSpec(name, shape, "Odd", role, weight, "odd")
+    write_archive(tmp_path / "net.dsr", tensors, specs, graph, config, encoding=encoding)
+    for name, array in open_archive(tmp_path / "net.dsr").dense().items():
+        np.testing.assert_array_equal(array, tensors[name].to_dense(), strict=True)
+
+
 def test_the_same_model_gives_the_same_bytes(tmp_path, small_model):
     for name in ("a", "b"):
         write_archive(tmp_path / name, *small_model)

@@ -48,6 +48,7 @@ def test_a_claim_of_terabytes_is_refused_before_anything_is_made(archive, rewrit
         lambda m: m["tensors"][0].update(dtype="object"),
         lambda m: m["tensors"][0].update(shape=[-8, -40]),
         lambda m: m["tensors"][0].update(shape=[1 << 70, 0]),
+        lambda m: m["tensors"][1].update(shape=[1 << 39, 1 << 39, 0], active=0),
         lambda m: m["tensors"][0].update(shape=[float("inf")]),
         lambda m: m["tensors"][0].update(shape=[1] * 33),
         lambda m: m["tensors"][0].update(shape=[1 << 39] * 100_000),

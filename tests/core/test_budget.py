@@ -83,8 +83,6 @@ NOT_UNDERSTOOD = [
         "1e3params",
         "",
         "12 M B",
-        "12mb",
-        "12KB",
         "12MiBs",
         "0.8GMACss",
     ),
@@ -95,6 +93,20 @@ NOT_UNDERSTOOD = [
 @pytest.mark.parametrize("text", NOT_UNDERSTOOD)
 def test_budgets_that_are_not_understood(text):
     with pytest.raises(UsageError, match="5.1Mparams, 12MB, 12MiB, 300kB or 0.8GMACs"):
+        Budget.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"), [("12mb", "12MB"), ("12KB", "12kB"), ("12 mIb", "12MiB"), ("0.5Mparam", "0.5Mparams")]
+)
+def test_a_unit_in_another_case_is_not_guessed_but_offered(text, meant):
+    with pytest.raises(UsageError, match=f"did you mean {meant}\\?"):
+        Budget.parse(text)
+
+
+@pytest.mark.parametrize("text", ["0MB", "0.0params", "0.9B", "0.0001kMACs"])
+def test_a_budget_of_nothing_is_refused_before_anything_is_computed(text):
+    with pytest.raises(UsageError, match="allows nothing"):
         Budget.parse(text)
 
 

@@ -192,3 +192,19 @@ def test_a_bias_with_another_reader_keeps_its_values():
     graph, folded = fold_norms(graph_of(*nodes, Node("Add", ("d", "e"), ("y",)), parameters=tensors), tensors)
     assert graph.nodes[0].inputs == ("x", "c.weight", "c.bias")
     assert folded["shared"] is tensors["shared"]
+
+
+def test_a_negative_variance_gives_nan_without_a_warning():
+    rng = np.random.default_rng(0)
+    tensors = {"c.weight": sparse(rng, (6, 4, 3, 3), 0.5), **norm_tensors(rng, 6)}
+    tensors["n.running_var"] = full(np.array([-1, 0, 1, 1, 1, 1], np.float32))
+    folded, new = fold_norms(graph_of(conv(), norm(epsilon=0.0), parameters=tensors), tensors)
+    assert ops(folded) == ["Conv"]
+    assert np.isnan(new["c.bias"].to_dense()[0])
+
+
+def test_an_epsilon_that_is_no_number_is_left_to_whoever_computes():
+    rng = np.random.default_rng(0)
+    tensors = {"c.weight": sparse(rng, (6, 4, 3, 3), 0.5), **norm_tensors(rng, 6)}
+    folded, _ = fold_norms(graph_of(conv(), norm(epsilon="small"), parameters=tensors), tensors)
+    assert ops(folded) == ["Conv", "BatchNormalization"]

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -45,3 +47,25 @@ def test_damaged_documents_are_refused(graph, old, new):
     assert old in text
     with pytest.raises(FormatError):
         Graph.from_json(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"op":"Conv"', '"op":"a b"'),
+        ('"op":"Conv"', '"op":"two\\nlines"'),
+        ('"pads":[0', '"not\\u2028printable":[0'),
+        ('"outputs":["y"]', '"outputs":[""]'),
+        ('"outputs":["y"]', '"outputs":[]'),
+        ('["x",', json.dumps(["x" * 5000])[:-1] + ","),
+        ('"float32","shape":[1,2]', json.dumps("\x1b[2J" * 1000) + ',"shape":[1,2]'),
+        ('"pads":[0,0', '"pads":[0,' + json.dumps({"long": "x" * 5000})),
+    ],
+)
+def test_what_a_document_says_cannot_flood_the_message(graph, old, new):
+    text = graph.to_json()
+    assert old in text
+    with pytest.raises(FormatError) as caught:
+        Graph.from_json(text.replace(old, new, 1))
+    assert len(str(caught.value)) < 460
+    assert str(caught.value).isprintable()

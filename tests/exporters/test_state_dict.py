@@ -1,5 +1,8 @@
 """Plain state_dicts: other people's loaders read them into other people's modules."""
 
+import resource
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torchvision import models
 from dsr_tool.core.budget import Budget
 from dsr_tool.core.config import ModelConfig
 from dsr_tool.core.footprint import footprint
-from dsr_tool.errors import CheckFailed, FormatError, UsageError
+from dsr_tool.errors import CheckFailed, FileError, FormatError, UsageError
 from dsr_tool.sparse.convert import sparsify
 from exporters.state_dict import export_safetensors, export_state_dict
 from exporters.verify import verify
@@ -52,6 +55,22 @@ def test_a_fresh_torchvision_model_computes_the_same(kind, mobilenet):
     with torch.no_grad():
         expected = mobilenet.module.eval()(x)
         torch.testing.assert_close(fresh.eval()(x), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_a_full_disk_leaves_the_old_file(kind, mobilenet):
+    path, export, *_ = kind
+    path.write_text("old")
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(FileError, match="could not be written: .*File too large"):
+            export(mobilenet, path, force=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_text() == "old"
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_half_precision_loads_into_a_plain_module(kind, mobilenet):

@@ -174,19 +174,34 @@ def _container(data: bytes) -> tuple[dict[str, Any], bytes]:
 
 def archive(random: Generator, corpus: Sequence[bytes]) -> bytes:
     """An archive whose manifest, graph or streams are wrong behind correct checksums."""
-    header, body = _container(_one(random, corpus))
-    metadata = header.pop("__metadata__")
-    streams = {name: body[slice(*entry["data_offsets"])] for name, entry in header.items()}
-    manifest = json.loads(zlib.decompress(streams[":manifest"]))
     choice = random.random()
+    if 0.4 <= choice < 0.6:
+        return repacked(_one(random, corpus), lambda graph: json_tree(random, graph))
+    header, metadata, streams, manifest = _archive(_one(random, corpus))
     if choice < 0.4:
         manifest = json_tree(random, manifest)
-    elif choice < 0.6:
-        graph = json_tree(random, json.loads(zlib.decompress(streams[":graph"])))
-        _put(header, streams, ":graph", zlib.compress(json.dumps(graph).encode()))
-        manifest["graph_crc32"] = zlib.crc32(streams[":graph"])
     else:
         _change_stream(random, header, streams, manifest)
+    return _sealed(header, metadata, streams, manifest)
+
+
+def repacked(data: bytes, change: Callable[[Any], Any]) -> bytes:
+    """An archive with another graph."""
+    header, metadata, streams, manifest = _archive(data)
+    graph = change(json.loads(zlib.decompress(streams[":graph"])))
+    _put(header, streams, ":graph", zlib.compress(json.dumps(graph).encode()))
+    manifest["graph_crc32"] = zlib.crc32(streams[":graph"])
+    return _sealed(header, metadata, streams, manifest)
+
+
+def _archive(data: bytes) -> tuple[dict[str, Any], dict[str, str], dict[str, bytes], Any]:
+    header, body = _container(data)
+    metadata = header.pop("__metadata__")
+    streams = {name: body[slice(*entry["data_offsets"])] for name, entry in header.items()}
+    return header, metadata, streams, json.loads(zlib.decompress(streams[":manifest"]))
+
+
+def _sealed(header: dict[str, Any], metadata: dict[str, str], streams: dict[str, bytes], manifest: Any) -> bytes:
     _put(header, streams, ":manifest", zlib.compress(json.dumps(manifest).encode()))
     inner = json.loads(metadata["dsr_archive"])
     inner["manifest_sha256"] = hashlib.sha256(streams[":manifest"]).hexdigest()

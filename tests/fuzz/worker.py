@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from graphs import graph
 from mutators import MUTATORS
 
 from dsr_tool.errors import DsrError, UsageError
@@ -47,7 +48,8 @@ def main() -> None:
     result: dict[str, Any] = {"accepted": 0, "rejected": 0, "slowest_s": 0.0, "failures": []}
     for number in range(first, first + count):
         random = np.random.default_rng([seed, number])
-        mutate = MUTATORS[kind][int(random.integers(len(MUTATORS[kind])))]
+        mutators = (*MUTATORS[kind], graph, graph) if kind == "predict" else MUTATORS[kind]
+        mutate = mutators[int(random.integers(len(mutators)))]
         target.write_bytes(mutate(random, corpus))
         (scratch / "at").write_text(str(number))
         _try(read, number, result)
@@ -67,7 +69,7 @@ def _try(read: Callable[[], Any], number: int, result: dict[str, Any]) -> None:
         result["accepted"] += 1
     except DsrError as error:
         result["rejected"] += 1
-        if "\n" in str(error) or len(str(error)) > 2000:
+        if not str(error).isprintable() or len(str(error)) > 500:
             result["failures"].append([number, f"no single sentence: {str(error)[:300]!r}"])
     except BaseException:  # noqa: BLE001 - whatever gets through is what this looks for
         result["failures"].append([number, traceback.format_exc()[-1500:]])

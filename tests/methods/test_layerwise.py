@@ -114,6 +114,46 @@ def test_rigl_sees_the_dense_gradient_on_update_steps_only():
         model.check()
 
 
+def test_rigl_forgets_the_gradients_of_a_step_that_a_scaler_left_out():
+    torch.manual_seed(0)
+    model = convert(nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 30)), sparsity=0.8, positions="random")
+    optimizer = optim.SGD(model.module.parameters(), lr=0.01, momentum=0.9)
+    attached = attach(model, optimizer, RigL(ReallocationSchedule(((0, 1),), 8), drop_fraction=0.5))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for factor in (torch.inf, 1.0):
+        before = {name: mask.clone() for name, mask in model.masks.items()}
+        optimizer.zero_grad()
+        scaler.scale(model(torch.randn(16, 30)).square().sum() * factor).backward()
+        scaler.unscale_(optimizer)
+        gradients = {name: weight.grad.abs() for name, weight in model.weights.items()}
+        attached.mask_gradients()
+        nn.utils.clip_grad_norm_(model.module.parameters(), 1e-3)
+        scaler.step(optimizer)
+        scaler.update()
+    assert attached.step == 1
+    for name, mask in model.masks.items():
+        grown = mask & ~before[name]
+        assert grown.any()
+        assert gradients[name][grown].min() >= gradients[name][~before[name] & ~mask].max()
+
+
+def test_rigl_refuses_gradients_that_come_inside_the_step():
+    model = convert(nn.Sequential(nn.Linear(30, 40)), sparsity=0.8, positions="random")
+    optimizer = optim.LBFGS(model.module.parameters())
+    attach(model, optimizer, "rigl", total_steps=100)
+    with pytest.raises(UsageError, match="without a closure"):
+        optimizer.step(lambda: model(torch.ones(1, 30)).sum())
+
+
+@pytest.mark.parametrize("method", [SET(ALWAYS), RigL(ALWAYS), GradualPruning(ALWAYS, final_sparsity=0.5)])
+def test_a_layer_without_active_weights_is_left_as_it_is(method):
+    weights = ActiveWeights(
+        Positions((10, 6), (0, 6), torch.arange(10, 16)), torch.rand(6), (torch.rand(10), torch.rand(6))
+    )
+    moved = method.update(weights, 1, torch.Generator())
+    assert moved.dropped.counts[0] == moved.grown.counts[0] == 0
+
+
 def test_gmp_follows_the_cubic_and_ends_exactly():
     torch.manual_seed(0)
     model = convert(nn.Sequential(nn.Linear(31, 40), nn.Linear(40, 7)), sparsity=0, positions="random")

@@ -1,11 +1,13 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dsr_tool.core.codecs import SparseTensor
+from dsr_tool.core.compaction.record import COMPACTED, Saved
 from dsr_tool.core.config import ModelConfig
 from dsr_tool.core.footprint import footprint
 from dsr_tool.core.layers import LayerSpec
@@ -94,6 +96,67 @@ def made():
         return Source(Path("somewhere"), "archive", measured, config, {}, tensors, apart)
 
     return make
+
+
+_MEASURED = {"computed_bytes": 5400, "measured_bytes": 6000, "difference": -0.1, "load_peak_bytes": 9000}
+_COMPUTED = {"computed_bytes": 1234, "measured_bytes": None, "difference": None, "load_peak_bytes": None}
+
+
+@pytest.fixture(scope="session")
+def extras():
+    """What a report says of a budget that is missed, and of memory: as in its JSON."""
+    runtimes = [("PyTorch", _MEASURED), (HOSTILE, _COMPUTED)]
+    sizes = {"weights_bytes": 400, "activations_bytes": 5000, "moment": "Conv -> a_name_without_any_place_to_break"}
+    ledger = {"weights": 1000, "gradients": 1000, "masks": 500, "optimizer state": 2000}
+    return {
+        "budget": {
+            "kind": "bytes",
+            "unit": "MB",
+            "asked": 10**7,
+            "found": 12 * 10**6,
+            "fraction": 1.2,
+            "measured": "on disk",
+            "fits": False,
+            "line": "budget 10.00 MB: does not fit, 12.00 MB (120.0 %) on disk, 2,000,000 bytes too many",
+        },
+        "memory": {
+            "batch": 4,
+            "input_shape": [3, 32, 32],
+            "activations": {
+                "in_order_bytes": 77_000,
+                "in_order_moment": "Relu -> relu_0",
+                "fused_bytes": 66_000,
+                "fused_moment": "MaxPool -> maxpool_0",
+            },
+            "inference": [{"runtime": name, **sizes, **measured} for name, measured in runtimes],
+            "training": {
+                "optimizer": "sgd",
+                "held_bytes": {**ledger, "saved activations": 300},
+                "at_peak_bytes": {**ledger, "input": 50, "activations": 250, "scratch": 600},
+                "moment": "aten.convolution",
+                "optimizer_state_bytes": {"sgd": 2000, "adam": 4000},
+                **_MEASURED,
+            },
+            "training_note": None,
+            "measurement_note": "nothing was measured twice",
+        },
+    }
+
+
+@pytest.fixture(scope="session")
+def compacted(made):
+    """An archive from which compaction took filters."""
+    record = {
+        "weights": [2000, 1500],
+        "active": [300, 240],
+        "dense_macs": [80_000, 60_000],
+        "sparse_macs": [8000, 6000],
+        "plain_bytes": 20_000,
+        "layers": {"conv.weight": [64, 60, 16, 9]},
+    }
+    source = made(2)
+    config = replace(source.config, conversion={COMPACTED: record, "seed": 3, "nothing": {}})
+    return replace(source, config=config, saved=Saved.from_dict(record))
 
 
 @pytest.fixture(scope="session")

@@ -90,10 +90,11 @@ def test_a_budget_that_is_not_understood_is_wrong_usage(archive):
 
 def test_the_line_for_a_terminal():
     budget = Budget.parse("12MB")
-    assert BudgetCheck(budget, 11_840_123, "on disk").line == "budget 12.00 MB: fits, 11.84 MB (98.7 %) on disk"
+    assert BudgetCheck(budget, 11_840_123, "on disk").line == "budget 12.00 MB: fits, 11.84 MB (98.7%) on disk"
     over = BudgetCheck(budget, 12_000_010, "on disk")
     assert not over.fits
-    assert over.line == "budget 12.00 MB: does not fit, 12.00 MB (100.0 %) on disk, 10 bytes too many"
+    assert over.line == "budget 12.00 MB: does not fit, 12.00 MB (100.0%) on disk, 10 bytes too many"
+    assert BudgetCheck(budget, 12_000_001, "on disk").line.endswith("on disk, 1 byte too many")
     assert BudgetCheck(budget, 12_000_000, "").fits
 
 

@@ -120,6 +120,7 @@ def test_options_that_do_not_go_together(files):
     source = read(files / "net.dsr")
     for wanted, message in (
         (Wanted(0), "--batch 0 is not allowed"),
+        (Wanted(10**9), "--batch 1000000000 is not allowed; give 1 to 100,000"),
         (Wanted(input_size=0), "--input-size 0 is not allowed"),
         (Wanted(input_size=8), "--input-size goes with a model folder"),
     ):

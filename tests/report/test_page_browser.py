@@ -15,8 +15,7 @@ from dsr_tool.report.tables import report_document
 
 ARGUMENTS = ("--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync")
 HOSTILE = "<img src=x onerror=alert(1)><script>document.title = 'taken'</script>\u202e{}"
-_MEMORY = [{"runtime": f"runtime {i}", "moment": "MaxPool -> maxpool_0", "peak_bytes": 12**i} for i in range(9)]
-SIZES = {"phone": (360, 740), "desk": (1440, 900)}
+SIZES = {"narrow": (320, 640), "phone": (360, 740), "desk": (1440, 900)}
 SCHEMES = ("light", "dark")
 
 
@@ -41,16 +40,15 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def files(model_folder, run_folder, exported, made, tmp_path_factory):
+def files(model_folder, run_folder, exported, made, compacted, extras, tmp_path_factory):
     """Pages as files: of a run, a model folder, exported files, and of many layers under long names."""
     folder = tmp_path_factory.mktemp("pages")
     long = "features.denseblock{0}.denselayer{0}.a_name_without_any_place_to_break_a_line_at.weight"
     sources = {"run": read(run_folder), "folder": read(model_folder), "many": made(120, long, "x" * 90)}
     sources["hostile"] = made(3, HOSTILE.format("{0}"), HOSTILE.format(9))
-    sources |= {kind: read(path) for kind, path in exported.items()}
+    sources |= {"compacted": compacted, **{kind: read(path) for kind, path in exported.items()}}
     for name, source in sources.items():
-        document = {**report_document(source), "budget": {"asked_bytes": 10**7}, "memory": _MEMORY}
-        write_page(folder / f"{name}.html", source, document)
+        write_page(folder / f"{name}.html", source, {**report_document(source), **extras})
     return {name: folder / f"{name}.html" for name in sources}
 
 
@@ -91,7 +89,7 @@ SMALL = """() => [...document.querySelectorAll('body *')].filter(element =>
   && !element.closest('title, option, sub, sup')
   && parseFloat(getComputedStyle(element).fontSize) < 12).map(element => element.outerHTML.slice(0, 120))"""
 
-FAINT = """() => {
+CONTRAST = """
   const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
   const light = colour => numbers(colour).slice(0, 3).map(c => c / 255)
     .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
@@ -102,22 +100,40 @@ FAINT = """() => {
       if ((numbers(colour)[3] ?? 1) === 1) return colour;
     }
   };
+  const contrast = (ink, element) => {
+    const [a, b] = [light(ink), light(paper(element))].sort((x, y) => x - y);
+    return (b + 0.05) / (a + 0.05);
+  };
+"""
+FAINT = f"""() => {{{CONTRAST}
   return [...document.querySelectorAll('body *')].filter(element =>
     [...element.childNodes].some(node => node.nodeType === 3 && node.textContent.trim())
-    && !element.closest('title, .skip')).map(element => {
+    && !element.closest('title, .skip')).map(element => {{
       const style = getComputedStyle(element);
       const ink = element.namespaceURI.endsWith('svg') ? style.fill : style.color;
-      const [a, b] = [light(ink), light(paper(element))].sort();
-      return [(b + 0.05) / (a + 0.05), element.outerHTML.slice(0, 120)];
-    }).filter(([contrast]) => contrast < 4.5);
-}"""
+      return [contrast(ink, element), element.outerHTML.slice(0, 120)];
+    }}).filter(([found]) => found < 4.5);
+}}"""
+PALE = f"""() => {{{CONTRAST}
+  const shapes = '.legend rect, .legend line, .bars rect, .plot .line';
+  return [...document.querySelectorAll(shapes)].map(shape => {{
+    const style = getComputedStyle(shape);
+    return [contrast(style.fill === 'none' || shape.matches('line') ? style.stroke : style.fill, shape), style.fill];
+  }}).filter(([found]) => found < 3);
+}}"""
+LABELS = """() => [...document.querySelectorAll('.plot')].flatMap(plot => {
+  const texts = [...plot.querySelectorAll('text')].map(text => [text.textContent, text.getBoundingClientRect()]);
+  return texts.flatMap(([one, a], i) => texts.slice(i + 1).filter(([, b]) =>
+    a.width && b.width && a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 2 && b.top < a.bottom - 2
+  ).map(([other]) => `${one} and ${other}`));
+})"""
 
 
 def open_tables(tab):
     tab.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true; })")
 
 
-@pytest.mark.parametrize("name", ["run", "folder", "many", "hostile", "archive", "onnx", "csr"])
+@pytest.mark.parametrize("name", ["run", "folder", "many", "hostile", "archive", "onnx", "csr", "compacted"])
 @pytest.mark.parametrize("size", SIZES)
 def test_nothing_is_outside_the_window_or_too_small(opened, name, size):
     with opened(name, size) as tab:
@@ -125,6 +141,7 @@ def test_nothing_is_outside_the_window_or_too_small(opened, name, size):
         assert tab.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
         assert tab.evaluate(OUTSIDE) == []
         assert tab.evaluate(SMALL) == []
+        assert tab.evaluate(LABELS) == []
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -132,6 +149,7 @@ def test_text_stands_out_in_light_and_dark(opened, scheme):
     with opened("run", color_scheme=scheme) as tab:
         open_tables(tab)
         assert tab.evaluate(FAINT) == []
+        assert tab.evaluate(PALE) == []
         paper = tab.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (paper == "rgb(255, 255, 255)") == (scheme == "light")
 

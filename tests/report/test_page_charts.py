@@ -12,7 +12,7 @@ from PIL import Image
 
 from dsr_tool.core.mask import Mask
 from dsr_tool.report.page import numbers
-from dsr_tool.report.page.axes import axis
+from dsr_tool.report.page.axes import axis, layer_ticks
 from dsr_tool.report.page.charts import Series, bars, columns, lines
 from dsr_tool.report.page.mask_pictures import mask_picture, picture_budget
 
@@ -62,6 +62,33 @@ def test_labels_at_the_ends_of_lines_stay_apart_and_inside(ends):
     assert places[0] >= 0
     assert places[-1] <= 100
     assert all(b - a >= 8.9 for a, b in pairwise(places))
+
+
+def test_the_label_stands_where_its_line_ends():
+    chart = lines([1, 2, 3], [Series("", "s", [5.0, 6.0, float("nan")])], str, span=(1, 5))
+    assert [(line.label, line.end) for line in chart.lines] == [("6.0", 25)]
+
+
+def labels(names):
+    return [[tick.label for tick in ticks] for ticks in layer_ticks(names)]
+
+
+def test_columns_are_named_by_prefixes_that_have_room():
+    stages = [f"layer{i}.{j}.weight" for i in range(1, 5) for j in range(5)]
+    assert labels(stages) == [["layer1", "layer2", "layer3", "layer4"]] * 2
+    assert labels(["conv.weight", *stages])[1][0] == "conv"
+    blocks = [f"features.{name}.{j}.weight" for name in ("denseblock1", "denseblock2", "denseblock3") for j in range(9)]
+    assert labels(blocks) == [["denseblock1", "denseblock2", "denseblock3"]] * 2
+    many = [f"features.denseblock{i}.{j}.weight" for i in range(6) for j in range(4)]
+    assert labels(many) == [["1", "10", "24"], [f"denseblock{i}" for i in range(6)]]
+
+
+def test_labels_that_do_not_tell_places_apart_give_way_to_numbers():
+    blocks = [f"features.{i}.block.{j}.weight" for i in range(14) for j in range(4)]
+    assert labels(blocks)[0] == labels(blocks)[1] == ["1", "20", "40", "56"]
+    assert labels(["weight"]) == [["weight"], ["weight"]]
+    long = [f"layers.encoder_layer_{i}.weight" for i in range(3)]
+    assert labels(long)[1] == [f"\u2026coder_layer_{i}" for i in range(3)]
 
 
 @given(st.lists(st.integers(0, 10**9), min_size=1, max_size=50))

@@ -41,8 +41,8 @@ def _onnxruntime(
     return list(session.run(None, given))
 
 
-def _plan(op: str, arrays: list[np.ndarray | None], attributes: Mapping[str, Any]) -> np.ndarray:
-    """The first array is the input, the others are constants or, where they are float, parameters."""
+def _plan(op: str, arrays: list[np.ndarray | None], outputs: int, attributes: Mapping[str, Any]) -> np.ndarray:
+    """The first output. The first array is the input, the others are constants or, where they are float, parameters."""
     others = {f"i{i}": array for i, array in enumerate(arrays) if array is not None and i > 0}
     names = tuple(f"i{i}" if array is not None else "" for i, array in enumerate(arrays))
     tensors = {
@@ -54,7 +54,7 @@ def _plan(op: str, arrays: list[np.ndarray | None], attributes: Mapping[str, Any
     graph = Graph(
         (Value("i0", ()),),
         (Value("o0", ()),),
-        (Node(op, names, ("o0",), attributes),),
+        (Node(op, names, tuple(f"o{i}" for i in range(outputs)), attributes),),
         constants,
         tuple(tensors),
         OPSET,
@@ -73,7 +73,7 @@ def agree() -> Callable[..., None]:
             bare = OPERATORS[op](*inputs, **attributes)
         found = [np.asarray(array) for array in (bare if isinstance(bare, tuple) else (bare,))]
         assert len(found) == len(wanted)
-        for ours, theirs in [*zip(found, wanted, strict=True), (_plan(op, inputs, attributes), wanted[0])]:
+        for ours, theirs in [*zip(found, wanted, strict=True), (_plan(op, inputs, outputs, attributes), wanted[0])]:
             assert ours.shape == theirs.shape
             assert ours.dtype == theirs.dtype
             scale = np.abs(theirs[np.isfinite(theirs)]).max(initial=0) if theirs.dtype.kind == "f" else 0

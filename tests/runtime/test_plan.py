@@ -130,10 +130,107 @@ def test_an_unsupported_form_of_an_operator_is_refused():
         Node("Add", ("x", "w"), ("y",)),
         Node("Neg", ("x",), ("y",), {"novel": 1}),
         Node("Concat", ("x", "w"), ("y",)),
-        Node("Conv", (), ("y",)),
-        Node("Flatten", (), ("y",)),
+        Node("BatchNormalization", ("x", "w", "w", "w", "w"), ("y",)),
+        Node("MaxPool", ("x",), ("y",), {"kernel_shape": (0,)}),
+        Node("MaxPool", ("x",), ("y",), {"kernel_shape": (1 << 20,), "pads": (1 << 19, 1 << 19)}),
     ],
 )
 def test_graphs_that_do_not_fit_give_one_sentence(node):
     with pytest.raises(FormatError, match=f"operator {node.op} .*cannot be computed.*does not fit"):
         plan_of(node, tensors={"w": sparse((5, 7, 3))}).run(X)
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs"),
+    [
+        ("Conv", ()),
+        ("Conv", ("x", "")),
+        ("Flatten", ()),
+        ("Neg", ("x", "c")),
+        ("Add", ("x", "c", "c")),  # numpy would write into a third one
+        ("Where", ("", "x", "x")),
+        ("Concat", ("x", "")),
+        ("Slice", ("x", "", "c")),
+    ],
+)
+def test_inputs_that_an_operator_does_not_take_are_refused(op, inputs):
+    with pytest.raises(FormatError, match=f"operator {op} .*input too many or too few"):
+        plan_of(Node(op, inputs, ("y",)), constants={"c": np.ones(8, np.float32)})
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [Node("ConstantOfShape", ("n",), ("y",))],
+        [Node("Range", ("zero", "n0", "one"), ("y",))],
+        [Node("Expand", ("x", "far"), ("y",))],
+        [Node("Pad", ("x", "pads"), ("y",))],
+        [Node("Resize", ("x", "", "scales"), ("y",), {"mode": "linear"})],
+        [Node("Split", ("x",), ("y",), {"num_outputs": 1 << 60})],
+        [Node("MaxPool", ("x",), ("y",), {"kernel_shape": (2,), "pads": (1 << 30, 0)})],
+        [Node("AveragePool", ("x",), ("y",), {"kernel_shape": (2,), "pads": (1 << 30, 0)})],
+        [Node("Conv", ("x", "w"), ("y",), {"pads": (1 << 30, 0)})],
+        [
+            Node("Flatten", ("x",), ("f",), {"axis": 0}),
+            *(Node("Concat", (f"f{i or ''}",) * 32, (f"f{i + 1}",), {"axis": 0}) for i in range(6)),
+            Node("Neg", ("f6",), ("y",)),
+        ],
+        [
+            Node("Reshape", ("x", "column"), ("c",)),
+            Node("Reshape", ("x", "row"), ("r",)),
+            *(
+                node
+                for i in range(4)
+                for node in (
+                    Node("MatMul", (f"c{i or ''}", f"r{i or ''}"), (f"m{i}",)),
+                    Node("Reshape", (f"m{i}", "column"), (f"c{i + 1}",)),
+                    Node("Reshape", (f"m{i}", "row"), (f"r{i + 1}",)),
+                )
+            ),
+            Node("Add", ("c4", "r4"), ("y",)),
+        ],
+        [
+            Node("Reshape", ("x", "row"), ("r",)),
+            Node("Einsum", ("r",) * 6, ("y",), {"equation": "za,zb,zc,zd,ze,zf->abcdef"}),
+        ],
+        [Node("Gather", ("x", "many"), ("g",)), Node("Gather", ("g", "many"), ("y",), {"axis": 1})],
+    ],
+    ids=lambda nodes: nodes[-1].op,
+)
+@pytest.mark.parametrize("folded", [False, True])
+def test_values_without_end_are_refused_before_they_are_made(nodes, folded):
+    constants = {
+        "n": np.array([1 << 30], np.int64),
+        "n0": np.array(1 << 40, np.int64),
+        "zero": np.array(0, np.int64),
+        "one": np.array(1, np.int64),
+        "far": np.array([1 << 30, 2, 3, 8], np.int64),
+        "pads": np.array([0, 0, 0, 1 << 30, 0, 0], np.int64),
+        "scales": np.array([1, 1, 1e9], np.float32),
+        "row": np.array([1, -1], np.int64),
+        "column": np.array([-1, 1], np.int64),
+        "many": np.zeros(1 << 14, np.int64),
+    }
+    if folded:
+        constants["k"] = X
+        nodes = [
+            Node(node.op, tuple("k" if name == "x" else name for name in node.inputs), node.outputs, node.attributes)
+            for node in nodes
+        ]
+    tracemalloc.start()
+    with pytest.raises(FormatError, match="more than a graph of this size is granted"):
+        plan_of(*nodes, constants=constants, tensors={"w": sparse((4, 3, 3))}).run(X)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 600 << 20
+
+
+def test_room_is_given_back_when_values_are_freed():
+    x = np.zeros(1 << 20, np.float32)
+    nodes = [Node("Neg", (f"v{i}" if i else "x",), (f"v{i + 1}",)) for i in range(100)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dsr_tool.runtime.plan.FREE_BYTES", 9 << 20)
+        patch.setattr("dsr_tool.runtime.plan._MAX_HELD_RATIO", 0)
+        assert plan_of(*nodes[:-1], Node("Neg", ("v99",), ("y",))).run(x).shape == x.shape
+        with pytest.raises(FormatError, match="granted"):
+            plan_of(*nodes[:2], Node("Max", ("v1", "v2", "x"), ("y",))).run(x)

@@ -6,7 +6,7 @@ from torch import nn, optim
 
 from converters.convert import convert
 from dsr_tool.errors import UsageError
-from dsr_tool.methods import DSR, Attached, ReallocationSchedule, attach
+from dsr_tool.methods import DSR, Attached, GradualPruning, ReallocationSchedule, RigL, attach
 
 OPTIMIZERS = {
     "sgd": lambda p: optim.SGD(p, lr=0.1),
@@ -22,7 +22,7 @@ OPTIMIZERS = {
 }
 
 
-def network(memory_format=torch.contiguous_format):
+def network(memory_format=torch.contiguous_format, sparsity=0.8):
     torch.manual_seed(0)
     module = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1),
@@ -32,7 +32,7 @@ def network(memory_format=torch.contiguous_format):
         nn.Flatten(),
         nn.Linear(8 * 36, 10),
     )
-    model = convert(module, sparsity=0.8)
+    model = convert(module, sparsity=sparsity)
     return model.to(memory_format=memory_format)
 
 
@@ -77,6 +77,20 @@ def test_everything_outside_stays_zero_while_weights_move(name, memory_format):
     assert len(moved) == 4
     assert sum(len(what.dropped.flat) for what in moved) > 0
     assert any(not torch.equal(masks[key], model.masks[key]) for key in masks)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.8])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_other_methods_leave_nothing_outside_either(name, sparsity):
+    model = network(sparsity=sparsity)
+    optimizer = OPTIMIZERS[name](model.module.parameters())
+    schedule = ReallocationSchedule(((0, 2),), 6)
+    method = RigL(schedule, drop_fraction=0.5) if sparsity else GradualPruning(schedule, final_sparsity=0.9)
+    attach(model, optimizer, method)
+    before = model.active_weights
+    train(model, optimizer, 7, lambda: outside_is_zero(model, optimizer))
+    assert model.active_weights == (before if sparsity else round(0.1 * model.prunable_weights))
+    model.check()
 
 
 def test_moved_weights_start_over():

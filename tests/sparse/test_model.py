@@ -179,6 +179,11 @@ def edit(change):
     return apply
 
 
+def type_without_numpy(path):
+    masks = load_file(path)
+    save_file({name: bits.view(torch.float8_e4m3fn) for name, bits in masks.items()}, path)
+
+
 def foreign_mask(path):
     masks = load_file(path)
     first = next(iter(masks))
@@ -205,6 +210,7 @@ def stray_weight(path):
         ("model.safetensors", lambda path: path.unlink(), FileError),
         ("masks.safetensors", truncate, FormatError),
         ("masks.safetensors", foreign_mask, FormatError),
+        ("masks.safetensors", type_without_numpy, FormatError),
         ("masks.safetensors", lambda path: save_file({}, path), FormatError),
         ("model.safetensors", stray_weight, CheckFailed),
     ],

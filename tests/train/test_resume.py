@@ -15,7 +15,7 @@ import torch
 import dsr_tool.train.run as run_module
 from converters.convert import convert, load
 from dsr_tool.errors import FileError, FormatError, UsageError
-from dsr_tool.methods import METHODS
+from dsr_tool.methods import METHODS, attach
 from dsr_tool.train import Observer, RunFolder, train
 from dsr_tool.train.checkpoint import read_state, write_state
 
@@ -95,7 +95,8 @@ def kill_at(monkeypatch, moment):
     monkeypatch.setattr(run_module.RunFolder, "_log", struck(run_module.RunFolder._log))
     monkeypatch.setattr(run_module.Path, "rename", struck(run_module.Path.rename))
     monkeypatch.setattr(run_module.Path, "replace", struck(run_module.Path.replace))
-    monkeypatch.setattr(run_module.RunFolder, "__exit__", lambda *_: None)
+    # A process that dies loses its lock and does nothing else.
+    monkeypatch.setattr(run_module.RunFolder, "__exit__", lambda run, *_: run._lock and run._lock.release())
     monkeypatch.setattr(run_module.shutil, "rmtree", lambda *_, **__: None)
     return Step()
 
@@ -156,6 +157,82 @@ def test_other_settings_or_data_are_refused(tiny, tmp_path):
     with pytest.raises(UsageError, match="started with data"):
         stopped.require({"data": "fake:300"})
     assert stopped.settings({"epochs": 4, "workers": 1}).workers == 1
+
+
+def test_options_of_the_method_and_the_model_are_compared_by_name(tiny, tmp_path):
+    go_on(tiny, tmp_path / "run", options={"target": 0.2, "tolerance": 0.3})
+    run = RunFolder(tmp_path / "run", resume=True)
+    assert run.stopped.settings({"options": {"target": 0.2}}).options == {"target": 0.2, "tolerance": 0.3}
+    with pytest.raises(UsageError, match="--target 0.5 differs from the 0.2 that"):
+        run.stopped.settings({"options": {"target": 0.5}})
+    with pytest.raises(UsageError, match="--threshold 1 was not given when"):
+        run.stopped.settings({"options": {"threshold": 1}})
+    run.facts = {"model": "another"}
+    with pytest.raises(UsageError, match="give the same model"), run:
+        train(tiny.model(), tiny.data(), run.stopped.settings({}), [run], state=run.stopped.state)
+
+
+def test_a_run_that_another_process_trains_is_refused(tiny, tmp_path):
+    go_on(tiny, tmp_path / "run")
+    holder = RunFolder(tmp_path / "run", resume=True)
+    for options in ({"resume": True}, {"force": True}):
+        with pytest.raises(FileError, match="being trained by another process"):
+            RunFolder(tmp_path / "run", **options)
+    with holder:
+        pass
+    RunFolder(tmp_path / "run", resume=True)
+
+
+def test_a_complete_run_without_its_state_is_kept(tiny, tmp_path):
+    go_on(tiny, tmp_path / "run", epochs=1)
+    (tmp_path / "run" / "training.safetensors").unlink()
+    with pytest.raises(FileError, match="without which it cannot be resumed"):
+        RunFolder(tmp_path / "run", resume=True)
+
+
+def test_the_best_epoch_comes_back_where_it_was_just_being_replaced(tiny, tmp_path):
+    go_on(tiny, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    (tmp_path / "cut" / ".best.x.old").mkdir()
+    (tmp_path / "cut" / "best").rename(tmp_path / "cut" / ".best.x.old" / "best")
+    go_on(tiny, tmp_path / "cut")
+    assert_equal(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "settings", [None, {"epochs": "ten"}, {"milestones": 5}, {"options": None}, {"method": "nothing"}]
+)
+def test_settings_of_another_shape_are_said_to_be(tiny, tmp_path, settings):
+    go_on(tiny, tmp_path / "run")
+    (tmp_path / "run" / "settings.json").write_text(json.dumps({"settings": settings}))
+    with pytest.raises(FormatError, match="cannot be resumed"):
+        RunFolder(tmp_path / "run", resume=True)
+
+
+def test_a_log_of_other_epochs_than_the_state_is_refused(tiny, tmp_path):
+    go_on(tiny, tmp_path / "run")
+    log = tmp_path / "run" / "log.jsonl"
+    log.write_text(log.read_text().replace('"epoch": 2', '"epoch": 3'))
+    with pytest.raises(FormatError, match="does not hold the epochs"):
+        RunFolder(tmp_path / "run", resume=True)
+
+
+def test_a_state_of_a_model_with_other_frozen_layers_is_refused(tiny, tmp_path):
+    go_on(tiny, tmp_path / "run")
+    model = load(tmp_path / "run", tiny.module())
+    model.module.head.weight.requires_grad_(False)
+    state = RunFolder(tmp_path / "run", resume=True).stopped.state
+    with pytest.raises(FormatError, match="other parameters are frozen"):
+        train(model, tiny.data(), tiny.settings(epochs=5), state=state)
+
+
+def test_on_another_kind_of_device_random_numbers_begin_anew(tiny):
+    model = tiny.model()
+    optimizer = torch.optim.SGD(model.module.parameters(), lr=0.1)
+    attached = attach(model, optimizer, "set", total_steps=10)
+    state = {"step": 3, "method": {}, "random": torch.zeros(16, dtype=torch.uint8), "device": "cuda"}
+    attached.load_state_dict(state)
+    assert attached.step == 3 and attached._generator.initial_seed() == 3
 
 
 def test_what_is_no_run_is_refused(tiny, tmp_path):

@@ -9,30 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from dsr_tool.errors import FormatError
-from dsr_tool.report.memory.measure import Measured, Request
+from dsr_tool.report.memory.measure import Measured, Request, held_bytes, reset_peak
 
 __all__ = ["KINDS"]
 
 _RUNS, _STEPS = 3, 4
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-def _status(key: str) -> int:
-    """A line of the process's status, in bytes."""
-    for line in _STATUS.read_text(encoding="ascii").splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise FormatError(f"{str(_STATUS)!r} has no line {key}.")
-
-
-def _reset_peak() -> None:
-    """Let VmHWM begin anew; where the system refuses, the peak of loading counts as one of running."""
-    try:
-        _RESET.write_text("5", encoding="ascii")
-    except OSError:
-        return
-
 
 Make = Callable[[], Callable[[], object]]
 """Loads a model and returns what runs it once."""
@@ -40,15 +21,15 @@ Make = Callable[[], Callable[[], object]]
 
 def _measured(make: Make, repeats: int) -> Measured:
     gc.collect()
-    _reset_peak()
-    base = _status("VmRSS")
+    reset_peak()
+    base = held_bytes("VmRSS")
     run = make()
     gc.collect()
-    loading, loaded = _status("VmHWM"), _status("VmRSS")
-    _reset_peak()
+    loading, loaded = held_bytes("VmHWM"), held_bytes("VmRSS")
+    reset_peak()
     for _ in range(repeats):
         run()
-    return Measured(base, loading - base, loaded - base, _status("VmHWM") - base)
+    return Measured(base, loading - base, loaded - base, held_bytes("VmHWM") - base)
 
 
 def _pytorch(request: Request) -> Measured:

@@ -17,6 +17,7 @@ from dsr_tool.report.sources import Source
 
 __all__ = ["Wanted", "memory_document", "wanted_memory"]
 
+_MOST = 100_000  # inputs at once; the arena's pages are followed one by one
 _NEEDS_LINUX = "nothing was measured: that needs Linux, whose /proc says how much memory a process holds"
 
 
@@ -34,7 +35,7 @@ class Wanted:
 
     batch: int = 1
     input_size: int | None = None
-    optimizer: str = "sgd"
+    optimizer: str | None = None
     measured: bool = False
     maker: str | None = None
 
@@ -59,7 +60,7 @@ def wanted_memory(
         UsageError: an option that goes with `--memory`, without it.
     """
     if asked:
-        return Wanted(1 if batch is None else batch, input_size, optimizer or "sgd", measured, maker)
+        return Wanted(1 if batch is None else batch, input_size, optimizer, measured, maker)
     if measured or any(value is not None for value in (batch, input_size, optimizer)):
         raise UsageError("--batch, --input-size, --optimizer and --measure go with --memory; add it.")
     return None
@@ -71,8 +72,8 @@ def memory_document(source: Source, wanted: Wanted) -> dict[str, Any]:
     Raises:
         UsageError: a source without a graph, or a value that is not allowed.
     """
-    if wanted.batch < 1:
-        raise UsageError(f"--batch {wanted.batch} is not allowed; give 1 or more.")
+    if not 1 <= wanted.batch <= _MOST:
+        raise UsageError(f"--batch {wanted.batch} is not allowed; give 1 to {_MOST:,} inputs.")
     if wanted.input_size is not None and wanted.input_size < 1:
         raise UsageError(f"--input-size {wanted.input_size} is not allowed; give the side in pixels, 1 or more.")
     if source.kind not in ("model folder", "run folder", "archive", "onnx"):
@@ -80,6 +81,8 @@ def memory_document(source: Source, wanted: Wanted) -> dict[str, Any]:
             f"--memory needs a computation, and {str(source.path)!r} ({source.kind}) holds weights alone; give a model "
             f"folder, .dsr or .onnx file."
         )
+    if wanted.optimizer is not None and "folder" not in source.kind:
+        raise UsageError("--optimizer goes with a model folder; a file is for inference alone.")
     if wanted.input_size is not None and "folder" not in source.kind:
         raise UsageError("--input-size goes with a model folder; a file takes inputs of the size it was made for.")
     if source.kind == "onnx":
@@ -111,8 +114,9 @@ def _of_folder(source: Source, wanted: Wanted) -> dict[str, Any]:
     from dsr_tool.sparse.ledger import OPTIMIZERS, inference_ledger, optimizer_state_bytes, training_ledger
     from dsr_tool.sparse.trace import trace
 
-    if wanted.optimizer not in OPTIMIZERS:
-        raise unknown_name("--optimizer", wanted.optimizer, OPTIMIZERS)
+    optimizer = wanted.optimizer or "sgd"
+    if optimizer not in OPTIMIZERS:
+        raise unknown_name("--optimizer", optimizer, OPTIMIZERS)
     model = load(source.path, wanted.maker)
     own = model.config.input_shape
     shape = (*own[:1], wanted.input_size, wanted.input_size) if wanted.input_size and own else own
@@ -129,12 +133,12 @@ def _of_folder(source: Source, wanted: Wanted) -> dict[str, Any]:
             0, _row("PyTorch", weights, torch_run.peak_bytes - weights, torch_run.moment, measured)
         )
     try:
-        ledger = training_ledger(model, wanted.batch, input_shape=shape, optimizer=wanted.optimizer)
+        ledger = training_ledger(model, wanted.batch, input_shape=shape, optimizer=optimizer)
     except UsageError as error:
         # Running is possible where training is not, as with norms over a single value.
         return {**document, "training_note": str(error)}
     document["training"] = {
-        "optimizer": wanted.optimizer,
+        "optimizer": optimizer,
         "held_bytes": ledger.held,
         "at_peak_bytes": ledger.at_peak,
         "moment": ledger.moment,
@@ -185,7 +189,7 @@ def _document(
 def _measured(kind: str, path: Path, wanted: Wanted, shape: tuple[int, ...]) -> Measured | None:
     if not wanted.measures:
         return None
-    return measure(Request(kind, str(path), (wanted.batch, *shape), wanted.optimizer, wanted.maker))
+    return measure(Request(kind, str(path), (wanted.batch, *shape), wanted.optimizer or "sgd", wanted.maker))
 
 
 def _row(name: str, weights: int, activations: int, moment: str, measured: Measured | None) -> dict[str, Any]:

@@ -15,9 +15,9 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dsr_tool.errors import DsrError, UsageError
+from dsr_tool.errors import DsrError, FormatError, UsageError
 
-__all__ = ["ENVIRONMENT", "Measured", "Request", "can_measure", "measure"]
+__all__ = ["ENVIRONMENT", "Measured", "Request", "can_measure", "held_bytes", "measure", "reset_peak"]
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -28,7 +28,7 @@ ENVIRONMENT = {
 }
 """Added to the environment of the child."""
 
-_STATUS = Path("/proc/self/status")
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,22 @@ class Measured:
 def can_measure() -> bool:
     """Whether this system tells the most resident memory of a process (Linux does)."""
     return _STATUS.is_file()
+
+
+def held_bytes(key: str) -> int:
+    """What this process holds: `VmRSS` now, `VmHWM` at most since the last `reset_peak`."""
+    for line in _STATUS.read_text(encoding="ascii").splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise FormatError(f"{str(_STATUS)!r} has no line {key}.")
+
+
+def reset_peak() -> None:
+    """Let VmHWM begin anew; where the system refuses, the peak of loading counts as one of running."""
+    try:
+        _RESET.write_text("5", encoding="ascii")
+    except OSError:
+        return
 
 
 def measure(request: Request) -> Measured:

@@ -102,7 +102,7 @@ def _explained(node: Node) -> Iterator[None]:
         yield
     except DsrError:
         raise
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
         raise UsageError(
             f"the memory of operator {node.op} (which makes {node.outputs[0]!r}) cannot be computed: "
             f"{first_line(error)}; the graph does not fit this input."

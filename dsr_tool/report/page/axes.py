@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-__all__ = ["Axis", "Tick", "axis", "prefixes", "span_ticks"]
+__all__ = ["Axis", "Tick", "axis", "layer_ticks", "prefixes", "span_ticks"]
 
 _LONGEST_LABEL = 14
-_PHONE_CHARACTERS = 40  # what fits below a plot on a phone of 360 pixels
+_PHONE_CHARACTERS, _DESK_CHARACTERS = 40, 110
+"""What fits below a plot on a phone of 360 pixels, and in a window of 960 and more."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,26 @@ def span_ticks(low: float, high: float) -> list[Tick]:
     """Whole numbers from `low` to `high` below a plot: the ends, and round ones between that stay clear of them."""
     if high <= low:
         return [Tick(50, f"{low:,.0f}")]
-    step = max(_round_step((high - low) / 4), 1)
+    step = max(_round_step((high - low) / 3), 1)
     between = [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
     clear = [x for x in between if low + step / 2 <= x <= high - step / 2 and float(x).is_integer()]
     middle = [Tick(round(100 * (x - low) / (high - low), 2), f"{x:,.0f}") for x in clear]
     return [Tick(0, f"{low:,.0f}", "start"), *middle, Tick(100, f"{high:,.0f}", "end")]
 
 
-def prefixes(names: Sequence[str], room: int = _PHONE_CHARACTERS, *, down: bool = False) -> list[Tick]:
+def layer_ticks(names: Sequence[str]) -> tuple[tuple[Tick, ...], tuple[Tick, ...]]:
+    """Labels below columns of layers, for a phone and for a wide window; numbers where prefixes do not fit."""
+    numbered = span_ticks(1, len(names))
+    phone, desk = (prefixes(names, room) for room in (_PHONE_CHARACTERS, _DESK_CHARACTERS))
+    return tuple(phone if _tell(phone, names) else numbered), tuple(desk if _tell(desk, names) else numbered)
+
+
+def _tell(ticks: Sequence[Tick], names: Sequence[str]) -> bool:
+    """Whether labels tell places apart: one alone says something of a single column only."""
+    return len({tick.label for tick in ticks}) >= min(2, len(names))
+
+
+def prefixes(names: Sequence[str], room: int, *, down: bool = False) -> list[Tick]:
     """Labels of runs of names that share a prefix.
 
     Args:
@@ -79,16 +92,22 @@ def prefixes(names: Sequence[str], room: int = _PHONE_CHARACTERS, *, down: bool 
         down: whether the labels stand below each other: then their length does not count.
     """
     parts = [name.split(".") for name in names]
-    depth = next((d for d in (1, 2, 3) if len({tuple(p[:d]) for p in parts}) >= min(3, len(names))), 1)
+    every = [_prefixes_of(parts, depth, room, down) for depth in (1, 2, 3)]
+    # A label that comes again and again, as `block` does, tells nothing.
+    return max(every, key=lambda ticks: len({tick.label for tick in ticks}))
+
+
+def _prefixes_of(parts: Sequence[Sequence[str]], depth: int, room: int, down: bool) -> list[Tick]:
+    """Labels of runs whose first `depth` parts are the same, where they have room."""
     ticks, start = [], 0
     for prefix, members in groupby(parts, key=lambda part: part[:depth]):
         count = len(list(members))
         label = prefix[-1] if not prefix[-1].isdigit() else ".".join(prefix)
-        label = label if len(label) <= _LONGEST_LABEL else label[: _LONGEST_LABEL - 1] + "\u2026"
-        if count / len(names) * room >= (1 if down else len(label) + 1):
-            ticks.append(Tick(round(100 * (start + count / 2) / len(names), 2), label))
+        label = label if len(label) <= _LONGEST_LABEL else "\u2026" + label[1 - _LONGEST_LABEL :]
+        if count / len(parts) * room >= (1 if down else len(label) + 1):
+            ticks.append(Tick(round(100 * (start + count / 2) / len(parts), 2), label))
         start += count
-    return ticks if ticks or down else span_ticks(1, len(names))
+    return ticks
 
 
 def _round_step(rough: float) -> float:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dsr_tool.report.page.axes import Axis, Tick, axis, prefixes, span_ticks
+from dsr_tool.report.page.axes import Axis, Tick, axis, layer_ticks, span_ticks
 
 __all__ = ["Bar", "Columns", "Line", "Lines", "Series", "bars", "columns", "lines"]
 
@@ -39,7 +39,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Columns:
-    """Stacked columns side by side, without gaps where they are many, and a stepped line across them."""
+    """Stacked columns side by side, without gaps where they are many, and a stepped line across them.
+
+    Labels below are those for a phone, and those for a wide window.
+    """
 
     width: int
     crowded: bool
@@ -47,17 +50,19 @@ class Columns:
     columns: tuple[Column, ...]
     step: str
     ticks: tuple[Tick, ...]
+    wide_ticks: tuple[Tick, ...]
     of_layers: bool
     kind: str = "columns"
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line: its path in a view box of 1000 x 1000, and the label at its end, in per cent from the top."""
+    """One line: its path in a view box of 1000 x 1000, and the label at its end, in per cent from left and top."""
 
     style: str
     path: str
     label: str
+    end: float
     label_at: float
 
 
@@ -115,7 +120,7 @@ def columns(
         scale,
         made,
         path,
-        tuple(prefixes(names) if ticks is None else ticks),
+        *(layer_ticks(names) if ticks is None else (tuple(ticks), tuple(ticks))),
         ticks is None,
     )
 
@@ -128,7 +133,7 @@ def lines(
     span: tuple[float, float],
     logarithmic: bool = False,
 ) -> Lines:
-    """Lines through the finite values at `places`, each with its name and last value at the right.
+    """Lines through the finite values at `places`, each with its name and last value at its end.
 
     Args:
         places: on the x-axis.
@@ -140,12 +145,16 @@ def lines(
     finite = [value for one in series for value in one.values if math.isfinite(value)]
     scale = axis(min(finite, default=0), max(finite, default=1), label, logarithmic=logarithmic)
     drawn = [one for one in series if any(map(math.isfinite, one.values))]
-    ends = {one.name: next(value for value in reversed(one.values) if math.isfinite(value)) for one in drawn}
-    at = _apart({name: scale.at(value) for name, value in ends.items()})
+    ends = {one.name: max((x, y) for x, y in zip(places, one.values, strict=True) if math.isfinite(y)) for one in drawn}
+    at = _apart({name: scale.at(value) for name, (_, value) in ends.items()})
     low, high = span
     made = tuple(
         Line(
-            one.style, _path(places, one.values, scale, low, high), f"{one.name} {label(ends[one.name])}", at[one.name]
+            one.style,
+            _path(places, one.values, scale, low, high),
+            f"{one.name} {label(ends[one.name][1])}".strip(),
+            _x(ends[one.name][0], low, high) / 10,
+            at[one.name],
         )
         for one in drawn
     )
@@ -161,6 +170,10 @@ def bars(entries: Sequence[tuple[str, str, str, float]], *, stacked: bool = Fals
         made.append(Bar(label, text, style, round(start, 3), round(100 * value / whole, 3)))
         start += 100 * value / whole if stacked else 0
     return made
+
+
+def _x(place: float, low: float, high: float) -> int:
+    return round(_HEIGHT * (place - low) / (high - low)) if high > low else _HEIGHT // 2
 
 
 def _y(value: float, scale: Axis) -> int:
@@ -185,8 +198,7 @@ def _path(places: Sequence[float], values: Sequence[float], scale: Axis, low: fl
         if not math.isfinite(value):
             pen = "M"
             continue
-        left = round(1000 * (x - low) / (high - low)) if high > low else 500
-        path += f"{pen}{left} {_y(value, scale)}" + ("h0" if pen == "M" else "")
+        path += f"{pen}{_x(x, low, high)} {_y(value, scale)}" + ("h0" if pen == "M" else "")
         pen = "L"
     return path
 

@@ -44,7 +44,7 @@ def headline(source: Source) -> list[Number]:
         Number(
             "Dense size",
             numbers.byte_size(whole.dense_bytes),
-            f"the file takes {numbers.percent(share)} of it",
+            f"this {kind_of_file(source.kind)} takes {numbers.percent(share)} of it",
         ),
         Number(
             "Work for one input",
@@ -62,8 +62,8 @@ def footprint_sections(source: Source) -> list[Section]:
     return [
         Section("bytes", "Where the bytes go", [_parts(source, every), bytes_by_layer(source, layers)], notes=notes),
         Section("formats", "Formats side by side", [_formats(source)]),
-        *([Section("density", "Density by layer", [density_by_layer(layers)], notes=notes)] if layers else []),
-        *([Section("work", "Work by layer", [work_by_layer(layers)], notes=notes)] if layers else []),
+        *([Section("density", "Density by layer", [density_by_layer(source, layers)], notes=notes)] if layers else []),
+        *([Section("work", "Work by layer", [work_by_layer(source, layers)], notes=notes)] if layers else []),
         *(
             [Section("masks", "Mask of a layer", [masks_of_layers(source, layers)], notes=notes)]
             if sparse_of(layers)

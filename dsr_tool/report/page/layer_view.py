@@ -100,7 +100,7 @@ def bytes_by_layer(source: Source, layers: Sequence[Layer]) -> Figure:
     ]
     headers = ("weight", "stored as", "positions", "mask bound", "values", "raw values", "together", "bound")
     return Figure(
-        "By layer, in the order of the model",
+        f"By layer, {_order(source)}",
         columns(
             names,
             series,
@@ -119,6 +119,11 @@ def bytes_by_layer(source: Source, layers: Sequence[Layer]) -> Figure:
     )
 
 
+def _order(source: Source) -> str:
+    """An ONNX file lists its sparse weights before the dense ones; all others keep the order of the model."""
+    return "in the order of the file" if source.kind == "onnx" else "in the order of the model"
+
+
 def _mask_bound(layer: Layer) -> int:
     return max(layer.sizes.bound_bytes - layer.raw_bytes, 0)
 
@@ -130,7 +135,7 @@ def _largest(names: Sequence[str], amounts: Sequence[int], whole: int, of: str) 
     return f"Largest: {names[most]} with {numbers.percent(amounts[most] / whole, 1)} {of}."
 
 
-def density_by_layer(layers: Sequence[Layer]) -> Figure:
+def density_by_layer(source: Source, layers: Sequence[Layer]) -> Figure:
     """The active share of each weight."""
     names = [layer.name for layer in layers]
     titles = [f"{layer.name}: {numbers.percent(layer.sizes.density)}" for layer in layers]
@@ -151,13 +156,12 @@ def density_by_layer(layers: Sequence[Layer]) -> Figure:
     ]
     headers = ("weight", "shape", "entries", "active", "density", "why")
     shares = sorted(layer.sizes.density for layer in sparse_of(layers))
-    finding = (
-        f"Sparse weights have densities from {numbers.percent(shares[0])} to {numbers.percent(shares[-1])}."
-        if shares
-        else "No weight is sparse."
-    )
+    lowest, highest = (numbers.percent(share) for share in (shares[0], shares[-1])) if shares else ("", "")
+    finding = f"Sparse weights have densities from {lowest} to {highest}." if shares else "No weight is sparse."
+    if shares and lowest == highest:
+        finding = f"Every sparse weight has a density of {lowest}."
     return Figure(
-        "Active share of each weight, in the order of the model",
+        f"Active share of each weight, {_order(source)}",
         columns(names, series, numbers.round_percent, titles),
         Table("Density of each weight", headers, rows, frozenset({0, 1, 5})),
         finding,
@@ -165,7 +169,7 @@ def density_by_layer(layers: Sequence[Layer]) -> Figure:
     )
 
 
-def work_by_layer(layers: Sequence[Layer]) -> Figure:
+def work_by_layer(source: Source, layers: Sequence[Layer]) -> Figure:
     """The multiply-adds of each weight, with active entries and saved."""
     names = [layer.name for layer in layers]
     active = [layer.sizes.sparse_macs for layer in layers]
@@ -186,7 +190,7 @@ def work_by_layer(layers: Sequence[Layer]) -> Figure:
     ]
     headers = ("weight", "with active weights", "with every weight", "share")
     return Figure(
-        "Multiply-adds for one input, in the order of the model",
+        f"Multiply-adds for one input, {_order(source)}",
         columns(names, series, lambda value: numbers.in_unit(value, unit), titles),
         Table("Multiply-adds of each weight for one input", headers, rows),
         _largest(names, active, sum(active), "of all that is left"),
@@ -213,6 +217,6 @@ def _mask(source: Source, layer: Layer, place: int, blocks: int) -> MaskEntry:
         f"{numbers.by(*layer.footprint.spec.shape)}, here {numbers.count(picture.rows)} rows and "
         f"{numbers.count(picture.columns)} columns; {numbers.count(layer.sizes.active)} of "
         f"{numbers.count(layer.sizes.parameters)} active, density {numbers.percent(layer.sizes.density, 4)}; "
-        f"a block is {size}, the densest {numbers.percent(picture.darkest)} active."
+        f"a block is {size}."
     )
-    return MaskEntry(layer.name, place, picture, sentence)
+    return MaskEntry(layer.name, place, picture, numbers.round_percent(picture.darkest), sentence)

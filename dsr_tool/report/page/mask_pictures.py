@@ -19,7 +19,7 @@ __all__ = ["MaskPicture", "heat_map", "mask_picture", "picture_budget", "ramp"]
 _LEVELS = 16
 """Shades of a picture: what four bits a pixel hold, and about what an eye tells apart."""
 _LIGHT, _DARK = np.array([243, 246, 249]), np.array([8, 48, 107])
-_ALL_PIXELS, _PIXELS_OF_TEXT, _MOST_PIXELS, _FEWEST_PIXELS = 600_000, 1_050, 40_000, 600
+_ALL_PIXELS, _PIXELS_OF_TEXT, _MOST_PIXELS, _FEWEST_PIXELS = 600_000, 1_150, 40_000, 600
 _WIDEST, _TALLEST = 4.0, 0.8
 _SHARPEST = 320  # pixels across; more only makes the page larger
 

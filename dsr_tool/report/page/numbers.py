@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 __all__ = [
+    "GAP",
     "NONE",
     "by",
     "byte_size",
@@ -26,7 +27,8 @@ _LARGEST = 1e30  # more is a mistake in a file, and shown as it stands there
 _BYTES = ("B", "kB", "MB", "GB", "TB")
 NONE = "\u2013"
 """What stands where there is no number."""
-_GAP = "\u00a0"  # a number and its unit stay on one line
+GAP = "\u00a0"
+"""Between a number and its unit, which stay on one line."""
 _COUNTS = ("", "k", "M", "G", "T")
 
 
@@ -57,25 +59,25 @@ def scaled(value: float, units: Sequence[str]) -> tuple[float, str]:
 
 def in_unit(value: float, unit: tuple[float, str]) -> str:
     """A round number for an axis, in the unit that `scaled` gave for the largest."""
-    return f"{value / unit[0]:g}{_GAP}{unit[1]}".rstrip() if value else "0"
+    return f"{value / unit[0]:g}{GAP}{unit[1]}".rstrip() if value else "0"
 
 
 def byte_size(nbytes: int) -> str:
     """Bytes in kB, MB or GB of 10^3, 10^6 and 10^9 bytes."""
     factor, unit = scaled(nbytes, _BYTES)
-    return f"{nbytes:,}{_GAP}B" if factor == 1 else f"{significant(nbytes / factor)}{_GAP}{unit}"
+    return f"{nbytes:,}{GAP}B" if factor == 1 else f"{significant(nbytes / factor)}{GAP}{unit}"
 
 
 def short_count(number: float) -> str:
     """A large count, rounded: `11.18 M`."""
     factor, unit = scaled(number, _COUNTS)
-    return f"{number:,.0f}" if number < 10**4 else f"{significant(number / factor)}{_GAP}{unit}"
+    return f"{number:,.0f}" if number < 10**4 else f"{significant(number / factor)}{GAP}{unit}"
 
 
 def macs(number: int) -> str:
     """Multiply-adds, rounded: `1.814 GMACs`."""
     factor, unit = scaled(number, _COUNTS)
-    return f"{number:,}{_GAP}MACs" if factor == 1 else f"{significant(number / factor)}{_GAP}{unit}MACs"
+    return f"{number:,}{GAP}MACs" if factor == 1 else f"{significant(number / factor)}{GAP}{unit}MACs"
 
 
 def count(number: int) -> str:
@@ -85,7 +87,7 @@ def count(number: int) -> str:
 
 def percent(fraction: float, decimals: int = 2) -> str:
     """A fraction in per cent."""
-    return f"{100 * fraction:.{decimals}f}{_GAP}%"
+    return f"{100 * fraction:.{decimals}f}{GAP}%"
 
 
 def round_percent(fraction: float) -> str:
@@ -112,9 +114,9 @@ def named_value(name: str, value: Any) -> str:
     if not isinstance(value, (int, float)) or not abs(value) < _LARGEST:
         return str(value)
     if name.endswith("_bytes"):
-        return f"{byte_size(round(value))} ({value:,.0f})" if abs(value) >= 1000 else f"{value:,.0f}{_GAP}B"
+        return f"{byte_size(round(value))} ({value:,.0f})" if abs(value) >= 1000 else f"{value:,.0f}{GAP}B"
     if name.endswith("_macs"):
         return f"{macs(round(value))} ({value:,.0f})"
     if name.startswith(("sparsity", "density")):
         return percent(value, 4)
-    return (f"{value:,}" if isinstance(value, int) else f"{value:.6g}") + (f"{_GAP}s" if name.endswith("_s") else "")
+    return (f"{value:,}" if isinstance(value, int) else f"{value:.6g}") + (f"{GAP}s" if name.endswith("_s") else "")

@@ -16,9 +16,10 @@ from markupsafe import Markup
 
 from dsr_tool.core.files import new_file
 from dsr_tool.report.page import numbers
+from dsr_tool.report.page.extras_view import budget_headline, extra_sections
 from dsr_tool.report.page.footprint_view import footprint_sections, headline
 from dsr_tool.report.page.mask_pictures import ramp
-from dsr_tool.report.page.parts import Section, generic_section, kind_of_file, setup_section
+from dsr_tool.report.page.parts import Section, kind_of_file, setup_section
 from dsr_tool.report.page.run_view import run_headline, run_section
 from dsr_tool.report.sources import Source
 
@@ -35,7 +36,7 @@ def write_page(path: str | Path, source: Source, document: Mapping[str, Any], *,
     Args:
         path: the new file.
         source: what was measured.
-        document: the report as plain values; whatever it holds beyond the footprint gets a section.
+        document: the report as plain values; its budget and memory, where it has them, get sections.
         force: replace an existing file.
 
     Raises:
@@ -61,7 +62,11 @@ def page_html(source: Source, document: Mapping[str, Any]) -> str:
             policy=_policy(style, script),
             style=Markup(style),  # noqa: S704 - our own files, and nothing is put into them
             script=Markup(script),  # noqa: S704
-            headline=[*headline(source), *(run_headline(source.log) if source.log else [])],
+            headline=[
+                *headline(source),
+                *budget_headline(document),
+                *(run_headline(source.log) if source.log else []),
+            ],
             sections=_sections(source, document),
             input_shape=numbers.by(*config.input_shape) if config else "",
             folded=source.kind == "onnx",
@@ -71,11 +76,9 @@ def page_html(source: Source, document: Mapping[str, Any]) -> str:
 
 
 def _sections(source: Source, document: Mapping[str, Any]) -> list[Section]:
-    drawn = {"schema", "path", "kind", "model", "training", *source.footprint.to_dict()}
-    own = [generic_section(name, value) for name, value in document.items() if name not in drawn and value]
     return [
         *(run_section(source.log) if source.log else []),
-        *own,
+        *extra_sections(source, document),
         *footprint_sections(source),
         *setup_section(source.config, source.log),
     ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dsr_tool.core.compaction.record import COMPACTED
 from dsr_tool.core.config import ModelConfig
 from dsr_tool.report.page.axes import Tick
 from dsr_tool.report.page.charts import Bar, Columns, Lines
@@ -24,10 +25,9 @@ __all__ = [
     "Section",
     "Table",
     "Words",
-    "generic_section",
     "kind_of_file",
+    "sentence",
     "setup_section",
-    "words",
 ]
 
 
@@ -87,11 +87,12 @@ class Heat:
 
 @dataclass(frozen=True)
 class MaskEntry:
-    """A mask to choose: its name, place among the columns, picture and the sentence below."""
+    """A mask to choose: its name, place among the columns, picture, density of the darkest block, and a sentence."""
 
     name: str
     layer: int
     picture: MaskPicture
+    darkest: str
     sentence: str
 
 
@@ -141,9 +142,10 @@ def setup_section(config: ModelConfig | None, log: RunLog | None) -> list[Sectio
     if config:
         plain = config.to_dict()
         documents["model"] = {key: plain[key] for key in ("source", "architecture", "num_classes", "input_shape")}
-        documents |= {key: plain[key] for key in ("conversion", "preprocessing")}
+        documents["conversion"] = {key: value for key, value in plain["conversion"].items() if key != COMPACTED}
+        documents["preprocessing"] = plain["preprocessing"]
     if log:
-        nested = {key: value for key, value in log.start.items() if _nested(value)}
+        nested = {key: value for key, value in log.start.items() if isinstance(value, Mapping)}
         documents["training"] = {key: value for key, value in log.start.items() if key not in nested and key != "kind"}
         documents |= nested
     tables = [table for key, value in documents.items() if value for table in _tables(_title(key), value)]
@@ -160,55 +162,24 @@ def kind_of_file(kind: str) -> str:
     return _KINDS.get(kind, kind)
 
 
-def words(key: str) -> str:
-    """The name of a field as words, without the unit that its value shows."""
-    return key.removesuffix(_unit(key)).replace("_", " ")
-
-
-def generic_section(name: str, document: Any) -> Section:
-    """Any plain document as tables, one for each level: for parts of a report that have no chart of their own.
-
-    Its field `line`, if it has one, says all in a sentence and comes first.
-    """
-    document = _known(document)
-    lead = document.pop("line", "") if isinstance(document, dict) else ""
-    figures = [Figure(table.caption, Words(), table) for table in _tables(_title(name), document)]
-    return Section(f"x-{name}", _title(name), figures, str(lead))
-
-
-def _title(key: str) -> str:
-    text = words(key)
+def sentence(text: str) -> str:
+    """The text with a capital letter at its start."""
     return text[:1].upper() + text[1:]
 
 
-def _tables(title: str, document: Any, unit: str = "") -> list[Table]:
-    """A document as tables; `unit` is the ending of the name that it stands under, for what has none of its own."""
-    if isinstance(document, Mapping):
-        plain = {str(key): value for key, value in document.items() if not _nested(value)}
-        rows = [(words(key), named_value(key if _unit(key) else key + unit, value)) for key, value in plain.items()]
-        nested = [(str(key), value) for key, value in document.items() if _nested(value)]
-        below = [table for key, value in nested for table in _tables(f"{title}: {words(key)}", value, _unit(key))]
-        return [*([Table(title, ("name", "value"), rows, frozenset({0, 1}))] if rows or not below else []), *below]
-    if _nested(document):
-        keys = list(dict.fromkeys(key for row in document for key in row))
-        cells = [[named_value(str(key), row.get(key)) for key in keys] for row in document]
-        text = {i for i, key in enumerate(keys) if any(isinstance(row.get(key), str) for row in document)}
-        return [Table(title, [words(str(key)) for key in keys], cells, frozenset({0, *text}))]
-    return [Table(title, ("name", "value"), [(title, named_value(title, document))], frozenset({0, 1}))]
+def _words(key: str) -> str:
+    """The name of a field as words, without the unit that its value shows."""
+    unit = next((unit for unit in _UNITS if key.endswith(unit)), "")
+    return key.removesuffix(unit).replace("_", " ")
 
 
-def _known(document: Any) -> Any:
-    """A document without the fields that hold nothing."""
-    if isinstance(document, Mapping):
-        return {str(key): _known(value) for key, value in document.items() if value is not None}
-    return [_known(one) for one in document] if isinstance(document, (list, tuple)) else document
+def _title(key: str) -> str:
+    return sentence(_words(key))
 
 
-def _unit(key: str) -> str:
-    return next((unit for unit in _UNITS if key.endswith(unit)), "")
-
-
-def _nested(value: Any) -> bool:
-    """Whether a value takes a table of its own: an object, or a list of objects."""
-    rows = isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(row, Mapping) for row in value)
-    return isinstance(value, Mapping) or rows
+def _tables(title: str, document: Mapping[str, Any]) -> list[Table]:
+    """A document as a table, and one for each object in it; empty ones are left out."""
+    rows = [(_words(key), named_value(key, value)) for key, value in document.items() if not isinstance(value, Mapping)]
+    inner = [(f"{title}: {_words(key)}", value) for key, value in document.items() if isinstance(value, Mapping)]
+    below = [table for name, value in inner for table in _tables(name, value)]
+    return [*([Table(title, ("name", "value"), rows, frozenset({0, 1}))] if rows else []), *below]

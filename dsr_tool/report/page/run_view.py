@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from dsr_tool.report.page import numbers
-from dsr_tool.report.page.axes import Tick, prefixes, span_ticks
+from dsr_tool.report.page.axes import Tick, prefixes
 from dsr_tool.report.page.charts import Series, columns, lines
 from dsr_tool.report.page.mask_pictures import heat_map
 from dsr_tool.report.page.parts import Figure, Heat, Key, Number, Section, Table
@@ -19,6 +19,7 @@ __all__ = ["run_headline", "run_section"]
 
 _MOST_ROWS, _MOST_COLUMNS = 200, 6
 _MOST_LAYERS = 350
+_HEAT_LINES = 20  # of text beside the picture
 _LOWEST_DENSITY, _SMALLEST_THRESHOLD = 1e-4, 1e-30
 
 T = TypeVar("T")
@@ -30,6 +31,7 @@ def run_headline(log: RunLog) -> list[Number]:
     note = f"{facts['method']} on {facts['data']}"
     if not log.epochs:
         return [Number("Training", facts["status"], f"{note}; no epoch was completed")]
+    grown = sum(moved.grown for moved in log.reallocations)
     last, best = facts["last_test_accuracy"], facts["best_test_accuracy"]
     return [
         Number("Training", facts["status"], f"{note}, {facts['epochs']} of {log.settings.get('epochs', '?')} epochs"),
@@ -39,9 +41,9 @@ def run_headline(log: RunLog) -> list[Number]:
             f"best {numbers.percent(best)} in epoch {facts['best_epoch']}",
         ),
         Number(
-            "Weights moved",
+            "Weights dropped",
             numbers.short_count(facts["weights_moved"]),
-            f"in {numbers.count(facts['reallocations'])} reallocations",
+            f"{numbers.short_count(grown)} grown, in {numbers.count(facts['reallocations'])} reallocations",
         ),
     ]
 
@@ -67,6 +69,10 @@ def _thinned(items: Sequence[T], most: int) -> list[T]:
 
 def _some(caption: str, kept: Sequence[object], every: Sequence[object]) -> str:
     return caption if len(kept) == len(every) else f"{caption}: {len(kept)} of {len(every)}, evenly spread"
+
+
+def _left_out(what: str, kept: Sequence[object], every: Sequence[object]) -> str:
+    return f"Shown are {len(kept)} of {len(every):,} {what}, evenly spread. " if len(kept) < len(every) else ""
 
 
 def _accuracy(epochs: Sequence[Epoch]) -> Figure:
@@ -120,10 +126,14 @@ def _moved(epochs: Sequence[Epoch]) -> Figure:
     ]
     caption = _some("Weights dropped and grown, and the last threshold, by epoch", kept, epochs)
     return Figure(
-        "Weights moved by epoch",
+        "Weights dropped and grown by epoch",
         chart,
         Table(caption, ("epoch", "dropped", "grown", "threshold"), rows),
-        "As many are grown as are dropped: the budget holds." if dropped == grown else "",
+        "As many are grown as are dropped: the budget holds."
+        if dropped == grown
+        else "More are dropped than grown: the count of active weights falls."
+        if sum(dropped) > sum(grown)
+        else "",
         [Key("values", "dropped"), Key("step", "grown")],
     )
 
@@ -179,7 +189,8 @@ def _threshold(log: RunLog) -> list[Figure]:
 
 def _density(epochs: Sequence[Epoch]) -> Figure:
     """Layers from top to bottom, epochs from left to right."""
-    names = list(epochs[-1].density)[:_MOST_LAYERS]
+    every = list(epochs[-1].density)
+    names = _thinned(every, _MOST_LAYERS)
     kept = _thinned(epochs, _MOST_ROWS)
     values = np.array([[epoch.density.get(name, 0.0) for epoch in kept] for name in names])
     positive = values[values > 0]
@@ -188,18 +199,27 @@ def _density(epochs: Sequence[Epoch]) -> Figure:
     scale = (numbers.percent(low), numbers.percent(math.sqrt(low * high)), numbers.percent(high))
     few = _thinned(epochs, _MOST_COLUMNS)
     rows = [(name, *(numbers.percent(epoch.density.get(name, 0.0), 3) for epoch in few)) for name in names]
-    first, last = (np.array([epoch.density.get(name, 0.0) for name in names]) for epoch in (epochs[0], epochs[-1]))
-    gained, lost = (names[int(pick(last - first))] for pick in (np.argmax, np.argmin))
     return Figure(
         "Density by layer and epoch",
         Heat(
             heat_map(values, low, high),
-            prefixes(names, room=14, down=True),
-            span_ticks(epochs[0].number, epochs[-1].number),
+            prefixes(names, room=_HEAT_LINES, down=True),
+            _column_ticks(kept),
             scale,
         ),
         Table(_some("Density by layer and epoch", few, epochs), ("weight", *(str(e.number) for e in few)), rows),
-        f"From the first epoch to the last, {gained} gained the most density and {lost} lost the most. "
-        f"Each row is a layer in the order of the model; shades are logarithmic.",
+        f"{_changes(every, epochs)}Each row is a layer in the order of the model; shades are logarithmic. "
+        f"{_left_out('layers', names, every)}{_left_out('epochs', kept, epochs)}".strip(),
         wide=True,
     )
+
+
+def _changes(names: Sequence[str], epochs: Sequence[Epoch]) -> str:
+    """Which layers gained and lost most since the first epoch, of those that did."""
+    first, last = (np.array([epoch.density.get(name, 0.0) for name in names]) for epoch in (epochs[0], epochs[-1]))
+    change = last - first
+    most, least = int(change.argmax()), int(change.argmin())
+    parts = [f"{names[most]} gained the most density"] if change[most] > 0 else []
+    parts += [f"{names[least]} lost the most"] if change[least] < 0 else []
+    told = " and ".join(parts) or "no layer changed its density"
+    return f"From the first epoch to the last, {told}. " if len(epochs) > 1 else ""

@@ -1,0 +1,179 @@
+"""What a report holds beyond the footprint, as sections: compaction, a budget, and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dsr_tool.core.compaction.record import Saved
+from dsr_tool.report.page import numbers
+from dsr_tool.report.page.charts import bars
+from dsr_tool.report.page.parts import Bars, Figure, Key, Number, Section, Table, Words, sentence
+from dsr_tool.report.sources import Source
+
+__all__ = ["budget_headline", "extra_sections"]
+
+_MOST_ROWS = 350  # more than any network of torchvision has
+_BUDGETS = {"bytes": numbers.byte_size, "macs": numbers.macs, "parameters": numbers.short_count}
+
+
+def extra_sections(source: Source, document: Mapping[str, Any]) -> list[Section]:
+    """The sections of those that the report has; the document is that of `dsr-tool report --json`."""
+    budget, memory = document.get("budget"), document.get("memory")
+    return [
+        *([_budget(budget)] if budget else []),
+        *([_memory(memory)] if memory else []),
+        *([_compaction(source.saved, source.footprint.file_bytes)] if source.saved else []),
+    ]
+
+
+def budget_headline(document: Mapping[str, Any]) -> list[Number]:
+    """Whether the budget is met, where one was given."""
+    budget = document.get("budget")
+    if not budget:
+        return []
+    show = _BUDGETS[budget["kind"]]
+    note = f"{show(budget['found'])} of {show(budget['asked'])}"
+    return [Number("Budget", "fits" if budget["fits"] else "does not fit", note)]
+
+
+def _budget(budget: Mapping[str, Any]) -> Section:
+    show = _BUDGETS[budget["kind"]]
+    asked, found = int(budget["asked"]), int(budget["found"])
+    here = f"Found, {budget['measured']}"
+    entries = [
+        ("Budget", show(asked), "bound", float(asked)),
+        (here, show(found), "values" if budget["fits"] else "positions", float(found)),
+    ]
+    rows = [(name, numbers.count(n), numbers.share(n, asked)) for name, n in (("Budget", asked), (here, found))]
+    unit = budget["kind"].replace("macs", "multiply-adds")
+    table = Table(f"Budget in {unit}", ("what", unit, "of the budget"), rows)
+    return Section("budget", "Budget", [Figure("Budget", Bars(bars(entries)), table, f"{sentence(budget['line'])}.")])
+
+
+def _compaction(saved: Saved, size: int) -> Section:
+    pairs = (
+        ("Weights", *saved.weights),
+        ("Active weights", *saved.active),
+        ("Multiply-adds with every weight", *saved.dense_macs),
+        ("Multiply-adds with active weights", *saved.sparse_macs),
+        ("Bytes of the file", saved.plain_bytes, size),
+    )
+    rows = [(name, *map(numbers.count, pair), numbers.share(pair[0] - pair[1], pair[0])) for name, *pair in pairs]
+    whole = Table("What compaction saved", ("what", "without", "compacted", "saved"), rows)
+    lost = [
+        (layer.weight, *map(numbers.count, (filters - kept, filters, inputs - used, inputs)))
+        for layer in saved.layers[:_MOST_ROWS]
+        for (filters, kept), (inputs, used) in [(layer.filters, layer.inputs)]
+    ]
+    headers = ("weight", "filters removed", "of", "input channels removed", "of")
+    others = f": the first {_MOST_ROWS}" if len(saved.layers) > _MOST_ROWS else ""
+    by_layer = Table(f"Filters and input channels removed, by layer{others}", headers, lost)
+    figures = [Figure(table.caption, Words(), table) for table in (whole, by_layer) if table.rows]
+    lead = (
+        f"Filters without work that were removed: {numbers.count(saved.filters)}; input channels: "
+        f"{numbers.count(saved.inputs)}; layers that lost any: {numbers.count(len(saved.layers))}. All other "
+        f"figures on this page are of what is left."
+    )
+    return Section("compaction", "Compaction", figures, lead)
+
+
+def _memory(memory: Mapping[str, Any]) -> Section:
+    peaks, training = memory["activations"], memory["training"]
+    rows = [
+        ("operator by operator", numbers.byte_size(peaks["in_order_bytes"]), peaks["in_order_moment"]),
+        ("fused and in place", numbers.byte_size(peaks["fused_bytes"]), peaks["fused_moment"]),
+    ]
+    alive = Table("Activations alive at once", ("way of running", "bytes", "at the peak"), rows, frozenset({0, 2}))
+    figures = [_running(memory["inference"]), Figure(alive.caption, Words(), alive, "The input is counted.")]
+    figures += _training(training) if training else []
+    lead = (
+        f"For a batch of {numbers.count(memory['batch'])}, each input {numbers.by(*memory['input_shape'])}, on the CPU."
+    )
+    notes = [note for note in (memory["training_note"], memory["measurement_note"]) if note]
+    return Section("memory", "Memory", figures, lead, [sentence(note) for note in notes])
+
+
+def _running(runtimes: Sequence[Mapping[str, Any]]) -> Figure:
+    entries = [
+        (row["runtime"], numbers.byte_size(row["computed_bytes"]), "values", float(row["computed_bytes"]))
+        for row in runtimes
+    ]
+    rows = [
+        (
+            row["runtime"],
+            *map(numbers.byte_size, (row["weights_bytes"], row["activations_bytes"], row["computed_bytes"])),
+            *_measured(row),
+            row["moment"],
+        )
+        for row in runtimes
+    ]
+    headers = (
+        "runtime",
+        "weights",
+        "activations",
+        "computed",
+        "measured",
+        "computed against it",
+        "loading",
+        "at the peak",
+    )
+    table = Table("Memory of running, by runtime", headers, rows, frozenset({0, 7}))
+    return Figure("Running: weights and activations, computed", Bars(bars(entries)), table)
+
+
+def _measured(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """What a child process took, how far the computed figure is from it, and what loading took."""
+    if row["measured_bytes"] is None:
+        return (numbers.NONE,) * 3
+    size, loading = map(numbers.byte_size, (row["measured_bytes"], row["load_peak_bytes"]))
+    return size, f"{100 * row['difference']:+.1f}{numbers.GAP}%", loading
+
+
+_LEDGER = {
+    "weights": "values",
+    "masks": "positions",
+    "gradients": "rest",
+    "optimizer state": "paper",
+}
+
+
+def _training(training: Mapping[str, Any]) -> list[Figure]:
+    """The ledger of a step as one bar, and what other optimizers would hold."""
+    held, peak = dict(training["held_bytes"]), dict(training["at_peak_bytes"])
+    held["activations"] = held.pop("saved activations", 0)
+    total = training["computed_bytes"]
+    shown = {name: peak.get(name, 0) for name in _LEDGER}
+    entries = [
+        (name, f"{numbers.byte_size(n)}, {numbers.share(n, total, 1)}", _LEDGER[name], float(n))
+        for name, n in shown.items()
+    ]
+    other = total - sum(shown.values())
+    entries.append(
+        (
+            "activations, input and scratch",
+            f"{numbers.byte_size(other)}, {numbers.share(other, total, 1)}",
+            "bound",
+            other,
+        )
+    )
+    made = bars(entries, stacked=True)
+    kinds = list(dict.fromkeys([*held, *peak]))
+    rows = [(kind, *(numbers.count(at.get(kind, 0)) for at in (held, peak))) for kind in kinds]
+    rows.append(("in all", "", numbers.count(total)))
+    measured, difference, _ = _measured(training)
+    beside = (
+        f" Measured: {measured}; computed {difference} against it." if training["measured_bytes"] is not None else ""
+    )
+    states = [(name, numbers.byte_size(n)) for name, n in training["optimizer_state_bytes"].items()]
+    state = Table("State that each optimizer keeps", ("optimizer", "bytes"), states)
+    return [
+        Figure(
+            f"A training step with {training['optimizer']}, at its peak",
+            Bars(made, kind="stack"),
+            Table("Bytes of a training step", ("what", "in full", "at the peak"), rows),
+            f"{numbers.byte_size(total)} in all, in {training['moment']}.{beside}",
+            [Key(bar.style, bar.label, bar.text) for bar in made],
+        ),
+        Figure(state.caption, Words(), state),
+    ]
