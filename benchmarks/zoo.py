@@ -46,8 +46,8 @@ BEYOND = {
 
 _OWN_SIZE = ("maxvit", "vit_")
 """Families whose position tables fix the size of the input."""
-_SIDES = {"inception_v3": 96}
-"""Models that need more than the usual side."""
+_SIDES = {"inception_v3": 96, "wide_resnet101_2": 128}
+"""Models that need more than the usual side: for their pools, or for batch norms that do not amplify rounding."""
 
 
 def input_shape(name: str) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dsr_tool.core.container import MAX_RANK
 from dsr_tool.errors import FormatError
 
 __all__ = ["FREE_BYTES", "Kernel", "Table", "claim", "room", "takes"]
@@ -41,7 +42,12 @@ def room(nbytes: float) -> Iterator[None]:
 
 
 def claim(shape: Sequence[int], dtype: npt.DTypeLike) -> None:
-    """Raise `FormatError` where an array of this shape and type would take more than the room there is."""
+    """Raise `FormatError` where an array of this shape and type would take more than the room there is.
+
+    Neither does any value have so many dimensions: numpy's `take` crashes the process where it would make too many.
+    """
+    if len(shape) > MAX_RANK:
+        raise FormatError(f"a value would have {len(shape)} dimensions, more than {MAX_RANK}.")
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     if nbytes > _room.get():
         raise FormatError(f"a value would take {nbytes:.3g} bytes, more than a graph of this size is granted.")

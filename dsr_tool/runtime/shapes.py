@@ -94,7 +94,8 @@ def _slice(x: Array, starts: Array, ends: Array, axes: Array | None = None, step
 
 
 def _gather(x: Array, indices: Array, *, axis: int = 0) -> Array:
-    claim((indices.size, x.size // max(x.shape[axis], 1)), x.dtype)
+    axis %= x.ndim
+    claim((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]), x.dtype)
     return np.take(x, indices, axis)
 
 

@@ -103,7 +103,10 @@ def _shapes(model: ModelProto) -> tuple[dict[str, Shape], int]:
     body = helper.make_graph(nodes, "light", model.graph.input, model.graph.output)
     body.initializer.extend(model.graph.initializer)
     light = helper.make_model(body, opset_imports=model.opset_import, ir_version=model.ir_version)
-    graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+    try:
+        graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+    except MemoryError as error:
+        raise FormatError("the graph claims sizes that no memory holds; the file is damaged.") from error
     return {**_known(graph), **{tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}}, batch
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import math
 import resource
 import signal
 import sys
@@ -96,7 +97,7 @@ def _predict(scratch: Path) -> tuple[Callable[[], Any], Path]:
     def run() -> Any:
         session = Session(path)
         shape = [n or 1 for n in session.input.shape]
-        return session.run(np.zeros(shape, session.input.dtype)) if np.prod(shape) < MOST_INPUTS else None
+        return session.run(np.zeros(shape, session.input.dtype)) if math.prod(shape) < MOST_INPUTS else None
 
     path = scratch / "mutant.dsr"
     return run, path

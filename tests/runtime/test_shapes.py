@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsr_tool.errors import UsageError
+from dsr_tool.errors import FormatError, UsageError
 from dsr_tool.runtime.plan import OPERATORS
 
 X = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 5)
@@ -140,3 +140,9 @@ def test_unknown_modes_are_refused():
         OPERATORS["Pad"](X, int64(*[0] * 8), mode="wrap")
     with pytest.raises(UsageError, match="reduction"):
         OPERATORS["ScatterND"](X, int64(0).reshape(1, 1), X[:1], reduction="mean")
+
+
+def test_gather_into_too_many_dimensions_is_refused():
+    x = np.zeros((1,) * 25, np.float32)
+    with pytest.raises(FormatError, match="49 dimensions"):
+        OPERATORS["Gather"](x, np.zeros((1,) * 25, np.int64))
