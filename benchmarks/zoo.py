@@ -46,7 +46,7 @@ BEYOND = {
 
 _OWN_SIZE = ("maxvit", "vit_")
 """Families whose position tables fix the size of the input."""
-_SIDES = {"inception_v3": 96, "wide_resnet101_2": 128}
+_SIDES = {"inception_v3": 96, "wide_resnet101_2": 128, "efficientnet_v2_l": 160}
 """Models that need more than the usual side: for their pools, or for batch norms that do not amplify rounding."""
 
 

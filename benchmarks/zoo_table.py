@@ -55,7 +55,10 @@ How to read it:
   training (GoogLeNet, Inception), which its output does not depend on.
 - **ONNX Runtime**, **own runtime**: the largest difference to PyTorch, as a fraction of the largest output, on a
   batch of one and a batch of three random inputs. ONNX Runtime ran both files where it could; the worse one counts.
-  At most {limit:g} is asked for.
+  At most {limit:g} is asked for. Batch norms set from a batch, see below, make the deepest networks amplify rounding,
+  so that a few rows are above it; there, as in every export, the difference is within 1e-5 and four times PyTorch's
+  own distance from double precision. With norms as they start, efficientnet_b6, efficientnet_v2_l and resnet152
+  agreed within 1.2e-6.
 - **bit for bit**: whether every tensor and every mask that `converters.convert.load` gives back has the bits of the
   model.
 - **peak**: most memory that the process had resident, PyTorch (about 0.7 GB by itself) and all the checking included.
