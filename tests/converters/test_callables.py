@@ -49,20 +49,6 @@ def nets(tmp_path, monkeypatch):
     sys.modules.pop("my_nets_for_test", None)
 
 
-@pytest.fixture
-def run(monkeypatch, capfd):
-    def call(*arguments):
-        from dsr_tool import cli
-
-        monkeypatch.setattr(sys, "argv", ["dsr-tool", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capfd.readouterr()
-        return ended.value.code, captured.out, captured.err
-
-    return call
-
-
 @pytest.mark.parametrize(
     ("source", "expected"),
     [("a:b", True), ("a.b:c.d", True), ("resnet18", False), ("a:", False), (":b", False), ("a b:c", False)],
