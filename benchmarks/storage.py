@@ -29,6 +29,7 @@ import numpy as np
 from storage_formats import FORMATS, Item
 
 from dsr_tool.core.archive import open_archive
+from dsr_tool.report.memory.measure import held_bytes
 
 REPEATS = 3
 
@@ -118,9 +119,9 @@ def child(name: str, source: str, file: str) -> dict[str, Any]:
         item = pickle.loads(Path(source).read_bytes())  # noqa: S301 - our own parent wrote it
         form.write(item, path)
         return {"write_s": _seconds(lambda: form.write(item, path)), "file_bytes": path.stat().st_size}
-    before = _status("VmRSS")
+    before = held_bytes("VmRSS")
     dense = form.read(path)
-    found = {"peak_bytes": _status("VmHWM") - before, "sum": _checksum(dense)}
+    found = {"peak_bytes": held_bytes("VmHWM") - before, "sum": _checksum(dense)}
     del dense
     return found | {"read_s": _seconds(lambda: form.read(path))}
 
@@ -175,12 +176,6 @@ def _seconds(work: Any) -> float:
         times.append(time.perf_counter() - start)
         del result
     return statistics.median(times)
-
-
-def _status(field: str) -> int:
-    """Bytes of resident memory: `VmRSS` now, `VmHWM` at most so far."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 def _checksum(dense: dict[str, Any]) -> int:

@@ -27,6 +27,7 @@ from torch import nn
 
 from converters.convert import convert, load
 from dsr_tool.errors import DsrError
+from dsr_tool.report.memory.measure import held_bytes
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparse.trace import trace
 from exporters.archive import export_archive
@@ -94,7 +95,7 @@ def measure(name: str, input_shape: tuple[int, ...]) -> dict[str, Any]:
     """
     start = time.perf_counter()
     row = {"model": name, **chain(convert(name, sparsity=SPARSITY, input_shape=input_shape, seed=0))}
-    return row | {"seconds": time.perf_counter() - start, "peak_bytes": _peak_bytes(), "machine": _machine()}
+    return row | {"seconds": time.perf_counter() - start, "peak_bytes": held_bytes("VmHWM"), "machine": _machine()}
 
 
 def chain(model: SparseModel, fresh: nn.Module | None = None) -> dict[str, Any]:
@@ -169,12 +170,6 @@ def _machine() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     return f"Python {platform.python_version()}, {versions} on {platform.system()}, {os.cpu_count()} cores of {cpu}"
-
-
-def _peak_bytes() -> int:
-    """Most memory that this process ever had resident (Linux)."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
 
 
 def main() -> None:

@@ -110,8 +110,6 @@ def command(
     stopped = run.stopped
     model = load(output if stopped else model_dir, maker)
     images = load_data(data, model.config)
-    if stopped:
-        stopped.require({"model": str(model_dir), "data": data, **images.sizes})
     settings = (stopped.settings(given) if stopped else TrainSettings(**given)).resolve(images.dataset.augment)
     run.facts = {"model": str(model_dir), "data": data, **images.sizes, "settings": settings.to_dict()}
     before = stopped.epochs if stopped else ()

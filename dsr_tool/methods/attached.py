@@ -97,11 +97,10 @@ class Attached:
         """Copy the dense gradients of a step after which the method will ask for them."""
         # What `mask_gradients` kept before a clipping must not be replaced by what it left.
         if self._gradients is None and self.method.due(self.step + 1):
-            weights = (self.model.weights[name] for name in self.names)
-            self._gradients = tuple(
-                torch.zeros_like(weight) if weight.grad is None else weight.grad.detach().clone() for weight in weights
-            )
-            self._gradients = tuple(gradient.reshape(-1).float() for gradient in self._gradients)
+            parameters = self.model.weights
+            weights = (parameters[name] for name in self.names)
+            dense = (torch.zeros_like(w) if w.grad is None else w.grad.detach().clone() for w in weights)
+            self._gradients = tuple(gradient.reshape(-1).float() for gradient in dense)
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:

@@ -17,7 +17,7 @@ from dsr_tool.runtime import convolution, elementwise, matmul, pooling, reduce, 
 from dsr_tool.runtime.kernels import FREE_BYTES, Kernel, Table, claim, room, takes
 from dsr_tool.runtime.matrices import Weight, dense
 
-__all__ = ["OPERATORS", "Plan"]
+__all__ = ["INERT", "OPERATORS", "Plan"]
 
 OPERATORS: Table = {
     **convolution.OPERATORS,
@@ -45,8 +45,8 @@ _MAX_FOLDED_RATIO, _MAX_HELD_RATIO = 10, 10_000
 """What is computed from the weights alone may take so often what they take; what is held while running, what the
 input takes."""
 
-# Attributes that change nothing in what is computed here.
-_INERT = frozenset({"momentum", "saturate", "seed", "stash_type", "storage_order"})
+INERT = frozenset({"momentum", "saturate", "seed", "stash_type", "storage_order"})
+"""Attributes that change nothing in what is computed here."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _kernel(node: Node, known: Mapping[str, Weight]) -> tuple[Kernel, tuple[str,
     present = node.inputs if most == math.inf else node.inputs[:needed]
     if not needed <= len(node.inputs) <= most or not all(present):
         raise FormatError(f"{_called(node)} has an input too many or too few; the graph is damaged.")
-    attributes = {name: value for name, value in node.attributes.items() if name not in _INERT}
+    attributes = {name: value for name, value in node.attributes.items() if name not in INERT}
     first, others = node.inputs[:1], node.inputs[1:]
     prepare = _PREPARED.get(node.op)
     if prepare is None or first[0] in known or not all(name in known for name in others if name):

@@ -21,13 +21,19 @@ from dsr_tool.core.mask import Mask
 from dsr_tool.errors import FileError, FormatError
 from dsr_tool.sparse.model import SparseModel
 
-__all__ = ["CONFIG", "MASKS", "NEXT", "WEIGHTS", "Saved", "read_folder", "save_folder", "write_model"]
+__all__ = ["CONFIG", "MASKS", "NEXT", "WEIGHTS", "Saved", "current", "read_folder", "save_folder", "write_model"]
 
 CONFIG, WEIGHTS, MASKS = "config.json", "model.safetensors", "masks.safetensors"
 NEXT = ".next"
 """Folder of files that are about to replace those beside it; they count from the moment it has this name."""
 
 SCHEMA = "dsr-tool/model/1"
+
+
+def current(folder: Path, name: str) -> Path:
+    """Path of a file in a folder whose files may just be replaced."""
+    replacing = folder / NEXT / name
+    return replacing if replacing.exists() else folder / name
 
 
 class Saved:
@@ -58,8 +64,7 @@ class Saved:
 
     def file(self, name: str) -> Path:
         """Path of one of the files, also while they are being replaced."""
-        replacing = self.path / NEXT / name
-        return replacing if replacing.exists() else self.path / name
+        return current(self.path, name)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The state_dict."""

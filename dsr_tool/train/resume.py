@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsr_tool.errors import FileError, FormatError, UsageError
-from dsr_tool.sparse.folder import NEXT
+from dsr_tool.sparse.folder import current
 from dsr_tool.train.checkpoint import CHECKPOINT, read_state
 from dsr_tool.train.records import EpochRecord
 from dsr_tool.train.settings import TrainSettings
@@ -81,8 +81,8 @@ def find_stopped(path: Path) -> Stopped | None:
         return None
     if not (path / LOG).is_file():
         raise FileError(f"{str(path)!r} is no run that could be resumed: it has no {LOG}; give the folder of a run.")
-    file = next((file for file in (path / NEXT / CHECKPOINT, path / CHECKPOINT) if file.is_file()), None)
-    if file is None:
+    file = current(path, CHECKPOINT)
+    if not file.is_file():
         # A run may have been stopped between logging its first epoch and saving it; one that came further lost a file.
         log = (path / LOG).read_bytes()
         if log.count(b'{"kind": "epoch"') > 1 or b'{"kind": "end"' in log:

@@ -13,7 +13,7 @@ from dsr_tool.core.graph import Array, Graph, Node, Value
 from dsr_tool.core.memory import Size, at_batch
 from dsr_tool.errors import DsrError, FormatError, UsageError, first_line
 from dsr_tool.runtime.convolution import COLUMN_BYTES
-from dsr_tool.runtime.plan import OPERATORS
+from dsr_tool.runtime.plan import INERT, OPERATORS
 from dsr_tool.runtime.windows import Window
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["graph_of_onnx", "kernel_scratch", "value_sizes"]
 
-# Attributes that our operators do not take, as they change nothing.
-_INERT = frozenset({"momentum", "saturate", "seed", "stash_type", "storage_order"})
 # Arrays of the size of the result that our operators hold besides it.
 _TEMPORARIES = dict.fromkeys(("Clip", "Elu", "Gelu", "LayerNormalization", "LeakyRelu", "Softmax"), 1)
 
@@ -90,7 +88,7 @@ def _argument(
 def _computed(node: Node, arguments: Sequence[Array | None]) -> list[Array]:
     if node.op not in OPERATORS:
         raise UsageError(f"operator {node.op} is not known to the sparse runtime, so its memory cannot be computed.")
-    attributes = {name: value for name, value in node.attributes.items() if name not in _INERT}
+    attributes = {name: value for name, value in node.attributes.items() if name not in INERT}
     with _explained(node), np.errstate(all="ignore"):
         result = OPERATORS[node.op](*arguments, **attributes)
         return [np.asarray(array) for array in (result if isinstance(result, tuple) else (result,))]
