@@ -1,9 +1,9 @@
 """Time and peak memory of one update of every method on ResNet-50, beside the same written with full top-k sorts.
 
 The floor to hold is 0.2 s on two cores for dsr. An update is all that happens between two steps: read the active
-weights, decide, change masks, weights and optimizer state; for rigl also copying the dense gradients. gmp's is its
-first, on the dense model, which is its dearest. static has none. Memory is resident memory above that before the call,
-on Linux.
+weights, decide, change masks, weights and optimizer state; for rigl also copying the dense gradients. Those of gmp and
+dst are on the dense model, where they are dearest; neuron-set's is one that also removes units. static, dense and tied
+have none. Memory is resident memory above that before the call, on Linux.
 """
 
 from __future__ import annotations
@@ -18,10 +18,20 @@ import torch
 from torch import optim
 
 from converters.convert import convert
-from dsr_tool.methods import DSR, SET, GradualPruning, Method, Reallocation, ReallocationSchedule, RigL
+from dsr_tool.methods import (
+    DSR,
+    DST,
+    SET,
+    DeepR,
+    GradualPruning,
+    Method,
+    NeuronSET,
+    Reallocation,
+    ReallocationSchedule,
+    RigL,
+)
 from dsr_tool.report.memory.measure import can_measure, held_bytes, reset_peak
 from dsr_tool.sparse.active import gather
-from dsr_tool.sparse.keeper import MaskKeeper
 from dsr_tool.sparse.model import SparseModel
 
 EVERY_STEP = ReallocationSchedule(((0, 1),), 20)
@@ -37,7 +47,8 @@ class Ours:
         for parameter in model.module.parameters():
             parameter.grad = torch.randn_like(parameter)
         self.optimizer.step()
-        self.keeper = MaskKeeper(model, self.optimizer)
+        self.keeper = method.keep(model, self.optimizer, seed=0, before_masking=None)
+        method.begin([mask.numel() for mask in model.masks.values()], [int(m.sum()) for m in model.masks.values()])
         self.generator = torch.Generator().manual_seed(0)
         self.moved: Reallocation | None = None
 
@@ -49,6 +60,9 @@ class Ours:
             for name, weight in self.model.weights.items():
                 weight.normal_(0, 0.02).masked_fill_(~self.model.masks[name], 0)
                 weight.grad = torch.randn_like(weight)
+        if isinstance(self.method, DeepR):
+            # Signs are those of the new values, so that the noise alone flips some.
+            self.method.load_state_dict({})
         if isinstance(self.method, DSR):
             # Exactly as many lie below the threshold as are to move.
             self.method.threshold = float(gather(self.model).values.abs().kthvalue(int(self.method.target) + 1).values)
@@ -59,29 +73,63 @@ class Ours:
         if self.method.needs_gradients:
             gradients = [weight.grad for weight in self.model.weights.values() if weight.grad is not None]
             weights = replace(weights, gradients=tuple(gradient.detach().clone().reshape(-1) for gradient in gradients))
-        self.moved = self.method.update(weights, 1, self.generator)
+        self.moved = self.method.update(weights, 1, self.generator).in_weights(weights.units)
+        if self.moved.values is not None:
+            self.keeper.write(weights.positions, self.moved.values)
         self.keeper.move(self.moved.dropped, self.moved.grown)
         return len(self.moved.dropped.flat)
 
 
 class ByTopk:
-    """The same amounts moved with one top-k over all magnitudes to drop and one over random scores to grow."""
+    """What others would write: selections over all weights, dense, with torch.topk."""
 
-    def __init__(self, model: SparseModel, target: int) -> None:
-        """Hold all masks and weights as one vector each."""
-        self.target = target
-        self.mask = torch.cat([mask.reshape(-1) for mask in model.masks.values()])
+    def __init__(self, model: SparseModel, rule: Callable[[torch.Tensor, torch.Tensor], int]) -> None:
+        """Hold the masks and weights that the rule works on.
+
+        Args:
+            model: the sparse model.
+            rule: changes a mask and its weights, and says how many weights it dropped.
+        """
+        self.rule = rule
+        self.first = torch.cat([mask.reshape(-1) for mask in model.masks.values()])
         self.weights = torch.cat([weight.detach().reshape(-1) for weight in model.weights.values()])
+        self.mask = self.first.clone()
+        self.sizes = [mask.numel() for mask in model.masks.values()]
 
     def prepare(self) -> None:
-        """Nothing."""
+        """Take the last update back."""
+        self.mask.copy_(self.first)
 
     def __call__(self) -> int:
         """Move once."""
-        dropped = self.weights.abs().masked_fill_(~self.mask, torch.inf).topk(self.target, largest=False).indices
-        grown = torch.rand(len(self.mask)).masked_fill_(self.mask, -1).topk(self.target).indices
-        self.mask[dropped], self.mask[grown] = False, True
-        return len(dropped)
+        return self.rule(self.mask, self.weights)
+
+
+class ByTopkPerLayer(ByTopk):
+    """The same, layer by layer."""
+
+    def __call__(self) -> int:
+        """Move once in each layer."""
+        layers = zip(self.mask.split(self.sizes), self.weights.split(self.sizes), strict=True)
+        return sum(self.rule(mask, weights) for mask, weights in layers)
+
+
+def swap(mask: torch.Tensor, weights: torch.Tensor, count: int, score: torch.Tensor) -> int:
+    """Drop the `count` smallest magnitudes, and grow where the score is highest."""
+    dropped = weights.abs().masked_fill_(~mask, torch.inf).topk(count, largest=False).indices
+    grown = score.masked_fill_(mask, -1).topk(count).indices
+    mask[dropped], mask[grown] = False, True
+    return count
+
+
+def flip(mask: torch.Tensor, weights: torch.Tensor, deviation: float = 4.5e-4) -> int:
+    """Do as deepr does on dense weights: noise, a comparison of signs, as many of the highest random scores."""
+    moved = weights + torch.randn_like(weights) * deviation * mask
+    dropped = mask & (moved.sign() * weights.sign() < 0)
+    count = int(dropped.sum())
+    grown = torch.rand(len(mask)).masked_fill_(mask, -1).topk(count).indices
+    mask[dropped], mask[grown] = False, True
+    return count
 
 
 def measure(update: Ours | ByTopk, rounds: int) -> tuple[float, int | None, int]:
@@ -103,7 +151,7 @@ def measure(update: Ours | ByTopk, rounds: int) -> tuple[float, int | None, int]
 
 
 def main() -> None:
-    """Print a row for each method and one for the peer."""
+    """Print a row for each method and, indented, for what others would write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--target", type=int, default=400_000, help="weights to move; the paper's number for ResNet-50")
@@ -113,17 +161,32 @@ def main() -> None:
         f"ResNet-50, {sparse.prunable_weights:,} sparse weights, {sparse.active_weights:,} active (gmp: all), "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}; MB are 10^6 bytes"
     )
+    target = arguments.target
     makers: dict[str, Callable[[], Ours | ByTopk]] = {
-        "dsr": lambda: Ours(sparse, DSR(EVERY_STEP, target=arguments.target)),
+        "dsr": lambda: Ours(sparse, DSR(EVERY_STEP, target=target)),
+        "  two full top-k": lambda: ByTopk(sparse, lambda m, w: swap(m, w, target, torch.rand(len(m)))),
+        "dsr, kernels": lambda: Ours(
+            convert("resnet50", sparsity=0.9, preset="paper", granularity="kernel"),
+            DSR(EVERY_STEP, target=target // 10),
+        ),
         "set": lambda: Ours(sparse, SET(EVERY_STEP)),
+        "  top-k per layer": lambda: ByTopkPerLayer(
+            sparse, lambda m, w: swap(m, w, round(0.14 * int(m.sum())), torch.rand(len(m)))
+        ),
+        "deepr": lambda: Ours(sparse, DeepR(EVERY_STEP, 20)),
+        "  on dense weights": lambda: ByTopk(sparse, flip),
         "rigl": lambda: Ours(sparse, RigL(EVERY_STEP)),
+        "  top-k by gradient": lambda: ByTopkPerLayer(
+            sparse, lambda m, w: swap(m, w, round(0.3 * int(m.sum())), torch.randn(len(m)).abs_())
+        ),
+        "neuron-set": lambda: Ours(sparse, NeuronSET(EVERY_STEP, EVERY_STEP)),
         "gmp": lambda: Ours(convert("resnet50", sparsity=0), GradualPruning(EVERY_STEP, final_sparsity=0.9)),
-        "two full top-k": lambda: ByTopk(sparse, arguments.target),
+        "dst": lambda: Ours(convert("resnet50", sparsity=0), DST(EVERY_STEP, final_sparsity=0.9)),
     }
-    print(f"{'update of':16}{'seconds':>9}{'peak MB':>9}{'dropped':>12}")
+    print(f"{'update of':20}{'seconds':>9}{'peak MB':>9}{'dropped':>12}")
     for name, make in makers.items():
         seconds, peak, moved = measure(make(), arguments.rounds)
-        print(f"{name:16}{seconds:9.3f}{f'{peak / 1e6:.0f}' if peak is not None else '-':>9}{moved:12,}", flush=True)
+        print(f"{name:20}{seconds:9.3f}{f'{peak / 1e6:.0f}' if peak is not None else '-':>9}{moved:12,}", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import optim
 
+from dsr_tool.errors import UsageError
 from dsr_tool.methods.base import Method, Reallocation
+from dsr_tool.methods.moves import check_counts
 from dsr_tool.sparse.active import gather
-from dsr_tool.sparse.keeper import MaskKeeper
 from dsr_tool.sparse.model import SparseModel
 
 __all__ = ["Attached"]
@@ -47,16 +48,19 @@ class Attached:
             method: what decides.
             seed: of the random positions; the same on every rank of a distributed run.
             on_reallocation: called after each reallocation with the step and what moved.
+
+        Raises:
+            UsageError: the method cannot work on this model.
         """
+        _check_granularity(model, method)
         self.model = model
         self.method = method
         self.step = 0
         self.last: Reallocation | None = None
         self._notify = on_reallocation
         self._gradients: tuple[torch.Tensor, ...] | None = None
-        self._keeper = MaskKeeper(
-            model, optimizer, before_masking=self._keep_gradients if method.needs_gradients else None
-        )
+        before_masking = self._keep_gradients if method.needs_gradients else None
+        self._keeper = method.keep(model, optimizer, seed=seed, before_masking=before_masking)
         self.names = self._keeper.names
         masks = [model.masks[name] for name in self.names]
         method.begin([mask.numel() for mask in masks], [int(mask.count_nonzero()) for mask in masks])
@@ -108,8 +112,28 @@ class Attached:
         if not self.names or not self.method.due(self.step):
             return
         weights = replace(gather(self.model, self.names), gradients=self._gradients)
-        self.last = self.method.update(weights, self.step, self._generator)
+        moved = self.method.update(weights, self.step, self._generator)
+        check_counts(self.method.name, weights, moved)
         self._gradients = None
+        self.last = moved.in_weights(weights.units)
+        if self.last.values is not None:
+            self._keeper.write(weights.positions, self.last.values)
         self._keeper.move(self.last.dropped, self.last.grown)
         if self._notify is not None:
             self._notify(self.step, self.last)
+
+
+def _check_granularity(model: SparseModel, method: Method) -> None:
+    granularity = model.granularity
+    if granularity not in method.granularities:
+        raise UsageError(
+            f"method {method.name} moves single weights, and the model was converted with --granularity {granularity}; "
+            f"train it with dsr, set or static, or convert it with --granularity weight."
+        )
+    if granularity == "kernel":
+        kernels = {name: mask.flatten(2) for name, mask in model.masks.items() if mask.ndim > 2}
+        torn = [name for name, mask in kernels.items() if not bool((mask == mask[..., :1]).all())]
+        if torn:
+            raise UsageError(
+                f"the mask of {torn[0]!r} cuts kernels apart; convert the model with --granularity weight."
+            )

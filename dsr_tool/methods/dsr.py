@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from dsr_tool.core.budget import apportion
+from dsr_tool.core.granularity import GRANULARITIES
 from dsr_tool.errors import UsageError
 from dsr_tool.methods.base import Method, Reallocation
 from dsr_tool.methods.grow import at_random
@@ -24,9 +26,13 @@ class DSR(Method):
     Beyond the paper, the count stays exact in the corners: a layer keeps its largest weight rather than be
     emptied; what a full layer cannot take goes to the others in proportion; and when the free positions of the
     whole network are fewer than the weights to drop, the largest of those stay.
+
+    At kernel granularity it moves whole kernels, whose magnitude is the mean of their weights', and kernels go to
+    layers with kernels of the same size only, so that the number of weights stays exact as well.
     """
 
     name = "dsr"
+    granularities = GRANULARITIES
 
     def __init__(
         self,
@@ -35,15 +41,17 @@ class DSR(Method):
         target: float = 0.15,
         tolerance: float = 0.1,
         threshold: float = 1e-3,
+        cross_layer: bool = True,
     ) -> None:
         """Set the method up.
 
         Args:
             schedule: when to reallocate.
-            target: N_p, how many weights to move each time: a number (1 or more) or a fraction of the active
-                weights (below 1). The paper's runs at sparsity 0.9 moved 0.15 to 0.18 of them.
+            target: N_p, how many weights (or kernels) to move each time: a number (1 or more) or a fraction of the
+                active ones (below 1). The paper's runs at sparsity 0.9 moved 0.15 to 0.18 of them.
             tolerance: δ, how far from the target a move may be, as a fraction, before the threshold changes.
             threshold: the first threshold H.
+            cross_layer: whether layers share what was dropped; if not, each grows as many as it dropped.
 
         Raises:
             UsageError: a value outside its range.
@@ -54,11 +62,14 @@ class DSR(Method):
             ("threshold", threshold, 0 < threshold < math.inf),
         ):
             if not good:
-                raise UsageError(f"dsr {name} {value} is not allowed; give a positive number (tolerance below 1).")
+                raise UsageError(f"dsr --{name} {value} is not allowed; give a positive number (tolerance below 1).")
+        if not isinstance(cross_layer, bool):
+            raise UsageError(f"dsr cross-layer {cross_layer!r} is not allowed; give true or false.")
         self.schedule = schedule
         self.target = target
         self.tolerance = tolerance
         self.threshold = threshold
+        self.cross_layer = cross_layer
 
     def due(self, step: int) -> bool:
         """Whether the schedule asks for a reallocation after this step."""
@@ -67,11 +78,10 @@ class DSR(Method):
     def update(self, weights: ActiveWeights, step: int, generator: torch.Generator) -> Reallocation:  # noqa: ARG002
         """One reallocation; the threshold adapts to how many weights lay below it."""
         below = below_threshold(weights, self.threshold)
-        drop = keep_at_least(weights, below, most=sum(weights.free))
+        groups = weights.groups if self.cross_layer else [[i] for i in range(len(weights.sizes))]
+        drop = keep_at_least(weights, below, groups)
         dropped = Positions.of(weights.positions.flat[drop], weights.sizes)
-        survivors = [had - lost for had, lost in zip(weights.counts, dropped.counts, strict=True)]
-        counts = apportion(sum(dropped.counts), survivors, weights.free)
-        grown = at_random(weights, counts, generator)
+        grown = at_random(weights, _shares(weights, dropped, groups), generator)
         facts = {"threshold": self.threshold}
         self._adapt(int(torch.count_nonzero(below)), sum(weights.counts))
         return Reallocation(dropped, grown, facts)
@@ -92,3 +102,14 @@ class DSR(Method):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the threshold back."""
         self.threshold = float(state["threshold"])
+
+
+def _shares(weights: ActiveWeights, dropped: Positions, groups: Sequence[Sequence[int]]) -> list[int]:
+    """Algorithm 1, step 4: what a group dropped, in proportion to the survivors of its layers."""
+    counts = [0] * len(weights.sizes)
+    for layers in groups:
+        survivors = [weights.counts[i] - dropped.counts[i] for i in layers]
+        total = sum(dropped.counts[i] for i in layers)
+        for i, count in zip(layers, apportion(total, survivors, [weights.free[i] for i in layers]), strict=True):
+            counts[i] = count
+    return counts

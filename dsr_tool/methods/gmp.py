@@ -8,37 +8,49 @@ from fractions import Fraction
 import torch
 
 from dsr_tool.core.budget import Budget, apportion
-from dsr_tool.errors import UsageError
+from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.methods.base import Method, Reallocation
-from dsr_tool.methods.prune import smallest
+from dsr_tool.methods.prune import smallest, smallest_of_all
 from dsr_tool.methods.schedule import ReallocationSchedule
 from dsr_tool.sparse.active import ActiveWeights, Positions
 
 __all__ = ["GradualPruning"]
 
+_SCOPES = ("layer", "global")
+
 
 class GradualPruning(Method):
     """Remove the smallest magnitudes bit by bit, along a cubic curve that ends exactly at the final sparsity.
 
-    Every layer is pruned to the same sparsity. The model starts dense (sparsity 0), trained or not.
+    By default every layer is pruned to the same sparsity. The model starts dense (sparsity 0), trained or not.
     """
 
     name = "gmp"
 
-    def __init__(self, schedule: ReallocationSchedule, *, final_sparsity: float | str | None = None) -> None:
+    def __init__(
+        self, schedule: ReallocationSchedule, *, final_sparsity: float | str | None = None, scope: str = "layer"
+    ) -> None:
         """Set the method up.
 
         Args:
             schedule: when to prune; at its last step the final sparsity is reached.
             final_sparsity: fraction of zeros among the sparse weights at the end, in (0, 1).
+            scope: where magnitudes are compared: in each `layer`, which all end equally sparse, or in the whole network
+                (`global`), which leaves small layers with large weights denser.
 
         Raises:
-            UsageError: no final sparsity, or one outside its range.
+            UsageError: no final sparsity, or one outside its range, or an unknown scope.
         """
+        if scope not in _SCOPES:
+            raise unknown_name("gmp --option scope", scope, _SCOPES)
         if final_sparsity is None:
             raise UsageError("gmp needs a final sparsity; give --final-sparsity 0.9, say, and a model of sparsity 0.")
         self.schedule = schedule
-        self.budget = Budget.of_sparsity(final_sparsity)
+        self.scope = scope
+        try:
+            self.budget = Budget.of_sparsity(final_sparsity)
+        except UsageError as error:
+            raise UsageError(f"gmp --final-{error}") from None
         self.last = schedule.last
         if not self.last:
             raise UsageError(f"gmp has no step to prune at until step {schedule.stop}; train longer, or lower --every.")
@@ -62,14 +74,19 @@ class GradualPruning(Method):
             )
 
     def update(self, weights: ActiveWeights, step: int, generator: torch.Generator) -> Reallocation:  # noqa: ARG002
-        """Prune every layer down to its share of what may be active now; layers that have less stay as they are."""
+        """Prune down to what may be active now; where layers have shares, those that have less stay as they are."""
         sparsity = self.sparsity(step)
         total = Budget(sparsity=sparsity).active_weights(sum(weights.sizes), 0, len(weights.sizes))
+        drop = self._smallest(weights, total)
+        dropped = Positions.of(weights.positions.flat[drop], weights.sizes)
+        nothing = Positions(weights.sizes, (0,) * len(weights.sizes), dropped.flat[:0])
+        return Reallocation(dropped, nothing, {"sparsity": float(sparsity)})
+
+    def _smallest(self, weights: ActiveWeights, total: int) -> torch.Tensor:
+        if self.scope == "global":
+            return smallest_of_all(weights, max(sum(weights.counts) - total, 0))
         if total < sum(weights.counts):
             targets = apportion(total, weights.sizes, weights.counts, [1] * len(weights.sizes))
         else:
             targets = list(weights.counts)
-        counts = [have - want for have, want in zip(weights.counts, targets, strict=True)]
-        dropped = Positions(weights.sizes, tuple(counts), weights.positions.flat[smallest(weights, counts)])
-        none = Positions(weights.sizes, (0,) * len(weights.sizes), weights.positions.flat[:0])
-        return Reallocation(dropped, none, {"sparsity": float(sparsity)})
+        return smallest(weights, [have - want for have, want in zip(weights.counts, targets, strict=True)])

@@ -10,7 +10,7 @@ import torch
 
 from dsr_tool.sparse.active import ActiveWeights, Positions, segment_counts
 
-__all__ = ["at_random", "distinct"]
+__all__ = ["anywhere", "at_random", "distinct"]
 
 
 def at_random(weights: ActiveWeights, counts: Sequence[int], generator: torch.Generator) -> Positions:
@@ -30,6 +30,13 @@ def at_random(weights: ActiveWeights, counts: Sequence[int], generator: torch.Ge
     free_before = occupied - torch.arange(len(occupied), device=occupied.device)
     chosen = ranks + torch.searchsorted(free_before, ranks, right=True)
     return Positions(weights.sizes, tuple(counts), chosen)
+
+
+def anywhere(weights: ActiveWeights, count: int, generator: torch.Generator) -> Positions:
+    """Choose `count` of all free positions of the network uniformly without replacement, wherever they lie."""
+    whole = Positions((sum(weights.sizes),), (sum(weights.counts),), weights.positions.flat)
+    chosen = at_random(ActiveWeights(whole, weights.values), [count], generator)
+    return Positions.of(chosen.flat, weights.sizes)
 
 
 def distinct(counts: Sequence[int], rooms: Sequence[int], generator: torch.Generator) -> torch.Tensor:

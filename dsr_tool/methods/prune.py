@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
 from dsr_tool.sparse.active import ActiveWeights
 
-__all__ = ["below_threshold", "keep_at_least", "smallest"]
+__all__ = ["below_threshold", "keep_at_least", "smallest", "smallest_of_all"]
 
 
 def below_threshold(weights: ActiveWeights, threshold: float) -> torch.Tensor:
@@ -17,15 +17,16 @@ def below_threshold(weights: ActiveWeights, threshold: float) -> torch.Tensor:
     return weights.values.abs() < threshold
 
 
-def keep_at_least(weights: ActiveWeights, drop: torch.Tensor, most: int) -> torch.Tensor:
-    """Take weights back from `drop` so that no layer is emptied and at most `most` are dropped.
+def keep_at_least(weights: ActiveWeights, drop: torch.Tensor, groups: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Take weights back from `drop` so that no layer is emptied and each group of layers has room to regrow.
 
-    The largest magnitudes are taken back: one of each layer that would be empty, then those that exceed `most`.
+    The largest magnitudes are taken back: one of each layer that would be empty, then of each group as many as exceed
+    its free positions.
 
     Args:
         weights: the active weights.
         drop: boolean vector over them, True for those to drop.
-        most: how many may be dropped in all.
+        groups: numbers of the layers that share what they dropped.
 
     Returns:
         A boolean vector like `drop`.
@@ -41,10 +42,12 @@ def keep_at_least(weights: ActiveWeights, drop: torch.Tensor, most: int) -> torc
         if count and count == weights.counts[i]:
             keep[bounds[i] + magnitude[bounds[i] : bounds[i + 1]].argmax()] = False
             dropped[i] -= 1
-    excess = sum(dropped) - most
-    if excess > 0:
-        candidates = keep.nonzero().squeeze(1)
-        keep[candidates[magnitude[candidates].topk(excess).indices]] = False
+    free = weights.free
+    for layers in groups:
+        excess = sum(dropped[i] - free[i] for i in layers)
+        if excess > 0:
+            candidates = torch.cat([keep[bounds[i] : bounds[i + 1]].nonzero().squeeze(1) + bounds[i] for i in layers])
+            keep[candidates[magnitude[candidates].topk(excess).indices]] = False
     return keep
 
 
@@ -59,4 +62,22 @@ def smallest(weights: ActiveWeights, counts: Sequence[int]) -> torch.Tensor:
         if count:
             magnitude = weights.values[bounds[i] : bounds[i + 1]].abs()
             drop[bounds[i] + magnitude.topk(count, largest=False, sorted=False).indices] = True
+    return drop
+
+
+def smallest_of_all(weights: ActiveWeights, count: int) -> torch.Tensor:
+    """True for the `count` smallest magnitudes of the whole network; the largest of each layer always stays.
+
+    Args:
+        weights: the active weights, more than `count` and the number of layers together.
+        count: how many.
+    """
+    magnitude = weights.values.abs()
+    bounds = [0, *accumulate(weights.counts)]
+    for first, end in pairwise(bounds):
+        if first < end:
+            magnitude[first + magnitude[first:end].argmax()] = torch.inf
+    drop = torch.zeros_like(magnitude, dtype=torch.bool)
+    if count:
+        drop[magnitude.topk(count, largest=False, sorted=False).indices] = True
     return drop

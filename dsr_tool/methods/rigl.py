@@ -38,7 +38,7 @@ class RigL(Method):
             UsageError: a fraction outside (0, 1).
         """
         if not 0 < drop_fraction < 1:
-            raise UsageError(f"rigl drop_fraction {drop_fraction} is not allowed; give a fraction above 0 and below 1.")
+            raise UsageError(f"rigl --drop-fraction {drop_fraction} is not allowed; give a fraction in (0, 1).")
         self.schedule = schedule
         self.drop_fraction = drop_fraction
 

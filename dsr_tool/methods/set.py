@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from dsr_tool.core.granularity import GRANULARITIES
 from dsr_tool.errors import UsageError
 from dsr_tool.methods.base import Method, Reallocation
 from dsr_tool.methods.grow import at_random
@@ -22,6 +23,7 @@ class SET(Method):
     """
 
     name = "set"
+    granularities = GRANULARITIES
 
     def __init__(self, schedule: ReallocationSchedule, *, drop_fraction: float = 0.14) -> None:
         """Set the method up.
@@ -35,7 +37,7 @@ class SET(Method):
             UsageError: a fraction outside (0, 1).
         """
         if not 0 < drop_fraction < 1:
-            raise UsageError(f"set drop_fraction {drop_fraction} is not allowed; give a fraction above 0 and below 1.")
+            raise UsageError(f"set --drop-fraction {drop_fraction} is not allowed; give a fraction in (0, 1).")
         self.schedule = schedule
         self.drop_fraction = drop_fraction
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from dsr_tool.core.granularity import GRANULARITIES
 from dsr_tool.errors import UsageError
 from dsr_tool.methods.base import Method, Reallocation
 from dsr_tool.sparse.active import ActiveWeights
@@ -15,6 +16,7 @@ class Static(Method):
     """Never moves a weight."""
 
     name = "static"
+    granularities = GRANULARITIES
 
     def due(self, step: int) -> bool:  # noqa: ARG002 - the seam's signature
         """Never."""
@@ -22,4 +24,4 @@ class Static(Method):
 
     def update(self, weights: ActiveWeights, step: int, generator: torch.Generator) -> Reallocation:  # noqa: ARG002
         """Raise, since it is never due."""
-        raise UsageError("method static never reallocates; call update only when due() says so.")
+        raise UsageError(f"method {self.name} never reallocates; call update only when due() says so.")

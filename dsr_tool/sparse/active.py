@@ -12,6 +12,7 @@ from itertools import accumulate
 
 import torch
 
+from dsr_tool.core.granularity import groups, unit_size
 from dsr_tool.sparse.model import SparseModel
 
 __all__ = ["ActiveWeights", "Positions", "gather", "put_", "segment_counts"]
@@ -49,21 +50,35 @@ class Positions:
         pieces = self.flat.split(list(self.counts))
         return [piece - start for piece, start in zip(pieces, starts, strict=False)]
 
+    def weights_of(self, units: Sequence[int]) -> Positions:
+        """Positions of units as those of all weights in them, `units[i]` consecutive ones in layer i; no host trip."""
+        starts = accumulate((size * unit for size, unit in zip(self.sizes, units, strict=True)), initial=0)
+        layers = zip(self.per_layer(), starts, units, strict=False)
+        flat = [_within(local, unit) + start for local, start, unit in layers]
+        sizes = tuple(size * unit for size, unit in zip(self.sizes, units, strict=True))
+        counts = tuple(count * unit for count, unit in zip(self.counts, units, strict=True))
+        return Positions(sizes, counts, torch.cat(flat) if flat else self.flat)
+
 
 @dataclass(frozen=True)
 class ActiveWeights:
     """What a method may look at: where the active weights are and what their values are.
+
+    At kernel granularity whole kernels take the place of weights: sizes, counts and positions are in kernels, and the
+    value of a kernel is the mean magnitude of its weights, as in the code of Mostafa & Wang 2019.
 
     Attributes:
         positions: the active positions.
         values: their values in float32, shape (active,), in the same order.
         gradients: for methods that ask for them, the gradient of each layer at all of its positions, flat and in
             row-major order; held for one update only.
+        units: weights behind each entry, by layer: kernel sizes, or 1; none where all are 1.
     """
 
     positions: Positions
     values: torch.Tensor
     gradients: tuple[torch.Tensor, ...] | None = None
+    units: tuple[int, ...] = ()
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -80,10 +95,15 @@ class ActiveWeights:
         """Inactive positions per layer."""
         return [size - count for size, count in zip(self.sizes, self.counts, strict=True)]
 
+    @property
+    def groups(self) -> list[list[int]]:
+        """Numbers of the layers between which entries can move while the number of weights stays the same."""
+        return groups(self.units or [1] * len(self.sizes))
+
 
 @torch.no_grad()
 def gather(model: SparseModel, names: Sequence[str] | None = None) -> ActiveWeights:
-    """The active weights of a model, at O(weights) and without a sort.
+    """The active weights of a model, or its active kernels, at O(weights) and without a sort.
 
     Args:
         model: the model.
@@ -92,16 +112,37 @@ def gather(model: SparseModel, names: Sequence[str] | None = None) -> ActiveWeig
     names = model.trained if names is None else names
     parameters = model.weights
     weights = [parameters[name] for name in names]
-    flat = torch.cat([model.masks[name].reshape(-1) for name in names]).nonzero().squeeze(1)
-    positions = Positions.of(flat, [weight.numel() for weight in weights])
-    pieces = zip(weights, positions.per_layer(), strict=True)
-    values = torch.cat([weight.detach().take(local).float() for weight, local in pieces])
-    return ActiveWeights(positions, values)
+    units = [unit_size(weight.shape, model.granularity) for weight in weights]
+    masks = [_of_units(model.masks[name], unit) for name, unit in zip(names, units, strict=True)]
+    flat = torch.cat(masks).nonzero().squeeze(1)
+    positions = Positions.of(flat, [len(mask) for mask in masks])
+    pieces = zip(weights, positions.per_layer(), units, strict=True)
+    values = torch.cat([_values(weight.detach(), local, unit) for weight, local, unit in pieces])
+    return ActiveWeights(positions, values, units=tuple(units) if any(unit > 1 for unit in units) else ())
 
 
-def put_(tensor: torch.Tensor, positions: torch.Tensor, value: float) -> None:
-    """Write `value` at flat positions of a tensor of any memory format, in place."""
-    values = torch.full_like(positions, value, dtype=tensor.dtype)
+def _of_units(mask: torch.Tensor, unit: int) -> torch.Tensor:
+    """A layer's mask with one entry per unit, flat."""
+    return mask.reshape(-1) if unit == 1 else mask.flatten(2)[..., 0].reshape(-1)
+
+
+def _within(units: torch.Tensor, unit: int) -> torch.Tensor:
+    """Flat positions of all weights in some units of a layer."""
+    return units if unit == 1 else (units[:, None] * unit + torch.arange(unit, device=units.device)).reshape(-1)
+
+
+def _values(weight: torch.Tensor, units: torch.Tensor, unit: int) -> torch.Tensor:
+    """Values of single weights, or mean magnitudes of kernels."""
+    values = weight.take(_within(units, unit)).float()
+    return values if unit == 1 else values.abs().reshape(-1, unit).mean(1)
+
+
+def put_(tensor: torch.Tensor, positions: torch.Tensor, values: float | torch.Tensor) -> None:
+    """Write one value, or one for each, at flat positions of a tensor of any memory format, in place."""
+    if isinstance(values, torch.Tensor):
+        values = values.to(tensor.dtype)
+    else:
+        values = torch.full_like(positions, values, dtype=tensor.dtype)
     if torch.are_deterministic_algorithms_enabled():
         # Positions are distinct, so either way gives the same; torch knows that of this one, which is slower.
         tensor[torch.unravel_index(positions, tensor.shape)] = values

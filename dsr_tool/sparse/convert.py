@@ -11,6 +11,7 @@ from torch import nn
 from dsr_tool.core.budget import Budget
 from dsr_tool.core.config import ModelConfig
 from dsr_tool.core.distribution import DISTRIBUTIONS, by_magnitude, erk, largest, uniform
+from dsr_tool.core.granularity import GRANULARITIES, unit_size, whole_units
 from dsr_tool.core.layers import LayerSpec
 from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.sparse.discover import Rules, count, discover
@@ -33,6 +34,7 @@ class Plan:
         specs: one `LayerSpec` per state_dict entry; with multiply-adds where the input shape is known.
         config: what the model is.
         sparse: the specs of the sparse layers alone.
+        units: weights of each sparse layer that are active or inactive together.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Plan:
         *,
         distribution: str = "uniform",
         positions: str = "magnitude",
+        granularity: str = "weight",
         rules: Rules | None = None,
         seed: int = 0,
     ) -> None:
@@ -50,17 +53,26 @@ class Plan:
             raise unknown_name("distribution", distribution, DISTRIBUTIONS)
         if positions not in POSITIONS:
             raise unknown_name("positions", positions, POSITIONS)
+        if granularity not in GRANULARITIES:
+            raise unknown_name("granularity", granularity, GRANULARITIES)
         specs = discover(module, rules)
         self.module, self.config = module, config
         self.specs = with_macs(module, specs, config.input_shape) if config.input_shape else specs
         self.sparse = [spec for spec in self.specs.values() if spec.role == "sparse"]
         self._distribution, self._positions, self._seed = distribution, positions, seed
+        self._granularity = granularity
+        self.units = [unit_size(spec.shape, granularity) for spec in self.sparse]
         _check_values(module, self.specs)
 
     @property
     def prunable(self) -> int:
         """Weights of all sparse layers: the most that can be active."""
         return sum(spec.size for spec in self.sparse)
+
+    @property
+    def least(self) -> int:
+        """The fewest weights that can be active: one weight or kernel per sparse layer."""
+        return sum(self.units)
 
     def exact(self, budget: Budget) -> int:
         """The number of active weights that a sparsity or a number of parameters means here.
@@ -74,11 +86,17 @@ class Plan:
                 f"so the highest reachable sparsity is 0; keep fewer layers dense."
             )
         other = count(self.specs)["parameters"] - self.prunable
-        return budget.active_weights(self.prunable, other, len(self.sparse))
+        total = budget.active_weights(self.prunable, other, len(self.sparse))
+        if total < self.least:
+            raise UsageError(
+                f"{total:,} active weights are too few at --granularity kernel, where each of the {len(self.sparse)} "
+                f"sparse layers keeps a kernel; allow {self.least:,} or more, or give --granularity weight."
+            )
+        return total
 
     @torch.no_grad()
     def counts(self, total: int) -> dict[str, int]:
-        """Active weights per sparse layer, `total` in all."""
+        """Active weights per sparse layer, `total` in all, or the nearest from below that whole kernels can make."""
         if not self.sparse:
             return {}
         if self._distribution == "magnitude":
@@ -87,6 +105,9 @@ class Plan:
             counts = by_magnitude(total, weights)
         else:
             counts = (uniform if self._distribution == "uniform" else erk)(total, [spec.shape for spec in self.sparse])
+        if any(unit > 1 for unit in self.units):
+            whole = whole_units(counts, [spec.size for spec in self.sparse], self.units)
+            counts = [count * unit for count, unit in zip(whole, self.units, strict=True)]
         return {spec.name: active for spec, active in zip(self.sparse, counts, strict=True)}
 
     @torch.no_grad()
@@ -94,17 +115,19 @@ class Plan:
         """The model with `total` active weights, but with the values of the others still in place."""
         generator = torch.Generator().manual_seed(self._seed)
         parameters = dict(self.module.named_parameters())
+        counts = self.counts(total)
         masks = {
-            name: _choose(parameters[name], active, self._positions, generator)
-            for name, active in self.counts(total).items()
+            name: _choose(parameters[name], active, unit, self._positions, generator)
+            for (name, active), unit in zip(counts.items(), self.units, strict=True)
         }
         conversion = {
             **self.config.conversion,
             **budget.to_record(),
             "distribution": self._distribution,
             "positions": self._positions,
+            "granularity": self._granularity,
             "seed": self._seed,
-            "active_weights": total,
+            "active_weights": sum(counts.values()),
         }
         return SparseModel(self.module, self.specs, masks, replace(self.config, conversion=conversion))
 
@@ -122,6 +145,7 @@ def sparsify(
     *,
     distribution: str = "uniform",
     positions: str = "magnitude",
+    granularity: str = "weight",
     rules: Rules | None = None,
     seed: int = 0,
 ) -> SparseModel:
@@ -133,13 +157,23 @@ def sparsify(
         budget: how many weights may be active, as a sparsity or a number of parameters.
         distribution: `uniform`, `erk` or `magnitude`.
         positions: `magnitude` keeps the largest weights of each layer, `random` any.
+        granularity: `weight`, or `kernel` for masks made of whole kernels in convolutions; the number of active weights
+            is then the nearest from below that whole kernels can make.
         rules: which layers stay dense.
         seed: of the random positions.
 
     Raises:
         UsageError: an option nobody knows, a budget nobody can meet, or weights that are not float.
     """
-    plan = Plan(module, config, distribution=distribution, positions=positions, rules=rules, seed=seed)
+    plan = Plan(
+        module,
+        config,
+        distribution=distribution,
+        positions=positions,
+        granularity=granularity,
+        rules=rules,
+        seed=seed,
+    )
     return plan.finish(plan.exact(budget), budget)
 
 
@@ -153,13 +187,13 @@ def _check_values(module: nn.Module, specs: Mapping[str, LayerSpec]) -> None:
             raise UsageError(f"weight {name!r} holds values that are not finite; take weights from before that.")
 
 
-def _choose(weight: torch.Tensor, active: int, positions: str, generator: torch.Generator) -> torch.Tensor:
-    """A mask with exactly `active` entries, in the memory format of the weight."""
+def _choose(weight: torch.Tensor, active: int, unit: int, positions: str, generator: torch.Generator) -> torch.Tensor:
+    """A mask with exactly `active` entries in whole units, in the memory format of the weight."""
     if positions == "random":
-        chosen = torch.randperm(weight.numel(), generator=generator)[:active]
+        chosen = torch.randperm(weight.numel() // unit, generator=generator)[: active // unit]
     else:
-        magnitude = weight.detach().float().abs().reshape(-1).cpu().numpy()
-        chosen = torch.from_numpy(largest(magnitude, active))
-    mask = torch.zeros(weight.numel(), dtype=torch.bool)
+        magnitude = weight.detach().float().abs().reshape(-1, unit).mean(1).cpu().numpy()
+        chosen = torch.from_numpy(largest(magnitude, active // unit))
+    mask = torch.zeros(weight.numel() // unit, unit, dtype=torch.bool)
     mask[chosen] = True
     return torch.empty_like(weight, dtype=torch.bool).copy_(mask.reshape(weight.shape))

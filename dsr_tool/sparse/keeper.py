@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -41,9 +41,13 @@ class _Layer:
     def of(cls, weight: nn.Parameter, mask: torch.Tensor) -> _Layer:
         return cls(weight, mask, mask.to(_INTEGERS[weight.element_size()]).neg_())
 
+    def fits(self, tensor: torch.Tensor) -> bool:
+        """Whether the values of a tensor are as wide as the bits."""
+        return tensor.element_size() == self.bits.element_size()
+
     def clear(self, tensor: torch.Tensor) -> None:
         """Set everything outside the mask to (positive) zero, in place."""
-        if tensor.element_size() == self.bits.element_size():
+        if self.fits(tensor):
             tensor.view(self.bits.dtype).bitwise_and_(self.bits)
         else:
             tensor.masked_fill_(~self.mask, 0.0)
@@ -116,6 +120,13 @@ class MaskKeeper:
             for tensor in self._tensors(layer.weight):
                 put_(tensor, moved, 0)
 
+    @torch.no_grad()
+    def write(self, active: Positions, values: torch.Tensor) -> None:
+        """Give active weights new values, in the order of their positions; gradients and states stay as they are."""
+        pieces = zip(self._layers, active.per_layer(), values.split(list(active.counts)), strict=True)
+        for layer, positions, piece in pieces:
+            put_(layer.weight.data, positions, piece)
+
     def _tensors(self, weight: nn.Parameter) -> Iterator[torch.Tensor]:
         """The weight, its gradient, and every state tensor that holds one value per weight."""
         yield weight.data
@@ -134,7 +145,11 @@ class MaskKeeper:
         """
         if self._before_masking is not None:
             self._before_masking()
-        for name, layer in zip(self.names, self._layers, strict=True):
+        _clear_all([(self._layers[index], gradient) for index, gradient in self._gradients()])
+
+    def _gradients(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """The gradient of each layer that has one, by the layer's number."""
+        for index, (name, layer) in enumerate(zip(self.names, self._layers, strict=True)):
             if self.model.masks[name] is not layer.mask:
                 raise UsageError(f"the mask of {name!r} was replaced since; attach after the model was moved.")
             gradient = layer.weight.grad
@@ -142,15 +157,20 @@ class MaskKeeper:
                 continue
             if gradient.is_sparse:
                 raise UsageError(f"{name!r} makes sparse gradients, which cannot be masked; make it with sparse=False.")
-            layer.clear(gradient)
+            yield index, gradient
 
     def _before_step(self, _: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._before_masking is not None and _has_closure(args, kwargs):
+        if self._before_masking is not None:
+            self._refuse_closure(args, kwargs)
+        self.mask_gradients()
+
+    @staticmethod
+    def _refuse_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _has_closure(args, kwargs):
             raise UsageError(
                 "this method looks at the gradients before each step; call backward() first, and step() without a "
                 "closure."
             )
-        self.mask_gradients()
 
     def _after_step(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A closure computes gradients inside the step, where no hook can mask them.
@@ -164,6 +184,19 @@ class MaskKeeper:
         for layer in self._layers:
             for tensor in self._tensors(layer.weight):
                 layer.clear(tensor)
+
+
+def _clear_all(tensors: Sequence[tuple[_Layer, torch.Tensor]]) -> None:
+    """Set everything outside the masks to (positive) zero: layer by layer on a CPU, all at once on a GPU."""
+    on_gpu = [(layer, tensor) for layer, tensor in tensors if tensor.is_cuda and layer.fits(tensor)]
+    if on_gpu:
+        # There is no "and" for lists. As integers, times -1 or 0 and negated, every value stays what it is or vanishes.
+        views = [tensor.view(layer.bits.dtype) for layer, tensor in on_gpu]
+        torch._foreach_mul_(views, [layer.bits for layer, _ in on_gpu])
+        torch._foreach_neg_(views)
+    for layer, tensor in tensors:
+        if not (tensor.is_cuda and layer.fits(tensor)):
+            layer.clear(tensor)
 
 
 def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

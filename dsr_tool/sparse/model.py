@@ -11,9 +11,10 @@ from torch import nn
 
 from dsr_tool.core.codecs import SparseTensor
 from dsr_tool.core.config import ModelConfig
+from dsr_tool.core.granularity import GRANULARITIES
 from dsr_tool.core.layers import LayerSpec
 from dsr_tool.core.mask import Mask
-from dsr_tool.errors import CheckFailed, UsageError
+from dsr_tool.errors import CheckFailed, FormatError, UsageError
 
 __all__ = ["SparseModel"]
 
@@ -58,6 +59,18 @@ class SparseModel:
     def trained(self) -> list[str]:
         """Names of the sparse weights that are not frozen (`requires_grad`); methods move no others."""
         return [name for name, weight in self.weights.items() if weight.requires_grad]
+
+    @property
+    def granularity(self) -> str:
+        """What is active or inactive as a whole: `weight` or `kernel`.
+
+        Raises:
+            FormatError: the description says something else.
+        """
+        granularity = self.config.conversion.get("granularity", "weight")
+        if granularity not in GRANULARITIES:
+            raise FormatError(f"the model's description claims granularity {granularity!r}; the file is damaged.")
+        return str(granularity)
 
     @property
     def active_weights(self) -> int:

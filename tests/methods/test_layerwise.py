@@ -182,6 +182,24 @@ def test_gmp_prunes_the_smallest():
     assert moved.dropped.flat[:10].tolist() == first.tolist()
 
 
+@given(layers, st.integers(0, 10**6))
+def test_gmp_may_compare_magnitudes_of_all_layers(sizes, seed):
+    weights = network([(n + 1, n + 1) for n, _ in sizes], seed)
+    method = GradualPruning(ReallocationSchedule(((0, 1),), 1), final_sparsity=0.5, scope="global")
+    moved = method.update(weights, 1, torch.Generator())
+    left = after(weights, moved)
+    assert sum(left.counts) == Budget.of_sparsity(0.5).active_weights(sum(weights.sizes), 0, len(sizes))
+    assert min(left.counts) >= 1
+    magnitude, dropped = weights.values.abs(), torch.isin(weights.positions.flat, moved.dropped.flat)
+    largest = {start + piece.argmax().item() for start, piece in _pieces(magnitude, weights.counts)}
+    others = [i for i in range(len(magnitude)) if i not in largest and not dropped[i]]
+    assert not dropped.any() or not others or magnitude[dropped].max() <= magnitude[others].min()
+
+
+def _pieces(values, counts):
+    return zip(np.cumsum([0, *counts]).tolist(), values.split(counts), strict=False)
+
+
 def test_gmp_on_a_sparse_model_is_refused_before_the_first_step():
     model = convert(nn.Sequential(nn.Linear(30, 40)), sparsity=0.9, positions="random")
     optimizer = optim.SGD(model.module.parameters(), lr=0.01)
@@ -192,12 +210,13 @@ def test_gmp_on_a_sparse_model_is_refused_before_the_first_step():
 @pytest.mark.parametrize(
     ("name", "options", "what"),
     [
-        ("set", {"drop_fraction": 0}, "drop_fraction 0"),
-        ("rigl", {"drop_fraction": 1.5}, "drop_fraction 1.5"),
+        ("set", {"drop_fraction": 0}, "set --drop-fraction 0 is not"),
+        ("rigl", {"drop_fraction": 1.5}, "rigl --drop-fraction 1.5 is not"),
         ("gmp", {}, "needs a final sparsity"),
-        ("gmp", {"final_sparsity": 1}, "sparsity 1 is not allowed"),
+        ("gmp", {"final_sparsity": 1}, "gmp --final-sparsity 1 is not allowed"),
+        ("gmp", {"final_sparsity": 0.5, "scope": "globl"}, "did you mean global"),
         ("static", {"threshold": 1}, "goes with method dsr, not with static"),
-        ("dsr", {"drop_fraction": 0.5}, "goes with method set or rigl, not with dsr"),
+        ("dsr", {"drop_fraction": 0.5}, "goes with method set, rigl or neuron-set, not with dsr"),
         ("dsr", {"nonsense": 1}, "is no option of any method"),
     ],
 )

@@ -1,0 +1,124 @@
+"""LatentKeeper: dense weights behind a sparse model, for methods that train what is masked as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import optim
+
+from dsr_tool.errors import UsageError
+from dsr_tool.sparse.active import Positions, put_
+from dsr_tool.sparse.keeper import MaskKeeper
+from dsr_tool.sparse.model import SparseModel
+
+__all__ = ["LatentKeeper"]
+
+Turn = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+class LatentKeeper(MaskKeeper):
+    """Lets the optimizer step on dense weights, of which everyone else sees the active ones alone.
+
+    Between steps a parameter holds weight times mask, as in any sparse model: forward, evaluation and files know of
+    nothing else, and the gradient that autograd leaves is that of the masked weight. Inside a step the parameter
+    holds the dense weight and its gradient. That takes one more copy of every weight, until `settle`.
+
+    Attributes:
+        dense: the dense weight of each layer; none once settled.
+        settled: whether the masks are final, and this is a `MaskKeeper` like any other.
+    """
+
+    def __init__(self, model: SparseModel, optimizer: optim.Optimizer, turn: Turn) -> None:
+        """Hook into the optimizer.
+
+        Args:
+            model: the sparse model, already on its device.
+            optimizer: as for `MaskKeeper`.
+            turn: called before each step with a layer's number, dense weight, mask and gradient; it makes the gradient
+                of the masked weight that of the dense one, in place.
+        """
+        self.settled = self._settling = False
+        super().__init__(model, optimizer)
+        self.dense = [layer.weight.detach().clone() for layer in self._layers]
+        self._turn = turn
+        self._open: list[int] = []
+
+    @property
+    def masks(self) -> list[torch.Tensor]:
+        """The mask of each layer."""
+        return [layer.mask for layer in self._layers]
+
+    def restore(self, dense: list[torch.Tensor]) -> None:
+        """Take back the dense weights of an earlier run; none settles."""
+        if not dense:
+            self.settle()
+        for mine, saved in zip(self.dense, dense, strict=True):
+            mine.copy_(saved)
+
+    def settle_after_move(self) -> None:
+        """Settle at the end of the next `move`."""
+        self._settling = True
+
+    def settle(self) -> None:
+        """Forget the dense weights and whatever the optimizer knows outside the masks."""
+        self.settled, self.dense = True, []
+        self._zero_outside()
+
+    @torch.no_grad()
+    def move(self, dropped: Positions, grown: Positions) -> None:
+        """Deactivate and activate weights; grown ones take the value of the dense weight, and states stay."""
+        if self.settled:
+            super().move(dropped, grown)
+            return
+        layers = zip(self._layers, self.dense, dropped.per_layer(), grown.per_layer(), strict=True)
+        for layer, dense, off, on in layers:
+            for positions, active in ((off, 0), (on, 1)):
+                put_(layer.mask, positions, active)
+                put_(layer.bits, positions, -active)
+            put_(layer.weight.data, off, 0)
+            put_(layer.weight.data, on, dense.take(on))
+        if self._settling:
+            self.settle()
+
+    def mask_gradients(self) -> None:
+        """Nothing before the masks are final: the gradients of inactive weights count."""
+        if self.settled:
+            super().mask_gradients()
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.settled:
+            super()._before_step(optimizer, args, kwargs)
+            return
+        self._refuse_closure(args, kwargs)
+        if getattr(optimizer, "found_inf", None) is not None:
+            raise UsageError(
+                "this method needs true gradients before each step, but a fused optimizer unscales those of fp16 "
+                "inside; train in bf16 or fp32, or make the optimizer with fused=False."
+            )
+        gradients = dict(self._gradients())
+        for index, gradient in gradients.items():
+            self._turn(index, self.dense[index], self._layers[index].mask, gradient)
+            self._layers[index].weight.data.copy_(self.dense[index])
+        self._open = list(gradients)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.settled:
+            super()._after_step(optimizer, args, kwargs)
+            return
+        for index in self._open:
+            layer = self._layers[index]
+            self.dense[index].copy_(layer.weight)
+            layer.clear(layer.weight.data)
+        self._open = []
+
+    @torch.no_grad()
+    def _zero_outside(self) -> None:
+        if self.settled:
+            super()._zero_outside()
+            return
+        for layer in self._layers:
+            layer.clear(layer.weight.data)

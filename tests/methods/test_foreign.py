@@ -1,0 +1,213 @@
+"""Methods of other distributions: the example of the documentation, and all that can be wrong with one."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn, optim
+
+from converters.convert import convert
+from dsr_tool.errors import CheckFailed, DsrError, UsageError
+from dsr_tool.methods import SET, Method, Reallocation, ReallocationSchedule, attach, foreign, make, names
+from dsr_tool.sparse.active import Positions
+
+ALWAYS = ReallocationSchedule(((0, 1),), 10**9)
+ROOT = Path(__file__).parents[2]
+
+NETWORK = """
+import torch
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+"""
+
+
+@pytest.fixture
+def installed(tmp_path):
+    """The example of docs/methods.md as an installed distribution: its folder."""
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").partition("## A method of your own")[2]
+    code, table = (re.search(rf"```{kind}\n(.*?)```", text, re.DOTALL)[1] for kind in ("python", "toml"))
+    assert len(code.splitlines()) < 60
+    (tmp_path / "shuffle_method.py").write_text(code, encoding="utf-8")
+    (tmp_path / "tiny_net.py").write_text(NETWORK, encoding="utf-8")
+    info = tmp_path / "shuffle_method-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shuffle-method\nVersion: 1.0\n")
+    group, entry = re.search(r'entry-points\."(.*?)"\]\n(.*)', table).groups()
+    (info / "entry_points.txt").write_text(f"[{group}]\n{entry.replace(chr(34), '')}\n")
+    return tmp_path
+
+
+def cli(folder, *arguments):
+    path = os.pathsep.join([str(folder), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", "from dsr_tool.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_an_installed_method_trains_from_the_command_line(installed):
+    made = cli(installed, "convert", "tiny_net:make", "--input-shape", "3,8,8", "--sparsity", 0.8, "-o", "model")
+    assert made.returncode == 0, made.stderr
+    train = ["train", "model", "--model", "tiny_net:make", "--data", "fake:40", "--batch-size", 8, "--epochs", 1]
+    train += ["--method", "shuffle"]
+    done = cli(installed, *train, "-o", "run", "--option", "share=0.5", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["method"] == "shuffle"
+    log = [json.loads(line) for line in (installed / "run" / "log.jsonl").read_text().splitlines()]
+    epoch = next(line for line in log if line["kind"] == "epoch")
+    assert epoch["active_weights"] == document["active_weights"]
+    assert sum(epoch["dropped"].values()) == sum(epoch["grown"].values()) > 200
+    refused = cli(installed, *train, "-o", "other", "--option", "part=0.5")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "method 'shuffle' (entry point shuffle_method:Shuffle of shuffle-method) cannot be made with part=0.5" in (
+        refused.stderr
+    )
+    assert not (installed / "other").exists()
+
+
+class Wrong(Method):
+    """SET, with an answer that a test changes."""
+
+    name = "wrong"
+
+    def __init__(self, change):
+        self.inner, self.change = SET(ALWAYS, drop_fraction=0.3), change
+
+    def due(self, step):
+        return step > 0
+
+    def update(self, weights, step, generator):
+        return self.change(weights, self.inner.update(weights, step, generator))
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """Give the name `mine` to an object, as an entry point would."""
+
+    def point(target):
+        entry = EntryPoint("mine", "mine_method:Mine", foreign.GROUP)
+        monkeypatch.setattr(EntryPoint, "load", lambda self: target() if target is broken else target)
+        monkeypatch.setattr(foreign, "entry_points", lambda group: [entry])
+
+    return point
+
+
+def broken():
+    raise ImportError("no module named numba")
+
+
+def attached(method):
+    torch.manual_seed(0)
+    model = convert(nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 6)), sparsity=0.6, positions="random")
+    optimizer = optim.SGD(model.module.parameters(), lr=0.1)
+    attach(model, optimizer, method)
+    model(torch.randn(4, 12)).square().sum().backward()
+    return model, optimizer
+
+
+@pytest.mark.parametrize(
+    ("target", "what"),
+    [
+        (broken, r"cannot be loaded \(ImportError: no module named numba\)"),
+        (7, "gives int, where a Method class or a function is needed"),
+        (lambda timing: "nothing", "makes str, where a Method of dsr_tool.methods is needed"),
+        (lambda timing: timing["nonsense"], r"cannot be made with no options \(KeyError: 'nonsense'\)"),
+    ],
+)
+def test_what_is_no_method_is_refused_in_a_sentence(found, target, what):
+    found(target)
+    assert names()[-1] == "mine"
+    with pytest.raises(UsageError, match=rf"^method 'mine' \(entry point mine_method:Mine\) {what}; mend it"):
+        make("mine", 100)
+    with pytest.raises(UsageError, match="did you mean mine"):
+        make("mime", 100)
+
+
+def with_flat(positions, flat):
+    return Positions.of(flat.sort().values, positions.sizes)
+
+
+def fewer(_, moved):
+    return Reallocation(moved.dropped, with_flat(moved.grown, moved.grown.flat[1:]))
+
+
+def not_active(_, moved):
+    return Reallocation(moved.grown, moved.grown)
+
+
+def not_free(_, moved):
+    return Reallocation(moved.dropped, moved.dropped)
+
+
+def disordered(weights, moved):
+    flat = moved.dropped.flat
+    return Reallocation(Positions(weights.sizes, moved.dropped.counts, flat[[1, 0, *range(2, len(flat))]]), moved.grown)
+
+
+def miscounted(weights, moved):
+    return Reallocation(Positions(weights.sizes, (0, sum(moved.dropped.counts)), moved.dropped.flat), moved.grown)
+
+
+def emptied(weights, moved):
+    last = weights.counts[-1]
+    dropped = with_flat(moved.dropped, weights.positions.flat[-last:])
+    free = torch.ones(sum(weights.sizes), dtype=torch.bool)
+    free[weights.positions.flat] = False
+    return Reallocation(dropped, with_flat(dropped, free.nonzero().squeeze(1)[:last]))
+
+
+def too_short(weights, moved):
+    return Reallocation(moved.dropped, moved.grown, values=weights.values[1:])
+
+
+def crash(*_):
+    return 1 / 0
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (fewer, "drops 21 weights and grows 20, which changes the budget"),
+        (not_active, "wants to drop a weight that is not active"),
+        (not_free, "wants to grow a weight that is not free"),
+        (disordered, "positions to drop that do not rise"),
+        (miscounted, "in other layers"),
+        (emptied, "empties layer 1"),
+        (too_short, r"gave torch.float32 values of shape \(71,\)"),
+        (crash, r"failed in update\(\) \(ZeroDivisionError: division by zero\)"),
+        (lambda weights, moved: None, "answered NoneType instead of a Reallocation"),
+    ],
+)
+def test_moves_that_cannot_be_are_stopped_before_anything_changes(found, change, what):
+    found(lambda timing: Wrong(change))
+    model, optimizer = attached(make("mine", 100))
+    masks = {name: mask.clone() for name, mask in model.masks.items()}
+    with pytest.raises(DsrError, match=f"method '?mine.*{what}"):
+        optimizer.step()
+    assert all(torch.equal(model.masks[name], mask) for name, mask in masks.items())
+
+
+def test_moves_that_can_be_are_made(found):
+    found(lambda timing: Wrong(lambda weights, moved: moved))
+    model, optimizer = attached(make("mine", 100))
+    before = {name: mask.clone() for name, mask in model.masks.items()}
+    optimizer.step()
+    changed = sum(int((model.masks[name] != mask).sum()) for name, mask in before.items())
+    assert changed == 42 and model.active_weights == 72
+
+
+def test_counts_are_checked_for_every_method():
+    def full(weights, moved):
+        return Reallocation(moved.dropped, Positions(weights.sizes, (0, 37), torch.arange(120, 157)))
+
+    _, optimizer = attached(Wrong(full))
+    with pytest.raises(CheckFailed, match="method wrong wants to grow 37 weights in layer 1, which has 36 to grow"):
+        optimizer.step()
