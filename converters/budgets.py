@@ -126,8 +126,8 @@ def _fit_bytes(plan: Plan, budget: Budget) -> Fitted:
 
     limit, enough = budget.amount, math.ceil(LEAST_BYTES * budget.amount)
     guess = limit // _BYTES_PER_WEIGHT
-    found = search(size, len(plan.sparse), plan.prunable, guess, enough, math.floor(limit * (1 - MARGIN)))
-    total, nbytes = _nearest(found, size, budget, enough, len(plan.sparse), plan.prunable)
+    found = search(size, plan.least, plan.prunable, guess, enough, math.floor(limit * (1 - MARGIN)))
+    total, nbytes = _nearest(found, size, budget, enough, plan.least, plan.prunable)
     return Fitted(plan.finish(total, budget), budget, nbytes)
 
 
@@ -144,7 +144,7 @@ def _solve_macs(plan: Plan, budget: Budget) -> int:
         counts = plan.counts(total)
         return sum(round(counts.get(spec.name, spec.size) * spec.macs_per_weight) for spec in specs)
 
-    limit, least, most = budget.amount, len(plan.sparse), plan.prunable
+    limit, least, most = budget.amount, plan.least, plan.prunable
     guess = round(most * limit / max(macs(most), 1))
     found = search(macs, least, most, guess, math.ceil(_CLOSE * limit), limit)
     return _nearest(found, macs, budget, math.ceil(LEAST_MACS * limit), least, most)[0]

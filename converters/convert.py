@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from converters import callables, torchvision_models
+from converters import callables
 from converters.budgets import Fitted, fit
-from converters.presets import preset as preset_rules
+from converters.presets import rules_of
+from converters.sources import fresh, named
 from converters.state_dicts import fill
+from converters.thin import thin as thin_model
+from converters.tickets import CHECKSUM, checksum, ticket
 from dsr_tool.core.archive import Archive, open_archive
 from dsr_tool.core.budget import Budget
 from dsr_tool.core.compaction.record import COMPACTED
@@ -22,7 +26,7 @@ from dsr_tool.core.layers import LayerSpec
 from dsr_tool.core.mask import Mask
 from dsr_tool.errors import FormatError, UsageError
 from dsr_tool.sparse.convert import Plan
-from dsr_tool.sparse.discover import Rules, discover
+from dsr_tool.sparse.discover import discover
 from dsr_tool.sparse.folder import read_folder
 from dsr_tool.sparse.model import SparseModel
 
@@ -40,45 +44,71 @@ def convert(
     input_shape: Sequence[int] = (),
     distribution: str | None = None,
     positions: str | None = None,
+    granularity: str | None = None,
     preset: str | None = None,
     keep_dense: Sequence[str] = (),
     sparsify_patterns: Sequence[str] = (),
-    seed: int = 0,
+    seed: int | None = None,
+    thin: bool = False,
+    structure: str | Path | None = None,
+    init: str | None = None,
     on_fitted: Callable[[Fitted], None] | None = None,
 ) -> SparseModel:
     """Convert a model to an exact sparse budget.
 
     Args:
-        source: a torchvision model name, `module:callable` that returns a module, or a module, which is changed in
-            place.
+        source: a torchvision model name, a paper's network (`lenet-300-100`, `wrn-22-2`, `wrn-28-2`),
+            `module:callable` that returns a module, or a module, which is changed in place.
         sparsity: fraction of zeros among the prunable weights, in [0, 1).
         budget: instead of a sparsity, non-zero parameters of the whole model (`5.1Mparams`), bytes of its archive
             (`12MB`, `12MiB`) or its multiply-adds for one input (`0.8GMACs`).
-        weights: for a name, torchvision enum name or state_dict file; random when absent. For a callable, a
-            state_dict file.
-        num_classes: for a torchvision name, outputs of a new head.
-        input_size: for a torchvision name, side of the square input in pixels.
+        weights: for a name, torchvision enum name or state_dict file; random when absent. For others, a state_dict
+            file.
+        num_classes: for a name, outputs of a new head.
+        input_size: for a name, side of the square input in pixels.
         input_shape: shape of one input: channels, frames for video, height, width. A callable needs it, a module for
-            multiply-adds and exports; a torchvision name has its own.
+            multiply-adds and exports; a name has its own.
         distribution: `uniform` (default), `erk`, or `magnitude` (default with `weights`).
         positions: which weights of a layer stay active: `magnitude` (default with weights, and for modules and
             callables, which may be trained) or `random` (default for random weights).
+        granularity: `weight` (default), or `kernel` for whole kernels of convolutions that are active or inactive; the
+            number of active weights is then the nearest from below that whole kernels can make.
         preset: `paper` keeps dense what the paper's code kept dense, and nothing else.
         keep_dense: patterns of weights to keep dense.
         sparsify_patterns: patterns of weights to make sparse against the defaults.
-        seed: of random weights and random positions.
+        seed: of random weights and random positions; 0 when absent.
+        thin: instead of a sparse model, a dense one with fewer channels that has as many parameters.
+        structure: instead of a budget, a model or run folder of the same architecture, whose masks are taken as they
+            are.
+        init: with a structure, `fresh` for random weights (default) or `original` for those that its model had before
+            it was converted.
         on_fitted: told what the budget came to.
 
     Raises:
         UsageError: a parameter with a value that is not allowed.
-        FormatError: the weights file cannot be read.
+        FileError: a file or folder is not there.
+        FormatError: the weights file or the structure cannot be read.
+        CheckFailed: original weights that cannot be made again.
     """
-    wanted = _budget(sparsity, budget)
-    if not 0 <= seed < 1 << 63:
+    if seed is not None and not 0 <= seed < 1 << 63:
         raise UsageError(f"seed {seed} is not allowed; give a whole number from 0 to 2^63 - 1.")
+    if structure is not None:
+        spread = {"distribution": distribution, "positions": positions, "granularity": granularity}
+        layers = {"preset": preset, "keep_dense": keep_dense, "sparsify": sparsify_patterns}
+        shapes = {"num_classes": num_classes, "input_size": input_size, "input_shape": input_shape}
+        given = {"sparsity": sparsity, "budget": budget, "weights": weights, "thin": thin}
+        _leave_out("--structure", **given, **shapes, **layers, **spread)
+        return _told(ticket(source, structure, init or "fresh", seed), on_fitted)
+    if init is not None:
+        raise UsageError("--init goes with --structure, the folder whose masks to take; leave it out.")
+    if thin:
+        _leave_out("--thin", weights=weights)
+    wanted, seed = _budget(sparsity, budget), seed or 0
     shape = _shape(source, input_shape, input_size)
     if isinstance(source, str):
-        module, config = _named(source, weights, num_classes, input_size, shape, seed)
+        module, config = named(
+            source, weights, num_classes=num_classes, input_size=input_size, input_shape=shape, seed=seed
+        )
         trained = weights is not None
         own = config.source == "callable"
     else:
@@ -86,25 +116,18 @@ def convert(
             raise UsageError("weights, num_classes and input_size go with a model name; a module has its own.")
         module, trained, own = source, False, True
         config = ModelConfig("module", type(source).__name__, 0, shape)
-    rules = Rules(
-        keep_dense=tuple(keep_dense),
-        sparsify=tuple(sparsify_patterns),
-        preset_dense=preset_rules(preset, module) if preset is not None else {},
-        small_layers=preset is None,
-    )
     record = {"preset": preset, "keep_dense": list(keep_dense), "sparsify": list(sparsify_patterns)}
+    record[CHECKSUM] = checksum(module)
     plan = Plan(
         module,
         replace(config, conversion={**config.conversion, **record}),
         distribution=("magnitude" if trained else "uniform") if distribution is None else distribution,
         positions=("magnitude" if trained or own else "random") if positions is None else positions,
-        rules=rules,
+        granularity=granularity or "weight",
+        rules=rules_of(module, preset=preset, keep_dense=tuple(keep_dense), sparsify=tuple(sparsify_patterns)),
         seed=seed,
     )
-    fitted = fit(plan, wanted)
-    if on_fitted is not None:
-        on_fitted(fitted)
-    return fitted.model
+    return _told(thin_model(plan, wanted, seed) if thin else fit(plan, wanted), on_fitted)
 
 
 def load(path: str | Path, module: nn.Module | str | None = None) -> SparseModel:
@@ -112,13 +135,13 @@ def load(path: str | Path, module: nn.Module | str | None = None) -> SparseModel
 
     Args:
         path: a folder that `SparseModel.save`, `dsr-tool convert` or `dsr-tool train` wrote, or a `.dsr` file.
-        module: for models that torchvision does not know, a fresh module of the same architecture, or
+        module: for models that have no name, a fresh module of the same architecture, or
             `module:callable` that returns one.
 
     Raises:
         FileError: nothing there.
         FormatError: damaged, or not for this module.
-        UsageError: torchvision does not know the model and no module is given, or the callable fails.
+        UsageError: the model has no name and no module is given, or the callable fails.
         CheckFailed: weights and masks disagree.
     """
     path = Path(path)
@@ -132,7 +155,7 @@ def load(path: str | Path, module: nn.Module | str | None = None) -> SparseModel
 def _from_folder(path: Path, module: nn.Module | None) -> SparseModel:
     saved = read_folder(path)
     state, masks = saved.weights(), saved.masks()
-    return _assemble(module or _fresh(saved.config), saved.config, saved.specs, state, masks, str(path))
+    return _assemble(module or fresh(saved.config), saved.config, saved.specs, state, masks, str(path))
 
 
 def _from_archive(archive: Archive, module: nn.Module | None) -> SparseModel:
@@ -141,7 +164,7 @@ def _from_archive(archive: Archive, module: nn.Module | None) -> SparseModel:
             f"{str(archive.path)!r} is compacted for inference: its layers are smaller than those of "
             f"{archive.config.architecture}; export without --compact to go back to PyTorch."
         )
-    module = module or _fresh(archive.config)
+    module = module or fresh(archive.config)
     specs = {name: entry.spec for name, entry in archive.entries.items()}
     state, masks = {}, {}
     for name, tensor in archive:
@@ -154,18 +177,20 @@ def _from_archive(archive: Archive, module: nn.Module | None) -> SparseModel:
     return _assemble(module, archive.config, specs, state, masks, str(archive.path))
 
 
-def _fresh(config: ModelConfig) -> nn.Module:
-    if config.source == "callable":
-        # The name came out of a file, so that only the user may say that it is to be imported.
-        raise UsageError(
-            f"the model was made by {config.architecture!r}, code that no file may name to be run; if you trust it, "
-            f"say --model {config.architecture} (in Python: load(path, {config.architecture!r}))."
-        )
-    if config.source != "torchvision":
-        raise UsageError(
-            f"architecture {config.architecture!r} is not one of torchvision's; give load() a module of that class."
-        )
-    return torchvision_models.structure(config.architecture, config.num_classes)
+def _told(fitted: Fitted, on_fitted: Callable[[Fitted], None] | None) -> SparseModel:
+    if on_fitted is not None:
+        on_fitted(fitted)
+    return fitted.model
+
+
+def _leave_out(option: str, **others: Any) -> None:
+    """Raise `UsageError` where an option was given that another one leaves no room for."""
+    given = [
+        name for name, value in others.items() if value is not None and value is not False and value not in ((), [])
+    ]
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UsageError(f"{option} leaves nothing for {names} to say; leave that out.")
 
 
 def _shape(source: str | nn.Module, shape: Sequence[int], size: int | None) -> tuple[int, ...]:
@@ -178,24 +203,6 @@ def _shape(source: str | nn.Module, shape: Sequence[int], size: int | None) -> t
     if size is not None and not isinstance(source, str):
         raise UsageError("weights, num_classes and input_size go with a model name; a module has its own.")
     return shape
-
-
-def _named(
-    source: str, weights: str | None, num_classes: int | None, size: int | None, shape: tuple[int, ...], seed: int
-) -> tuple[nn.Module, ModelConfig]:
-    """The module of a name, torchvision's or `module:callable`."""
-    if ":" not in source:
-        return torchvision_models.load(
-            source, weights, num_classes=num_classes, input_size=size, input_shape=shape, seed=seed
-        )
-    if num_classes is not None or size is not None:
-        raise UsageError(
-            f"--num-classes and --input-size go with torchvision's models; let {source!r} make the head that you need, "
-            f"and give --input-shape."
-        )
-    if not shape:
-        raise UsageError(f"{source!r} needs --input-shape, the shape of one input, such as 3,224,224.")
-    return callables.load(source, weights, input_shape=shape, seed=seed)
 
 
 def _assemble(

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 from torchvision import models
 
+from converters import paper_models
 from converters.state_dicts import is_state_file, load_strictly, read_state
-from dsr_tool.core.config import MOST_CLASSES, ModelConfig, Preprocessing
+from converters.widths import WIDTHS
+from dsr_tool.core.config import ModelConfig, Preprocessing
 from dsr_tool.errors import FileError, UsageError, unknown_name
 
 __all__ = ["TASKS", "architectures", "build", "load", "structure"]
@@ -28,6 +30,7 @@ _OTHER_TASKS = {
     models.optical_flow: "an optical-flow model, which takes two pictures at once",
     models.quantization: "a model for 8-bit integers, whose weights torch keeps packed",
 }
+_IMAGENET_CLASSES = 1000
 _FRAMES = 16  # torchvision's own video weights were made for clips of this length
 _OWN_NORMALISATION = ("googlenet", "inception_v3")
 """With its own weights torchvision builds these to undo ImageNet's normalisation inside; ours take 0.5 outside."""
@@ -43,13 +46,22 @@ def architectures(task: str | None = None) -> list[str]:
     return names
 
 
-def build(name: str, num_classes: int | None = None) -> nn.Module:
+def build(name: str, num_classes: int | None = None, width: float = 1.0) -> nn.Module:
     """A randomly initialised model, with as many classes as torchvision gives it unless told otherwise.
+
+    Args:
+        name: torchvision's name.
+        num_classes: outputs.
+        width: factor on the architecture's own width, for those in `WIDTHS`.
 
     Raises:
         UsageError: torchvision has no model of that name, or one that does not map a tensor to a tensor.
     """
     task = _task(name)
+    if width != 1:
+        if name not in WIDTHS:
+            raise UsageError(f"{name} has no width; it cannot be {width:g} as wide.")
+        return WIDTHS[name](width, num_classes or _IMAGENET_CLASSES)
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if name in _OWN_NORMALISATION:
         options["init_weights"] = True  # these two warn unless they are told to use their own initialisation
@@ -59,16 +71,16 @@ def build(name: str, num_classes: int | None = None) -> nn.Module:
     return module
 
 
-def structure(name: str, num_classes: int | None = None) -> nn.Module:
+def structure(name: str, num_classes: int | None = None, width: float = 1.0) -> nn.Module:
     """A model without values, on the meta device, to be filled with `load_state_dict(..., assign=True)`.
 
     Where the builder computes with tensors, which the meta device cannot (RegNet), it is a real one.
     """
     try:
         with torch.device("meta"):
-            return build(name, num_classes)
+            return build(name, num_classes, width)
     except NotImplementedError:
-        return build(name, num_classes)
+        return build(name, num_classes, width)
 
 
 def load(
@@ -78,6 +90,7 @@ def load(
     num_classes: int | None = None,
     input_size: int | None = None,
     input_shape: Sequence[int] = (),
+    width: float = 1.0,
     seed: int = 0,
 ) -> tuple[nn.Module, ModelConfig]:
     """Build a model, fill in its weights, and describe it.
@@ -89,6 +102,7 @@ def load(
         num_classes: a new head of so many classes where it differs from what the weights have.
         input_size: side of the square input in pixels; the architecture's own when absent.
         input_shape: instead, the whole shape of one input: channels, frames for video, height, width.
+        width: factor on the architecture's own width, with random weights.
         seed: of random weights.
 
     Raises:
@@ -96,14 +110,10 @@ def load(
         FormatError: the state_dict file cannot be read.
     """
     task = _task(name)
-    if num_classes is not None and not 1 <= num_classes <= MOST_CLASSES:
-        raise UsageError(f"--num-classes {num_classes} is not allowed; give 1 to {MOST_CLASSES:,}.")
-    if input_size is not None and input_size < 1:
-        raise UsageError(f"--input-size {input_size} is not allowed; give pixels, 1 or more.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if weights is None:
-            module, enum = build(name, num_classes), None
+            module, enum = build(name, num_classes, width), None
         elif is_state_file(weights):
             module, enum = _with_state(name, read_state(Path(weights)), num_classes, weights), None
         else:
@@ -118,6 +128,7 @@ def load(
         preprocessing=_preprocessing(name, enum, shape[-1], trained=weights is not None),
         labels=tuple(_categories(enum)) if own_head else (),
         conversion={"weights": weights if enum is None else str(enum)},
+        width=width,
     )
     return module, config
 
@@ -138,7 +149,7 @@ def _task(name: str) -> str:
             f"ARCH {name!r} is a path; give the name of a torchvision model, such as resnet18, or module:callable for "
             f"a network of your own, and a file of its values as --weights."
         )
-    raise unknown_name("ARCH", name, architectures())
+    raise unknown_name("ARCH", name, [*architectures(), *paper_models.MODELS])
 
 
 def _from_enum(name: str, weights: str, num_classes: int | None) -> tuple[nn.Module, Any]:

@@ -42,14 +42,15 @@ class ModelConfig:
     """The part of a model folder or archive that says what the model is.
 
     Attributes:
-        source: `torchvision`, `callable` for a network that a function of the user's own returns, or `module` for
-            one that was given as it is.
-        architecture: torchvision's model name, `module:callable`, or the class name of the module.
+        source: `torchvision`, `paper` for a network of the papers', `callable` for one that a function of the user's
+            own returns, or `module` for one that was given as it is.
+        architecture: name of the model, `module:callable`, or the class name of the module.
         num_classes: length of the output.
         input_shape: channels, frames for video, height, width of one input; empty while unknown.
         preprocessing: how pictures become inputs.
         labels: class names, or none.
         conversion: how the model was converted: budget, distribution, seed, for the record.
+        width: factor on the channels of the architecture, in (0, 1]; below 1 for a thin model.
     """
 
     source: str
@@ -59,6 +60,7 @@ class ModelConfig:
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     labels: tuple[str, ...] = ()
     conversion: dict[str, Any] = field(default_factory=dict)
+    width: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -87,13 +89,15 @@ class ModelConfig:
                 ),
                 labels=tuple(_text(label) for label in data["labels"]),
                 conversion=dict(data["conversion"]),
+                width=float(data.get("width", 1)),  # older files have none
             )
         except (ArithmeticError, KeyError, TypeError, ValueError) as error:
             raise FormatError(f"the model's description is not understood: {error!r}; the file is damaged.") from error
-        if not 0 <= config.num_classes <= MOST_CLASSES or any(not 0 < n < LONGEST_SIDE for n in config.input_shape):
+        shape_allowed = all(0 < n < LONGEST_SIDE for n in config.input_shape)
+        if not (0 <= config.num_classes <= MOST_CLASSES and shape_allowed and 0 < config.width <= 1):
             raise FormatError(
-                f"the model's description claims {config.num_classes} classes and inputs of {config.input_shape}; "
-                f"the file is damaged."
+                f"the model's description claims {config.num_classes} classes, inputs of {config.input_shape} and "
+                f"width {config.width}; the file is damaged."
             )
         return config
 

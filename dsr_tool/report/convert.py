@@ -44,8 +44,8 @@ def conversion_document(fitted: Fitted, path: Path) -> dict[str, Any]:
 def conversion_text(document: dict[str, Any], *, short: bool = False) -> str:
     """The same for a terminal: weights one by one, everything else by reason; or, for `short`, the last line alone."""
     closing = (
-        f"{document['path']}: {document['model']['architecture']} with {document['active_weights']:,} of "
-        f"{document['prunable_weights']:,} prunable weights active "
+        f"{document['path']}: {document['model']['architecture']}{_width(document)} with "
+        f"{document['active_weights']:,} of {document['prunable_weights']:,} prunable weights active "
         f"({document['weights_by_type'] - document['prunable_weights']:,} more weights are kept dense); zeros are "
         f"{document['sparsity_of_prunable_weights']:.4%} of the prunable weights and "
         f"{document['sparsity_of_whole_model']:.4%} of all {document['parameters']:,} parameters"
@@ -67,8 +67,14 @@ def _budget(fitted: Fitted, parameters: int) -> dict[str, Any] | None:
         check, least = BudgetCheck(budget, fitted.archive_bytes or 0, ARCHIVE), LEAST_BYTES
     else:
         check, least = BudgetCheck(budget, _macs(model), "with active weights, for one input"), LEAST_MACS
-    far = "" if check.fraction >= least else "; one more weight would exceed it, so that this is as near as it gets"
+    step = "channel" if model.config.width < 1 else "weight"
+    far = "" if check.fraction >= least else f"; one more {step} would exceed it, so that this is as near as it gets"
     return {**check.to_dict(), "sparsity": model.sparsity, "line": f"{check.line}{far}"}
+
+
+def _width(document: dict[str, Any]) -> str:
+    width = document["model"]["width"]
+    return "" if width == 1 else f", {width:g} times as wide,"
 
 
 def _macs(model: SparseModel) -> int:
