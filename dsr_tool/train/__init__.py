@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dsr_tool.train.data import Data, load_data
-from dsr_tool.train.loop import evaluate, train
+from dsr_tool.train.evaluation import evaluate
+from dsr_tool.train.loop import train
 from dsr_tool.train.progress import Progress
+from dsr_tool.train.ranks import Follower, Ranks, joined
 from dsr_tool.train.records import EpochRecord, Observer, TrainResult
 from dsr_tool.train.run import RunFolder
 from dsr_tool.train.settings import TrainSettings
@@ -12,12 +14,15 @@ from dsr_tool.train.settings import TrainSettings
 __all__ = [
     "Data",
     "EpochRecord",
+    "Follower",
     "Observer",
     "Progress",
+    "Ranks",
     "RunFolder",
     "TrainResult",
     "TrainSettings",
     "evaluate",
+    "joined",
     "load_data",
     "train",
 ]

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from os import cpu_count
-from typing import Any
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F  # noqa: N812 - its usual name
 
 from dsr_tool.core.config import ModelConfig, Preprocessing
-from dsr_tool.errors import DsrError, UsageError
-from dsr_tool.train.augment import ON_ORIGINAL, Transform, augmentation
+from dsr_tool.errors import UsageError
+from dsr_tool.train.augment import ON_ORIGINAL, Moves, draw_moves
 from dsr_tool.train.datasets import open_dataset
 from dsr_tool.train.images import DataSet, InMemory, OnDisk
+from dsr_tool.train.loading import Batch, Held, Pictures, load
+from dsr_tool.train.ranks import Ranks
 from dsr_tool.train.settings import TrainSettings
 
 __all__ = ["Data", "load_data"]
 
-Batch = tuple[torch.Tensor, torch.Tensor]
-Key = tuple[torch.Tensor, int]
+_TEST_VALUES = {"cpu": 2**20, "cuda": 2**23}
+"""Input values of a test batch, where the training's batch is smaller: few calls, and a CPU's cache is not outgrown."""
+_GROUP_VALUES = 2**24
+"""Input values that are made at once on a GPU (64 MiB in fp32)."""
 
 
 def load_data(spec: str, config: ModelConfig) -> Data:
@@ -67,6 +67,7 @@ class Data:
         self.dataset = dataset
         self.input_shape = config.input_shape
         self.preprocessing = _preprocessing(dataset.train, config)
+        self._resident: dict[tuple[bool, str], Held] = {}
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -86,92 +87,77 @@ class Data:
         return max(len(self.dataset.train.labels) // batch_size, 1)
 
     def train_batches(self, settings: TrainSettings, epoch: int) -> Iterator[Batch]:
-        """Inputs and labels of one epoch, on the device."""
-        count = len(self.dataset.train.labels)
+        """Inputs and labels of one epoch, on the device; order and augmentation follow from seed and epoch."""
         random = np.random.default_rng([settings.seed, epoch])
-        order = torch.from_numpy(random.permutation(count))[: self.steps(settings.batch_size) * settings.batch_size]
-        batches = order.split(settings.batch_size)
-        keys = list(zip(batches, random.integers(2**62, size=len(batches)).tolist(), strict=True))
+        count = self.steps(settings.batch_size) * settings.batch_size
+        order = torch.from_numpy(random.permutation(len(self.dataset.train.labels)))[:count]
         name = settings.augment or self.dataset.augment
-        fitted = _Fitted(self.dataset.train, self.preprocessing, self.input_shape, name)
-        return self._load(fitted, keys, settings)
+        side = (self.input_shape[1], self.input_shape[2])
+        moves = draw_moves(name, len(order), side, random)
+        seed = int(random.integers(2**62)) if name in ON_ORIGINAL else None
+        ranks = Ranks.current()
+        rows, batch_size = ranks.share(torch.arange(len(order)), settings.batch_size)
+        moves = None if moves is None else moves[rows]
+        seed = None if seed is None else seed + len(order) * ranks.rank
+        return self._inputs(_Shown(self.dataset.train, order[rows], batch_size, moves, seed), settings)
 
     def test_batches(self, settings: TrainSettings) -> Iterator[Batch]:
-        """Inputs and labels of all test images, on the device."""
-        indices = torch.arange(len(self.dataset.test.labels)).split(settings.batch_size)
-        fitted = _Fitted(self.dataset.test, self.preprocessing, self.input_shape, "none")
-        return self._load(fitted, [(batch, 0) for batch in indices], settings)
+        """Inputs and labels of all test images (this rank's share), on the device, in batches as large as suits it."""
+        ranks = Ranks.current()
+        order = torch.arange(ranks.rank, len(self.dataset.test.labels), ranks.count)
+        most = min(1000, _TEST_VALUES[settings.torch_device.type] // math.prod(self.input_shape))
+        return self._inputs(_Shown(self.dataset.test, order, max(settings.batch_size, most)), settings)
 
-    def _load(self, fitted: _Fitted, keys: Sequence[Key], settings: TrainSettings) -> Iterator[Batch]:
+    def _inputs(self, shown: _Shown, settings: TrainSettings) -> Iterator[Batch]:
         device = settings.torch_device
-        few = 0 if isinstance(fitted.split, InMemory) else min(4, cpu_count() or 1)
-        workers = few if settings.workers is None else settings.workers
-        # Whole batches are the loader's items: their keys carry all randomness, so that workers change nothing.
-        loader: DataLoader[Any] = DataLoader(
-            fitted,
-            batch_size=None,
-            sampler=keys,
-            num_workers=workers,
-            pin_memory=device.type == "cuda",
-        )
         mean, std = (
             torch.tensor(values, device=device).reshape(1, -1, 1, 1)
             for values in (self.preprocessing.mean, self.preprocessing.std)
         )
-        for batch in loader:
-            if isinstance(batch, DsrError):
-                raise batch
+        moves = None if shown.moves is None else shown.moves.to(device)
+        start = 0
+        for batch in self._images(shown, settings):
             images, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
+            if moves is not None:
+                images = moves[slice(start, start + len(images))](images)
+            start += len(images)
             scaled = images.float() / 255 if images.dtype == torch.uint8 else images
             # Grey images meet as many means as the model has channels, which repeats them.
             inputs = (scaled - mean) / std
             if device.type == "cuda":
                 inputs = inputs.contiguous(memory_format=torch.channels_last)
-            yield inputs, labels
+            yield from zip(inputs.split(shown.batch_size), labels.split(shown.batch_size), strict=True)
+
+    def _images(self, shown: _Shown, settings: TrainSettings) -> Iterator[Batch]:
+        """Images of the size of the input, one batch after another or several at once."""
+        device = settings.torch_device
+        if isinstance(shown.split, InMemory) and shown.seed is None:
+            # Many batches at once spare a GPU the launches of many small kernels.
+            values = shown.batch_size * math.prod(self.input_shape)
+            together = max(_GROUP_VALUES // values, 1) if device.type == "cuda" else 1
+            return self._held(shown.split, device).groups(shown.order, shown.batch_size * together)
+        pictures = Pictures(shown.split, self.preprocessing, self.input_shape, from_original=shown.seed is not None)
+        batches = shown.order.split(shown.batch_size)
+        keys = [(batch, (shown.seed or 0) + index) for index, batch in enumerate(batches)]
+        return load(pictures, keys, workers=settings.workers, pin=device.type == "cuda")
+
+    def _held(self, split: InMemory, device: torch.device) -> Held:
+        key = (split is self.dataset.train, device.type)
+        if key not in self._resident:
+            self._resident[key] = Held.on(device, split, self.preprocessing)
+        return self._resident[key]
 
 
-class _Fitted(Dataset[Any]):
-    """Batches of images, brought to the size of the input and augmented; an item is a whole batch."""
+@dataclass(frozen=True)
+class _Shown:
+    """Which images are shown in one pass: in what order, how many at once, how moved."""
 
-    def __init__(
-        self, split: InMemory | OnDisk, preprocessing: Preprocessing, input_shape: tuple[int, ...], augment: str
-    ) -> None:
-        self.split = split
-        self.preprocessing = preprocessing
-        self.mode = "L" if input_shape[0] == 1 else "RGB"
-        self.augment: Transform | None = augmentation(augment, (input_shape[1], input_shape[2]))
-        self.on_original = augment in ON_ORIGINAL
-
-    def __getitem__(self, key: Key) -> Batch | DsrError:
-        indices, seed = key
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed)
-                return self._images(indices), self.split.labels[indices]
-        except DsrError as error:
-            # As a value, since an exception would leave a worker process wrapped in its traceback.
-            return error
-
-    def _images(self, indices: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.split, OnDisk):
-            pictures = (self.split.read(index, self.mode) for index in indices.tolist())
-            return torch.stack([F.pil_to_tensor(self._one(picture)) for picture in pictures])
-        images = self.split.images[indices]
-        if not self.on_original:
-            images = self._fit(images)
-        return images if self.augment is None else torch.stack([self.augment(image) for image in images])
-
-    def _one(self, picture: Any) -> Any:
-        fitted = picture if self.on_original else self._fit(picture)
-        return fitted if self.augment is None else self.augment(fitted)
-
-    def _fit(self, images: Any) -> Any:
-        """Short side to `resize`, then the centred square of `crop` pixels; for tensors of any batch, and PIL."""
-        wanted = self.preprocessing
-        if wanted.resize:
-            mode = InterpolationMode(wanted.interpolation)
-            images = F.resize(images, [wanted.resize], interpolation=mode, antialias=True)
-        return F.center_crop(images, [wanted.crop, wanted.crop]) if wanted.crop else images
+    split: InMemory | OnDisk
+    order: torch.Tensor
+    batch_size: int
+    moves: Moves | None = None
+    seed: int | None = None
+    """Of what is drawn picture by picture; None where nothing is."""
 
 
 def _preprocessing(split: InMemory | OnDisk, config: ModelConfig) -> Preprocessing:

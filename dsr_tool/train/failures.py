@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from dsr_tool.errors import DsrError, UsageError, first_line
 from dsr_tool.train.settings import TrainSettings
 
-__all__ = ["check_finite", "diverged", "explained", "require_scores"]
+__all__ = ["diverged", "explained", "first_bad", "require_scores", "stepped_off"]
 
 
 def require_scores(outputs: Any, classes: int) -> None:
@@ -22,11 +24,10 @@ def require_scores(outputs: Any, classes: int) -> None:
         )
 
 
-def check_finite(losses: torch.Tensor, first: int) -> None:
-    """Raise `DsrError` when one of the losses of steps `first` on is not finite."""
+def stepped_off(losses: torch.Tensor, first: int) -> int | None:
+    """The first step whose loss is not finite, where `losses` begin with that of step `first`; None for none."""
     bad = (~losses.isfinite()).nonzero()
-    if len(bad):
-        raise diverged(first + int(bad[0]))
+    return first + int(bad[0]) if len(bad) else None
 
 
 def explained(error: RuntimeError, settings: TrainSettings) -> DsrError | None:
@@ -45,9 +46,69 @@ def explained(error: RuntimeError, settings: TrainSettings) -> DsrError | None:
     return None
 
 
-def diverged(step: int) -> DsrError:
-    """The error to raise when the loss is no longer finite."""
-    return DsrError(
-        f"the loss is no longer finite at step {step}; what was saved before is kept; lower --lr, or give "
-        f"--warmup-epochs."
-    )
+def diverged(when: str, blame: str, kept: int) -> DsrError:
+    """The error to raise when a loss is no longer finite.
+
+    Args:
+        when: `at step 12`, say.
+        blame: from `first_bad`.
+        kept: the last epoch whose state lies on the disk; 0 for none.
+    """
+    where = f" ({blame})" if blame else ""
+    saved = f"; the state after epoch {kept} is kept" if kept else ""
+    return DsrError(f"the loss is no longer finite {when}{where}{saved}; lower --lr, or give --warmup-epochs.")
+
+
+@torch.no_grad()
+def first_bad(module: nn.Module, inputs: torch.Tensor) -> str:
+    """Run a network once more, and tell the first layer where something is not finite.
+
+    Layers come in the order in which they run. Of each, what enters it is looked at first, then its weights, then what
+    it makes of them.
+
+    Returns:
+        A few words; none when all is finite.
+    """
+    found: list[str] = []
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def look(layer: nn.Module, entered: tuple[Any, ...], made: Any) -> None:
+            if not found:
+                found.extend(_blame(name, layer, entered, made))
+
+        return look
+
+    layers = {name: layer for name, layer in module.named_modules() if not any(layer.children()) or _own(layer)}
+    hooks = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        module(inputs)
+    except RuntimeError:  # what was found until then counts
+        pass
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return found[0] if found else ""
+
+
+def _blame(name: str, layer: nn.Module, entered: tuple[Any, ...], made: Any) -> Iterator[str]:
+    """What is not finite about a layer that has just run."""
+    kind = type(layer).__name__
+    if not _finite(entered):
+        yield f"what enters {kind} {name!r} is not finite"
+    for own, tensor in _own(layer).items():
+        if not _finite(tensor):
+            yield f"{own} of {kind} {name!r} is not finite"
+    if not _finite(made):
+        yield f"{kind} {name!r} is the first layer whose output is not finite"
+
+
+def _own(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters of a layer itself, and what it has counted where that takes part."""
+    own: dict[str, torch.Tensor] = dict(layer.named_parameters(recurse=False))
+    return own if layer.training else own | dict(layer.named_buffers(recurse=False))
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_finite, value))
+    return not isinstance(value, torch.Tensor) or bool(value.isfinite().all())

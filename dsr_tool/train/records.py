@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dsr_tool.methods import Reallocation
@@ -30,6 +30,7 @@ class EpochRecord:
         dropped: weights dropped in this epoch by layer.
         grown: weights grown in this epoch by layer.
         threshold: the method's threshold at its last reallocation, where it has one.
+        facts: all that the method stated at its last update, by name.
     """
 
     epoch: int
@@ -45,15 +46,16 @@ class EpochRecord:
     dropped: dict[str, int]
     grown: dict[str, int]
     threshold: float | None
+    facts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class Moved:
-    """What reallocations of one epoch moved, per layer."""
+    """What reallocations of one epoch moved, per layer, and what the method stated at the last of them."""
 
     dropped: list[int]
     grown: list[int]
-    threshold: float | None = None
+    facts: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def nothing(cls, model: SparseModel) -> Moved:
@@ -64,7 +66,7 @@ class Moved:
         """One more reallocation."""
         self.dropped = [a + b for a, b in zip(self.dropped, moved.dropped.counts, strict=True)]
         self.grown = [a + b for a, b in zip(self.grown, moved.grown.counts, strict=True)]
-        self.threshold = moved.facts.get("threshold", self.threshold)
+        self.facts = moved.facts
 
 
 @dataclass(frozen=True)
@@ -101,3 +103,6 @@ class Observer:
 
     def on_state(self, model: SparseModel, state: Mapping[str, Any]) -> None:
         """After that, with all that the training needs to go on from here, for `train(..., state=...)`."""
+
+    def on_pause(self, epoch: int) -> None:
+        """At the end, where time was up after this epoch and more are left."""

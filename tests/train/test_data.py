@@ -43,7 +43,9 @@ def test_an_epoch_shows_each_image_once_in_an_order_of_its_own(fifty, seed, epoc
     assert order != labels_of(fifty, chosen, epoch + 1) and order != labels_of(fifty, cpu(seed=seed + 1), epoch)
 
 
-def test_all_test_images_are_shown_in_their_order(fifty):
+def test_all_test_images_are_shown_in_their_order(fifty, monkeypatch):
+    assert [len(labels) for _, labels in fifty.test_batches(cpu(batch_size=3))] == [7]
+    monkeypatch.setattr("dsr_tool.train.data._TEST_VALUES", {"cpu": 0})
     batches = list(fifty.test_batches(cpu(batch_size=3)))
     assert [len(labels) for _, labels in batches] == [3, 3, 1]
     assert torch.cat([labels for _, labels in batches]).tolist() == list(range(7))
@@ -78,6 +80,15 @@ def test_evaluation_sees_what_pillow_makes_of_the_picture(size):
         expected = (np.asarray(picture) / 255 - wanted.mean) / wanted.std
         # One level of 255 between two implementations of the same filter.
         assert np.abs(expected.transpose(2, 0, 1) - found.numpy()).max() < 1.01 / 255 / wanted.std[0]
+
+
+def test_images_that_are_too_many_to_fit_at_once_are_fitted_batch_by_batch(monkeypatch):
+    once, each = load_data("digits", config(size=20)), load_data("digits", config(size=20))
+    chosen = cpu(augment="crop-flip")
+    first = next(once.train_batches(chosen, 2))
+    monkeypatch.setattr("dsr_tool.train.loading._FITTED_BYTES", 0)
+    second = next(each.train_batches(chosen, 2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
 def test_photographs_are_resized_and_cropped_as_the_model_says(tmp_path):

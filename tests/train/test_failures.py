@@ -1,0 +1,105 @@
+"""What is said about a training that diverges: when, where, and what is left of it."""
+
+import pytest
+import torch
+from torch import nn
+
+from dsr_tool.errors import DsrError
+from dsr_tool.train import Observer, train
+from dsr_tool.train.failures import diverged, first_bad, stepped_off
+
+
+def network():
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 3))
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), inner, nn.Flatten(), nn.Linear(64, 5))
+
+
+PICTURES = torch.ones(2, 3, 8, 8)
+
+
+def test_a_sound_network_is_not_blamed():
+    assert first_bad(network(), PICTURES) == ""
+
+
+@pytest.mark.parametrize(
+    ("spoil", "blame"),
+    [
+        (lambda net: net[2][1].weight.data.fill_(torch.nan), "weight of Conv2d '2.1' is not finite"),
+        (lambda net: net[4].bias.data.fill_(torch.inf), "bias of Linear '4' is not finite"),
+        (lambda net: net[4].weight.data.fill_(3e38), "Linear '4' is the first layer whose output is not finite"),
+        (lambda net: net.eval()[1].running_var.fill_(torch.inf), "running_var of BatchNorm2d '1' is not finite"),
+        (lambda net: net[0].weight.data.fill_(torch.nan), "weight of Conv2d '0' is not finite"),
+    ],
+)
+def test_the_first_layer_in_the_order_of_the_forward_is_blamed(spoil, blame):
+    net = network()
+    spoil(net)
+    assert first_bad(net, PICTURES) == blame
+    assert not any(layer._forward_hooks for layer in net.modules())
+
+
+def test_what_happens_between_layers_is_told_from_what_enters_the_next():
+    class Divides(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.two(self.one(x) / 0)
+
+    assert first_bad(Divides(), torch.ones(1, 4)) == "what enters Linear 'two' is not finite"
+    assert first_bad(network(), PICTURES * torch.nan) == "what enters Conv2d '0' is not finite"
+
+
+def test_the_first_loss_that_is_not_finite():
+    assert stepped_off(torch.tensor([1.0, 2.0]), 11) is None
+    assert stepped_off(torch.tensor([1.0, torch.nan, torch.inf]), 11) == 12
+
+
+def test_only_what_was_saved_is_said_to_be_kept():
+    assert "kept" not in str(diverged("at step 3", "", 0))
+    assert "at step 3 (x is not finite); the state after epoch 7 is kept; lower" in str(
+        diverged("at step 3", "x is not finite", 7)
+    )
+
+
+class Saver(Observer):
+    def on_state(self, model, state):
+        pass
+
+
+class Spoiler(Observer):
+    """Spoils a weight after a number of steps."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def on_start(self, model, _):
+        self.weight = model.module.second.weight
+
+    def on_step(self, step):
+        if step == self.at:
+            self.weight.data.view(-1)[0] = torch.nan
+
+
+@pytest.mark.parametrize(("at", "kept"), [(2, ""), (5, "; the state after epoch 1 is kept")])
+def test_a_training_names_step_layer_and_what_is_left(tiny, at, kept):
+    with pytest.raises(DsrError) as caught:
+        train(tiny.model(), tiny.data(), tiny.settings(epochs=3), [Saver(), Spoiler(at)])
+    assert str(caught.value) == (
+        f"the loss is no longer finite at step {at + 1} (weight of Conv2d 'second' is not finite){kept}; lower --lr, "
+        f"or give --warmup-epochs."
+    )
+
+
+def test_without_anyone_who_saves_nothing_is_said_to_be_kept(tiny):
+    with pytest.raises(DsrError) as caught:
+        train(tiny.model(), tiny.data(), tiny.settings(epochs=3), [Spoiler(5)])
+    assert "kept" not in str(caught.value)
+
+
+def test_a_loss_on_the_test_images_that_is_not_finite(tiny):
+    data, settings = tiny.data(), tiny.settings(epochs=2)
+    with pytest.raises(DsrError, match=r"on the test images after epoch 1 \(weight of Conv2d 'second' is not finite\)"):
+        train(tiny.model(), data, settings, [Spoiler(data.steps(settings.batch_size))])
