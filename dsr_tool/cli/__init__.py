@@ -16,10 +16,13 @@ __all__ = ["cli", "main"]
 _COMMANDS = {
     "convert": "Convert a torchvision model, or one of your own, to an exact sparse budget.",
     "train": "Train a converted model at its budget: DSR, SET, RigL, static masks or gradual pruning.",
+    "recipes": "List, print and copy the recipes: rows of published tables, ready to be run.",
+    "compare": "Methods side by side at one budget: a table, a page with plots, and the raw runs.",
     "export": "Write a model as one file: archive, ONNX, CSR for scipy, safetensors or state_dict.",
     "report": "Say where every weight, byte and multiply-add is.",
     "predict": "Run an archive on pictures or arrays.",
     "verify": "Check that a file computes what its model computes.",
+    "bench": "Measure a file against its dense model: latency, start and memory.",
     "demo": "The main job on a small real data set, in a few minutes.",
     "doctor": "Versions, devices, and what does not fit together.",
 }

@@ -30,6 +30,7 @@ class Epoch:
         density: fraction of active weights by layer.
         dropped, grown: weights moved, by layer.
         threshold: at its last reallocation, where the method has one.
+        explored: weights ever active since the start, by layer.
     """
 
     number: int
@@ -44,6 +45,7 @@ class Epoch:
     dropped: Mapping[str, int]
     grown: Mapping[str, int]
     threshold: float | None
+    explored: Mapping[str, int]
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Epoch:
@@ -61,6 +63,7 @@ class Epoch:
             _counts(line["dropped"]),
             _counts(line["grown"]),
             _optional(line["threshold"]),
+            _counts(line.get("explored", {})),
         )
 
 

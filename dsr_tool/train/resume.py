@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dsr_tool.errors import FileError, FormatError, UsageError
 from dsr_tool.sparse.folder import current
 from dsr_tool.train.checkpoint import CHECKPOINT, read_state
@@ -33,6 +35,7 @@ class Stopped:
         epochs: the complete epochs.
         state: for `train(..., state=...)`.
         log_bytes: length of its log at the end of the last of them.
+        explored: weights that were active at any time until then, as `Exploration.bits` gave them.
     """
 
     path: Path
@@ -41,6 +44,7 @@ class Stopped:
     epochs: tuple[EpochRecord, ...]
     state: Mapping[str, Any]
     log_bytes: int
+    explored: Mapping[str, torch.Tensor]
 
     def settings(self, given: Mapping[str, Any]) -> TrainSettings:
         """The settings of the run, after a look at those that are given again.
@@ -48,7 +52,8 @@ class Stopped:
         Raises:
             UsageError: one of them differs from the run's.
         """
-        own = {**self.started.to_dict(), "milestones": self.started.milestones, **self.started.options}
+        lists = {name: getattr(self.started, name) for name in ("milestones", "doubling")}
+        own = {**self.started.to_dict(), **lists, **self.started.options}
         asked = {**given, **given.get("options", {})}
         for name, value in asked.items():
             if name in ("options", *_FREE) or own.get(name) == value:
@@ -98,19 +103,21 @@ def find_stopped(path: Path) -> Stopped | None:
         if [record.epoch for record in epochs] != list(range(1, state["training"]["epoch"] + 1)):
             raise ValueError(f"{LOG} does not hold the epochs of {CHECKPOINT}")
         facts = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
-        return Stopped(path, dict(facts), _settings(facts["settings"]), epochs, state["training"], state["log_bytes"])
+        explored = {name: bits for name, bits in state["explored"].items() if isinstance(bits, torch.Tensor)}
+        started = _settings(facts["settings"])
+        return Stopped(path, dict(facts), started, epochs, state["training"], state["log_bytes"], explored)
     except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise FormatError(f"run {str(path)!r} cannot be resumed ({error}); it is damaged, so train anew.") from error
 
 
 def _record(line: Mapping[str, Any]) -> EpochRecord:
-    return EpochRecord(**{name: value for name, value in line.items() if name != "kind"})
+    return EpochRecord(**{name: value for name, value in line.items() if name not in ("kind", "explored")})
 
 
 def _settings(values: Mapping[str, Any]) -> TrainSettings:
     """The settings of a run, looked at but for what depends on the machine."""
     known = {field.name for field in fields(TrainSettings)}
     settings = TrainSettings(**{name: value for name, value in values.items() if name in known})
-    settings = replace(settings, milestones=tuple(settings.milestones))
+    settings = replace(settings, milestones=tuple(settings.milestones), doubling=tuple(settings.doubling))
     replace(settings, device="cpu", precision="fp32").check()
     return settings

@@ -20,6 +20,7 @@ from dsr_tool.methods import Reallocation
 from dsr_tool.sparse.folder import CONFIG, NEXT, save_folder, write_model
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.train.checkpoint import CHECKPOINT, write_state
+from dsr_tool.train.exploration import Exploration
 from dsr_tool.train.lock import Lock
 from dsr_tool.train.records import EpochRecord, Observer
 from dsr_tool.train.resume import LOG, SETTINGS, Stopped, find_stopped
@@ -41,6 +42,7 @@ class RunFolder(Observer):
         path: the folder.
         facts: plain values for `settings.json` and the log, set before the training starts: its settings, where
             model and data came from.
+        files: further texts that are written beside them, by name.
         stopped: what is resumed; None for a training from the start.
     """
 
@@ -59,6 +61,7 @@ class RunFolder(Observer):
         """
         self.path = Path(path)
         self.facts: dict[str, Any] = {}
+        self.files: dict[str, str] = {}
         # Before anything is read, since a training that goes on replaces it.
         self._lock: Lock | None = None
         if (force or resume) and (self.path / LOG).is_file():
@@ -66,8 +69,10 @@ class RunFolder(Observer):
         self.stopped: Stopped | None = find_stopped(self.path) if resume else None
         self._resume = resume
         refuse_existing(self.path, force=force or resume, marker=CONFIG)
+        self._explored: Exploration | None = None
         self._best: float | None = None
         self._done = 0
+        self._paused = False
         self._started = False
         self._replaced: Path | None = None
 
@@ -89,7 +94,8 @@ class RunFolder(Observer):
             return
         if not self._started:
             return
-        status = "complete" if kind is None else "interrupted" if kind is KeyboardInterrupt else "failed"
+        ended = "paused" if self._paused else "complete"
+        status = ended if kind is None else "interrupted" if kind is KeyboardInterrupt else "failed"
         try:
             self._log("end", status=status, epochs=self._done, best_accuracy=self._best)
         except FileError:
@@ -101,6 +107,7 @@ class RunFolder(Observer):
         """Make the folder, or take the one that is there back to its last complete epoch."""
         model.check()
         self._names = model.trained
+        self._explored = Exploration(model, self.stopped.explored if self.stopped else None)
         if self.stopped is not None:
             self._go_on(self.stopped)
             return
@@ -123,6 +130,8 @@ class RunFolder(Observer):
             write_model(model, part)
             (part / SETTINGS).write_text(json.dumps(self.facts, indent=1) + "\n", encoding="utf-8")
             (part / LOG).write_text(_line("start", start), encoding="utf-8")
+            for name, text in self.files.items():
+                (part / name).write_text(text, encoding="utf-8")
         self._started = True
         self._lock = Lock(self.path / LOG)
 
@@ -141,6 +150,15 @@ class RunFolder(Observer):
         self._done = len(stopped.epochs)
         self._started = True
 
+    def on_step(self, step: int) -> None:  # noqa: ARG002 - the observer's signature
+        """Note which weights are active now; a method may move them at every step."""
+        if self._explored is not None:
+            self._explored.look()
+
+    def on_pause(self, epoch: int) -> None:  # noqa: ARG002
+        """Note it for the end."""
+        self._paused = True
+
     def on_reallocation(self, step: int, moved: Reallocation) -> None:
         """Log it."""
         self._log(
@@ -153,7 +171,8 @@ class RunFolder(Observer):
 
     def on_epoch(self, model: SparseModel, record: EpochRecord) -> None:
         """Log the epoch; what is logged but not saved yet is cut off again when the run is resumed."""
-        self._log("epoch", **asdict(record))
+        explored = self._explored.counts() if self._explored else {}
+        self._log("epoch", **asdict(record), explored=explored)
         if self._best is None or record.test_accuracy > self._best:
             with writing(self.path, _KEPT):
                 save_folder(model, self.path / _BEST, force=True)
@@ -164,7 +183,11 @@ class RunFolder(Observer):
         model.check()
         with writing(self.path, _KEPT):
             _sync([self.path / LOG])
-            _replace_model(model, {"training": state, "log_bytes": (self.path / LOG).stat().st_size}, self.path)
+            more = {
+                "log_bytes": (self.path / LOG).stat().st_size,
+                "explored": self._explored.bits() if self._explored else {},
+            }
+            _replace_model(model, {"training": state, **more}, self.path)
         self._done = int(state["epoch"])
         self._forget_replaced()
 
@@ -187,8 +210,14 @@ class RunFolder(Observer):
 
 
 def _line(kind: str, values: Mapping[str, Any]) -> str:
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-    return json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n"
+    return json.dumps({"kind": kind, **_finite(values)}, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """The same without numbers that JSON does not know; what a method states may hold some, too."""
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _replace_model(model: SparseModel, state: Mapping[str, Any], folder: Path) -> None:

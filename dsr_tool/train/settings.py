@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dsr_tool.errors import UsageError, unknown_name
-from dsr_tool.methods import METHODS, Method, make
+from dsr_tool.methods import Method, ReallocationSchedule, make, names
 from dsr_tool.train.augment import AUGMENTATIONS
 
 __all__ = ["LEARNING_RATES", "PRECISIONS", "SCHEDULES", "TrainSettings"]
@@ -48,6 +48,7 @@ class TrainSettings:
         seed: of order, augmentation, dropout and random positions.
         every: optimizer steps between updates of the method (at first); None for its own.
         stop: fraction of the training after which nothing moves; None for the method's own.
+        doubling: epochs at which `every` doubles; none: the method's own.
         options: the method's own options by name.
     """
 
@@ -71,17 +72,21 @@ class TrainSettings:
     seed: int = 0
     every: int | None = None
     stop: float | None = None
+    doubling: tuple[float, ...] = ()
     options: Mapping[str, float | str] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise one `UsageError` that lists every value that is not allowed, each with what is."""
-        errors = [*self._unknown(), *self._out_of_range(), *self._at_odds(), *self._method()]
-        if errors:
+        if errors := self.problems():
             raise UsageError(" ".join(errors))
+
+    def problems(self) -> list[str]:
+        """A sentence for every value that is not allowed, which names it as an option of the command line."""
+        return [*self._unknown(), *self._out_of_range(), *self._at_odds(), *self._method()]
 
     def _unknown(self) -> Iterator[str]:
         for name, known in (
-            ("method", METHODS),
+            ("method", names()),
             ("schedule", SCHEDULES),
             ("optimizer", LEARNING_RATES),
             ("augment", AUGMENTATIONS),
@@ -115,18 +120,26 @@ class TrainSettings:
 
     def _method(self) -> Iterator[str]:
         if (
-            self.method in METHODS
+            self.method in names()
             and (self.stop is None or 0 <= self.stop <= 1)
             and (self.every is None or self.every > 0)
+            and all(map(math.isfinite, self.doubling))
         ):
             try:
-                self.make_method(10**6)
+                self.require_update(10**6)
             except UsageError as error:
                 yield str(error)
+            except TypeError:
+                told = ", ".join(f"{name} {value!r}" for name, value in self.options.items())
+                yield f"an option of {self.method} has a value of the wrong type ({told}); give numbers."
 
     def _at_odds(self) -> Iterator[str]:
-        if not all(earlier < later for earlier, later in pairwise((0, *self.milestones, math.inf))):
-            yield f"--milestones {list(self.milestones)} is not allowed; give epochs that rise from above 0."
+        for name in ("milestones", "doubling"):
+            epochs = getattr(self, name)
+            if not all(earlier < later for earlier, later in pairwise((0, *epochs, math.inf))):
+                yield f"--{name} {list(epochs)} is not allowed; give epochs that rise from above 0."
+            elif epochs and 1 <= self.epochs <= epochs[-1]:
+                yield f"--{name} {list(epochs)} ends after the training; give epochs before the last of {self.epochs}."
         if self.milestones and self.schedule == "cosine":
             yield "--milestones goes with --schedule step; cosine has none."
         if 1 <= self.epochs <= self.warmup_epochs:
@@ -149,7 +162,18 @@ class TrainSettings:
 
     def make_method(self, total_steps: int) -> Method:
         """The method, for a training of so many optimizer steps."""
-        return make(self.method, total_steps, every=self.every, stop=self.stop, **self.options)
+        doubling = tuple(epoch / max(self.epochs, 1) for epoch in self.doubling)
+        return make(self.method, total_steps, every=self.every, stop=self.stop, doubling=doubling, **self.options)
+
+    def require_update(self, total_steps: int) -> None:
+        """Raise `UsageError` where `every` is so long that the schedule ends before the method's first update."""
+        schedule = getattr(self.make_method(total_steps), "schedule", None)
+        asked = self.every is not None and self.stop != 0
+        if asked and isinstance(schedule, ReallocationSchedule) and not schedule.last:
+            raise UsageError(
+                f"--every {self.every} leaves {self.method} no update before its schedule ends at step {schedule.stop} "
+                f"of {total_steps}; lower it, raise --stop, or train longer."
+            )
 
     def resolve(self, augment: str) -> TrainSettings:
         """The same settings with every default that depends on something filled in, for the record.
@@ -161,4 +185,5 @@ class TrainSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {**asdict(self), "milestones": list(self.milestones), "options": dict(self.options)}
+        lists = {name: list(getattr(self, name)) for name in ("milestones", "doubling")}
+        return {**asdict(self), **lists, "options": dict(self.options)}

@@ -69,8 +69,12 @@ def test_the_log_says_everything_once(tiny, tmp_path):
     assert first["kind"] == "start" and first["total_steps"] == 36 and first["data"] == "fake:200"
     assert first["active_weights"] == model.active_weights and set(first["versions"]) >= {"torch", "dsr-tool"}
     epochs = [line for line in log if line["kind"] == "epoch"]
+    explored_before = dict.fromkeys(result.last.density, 0)
     for line, record in zip(epochs, result.epochs, strict=True):
+        explored = line.pop("explored")
         assert line == {"kind": "epoch", **json.loads(json.dumps(record.__dict__))}
+        assert all(count >= explored_before[name] for name, count in explored.items())
+        explored_before = explored
     moves = [line for line in log if line["kind"] == "reallocation"]
     due = ReallocationSchedule.spread(36, every=2).due
     assert [line["step"] for line in moves] == [step for step in range(1, 37) if due(step)] != []
@@ -109,10 +113,10 @@ def test_the_same_seed_gives_the_same_bytes(tiny, tmp_path):
 )
 def test_what_stops_a_run_leaves_the_last_complete_epoch(tiny, tmp_path, error, status):
     with pytest.raises(type(error)):
-        start(tiny, tmp_path / "run", Stop(8, error), epochs=3, schedule="step", milestones=(9,))
+        start(tiny, tmp_path / "run", Stop(8, error), epochs=3, schedule="step", gamma=1.0)
     log = lines(tmp_path / "run")
     assert log[-1]["status"] == status and log[-1]["epochs"] == 2
-    two, _ = start(tiny, tmp_path / "two", epochs=2, schedule="step", milestones=(9,), stop=1.0)
+    two, _ = start(tiny, tmp_path / "two", epochs=2, schedule="step", gamma=1.0, stop=1.0)
     assert state(tmp_path / "run", tiny).active_weights == two.active_weights
 
 

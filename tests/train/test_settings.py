@@ -1,12 +1,13 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dsr_tool.errors import UsageError
 from dsr_tool.train import TrainSettings
-from dsr_tool.train.optimizers import lr_factor
+from dsr_tool.train.optimizers import lr_factor, make_optimizer
 
 
 def test_defaults_are_allowed():
@@ -22,7 +23,7 @@ def test_all_errors_are_reported_at_once():
     message = str(caught.value)
     for part in ("--epochs 0", "--batch-size 1", "--lr -1.0", "did you mean sgd", "did you mean cosine"):
         assert part in message
-    assert "--workers -2" in message and "dsr target 0" in message
+    assert "--workers -2" in message and "dsr --target 0" in message
 
 
 @pytest.mark.parametrize(
@@ -37,8 +38,8 @@ def test_all_errors_are_reported_at_once():
         ({"seed": -1}, "--seed -1"),
         ({"every": 0}, "--every 0"),
         ({"stop": 1.1}, "--stop 1.1"),
-        ({"options": {"tolerance": 1.0}}, "dsr tolerance 1.0"),
-        ({"options": {"threshold": 0.0}}, "dsr threshold 0.0"),
+        ({"options": {"tolerance": 1.0}}, "dsr --tolerance 1.0"),
+        ({"options": {"threshold": 0.0}}, "dsr --threshold 0.0"),
         ({"schedule": "step", "milestones": (5.0, 3.0)}, "epochs that rise"),
         ({"schedule": "step", "milestones": (math.nan,)}, "epochs that rise"),
         ({"milestones": (5.0,)}, "goes with --schedule step"),
@@ -81,3 +82,15 @@ def test_step_lowers_the_rate_at_milestones():
     assert [factor(step) for step in (0, 19, 20, 39, 40, 49)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
     usual = lr_factor(TrainSettings(epochs=200, schedule="step"), 1)
     assert [usual(step) for step in (59, 60, 120, 160)] == pytest.approx([1, 0.2, 0.04, 0.008])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_steps_are_fused_where_that_is_safe(optimizer):
+    module = torch.nn.Conv2d(2, 3, 3)
+    settings = TrainSettings(optimizer=optimizer, device="cpu")
+    assert make_optimizer(module, settings).param_groups[0]["fused"] is True
+    module.to(memory_format=torch.channels_last)
+    assert make_optimizer(module, settings).param_groups[0]["fused"] is None
+    # Scaled gradients must pass by the hooks, and overflowing steps must not be taken.
+    half = TrainSettings(optimizer=optimizer, device="cpu", precision="fp16")
+    assert make_optimizer(torch.nn.Linear(2, 2), half).param_groups[0]["fused"] is None

@@ -23,7 +23,7 @@ from dsr_tool.report.page.parts import Section, kind_of_file, setup_section
 from dsr_tool.report.page.run_view import run_headline, run_section
 from dsr_tool.report.sources import Source
 
-__all__ = ["page_html", "write_page"]
+__all__ = ["page_html", "rendered", "write_page"]
 
 _DIRECTIONS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _UNSEEN = dict.fromkeys((*range(9), 11, 12, *range(14, 32), 127, *_DIRECTIONS, *range(0xD800, 0xE000)), "\ufffd")
@@ -49,27 +49,41 @@ def write_page(path: str | Path, source: Source, document: Mapping[str, Any], *,
 
 def page_html(source: Source, document: Mapping[str, Any]) -> str:
     """The page itself; the arguments are those of `write_page`."""
-    style, script = _asset("page.css"), _asset("page.js")
     config = source.config
+    return rendered(
+        what="report",
+        title=config.architecture if config else source.path.name,
+        kind=kind_of_file(source.kind),
+        path=str(source.path),
+        headline=[
+            *headline(source),
+            *budget_headline(document),
+            *(run_headline(source.log) if source.log else []),
+        ],
+        sections=_sections(source, document),
+        input_shape=numbers.by(*config.input_shape) if config else "",
+        folded=source.kind == "onnx",
+        closing="",
+    )
+
+
+def rendered(**values: Any) -> str:
+    """A page with style, script and policy put in.
+
+    Args:
+        values: what the template shows: `what` the page is, `title`, `kind`, `path`, `headline` (numbers), `sections`,
+            and at the foot either `closing` or what `input_shape` and `folded` say about a footprint.
+    """
+    style, script = _asset("page.css"), _asset("page.js")
     page = (
         _environment()
         .get_template("page.html.jinja")
         .render(
-            title=config.architecture if config else source.path.name,
-            kind=kind_of_file(source.kind),
-            path=str(source.path),
             version=version("dsr-tool"),
             policy=_policy(style, script),
             style=Markup(style),  # noqa: S704 - our own files, and nothing is put into them
             script=Markup(script),  # noqa: S704
-            headline=[
-                *headline(source),
-                *budget_headline(document),
-                *(run_headline(source.log) if source.log else []),
-            ],
-            sections=_sections(source, document),
-            input_shape=numbers.by(*config.input_shape) if config else "",
-            folded=source.kind == "onnx",
+            **values,
         )
     )
     return _compact(page)

@@ -12,6 +12,7 @@ from dsr_tool.report.page.axes import Tick
 from dsr_tool.report.page.charts import Bar, Columns, Lines
 from dsr_tool.report.page.mask_pictures import MaskPicture
 from dsr_tool.report.page.numbers import named_value
+from dsr_tool.report.page.plots import Plot
 from dsr_tool.report.runlog import RunLog
 
 __all__ = [
@@ -117,7 +118,7 @@ class Figure:
     """A chart, what it shows in words, its legend, and its table."""
 
     title: str
-    chart: Columns | Lines | Bars | Heat | Masks | Words
+    chart: Columns | Lines | Plot | Bars | Heat | Masks | Words
     table: Table | None
     finding: str = ""
     legend: Sequence[Key] = ()
@@ -141,7 +142,8 @@ def setup_section(config: ModelConfig | None, log: RunLog | None) -> list[Sectio
     documents: dict[str, Any] = {}
     if config:
         plain = config.to_dict()
-        documents["model"] = {key: plain[key] for key in ("source", "architecture", "num_classes", "input_shape")}
+        named = ("source", "architecture", "width", "num_classes", "input_shape")
+        documents["model"] = {key: plain[key] for key in named}
         documents["conversion"] = {key: value for key, value in plain["conversion"].items() if key != COMPACTED}
         documents["preprocessing"] = plain["preprocessing"]
     if log:

@@ -15,7 +15,7 @@ from dsr_tool.report.page.mask_pictures import heat_map
 from dsr_tool.report.page.parts import Figure, Heat, Key, Number, Section, Table
 from dsr_tool.report.runlog import Epoch, RunLog
 
-__all__ = ["run_headline", "run_section"]
+__all__ = ["density_figure", "run_headline", "run_section"]
 
 _MOST_ROWS, _MOST_COLUMNS = 200, 6
 _MOST_LAYERS = 350
@@ -56,7 +56,7 @@ def run_section(log: RunLog) -> list[Section]:
     if log.reallocations:
         figures += [_moved(log.epochs), *_threshold(log)]
     if log.epochs[-1].density:
-        figures.append(_density(log.epochs))
+        figures.append(density_figure(log.epochs))
     return [Section("training", "Training", figures, layout="pairs")]
 
 
@@ -187,7 +187,7 @@ def _threshold(log: RunLog) -> list[Figure]:
     ]
 
 
-def _density(epochs: Sequence[Epoch]) -> Figure:
+def density_figure(epochs: Sequence[Epoch]) -> Figure:
     """Layers from top to bottom, epochs from left to right."""
     every = list(epochs[-1].density)
     names = _thinned(every, _MOST_LAYERS)

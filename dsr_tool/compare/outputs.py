@@ -1,0 +1,35 @@
+"""The files of a comparison: its table as text, CSV and JSON, and its page."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from dsr_tool.compare.cells import Comparison, Grid
+from dsr_tool.compare.page import page_html
+from dsr_tool.compare.results import csv_text, document, rows, table_text
+from dsr_tool.core.files import new_file
+
+__all__ = ["write_outputs"]
+
+
+def write_outputs(comparison: Comparison, grid: Grid) -> tuple[dict[str, Any], str]:
+    """Write `table.txt`, `table.csv`, `table.json` and `page.html` into the folder; the document and the table.
+
+    Raises:
+        FileError: the disk refuses it.
+        FormatError: a record or a log is damaged.
+    """
+    found = rows(comparison, grid)
+    made = document(comparison, grid)
+    text = table_text(grid.title, grid.data, found)
+    files = {
+        "table.txt": text + "\n",
+        "table.csv": csv_text(found),
+        "table.json": json.dumps(made, indent=1, allow_nan=False) + "\n",
+        "page.html": page_html(comparison, grid, found, made),
+    }
+    for name, content in files.items():
+        with new_file(comparison.path / name, force=True) as part:
+            part.write_text(content, encoding="utf-8")
+    return made, text

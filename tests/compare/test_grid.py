@@ -1,0 +1,149 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsr_tool.compare.cells import Comparison, Grid
+from dsr_tool.compare.grid import make_grid, numbers, seeds
+from dsr_tool.errors import FileError, FormatError, UsageError
+
+
+def names(tables):
+    return [cell.name for cell in make_grid(tables, "grid").cells]
+
+
+def test_cells_are_methods_by_sparsities_by_seeds(tables):
+    assert names(tables(sparsity=[0.9, 0.95], seeds=2)) == [
+        "dsr@0.9-s0",
+        "dsr@0.95-s0",
+        "static@0.9-s0",
+        "static@0.95-s0",
+        "dsr@0.9-s1",
+        "dsr@0.95-s1",
+        "static@0.9-s1",
+        "static@0.95-s1",
+    ]
+    assert names(tables(methods=["dense"], seeds=2)) == ["dense-s0", "dense-s1"]
+
+
+def test_what_others_start_from_comes_first_and_is_added(tables):
+    assert names(tables(methods=["gmp", "static"])) == ["static@0.9-s0", "dense-s0", "gmp@0.9-s0"]
+    grid = make_grid(tables(methods=["ticket"], seeds=[3], set={"epochs": 7}), "grid")
+    assert [(cell.name, cell.needs) for cell in grid.cells] == [("dsr@0.9-s3", None), ("ticket@0.9-s3", "dsr@0.9-s3")]
+    assert all(cell.recipe.train["epochs"] == 7 for cell in grid.cells)
+
+
+def test_a_method_may_have_its_own_seeds_sparsities_and_settings(tables):
+    own = {"dsr": {"seeds": [5, 7], "sparsity": [0.8], "set": {"target": 50, "train.epochs": 3}}}
+    grid = make_grid(tables(method=own, set={"epochs": 4, "lr": 0.2}), "grid")
+    assert [cell.name for cell in grid.cells] == ["static@0.9-s0", "dsr@0.8-s5", "dsr@0.8-s7"]
+    static, dsr, _ = (cell.recipe for cell in grid.cells)
+    assert dsr.options == {"target": 50} and dsr.train["epochs"] == 3 and dsr.train["lr"] == 0.2
+    assert static.options == {} and static.train["epochs"] == 4
+    assert names(tables(methods=None, method={"static": {}})) == ["static@0.9-s0"]
+
+
+def test_all_that_is_wrong_is_said_at_once(tables):
+    wrong = tables(
+        methods=["dsr", "dsr", "sett", "static"],
+        sparsity=[0.9, 0.9],
+        sed=3,
+        data=None,
+        set={"sparsity": 0.5, "epohcs": 3},
+        method={"static": {"sparsity": [1.5], "seed": 1}},
+    )
+    with pytest.raises(UsageError) as caught:
+        make_grid(wrong, "grid.toml")
+    message = str(caught.value)
+    for part in (
+        "grid.toml: key 'sed' is unknown; did you mean seeds or set?",
+        "data is missing.",
+        "method 'dsr' is there twice; name it once.",
+        "method 'sett' is unknown",
+        "sparsity 0.9 of method dsr is there twice",
+        "set sparsity of method dsr is what the grid varies; leave it out.",
+        "sparsity 1.5 is not allowed",
+        "key 'method.static.seed' is unknown; known names: seeds, set, sparsity.",
+    ):
+        assert part in message, message
+    with pytest.raises(UsageError, match="'epohcs' is unknown; did you mean epochs"):
+        make_grid(tables(set={"epohcs": 3}), "grid")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": "lenet"}, "recipe 'lenet' is unknown; did you mean .*lenet-300-100"),
+        ({"recipe": 3}, "recipe is missing"),
+        ({"methods": []}, "should be a list of names: dsr, static"),
+        ({"methods": "dsr"}, "should be a list of names"),
+        ({"seeds": 0}, "seeds 0 is not allowed"),
+        ({"seeds": True}, "seeds True is not allowed"),
+        ({"seeds": [1, 1]}, "seed 1 of method dsr is there twice"),
+        ({"seeds": "4-2"}, "seeds '4-2' is not allowed"),
+        ({"sparsity": "0.9"}, "sparsity '0.9' is not allowed"),
+        ({"method": {"dsr": 3}}, "should hold one table for each method"),
+        ({"set": {"target": 5}}, "options.target 5 is no option of method static"),
+        ({"set": {"epochs": 0}}, "train.epochs 0 is not allowed"),
+    ],
+)
+def test_values_that_are_not_allowed_are_named(tables, changes, message):
+    with pytest.raises(UsageError, match=message):
+        make_grid(tables(**changes), "grid")
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=6))
+def test_seeds_are_written_in_several_ways(chosen):
+    assert seeds(chosen) == chosen == seeds(",".join(map(str, chosen)))
+    first = chosen[0]
+    assert seeds(f"{first}-{first + 3}") == list(range(first, first + 4))
+    assert seeds(first + 1) == list(range(first + 1))
+
+
+def test_numbers_have_commas_between_them():
+    assert numbers(".9,0.95") == [0.9, 0.95]
+    with pytest.raises(UsageError, match="not a list of numbers"):
+        numbers("0.9;1")
+
+
+def test_a_grid_survives_json(tables):
+    grid = make_grid(tables(methods=["gmp", "ticket"]), "grid")
+    again = Grid.from_dict(json.loads(json.dumps(grid.to_dict())))
+    assert again == grid
+
+
+def test_a_plan_takes_in_more_cells_but_no_other_settings(tables, tmp_path):
+    comparison = Comparison(tmp_path / "out")
+    comparison.add(make_grid(tables(), "grid"))
+    whole = comparison.add(make_grid(tables(seeds=2), "grid"))
+    assert len(whole.cells) == 4 and comparison.plan() == whole
+    comparison.run("dsr@0.9-s0").mkdir()
+    with pytest.raises(UsageError, match="1 cells were begun with other settings, dsr@0.9-s0 first"):
+        comparison.add(make_grid(tables(set={"epochs": 9}), "grid"))
+    with pytest.raises(UsageError, match="comparison there is of small with data"):
+        comparison.add(make_grid(tables(data="digits"), "grid"))
+    # Of what has failed, or was never begun, nothing is left that other settings would contradict.
+    comparison.note("dsr@0.9-s0", {"status": "failed", "error": "x", "at": 0})
+    comparison.add(make_grid(tables(set={"epochs": 9}), "grid"))
+    assert not comparison.run("dsr@0.9-s0").exists()
+
+
+def test_a_folder_of_something_else_is_refused(tables, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "letter.txt").write_text("dear")
+    with pytest.raises(FileError, match="a folder of something else"):
+        Comparison(tmp_path / "out").add(make_grid(tables(), "grid"))
+    with pytest.raises(FileError, match="cannot be read"):
+        Comparison(tmp_path / "none").plan()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 1}', '{"title": 1, "data": 2, "cells": [{}]}'])
+def test_a_damaged_plan_or_record_is_said_to_be(tmp_path, text):
+    (tmp_path / "compare.json").write_text(text)
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "a.json").write_text(text)
+    with pytest.raises(FormatError, match="is not understood"):
+        Comparison(tmp_path).plan()
+    with pytest.raises(FormatError, match="delete it to run that again"):
+        Comparison(tmp_path).record("a")

@@ -1,0 +1,140 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from converters.convert import load
+from dsr_tool.compare.attempt import attempt
+from dsr_tool.compare.cells import Comparison
+from dsr_tool.compare.grid import make_grid
+from dsr_tool.compare.work import Order, work, work_in_processes
+
+SAME = ("test_accuracy", "test_loss", "best_test_accuracy", "nonzeros", "archive_bytes", "inference_macs", "steps")
+
+
+def begun(tables, path, **changes):
+    comparison = Comparison(path)
+    grid = make_grid(tables(**changes), "grid")
+    comparison.add(grid)
+    return comparison, grid
+
+
+def order(comparison, grid, **changes):
+    names = tuple(cell.name for cell in grid.cells)
+    return Order(**{"path": str(comparison.path), "names": names, "since": time.time(), **changes})
+
+
+def statuses(comparison):
+    return {cell.name: (comparison.record(cell.name) or {}).get("status") for cell in comparison.plan().cells}
+
+
+def test_every_cell_is_trained_exported_and_measured(tables, tmp_path):
+    comparison, grid = begun(tables, tmp_path / "out", methods=["dsr", "gmp", "ticket"])
+    said = []
+    work(order(comparison, grid), said.append)
+    assert set(statuses(comparison).values()) == {"complete"} and len(said) == 2 * len(grid.cells)
+    dsr, gmp, dense = (comparison.record(name) for name in ("dsr@0.9-s0", "gmp@0.9-s0", "dense-s0"))
+    run = comparison.run("dsr@0.9-s0")
+    assert dsr["archive_bytes"] == (run / "model.dsr").stat().st_size and dsr["verified"]
+    assert math.isclose(dsr["sparsity"], 0.9) and math.isclose(gmp["sparsity"], 0.9) and dense["sparsity"] == 0
+    assert dsr["nonzeros"] == load(run).active_weights + 1820 and dsr["inference_macs"] < dense["inference_macs"]
+    assert dsr["peak_memory_bytes"] > 10**7 and dsr["train_time_s"] > 0
+    assert dsr["machine"]["threads"] == 1 and dsr["machine"]["device"] == "cpu"
+    assert {"log.jsonl", "config.json", "settings.json", "recipe.toml", "model.dsr"} <= {p.name for p in run.iterdir()}
+    assert not (run / "best").exists() and not (run / "training.safetensors").exists()
+
+
+def test_a_ticket_has_the_masks_of_the_run_of_its_seed(tables, tmp_path):
+    comparison, grid = begun(tables, tmp_path / "out", methods=["ticket"], seeds=[4])
+    work(order(comparison, grid), lambda line: None)
+    found, again = (load(comparison.run(f"{method}@0.9-s4")) for method in ("dsr", "ticket"))
+    assert all(torch.equal(again.masks[name], mask) for name, mask in found.masks.items())
+
+
+def test_complete_cells_are_left_and_failed_ones_tried_again(tables, tmp_path):
+    comparison, grid = begun(tables, tmp_path / "out", methods=["static", "afterwards"])
+    work(order(comparison, grid), lambda line: None)
+    assert statuses(comparison) == {
+        "static@0.9-s0": "complete",
+        "broken@0.9-s0": "failed",
+        "afterwards@0.9-s0": "failed",
+    }
+    assert "no such layer" in comparison.record("broken@0.9-s0")["error"]
+    assert comparison.record("afterwards@0.9-s0")["error"] == "it starts from broken@0.9-s0, which failed."
+    before = comparison.record("static@0.9-s0")
+    said = []
+    work(order(comparison, grid), said.append)
+    assert comparison.record("static@0.9-s0") == before
+    assert [line.partition(":")[0] for line in said] == ["broken@0.9-s0", "broken@0.9-s0", "afterwards@0.9-s0"]
+
+
+def test_a_budget_that_cannot_be_honoured_is_one_failed_cell(tables, tmp_path):
+    comparison, grid = begun(tables, tmp_path / "out", methods=["static"], sparsity=[0.9, 0.999999])
+    work(order(comparison, grid), lambda line: None)
+    assert statuses(comparison) == {"static@0.9-s0": "complete", "static@0.999999-s0": "failed"}
+    assert "cannot be reached" in comparison.record("static@0.999999-s0")["error"]
+
+
+def test_time_that_is_up_pauses_and_the_next_call_goes_on(tables, tmp_path):
+    comparison, grid = begun(tables, tmp_path / "out", methods=["dsr"], set={"epochs": 3})
+    work(order(comparison, grid, deadline=time.monotonic() + 1e-9), lambda line: None)
+    assert comparison.record("dsr@0.9-s0") is None
+    attempt(grid.cells[0], comparison, grid.data, deadline=0.0)
+    record = comparison.record("dsr@0.9-s0")
+    assert record["status"] == "paused" and record["epochs"] == 1 and record["of_epochs"] == 3
+    work(order(comparison, grid), lambda line: None)
+    whole, _ = begun(tables, tmp_path / "whole", methods=["dsr"], set={"epochs": 3})
+    work(order(whole, grid), lambda line: None)
+    one, other = comparison.record("dsr@0.9-s0"), whole.record("dsr@0.9-s0")
+    assert {key: one[key] for key in SAME} == {key: other[key] for key in SAME}
+
+
+def test_a_cell_that_another_process_has_is_left_to_it(tables, tmp_path):
+    comparison, grid = begun(tables, tmp_path / "out")
+    lock = comparison.take("dsr@0.9-s0")
+    assert comparison.take("dsr@0.9-s0") is None
+    said = []
+    holds = order(comparison, grid, deadline=time.monotonic() + 1, names=("dsr@0.9-s0",))
+    work(holds, said.append)
+    assert statuses(comparison) == {"dsr@0.9-s0": None, "static@0.9-s0": None}
+    assert any(line.startswith("waiting for other processes") for line in said)
+    lock.release()
+    work(order(comparison, grid), said.append)
+    assert set(statuses(comparison).values()) == {"complete"}
+
+
+@pytest.mark.slow
+def test_several_processes_share_the_cells_and_reach_the_same(tables, tmp_path):
+    alone, grid = begun(tables, tmp_path / "alone", methods=["dsr", "gmp"], seeds=2)
+    work(order(alone, grid), lambda line: None)
+    shared, _ = begun(tables, tmp_path / "shared", methods=["dsr", "gmp"], seeds=2)
+    work_in_processes(order(shared, grid), 2, quiet=True)
+    for cell in grid.cells:
+        one, other = alone.record(cell.name), shared.record(cell.name)
+        assert {key: one[key] for key in SAME} == {key: other[key] for key in SAME}
+
+
+@pytest.mark.slow
+def test_what_was_killed_goes_on_and_ends_the_same(tables, tmp_path):
+    whole, grid = begun(tables, tmp_path / "whole", methods=["dsr"], set={"epochs": 8})
+    work(order(whole, grid), lambda line: None)
+    cut, _ = begun(tables, tmp_path / "cut", methods=["dsr"], set={"epochs": 8})
+    told = json.dumps(order(cut, grid).__dict__)
+    log = cut.run("dsr@0.9-s0") / "log.jsonl"
+    for epochs in (2, 4):
+        worker = subprocess.Popen([sys.executable, "-m", "dsr_tool.compare.work", told, "1"])
+        while not log.is_file() or log.read_text().count('"kind": "epoch"') < epochs:
+            assert worker.poll() is None
+            time.sleep(0.02)
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.wait()
+        assert cut.record("dsr@0.9-s0") is None
+    work(order(cut, grid), lambda line: None)
+    one, other = cut.record("dsr@0.9-s0"), whole.record("dsr@0.9-s0")
+    assert {key: one[key] for key in SAME} == {key: other[key] for key in SAME}
