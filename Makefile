@@ -3,14 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Numbers are compared side by side on few cores; idle worker threads that spin would distort them.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Where there is a compiler, kernels that do not build are an error.
+export DSR_TOOL_REQUIRE_KERNELS ?= $(if $(shell command -v c++ g++ clang++),1,)
+KERNELS := $(wildcard dsr_tool/runtime/native/*.cpp dsr_tool/runtime/native/*.h)
 
-.PHONY: help demo test test-slow fuzz lint bench zoo clean
+.PHONY: help demo test test-slow fuzz lint bench zoo kernels sanitize neon clean
 help:
 	@echo "make demo   set up and run the main job on a small real data set (one to three minutes on two cores, after the installation)"
 	@echo "make test   set up and run linters, type checker, import contracts and tests"
+	@echo "make kernels, make sanitize, make neon   build the kernels; test them with sanitizers, and under emulation"
 	@echo "make test-slow, make fuzz, make lint, make bench, make zoo, make clean"
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml hatch_build.py $(KERNELS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "dsr-tool needs Python 3.10 or newer; run make PYTHON=python3.12, say" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
@@ -44,6 +48,22 @@ bench: .venv/installed
 # Goes on where it was interrupted; build/zoo.jsonl has what is done.
 zoo: .venv/installed
 	$(BIN)/python benchmarks/zoo.py
+
+kernels: .venv/installed
+	$(BIN)/python hatch_build.py
+
+# gcc's AddressSanitizer and UndefinedBehaviorSanitizer; leaks are Python's own business.
+sanitize: .venv/installed
+	$(BIN)/python hatch_build.py --sanitize --output build/sanitized
+	level=$$($(BIN)/python -c 'from dsr_tool.runtime.native.cpu import supported_levels as s; print(s()[0])') && \
+	library() { $${CXX:-c++} -print-file-name=$$1; } && \
+	DSR_TOOL_KERNELS=$(CURDIR)/build/sanitized/_kernels_$$level.so ASAN_OPTIONS=detect_leaks=0 \
+	UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$$(library libasan.so) $$(library libstdc++.so.6)" \
+	$(BIN)/python -m pytest tests/runtime
+
+# Needs an aarch64 compiler, qemu-user and, the first time, root for apt-get; tests/emulated.sh says more.
+neon: .venv/installed
+	tests/emulated.sh
 
 clean:
 	rm -rf .venv demo-out

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,23 +40,22 @@ _AT_ONCE = 16
 @click.option("--labels", type=click.Path(path_type=Path), help="Text file of class names, one a line.")
 @result_options
 def command(file: Path, inputs: tuple[Path, ...], runtime: str, top: int, labels: Path | None, as_json: bool) -> None:
-    """Run the archive FILE on pictures, or on .npy arrays that are preprocessed already.
+    """Run the archive or ONNX FILE on pictures, or on .npy arrays that are preprocessed already.
 
-    Classifiers give probabilities; segmentation gives the share of pixels of each class. The default runtime needs
-    numpy and scipy alone; today `sparse` and `scipy` are the same.
+    Classifiers give probabilities; segmentation gives the share of pixels of each class. `sparse` runs compiled
+    kernels where there are some (`dsr-tool doctor` says), else `scipy`, the reference; neither imports torch.
     """
     import numpy as np
 
-    from dsr_tool.core.archive import open_archive
     from dsr_tool.errors import DsrError, unknown_name
     from dsr_tool.runtime import load_inputs
 
     if runtime not in _RUNTIMES:
         raise unknown_name("--runtime", runtime, _RUNTIMES)
-    archive = open_archive(file)
-    names = _labels(labels, archive)
-    batches = [load_inputs([path], archive.config) for path in inputs]
-    outputs = _run(archive, runtime, np.concatenate(batches))
+    with _opened(file, inputs) as archive:
+        names = _labels(labels, archive)
+        batches = [load_inputs([path], archive.config) for path in inputs]
+        outputs = _run(archive, runtime, np.concatenate(batches))
     if not np.isfinite(outputs).all():
         raise DsrError("the model's outputs are not finite; look at the scale of the inputs, and verify the file.")
     sources = [name for path, batch in zip(inputs, batches, strict=True) for name in _inputs(path, len(batch))]
@@ -68,6 +70,26 @@ def command(file: Path, inputs: tuple[Path, ...], runtime: str, top: int, labels
         "predictions": predictions,
     }
     emit(document, _text(document), as_json=as_json)
+
+
+@contextlib.contextmanager
+def _opened(file: Path, inputs: tuple[Path, ...]) -> Iterator[Archive]:
+    """The file as an archive; an ONNX file becomes one for as long as it is needed."""
+    from dsr_tool.core.archive import open_archive
+    from dsr_tool.errors import UsageError
+
+    if file.suffix.lower() != ".onnx":
+        yield open_archive(file)
+        return
+    from exporters.onnx.archive import archive_of_onnx
+
+    if pictures := [path for path in inputs if path.suffix.lower() != ".npy"]:
+        raise UsageError(
+            f"{str(file)!r} does not say how pictures such as {str(pictures[0])!r} become inputs; give .npy arrays, or "
+            f"an archive of the model."
+        )
+    with tempfile.TemporaryDirectory(prefix="dsr-tool-predict-") as folder:
+        yield archive_of_onnx(file, Path(folder) / "model.dsr")
 
 
 def _inputs(path: Path, count: int) -> list[str]:
@@ -91,7 +113,7 @@ def _session(archive: Archive, runtime: str) -> Session | OnnxSession:
         return OnnxSession(to_onnx(archive.graph, dict(archive), encoding="dense").SerializeToString())
     from dsr_tool.runtime import Session
 
-    return Session(archive)
+    return Session(archive, runtime="scipy" if runtime == "scipy" else "auto")
 
 
 def _labels(path: Path | None, archive: Archive) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ def doctor_document() -> dict[str, Any]:
     _own_packages(problems)
     if not problems:
         _capture(packages, problems)
+    kernels = _kernels(problems)
     return {
         "schema": "dsr-tool/doctor/1",
         "python": platform.python_version(),
@@ -32,6 +33,7 @@ def doctor_document() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "packages": packages,
         "devices": _devices(),
+        "kernels": kernels,
         "problems": problems,
     }
 
@@ -41,6 +43,7 @@ def doctor_text(document: dict[str, Any]) -> str:
     lines = [f"Python {document['python']} on {document['platform']}, {document['cores']} cores"]
     lines += [f"  {name} {number or 'not installed'}" for name, number in document["packages"].items()]
     lines += [f"device: {device}" for device in document["devices"]]
+    lines.append(f"kernels: {_kernels_text(document['kernels'])}")
     lines += [f"problem: {problem}" for problem in document["problems"]] or ["no problem found"]
     return "\n".join(lines)
 
@@ -85,6 +88,28 @@ def _own_packages(problems: list[str]) -> None:
         folder = Path(module.__file__ or "").parent
         if not (folder / "py.typed").is_file() or not (module.__doc__ or "").strip():
             problems.append(f"package {name} comes from {str(folder)!r}, which is not dsr-tool's; rename that folder")
+
+
+def _kernels(problems: list[str]) -> dict[str, Any]:
+    """Which kernels of the sparse runtime are there, and which are used; `used` is None for scipy."""
+    from dsr_tool.runtime.native.cpu import supported_levels
+    from dsr_tool.runtime.native.library import VARIABLE, kernels
+
+    document = {"used": None, "built": [], "supported": list(supported_levels()), "forced": os.environ.get(VARIABLE)}
+    try:
+        found = kernels()
+    except UsageError as error:
+        problems.append(str(error).rstrip("."))
+        return document
+    problems.extend(found.problems)
+    return {**document, "used": found.level, "built": list(found.built)}
+
+
+def _kernels_text(kernels: dict[str, Any]) -> str:
+    used = f"{kernels['used']} is used" if kernels["used"] else "none is used, predictions run on scipy"
+    forced = f" (DSR_TOOL_KERNELS={kernels['forced']})" if kernels["forced"] else ""
+    built, supported = (", ".join(kernels[name]) or "none" for name in ("built", "supported"))
+    return f"{used}{forced}; built: {built}; this processor runs: {supported}"
 
 
 def _capture(packages: dict[str, str | None], problems: list[str]) -> None:

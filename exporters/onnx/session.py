@@ -78,11 +78,12 @@ def onnx_session(
 class OnnxSession:
     """A loaded model with one input and one output."""
 
-    def __init__(self, source: Path | bytes, *, optimized: Path | None = None) -> None:
+    def __init__(self, source: Path | bytes, *, threads: int | None = None, optimized: Path | None = None) -> None:
         """Load a model and optimise it.
 
         Args:
             source: a file, or the bytes of one.
+            threads: of one inference; None for as many as there are cores.
             optimized: where to write the graph as it runs after optimisation; None for nowhere.
 
         Raises:
@@ -92,6 +93,7 @@ class OnnxSession:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
+        options.intra_op_num_threads = threads or 0
         if optimized is not None:
             options.optimized_model_filepath = str(optimized)
             # Beside it, since a model of more than 2 GB does not fit into one file of this format.

@@ -99,9 +99,9 @@ def test_predict_in_both_runtimes(run_json, archive, tmp_path):
         for runtime in ("sparse", "scipy", "onnxruntime")
     ]
     tops = [[(one["class"], one["probability"]) for one in done["predictions"][0]["top"]] for done in results]
-    assert tops[0] == tops[1]
-    assert [c for c, _ in tops[0]] == [c for c, _ in tops[2]]
-    assert np.allclose([p for _, p in tops[0]], [p for _, p in tops[2]], rtol=1e-4)
+    for other in tops[1:]:
+        assert [c for c, _ in tops[0]] == [c for c, _ in other]
+        assert np.allclose([p for _, p in tops[0]], [p for _, p in other], rtol=1e-4)
     assert sum(p for _, p in tops[0]) == pytest.approx(1)
 
 

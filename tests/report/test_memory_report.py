@@ -75,8 +75,8 @@ def test_sizes_at_a_batch_are_those_of_computing_it(files):
 
 @pytest.mark.parametrize("batch", [1, 6])
 def test_what_our_runtime_takes_is_what_numpy_allocates(files, batch):
-    row = _row(memory_document(read(files / "net.dsr"), Wanted(batch)), "sparse runtime")
-    session = Session(files / "net.dsr")
+    row = _row(memory_document(read(files / "net.dsr"), Wanted(batch)), "scipy runtime")
+    session = Session(files / "net.dsr", runtime="scipy")
     session.run(np.ones((batch, *SHAPE), np.float32))
     tracemalloc.start()
     x = np.ones((batch, *SHAPE), np.float32)
@@ -152,7 +152,7 @@ def test_the_command_says_what_a_folder_takes(model_folder, monkeypatch, capsys)
     document = json.loads(_dsr_tool(monkeypatch, capsys, "report", model_folder, *options))
     assert document["memory"]["input_shape"] == [3, 96, 96]
     text = memory_text(document["memory"])
-    for words in ("PyTorch", "ONNX Runtime", "sparse runtime", "training with adam", "optimizer state", "masks"):
+    for words in ("PyTorch", "ONNX Runtime", "scipy runtime", "training with adam", "optimizer state", "masks"):
         assert words in text
     training = document["memory"]["training"]
     assert training["computed_bytes"] == sum(training["at_peak_bytes"].values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,14 +23,16 @@ Make = Callable[[], Callable[[], object]]
 def _measured(make: Make, repeats: int) -> Measured:
     gc.collect()
     reset_peak()
-    base = held_bytes("VmRSS")
+    base, start = held_bytes("VmRSS"), time.perf_counter()
     run = make()
+    load_s = time.perf_counter() - start
     gc.collect()
     loading, loaded = held_bytes("VmHWM"), held_bytes("VmRSS")
     reset_peak()
     for _ in range(repeats):
         run()
-    return Measured(base, loading - base, loaded - base, held_bytes("VmHWM") - base)
+    peak, ready = held_bytes("VmHWM"), held_bytes("VmRSS")
+    return Measured(base, loading - base, loaded - base, peak - base, ready - base, load_s)
 
 
 def _pytorch(request: Request) -> Measured:
@@ -107,7 +110,7 @@ def _onnxruntime(request: Request) -> Measured:
     OnnxSession(_tiny_onnx()).run(np.zeros((1, 16, 8, 8), np.float32))
 
     def make() -> Callable[[], object]:
-        session = OnnxSession(Path(request.path))
+        session = OnnxSession(Path(request.path), threads=request.threads)
         inputs = np.full(request.shape, 0.5, np.float32)
         return lambda: session.run(inputs)
 
@@ -133,13 +136,13 @@ def _sparse(request: Request) -> Measured:
     import numpy as np
     import scipy.sparse
 
-    from dsr_tool.runtime import Session
+    from dsr_tool.report.bench import open_session
 
     np.asarray(scipy.sparse.csr_array(np.eye(8, dtype=np.float32)) @ np.ones((8, 8), np.float32))
     np.ones((64, 64), np.float32) @ np.ones((64, 64), np.float32)
 
     def make() -> Callable[[], object]:
-        session = Session(request.path)
+        session = open_session(request.path, request.kind, request.shape[0], request.threads)
         inputs = np.full(request.shape, 0.5, np.float32)
         return lambda: session.run(inputs)
 
@@ -151,6 +154,7 @@ KINDS: dict[str, Callable[[Request], Measured]] = {
     "training": _training,
     "onnxruntime": _onnxruntime,
     "sparse": _sparse,
+    "scipy": _sparse,
 }
 """What a child can do."""
 

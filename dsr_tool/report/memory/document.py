@@ -12,7 +12,6 @@ from dsr_tool.core.graph import Graph
 from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.report.memory.inference import Running, folded
 from dsr_tool.report.memory.measure import Measured, Request, can_measure, measure
-from dsr_tool.report.memory.values import graph_of_onnx
 from dsr_tool.report.sources import Source
 
 __all__ = ["Wanted", "memory_document", "wanted_memory"]
@@ -91,6 +90,7 @@ def memory_document(source: Source, wanted: Wanted) -> dict[str, Any]:
 
 
 def _of_onnx(source: Source, wanted: Wanted) -> dict[str, Any]:
+    from exporters.onnx.archive import graph_of_onnx
     from exporters.onnx.read import read_onnx
 
     file = read_onnx(source.path)
@@ -106,7 +106,7 @@ def _of_archive(source: Source, wanted: Wanted) -> dict[str, Any]:
 
     archive = open_archive(source.path)
     running = folded(archive.graph, source.tensors)
-    return _document(running, wanted, _shape(archive.graph), {"sparse runtime": ("sparse", source.path)})
+    return _document(running, wanted, _shape(archive.graph), {"scipy runtime": ("scipy", source.path)})
 
 
 def _of_folder(source: Source, wanted: Wanted) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _exported(model: Any, shape: tuple[int, ...], folder: Path) -> dict[str, tup
     export(resized, folder / "model.onnx")
     return {
         "ONNX Runtime": ("onnxruntime", folder / "model.onnx"),
-        "sparse runtime": ("sparse", folder / "model.dsr"),
+        "scipy runtime": ("scipy", folder / "model.dsr"),
     }
 
 

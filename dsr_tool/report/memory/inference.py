@@ -59,7 +59,7 @@ class Running:
         rows = {"ONNX Runtime": (dense, given + arena_bytes(graph, steps, shared), fused.moment)}
         if self.tensors:
             ours = peak(graph, in_order_steps(graph, sizes, lambda node: self._scratch(node, sizes)), sizes)
-            rows["sparse runtime"] = (self._kept_bytes(), ours.nbytes, ours.moment)
+            rows["scipy runtime"] = (self._kept_bytes(), ours.nbytes, ours.moment)
         return activations, rows
 
     def _scratch(self, node: Node, sizes: Mapping[str, Size]) -> int:

@@ -36,11 +36,12 @@ class Request:
     """What the child does.
 
     Attributes:
-        kind: `pytorch`, `training`, `onnxruntime` or `sparse`.
-        path: model folder for `pytorch` and `training`, ONNX file for `onnxruntime`, archive for `sparse`.
+        kind: `pytorch`, `training`, `onnxruntime`, `sparse` or `scipy`.
+        path: model folder for `pytorch` and `training`, ONNX file for `onnxruntime`, archive for the last two.
         shape: of the whole batch.
         optimizer: of `training`.
         maker: for a folder with a network of the user's own, what makes it.
+        threads: of the last three.
     """
 
     kind: str
@@ -48,23 +49,28 @@ class Request:
     shape: tuple[int, ...]
     optimizer: str = "sgd"
     maker: str | None = None
+    threads: int = 1
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes above the resident memory from before the model.
+    """Time of loading, and bytes above the resident memory from before the model.
 
     Attributes:
         base_bytes: that memory: interpreter and libraries.
         load_peak_bytes: most while the model was loaded.
         loaded_bytes: after that.
         peak_bytes: most while it ran or trained, the model itself included.
+        ready_bytes: after that, what stays for the next run.
+        load_s: seconds from the path to a model that is ready.
     """
 
     base_bytes: int
     load_peak_bytes: int
     loaded_bytes: int
     peak_bytes: int
+    ready_bytes: int
+    load_s: float
 
 
 def can_measure() -> bool:

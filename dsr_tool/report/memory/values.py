@@ -5,21 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from dsr_tool.core.graph import Array, Graph, Node, Value
+from dsr_tool.core.graph import Array, Graph, Node
 from dsr_tool.core.memory import Size, at_batch
-from dsr_tool.errors import DsrError, FormatError, UsageError, first_line
+from dsr_tool.errors import DsrError, UsageError, first_line
 from dsr_tool.runtime.convolution import COLUMN_BYTES
 from dsr_tool.runtime.plan import INERT, OPERATORS
 from dsr_tool.runtime.windows import Window
 
-if TYPE_CHECKING:
-    from exporters.onnx.read import OnnxFile
-
-__all__ = ["graph_of_onnx", "kernel_scratch", "value_sizes"]
+__all__ = ["kernel_scratch", "value_sizes"]
 
 # Arrays of the size of the result that our operators hold besides it.
 _TEMPORARIES = dict.fromkeys(("Clip", "Elu", "Gelu", "LayerNormalization", "LeakyRelu", "Softmax"), 1)
@@ -163,57 +160,3 @@ def _padded_bytes(window: Window, x: Size) -> int:
         return 0
     sides = zip(x.shape[2:], window.begin, window.end, strict=True)
     return math.prod((*x.shape[:2], *(n + b + e for n, b, e in sides))) * x.itemsize
-
-
-def graph_of_onnx(file: OnnxFile) -> Graph:
-    """The computation of an ONNX file, from where its weights are decoded on.
-
-    Raises:
-        FormatError: it has no input, or a subgraph.
-    """
-    from onnx import numpy_helper
-
-    source = file.model.graph
-    arrays = {
-        tensor.name: numpy_helper.to_array(tensor) for tensor in source.initializer if tensor.name not in file.entries
-    }
-    needed, nodes = {value.name for value in source.output}, []
-    for node in reversed(source.node):
-        # What decodes a weight is left out, since nothing else needs it.
-        if not set(node.output) & needed or set(node.output) & file.entries.keys():
-            continue
-        needed.update(node.input)
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            arrays[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
-        else:
-            attributes = {attr.name: _attribute(file, attr) for attr in node.attribute}
-            nodes.append(Node(node.op_type, tuple(node.input), tuple(node.output), attributes))
-    held = {*arrays, *file.entries}
-    inputs = tuple(_value(value) for value in source.input if value.name not in held)
-    if not inputs:
-        raise FormatError(f"{str(file.path)!r} has no input.")
-    opset = next((item.version for item in file.model.opset_import if item.domain in ("", "ai.onnx")), 0)
-    return Graph(inputs, tuple(map(_value, source.output)), tuple(reversed(nodes)), arrays, tuple(file.entries), opset)
-
-
-def _attribute(file: OnnxFile, attr: Any) -> Any:
-    from onnx import helper
-
-    value = helper.get_attribute_value(attr)
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    if isinstance(value, (int, float)):
-        return value
-    if isinstance(value, (list, tuple)) and all(isinstance(item, (int, float)) for item in value):
-        return tuple(value)
-    raise FormatError(
-        f"{str(file.path)!r}: attribute {attr.name!r} is neither a number, a string nor a list of numbers."
-    )
-
-
-def _value(value: Any) -> Value:
-    from onnx import helper
-
-    kind = value.type.tensor_type
-    shape = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim)
-    return Value(value.name, shape, np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type)).name)

@@ -1,0 +1,248 @@
+"""How much faster sparse models run than dense ones: paired runs against ONNX Runtime, and other runtimes beside.
+
+Masks and weights are random: "uniform" keeps the first convolution dense and all other weights equally sparse, "erk"
+gives each layer a density by its shape. All contenders take turns on the same input in one process; each turn runs
+twice and times the second. Ratios are of ONNX Runtime's time on the dense model to the contender's within a round: the
+median, and the quartiles in parentheses. Start and memory are medians of child processes.
+
+Run: python benchmarks/inference.py [--models resnet50] [--batches 1] [--against openvino scipy] [--threads 1]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from converters.convert import convert, load
+from dsr_tool.core.archive import open_archive
+from dsr_tool.core.graph import Array
+from dsr_tool.report.bench import open_session, spread
+from dsr_tool.report.memory.measure import Measured, Request, measure
+from dsr_tool.runtime.native.library import level
+from exporters.export import export
+from exporters.onnx.model import to_onnx
+from exporters.onnx.session import OnnxSession
+
+Run = Callable[[Array], Any]
+
+
+class Row(NamedTuple):
+    """A model, and the ratio that it must reach at least, and should."""
+
+    model: str
+    distribution: str
+    sparsity: float
+    batch: int
+    least: float
+    aim: float
+
+
+TARGETS = {
+    ("resnet50", "uniform", 1): {
+        0.0: (0.95, 1),
+        0.5: (0.95, 1),
+        0.8: (2.1, 2.5),
+        0.9: (3.5, 4.2),
+        0.95: (5.2, 6.5),
+        0.98: (8, 10),
+    },
+    ("resnet50", "erk", 1): {0.8: (1.7, 2), 0.9: (2.5, 3), 0.95: (3.7, 4.5), 0.98: (6.8, 8)},
+    ("resnet50", "uniform", 16): {0.9: (3.3, 4.2), 0.95: (5.1, 6)},
+    ("resnet50", "erk", 16): {0.9: (2.4, 3), 0.95: (3.6, 4.5)},
+    ("resnet18", "uniform", 1): {0.9: (3.5, 4.2)},
+    ("resnet18", "erk", 1): {0.9: (2.4, 3)},
+    ("vgg16", "erk", 1): {0.9: (1.9, 2.4), 0.95: (2.8, 3.5)},
+    ("mobilenet_v2", "uniform", 1): {0.9: (1.6, 2.5)},
+    ("mobilenet_v2", "erk", 1): {0.9: (1.3, 1.8)},
+    ("mobilenet_v2", "erk", 16): {0.9: (1.8, 2.6)},
+    ("vit_b_16", "uniform", 1): {0.9: (1.5, 1.5)},
+}
+"""Ratios at least and aimed at by sparsity, for one thread of a processor with AVX-512: what the project set itself."""
+
+ROWS = [
+    Row(model, distribution, sparsity, batch, *ratios)
+    for (model, distribution, batch), targets in TARGETS.items()
+    for sparsity, ratios in targets.items()
+]
+
+
+def write(row: Row, folder: Path) -> tuple[Path, Path]:
+    """The archive and the dense ONNX file of a row, made once."""
+    archive = folder / f"{row.model}-{row.distribution}-{row.sparsity:g}.dsr"
+    dense = archive.with_suffix(".onnx")
+    if not archive.exists():
+        first = {"keep_dense": [first_convolution(row.model)]} if row.distribution == "uniform" else {}
+        model = convert(row.model, sparsity=row.sparsity, distribution=row.distribution, seed=0, **first)
+        export(model, archive)
+    if not dense.exists():
+        opened = open_archive(archive)
+        dense.write_bytes(to_onnx(opened.graph, dict(opened), encoding="dense").SerializeToString())
+    return archive, dense
+
+
+def first_convolution(model: str) -> str:
+    """Name of the first convolution's weight."""
+    import torchvision
+    from torch import nn
+
+    module = torchvision.models.get_model(model)
+    return next(f"{name}.weight" for name, part in module.named_modules() if isinstance(part, nn.Conv2d))
+
+
+def contenders(archive: Path, dense: Path, batch: int, threads: int, names: list[str]) -> Iterator[tuple[str, Run]]:
+    """What runs, by name; what cannot run the model says so and is left out."""
+    makers: dict[str, Callable[[], Run]] = {
+        "sparse": lambda: open_session(archive, "sparse", batch, threads).run,
+        "onnxruntime": lambda: OnnxSession(dense, threads=threads).run,
+        "scipy": lambda: open_session(archive, "scipy", batch, threads).run,
+        "openvino": lambda: openvino(dense, batch, threads),
+        "torch": lambda: pytorch(archive, threads),
+        "deepsparse": lambda: deepsparse(dense, batch, threads),
+    }
+    for name in ("sparse", "onnxruntime", *names):
+        try:
+            yield name, makers[name]()
+        except RuntimeError as error:
+            print(f"  {name} is left out: {str(error).splitlines()[0]}")
+
+
+def openvino(dense: Path, batch: int, threads: int) -> Run:
+    """The dense model in OpenVINO, in fp32."""
+    import openvino as ov
+
+    model = ov.Core().read_model(dense)
+    model.reshape([batch, *(n.get_length() for n in list(model.input(0).partial_shape)[1:])])
+    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = ov.Core().compile_model(model, "CPU", options)
+    return lambda x: compiled(x)[0]
+
+
+def pytorch(archive: Path, threads: int) -> Run:
+    """The dense model in PyTorch, eagerly."""
+    import torch
+
+    torch.set_num_threads(threads)
+    module = load(archive).module.eval()
+
+    def run(x: Array) -> Any:
+        with torch.inference_mode():
+            return module(torch.from_numpy(x)).numpy()
+
+    return run
+
+
+def deepsparse(dense: Path, batch: int, threads: int) -> Run:
+    """The same file in DeepSparse, which finds the zeros."""
+    from deepsparse import compile_model
+
+    engine = compile_model(str(dense), batch_size=batch, num_cores=threads)
+    return lambda x: engine.run([x])[0]
+
+
+def seconds(runs: dict[str, Run], x: Array, rounds: int) -> dict[str, list[float]]:
+    """Times by contender, one for each round; who begins changes from round to round."""
+    names, times = list(runs), {name: list[float]() for name in runs}
+    for index in range(rounds + 2):
+        for name in names[index % len(names) :] + names[: index % len(names)]:
+            runs[name](x)
+            start = time.perf_counter()
+            runs[name](x)
+            if index >= 2:  # the first rounds allocate
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def measured(row: Row, arguments: argparse.Namespace) -> None:
+    """Print what a row reaches."""
+    archive, dense = write(row, arguments.folder)
+    runs = dict(contenders(archive, dense, row.batch, arguments.threads, arguments.against))
+    x = np.random.default_rng(0).standard_normal((row.batch, 3, 224, 224)).astype(np.float32)
+    outputs = {name: run(x) for name, run in runs.items()}
+    error = np.abs(outputs["sparse"] - outputs["onnxruntime"]).max() / np.abs(outputs["onnxruntime"]).max()
+    times = seconds(runs, x, arguments.rounds)
+    cells = []
+    for name in runs:
+        if name != "onnxruntime":
+            ratio = spread([d / t for d, t in zip(times["onnxruntime"], times[name], strict=True)])
+            cells.append((name, f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})", ratio["median"]))
+    reached = "aim" if cells[0][2] >= row.aim else "least" if cells[0][2] >= row.least else "below"
+    ours, theirs = (1e3 * statistics.median(times[name]) for name in ("sparse", "onnxruntime"))
+    others = "  ".join(f"{name} {text}" for name, text, _ in cells[1:])
+    figures = f"{ours:8.2f} {theirs:8.2f}  {cells[0][1]:18} {row.least:5g} {row.aim:5g} {reached:7} {error:8.1e}"
+    print(f"{named(row)} {figures}  {others}", flush=True)
+
+
+def named(row: Row) -> str:
+    """What begins its line."""
+    return f"{row.model:13} {row.distribution:8} {row.sparsity:5.2f} {row.batch:3}"
+
+
+def children(row: Row, arguments: argparse.Namespace) -> None:
+    """Print start and memory of a row."""
+    archive, dense = write(row, arguments.folder)
+    shape = (row.batch, 3, 224, 224)
+    found = {}
+    for kind, path in (("sparse", archive), ("onnxruntime", dense)):
+        results = [measure(Request(kind, str(path), shape, threads=arguments.threads)) for _ in range(3)]
+        found[kind] = {n: statistics.median(getattr(r, n) for r in results) for n in Measured.__dataclass_fields__}
+    ours, theirs = found["sparse"], found["onnxruntime"]
+    megabytes = [f"{side[key] / 1e6:8.1f}" for key in ("ready_bytes", "peak_bytes") for side in (ours, theirs)]
+    share = ours["ready_bytes"] / theirs["ready_bytes"]
+    print(f"{named(row)} {ours['load_s']:8.2f} {theirs['load_s']:8.2f} {' '.join(megabytes)} {share:8.2f}", flush=True)
+
+
+def main() -> None:
+    """Print both tables for the rows that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=sorted({row.model for row in ROWS}))
+    parser.add_argument("--distributions", nargs="+", default=["uniform", "erk"])
+    parser.add_argument("--sparsities", nargs="+", type=float, default=sorted({row.sparsity for row in ROWS}))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--against", nargs="*", default=["openvino", "torch", "scipy", "deepsparse"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--folder", type=Path, help="keep the models here, for the next time")
+    parser.add_argument("--only", choices=("latency", "memory"))
+    arguments = parser.parse_args()
+    wanted = [arguments.models, arguments.distributions, arguments.sparsities, arguments.batches]
+    rows = [row for row in ROWS if all(value in values for value, values in zip(row[:4], wanted, strict=True))]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.folder = arguments.folder or Path(folder)
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        packages = installed()
+        arguments.against = [name for name in arguments.against if name in packages]
+        versions = ", ".join(f"{name} {number}" for name, number in packages.items())
+        print(f"{platform.machine()}, kernels {level()}, {arguments.threads} threads; {versions}")
+        start = f"{'model':13} {'masks':8} {'zeros':>5} {'n':>3}"
+        if arguments.only != "memory":
+            print(f"{start} {'ms':>8} {'dense ms':>8}  {'ratio':18} least   aim reached    error  other ratios")
+            for row in rows:
+                measured(row, arguments)
+        if arguments.only != "latency":
+            titles = ("load s", "dense s", "held MB", "dense MB", "peak MB", "dense MB", "held /")
+            print(start, *(f"{title:>8}" for title in titles))
+            for row in rows:
+                children(row, arguments)
+
+
+def installed() -> dict[str, str]:
+    """Versions of what is there."""
+    found = {}
+    for name in ("onnxruntime", "openvino", "torch", "scipy", "deepsparse"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""The build hook: levels, what is built again, what fails and how it says so, and what compiler it takes."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("hatchling")
+
+ROOT = Path(__file__).parent.parent
+SOURCE = 'extern "C" int dsr_kernels_abi() { return 1; }\n'
+
+needs_compiler = pytest.mark.skipif(not shutil.which("c++") and not shutil.which("g++"), reason="needs a C++ compiler")
+
+
+@pytest.fixture
+def module(monkeypatch):
+    specification = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    module = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, "hatch_build", module)
+    specification.loader.exec_module(module)
+    monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
+    for name in ("CXX", "DSR_TOOL_KERNELS", "DSR_TOOL_REQUIRE_KERNELS", "DSR_TOOL_WHEEL_PLATFORM"):
+        monkeypatch.delenv(name, raising=False)
+    # Any compiler can build for a machine that it knows no level of.
+    monkeypatch.setattr(module, "LEVELS", {"x86_64": {"fast": "", "slow": ""}})
+    return module
+
+
+@pytest.fixture
+def hook(module, tmp_path):
+    """The hook over a folder with one source, and the warnings it gives."""
+    native = tmp_path / module.NATIVE
+    native.mkdir(parents=True)
+    (native / "kernels.cpp").write_text(SOURCE)
+    hook = module.KernelsHook(str(tmp_path), {}, None, None, str(tmp_path), "wheel")
+    hook.warnings = []
+    hook.app.display_warning = hook.warnings.append
+    hook.native = native
+    return hook
+
+
+def initialized(hook):
+    data = {"artifacts": [], "pure_python": True}
+    hook.initialize("standard", data)
+    return data
+
+
+def names(hook):
+    return sorted(path.name for path in hook.native.iterdir() if path.name.startswith("_kernels_"))
+
+
+@needs_compiler
+def test_every_level_is_built_and_the_wheel_is_one_of_this_platform(hook, module):
+    data = initialized(hook)
+    assert names(hook) == [f"_kernels_fast{module.SUFFIX}", f"_kernels_slow{module.SUFFIX}"]
+    assert data["pure_python"] is False
+    assert data["tag"].startswith("py3-none-") and "any" not in data["tag"]
+    assert hook.warnings == []
+
+
+@needs_compiler
+def test_the_platform_can_be_told(hook, monkeypatch):
+    monkeypatch.setenv("DSR_TOOL_WHEEL_PLATFORM", "manylinux_2_17_x86_64")
+    assert initialized(hook)["tag"] == "py3-none-manylinux_2_17_x86_64"
+
+
+@needs_compiler
+def test_what_has_not_changed_is_not_built_again(hook, module, monkeypatch):
+    initialized(hook)
+    monkeypatch.setattr(module.Build, "_compile", lambda self, level: f"{level} again")
+    initialized(hook)
+    assert hook.warnings == []
+    (hook.native / "table.h").write_text("// a header counts too\n")
+    initialized(hook)
+    assert "fast, slow" in hook.warnings[0]
+
+
+@needs_compiler
+def test_a_damaged_library_is_built_again(hook, module):
+    initialized(hook)
+    path = hook.native / f"_kernels_fast{module.SUFFIX}"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    (hook.native / module.RECORD).write_text("{")
+    initialized(hook)
+    assert len(path.read_bytes()) == len(whole)
+    assert set(json.loads((hook.native / module.RECORD).read_text())) == {"fast", "slow"}
+
+
+@needs_compiler
+def test_broken_sources_do_not_break_the_install_and_leave_no_old_library(hook):
+    initialized(hook)
+    (hook.native / "kernels.cpp").write_text("int x = ;\n")
+    data = initialized(hook)
+    assert data["pure_python"] is True and "tag" not in data
+    assert len(hook.warnings) == 1 and "were not built" in hook.warnings[0] and "error" in hook.warnings[0]
+    assert names(hook) == []
+
+
+@needs_compiler
+def test_one_level_that_the_compiler_does_not_know_is_left_out(hook, module, monkeypatch):
+    monkeypatch.setattr(module, "LEVELS", {"x86_64": {"fast": "no-such-processor", "slow": ""}})
+    data = initialized(hook)
+    assert names(hook) == [f"_kernels_slow{module.SUFFIX}"]
+    assert "kernels for fast were not built" in hook.warnings[0]
+    assert data["pure_python"] is False
+
+
+@needs_compiler
+@pytest.mark.parametrize("source", ["int x = ;\n", SOURCE + "static int unused() { return 0; }\n"])
+def test_where_kernels_are_required_errors_and_warnings_stop_the_build(hook, monkeypatch, source):
+    monkeypatch.setenv("DSR_TOOL_REQUIRE_KERNELS", "1")
+    (hook.native / "kernels.cpp").write_text(source)
+    with pytest.raises(RuntimeError, match="were not built"):
+        initialized(hook)
+
+
+@needs_compiler
+def test_a_warning_is_no_error_for_a_user(hook):
+    (hook.native / "kernels.cpp").write_text(SOURCE + "static int unused() { return 0; }\n")
+    assert initialized(hook)["pure_python"] is False
+
+
+def test_none_are_built_where_none_are_wanted(hook, monkeypatch):
+    monkeypatch.setenv("DSR_TOOL_KERNELS", "none")
+    assert initialized(hook) == {"artifacts": [], "pure_python": True}
+    assert hook.dependencies() == []
+
+
+def test_without_a_compiler_zig_is_asked_for_and_the_install_goes_on(hook, module, monkeypatch):
+    monkeypatch.setattr(module.shutil, "which", lambda _: None)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
+    assert hook.dependencies() == ["ziglang>=0.13"]
+    data = initialized(hook)
+    assert data["pure_python"] is True
+    assert "no C++ compiler" in hook.warnings[0]
+    monkeypatch.setattr(module.platform, "machine", lambda: "vax")
+    assert hook.dependencies() == []
+
+
+def test_zig_is_the_compiler_of_last_resort(module, monkeypatch):
+    monkeypatch.setattr(module.shutil, "which", lambda _: None)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: object())
+    command = module.compiler()
+    assert command == [sys.executable, "-m", "ziglang", "c++"]
+    monkeypatch.setattr(module, "LEVELS", {"x86_64": {"avx512": "x86-64-v4"}})
+    assert "-march=x86_64_v4" in module.Build(command, ROOT, ROOT, "x86_64").flags("avx512")
+
+
+def test_the_users_compiler_comes_first(hook, module, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/c++ -m64")
+    assert module.compiler() == ["/nowhere/c++", "-m64"]
+    assert hook.dependencies() == []
+    initialized(hook)
+    assert "/nowhere/c++ -m64:\nNo such file" in hook.warnings[0]
