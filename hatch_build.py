@@ -40,7 +40,18 @@ LEVELS = {
 }
 """By machine, the value of -march for each level; elsewhere there is `baseline` alone, with the compiler's own."""
 
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-exceptions", "-fno-rtti", "-Wall", "-Wextra")
+FLAGS = (
+    "-std=c++17",
+    "-ffp-contract=fast",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-Wall",
+    "-Wextra",
+)
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g")
 _ZIG = "ziglang>=0.13"
 _ZIG_MACHINES = ("x86_64", "aarch64", "arm64", "amd64")

@@ -132,6 +132,11 @@ def _softplus(x: Array) -> Array:
     return result
 
 
+def _swish(x: Array, *, alpha: float = 1.0) -> Array:
+    result: Array = x * special.expit(x.dtype.type(alpha) * x)
+    return result
+
+
 OPERATORS: Table = {
     "Abs": np.abs,
     "Add": _broadcasting(np.add),
@@ -172,6 +177,7 @@ OPERATORS: Table = {
     "Softplus": _softplus,
     "Sqrt": np.sqrt,
     "Sub": _broadcasting(np.subtract),
+    "Swish": _swish,
     "Tanh": np.tanh,
     "Where": _where,
 }

@@ -17,7 +17,18 @@ from dsr_tool.runtime import convolution, elementwise, matmul, pooling, reduce, 
 from dsr_tool.runtime.kernels import FREE_BYTES, Kernel, Table, claim, room, takes
 from dsr_tool.runtime.matrices import Weight, dense
 
-__all__ = ["INERT", "OPERATORS", "Plan"]
+__all__ = [
+    "INERT",
+    "MAX_FOLDED_RATIO",
+    "MAX_HELD_RATIO",
+    "OPERATORS",
+    "Plan",
+    "array_of",
+    "compute",
+    "kernel_of",
+    "nbytes_of",
+    "needed",
+]
 
 OPERATORS: Table = {
     **convolution.OPERATORS,
@@ -41,7 +52,7 @@ _OLDEST_OPSET = 18
 _SEVERAL = frozenset({"Split"})
 """Operators of which all outputs are computed; of the others, the first is."""
 
-_MAX_FOLDED_RATIO, _MAX_HELD_RATIO = 10, 10_000
+MAX_FOLDED_RATIO, MAX_HELD_RATIO = 10, 10_000
 """What is computed from the weights alone may take so often what they take; what is held while running, what the
 input takes."""
 
@@ -87,13 +98,13 @@ class Plan:
 
     def _prepare(self, nodes: Sequence[Node], known: dict[str, Weight]) -> None:
         """Compute what is `known`, and keep the steps that are left."""
-        limit, folded = FREE_BYTES + _MAX_FOLDED_RATIO * sum(map(_nbytes, known.values())), 0
+        limit, folded = FREE_BYTES + MAX_FOLDED_RATIO * sum(map(nbytes_of, known.values())), 0
         # Infinities and NaN follow IEEE, as in the standard, and are the caller's to judge.
         with room(limit), np.errstate(all="ignore"):
-            for node, release in _needed(nodes, self._output):
-                kernel, inputs = _kernel(node, known)
+            for node, release in needed(nodes, self._output):
+                kernel, inputs = kernel_of(node, known)
                 if all(name in known for name in inputs if name):
-                    made = _compute(node, kernel, [_array(known, name) for name in inputs])
+                    made = compute(node, kernel, [array_of(known, name) for name in inputs])
                     folded += _total(made)
                     _check(node, folded, limit)
                     known.update(made)
@@ -112,10 +123,10 @@ class Plan:
             FormatError: a value does not fit the operator that reads it, or values take too much memory.
         """
         values: dict[str, Array] = {**self._constants, self._input: x}
-        limit, held = FREE_BYTES + _MAX_HELD_RATIO * x.nbytes, x.nbytes
+        limit, held = FREE_BYTES + MAX_HELD_RATIO * x.nbytes, x.nbytes
         with room(limit), np.errstate(all="ignore"):
             for step in self._steps:
-                made = _compute(step.node, step.kernel, [values[name] if name else None for name in step.inputs])
+                made = compute(step.node, step.kernel, [values[name] if name else None for name in step.inputs])
                 held += _total(made)
                 _check(step.node, held, limit)
                 values.update(made)
@@ -127,7 +138,7 @@ class Plan:
         return np.asarray(values[self._output], order="C")
 
 
-def _needed(nodes: Sequence[Node], output: str) -> Iterable[tuple[Node, tuple[str, ...]]]:
+def needed(nodes: Sequence[Node], output: str) -> Iterable[tuple[Node, tuple[str, ...]]]:
     """The nodes that `output` depends on, in order, each with the values that nobody reads after it."""
     later = {output}
     result: list[tuple[Node, tuple[str, ...]]] = []
@@ -145,16 +156,16 @@ def _needed(nodes: Sequence[Node], output: str) -> Iterable[tuple[Node, tuple[st
     return reversed(result)
 
 
-def _kernel(node: Node, known: Mapping[str, Weight]) -> tuple[Kernel, tuple[str, ...]]:
+def kernel_of(node: Node, known: Mapping[str, Weight]) -> tuple[Kernel, tuple[str, ...]]:
     """The callable of a node, and the values that it takes."""
     if node.op not in OPERATORS:
         raise UsageError(
             f"{_called(node)} is not known to the sparse runtime; export the model to ONNX and run it with "
             f"onnxruntime, or replace that layer."
         )
-    needed, most = takes(OPERATORS[node.op])
-    present = node.inputs if most == math.inf else node.inputs[:needed]
-    if not needed <= len(node.inputs) <= most or not all(present):
+    least, most = takes(OPERATORS[node.op])
+    present = node.inputs if most == math.inf else node.inputs[:least]
+    if not least <= len(node.inputs) <= most or not all(present):
         raise FormatError(f"{_called(node)} has an input too many or too few; the graph is damaged.")
     attributes = {name: value for name, value in node.attributes.items() if name not in INERT}
     first, others = node.inputs[:1], node.inputs[1:]
@@ -165,7 +176,8 @@ def _kernel(node: Node, known: Mapping[str, Weight]) -> tuple[Kernel, tuple[str,
         return prepare(*(known.get(name) for name in others), **attributes), first
 
 
-def _compute(node: Node, kernel: Kernel, arguments: Iterable[Array | None]) -> dict[str, Array]:
+def compute(node: Node, kernel: Kernel, arguments: Iterable[Array | None]) -> dict[str, Array]:
+    """The outputs of a node by name; what does not fit becomes a `FormatError` about it."""
     with _explained(node):
         result = kernel(*arguments)
         results = result if isinstance(result, tuple) else (result,)
@@ -185,13 +197,15 @@ def _check(node: Node, nbytes: int, limit: int) -> None:
             claim((nbytes,), np.uint8)
 
 
-def _nbytes(weight: Weight) -> int:
+def nbytes_of(weight: Weight) -> int:
+    """Bytes of a weight with its zeros."""
     if isinstance(weight, SparseTensor):
         return weight.mask.size * weight.values.itemsize
     return weight.nbytes
 
 
-def _array(known: Mapping[str, Weight], name: str) -> Array | None:
+def array_of(known: Mapping[str, Weight], name: str) -> Array | None:
+    """A weight with its zeros; None for an input that is left out."""
     return dense(known[name]) if name else None
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,36 +12,61 @@ import numpy as np
 from dsr_tool.core.archive import Archive, open_archive
 from dsr_tool.core.codecs import SparseTensor
 from dsr_tool.core.folding import fold_norms
-from dsr_tool.core.graph import Array, Value
-from dsr_tool.errors import UsageError
+from dsr_tool.core.graph import Array, Graph, Value
+from dsr_tool.errors import UsageError, unknown_name
+from dsr_tool.runtime.dense import DensePlan
+from dsr_tool.runtime.fast.plan import FastPlan
+from dsr_tool.runtime.fast.program import Machine
+from dsr_tool.runtime.native.library import library
 from dsr_tool.runtime.plan import Plan
 
-__all__ = ["Session"]
+__all__ = ["RUNTIMES", "Session"]
+
+RUNTIMES = ("auto", "native", "scipy")
+_MOST_THREADS = 256
+_MOST_COST = 0.95
+"""Of sparse products beside dense ones, above which those are left to onnxruntime."""
+_MOST_PLANS = 4
+"""Shapes of inputs that a session is prepared for at a time."""
 
 
 class Session:
-    """A model that is ready to predict, with numpy and scipy alone.
+    """A model that is ready to predict: compiled kernels for sparse weights, or numpy and scipy alone.
 
     Weights stored as float16 are computed with in the type of the input. Of a model with several outputs, the first
-    is computed. A session keeps no state between runs, so threads may share one.
+    is computed. Threads may share a session; with compiled kernels they take turns.
 
     Attributes:
         config: what the model is.
         input: name, shape and type of what `run` takes; None in the shape where any size goes.
         output: the same of what it returns.
+        runtime: `native` or `scipy`, or `onnxruntime` where `auto` found the model too dense for sparse products.
+        threads: that compute one call.
     """
 
-    def __init__(self, source: Archive | str | Path) -> None:
+    def __init__(
+        self, source: Archive | str | Path, threads: int = 1, batch: int | None = None, runtime: str = "auto"
+    ) -> None:
         """Decode the weights, fold norms into convolutions, prepare every operator.
 
         Args:
             source: an open archive, or the path of one.
+            threads: that share the work of one call; scipy's products run on one.
+            batch: be ready for batches of this size; otherwise, the first of each size takes longer.
+            runtime: `native` for the compiled kernels, `scipy` for the reference, `auto` for the kernels where there
+                are some, or onnxruntime where it is installed and a dense product is quicker.
 
         Raises:
             FileError: there is no such file.
             FormatError: the archive is damaged.
-            UsageError: it holds an operator that this runtime does not know.
+            UsageError: it holds an operator that this runtime does not know, or an argument is not allowed.
         """
+        if not 1 <= threads <= _MOST_THREADS:
+            raise UsageError(f"threads {threads} is not allowed; give 1 to {_MOST_THREADS}, at most one for each core.")
+        if batch is not None and batch < 1:
+            raise UsageError(f"batch {batch} is not allowed; give 1 or more, or leave it out.")
+        if runtime not in RUNTIMES:
+            raise unknown_name("runtime", runtime, RUNTIMES)
         archive = source if isinstance(source, Archive) else open_archive(source)
         graph = archive.graph
         if len(graph.inputs) != 1:
@@ -48,8 +76,20 @@ class Session:
         self.config = archive.config
         self.input: Value = graph.inputs[0]
         self.output: Value = graph.outputs[0]
+        self.threads = threads
         tensors = {name: _as_type(archive.tensor(name), self.input.dtype) for name in graph.parameters}
-        self._plan = Plan(*fold_norms(graph, tensors))
+        graph, tensors = fold_norms(graph, tensors)
+        machine = _machine(runtime, threads, self.input)
+        self.runtime = "scipy" if machine is None else "native"
+        self._plan: Plan | _Plans | DensePlan = (
+            Plan(graph, tensors) if machine is None else _Plans(graph, tensors, machine)
+        )
+        if isinstance(self._plan, _Plans):
+            sizes = [n for n in self.input.shape[1:] if n is not None]
+            if len(sizes) == len(self.input.shape) - 1:
+                plan = self._plan.prepare((self.input.shape[0] or batch or 1, *sizes))
+                if runtime == "auto" and plan.cost > _MOST_COST and (given := DensePlan.of(graph, tensors, threads)):
+                    self._plan, self.runtime = given, "onnxruntime"
 
     def run(self, x: Array) -> Array:
         """Predict.
@@ -75,6 +115,41 @@ class Session:
                 f"input of type {x.dtype} does not fit; the model takes {self.input.dtype}, so convert it with astype."
             )
         return self._plan.run(x)
+
+
+class _Plans:
+    """A plan for each shape of inputs, the ones used last."""
+
+    def __init__(self, graph: Graph, tensors: Mapping[str, SparseTensor], machine: Machine) -> None:
+        self._graph, self._tensors, self._machine = graph, tensors, machine
+        self._plans: OrderedDict[tuple[int, ...], FastPlan] = OrderedDict()
+        # The plans share memory for what they compute.
+        self._lock = threading.Lock()
+
+    def prepare(self, shape: tuple[int, ...]) -> FastPlan:
+        """The plan for a shape, made where there is none."""
+        plan = self._plans.pop(shape, None) or FastPlan(self._graph, self._tensors, shape, self._machine)
+        self._plans[shape] = plan
+        while len(self._plans) > _MOST_PLANS:
+            self._plans.popitem(last=False)
+        return plan
+
+    def run(self, x: Array) -> Array:
+        """Compute the output for an input."""
+        with self._lock:
+            return self.prepare(x.shape).run(x)
+
+
+def _machine(runtime: str, threads: int, given: Value) -> Machine | None:
+    """What runs compiled kernels; None for scipy."""
+    if runtime == "scipy":
+        return None
+    kernels = library()
+    if runtime == "native" and kernels is None:
+        raise UsageError("runtime 'native' has no kernels here; `dsr-tool doctor` says why, and 'scipy' always runs.")
+    if kernels is None or given.dtype != "float32" or not given.shape:
+        return None
+    return Machine(kernels, threads)
 
 
 def _as_type(tensor: SparseTensor, dtype: str) -> SparseTensor:

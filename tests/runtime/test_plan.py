@@ -230,7 +230,7 @@ def test_room_is_given_back_when_values_are_freed():
     nodes = [Node("Neg", (f"v{i}" if i else "x",), (f"v{i + 1}",)) for i in range(100)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dsr_tool.runtime.plan.FREE_BYTES", 9 << 20)
-        patch.setattr("dsr_tool.runtime.plan._MAX_HELD_RATIO", 0)
+        patch.setattr("dsr_tool.runtime.plan.MAX_HELD_RATIO", 0)
         assert plan_of(*nodes[:-1], Node("Neg", ("v99",), ("y",))).run(x).shape == x.shape
         with pytest.raises(FormatError, match="granted"):
             plan_of(*nodes[:2], Node("Max", ("v1", "v2", "x"), ("y",))).run(x)

@@ -1,0 +1,144 @@
+// Threads of our own. A run is many short rounds of items; workers spin for the next round and sleep between runs.
+//
+// Nobody waits for a thread that the system has taken off its core, unless it is in the middle of an item: whoever is
+// there takes the next one, and a round is over when all its items are done.
+
+#include <pthread.h>
+#include <stdlib.h>
+
+#include <atomic>
+
+#include "kernels.h"
+
+namespace {
+
+constexpr int SPINS = 20000;  // some tens of microseconds: longer than the pause between two operations
+
+// A ticket is the number of a round, its number of items, and the next item: all in one, so that a worker who comes
+// late never takes an item of one round for one of another.
+constexpr int BITS = 20;
+constexpr int64_t MOST_ITEMS = (int64_t(1) << BITS) - 4096;  // each thread may count past the end once
+constexpr uint64_t FIELD = (uint64_t(1) << BITS) - 1;
+
+inline uint64_t next_of(uint64_t ticket) { return ticket & FIELD; }
+inline uint64_t count_of(uint64_t ticket) { return ticket >> BITS & FIELD; }
+inline bool open(uint64_t ticket) { return next_of(ticket) < count_of(ticket); }
+
+inline void pause_briefly() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+}  // namespace
+
+struct Pool {
+    int workers;
+    pthread_t* threads;
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+    std::atomic<uint64_t> ticket;
+    std::atomic<int64_t> done;
+    std::atomic<int> sleeping;
+    std::atomic<bool> stop;
+    // Of the round that is going on; written while no item is in anybody's hands.
+    uint64_t round;
+    int64_t first;
+    void (*f)(const void*, int64_t);
+    const void* context;
+};
+
+namespace {
+
+void work(Pool* pool) {
+    // Looked at before it is counted up, so that workers without work leave the counter alone.
+    while (open(pool->ticket.load(std::memory_order_acquire))) {
+        const uint64_t ticket = pool->ticket.fetch_add(1, std::memory_order_acq_rel);
+        if (!open(ticket)) return;
+        pool->f(pool->context, pool->first + (int64_t)next_of(ticket));
+        pool->done.fetch_add(1, std::memory_order_acq_rel);
+    }
+}
+
+void wait_for_work(Pool* pool) {
+    for (int spin = 0; spin < SPINS; spin++) {
+        if (open(pool->ticket.load(std::memory_order_acquire)) || pool->stop.load(std::memory_order_acquire)) return;
+        pause_briefly();
+    }
+    pthread_mutex_lock(&pool->lock);
+    pool->sleeping.fetch_add(1);
+    while (!open(pool->ticket.load()) && !pool->stop.load()) pthread_cond_wait(&pool->wake, &pool->lock);
+    pool->sleeping.fetch_sub(1);
+    pthread_mutex_unlock(&pool->lock);
+}
+
+void* worker(void* argument) {
+    Pool* pool = (Pool*)argument;
+    while (!pool->stop.load(std::memory_order_acquire)) {
+        work(pool);
+        wait_for_work(pool);
+    }
+    return nullptr;
+}
+
+void wake_sleepers(Pool* pool) {
+    // A worker counts itself as asleep before its last look at the ticket, and this looks after it has changed.
+    if (!pool->sleeping.load()) return;
+    pthread_mutex_lock(&pool->lock);
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->lock);
+}
+
+void run_round(Pool* pool, int64_t first, int64_t n, void (*f)(const void*, int64_t), const void* context) {
+    pool->first = first;
+    pool->f = f;
+    pool->context = context;
+    pool->done.store(0, std::memory_order_relaxed);
+    pool->ticket.store(++pool->round << 2 * BITS | (uint64_t)n << BITS);
+    wake_sleepers(pool);
+    work(pool);
+    while (pool->done.load(std::memory_order_acquire) < n) pause_briefly();
+}
+
+}  // namespace
+
+void parallel(Pool* pool, int64_t n, void (*f)(const void*, int64_t), const void* context) {
+    if (!pool || n < 2) {
+        for (int64_t i = 0; i < n; i++) f(context, i);
+        return;
+    }
+    for (int64_t first = 0; first < n; first += MOST_ITEMS)
+        run_round(pool, first, n - first < MOST_ITEMS ? n - first : MOST_ITEMS, f, context);
+}
+
+extern "C" {
+
+// A pool of `threads` with the caller as one of them; null for one thread, or where the system has no more.
+Pool* dsr_pool_new(int threads) {
+    if (threads < 2) return nullptr;
+    Pool* pool = (Pool*)calloc(1, sizeof(Pool));
+    if (!pool) return nullptr;
+    pool->threads = (pthread_t*)calloc(threads, sizeof(pthread_t));
+    pthread_mutex_init(&pool->lock, nullptr);
+    pthread_cond_init(&pool->wake, nullptr);
+    while (pool->threads && pool->workers < threads - 1 &&
+           !pthread_create(&pool->threads[pool->workers], nullptr, worker, pool))
+        pool->workers++;
+    return pool;
+}
+
+void dsr_pool_free(Pool* pool) {
+    if (!pool) return;
+    pthread_mutex_lock(&pool->lock);
+    pool->stop.store(true);
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->lock);
+    for (int i = 0; i < pool->workers; i++) pthread_join(pool->threads[i], nullptr);
+    pthread_cond_destroy(&pool->wake);
+    pthread_mutex_destroy(&pool->lock);
+    free(pool->threads);
+    free(pool);
+}
+}
