@@ -2,7 +2,12 @@
 
 import sys
 
+import hypothesis
 import pytest
+
+# How long an example takes says how busy the machine is, and no more.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 
 @pytest.fixture

@@ -126,7 +126,13 @@ def names() -> list[str]:
 
 
 def attach(
-    model: SparseModel, optimizer: optim.Optimizer, method: Method | str = "dsr", *, total_steps: int = 0, seed: int = 0
+    model: SparseModel,
+    optimizer: optim.Optimizer,
+    method: Method | str = "dsr",
+    *,
+    total_steps: int = 0,
+    seed: int = 0,
+    **options: Any,
 ) -> Attached:
     """Let a method work inside any training loop: after this, `optimizer.step()` is all it needs.
 
@@ -137,7 +143,13 @@ def attach(
         total_steps: optimizer steps of the whole training, over which a method by name spreads its reallocations;
             `static` has none.
         seed: of the random positions.
+        options: as for `make`, where the method is a name: `final_sparsity=0.9` for `gmp`, say.
+
+    Raises:
+        UsageError: options for a method that is made already, or whatever `make` and the method refuse.
     """
     if isinstance(method, str):
-        method = make(method, total_steps)
+        method = make(method, total_steps, **options)
+    elif options:
+        raise UsageError(f"option {next(iter(options))} comes too late for a method that is made; give it to make().")
     return Attached(model, optimizer, method, seed=seed)

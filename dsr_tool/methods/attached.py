@@ -63,7 +63,12 @@ class Attached:
         self._keeper = method.keep(model, optimizer, seed=seed, before_masking=before_masking)
         self.names = self._keeper.names
         masks = [model.masks[name] for name in self.names]
-        method.begin([mask.numel() for mask in masks], [int(mask.count_nonzero()) for mask in masks])
+        try:
+            method.begin([mask.numel() for mask in masks], [int(mask.count_nonzero()) for mask in masks])
+        except BaseException:
+            # Nobody holds anything yet to take the hooks off with.
+            self._keeper.remove()
+            raise
         device = model.masks[self.names[0]].device if self.names else torch.device("cpu")
         self._generator = torch.Generator(device=device).manual_seed(seed)
         self._hook = optimizer.register_step_post_hook(self._after_step)

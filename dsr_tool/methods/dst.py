@@ -25,7 +25,7 @@ _RATE, _MOMENTUM = 0.1, 0.9
 _RAMP = 0.8
 """Share of the time until the projection in which the density falls; then it is held."""
 _GAIN, _LARGEST = 10.0, 10.0
-_MOST = 2e-3
+_MOST = 5e-2
 """Scale of alpha from which on thresholds would run past whatever weights an output has."""
 _LEARN = 50.0
 """How fast the scale of alpha adapts: by e to this power over the whole time, were the density e times too high."""
@@ -200,8 +200,9 @@ class DST(Method):
         """True at exactly the budget's positions of largest |weight| - threshold, at least one of each layer."""
         pairs = zip(self._keeper.dense, self._thresholds, strict=True)
         scores = torch.cat([(dense.abs() - _as_rows(t, dense)).reshape(-1).float() for dense, t in pairs])
-        for start, size in zip([0, *accumulate(sizes)], sizes, strict=False):
-            scores[start + scores[start : start + size].argmax()] = math.inf
+        segments = zip(accumulate(sizes, initial=0), sizes, strict=False)
+        largest = [start + scores[start : start + size].argmax() for start, size in segments]
+        scores[torch.stack(largest)] = math.inf
         wanted = torch.zeros_like(scores, dtype=torch.bool)
         wanted[scores.topk(self._total, sorted=False).indices] = True
         return wanted

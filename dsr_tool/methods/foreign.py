@@ -86,8 +86,10 @@ class Foreign(Method):
         seed: int,
         before_masking: Callable[[], None] | None,
     ) -> MaskKeeper:
-        """Ask the method."""
-        keeper: MaskKeeper = self._call("keep", model, optimizer, seed=seed, before_masking=before_masking)
+        """Ask the method; raise `UsageError` for an answer that keeps nothing."""
+        keeper = self._call("keep", model, optimizer, seed=seed, before_masking=before_masking)
+        if not isinstance(keeper, MaskKeeper):
+            raise _unfit(self._point, f"answered {type(keeper).__name__} in keep(), where a MaskKeeper is needed")
         return keeper
 
     def due(self, step: int) -> bool:

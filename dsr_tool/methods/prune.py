@@ -74,9 +74,9 @@ def smallest_of_all(weights: ActiveWeights, count: int) -> torch.Tensor:
     """
     magnitude = weights.values.abs()
     bounds = [0, *accumulate(weights.counts)]
-    for first, end in pairwise(bounds):
-        if first < end:
-            magnitude[first + magnitude[first:end].argmax()] = torch.inf
+    largest = [first + magnitude[first:end].argmax() for first, end in pairwise(bounds) if first < end]
+    # All at once: an assignment to each would make the host wait for a GPU.
+    magnitude[torch.stack(largest)] = torch.inf
     drop = torch.zeros_like(magnitude, dtype=torch.bool)
     if count:
         drop[magnitude.topk(count, largest=False, sorted=False).indices] = True

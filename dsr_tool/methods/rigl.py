@@ -61,28 +61,33 @@ class RigL(Method):
         fraction = self.fraction(step)
         counts = [int(fraction * active) for active in weights.counts]
         drop = smallest(weights, counts)
-        grown = [weights.positions.flat[:0]]
-        starts, bounds = [0, *accumulate(weights.sizes)], [0, *accumulate(weights.counts)]
-        for i, count in enumerate(counts):
-            if not count:
-                continue
-            segment = slice(bounds[i], bounds[i + 1])
-            local = weights.positions.flat[segment] - starts[i]
-            chosen = _largest(weights.gradients[i], local[~drop[segment]], count)
-            drop[segment] &= ~chosen[local]
-            chosen[local] = False
-            grown.append(chosen.nonzero().squeeze(1) + starts[i])
+        grow = torch.zeros(sum(weights.sizes), dtype=torch.bool, device=drop.device)
+        starts, bounds = accumulate(weights.sizes, initial=0), accumulate(weights.counts, initial=0)
+        for start, bound, active, gradient, count in zip(
+            starts, bounds, weights.counts, weights.gradients, counts, strict=False
+        ):
+            if count:
+                segment = slice(bound, bound + active)
+                local = weights.positions.flat[segment] - start
+                chosen = _largest(gradient, local, drop[segment], count)
+                drop[segment] &= ~chosen[local]
+                chosen[local] = False
+                grow[start : start + len(chosen)] = chosen
         return Reallocation(
             Positions.of(weights.positions.flat[drop], weights.sizes),
-            Positions.of(torch.cat(grown), weights.sizes),
+            Positions.of(grow.nonzero().squeeze(1), weights.sizes),
             {"drop_fraction": fraction},
         )
 
 
-def _largest(gradient: torch.Tensor, kept: torch.Tensor, count: int) -> torch.Tensor:
-    """True at the `count` largest magnitudes of a layer's gradient outside the positions that are kept."""
-    score = gradient.abs()
-    score[kept] = -1
-    chosen = torch.zeros_like(score, dtype=torch.bool)
-    chosen[score.topk(count, sorted=False).indices] = True
-    return chosen
+def _largest(gradient: torch.Tensor, active: torch.Tensor, drop: torch.Tensor, count: int) -> torch.Tensor:
+    """True at the `count` largest magnitudes of a layer's gradient outside the active positions that are not dropped.
+
+    Of equal magnitudes the first positions are taken, as in the authors' code, on every device.
+    """
+    # A NaN must not cost weights: it is as large as can be, as in a sort.
+    score = gradient.abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    score[active] = torch.where(drop, score[active], -1.0)
+    least = score.topk(count, sorted=False).values.min()
+    chosen, ties = score > least, score == least
+    return chosen | (ties & (ties.cumsum(0, dtype=torch.int32) <= count - chosen.count_nonzero()))

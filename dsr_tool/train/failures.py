@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsr_tool.errors import DsrError, UsageError, first_line
+from dsr_tool.errors import CheckFailed, DsrError, UsageError, first_line
+from dsr_tool.methods import Attached
 from dsr_tool.train.settings import TrainSettings
 
-__all__ = ["diverged", "explained", "first_bad", "require_scores", "stepped_off"]
+__all__ = ["diverged", "explained", "first_bad", "require_budget", "require_end", "require_scores", "stepped_off"]
 
 
 def require_scores(outputs: Any, classes: int) -> None:
@@ -21,6 +22,25 @@ def require_scores(outputs: Any, classes: int) -> None:
         raise UsageError(
             f"the model gives outputs of {found}, where training needs a score for each of the {classes} classes of "
             f"the data, (batch, classes); give a classification model with as many outputs."
+        )
+
+
+def require_budget(active: int, budget: int, epoch: int) -> None:
+    """Raise `CheckFailed` when there are more or fewer active weights than the method's moves left."""
+    if active != budget:
+        raise CheckFailed(
+            f"the model has {active:,} active weights after epoch {epoch}, not {budget:,}; something outside the "
+            f"method changed its masks."
+        )
+
+
+def require_end(attached: Attached, steps: int) -> None:
+    """Raise `CheckFailed` when a method that ends at a final sparsity has not come there in all steps of a training."""
+    last = getattr(attached.method, "last", 0)
+    if attached.step < last:
+        raise CheckFailed(
+            f"method {attached.method.name} reaches its final sparsity at step {last}, but {steps - attached.step} of "
+            f"{steps} steps overflowed in fp16 and were left out; lower --stop, or give --precision bf16."
         )
 
 

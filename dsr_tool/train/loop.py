@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import optim
 
-from dsr_tool.errors import CheckFailed, DsrError, FormatError, first_line
+from dsr_tool.errors import DsrError, FormatError, first_line
 from dsr_tool.methods import Attached, Reallocation
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.train.data import Data
 from dsr_tool.train.device import compiled, on_device
 from dsr_tool.train.evaluation import evaluate, training_loss
-from dsr_tool.train.failures import diverged, explained, first_bad, stepped_off
+from dsr_tool.train.failures import diverged, explained, first_bad, require_budget, require_end, stepped_off
 from dsr_tool.train.optimizers import load_optimizer, lr_factor, make_optimizer
 from dsr_tool.train.ranks import Ranks
 from dsr_tool.train.records import EpochRecord, Moved, Observer, TrainResult
@@ -60,7 +60,7 @@ def train(
         UsageError: settings that are not allowed.
         FormatError: a state of another model or training.
         DsrError: the loss is no longer finite, the GPU's memory ran out, or the model cannot be compiled.
-        CheckFailed: the number of active weights changed.
+        CheckFailed: the number of active weights changed, or the method did not come to its final sparsity.
     """
     settings.check()
     model.config = data.describe(model.config)
@@ -130,11 +130,9 @@ class _Run:
             inputs, _ = next(iter(self.data.test_batches(self.settings)))
             raise self._diverged(f"on the test images after epoch {number}", inputs)
         active = _active(self.model)
-        if sum(active.values()) != self.budget:
-            raise CheckFailed(
-                f"the model has {sum(active.values()):,} active weights after epoch {number}, not {self.budget:,}; "
-                f"something outside the method changed its masks."
-            )
+        require_budget(sum(active.values()), self.budget, number)
+        if number == self.settings.epochs:
+            require_end(self.attached, self.steps * number)
         record = EpochRecord(
             epoch=number,
             step=self.attached.step,

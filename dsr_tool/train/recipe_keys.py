@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -49,7 +49,7 @@ def wrong_values(recipe: Recipe) -> Iterator[tuple[str, str]]:
             close = difflib.get_close_matches(key, own, n=1)
             hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(own) or 'none'}."
             yield f"options.{key}", f"options.{key} {value!r} is no option of method {method}; {hint}"
-        elif isinstance(value, (Mapping, list)):
+        elif not isinstance(value, (str, int, float)):
             yield f"options.{key}", f"options.{key} is {value!r}, and should be a number or a text."
 
 

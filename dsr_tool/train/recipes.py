@@ -21,12 +21,12 @@ __all__ = [
     "conversion",
     "conversion_options",
     "own_options",
-    "parsed",
+    "pair",
     "require_model",
     "settings",
 ]
 
-_KEYS = {"train": list(TRAIN_KEYS), "model": list(MODEL_KEYS), "options": OPTION_KEYS}
+_KEYS = {"train": TRAIN_KEYS, "model": MODEL_KEYS, "options": OPTION_KEYS}
 _LINKS = ("from", "structure")
 """Names of methods whose runs are needed; where those lie is the user's to say."""
 
@@ -68,17 +68,12 @@ def changed(recipe: Recipe, sets: Sequence[str] = ()) -> Recipe:
     errors = []
     # The method first, since it decides which options there are.
     for text in sorted(sets, key=lambda text: not text.startswith(("method=", "train.method="))):
-        key, equals, value = text.partition("=")
-        table, _, name = key.strip().rpartition(".")
-        table = table or _table_of(name)
-        if not equals:
-            errors.append(f"--set {text!r} is not understood; write it as key=value.")
-        elif (
-            table not in TABLES or name not in {"model": MODEL_KEYS, "train": TRAIN_KEYS, "options": OPTION_KEYS}[table]
-        ):
-            errors.append(str(unknown_name("--set", key.strip(), [*MODEL_KEYS, *TRAIN_KEYS, *OPTION_KEYS])))
-        else:
-            tables[table][name] = _value(value.strip())
+        try:
+            key, value = pair(text)
+            table, name = _place(key)
+            tables[table][name] = value
+        except UsageError as error:
+            errors.append(str(error))
     made = replace(recipe, model=tables["model"], train=tables["train"], options=tables["options"])
     if problems := [*errors, *_problems(made)]:
         where = f"recipe {recipe.origin or recipe.name!r}: " if recipe.name else ""
@@ -105,19 +100,9 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     yield from map(_as_key, here.problems())
 
 
-def own_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Options of a method, whichever it has, from `key=value` texts.
-
-    Raises:
-        UsageError: one of them has no equals sign.
-    """
-    options = {}
-    for text in pairs:
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise UsageError(f"--option {text!r} is not understood; write it as key=value.")
-        options[key.strip().replace("-", "_")] = _value(value.strip())
-    return options
+def own_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Options of a method, whichever it has, from `key=value` texts; raises `UsageError` for anything else."""
+    return {key.replace("-", "_"): value for key, value in (pair(text, "--option") for text in texts)}
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
@@ -200,17 +185,24 @@ def _same(has: Any, want: Any) -> bool:
     return list(has) == list(want) if isinstance(want, (list, tuple)) else bool(has == want)
 
 
-def parsed(sets: Sequence[str]) -> dict[str, Any]:
-    """`key=value` each as a mapping; raises `UsageError` where there is no value."""
-    wrong = [text for text in sets if "=" not in text]
-    if wrong:
-        raise UsageError(f"--set {wrong[0]!r} is not understood; write it as key=value.")
-    return {key.strip(): _value(value.strip()) for key, _, value in (text.partition("=") for text in sets)}
+def pair(text: str, option: str = "--set") -> tuple[str, Any]:
+    """Key and value of `key=value`; raises `UsageError`, which names the option, for anything else."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"{option} {text!r} is not understood; write it as key=value.")
+    return key.strip(), _value(value.strip())
 
 
-def _table_of(name: str) -> str:
-    """The table that a key without one belongs to; empty where none has it."""
-    return next((table for table, names in _KEYS.items() if name in names), "")
+def _place(key: str) -> tuple[str, str]:
+    """The table that a key belongs to, and its name there; raises `UsageError` where none has it."""
+    table, _, name = key.rpartition(".")
+    found = next((known for known, names in _KEYS.items() if name in names and table in ("", known)), "")
+    # A method from elsewhere may have options of any name; those of ours are looked at together with the method.
+    if not found and table == "options" and name:
+        return table, name
+    if not found:
+        raise unknown_name("--set", key, [*MODEL_KEYS, *TRAIN_KEYS, *OPTION_KEYS])
+    return found, name
 
 
 def _value(text: str) -> Any:

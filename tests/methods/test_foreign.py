@@ -195,6 +195,13 @@ def test_moves_that_cannot_be_are_stopped_before_anything_changes(found, change,
     assert all(torch.equal(model.masks[name], mask) for name, mask in masks.items())
 
 
+def test_a_keeper_that_is_none_is_refused(found, monkeypatch):
+    found(lambda timing: Wrong(lambda weights, moved: moved))
+    monkeypatch.setattr(Wrong, "keep", lambda *_, **__: None, raising=False)
+    with pytest.raises(UsageError, match=r"method 'mine'.*answered NoneType in keep\(\)"):
+        attached(make("mine", 100))
+
+
 def test_moves_that_can_be_are_made(found):
     found(lambda timing: Wrong(lambda weights, moved: moved))
     model, optimizer = attached(make("mine", 100))

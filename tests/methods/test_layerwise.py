@@ -1,6 +1,7 @@
 """Methods that keep every layer's count, and gradual pruning, against their rules written out."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -67,9 +68,11 @@ def rigl_written_out(values, mask, gradient, fraction):
     return kept | grown
 
 
-@given(layers, st.integers(0, 10**6), st.integers(0, 100))
-def test_rigl_does_what_the_paper_writes(layers, seed, step):
+@given(layers, st.integers(0, 10**6), st.integers(0, 100), st.booleans())
+def test_rigl_does_what_the_paper_writes(layers, seed, step, ties):
     weights = network(layers, seed)
+    if ties:  # most gradients are zero, as those of dead inputs are, and the others are few numbers
+        weights = replace(weights, gradients=tuple(gradient.mul(2).round() for gradient in weights.gradients))
     method = RigL(ALWAYS, drop_fraction=0.6)
     found = after(weights, method.update(weights, step, torch.Generator()))
     assert found.counts == weights.counts
@@ -87,6 +90,13 @@ def test_rigl_does_what_the_paper_writes(layers, seed, step):
         dense[local], mask[local] = values, True
         expected = rigl_written_out(dense, mask, gradient.numpy(), method.fraction(step))
         assert np.flatnonzero(expected).tolist() == positions.tolist()
+
+
+def test_gradients_that_are_no_numbers_cost_rigl_no_weights():
+    weights = network([(40, 10), (30, 30)], 0)
+    for gradient in weights.gradients:
+        gradient[::3], gradient[1::3] = torch.nan, torch.inf
+    assert after(weights, RigL(ALWAYS).update(weights, 1, torch.Generator())).counts == weights.counts
 
 
 def test_rigl_sees_the_dense_gradient_on_update_steps_only():

@@ -223,6 +223,27 @@ def test_a_second_method_on_one_optimizer_is_refused():
     attach(model, optimizer, "static")
 
 
+def test_a_method_that_refuses_the_model_leaves_the_optimizer_free():
+    model = network()
+    optimizer = momentum(model)
+    with pytest.raises(UsageError, match="gmp should end at"):
+        attach(model, optimizer, "gmp", total_steps=100, final_sparsity=0.5)
+    train(model, optimizer, 1, lambda: None)
+    assert any(torch.count_nonzero(w[~model.masks[n]]) for n, w in model.weights.items())
+    attach(model, optimizer, "static")
+
+
+def test_a_method_by_name_takes_its_options():
+    model = network(sparsity=0)
+    optimizer = momentum(model)
+    attached = attach(model, optimizer, "gmp", total_steps=4, final_sparsity=0.9)
+    train(model, optimizer, 4, model.check)
+    assert model.active_weights == round(0.1 * model.prunable_weights)
+    attached.remove()
+    with pytest.raises(UsageError, match="option scope comes too late"):
+        attach(model, optimizer, attached.method, scope="global")
+
+
 def test_frozen_weights_are_left_alone():
     model = network()
     model.weights["0.weight"].requires_grad_(False)

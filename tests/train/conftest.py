@@ -37,9 +37,9 @@ def _one_thread():
 def tiny():
     """Makers of the small network, a sparse model of it, its data, and settings that reallocate often."""
 
-    def model(sparsity=0.8, seed=0):
+    def model(sparsity=0.8, seed=0, **more):
         torch.manual_seed(seed)
-        return convert(Tiny(), sparsity=sparsity, input_shape=(3, 8, 8), positions="random", seed=seed)
+        return convert(Tiny(), sparsity=sparsity, input_shape=(3, 8, 8), positions="random", seed=seed, **more)
 
     def settings(**changes):
         return TrainSettings(**{"epochs": 2, "batch_size": 64, "every": 5, "device": "cpu", **changes})

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dsr_tool.errors import DsrError
+from dsr_tool.errors import CheckFailed, DsrError
 from dsr_tool.train import Observer, train
 from dsr_tool.train.failures import diverged, first_bad, stepped_off
 
@@ -103,3 +103,23 @@ def test_a_loss_on_the_test_images_that_is_not_finite(tiny):
     data, settings = tiny.data(), tiny.settings(epochs=2)
     with pytest.raises(DsrError, match=r"on the test images after epoch 1 \(weight of Conv2d 'second' is not finite\)"):
         train(tiny.model(), data, settings, [Spoiler(data.steps(settings.batch_size))])
+
+
+class Overflowing(torch.amp.GradScaler):
+    """Leaves out the first two steps, as if gradients had overflowed."""
+
+    left = 2
+
+    def step(self, optimizer):
+        self.left -= 1
+        return super().step(optimizer) if self.left < 0 else None
+
+
+def test_steps_that_overflow_must_not_cost_the_final_sparsity(tiny, monkeypatch):
+    monkeypatch.setattr(torch.amp, "GradScaler", Overflowing)
+    options = {"method": "gmp", "batch_size": 50, "every": 1, "options": {"final_sparsity": 0.7}}
+    with pytest.raises(CheckFailed, match="final sparsity at step 8, but 2 of 8 steps overflowed in fp16"):
+        train(tiny.model(0), tiny.data(), tiny.settings(stop=1.0, **options))
+    model = tiny.model(0)
+    assert train(model, tiny.data(), tiny.settings(stop=0.5, **options)).last.step == 6
+    assert model.sparsity == pytest.approx(0.7, abs=1e-3)

@@ -1,12 +1,16 @@
 import json
+import sys
+import types
+from importlib.metadata import EntryPoint
 
 import pytest
 
 from dsr_tool.core.recipe_files import families, find_recipe
 from dsr_tool.core.recipes import Recipe
 from dsr_tool.errors import UsageError
+from dsr_tool.methods import Static, foreign
 from dsr_tool.train import TrainSettings
-from dsr_tool.train.recipes import as_run, changed, conversion, require_model, settings
+from dsr_tool.train.recipes import as_run, changed, conversion, own_options, pair, require_model, settings
 
 ROW = "lenet-300-100/dsr@0.99"
 QUICK = (
@@ -54,6 +58,27 @@ def test_set_works_without_a_recipe():
     assert settings(row) == {"method": "set", "options": {"drop_fraction": 0.2}}
     with pytest.raises(UsageError, match="^--set 'epoch' is unknown; did you mean epochs"):
         as_run(None, ["epoch=2"], {})
+
+
+def test_a_method_from_elsewhere_has_options_of_any_name(monkeypatch):
+    point = EntryPoint("shake", f"{__name__}:_static", "dsr_tool.methods")
+    monkeypatch.setattr(foreign, "entry_points", lambda group: [point] if group == foreign.GROUP else [])
+    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__, types.ModuleType(__name__)))
+    monkeypatch.setattr(sys.modules[__name__], "_static", lambda timing, share: Static(), raising=False)
+    row = as_run(None, ["options.share=0.2", "method=shake"], {})
+    assert settings(row) == {"method": "shake", "options": {"share": 0.2}}
+    with pytest.raises(UsageError, match="options.share 0.2 is no option of method dsr; it has target"):
+        as_run(None, ["options.share=0.2"], {})
+    with pytest.raises(UsageError, match="'share' is unknown"):
+        as_run(None, ["share=0.2", "method=shake"], {})
+
+
+def test_texts_that_set_something_are_read_alike():
+    assert own_options(["cross-layer = false", "eta=.5"]) == {"cross_layer": False, "eta": 0.5}
+    assert pair("epochs=3") == ("epochs", 3) and pair("scope=global") == ("scope", "global")
+    for call in (lambda: pair("=3"), lambda: pair("epochs"), lambda: own_options(["eta"])):
+        with pytest.raises(UsageError, match="^--(set|option) .* is not understood; write it as key=value"):
+            call()
 
 
 def test_everything_wrong_is_said_at_once_with_key_value_and_close_names():

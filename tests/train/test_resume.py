@@ -15,13 +15,13 @@ import torch
 import dsr_tool.train.run as run_module
 from converters.convert import convert, load
 from dsr_tool.errors import FileError, FormatError, UsageError
-from dsr_tool.methods import METHODS, attach
+from dsr_tool.methods import METHODS, OPTIONS, attach
 from dsr_tool.methods.units import hidden_units
 from dsr_tool.train import Observer, RunFolder, train
 from dsr_tool.train.checkpoint import read_state, write_state
 
 FILES = ("config.json", "masks.safetensors", "model.safetensors", "training.safetensors", "settings.json")
-DENSE_AT_FIRST = ("gmp", "dst", "tied")
+DENSE_AT_FIRST = ("gmp", "dst", "tied", "dense")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -43,14 +43,15 @@ class Killed(BaseException):
     """Ends the process: nothing that runs afterwards counts."""
 
 
-def go_on(tiny, folder, *more, **changes):
+def go_on(tiny, folder, *more, granularity="weight", **changes):
     """Train, from the start or from where an earlier call was killed."""
-    gradual = changes.get("method") in DENSE_AT_FIRST
-    if gradual:
+    method = changes.get("method", "dsr")
+    if "final_sparsity" in OPTIONS[method]:
         changes["options"] = {"final_sparsity": 0.7}
     run = RunFolder(folder, resume=True)
     stopped = run.stopped
-    model = load(folder, tiny.module()) if stopped else tiny.model(0 if gradual else 0.8)
+    sparsity = 0 if method in DENSE_AT_FIRST else 0.8
+    model = load(folder, tiny.module()) if stopped else tiny.model(sparsity, granularity=granularity)
     settings = tiny.settings(**{"epochs": 4, "batch_size": 50, "every": 3, **changes})
     run.facts = {"data": "fake:200", "settings": settings.to_dict()}
     with run:
@@ -135,8 +136,20 @@ def test_killed_at_random_moments_and_resumed(tiny, tmp_path, method):
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("changes", [{"optimizer": "adam"}, {"optimizer": "rmsprop"}, {"schedule": "step"}])
-def test_every_optimizer_goes_on(tiny, tmp_path, changes):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adam"},
+        {"optimizer": "rmsprop"},
+        {"optimizer": "adamw", "method": "dst"},
+        {"optimizer": "rmsprop", "method": "tied"},
+        {"schedule": "step"},
+        {"options": {"cross_layer": False, "threshold": 0.05}},
+        {"options": {"threshold": 0.05}, "granularity": "kernel"},
+        {"method": "set", "granularity": "kernel"},
+    ],
+)
+def test_every_optimizer_and_variant_goes_on(tiny, tmp_path, changes):
     go_on(tiny, tmp_path / "whole", **changes)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         go_on(tiny, tmp_path / "cut", kill_at(patch, 40), **changes)
@@ -290,13 +303,11 @@ def test_a_state_keeps_every_bit(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_kill_minus_nine(tmp_path, method):
-    gradual = method in DENSE_AT_FIRST
-    convert("shufflenet_v2_x0_5", sparsity=0 if gradual else 0.8, num_classes=10, input_size=32).save(
-        tmp_path / "model"
-    )
+    sparsity = 0 if method in DENSE_AT_FIRST else 0.8
+    convert("shufflenet_v2_x0_5", sparsity=sparsity, num_classes=10, input_size=32).save(tmp_path / "model")
     options = "--data fake:512 --epochs 6 --batch-size 64 --every 3 --device cpu --resume --method"
     command = [Path(sys.executable).with_name("dsr-tool"), "train", tmp_path / "model", *options.split(), method]
-    command += ["--final-sparsity", "0.8"] if gradual else []
+    command += ["--final-sparsity", "0.8"] if "final_sparsity" in OPTIONS[method] else []
     start = time.monotonic()
     subprocess.run([*command, "-o", tmp_path / "whole"], check=True, capture_output=True)
     took = time.monotonic() - start
