@@ -76,7 +76,7 @@ def convert(
         preset: `paper` keeps dense what the paper's code kept dense, and nothing else.
         keep_dense: patterns of weights to keep dense.
         sparsify_patterns: patterns of weights to make sparse against the defaults.
-        seed: of random weights and random positions; 0 when absent.
+        seed: of random weights and random positions; when absent, 0, or with a structure another than it had.
         thin: instead of a sparse model, a dense one with fewer channels that has as many parameters.
         structure: instead of a budget, a model or run folder of the same architecture, whose masks are taken as they
             are.

@@ -30,6 +30,8 @@ CHECKSUM = "starting_weights_sha256"
 """Where the record of a conversion has the checksum."""
 INITS = ("fresh", "original")
 
+_APART = 1_000_000
+"""From the seed of the other model's weights to that of fresh ones, where none is given."""
 _RULES = ("preset", "keep_dense", "sparsify", "granularity")  # what of a record says where zeros may be
 
 
@@ -51,10 +53,11 @@ def ticket(source: str | nn.Module, folder: str | Path, init: str = "fresh", see
         folder: the other: a model or run folder.
         init: `fresh` for random weights, or the module's own; `original` for those that the other had when it was
             converted, before anything was made zero.
-        seed: of fresh weights; 0 when absent.
+        seed: of fresh weights; when absent, one that is far from that of the other's.
 
     Raises:
-        UsageError: the architecture is not that of the folder, or an option that does not fit.
+        UsageError: the architecture is not that of the folder, an option that does not fit, or fresh weights that are
+            the original ones.
         FileError: there is no such folder, or the file of the original weights is gone.
         FormatError: the folder is damaged.
         CheckFailed: the original weights cannot be made again bit for bit.
@@ -69,7 +72,7 @@ def ticket(source: str | nn.Module, folder: str | Path, init: str = "fresh", see
             f"--structure {str(folder)!r} holds {saved.config.architecture}; give that as ARCH, not {source}."
         )
     record = saved.config.conversion
-    start: dict[str, Any] = _recorded(record, folder) if init == "original" else {"weights": None, "seed": seed or 0}
+    start: dict[str, Any] = _recorded(record, folder) if init == "original" else _fresh(record, seed)
     module, config = _built(source, saved.config, start, folder)
     start[CHECKSUM] = checksum(module)
     if init == "original" and start[CHECKSUM] != record[CHECKSUM]:
@@ -77,6 +80,11 @@ def ticket(source: str | nn.Module, folder: str | Path, init: str = "fresh", see
             f"the starting weights of {str(folder)!r} cannot be made again: {config.architecture} with weights "
             f"{start['weights']!r} and seed {start['seed']} comes out otherwise, since that file, the code or torch "
             f"has changed; give --init fresh."
+        )
+    if init == "fresh" and isinstance(source, str) and start[CHECKSUM] == record.get(CHECKSUM):
+        raise UsageError(
+            f"--init fresh with seed {start['seed']} gives exactly the weights that {str(folder)!r} started with; give "
+            f"another --seed, or --init original."
         )
     _require_shapes(module, {name: spec.shape for name, spec in saved.specs.items()}, folder)
     masks = {name: torch.from_numpy(mask.to_bool()) for name, mask in saved.masks().items()}
@@ -88,6 +96,13 @@ def ticket(source: str | nn.Module, folder: str | Path, init: str = "fresh", see
     made = {"structure": str(folder), "init": init, **budget.to_record(), "active_weights": active}
     model.config = replace(config, conversion={**start, **kept, **made})
     return Fitted(model, budget)
+
+
+def _fresh(record: dict[str, Any], seed: int | None) -> dict[str, Any]:
+    """Weights and seed of fresh weights, of which the seed may be absent."""
+    other = record.get("seed")
+    apart = other + _APART if type(other) is int and 0 <= other < (1 << 63) - _APART else 0
+    return {"weights": None, "seed": apart if seed is None else seed}
 
 
 def _recorded(record: dict[str, Any], folder: str | Path) -> dict[str, Any]:

@@ -45,6 +45,8 @@ def command(
     jobs: int,
     max_time: float | None,
     keep: str,
+    sparsity: str | None,
+    seeds: str | None,
     sets: tuple[str, ...],
     as_json: bool,
     quiet: bool,
@@ -70,8 +72,8 @@ def command(
     if max_time is not None and not 0 < max_time < math.inf:
         raise UsageError(f"--max-time {max_time} is not allowed; give seconds, more than 0.")
     comparison = Comparison(output)
-    tables = _tables(grid, sets, options)
-    asked = make_grid(tables, str(grid) if grid else "compare") if tables else comparison.plan()
+    tables, given = _tables(grid, options), _given(sparsity, seeds, sets)
+    asked = make_grid(tables, str(grid or "compare"), given) if tables or given else comparison.plan()
     _open_data(asked)
     whole = comparison.add(asked)
     deadline = started + max_time if max_time is not None else math.inf
@@ -87,21 +89,25 @@ def command(
     return CheckFailed.exit_code if document["counts"]["failed"] else 0
 
 
-def _tables(grid: Path | None, sets: tuple[str, ...], options: dict[str, str | None]) -> dict[str, Any]:
-    """The grid's file with what the options say in the place of what stands there."""
-    from dsr_tool.compare.grid import numbers
+def _tables(grid: Path | None, options: dict[str, str | None]) -> dict[str, Any]:
+    """The grid's file, with the options in the place of what stands at its top."""
     from dsr_tool.core.recipe_files import read_toml
-    from dsr_tool.train.recipes import parsed
 
     tables = read_toml(grid, "GRID") if grid else {}
     tables |= {key: value for key, value in options.items() if value is not None}
     if options["methods"] is not None:
         tables["methods"] = [name.strip() for name in options["methods"].split(",")]
-    if options["sparsity"] is not None:
-        tables["sparsity"] = numbers(options["sparsity"])
-    if sets:
-        tables["set"] = {**tables.get("set", {}), **parsed(sets)}
     return tables
+
+
+def _given(sparsity: str | None, seeds: str | None, sets: tuple[str, ...]) -> dict[str, Any]:
+    """Options that win over the tables of single methods as well."""
+    from dsr_tool.compare.grid import numbers
+    from dsr_tool.train.recipes import pair
+
+    told: dict[str, Any] = {"seeds": seeds, "set": dict(pair(text) for text in sets) or None}
+    told["sparsity"] = numbers(sparsity) if sparsity is not None else None
+    return {key: value for key, value in told.items() if value is not None}
 
 
 def _open_data(grid: Any) -> None:

@@ -61,7 +61,11 @@ def _shape(context: click.Context, parameter: click.Parameter, value: str | None
     "--init",
     help="With --structure: fresh random weights (default), or original, those that its model had before conversion.",
 )
-@click.option("--seed", type=int, help="Of random weights and positions; default 0.")
+@click.option(
+    "--seed",
+    type=int,
+    help="Of random weights and positions; default 0, or with --structure another than it had.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @output_options
 def command(

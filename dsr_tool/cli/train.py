@@ -55,7 +55,9 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
     metavar="KEY=VALUE",
     help="Change one value of the recipe, or any setting or option of the method without one; repeatable.",
 )
-@click.option("--method", help="dsr (default), static, set, neuron-set, deepr, rigl, gmp, dst or tied.")
+@click.option(
+    "--method", help="dsr (default), static, dense, set, deepr, rigl, gmp, dst, tied, neuron-set, or one installed."
+)
 @click.option("--epochs", type=int, help="Passes over the training images; default 30.")
 @click.option("--batch-size", type=int, help="Images per step; default 128.")
 @click.option("--lr", type=float, help="Peak learning rate; default 0.1 for sgd, 0.001 for the others.")
@@ -79,7 +81,11 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
 @click.option("--seed", type=int, help="Of order, augmentation and positions; default 0.")
 @click.option("--every", type=int, help="Steps between updates of the method (at first); default: the method's own.")
 @click.option("--doubling", callback=_numbers, help="Epochs at which --every doubles; default: the method's own.")
-@click.option("--stop", type=float, help="Fraction of the training after which nothing moves; default 0.95 or 0.75.")
+@click.option(
+    "--stop",
+    type=float,
+    help="Fraction of the training after which nothing moves; default 0.95, for rigl, gmp and dst 0.75.",
+)
 @click.option("--target", type=float, help="dsr: weights to move each time, a number or a fraction; default 0.15.")
 @click.option("--tolerance", type=float, help="dsr: accepted deviation from the target; default 0.1.")
 @click.option("--threshold", type=float, help="dsr: magnitude below which weights are dropped at first; default 0.001.")

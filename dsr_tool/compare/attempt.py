@@ -15,7 +15,7 @@ import torch
 from converters.convert import convert, load
 from dsr_tool.compare.cells import ARCHIVE, Cell, Comparison
 from dsr_tool.core.config import installed_versions
-from dsr_tool.errors import DsrError, first_line
+from dsr_tool.errors import DsrError, FormatError, first_line
 from dsr_tool.report.memory.measure import can_measure, held_bytes, reset_peak
 from dsr_tool.report.sources import read
 from dsr_tool.sparse.model import SparseModel
@@ -27,8 +27,6 @@ from exporters.export import export
 __all__ = ["attempt"]
 
 _SCHEMA = "dsr-tool/compare-cell/1"
-_APART = 1_000_000
-_FRESH = 1_000_000
 
 
 def attempt(cell: Cell, comparison: Comparison, data: str, *, deadline: float = math.inf, light: bool = True) -> None:
@@ -55,7 +53,7 @@ def attempt(cell: Cell, comparison: Comparison, data: str, *, deadline: float = 
 
 def _run(cell: Cell, comparison: Comparison, data: str, deadline: float, before: Mapping[str, Any]) -> dict[str, Any]:
     _forget_peak()
-    run = RunFolder(comparison.run(cell.name), resume=True)
+    run = _folder(comparison.run(cell.name))
     stopped = run.stopped
     model = load(run.path) if stopped else _start(cell, comparison)
     images = load_data(data, model.config)
@@ -86,17 +84,21 @@ def _run(cell: Cell, comparison: Comparison, data: str, deadline: float, before:
     }
 
 
+def _folder(path: Path) -> RunFolder:
+    """The run of a cell, begun or not; raises `FormatError` with the remedy where it is damaged."""
+    try:
+        return RunFolder(path, resume=True)
+    except FormatError as error:
+        raise FormatError(f"{str(error).rstrip('.')}: delete that folder, and the same command begins it.") from error
+
+
 def _start(cell: Cell, comparison: Comparison) -> SparseModel:
     """The model before training: converted, or that of the run which the recipe starts from."""
     needed = comparison.run(cell.needs) if cell.needs is not None else None
     if needed is not None and "from" in cell.recipe.model:
         return load(needed)
-    told = conversion_options(cell.recipe)
-    if needed is not None:
-        told["structure"] = needed
-    if told.get("init") != "original":  # which has the seed of its own conversion
-        # Fresh weights are others than those that the structure was found with, by the same seed.
-        told["seed"] = cell.seed + (_FRESH if "structure" in told else 0)
+    # A structure has the seed that its run was converted with, and fresh weights one that follows from it.
+    told = conversion_options(cell.recipe) | ({"seed": cell.seed} if needed is None else {"structure": needed})
     told["sparsify_patterns"] = told.pop("sparsify", ())
     return convert(told.pop("arch"), **told)
 

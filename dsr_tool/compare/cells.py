@@ -90,9 +90,9 @@ class Grid:
             if cell.name in mine and cell.name not in free and _told(mine[cell.name]) != _told(cell)
         ]
         if differing:
+            more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
             raise UsageError(
-                f"{len(differing)} cells were begun with other settings, {differing[0]} first; give another folder, or "
-                f"those settings."
+                f"cell {differing[0]}{more} began with other settings; give another folder, or those settings."
             )
         mine |= {cell.name: cell for cell in other.cells if cell.name not in mine or cell.name in free}
         return replace(self, data=other.data, cells=tuple(mine.values()))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from dsr_tool.compare.cells import Cell, Grid
 from dsr_tool.core.recipe_files import find_family
-from dsr_tool.core.recipes import Family, Recipe, toml_value
+from dsr_tool.core.recipes import Family, toml_value
 from dsr_tool.errors import DsrError, UsageError, unknown_name
 from dsr_tool.train.recipes import changed
 
@@ -21,42 +21,59 @@ _VARIED = ("method", "sparsity", "arch", "seed", "from", "structure", "final_spa
 """Settings that make a cell what it is, and cannot be set for it."""
 _MOST_SEEDS = 1000
 
+_Value = TypeVar("_Value", int, float)
 
-def make_grid(tables: Mapping[str, Any], origin: str) -> Grid:
+
+def make_grid(tables: Mapping[str, Any], origin: str, given: Mapping[str, Any] | None = None) -> Grid:
     """The grid that a file or options describe.
 
     Args:
         tables: `recipe` (a family), `data`, `methods`, `sparsity`, `seeds` (a number of them, a list, or `0-4`) and
             `set`; a table `method.NAME` with `sparsity`, `seeds` and `set` holds for that method alone.
         origin: for messages.
+        given: `sparsity`, `seeds` and `set` that win over all of these.
 
     Raises:
         UsageError: keys or values that are not allowed; all of them are listed.
     """
-    errors = [str(unknown_name("key", key, KEYS)) for key in tables if key not in KEYS]
-    errors += [f"{key} is missing." for key in ("recipe", "data") if not isinstance(tables.get(key), str)]
-    of_method = tables.get("method", {})
-    if not isinstance(of_method, Mapping) or not all(isinstance(own, Mapping) for own in of_method.values()):
-        errors.append(f"method is {of_method!r}, and should hold one table for each method.")
-        of_method = {}
+    errors = [*_wrong_keys(tables)]
     family = _family(tables.get("recipe"), errors)
     cells: dict[str, Cell] = {}
     if family is not None:
-        methods = tables.get("methods", list(of_method))
-        for method in _methods(methods, family, errors):
-            own = of_method.get(method, {})
-            errors += [
-                str(unknown_name("key", f"method.{method}.{key}", _OF_METHOD)) for key in own if key not in _OF_METHOD
-            ]
-            wanted = {**{key: tables[key] for key in _OF_METHOD if key in tables}, **own}
-            sets = _sets({**_table(tables.get("set")), **_table(own.get("set"))}, method, errors)
-            for cell in _cells(family, method, wanted, sets, errors):
+        asked = _Asked(family, tables, given or {}, errors)
+        own = _table(tables.get("method"))
+        strangers = [name for name in own if name not in family.methods]
+        errors += [str(unknown_name("table method of", name, family.methods)) for name in strangers]
+        for method in _methods(tables.get("methods", [name for name in own if name not in strangers]), family, errors):
+            for cell in asked.cells(method):
                 cells.setdefault(cell.name, cell)
         for cell in list(cells.values()):
-            _add_needed(cell, cells, family, tables, errors)
+            _add_needed(cell, cells, asked)
     if errors or family is None:
         raise UsageError(f"{origin}: {' '.join(dict.fromkeys(errors))}")
     return Grid(family.title or family.name, tables["data"], tuple(_ordered(cells)))
+
+
+def _wrong_keys(tables: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for every key that is not allowed, and every table that is none."""
+    yield from (str(unknown_name("key", key, KEYS)) for key in tables if key not in KEYS)
+    for key in ("recipe", "data"):
+        if not isinstance(tables.get(key), str):
+            yield f"{key} is {tables[key]!r}, and should be a text." if key in tables else f"{key} is missing."
+    if "set" in tables and not isinstance(tables["set"], Mapping):
+        yield f"set is {tables['set']!r}, and should be a table of settings."
+    of_method = tables.get("method", {})
+    if not isinstance(of_method, Mapping) or not all(isinstance(own, Mapping) for own in of_method.values()):
+        yield f"method is {of_method!r}, and should hold one table for each method."
+        return
+    for method, own in of_method.items():
+        yield from (
+            str(unknown_name("key", f"method.{method}.{key}", [f"method.{method}.{known}" for known in _OF_METHOD]))
+            for key in own
+            if key not in _OF_METHOD
+        )
+        if "set" in own and not isinstance(own["set"], Mapping):
+            yield f"method.{method}.set is {own['set']!r}, and should be a table of settings."
 
 
 def numbers(text: str) -> list[float]:
@@ -127,33 +144,59 @@ def _table(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _sets(values: Mapping[str, Any], method: str, errors: list[str]) -> list[str]:
-    """Values to set as `key=value`."""
-    varied = [key for key in values if key.rpartition(".")[2] in _VARIED]
-    errors += [f"set {key} of method {method} is what the grid varies; leave it out." for key in varied]
-    return [f"{key}={toml_value(value)}" for key, value in values.items() if key not in varied]
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be run of a family: by the file, by its table of a method, and by the options, each over the last."""
 
+    family: Family
+    tables: Mapping[str, Any]
+    given: Mapping[str, Any]
+    errors: list[str]
 
-def _cells(
-    family: Family, method: str, wanted: Mapping[str, Any], sets: Sequence[str], errors: list[str]
-) -> Iterator[Cell]:
-    """The cells of one method; what is wrong with them is added to `errors`."""
-    try:
-        chosen = seeds(wanted.get("seeds", 1))
-        sparsities = _sparsities(wanted.get("sparsity"), family) if family.takes_sparsity(method) else [None]
-        for name, values in (("seed", chosen), ("sparsity", sparsities)):
+    def _layers(self, method: str) -> tuple[Mapping[str, Any], ...]:
+        return (self.tables, _table(_table(self.tables.get("method")).get(method)), self.given)
+
+    def sets(self, method: str) -> list[str]:
+        """What is set for a method as `key=value`; what cannot be is added to the errors."""
+        pairs = [pair for layer in self._layers(method) for pair in _table(layer.get("set")).items()]
+        varied = dict.fromkeys(key for key, _ in pairs if key.rpartition(".")[2] in _VARIED)
+        self.errors.extend(f"set {key} of method {method} is what the grid varies; leave it out." for key in varied)
+        # In the order of the layers: a key may be written with its table, and without it.
+        return [f"{key}={toml_value(value)}" for key, value in pairs if key not in varied]
+
+    def cells(self, method: str) -> Iterator[Cell]:
+        """The cells of one method; everything that is wrong with them is added to the errors."""
+        sets = self.sets(method)
+        wanted = {key: value for layer in self._layers(method) for key, value in layer.items()}
+        takes = self.family.takes_sparsity(method)
+        chosen = self._checked("seed", method, lambda: seeds(wanted.get("seeds", 1)))
+        sparsities: Sequence[float | None] = [None]
+        if takes:
+            sparsities = self._checked("sparsity", method, lambda: _sparsities(wanted.get("sparsity"), self.family))
+        # Settings are looked at even where no sparsity is left to run them at.
+        for sparsity in sparsities or self.family.sparsities[:1]:
+            try:
+                recipe = changed(self.family.row(method, sparsity), sets)
+            except DsrError as error:
+                self.errors.append(str(error))
+                continue
+            for seed in chosen:
+                yield Cell(_name(method, sparsity, seed), method, sparsity, seed, recipe)
+
+    def _checked(self, name: str, method: str, read: Callable[[], list[_Value]]) -> list[_Value]:
+        """Values that are allowed, each once; none where they are not, which is added to the errors."""
+        try:
+            values = read()
             if len(set(values)) < len(values):
                 twice = next(value for i, value in enumerate(values) if value in values[:i])
                 raise UsageError(f"{name} {twice} of method {method} is there twice; give it once.")
-        for sparsity in sparsities:
-            recipe = changed(family.row(method, sparsity), sets)
-            for seed in chosen:
-                yield _cell(method, sparsity, seed, recipe)
-    except DsrError as error:
-        errors.append(str(error))
+        except DsrError as error:
+            self.errors.append(str(error))
+            return []
+        return values
 
 
-def _sparsities(value: Any, family: Family) -> list[float | None]:
+def _sparsities(value: Any, family: Family) -> list[float]:
     value = list(family.sparsities) if value is None else value
     value = value if isinstance(value, list) else [value]
     for one in value:
@@ -162,37 +205,30 @@ def _sparsities(value: Any, family: Family) -> list[float | None]:
     return [float(one) for one in value]
 
 
-def _cell(method: str, sparsity: float | None, seed: int, recipe: Recipe) -> Cell:
-    return Cell(_name(method, sparsity, seed), method, sparsity, seed, recipe)
-
-
 def _name(method: str, sparsity: float | None, seed: int) -> str:
     return f"{method}-s{seed}" if sparsity is None else f"{method}@{sparsity:g}-s{seed}"
 
 
-def _add_needed(
-    cell: Cell, cells: dict[str, Cell], family: Family, tables: Mapping[str, Any], errors: list[str]
-) -> None:
+def _add_needed(cell: Cell, cells: dict[str, Cell], asked: _Asked) -> None:
     """Note which cell another starts from, the same seed of another method, and add it where it is not there."""
     start = cell.recipe.after
     if start is None:
         return
-    if start not in family.methods:
-        errors.append(f"method {cell.method} starts from {start!r}, which the recipe does not have.")
+    if start not in asked.family.methods:
+        asked.errors.append(f"method {cell.method} starts from {start!r}, which the recipe does not have.")
         return
-    sparsity = cell.sparsity if family.takes_sparsity(start) else None
+    sparsity = cell.sparsity if asked.family.takes_sparsity(start) else None
     name = _name(start, sparsity, cell.seed)
     cells[cell.name] = replace(cell, needs=name)
     if name in cells:
         return
-    own = _table(_table(tables.get("method")).get(start))
-    sets = _sets({**_table(tables.get("set")), **_table(own.get("set"))}, start, errors)
     try:
-        cells[name] = _cell(start, sparsity, cell.seed, changed(family.row(start, sparsity), sets))
+        recipe = changed(asked.family.row(start, sparsity), asked.sets(start))
+        cells[name] = Cell(name, start, sparsity, cell.seed, recipe)
     except DsrError as error:
-        errors.append(str(error))
+        asked.errors.append(str(error))
         return
-    _add_needed(cells[name], cells, family, tables, errors)
+    _add_needed(cells[name], cells, asked)
 
 
 def _ordered(cells: Mapping[str, Cell]) -> Iterator[Cell]:

@@ -22,7 +22,7 @@ def write_outputs(comparison: Comparison, grid: Grid) -> tuple[dict[str, Any], s
     """
     found = rows(comparison, grid)
     made = document(comparison, grid)
-    text = table_text(grid.title, grid.data, found)
+    text = table_text(grid, found)
     files = {
         "table.txt": text + "\n",
         "table.csv": csv_text(found),

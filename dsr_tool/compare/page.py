@@ -9,7 +9,7 @@ from typing import Any
 
 from dsr_tool.compare.cells import Comparison, Grid
 from dsr_tool.compare.curves import Curves, curves
-from dsr_tool.compare.results import Row
+from dsr_tool.compare.results import Row, told_data
 from dsr_tool.compare.results_view import accuracy, results_section, setup_section, sparsities, spread
 from dsr_tool.report.page import numbers
 from dsr_tool.report.page.page import rendered
@@ -46,7 +46,7 @@ def page_html(comparison: Comparison, grid: Grid, rows: Sequence[Row], document:
     return rendered(
         what="comparison",
         title=grid.title,
-        kind=f"data {grid.data}",
+        kind=told_data(grid),
         path=str(comparison.path),
         headline=_headline(rows, document),
         sections=sections,
@@ -153,7 +153,7 @@ def _time(gone: Sequence[Curves], look: _Look) -> list[Section]:
         )
         moving = [curve for curve in here if curve.explored and curve.explored[0] < 1]
         if moving:
-            title = f"Share of weights ever active at sparsity {sparsity:g}"
+            title = f"Share of weights ever active by epoch at sparsity {sparsity:g}"
             whole = [curve.row.method for curve in here if curve.explored and curve.explored[0] == 1]
             told = f"All weights were active at first in {', '.join(whole)}." if whole else ""
             figures.append(_by_epoch(title, moving, look, "explored", told=told))

@@ -13,7 +13,7 @@ from dsr_tool.compare.cells import Cell, Comparison, Grid
 from dsr_tool.report.page.numbers import significant
 from dsr_tool.report.tables import plain_table, render
 
-__all__ = ["SCHEMA", "Row", "csv_text", "document", "rows", "table_text"]
+__all__ = ["SCHEMA", "Row", "csv_text", "document", "rows", "table_text", "told_data"]
 
 SCHEMA = "dsr-tool/compare/1"
 _FIGURES = (
@@ -131,7 +131,13 @@ def _cell(cell: Cell, record: Mapping[str, Any] | None) -> dict[str, Any]:
     return {**about, "recipe": cell.recipe.name, **(record or {"status": "not run"})}
 
 
-def table_text(title: str, data: str, found: Sequence[Row]) -> str:
+def told_data(grid: Grid) -> str:
+    """The data, and that it is not the recipe's where it is not: the title names that one."""
+    meant = grid.cells[0].recipe.data if grid.cells else ""
+    return f"data {grid.data}" + (f" in place of {meant}" if meant and meant != grid.data.partition(":")[0] else "")
+
+
+def table_text(grid: Grid, found: Sequence[Row]) -> str:
     """The table for people: means over the seeds, and what is missing."""
     table = plain_table("method", "sparsity", *_COLUMNS, "state", numbers=(*_COLUMNS, "sparsity"))
     for row in found:
@@ -143,7 +149,7 @@ def table_text(title: str, data: str, found: Sequence[Row]) -> str:
         "as the recipe's source has it.\nZeros: of the whole model. MMACs: millions of multiply-adds with active "
         "weights, for one input. Memory: most that training took on a GPU, or that the process held on a CPU."
     )
-    return "\n".join([f"{title}, data {data}", render(table), closing, *notes])
+    return "\n".join([f"{grid.title}, {told_data(grid)}", render(table), closing, *notes])
 
 
 def _words(row: Row) -> list[str]:

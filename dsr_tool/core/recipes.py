@@ -165,4 +165,5 @@ def toml_value(value: Any) -> str:
         return "{ " + ", ".join(_lines(value)) + " }"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(toml_value, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
+    # Dates, which TOML has and JSON does not, are no setting's value; as texts they are refused like any other.
+    return json.dumps(value, ensure_ascii=False, default=str)

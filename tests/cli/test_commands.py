@@ -12,6 +12,7 @@ from PIL import Image
 
 import dsr_tool
 from dsr_tool.cli import _COMMANDS, cli
+from dsr_tool.methods import METHODS, make
 
 
 def test_help_names_every_command_and_imports_none(python):
@@ -252,3 +253,14 @@ def test_reports_go_by_what_a_file_is_not_by_the_case_of_its_ending(run_json, on
     for name in ("a.ONNX", "unnamed"):
         (tmp_path / name).write_bytes(onnx_file.read_bytes())
         assert run_json("report", tmp_path / name)["kind"] == "onnx"
+
+
+def test_help_of_train_names_every_method_and_when_each_stops():
+    text = " ".join(CliRunner().invoke(cli, ["train", "--help"]).output.split())
+    said = text[text.index("--method TEXT") : text.index("--epochs")]
+    assert [name for name in METHODS if name not in said.replace(",", "").split()] == []
+    stops = {name: make(name, 4000, final_sparsity=0.9).schedule.stop for name in ("gmp", "dst")}
+    stops |= {name: make(name, 4000).schedule.stop for name in ("dsr", "set", "deepr", "neuron-set", "rigl")}
+    assert {name for name, stop in stops.items() if stop == 3000} == {"rigl", "gmp", "dst"}
+    assert set(stops.values()) == {3000, 3800}
+    assert "default 0.95, for rigl, gmp and dst 0.75" in text

@@ -26,6 +26,9 @@ options = { final_sparsity = "@sparsity" }
 [methods.ticket]
 model = { structure = "dsr", init = "original" }
 train = { method = "static" }
+[methods.fresh]
+model = { structure = "dsr", init = "fresh" }
+train = { method = "static" }
 [methods.broken]
 model = { keep_dense = ["no such layer"] }
 train = { method = "static" }

@@ -44,6 +44,8 @@ def test_one_failing_cell_is_exit_code_3_and_the_others_finish(run, grid, tmp_pa
             2,
             "'a' is not a list of numbers",
         ),
+        (["--recipe", "lenet-300-100", "--methods", "dsr", "--sparsity", "", *QUICK], 2, "'' is not a list of numbers"),
+        (["--recipe", "lenet-300-100", "--methods", "dsr", "--seeds", "", *QUICK], 2, "seeds '' is not allowed"),
         (["--recipe", "lenet-300-100", "--methods", "dsr", "--set", "epochs", *QUICK], 2, "write it as key=value"),
         (["--recipe", "lenet-300-100", "--methods", "dsr", "--set", "seed=3", *QUICK], 2, "is what the grid varies"),
         (["--recipe", "lenet-300-100", "--methods", "dsr", "--data", "mnist:none"], 1, "holds no train-images"),

@@ -1,4 +1,5 @@
 import json
+from datetime import date
 
 import pytest
 from hypothesis import given
@@ -44,6 +45,18 @@ def test_a_method_may_have_its_own_seeds_sparsities_and_settings(tables):
     assert names(tables(methods=None, method={"static": {}})) == ["static@0.9-s0"]
 
 
+def test_options_win_over_the_tables_of_single_methods_too(tables):
+    own = {"dsr": {"seeds": 5, "sparsity": [0.8], "set": {"epochs": 3, "lr": 0.2}}}
+    given = {"seeds": "7", "sparsity": [0.99], "set": {"train.epochs": 1}}
+    grid = make_grid(tables(method=own, methods=["dsr", "ticket"]), "grid", given)
+    assert [cell.name for cell in grid.cells] == ["dsr@0.99-s7", "ticket@0.99-s7"]
+    assert [cell.recipe.train["epochs"] for cell in grid.cells] == [1, 1]
+    assert [cell.recipe.train.get("lr") for cell in grid.cells] == [0.2, None]
+    # What others start from is added with its own table and the options over it.
+    needed = make_grid(tables(method=own, methods=["ticket"]), "grid", given).cells[0]
+    assert needed == grid.cells[0]
+
+
 def test_all_that_is_wrong_is_said_at_once(tables):
     wrong = tables(
         methods=["dsr", "dsr", "sett", "static"],
@@ -64,18 +77,26 @@ def test_all_that_is_wrong_is_said_at_once(tables):
         "sparsity 0.9 of method dsr is there twice",
         "set sparsity of method dsr is what the grid varies; leave it out.",
         "sparsity 1.5 is not allowed",
-        "key 'method.static.seed' is unknown; known names: seeds, set, sparsity.",
+        "key 'method.static.seed' is unknown; did you mean method.static.seeds",
     ):
         assert part in message, message
-    with pytest.raises(UsageError, match="'epohcs' is unknown; did you mean epochs"):
-        make_grid(tables(set={"epohcs": 3}), "grid")
+    with pytest.raises(UsageError) as caught:
+        make_grid(tables(set={"epohcs": 3, "lr": -1}, seeds="x", sparsity=[2]), "grid")
+    for part in (
+        "'epohcs' is unknown; did you mean epochs",
+        "train.lr -1 is not",
+        "seeds 'x' is not",
+        "sparsity 2 is not",
+    ):
+        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"recipe": "lenet"}, "recipe 'lenet' is unknown; did you mean .*lenet-300-100"),
-        ({"recipe": 3}, "recipe is missing"),
+        ({"recipe": 3}, "recipe is 3, and should be a text"),
+        ({"data": None}, "data is missing"),
         ({"methods": []}, "should be a list of names: dsr, static"),
         ({"methods": "dsr"}, "should be a list of names"),
         ({"seeds": 0}, "seeds 0 is not allowed"),
@@ -83,6 +104,10 @@ def test_all_that_is_wrong_is_said_at_once(tables):
         ({"seeds": [1, 1]}, "seed 1 of method dsr is there twice"),
         ({"seeds": "4-2"}, "seeds '4-2' is not allowed"),
         ({"sparsity": "0.9"}, "sparsity '0.9' is not allowed"),
+        ({"method": {"drs": {"seeds": 5}}}, "table method of 'drs' is unknown; did you mean dsr"),
+        ({"method": {"dsr": {"set": 3}}}, "method.dsr.set is 3, and should be a table"),
+        ({"set": "epochs=3"}, "set is 'epochs=3', and should be a table"),
+        ({"set": {"epochs": date(2020, 1, 1)}}, "train.epochs is '2020-01-01', and should be a whole number"),
         ({"method": {"dsr": 3}}, "should hold one table for each method"),
         ({"set": {"target": 5}}, "options.target 5 is no option of method static"),
         ({"set": {"epochs": 0}}, "train.epochs 0 is not allowed"),
@@ -119,7 +144,7 @@ def test_a_plan_takes_in_more_cells_but_no_other_settings(tables, tmp_path):
     whole = comparison.add(make_grid(tables(seeds=2), "grid"))
     assert len(whole.cells) == 4 and comparison.plan() == whole
     comparison.run("dsr@0.9-s0").mkdir()
-    with pytest.raises(UsageError, match="1 cells were begun with other settings, dsr@0.9-s0 first"):
+    with pytest.raises(UsageError, match="cell dsr@0.9-s0 began with other settings"):
         comparison.add(make_grid(tables(set={"epochs": 9}), "grid"))
     with pytest.raises(UsageError, match="comparison there is of small with data"):
         comparison.add(make_grid(tables(data="digits"), "grid"))

@@ -98,6 +98,7 @@ def test_the_outputs_agree_with_each_other(comparison):
     assert document["counts"] == {"complete": 4, "failed": 1, "paused": 1, "not run": 9}
     assert json.loads((comparison.path / "table.json").read_text()) == document
     assert (comparison.path / "table.txt").read_text() == text + "\n"
+    assert "small, data fake:300 in place of digits\n" in text
     line = next(line for line in text.splitlines() if line.startswith("dsr") and " 0.9 " in line)
     assert line.split()[2:5] == ["94.00", "3.61", "3"] and "112.0" in line
     assert "failed: static@0.9-s0: it broke <b>." in text and "1 failed, 1 paused, 1 not run" in text
@@ -115,7 +116,7 @@ def test_the_page_shows_every_curve_and_what_failed(comparison):
         "Accuracy against bytes of the archive",
         "Accuracy against multiply-adds",
         "Accuracy by epoch at sparsity 0.9",
-        "Share of weights ever active at sparsity 0.95",
+        "Share of weights ever active by epoch at sparsity 0.95",
         "dsr: density by layer and epoch",
         "static@0.9-s0 failed: it broke &lt;b&gt;.",
         "not run",

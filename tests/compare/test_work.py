@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,10 +52,15 @@ def test_every_cell_is_trained_exported_and_measured(tables, tmp_path):
 
 
 def test_a_ticket_has_the_masks_of_the_run_of_its_seed(tables, tmp_path):
-    comparison, grid = begun(tables, tmp_path / "out", methods=["ticket"], seeds=[4])
+    comparison, grid = begun(tables, tmp_path / "out", methods=["ticket", "fresh"], seeds=[4], set={"lr": 1e-9})
     work(order(comparison, grid), lambda line: None)
-    found, again = (load(comparison.run(f"{method}@0.9-s4")) for method in ("dsr", "ticket"))
-    assert all(torch.equal(again.masks[name], mask) for name, mask in found.masks.items())
+    found, original, fresh = (load(comparison.run(f"{method}@0.9-s4")) for method in ("dsr", "ticket", "fresh"))
+    for name, mask in found.masks.items():
+        assert torch.equal(original.masks[name], mask) and torch.equal(fresh.masks[name], mask)
+        # At such a rate weights stay where they began.
+        both = original.weights[name][mask], fresh.weights[name][mask]
+        assert (both[0] - both[1]).abs().mean() > 0.1 * both[0].abs().mean()
+    assert fresh.config.conversion["seed"] == 1_000_004 and original.config.conversion["seed"] == 4
 
 
 def test_complete_cells_are_left_and_failed_ones_tried_again(tables, tmp_path):
@@ -93,6 +99,19 @@ def test_time_that_is_up_pauses_and_the_next_call_goes_on(tables, tmp_path):
     work(order(whole, grid), lambda line: None)
     one, other = comparison.record("dsr@0.9-s0"), whole.record("dsr@0.9-s0")
     assert {key: one[key] for key in SAME} == {key: other[key] for key in SAME}
+
+
+def test_a_damaged_run_fails_with_the_remedy_which_works(tables, tmp_path):
+    comparison, grid = begun(tables, tmp_path / "out", methods=["static"])
+    attempt(grid.cells[0], comparison, grid.data, deadline=0.0)
+    run = comparison.run("static@0.9-s0")
+    (run / "settings.json").write_text("{")
+    work(order(comparison, grid), lambda line: None)
+    error = comparison.record("static@0.9-s0")["error"]
+    assert f"run {str(run)!r} cannot be resumed" in error and "delete that folder" in error
+    shutil.rmtree(run)
+    work(order(comparison, grid), lambda line: None)
+    assert statuses(comparison) == {"static@0.9-s0": "complete"}
 
 
 def test_a_cell_that_another_process_has_is_left_to_it(tables, tmp_path):

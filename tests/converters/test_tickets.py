@@ -62,6 +62,16 @@ def test_masks_are_those_and_weights_are_fresh(run_folder):
     new.check()
 
 
+def test_fresh_weights_are_never_the_original_ones(run_folder):
+    path, _ = run_folder
+    fresh = convert("lenet-300-100", structure=path)
+    original = convert("lenet-300-100", structure=path, init="original")
+    assert fresh.config.conversion["seed"] == 1_000_007
+    assert all(not torch.equal(fresh.weights[key], weight) for key, weight in original.weights.items())
+    with pytest.raises(UsageError, match="--init fresh with seed 7 gives exactly the weights that .* started with"):
+        convert("lenet-300-100", structure=path, seed=7)
+
+
 def test_original_weights_are_those_of_the_run_to_the_bit(run_folder, tmp_path):
     path, after = run_folder
     new = convert("lenet-300-100", structure=path, init="original")

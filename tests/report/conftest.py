@@ -135,6 +135,7 @@ def extras():
                 "at_peak_bytes": {**ledger, "input": 50, "activations": 250, "scratch": 600},
                 "moment": "aten.convolution",
                 "optimizer_state_bytes": {"sgd": 2000, "adam": 4000},
+                "method": None,
                 **_MEASURED,
             },
             "training_note": None,

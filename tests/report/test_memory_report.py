@@ -159,6 +159,27 @@ def test_the_command_says_what_a_folder_takes(model_folder, monkeypatch, capsys)
     assert training["optimizer_state_bytes"]["adam"] == training["held_bytes"]["optimizer state"]
 
 
+@pytest.mark.parametrize(("method", "per_weight"), [("dst", 4), ("tied", 12)])
+def test_what_a_method_holds_besides_is_said(method, per_weight, tmp_path):
+    from converters.convert import convert
+    from dsr_tool.methods import make
+
+    model = convert("lenet-300-100", sparsity=0)
+    model.save(tmp_path / "run")
+    start = {"kind": "start", "data": "digits", "settings": {"method": method}}
+    (tmp_path / "run" / "log.jsonl").write_text(json.dumps(start) + "\n")
+    document = memory_document(read(tmp_path / "run"), Wanted(batch=2))
+    training = document["training"]
+    optimizer = torch.optim.SGD(model.module.parameters(), 0.1)
+    keeper = make(method, 100, final_sparsity=0.9).keep(model, optimizer, seed=0, before_masking=None)
+    held = (
+        keeper.dense if method == "dst" else [t for ties in keeper.ties for t in (ties._order, ties._place, ties._sign)]
+    )
+    assert training["method"] == {"name": method, "bytes": sum(tensor.nbytes for tensor in held)}
+    assert training["method"]["bytes"] == per_weight * model.prunable_weights
+    assert f"method {method} holds" in memory_text(document)
+
+
 @pytest.mark.skipif(not can_measure(), reason="needs /proc")
 def test_a_child_that_fails_is_told_in_one_sentence():
     with pytest.raises(DsrError, match="measurement of sparse for input .1, 3, 8, 8. failed: .*does not exist"):

@@ -17,6 +17,8 @@ from dsr_tool.report.sources import Source
 __all__ = ["Wanted", "memory_document", "wanted_memory"]
 
 _MOST = 100_000  # inputs at once; the arena's pages are followed one by one
+_OF_METHOD = {"dst": 4, "tied": 12}
+"""Bytes that a method holds besides for each weight of a sparse layer: its dense value; its place, order and sign."""
 _NEEDS_LINUX = "nothing was measured: that needs Linux, whose /proc says how much memory a process holds"
 
 
@@ -144,8 +146,15 @@ def _of_folder(source: Source, wanted: Wanted) -> dict[str, Any]:
         "moment": ledger.moment,
         "optimizer_state_bytes": {name: optimizer_state_bytes(model, name) for name in OPTIMIZERS},
         **_beside(ledger.peak_bytes, _measured("training", source.path, wanted, shape)),
+        "method": _of_method(source, model.prunable_weights),
     }
     return document
+
+
+def _of_method(source: Source, weights: int) -> dict[str, Any] | None:
+    """What the method of a run holds beside the ledger, which is that of the methods that move weights; or None."""
+    method = str(source.log.settings["method"]) if source.log else ""
+    return {"name": method, "bytes": _OF_METHOD[method] * weights} if method in _OF_METHOD else None
 
 
 def _exported(model: Any, shape: tuple[int, ...], folder: Path) -> dict[str, tuple[str, Path]]:

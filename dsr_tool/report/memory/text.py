@@ -58,6 +58,8 @@ def _training_lines(training: Mapping[str, Any]) -> list[str]:
         render(table),
         f"the peak is at {training['moment']}; activations in full are those saved for the backward pass",
     ]
+    if own := training["method"]:
+        lines.append(f"method {own['name']} holds {megabytes(own['bytes'])} MB more, in neither column")
     if training["measured_bytes"] is not None:
         lines.append(
             f"measured {megabytes(training['measured_bytes'])} MB, computed {training['difference']:+.1%} of that"

@@ -165,6 +165,8 @@ def _training(training: Mapping[str, Any]) -> list[Figure]:
     beside = (
         f" Measured: {measured}; computed {difference} against it." if training["measured_bytes"] is not None else ""
     )
+    if own := training["method"]:
+        beside += f" Method {own['name']} holds {numbers.byte_size(own['bytes'])} more."
     states = [(name, numbers.byte_size(n)) for name, n in training["optimizer_state_bytes"].items()]
     state = Table("State that each optimizer keeps", ("optimizer", "bytes"), states)
     return [

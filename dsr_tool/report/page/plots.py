@@ -11,7 +11,10 @@ from dsr_tool.report.page.axes import Axis, Tick, axis, span_ticks
 __all__ = ["STYLES", "Dot", "Plot", "Point", "Trace", "Tracing", "plot"]
 
 STYLES = 16
-"""So many lines can be told apart: eight colours, each solid and dashed. Their CSS classes are `m0` to `m15`."""
+"""So many lines can be told apart: eight colours, each solid with dots and dashed with rings.
+
+Their CSS classes are `m0` to `m15`.
+"""
 
 _SIDE = 1000
 _MOST_TICKS = 4  # below a plot on a phone of 320 pixels
@@ -84,7 +87,8 @@ def plot(
     """
     finite = [point for trace in traces for point in trace.points if math.isfinite(point.y)]
     kept = [point for point in finite if point.y >= lowest]
-    ends = [point.y + side * point.spread for point in kept for side in (-1, 1)]
+    # Rounded, since no round number lies between values that differ in their last bit.
+    ends = [round(point.y + side * point.spread, 9) for point in kept for side in (-1, 1)]
     scale = axis(max(min(ends, default=0), lowest), max(ends, default=1), label)
     places = [point.x for point in (kept if marked else finite)] or [1.0]
     across = _across(min(places), max(places), x_label)
@@ -134,4 +138,4 @@ def _tracing(trace: Trace, scale: Axis, across: _Across, lowest: float, marked: 
 
 
 def _height(value: float, scale: Axis) -> int:
-    return round(_SIDE * scale.at(value) / 100)
+    return round(_SIDE * scale.at(round(value, 9)) / 100)
