@@ -29,7 +29,8 @@ _MOST = 5e-2
 """Scale of alpha from which on thresholds would run past whatever weights an output has."""
 _LEARN = 50.0
 """How fast the scale of alpha adapts: by e to this power over the whole time, were the density e times too high."""
-_ALMOST_EMPTY = 0.1
+_LEAST = 0.25
+"""Share of the final density that every output keeps until the projection."""
 
 
 def long_tailed(x: torch.Tensor) -> torch.Tensor:
@@ -43,9 +44,10 @@ class DST(Method):
     """Train a threshold for every output of a layer together with the weights; what lies below it is masked.
 
     Weights keep learning while they are masked, through a stand-in for the derivative of the mask; a regulariser,
-    alpha times the sum of exp(-threshold), pulls the thresholds up. A layer that is almost empty has its thresholds
-    lowered together until it has the final density; the original sets them to zero, but one layer that is suddenly
-    dense would unsettle alpha, and with it all others.
+    alpha times the sum of exp(-threshold), pulls the thresholds up. An output whose weights are all masked has a
+    gradient no more, and its threshold would rise for ever while alpha presses on the outputs that are left; so no
+    threshold rises above the weights of which a quarter of the final density would be left. The original sets the
+    thresholds of a layer that is almost empty to zero, but one that is suddenly dense would unsettle alpha.
 
     The original cannot be told a budget: its sparsity is what alpha makes of it. Here alpha is steered: it is larger
     while the network is denser than a cubic curve (Zhu & Gupta 2017) from dense to the final density, negative while it
@@ -175,26 +177,15 @@ class DST(Method):
         """Whether each weight of the network exceeds its threshold, and how many do per layer."""
         masks = [self._above(index) for index in range(len(self._thresholds))]
         counts: list[int] = torch.stack([mask.count_nonzero() for mask in masks]).tolist()
-        final = 1 - float(self.budget.sparsity or 0)
-        for index, count in enumerate(counts):
-            if count < max(_ALMOST_EMPTY * final * masks[index].numel(), 1):
-                self._lower(index, max(round(final * masks[index].numel()), 1))
-                masks[index] = self._above(index)
-                counts[index] = int(masks[index].count_nonzero())
         return torch.cat([mask.reshape(-1) for mask in masks]), counts
 
-    def _lower(self, index: int, count: int) -> None:
-        """Lower the thresholds of a layer together, until about so many weights exceed them."""
-        dense, threshold = self._keeper.dense[index], self._thresholds[index]
-        beyond = (dense.abs() - _as_rows(threshold, dense)).reshape(-1)
-        least = beyond.topk(min(count + 1, len(beyond))).values[-1]
-        # A little further, so that rounding leaves at least one of them above.
-        threshold.add_(least - 1e-6 * dense.abs().max()).clamp_(min=0)
-        self._velocities[index].zero_()
-
     def _above(self, index: int) -> torch.Tensor:
-        dense = self._keeper.dense[index]
-        return dense.abs() > _as_rows(self._thresholds[index], dense)
+        """The mask that a layer's thresholds make, after they were kept from masking too much of any output."""
+        magnitude, threshold = self._keeper.dense[index].abs(), self._thresholds[index]
+        rows = magnitude.flatten(1)
+        kept = max(round(_LEAST * (1 - float(self.budget.sparsity or 0)) * rows.shape[1]), 1)
+        threshold.copy_(torch.minimum(threshold, rows.topk(kept, sorted=False).values.amin(1)))
+        return magnitude >= _as_rows(threshold, magnitude)
 
     def _projected(self, sizes: Sequence[int]) -> torch.Tensor:
         """True at exactly the budget's positions of largest |weight| - threshold, at least one of each layer."""

@@ -22,7 +22,7 @@ class Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        return (x > 0).to(x.dtype)
+        return (x >= 0).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -65,7 +65,7 @@ class Masked(nn.Module):
 
 @pytest.mark.parametrize("kind", [optim.SGD, optim.Adam])
 def test_steps_are_those_of_the_papers_masked_layers(kind, monkeypatch):
-    monkeypatch.setattr("dsr_tool.methods.dst._ALMOST_EMPTY", 0.0)
+    monkeypatch.setattr("dsr_tool.methods.dst._LEAST", 0.0)
     torch.manual_seed(0)
     net = Net().double()
     theirs = Masked(net)
@@ -78,6 +78,7 @@ def test_steps_are_those_of_the_papers_masked_layers(kind, monkeypatch):
     method._alpha = alpha = 0.005
     weights = kind(theirs.net.parameters(), 0.02, **options)
     thresholds = optim.SGD(theirs.thresholds.parameters(), 0.1, momentum=0.9)
+    dense = [theirs.net.conv.weight, theirs.net.hidden.weight, theirs.net.out.weight]
     for _ in range(25):
         x, y = torch.randn(16, 2, 5, 5, dtype=torch.float64), torch.randint(4, (16,))
         for optimizer in (ours, weights, thresholds):
@@ -87,12 +88,12 @@ def test_steps_are_those_of_the_papers_masked_layers(kind, monkeypatch):
         (cross_entropy(theirs(x), y) + alpha * penalty).backward()
         for optimizer in (ours, weights, thresholds):
             optimizer.step()
-        for threshold in theirs.thresholds:
-            threshold.data.clamp_(min=0)
+        for threshold, weight in zip(theirs.thresholds, dense, strict=True):
+            # Ours: no threshold below zero, and none above all weights of its output.
+            threshold.data.clamp_(min=0).copy_(torch.minimum(threshold, weight.abs().flatten(1).amax(1)))
         torch.testing.assert_close(method._thresholds, list(theirs.thresholds.parameters()), rtol=1e-9, atol=1e-12)
         for mask, expected in zip(model.masks.values(), theirs.masks(), strict=True):
             assert torch.equal(mask, expected.bool())
-        dense = [theirs.net.conv.weight, theirs.net.hidden.weight, theirs.net.out.weight]
         torch.testing.assert_close(method._keeper.dense, dense, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(net.out.bias, theirs.net.out.bias, rtol=1e-9, atol=1e-12)
         model.check()
@@ -197,7 +198,7 @@ def test_the_projection_keeps_the_largest_beyond_their_thresholds_and_empties_no
     assert method._projected((4, 4)).tolist() == [True, False, False, False, True, True, True, False]
 
 
-def test_an_almost_empty_layer_starts_over_at_the_final_density():
+def test_no_output_is_masked_to_less_than_a_quarter_of_the_final_density():
     net = nn.Sequential(nn.Linear(30, 20, bias=False), nn.Linear(20, 30, bias=False))
     model = convert(net, sparsity=0)
     optimizer = optim.SGD(net.parameters(), 0.0)
@@ -206,9 +207,11 @@ def test_an_almost_empty_layer_starts_over_at_the_final_density():
     method._thresholds[1].fill_(0.1)
     net(torch.ones(2, 30)).sum().backward()
     optimizer.step()
-    assert int(model.masks["0.weight"].sum()) == pytest.approx(300, abs=2)
-    torch.testing.assert_close(method._thresholds[0].diff(), torch.full((19,), 0.1 / 19), rtol=1e-3, atol=1e-6)
-    assert torch.equal(model.masks["1.weight"], method._keeper.dense[1].abs() > 0.1)
+    first, second = method._keeper.dense
+    assert model.masks["0.weight"].sum(1).tolist() == [4] * 20  # of 30, at a final density of one half
+    assert torch.equal(method._thresholds[0], first.abs().sort(1, descending=True).values[:, 3])
+    assert torch.equal(model.masks["1.weight"], second.abs() >= method._thresholds[1].view(-1, 1))
+    assert method._thresholds[1].amax() == pytest.approx(0.1)
 
 
 def test_a_pull_downwards_ends_at_zero():
