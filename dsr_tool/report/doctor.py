@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 import platform
-import re
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
+
+from packaging.requirements import Requirement
 
 from dsr_tool.errors import UsageError, first_line
 
@@ -51,24 +52,20 @@ def doctor_text(document: dict[str, Any]) -> str:
 def _packages(problems: list[str]) -> dict[str, str | None]:
     """Installed versions of what dsr-tool asks for, against the lower bounds it asks for."""
     found: dict[str, str | None] = {}
-    for requirement in requires("dsr-tool") or []:
-        match = re.match(r"([A-Za-z0-9_.-]+)>=([0-9.]+)", requirement.replace(" ", ""))
-        if match is None or "extra==" in requirement.replace(" ", ""):
+    for text in requires("dsr-tool") or []:
+        wanted = Requirement(text)
+        if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
             continue
-        name, bound = match[1], match[2]
+        name, bound = wanted.name, wanted.specifier
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
-            problems.append(f"{name} is not installed; run: pip install '{name}>={bound}'")
+            problems.append(f"{name} is not installed; run: pip install '{name}{bound}'")
             continue
-        if _numbers(found[name] or "") < _numbers(bound):
-            problems.append(f"{name} {found[name]} is older than {bound}; run: pip install --upgrade '{name}>={bound}'")
+        if not bound.contains(found[name] or "", prereleases=True):
+            problems.append(f"{name} {found[name]} is not {bound}; run: pip install --upgrade '{name}{bound}'")
     return found
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", text.partition("+")[0])[:3])
 
 
 def _import(name: str, problems: list[str]) -> None:

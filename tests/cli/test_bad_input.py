@@ -55,7 +55,7 @@ def bad(run, folder, *arguments):
         (["resnet18", "--sparsity", "1/0"], 2, "fraction of zeros"),
         (["resnet18", "--sparsity", "0.9", "--num-classes", "99999999999"], 2, "1 to 1,000,000"),
         (["resnet18", "--sparsity", "0.9", "--seed", "many"], 2, "integer"),
-        ([], 2, "Missing argument"),
+        ([], 2, "ARCH is missing"),
         (["resnet18", "--sparsity", "0.9", "--num-classes", "0"], 2, "--num-classes 0"),
         (["resnet18", "--sparsity", "0.9", "--input-size", "0"], 2, "--input-size 0"),
         (["alexnet", "--sparsity", "0.9", "--input-size", "8"], 2, "--input-size"),

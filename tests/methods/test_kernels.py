@@ -64,7 +64,7 @@ def test_where_all_kernels_are_of_one_size_the_number_is_the_nearest_from_below(
 def test_too_few_weights_for_a_kernel_in_each_layer_are_refused():
     with pytest.raises(UsageError, match="allow 20 or more"):
         model(sparsity=0.999, sparsify_patterns=["*"])
-    with pytest.raises(UsageError, match=r"unknown granularity 'kernels'.*did you mean kernel"):
+    with pytest.raises(UsageError, match=r"granularity 'kernels' is unknown; did you mean kernel"):
         model(granularity="kernels")
 
 
