@@ -103,7 +103,7 @@ def contenders(archive: Path, dense: Path, batch: int, threads: int, names: list
     """What runs, by name; what cannot run the model says so and is left out."""
     makers: dict[str, Callable[[], Run]] = {
         "sparse": lambda: open_session(archive, "sparse", batch, threads).run,
-        "onnxruntime": lambda: OnnxSession(dense, threads=threads).run,
+        "onnxruntime": lambda: OnnxSession(dense, threads=threads, spinning=False).run,
         "scipy": lambda: open_session(archive, "scipy", batch, threads).run,
         "openvino": lambda: openvino(dense, batch, threads),
         "torch": lambda: pytorch(archive, threads),

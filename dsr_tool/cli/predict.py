@@ -36,10 +36,19 @@ _AT_ONCE = 16
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--runtime", default="sparse", show_default=True, help="sparse, scipy or onnxruntime.")
+@click.option("--threads", type=click.IntRange(1, 256), help="For one call; 1, or every core with onnxruntime.")
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="How many classes to print.")
 @click.option("--labels", type=click.Path(path_type=Path), help="Text file of class names, one a line.")
 @result_options
-def command(file: Path, inputs: tuple[Path, ...], runtime: str, top: int, labels: Path | None, as_json: bool) -> None:
+def command(
+    file: Path,
+    inputs: tuple[Path, ...],
+    runtime: str,
+    threads: int | None,
+    top: int,
+    labels: Path | None,
+    as_json: bool,
+) -> None:
     """Run the archive or ONNX FILE on pictures, or on .npy arrays that are preprocessed already.
 
     Classifiers give probabilities; segmentation gives the share of pixels of each class. `sparse` runs compiled
@@ -55,7 +64,7 @@ def command(file: Path, inputs: tuple[Path, ...], runtime: str, top: int, labels
     with _opened(file, inputs) as archive:
         names = _labels(labels, archive)
         batches = [load_inputs([path], archive.config) for path in inputs]
-        outputs = _run(archive, runtime, np.concatenate(batches))
+        outputs = _run(archive, runtime, threads, np.concatenate(batches))
     if not np.isfinite(outputs).all():
         raise DsrError("the model's outputs are not finite; look at the scale of the inputs, and verify the file.")
     sources = [name for path, batch in zip(inputs, batches, strict=True) for name in _inputs(path, len(batch))]
@@ -97,23 +106,26 @@ def _inputs(path: Path, count: int) -> list[str]:
     return [str(path)] if count == 1 else [f"{path}[{i}]" for i in range(count)]
 
 
-def _run(archive: Archive, runtime: str, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _run(
+    archive: Archive, runtime: str, threads: int | None, batch: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
     import numpy as np
 
-    session = _session(archive, runtime)
+    session = _session(archive, runtime, threads)
     # A few at a time: activations take far more memory than inputs.
     return np.concatenate([session.run(batch[i : i + _AT_ONCE]) for i in range(0, len(batch), _AT_ONCE)])
 
 
-def _session(archive: Archive, runtime: str) -> Session | OnnxSession:
+def _session(archive: Archive, runtime: str, threads: int | None) -> Session | OnnxSession:
     if runtime == "onnxruntime":
         from exporters.onnx.model import to_onnx
         from exporters.onnx.session import OnnxSession
 
-        return OnnxSession(to_onnx(archive.graph, dict(archive), encoding="dense").SerializeToString())
+        model = to_onnx(archive.graph, dict(archive), encoding="dense")
+        return OnnxSession(model.SerializeToString(), threads=threads)
     from dsr_tool.runtime import Session
 
-    return Session(archive, runtime="scipy" if runtime == "scipy" else "auto")
+    return Session(archive, threads=threads or 1, runtime="scipy" if runtime == "scipy" else "auto")
 
 
 def _labels(path: Path | None, archive: Archive) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 Both take turns in one process on the same input, and the ratio is of each pair, so that a drifting machine moves both.
 Each turn runs twice and times the second, so that neither finds its weights pushed out by the other's. Start and memory
-are of child processes that load and run one of them alone.
+are of child processes that load and run one of them alone. Threads of ONNX Runtime do not spin when they wait,
+since they would take cores from the turn that is timed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dsr_tool.core.graph import Array
 from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.report.memory.measure import Measured, Request, can_measure, measure
 from dsr_tool.runtime import Session
+from dsr_tool.runtime.native.library import level
 
 __all__ = ["RUNTIMES", "Settings", "bench_document", "open_session", "paired", "spread"]
 
@@ -82,7 +84,8 @@ def bench_document(path: Path, settings: Settings, say: Callable[[str], None] = 
         archive, dense = _models(path, Path(folder))
         x = _inputs(archive, settings.batch)
         say(f"running both, {settings.rounds} rounds")
-        latency, outputs = _latency(archive, dense, x, settings)
+        ours = open_session(archive, settings.runtime, settings.batch, settings.threads)
+        latency, outputs = _latency(ours, dense, x, settings)
         children = {}
         if can_measure():
             say("loading and running each in processes of its own")
@@ -97,7 +100,8 @@ def bench_document(path: Path, settings: Settings, say: Callable[[str], None] = 
             "threads": settings.threads,
             "rounds": settings.rounds,
             "runtime": settings.runtime,
-            "kernels": _kernels(settings.runtime),
+            "runs_on": ours.runtime,
+            "kernels": level() if ours.runtime == "native" else None,
             "latency": latency,
             "outputs": outputs,
             "load_s": {name: child.load_s for name, child in children.items()} or None,
@@ -143,13 +147,12 @@ def _inputs(archive: Archive, batch: int) -> Array:
 
 
 def _latency(
-    archive: Archive, dense: Path, x: Array, settings: Settings
+    ours: Session, dense: Path, x: Array, settings: Settings
 ) -> tuple[dict[str, Any], dict[str, float | None]]:
     """Both in turns: seconds and ratios, and how far their outputs are apart."""
     from exporters.onnx.session import OnnxSession
 
-    ours = open_session(archive, settings.runtime, settings.batch, settings.threads)
-    theirs = OnnxSession(dense, threads=settings.threads)
+    theirs = OnnxSession(dense, threads=settings.threads, spinning=False)
     found, expected = ours.run(x), theirs.run(x)
     pairs = paired(lambda: ours.run(x), lambda: theirs.run(x), settings.rounds)
     ratios = [dense_s / ours_s for ours_s, dense_s in pairs]
@@ -203,9 +206,3 @@ def _of_children(request: Request) -> Measured:
     names = Measured.__dataclass_fields__
     medians = {name: statistics.median(getattr(result, name) for result in results) for name in names}
     return Measured(**medians)
-
-
-def _kernels(runtime: str) -> str | None:
-    from dsr_tool.runtime.native.library import level
-
-    return level() if runtime == "sparse" else None

@@ -20,6 +20,8 @@ def bench_text(document: Mapping[str, Any]) -> str:
         _latency(document),
         _outputs(document["outputs"]),
     ]
+    if document["runs_on"] == "onnxruntime":
+        lines.append("the model is too dense for sparse kernels, so onnxruntime ran both")
     if document["load_s"] is None:
         lines.append("start and memory were not measured: that needs Linux, whose /proc says what a process holds")
     return "\n".join(lines)

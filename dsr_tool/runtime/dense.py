@@ -14,6 +14,7 @@ import numpy as np
 
 from dsr_tool.core.codecs import SparseTensor
 from dsr_tool.core.graph import Array, Attribute, Graph, Node, Value
+from dsr_tool.errors import FormatError, first_line
 from dsr_tool.runtime.matrices import dense
 
 __all__ = ["DensePlan"]
@@ -50,8 +51,15 @@ class DensePlan:
         return cls(session, graph.inputs[0].name, graph.outputs[0].name)
 
     def run(self, x: Array) -> Array:
-        """Compute the output for an input."""
-        return np.asarray(self._session.run([self._output], {self._name: x})[0])
+        """Compute the output for an input.
+
+        Raises:
+            FormatError: ONNX Runtime cannot.
+        """
+        try:
+            return np.asarray(self._session.run([self._output], {self._name: x})[0])
+        except Exception as error:  # as in `of`
+            raise FormatError(f"onnxruntime cannot run inputs of shape {x.shape}: {first_line(error)}.") from error
 
 
 def _model(graph: Graph, tensors: Mapping[str, SparseTensor]) -> bytes:

@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dsr_tool.core.container import MAX_RANK
+from dsr_tool.core.graph import Array
 from dsr_tool.errors import FormatError
 
-__all__ = ["FREE_BYTES", "Kernel", "Table", "claim", "room", "takes"]
+__all__ = ["FREE_BYTES", "Kernel", "Table", "claim", "numbers", "room", "takes"]
 
 FREE_BYTES = 256 << 20
 """Room that every graph has, however small its input and weights are."""
@@ -51,6 +52,14 @@ def claim(shape: Sequence[int], dtype: npt.DTypeLike) -> None:
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     if nbytes > _room.get():
         raise FormatError(f"a value would take {nbytes:.3g} bytes, more than a graph of this size is granted.")
+
+
+def numbers(array: Array) -> list[int]:
+    """Sizes or axes as Python's numbers, of as many axes as a value may have at most; pads have two for each."""
+    if array.size > 2 * MAX_RANK:
+        raise FormatError(f"{array.size:,} sizes or axes are given; no value has more than {MAX_RANK} dimensions.")
+    result: list[int] = array.tolist()
+    return result
 
 
 @functools.cache

@@ -28,6 +28,7 @@ __all__ = [
     "kernel_of",
     "nbytes_of",
     "needed",
+    "require_opset",
 ]
 
 OPERATORS: Table = {
@@ -86,11 +87,7 @@ class Plan:
             UsageError: an operator, a form of one, or an operator set that this runtime does not know.
             FormatError: the weights do not fit the graph, or what is computed from them takes too much memory.
         """
-        if graph.opset < _OLDEST_OPSET:
-            raise UsageError(
-                f"the graph uses operator set {graph.opset} of ONNX; the sparse runtime computes {_OLDEST_OPSET} and "
-                f"newer, so convert the model to operator set 20."
-            )
+        require_opset(graph)
         self._input, self._output = graph.inputs[0].name, graph.outputs[0].name
         self._steps: list[_Step] = []
         self._constants: dict[str, Array] = {}
@@ -136,6 +133,15 @@ class Plan:
                     held -= values[name].nbytes if name in values and name not in self._constants else 0
                     values.pop(name, None)
         return np.asarray(values[self._output], order="C")
+
+
+def require_opset(graph: Graph) -> None:
+    """Raise `UsageError` for an operator set whose operators mean something else."""
+    if graph.opset < _OLDEST_OPSET:
+        raise UsageError(
+            f"the graph uses operator set {graph.opset} of ONNX; the sparse runtime computes {_OLDEST_OPSET} and "
+            f"newer, so convert the model to operator set 20."
+        )
 
 
 def needed(nodes: Sequence[Node], output: str) -> Iterable[tuple[Node, tuple[str, ...]]]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from dsr_tool.core.graph import Array
 from dsr_tool.errors import FormatError, UsageError
-from dsr_tool.runtime.kernels import Kernel, Table
+from dsr_tool.runtime.kernels import Kernel, Table, numbers
 
 __all__ = ["OPERATORS", "mean"]
 
@@ -20,7 +20,7 @@ def _reduction(function: Callable[[Array, tuple[int, ...] | None, bool], Array])
         if axes is None or not axes.size:
             # With no axes to reduce, what is done to each element still is.
             return function(x, () if noop_with_empty_axes else None, bool(keepdims))
-        return function(x, tuple(axes.tolist()), bool(keepdims))
+        return function(x, tuple(numbers(axes)), bool(keepdims))
 
     return run
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -13,7 +15,7 @@ from dsr_tool.core.archive import Archive, open_archive
 from dsr_tool.core.codecs import SparseTensor
 from dsr_tool.core.folding import fold_norms
 from dsr_tool.core.graph import Array, Graph, Value
-from dsr_tool.errors import UsageError, unknown_name
+from dsr_tool.errors import FormatError, UsageError, unknown_name
 from dsr_tool.runtime.dense import DensePlan
 from dsr_tool.runtime.fast.plan import FastPlan
 from dsr_tool.runtime.fast.program import Machine
@@ -28,6 +30,8 @@ _MOST_COST = 0.95
 """Of sparse products beside dense ones, above which those are left to onnxruntime."""
 _MOST_PLANS = 4
 """Shapes of inputs that a session is prepared for at a time."""
+_MOST_PREPARED = 1 << 28
+"""Floats of an input that a session makes ready for before it sees one."""
 
 
 class Session:
@@ -81,15 +85,13 @@ class Session:
         graph, tensors = fold_norms(graph, tensors)
         machine = _machine(runtime, threads, self.input)
         self.runtime = "scipy" if machine is None else "native"
-        self._plan: Plan | _Plans | DensePlan = (
-            Plan(graph, tensors) if machine is None else _Plans(graph, tensors, machine)
-        )
-        if isinstance(self._plan, _Plans):
-            sizes = [n for n in self.input.shape[1:] if n is not None]
-            if len(sizes) == len(self.input.shape) - 1:
-                plan = self._plan.prepare((self.input.shape[0] or batch or 1, *sizes))
-                if runtime == "auto" and plan.cost > _MOST_COST and (given := DensePlan.of(graph, tensors, threads)):
-                    self._plan, self.runtime = given, "onnxruntime"
+        self._plan: Plan | _Plans = Plan(graph, tensors) if machine is None else _Plans(graph, tensors, machine)
+        if isinstance(self._plan, _Plans) and (shape := _first_shape(self.input, batch)):
+            cost = self._plan.prepare(shape).cost
+            if cost is None:
+                self.runtime = "scipy"
+            elif runtime == "auto" and cost > _MOST_COST and (given := DensePlan.of(graph, tensors, threads)):
+                self._plan.dense, self.runtime = given, "onnxruntime"
 
     def run(self, x: Array) -> Array:
         """Predict.
@@ -118,17 +120,23 @@ class Session:
 
 
 class _Plans:
-    """A plan for each shape of inputs, the ones used last."""
+    """A plan for each shape of inputs, the ones used last.
+
+    Attributes:
+        dense: what computes in their place, where that is quicker.
+    """
 
     def __init__(self, graph: Graph, tensors: Mapping[str, SparseTensor], machine: Machine) -> None:
         self._graph, self._tensors, self._machine = graph, tensors, machine
-        self._plans: OrderedDict[tuple[int, ...], FastPlan] = OrderedDict()
+        self._plans: OrderedDict[tuple[int, ...], FastPlan | _Reference] = OrderedDict()
+        self._reference: _Reference | None = None
+        self.dense: DensePlan | None = None
         # The plans share memory for what they compute.
         self._lock = threading.Lock()
 
-    def prepare(self, shape: tuple[int, ...]) -> FastPlan:
+    def prepare(self, shape: tuple[int, ...]) -> FastPlan | _Reference:
         """The plan for a shape, made where there is none."""
-        plan = self._plans.pop(shape, None) or FastPlan(self._graph, self._tensors, shape, self._machine)
+        plan = self._plans.pop(shape, None) or self._made(shape)
         self._plans[shape] = plan
         while len(self._plans) > _MOST_PLANS:
             self._plans.popitem(last=False)
@@ -136,8 +144,41 @@ class _Plans:
 
     def run(self, x: Array) -> Array:
         """Compute the output for an input."""
+        if self.dense is not None:
+            with contextlib.suppress(FormatError):
+                return self.dense.run(x)
         with self._lock:
-            return self.prepare(x.shape).run(x)
+            plan = self.prepare(x.shape)
+            try:
+                return plan.run(x)
+            except (FormatError, MemoryError):
+                if isinstance(plan, _Reference):
+                    raise
+                return self._by_scipy().run(x)
+
+    def _made(self, shape: tuple[int, ...]) -> FastPlan | _Reference:
+        try:
+            return FastPlan(self._graph, self._tensors, shape, self._machine)
+        except (FormatError, MemoryError):
+            # Whatever the reference runs is run; where it cannot either, it says why.
+            return self._by_scipy()
+
+    def _by_scipy(self) -> _Reference:
+        self._reference = self._reference or _Reference(self._graph, self._tensors)
+        return self._reference
+
+
+class _Reference(Plan):
+    """The plan of a shape that the kernels cannot take: it has no `cost`."""
+
+    cost = None
+
+
+def _first_shape(given: Value, batch: int | None) -> tuple[int, ...]:
+    """What to be ready for; empty where sizes are open, or so large that the first run shall find out."""
+    shape = (given.shape[0] or batch or 1, *given.shape[1:])
+    sizes = tuple(n for n in shape if n is not None and n > 0)
+    return sizes if len(sizes) == len(shape) and math.prod(sizes) <= _MOST_PREPARED else ()
 
 
 def _machine(runtime: str, threads: int, given: Value) -> Machine | None:

@@ -78,13 +78,22 @@ def onnx_session(
 class OnnxSession:
     """A loaded model with one input and one output."""
 
-    def __init__(self, source: Path | bytes, *, threads: int | None = None, optimized: Path | None = None) -> None:
+    def __init__(
+        self,
+        source: Path | bytes,
+        *,
+        threads: int | None = None,
+        optimized: Path | None = None,
+        spinning: bool = True,
+    ) -> None:
         """Load a model and optimise it.
 
         Args:
             source: a file, or the bytes of one.
             threads: of one inference; None for as many as there are cores.
             optimized: where to write the graph as it runs after optimisation; None for nowhere.
+            spinning: threads without work keep their cores busy for a while, as is onnxruntime's default; not beside
+                something else that is timed.
 
         Raises:
             FormatError: onnxruntime refuses the model.
@@ -94,6 +103,7 @@ class OnnxSession:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         options.intra_op_num_threads = threads or 0
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         if optimized is not None:
             options.optimized_model_filepath = str(optimized)
             # Beside it, since a model of more than 2 GB does not fit into one file of this format.

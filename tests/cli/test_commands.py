@@ -106,6 +106,17 @@ def test_predict_in_both_runtimes(run_json, archive, tmp_path):
     assert sum(p for _, p in tops[0]) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("runtime", ["sparse", "onnxruntime"])
+def test_predict_with_threads(run_json, run, archive, tmp_path, runtime):
+    np.save(tmp_path / "x.npy", np.ones((1, *dsr_tool.open_archive(archive).config.input_shape), np.float32))
+    one, two = (
+        run_json("predict", archive, tmp_path / "x.npy", "--runtime", runtime, "--threads", n)["predictions"]
+        for n in (1, 2)
+    )
+    assert [best["class"] for best in one[0]["top"]] == [best["class"] for best in two[0]["top"]]
+    assert run("predict", archive, tmp_path / "x.npy", "--threads", 0)[0] == 2
+
+
 def test_predict_with_labels_and_arrays(run, archive, tmp_path):
     np.save(tmp_path / "batch.npy", np.zeros((3, 3, 64, 64), np.float32))
     (tmp_path / "names.txt").write_text("ant\nbee\ncat\ndog\nelk\n")

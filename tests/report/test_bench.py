@@ -48,6 +48,7 @@ def document(low, median, high, **changes):
         "threads": 1,
         "rounds": 4,
         "runtime": "sparse",
+        "runs_on": "native",
         "kernels": "avx2",
         "latency": {"ours_s": seconds, "dense_s": seconds, "ratio": ratio, "verdict": bench._verdict(ratio)},
         "outputs": {"largest_difference": 1e-7, "scale": 2.0},
@@ -98,3 +99,9 @@ def test_outputs_that_are_not_finite_are_not_compared():
 def test_settings_that_are_not_allowed(tmp_path, settings, message):
     with pytest.raises(bench.UsageError, match=message):
         bench_document(tmp_path / "none.dsr", settings)
+
+
+def test_a_model_that_is_handed_over_says_so():
+    text = bench_text(document(0.98, 1.0, 1.02, runs_on="onnxruntime", kernels=None))
+    assert "too dense for sparse kernels, so onnxruntime ran both" in text
+    assert "so onnxruntime ran both" not in bench_text(document(0.98, 1.0, 1.02))

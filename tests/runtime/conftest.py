@@ -1,4 +1,4 @@
-"""One node or one small graph in onnxruntime and in our runtime."""
+"""One node or one small graph in onnxruntime, in the reference and in the compiled kernels."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from onnx import helper
 from dsr_tool.core.codecs import SparseTensor
 from dsr_tool.core.graph import Graph, Node, Value
 from dsr_tool.core.mask import Mask
+from dsr_tool.runtime.fast.plan import FastPlan
+from dsr_tool.runtime.fast.program import Machine
+from dsr_tool.runtime.native.library import library
 from dsr_tool.runtime.plan import OPERATORS, Plan
 
 OPSET = 20
@@ -78,5 +81,53 @@ def agree() -> Callable[..., None]:
             assert ours.dtype == theirs.dtype
             scale = np.abs(theirs[np.isfinite(theirs)]).max(initial=0) if theirs.dtype.kind == "f" else 0
             np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=rtol * float(scale))
+
+    return check
+
+
+@pytest.fixture(scope="session", params=[1, 3])
+def machine(request: pytest.FixtureRequest) -> Machine:
+    """What all cases share, so that each finds what the one before left: memory, and weights that were packed."""
+    return Machine(library(), request.param)
+
+
+@pytest.fixture(scope="session")
+def sparse() -> Callable[..., SparseTensor]:
+    """Makes a weight with a share of its entries, at random places."""
+
+    def make(rng: np.random.Generator, shape: tuple[int, ...], density: float) -> SparseTensor:
+        mask = rng.random(shape) < density
+        return SparseTensor(Mask.from_bool(mask), rng.standard_normal(int(mask.sum())).astype(np.float32))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def both() -> Callable[..., FastPlan]:
+    """Compute with kernels and with the reference, and compare; twice, since the second run finds what the first left.
+
+    Returns the plan of the kernels.
+    """
+
+    def check(
+        machine: Machine,
+        nodes: list[Node],
+        tensors: dict[str, SparseTensor],
+        x: np.ndarray,
+        constants: Mapping[str, np.ndarray] | None = None,
+    ) -> FastPlan:
+        last = nodes[-1].outputs[0]
+        graph = Graph((Value("x", x.shape),), (Value(last, ()),), tuple(nodes), constants or {}, tuple(tensors), OPSET)
+        wanted = Plan(graph, tensors).run(x)
+        # Weights are kept by name, and the next case has others.
+        machine.packs.clear()
+        plan = FastPlan(graph, tensors, x.shape, machine)
+        for _ in range(2):
+            found = plan.run(x)
+            assert found.shape == wanted.shape
+            assert found.dtype == wanted.dtype
+            scale = float(np.abs(wanted[np.isfinite(wanted)]).max(initial=0))
+            np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=3e-6 * scale + 1e-30)
+        return plan
 
     return check

@@ -7,45 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsr_tool.core.codecs import SparseTensor
 from dsr_tool.core.graph import Graph, Node, Value
-from dsr_tool.core.mask import Mask
 from dsr_tool.runtime.fast.plan import FastPlan
 from dsr_tool.runtime.fast.program import Machine
 from dsr_tool.runtime.native.library import library
-from dsr_tool.runtime.plan import Plan
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no kernels were built here")
 
 DENSITIES = st.sampled_from((0.0, 0.02, 0.1, 0.3, 0.6, 0.8, 1.0))
-
-
-@pytest.fixture(scope="module", params=[1, 3])
-def machine(request) -> Machine:
-    return Machine(library(), request.param)
-
-
-def sparse(rng: np.random.Generator, shape: tuple[int, ...], density: float) -> SparseTensor:
-    mask = rng.random(shape) < density
-    return SparseTensor(Mask.from_bool(mask), rng.standard_normal(int(mask.sum())).astype(np.float32))
-
-
-def both(
-    machine: Machine, nodes: list[Node], tensors: dict[str, SparseTensor], x: np.ndarray, constants=None
-) -> FastPlan:
-    """Compute with both and compare; twice, since the second run finds what the first one left."""
-    last = nodes[-1].outputs[0]
-    graph = Graph((Value("x", x.shape),), (Value(last, ()),), tuple(nodes), constants or {}, tuple(tensors), 20)
-    wanted = Plan(graph, tensors).run(x)
-    machine.packs.clear()
-    plan = FastPlan(graph, tensors, x.shape, machine)
-    for _ in range(2):
-        found = plan.run(x)
-        assert found.shape == wanted.shape
-        assert found.dtype == wanted.dtype
-        scale = float(np.abs(wanted[np.isfinite(wanted)]).max(initial=0))
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=3e-6 * scale + 1e-30)
-    return plan
 
 
 @settings(max_examples=150, deadline=None)
@@ -53,7 +22,7 @@ def both(
     st.integers(0, 2**32), st.sampled_from(((1, 1), (2, 2), (3, 3), (6, 6))), DENSITIES, st.booleans(),
     st.sampled_from(((1, 1), (3, 3), (2, 2), (5, 5), (3, 1), (1, 7))), st.integers(1, 3), st.integers(1, 2), st.data(),
 )  # fmt: skip
-def test_convolution(machine, seed, groups, density, with_bias, kernel, stride, dilation, data):
+def test_convolution(machine, both, sparse, seed, groups, density, with_bias, kernel, stride, dilation, data):
     rng = np.random.default_rng(seed)
     group, multiple = groups
     channels, rows = 6 * data.draw(st.integers(1, 3)), multiple * data.draw(st.integers(1, 4))
@@ -72,7 +41,7 @@ def test_convolution(machine, seed, groups, density, with_bias, kernel, stride, 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(48, 70), st.integers(48, 70), DENSITIES, DENSITIES, st.integers(1, 2))
-def test_strides_after_each_other(machine, seed, height, width, first, second, batch):
+def test_strides_after_each_other(machine, both, sparse, seed, height, width, first, second, batch):
     """Several convolutions on one grid, where a value has a plane for each phase of the strides."""
     rng = np.random.default_rng(seed)
     tensors = {
@@ -96,7 +65,7 @@ def test_strides_after_each_other(machine, seed, height, width, first, second, b
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 300), st.integers(1, 300), DENSITIES, st.booleans())
-def test_linear(machine, seed, batch, columns, rows, density, with_bias):
+def test_linear(machine, both, sparse, seed, batch, columns, rows, density, with_bias):
     rng = np.random.default_rng(seed)
     tensors = {"w": sparse(rng, (rows, columns), density)}
     if with_bias:
@@ -114,7 +83,7 @@ ACTIVATIONS = [
 
 @pytest.mark.parametrize(("op", "attributes"), ACTIVATIONS)
 @pytest.mark.parametrize("alone", [True, False])
-def test_activation(machine, op, attributes, alone):
+def test_activation(machine, both, sparse, op, attributes, alone):
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((2, 4, 9, 11)) * 8).astype(np.float32)
     x[0, 0, 0, :6] = [0, -0.0, 100, -100, np.inf, -np.inf]
@@ -130,7 +99,7 @@ def test_activation(machine, op, attributes, alone):
     assert not both(machine, nodes, tensors, x).fallback
 
 
-def test_gates_become_one(machine):
+def test_gates_become_one(machine, both, sparse):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 4, 7, 7)).astype(np.float32)
     tensors = {"w": sparse(rng, (4, 4, 1, 1), 0.5)}
@@ -142,7 +111,7 @@ def test_gates_become_one(machine):
         assert (plan.native, plan.fallback) == (2, [])
 
 
-def test_squeeze_and_excite(machine):
+def test_squeeze_and_excite(machine, both, sparse):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((3, 8, 14, 13)).astype(np.float32)
     tensors = {
@@ -167,7 +136,7 @@ def test_squeeze_and_excite(machine):
     st.integers(0, 2**32), st.sampled_from(("MaxPool", "AveragePool")), st.integers(1, 4), st.integers(1, 3),
     st.integers(0, 2), st.booleans(), st.integers(0, 1), st.data(),
 )  # fmt: skip
-def test_pool(machine, seed, op, kernel, stride, pad, positive, ceil, data):
+def test_pool(machine, both, seed, op, kernel, stride, pad, positive, ceil, data):
     rng = np.random.default_rng(seed)
     pad = min(pad, kernel - 1)
     size = data.draw(st.tuples(st.integers(4, 30), st.integers(4, 30)))
@@ -179,7 +148,7 @@ def test_pool(machine, seed, op, kernel, stride, pad, positive, ceil, data):
     both(machine, [*first, Node(op, ("r" if positive else "x",), ("y",), attributes)], {}, x)
 
 
-def test_values_that_others_read_stay(machine):
+def test_values_that_others_read_stay(machine, both, sparse):
     """What is fused into the operation that makes a value must not change it for those who read it before that."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 4, 10, 10)).astype(np.float32)
@@ -198,7 +167,7 @@ def test_values_that_others_read_stay(machine):
 
 
 @pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_stays_where_it_is(machine, special):
+def test_what_is_not_finite_stays_where_it_is(machine, both, sparse, special):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 3, 12, 12)).astype(np.float32)
     x[0, 1, 5, 6] = special
@@ -207,7 +176,7 @@ def test_what_is_not_finite_stays_where_it_is(machine, special):
     both(machine, nodes, tensors, x)
 
 
-def test_operators_without_a_kernel_run_in_between(machine):
+def test_operators_without_a_kernel_run_in_between(machine, both, sparse):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 4, 8, 8)).astype(np.float32)
     tensors = {"w": sparse(rng, (4, 4, 3, 3), 0.4), "l": sparse(rng, (5, 4 * 8 * 8), 0.1)}
@@ -225,7 +194,7 @@ def test_operators_without_a_kernel_run_in_between(machine):
     assert plan.native >= 4
 
 
-def test_the_same_for_any_number_of_threads() -> None:
+def test_the_same_for_any_number_of_threads(sparse):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 16, 31, 29)).astype(np.float32)
     tensors = {"w": sparse(rng, (33, 16, 3, 3), 0.2)}

@@ -146,3 +146,11 @@ def test_gather_into_too_many_dimensions_is_refused():
     x = np.zeros((1,) * 25, np.float32)
     with pytest.raises(FormatError, match="49 dimensions"):
         OPERATORS["Gather"](x, np.zeros((1,) * 25, np.int64))
+
+
+@pytest.mark.parametrize("count", [40, 1000])
+@pytest.mark.parametrize("op", ["Expand", "Reshape", "ConstantOfShape"])
+def test_more_sizes_than_a_value_has_dimensions(op, count):
+    sizes = np.ones(count, np.int64)
+    with pytest.raises(FormatError, match="dimensions"):
+        _ = OPERATORS[op](*((sizes,) if op == "ConstantOfShape" else (np.ones(1, np.float32), sizes)))

@@ -62,6 +62,9 @@ def activation_of(into: Lowering, node: Node, activation: Activation, **paramete
     value = into.value(name)
     if value is None:
         return None
+    parameters = {key: float(given) for key, given in parameters.items()}
+    if any(map(math.isnan, parameters.values())):
+        return None
     maker = into.segment.maker(value)
     fusable = (Kind.PRODUCT, Kind.COMBINE, Kind.CHANNELWISE, Kind.ROWS)
     if maker is not None and maker.kind in fusable and maker.plain and into.only_here(name):
@@ -101,7 +104,7 @@ def _set(op: Op, activation: Activation, parameters: Mapping[str, float]) -> Non
     for name, value in parameters.items():
         setattr(op, name, value)
     if isinstance(op.out, Planes):
-        op.out.positive = activation is Activation.SIGMOID or (activation is Activation.CLIP and op.low >= 0)
+        op.out.positive = activation is Activation.SIGMOID or (activation is Activation.CLIP and 0 <= op.low <= op.high)
 
 
 def binary(into: Lowering, node: Node) -> Any:

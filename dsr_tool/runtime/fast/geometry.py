@@ -18,9 +18,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from dsr_tool.runtime.fast.pack import FARTHEST
+
 __all__ = ["Flat", "Grid", "Planes", "Rows", "Value", "pixels"]
 
 _Int = npt.NDArray[np.int32]
+
+_MOST_FLOATS = 1 << 28
+"""Of one channel, whose places are counted in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -151,9 +156,15 @@ class Planes(Value):
         """Floats in the arena."""
         return self.channels * self.phases * self.stride * self.grid.lanes
 
-    def reach(self, before: int, after: int) -> None:
-        """Have at least so many vectors before and after each plane."""
-        self.before, self.after = max(self.before, before), max(self.after, after)
+    def reach(self, before: int, after: int) -> bool:
+        """Have at least so many vectors before and after each plane; False where that is farther than kernels reach."""
+        before, after = max(self.before, before), max(self.after, after)
+        stride = self.grid.length + before + after
+        # From the halo before the first plane to the one after the last.
+        if self.phases * stride - self.grid.length > FARTHEST or self.phases * stride * self.grid.lanes > _MOST_FLOATS:
+            return False
+        self.before, self.after = before, after
+        return True
 
     def pixels(self) -> _Int:
         """Which pixel is in each place, counted row by row, shape (phases, length, lanes); -1 where none is."""

@@ -23,6 +23,8 @@ MAX_COPIES = 1 << 19
 """Work records that a finer value may cost, since each of its phases has its own."""
 _MOST_TAPS = 1024
 """Entries of a kernel, each of which takes a step in Python for each phase."""
+_MOST_STRIDE, _FARTHEST_TAP = 64, 4096
+"""Of a window on a grid: each stride has planes of its own, and each row as many zeros as a window reaches past it."""
 
 WINDOWED = frozenset({"Conv", "MaxPool", "AveragePool"})
 _ELEMENTWISE = frozenset(
@@ -126,7 +128,16 @@ class Grids:
             )
         except (DsrError, TypeError, ValueError):
             return None
-        return window if len(window.kernel) == 2 and math.prod(window.kernel) <= _MOST_TAPS else None
+        sizes = (*window.kernel, *window.strides, *window.dilations, *window.begin, *window.end)
+        if len(window.kernel) != 2 or not all(isinstance(n, int) for n in sizes):
+            return None
+        far = max(d * (k - 1) for k, d in zip(window.kernel, window.dilations, strict=True))
+        fits = (
+            math.prod(window.kernel) <= _MOST_TAPS
+            and max(window.strides) <= _MOST_STRIDE
+            and max(far, *window.begin, *window.end) <= _FARTHEST_TAP
+        )
+        return window if fits else None
 
 
 def shape_of(weight: Weight) -> tuple[int, ...]:

@@ -38,13 +38,13 @@ def offsets_of(window: Window, source: Planes, out: Planes) -> list[tuple[int, .
     return [tuple(flat[i : i + entries]) for i in range(0, len(flat), entries)]
 
 
-def reach(source: Planes, taps: Sequence[tuple[int, int, int]]) -> None:
-    """Have around each plane what these taps read."""
+def reach(source: Planes, taps: Sequence[tuple[int, int, int]]) -> bool:
+    """Have around each plane what these taps read; False where that is too far away."""
     places = [dy * source.grid.pitch + dx for dy, dx, _ in taps]
-    source.reach(max(0, -min(places)), max(0, *places))
+    return source.reach(max(0, -min(places)), max(0, *places))
 
 
-def gather(source: Value, out: Value, index: Callable[[], Array], step: Callable[[], int], fill: float = 0.0) -> Op:
+def gather(source: Value, out: Value, index: Callable[[], Array], step: Callable[[], int]) -> Op:
     if isinstance(out, Planes):
         out.padded = True
 
@@ -60,7 +60,7 @@ def gather(source: Value, out: Value, index: Callable[[], Array], step: Callable
             struct.channels = source.channels if isinstance(source, Planes) else 1
             struct.length = 0
 
-    return Op(Kind.GATHER, source, out, low=fill, finish=finish)
+    return Op(Kind.GATHER, source, out, finish=finish)
 
 
 def loaded(source: Value, out: Planes) -> Op:
@@ -87,7 +87,7 @@ def rowwise(features: int, count: int, length: int = 0) -> Callable[[Operation, 
     return finish
 
 
-def regridded(source: Planes, out: Planes, step: int, fill: float = 0.0) -> Op:
+def regridded(source: Planes, out: Planes, step: int) -> Op:
     """Every `step`-th pixel of planes on one grid to planes on another."""
 
     def index() -> Array:
@@ -95,4 +95,4 @@ def regridded(source: Planes, out: Planes, step: int, fill: float = 0.0) -> Op:
         pixel = out.pixels()
         return np.asarray(places.reshape(-1)[np.maximum(pixel, 0)])
 
-    return gather(source, out, index, lambda: source.phases * source.stride * source.grid.lanes, fill)
+    return gather(source, out, index, lambda: source.phases * source.stride * source.grid.lanes)

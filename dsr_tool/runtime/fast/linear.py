@@ -13,7 +13,7 @@ from dsr_tool.core.mask import Mask
 from dsr_tool.runtime.fast.builder import Op, address
 from dsr_tool.runtime.fast.geometry import Flat, Rows
 from dsr_tool.runtime.fast.grids import shape_of
-from dsr_tool.runtime.fast.lowering import Lowering, type_of
+from dsr_tool.runtime.fast.lowering import Lowering, packable
 from dsr_tool.runtime.fast.operation import Kind, Operation
 from dsr_tool.runtime.fast.products import packed
 from dsr_tool.runtime.fast.vectors import one_row
@@ -29,11 +29,11 @@ _POINT = Window((1, 1), (1, 1), (1, 1), (0, 0), (0, 0))
 def linear(into: Lowering, name: str, weight: Weight, bias: Weight | None, key: Any) -> Any:
     """Weights (rows, columns) times each row of features."""
     shape, (rows, columns) = into.shapes[name], shape_of(weight)
-    if shape[-1] != columns or type_of(weight) != np.float32 or not rows or not columns:
+    if shape[-1] != columns or not packable(weight):
         return None
     made = (*shape[:-1], rows)
     if math.prod(shape[:-1]) == 1:
-        value = one_row(into, name, weight, bias)
+        value = one_row(into, name, weight, bias, made)
         return None if value is None else (value, made)
     source = into.rows(name)
     if source is None:
@@ -57,7 +57,7 @@ def matmul(into: Lowering, node: Node) -> Any:
     weight: Weight | None = into.known.swapped(name)
     if weight is None:
         weight = np.ascontiguousarray(dense(into.known[name]).T)
-    return linear(into, node.inputs[0], weight, None, (name, True)) if len(shape_of(weight)) == 2 else None
+    return linear(into, node.inputs[0], weight, None, (node.op, name)) if len(shape_of(weight)) == 2 else None
 
 
 def gemm(
@@ -85,7 +85,7 @@ def gemm(
         return None
     if shape[1] != shape_of(weight)[1] or (bias is not None and shape_of(bias) != shape_of(weight)[:1]):
         return None
-    return linear(into, node.inputs[0], weight, bias, (node.inputs[1], True))
+    return linear(into, node.inputs[0], weight, bias, (node.op, node.inputs[1]))
 
 
 def biased(into: Lowering, name: str, vector: str) -> Any:
@@ -127,13 +127,14 @@ def layer_norm(
     def finish(struct: Operation, kept: list[object]) -> None:
         struct.values = address(np.ascontiguousarray(dense(scale), np.float32), kept)
 
-    return into.segment.add(Op(Kind.NORMALIZE, source, out, alpha=epsilon, bias=bias, finish=finish)), shape
+    return into.segment.add(Op(Kind.NORMALIZE, source, out, alpha=float(epsilon), bias=bias, finish=finish)), shape
 
 
 def softmax(into: Lowering, node: Node, *, axis: int = -1) -> Any:
     """Softmax over the last axis."""
     shape = into.shapes.get(node.inputs[0], ())
-    if not shape or axis not in (-1, len(shape) - 1):
+    # Of a row for the whole batch, each run would see one entry.
+    if not shape or axis not in (-1, len(shape) - 1) or (len(shape) == 1 and into.batch > 1):
         return None
     source = into.flat(node.inputs[0])
     if source is None:

@@ -12,20 +12,22 @@ from dsr_tool.core.codecs import SparseTensor
 from dsr_tool.core.graph import Node
 from dsr_tool.runtime.fast.builder import Op, Segment
 from dsr_tool.runtime.fast.geometry import Flat, Grid, Planes, Rows, Value
-from dsr_tool.runtime.fast.grids import WINDOWED, Grids
+from dsr_tool.runtime.fast.grids import WINDOWED, Grids, shape_of
 from dsr_tool.runtime.fast.known import Known
 from dsr_tool.runtime.fast.layouts import copied, loaded, regridded, rowwise
 from dsr_tool.runtime.fast.operation import Kind
 from dsr_tool.runtime.fast.pack import Pack
 from dsr_tool.runtime.matrices import Weight
 
-__all__ = ["Lowering", "Rule", "type_of"]
+__all__ = ["Lowering", "Rule", "packable"]
 
 Rule = Callable[..., "tuple[Value, tuple[int, ...]] | None"]
 """Puts one node down: its value and shape, or None where no kernel computes it."""
 
 
 MAX_PLACES = 1 << 24
+_MOST_ENTRIES = 1 << 31
+"""Of a weight, zeros and all: records are sorted by numbers of 32 bits."""
 _EXACT = (Kind.GATHER, Kind.MEAN, Kind.ROWS, Kind.SOFTMAX, Kind.TO_ROWS)
 _BY_ROW = frozenset({"Gemm", "LayerNormalization", "MatMul"})
 _BY_IMAGE = WINDOWED | {"GlobalAveragePool"}
@@ -110,12 +112,16 @@ class Lowering(Grids):
         if rule is None:
             return False
         self.index = index
+        count, kept = len(self.segment.ops), (dict(self.values), dict(self.segment.inputs))
         try:
             made = rule(self, node, **node.attributes)
         except (ArithmeticError, LookupError, TypeError, ValueError):
             # Attributes or inputs that make no sense: the reference says what is wrong with them.
-            return False
+            made = None
         if made is None:
+            # What was put down for it so far goes again.
+            del self.segment.ops[count:]
+            self.values, self.segment.inputs = kept
             return False
         value, shape = made
         self.values[node.outputs[0]] = value
@@ -145,7 +151,9 @@ class Lowering(Grids):
         """Whether a value may lie in an array of the caller: whoever makes it writes its entries and no more."""
         maker = self.segment.maker(value)
         taken = value in self.segment.outputs.values()
-        return maker is not None and maker.kind in _EXACT and not taken
+        # Others read whole vectors, past the end of an array.
+        readers = [op for op in self.segment.ops if value in (op.source, op.other)]
+        return maker is not None and all(op.kind in _EXACT for op in (maker, *readers)) and not taken
 
     # --- what rules ask for -------------------------------------------------------------------------
 
@@ -156,6 +164,7 @@ class Lowering(Grids):
         # Operations run once for each of the batch, whatever the first axis means.
         if (
             not self.shapes.get(name)
+            or 0 in self.shapes[name]
             or (self.batch > 1 and self.shapes[name][0] != self.batch)
             or self.types.get(name, np.float32) != np.float32
         ):
@@ -174,6 +183,8 @@ class Lowering(Grids):
             return None
         grid, factor = self.grid_for(name, shape[2], shape[3])
         planes = Planes(shape, grid, factor)
+        if not planes.reach(0, 0):
+            return None
         self.segment.add(loaded(value, planes))
         self.values[name] = planes
         return planes
@@ -213,6 +224,7 @@ class Lowering(Grids):
         return len(self._readers.get(name, ())) == 1
 
 
-def type_of(weight: Weight) -> Any:
-    """Type of its entries."""
-    return weight.values.dtype if isinstance(weight, SparseTensor) else weight.dtype
+def packable(weight: Weight) -> bool:
+    """Whether kernels can multiply by a weight: by its type, and neither empty nor too large for its shape."""
+    dtype = weight.values.dtype if isinstance(weight, SparseTensor) else weight.dtype
+    return dtype == np.float32 and 0 < math.prod(shape_of(weight)) < _MOST_ENTRIES

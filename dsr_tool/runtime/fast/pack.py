@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from dsr_tool.core.codecs import SparseTensor
 from dsr_tool.errors import FormatError
+from dsr_tool.runtime.kernels import claim
 
 __all__ = ["FARTHEST", "Pack", "Taps", "pack_dense", "pack_sparse"]
 
@@ -145,6 +146,7 @@ def _sorted(
 
     Records come sorted by row, then block, so those that stay together are moved as one run.
     """
+    claim((rows, blocks), np.int64)
     counts = np.bincount(row * np.int32(blocks) + block, minlength=rows * blocks).reshape(rows, blocks)
     order = np.argsort(-counts, axis=0, kind="stable")
     ranked = np.take_along_axis(counts, order, axis=0)
@@ -206,7 +208,7 @@ def _check(positions: _Int, size: int, phases: Sequence[Taps], per_block: int) -
         raise FormatError("a weight has active positions that do not rise within its shape; the file is damaged.")
     farthest = max(max(taps.offsets) - min(taps.offsets) + (per_block - 1) * taps.channel for taps in phases)
     if farthest > FARTHEST:
-        raise FormatError("a convolution reaches farther than its kernel can; run it with runtime 'scipy'.")
+        raise FormatError("a convolution reaches farther than its kernel can.")
 
 
 def _length(arrays: Sequence[npt.NDArray[Any]]) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +16,16 @@ from dsr_tool.runtime.fast.rewrite import rewritten
 from dsr_tool.runtime.fast.rules import RULES
 from dsr_tool.runtime.kernels import FREE_BYTES, claim, room
 from dsr_tool.runtime.matrices import dense
-from dsr_tool.runtime.plan import MAX_FOLDED_RATIO, MAX_HELD_RATIO, array_of, compute, kernel_of, nbytes_of, needed
+from dsr_tool.runtime.plan import (
+    MAX_FOLDED_RATIO,
+    MAX_HELD_RATIO,
+    array_of,
+    compute,
+    kernel_of,
+    nbytes_of,
+    needed,
+    require_opset,
+)
 
 __all__ = ["FastPlan"]
 
@@ -49,6 +58,7 @@ class FastPlan:
             UsageError: an operator, or a form of one, that nothing here knows.
             FormatError: the weights do not fit the graph, or what is computed takes too much memory.
         """
+        require_opset(graph)
         self._input, self._output = graph.inputs[0].name, graph.outputs[0].name
         self._machine = machine
         self._steps: list[Native | Numpy] = []
@@ -56,7 +66,7 @@ class FastPlan:
         known = Known({**graph.constants, **{name: tensors[name] for name in graph.parameters}})
         self._limits = (
             FREE_BYTES + MAX_FOLDED_RATIO * sum(map(nbytes_of, known.values())),
-            FREE_BYTES + MAX_HELD_RATIO * 4 * int(np.prod(shape)),
+            FREE_BYTES + MAX_HELD_RATIO * 4 * math.prod(shape),
         )
         nodes = rewritten([node for node, _ in needed(graph.nodes, self._output)], known, self._output)
         self._lowering = Lowering(nodes, known, machine.lanes, machine.threads, machine.packs, RULES)
@@ -83,11 +93,11 @@ class FastPlan:
     def _prepare(self, nodes: Sequence[Node], known: Known) -> None:
         low, folded = self._lowering, 0
         for i, node in enumerate(nodes):
-            if node.op == "Shape" and node.inputs[0] in low.shapes:
-                attributes: Mapping[str, Any] = node.attributes
-                sizes = low.shapes[node.inputs[0]][attributes.get("start", 0) : attributes.get("end")]
-                known[node.outputs[0]] = np.array(sizes, np.int64)
-            elif node.op == "Transpose" and node.inputs[0] in low.known and self._swapped(node):
+            if node.op == "Shape" and node.inputs[:1] and node.inputs[0] in low.shapes:
+                # The kernel looks at the shape alone; no array has to be there.
+                kernel, _ = kernel_of(node, known)
+                known.update(compute(node, kernel, [np.broadcast_to(np.float32(0), low.shapes[node.inputs[0]])]))
+            elif node.op == "Transpose" and self._swapped(node):
                 known.swap(node.inputs[0], node.outputs[0])
             elif all(name in known for name in node.inputs if name):
                 kernel, inputs = kernel_of(node, known)
@@ -106,8 +116,10 @@ class FastPlan:
 
     def _swapped(self, node: Node) -> bool:
         """Whether a node swaps the axes of a matrix."""
-        perm: Any = node.attributes.get("perm", ())
-        return tuple(perm) == (1, 0) and isinstance(self._lowering.known[node.inputs[0]], SparseTensor)
+        known, inputs = self._lowering.known, node.inputs
+        return (
+            node.attributes.get("perm") == (1, 0) and len(inputs) == 1 and isinstance(known.get(*inputs), SparseTensor)
+        )
 
     def _put(self, index: int) -> bool:
         """Put a node down, in a segment of its own where it takes the batch apart in another way."""
@@ -132,10 +144,8 @@ class FastPlan:
         constants = {name: dense(known[name]) for name in inputs if name in known}
         step = Numpy(node, kernel, inputs, constants, low.finished(index))
         self._add(step)
-        for name in node.outputs:
-            if name:
-                low.shapes[name] = self._samples[name].shape
-                low.types[name] = self._samples[name].dtype
+        for name, (shape, dtype) in step.made.items():
+            low.shapes[name], low.types[name] = shape, dtype
         if node.op not in self.fallback:
             self.fallback.append(node.op)
 

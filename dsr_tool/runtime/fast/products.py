@@ -15,7 +15,7 @@ from dsr_tool.runtime.fast.builder import Op
 from dsr_tool.runtime.fast.geometry import Planes, Value
 from dsr_tool.runtime.fast.grids import shape_of
 from dsr_tool.runtime.fast.layouts import offsets_of, reach, regridded, taps_of
-from dsr_tool.runtime.fast.lowering import Lowering, type_of
+from dsr_tool.runtime.fast.lowering import Lowering, packable
 from dsr_tool.runtime.fast.operation import Kind, Operation
 from dsr_tool.runtime.fast.pack import FARTHEST, Taps, pack_dense, pack_sparse
 from dsr_tool.runtime.fast.vectors import mask_of, one_row, point_to
@@ -54,20 +54,27 @@ def conv(into: Lowering, node: Node, *, group: int = 1, **_: Any) -> tuple[Value
     size = window.output_size(shape[2:])
     if (
         min(size) < 1
+        or not isinstance(group, int)
         or group < 1
         or rows % group
         or inner * group != shape[1]
         or tuple(kernel) != window.kernel
         or (bias is not None and shape_of(bias) != (rows,))
         or len(set(window.strides)) != 1
-        or not rows
-        or not inner
-        or type_of(weight) != np.float32
+        or not packable(weight)
     ):
         return None
-    if shape[2:] == (1, 1) and size == (1, 1) and math.prod(kernel) == 1 and group == 1 and not any(window.begin):
-        value = one_row(into, node.inputs[0], weight, bias)
-        return None if value is None else (value, (shape[0], rows, 1, 1))
+    if (
+        shape[2:] == (1, 1)
+        and size == (1, 1)
+        and math.prod(kernel) == 1
+        and group == 1
+        and not any(window.begin)
+        and shape[0] == into.batch
+    ):
+        made_of = (shape[0], rows, 1, 1)
+        value = one_row(into, node.inputs[0], weight, bias, made_of)
+        return None if value is None else (value, made_of)
     source = into.planes(node.inputs[0])
     if source is None:
         return None
@@ -76,13 +83,11 @@ def conv(into: Lowering, node: Node, *, group: int = 1, **_: Any) -> tuple[Value
         return None
     source, window, out_factor = made
     out = Planes((shape[0], rows, *size), source.grid, out_factor)
-    taps = taps_of(window, source.factor, out.factor)
-    reach(source, taps)
-    addend = np.zeros(rows, np.float32) if bias is None else dense(bias)
-    key = (node.inputs[1], False)
-    op = Op(Kind.PRODUCT, source, out, bias=addend, finish=packed(into, key, source, out, window, group, weight))
-    if source.phases * source.grid.length * 4 > FARTHEST:
+    if not reach(source, taps_of(window, source.factor, out.factor)):
         return None
+    addend = np.zeros(rows, np.float32) if bias is None else dense(bias)
+    key = (node.op, node.inputs[1])
+    op = Op(Kind.PRODUCT, source, out, bias=addend, finish=packed(into, key, source, out, window, group, weight))
     return into.segment.add(op), out.shape
 
 
@@ -106,14 +111,14 @@ def average_pool(into: Lowering, node: Node, *, ceil_mode: int = 0, count_includ
 
 
 def placed(
-    into: Lowering, source: Planes, window: Window, size: tuple[int, ...], node: Node, fill: float = 0.0
+    into: Lowering, source: Planes, window: Window, size: tuple[int, ...], node: Node
 ) -> tuple[Planes, Window, int] | None:
     """The input on a grid that serves the window, the window there, and the factor of the output."""
     stride = window.strides[0]
     if source.factor % stride == 0:
         out = source.factor // stride
         pad = max(abs(dx) for _, dx, _ in taps_of(window, source.factor, out))
-        if source.grid.fits(size[0], size[1], out) and pad <= source.grid.pad and not fill:
+        if source.grid.fits(size[0], size[1], out) and pad <= source.grid.pad:
             return source, window, out
     name = node.inputs[0]
     if stride > 1 and math.prod(window.kernel) == 1 and not any((*window.begin, *window.end)):
@@ -126,7 +131,7 @@ def placed(
     rows = max(-(-source.shape[2] // stride), size[0])
     columns = max(-(-source.shape[3] // stride), size[1])
     out_planes = Planes(source.shape, into.grid(rows, columns, pad), stride)
-    into.segment.add(regridded(source, out_planes, 1, fill))
+    into.segment.add(regridded(source, out_planes, 1))
     return out_planes, window, 1
 
 
@@ -143,7 +148,7 @@ def packed(
         tiles = -(-out.grid.length // WIDEST) * len(phases)
         # Twice as many parts as threads: who comes late to the first takes less of the rest.
         split = 2 * into.split if into.split > 1 and tiles < 4 * into.split else 1
-        key = (name, tuple(phases), per_block, split)
+        key = (name, shape_of(weight), group, tuple(phases), per_block, split)
         pack = into.packs.get(key)
         if pack is None:
             pack = (

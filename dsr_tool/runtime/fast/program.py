@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -44,10 +45,12 @@ class Machine:
         # Only as long as a plan uses them.
         self.packs: weakref.WeakValueDictionary[Any, Pack] = weakref.WeakValueDictionary()
         self.pool = library.dsr_pool_new(threads)
+        self._process = os.getpid()
         self._memory = np.zeros(0, np.float32)
 
     def __del__(self) -> None:
-        if hasattr(self, "pool"):
+        # A fork has none of the threads, and would wait for them for ever.
+        if hasattr(self, "_process") and self._process == os.getpid():
             self.library.dsr_pool_free(self.pool)
 
     def arena(self, floats: int) -> int:
@@ -98,7 +101,9 @@ class Native:
         with room(limit):
             self._floats = segment.place()
             claim((self._floats,), np.float32)
-        self._operations, self._kept = segment.finished()
+            for value in segment.outputs.values():
+                claim(value.shape, np.float32)
+            self._operations, self._kept = segment.finished()
         self._machine, self._batch = machine, segment.batch
         self._inputs = tuple(segment.inputs)
         self._outputs = {name: value.shape for name, value in segment.outputs.items()}
@@ -119,7 +124,11 @@ class Native:
 
 
 class Numpy:
-    """An operator that the reference computes."""
+    """An operator that the reference computes.
+
+    Attributes:
+        made: shape and type of what it makes, as of its first run.
+    """
 
     def __init__(
         self, node: Node, kernel: Kernel, inputs: Iterable[str], constants: Mapping[str, Array], release: Iterable[str]
@@ -135,13 +144,24 @@ class Numpy:
         """
         self._node, self._kernel, self._inputs = node, kernel, tuple(inputs)
         self._constants, self._release = constants, tuple(release)
+        self.made: dict[str, tuple[tuple[int, ...], Any]] = {}
 
     def run(self, values: dict[str, Array]) -> None:
-        """Read the inputs from `values` and put the outputs there."""
+        """Read the inputs from `values` and put the outputs there.
+
+        Raises:
+            FormatError: a shape depends on more than the shape of the input.
+        """
         arguments = [
             None if not name else self._constants[name] if name in self._constants else values[name]
             for name in self._inputs
         ]
-        values.update(compute(self._node, self._kernel, arguments))
+        made = compute(self._node, self._kernel, arguments)
+        found = {name: (array.shape, array.dtype) for name, array in made.items()}
+        self.made = self.made or found
+        if found != self.made:
+            # The plan goes by shapes, and its kernels take them on trust.
+            raise FormatError(f"what operator {self._node.op} makes has another shape for each input; use 'scipy'.")
+        values.update(made)
         for name in self._release:
             values.pop(name, None)

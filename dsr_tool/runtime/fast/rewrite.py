@@ -45,7 +45,7 @@ def _gated(nodes: Sequence[Node], output: str) -> list[Node]:
         for name in node.inputs:
             readers.setdefault(name, []).append(node)
     result, dropped = [], set[str]()
-    gates = {node.outputs[0]: node for node in nodes if node.op in _GATES}
+    gates = {node.outputs[0]: node for node in nodes if node.op in _GATES and len(node.inputs) == 1}
     for node in nodes:
         gate = next((gates[name] for name in node.inputs if name in gates), None) if node.op == "Mul" else None
         if gate is not None and gate.outputs[0] != output and len(readers[gate.outputs[0]]) == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from dsr_tool.runtime.fast.linear import gemm, layer_norm, matmul, softmax
 from dsr_tool.runtime.fast.lowering import Lowering, Rule
 from dsr_tool.runtime.fast.operation import Activation, Kind, Operation
 from dsr_tool.runtime.fast.products import average_pool, conv, placed
+from dsr_tool.runtime.kernels import numbers
 from dsr_tool.runtime.matrices import dense
 
 __all__ = ["RULES"]
@@ -41,7 +43,8 @@ def _max_pool(into: Lowering, node: Node, *, ceil_mode: int = 0, **_: Any) -> An
     source, window, factor = made
     out = Planes((*shape[:2], *size), source.grid, factor)
     out.positive = source.positive
-    reach(source, taps_of(window, source.factor, factor))
+    if not reach(source, taps_of(window, source.factor, factor)):
+        return None
 
     def finish(struct: Operation, kept: list[object]) -> None:
         offsets = np.array(offsets_of(window, source, out), np.int32)
@@ -81,14 +84,18 @@ def _reshape(into: Lowering, node: Node, **attributes: Any) -> Any:
         axis = attributes.get("axis", 1)
         wanted: tuple[int, ...] = (math.prod(shape[:axis]), math.prod(shape[axis:]))
     elif node.inputs[1] in into.known:
-        given = dense(into.known[node.inputs[1]]).tolist()
+        given = [operator.index(n) for n in numbers(dense(into.known[node.inputs[1]]))]
         wanted = tuple(shape[i] if n == 0 and not attributes.get("allowzero") else n for i, n in enumerate(given))
         if -1 in wanted:
             rest = -math.prod(wanted)
             wanted = tuple(math.prod(shape) // rest if n == -1 else n for n in wanted)
     else:
         return None
-    if (into.batch > 1 and wanted[:1] != shape[:1]) or math.prod(wanted) != math.prod(shape):
+    if (
+        min(wanted, default=0) < 0
+        or (into.batch > 1 and wanted[:1] != shape[:1])
+        or math.prod(wanted) != math.prod(shape)
+    ):
         return None
     rows = into.values.get(node.inputs[0])
     if isinstance(rows, Rows) and wanted[-1:] == shape[-1:] and into.only_here(node.inputs[0]):

@@ -23,13 +23,13 @@ ROW_FLOATS = 8192
 """Of one vector that a block of work reads."""
 
 
-def one_row(into: Lowering, name: str, weight: Weight, bias: Weight | None) -> Value | None:
-    """Weights (rows, columns, ...) times one vector."""
+def one_row(into: Lowering, name: str, weight: Weight, bias: Weight | None, shape: tuple[int, ...]) -> Value | None:
+    """Weights (rows, columns, ...) times one vector, which makes a value of this shape."""
     source = into.flat(name)
     rows, columns = shape_of(weight)[0], math.prod(shape_of(weight)[1:])
-    if source is None or not rows or not columns:
+    if source is None:
         return None
-    out = Flat((into.shapes[name][0], rows), into.lanes, into.batch)
+    out = Flat(shape, into.lanes, into.batch)
     addend = np.zeros(rows, np.float32) if bias is None else dense(bias)
     tensor = weight if isinstance(weight, SparseTensor) else SparseTensor.from_dense(weight, mask_of(weight))
 

@@ -90,7 +90,7 @@ void gather_channel(const Work& work, int64_t channel) {
             for (; i < end; i++) out[i] = in[index[i]];
             if (op.mask)
                 for (int64_t v = begin / LANES; v < end / LANES; v++)
-                    store(out + v * LANES, select(inside(op, phase, v), load(out + v * LANES), splat(op.low)));
+                    store(out + v * LANES, masked(inside(op, phase, v), load(out + v * LANES)));
         }
     }
 }

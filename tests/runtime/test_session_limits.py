@@ -1,0 +1,161 @@
+"""Sessions whose plans the kernels cannot take, and sessions in several threads and processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsr_tool.core.archive import write_archive
+from dsr_tool.core.codecs import SparseTensor
+from dsr_tool.core.config import ModelConfig
+from dsr_tool.core.graph import Graph, Node, Value
+from dsr_tool.core.layers import LayerSpec
+from dsr_tool.core.mask import Mask
+from dsr_tool.errors import FormatError, UsageError
+from dsr_tool.runtime import Session
+from dsr_tool.runtime.dense import DensePlan
+from dsr_tool.runtime.fast.plan import FastPlan
+from dsr_tool.runtime.fast.program import Machine
+from dsr_tool.runtime.native.library import library
+
+KERNELS = pytest.mark.skipif(library() is None, reason="no kernels were built here")
+NODES = (
+    Node("Conv", ("x", "w"), ("a",), {"pads": (1, 1, 1, 1)}),
+    Node("Relu", ("a",), ("b",)),
+    Node("GlobalAveragePool", ("b",), ("c",)),
+    Node("Flatten", ("c",), ("y",)),
+)
+
+
+def write(path: Path, nodes=NODES, shape=(None, 8, 12, 12), constants=None, density=0.1, seed=0) -> Path:
+    rng = np.random.default_rng(seed)
+    mask = rng.random((16, 8, 3, 3)) < density
+    weight = SparseTensor(Mask.from_bool(mask), rng.standard_normal(int(mask.sum())).astype(np.float32))
+    graph = Graph((Value("x", shape),), (Value("y", (None, 16)),), tuple(nodes), constants or {}, ("w",), 20)
+    specs = {"w": LayerSpec("w", weight.mask.shape, "", "sparse", True, "")}
+    write_archive(path, {"w": weight}, specs, graph, ModelConfig("module", "Net", 16, (8, 12, 12)))
+    return path
+
+
+def inputs(batch: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((batch, 8, 12, 12)).astype(np.float32)
+
+
+def close(found: np.ndarray, wanted: np.ndarray) -> None:
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * float(np.abs(wanted).max(initial=1e-9)))
+
+
+@KERNELS
+def test_what_no_plan_of_kernels_takes_runs_on_scipy(tmp_path, monkeypatch):
+    def refused(*_):
+        raise FormatError("too much")
+
+    path = write(tmp_path / "net.dsr")
+    monkeypatch.setattr(FastPlan, "__init__", refused)
+    session = Session(path)
+    assert session.runtime == "scipy"
+    close(session.run(inputs(2)), Session(path, runtime="scipy").run(inputs(2)))
+
+
+@KERNELS
+def test_shapes_that_depend_on_entries_run_on_scipy(tmp_path):
+    """As many rows as the first entry says, on a model of which no plan for one shape holds."""
+    nodes = [
+        Node("Flatten", ("x",), ("f",)),
+        Node("Slice", ("f", "zero", "one", "axis"), ("g",)),
+        Node("Cast", ("g",), ("n",), {"to": 7}),
+        Node("Reshape", ("n", "flat"), ("m",)),
+        Node("Add", ("m", "one"), ("k",)),
+        Node("Expand", ("row", "k"), ("r",)),
+        Node("Relu", ("r",), ("y",)),
+    ]
+    constants = {
+        "zero": np.array([0]), "one": np.array([1]), "axis": np.array([1]), "flat": np.array([-1]),
+        "row": np.ones(1, np.float32),
+    }  # fmt: skip
+    session = Session(write(tmp_path / "net.dsr", nodes, constants=constants))
+    x = inputs(1)
+    for first in (0, 4, 1):
+        x[0, 0, 0, 0] = first
+        assert session.run(x).shape == (first + 1,)
+
+
+@KERNELS
+@pytest.mark.parametrize("size", [-3, 0, 1 << 60, None])
+def test_sizes_of_which_there_are_no_zeros_to_try(tmp_path, size):
+    session = Session(write(tmp_path / "net.dsr", shape=(None, 8, size, 12)))
+    if size is None:
+        assert session.run(inputs(1)).shape == (1, 16)
+        return
+    with pytest.raises(UsageError, match="does not fit"):
+        session.run(inputs(1))
+
+
+@KERNELS
+def test_where_onnxruntime_fails_kernels_run(tmp_path, monkeypatch):
+    path = write(tmp_path / "net.dsr", density=1.0)
+    session = Session(path)
+    assert session.runtime == "onnxruntime"
+
+    def fails(*_):
+        raise FormatError("no")
+
+    monkeypatch.setattr(DensePlan, "run", fails)
+    close(session.run(inputs(2)), Session(path, runtime="scipy").run(inputs(2)))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_sessions_at_the_same_time(tmp_path, threads):
+    """Several threads on each of two sessions, with batches that come and go."""
+    paths = [write(tmp_path / f"{seed}.dsr", seed=seed) for seed in (1, 2)]
+    sessions = [Session(path, threads=threads) for path in paths]
+    wanted = [Session(path, runtime="scipy").run(inputs(6)) for path in paths]
+
+    def work(i: int) -> None:
+        batch = 1 + i % 6
+        close(sessions[i % 2].run(inputs(6)[:batch]), wanted[i % 2][:batch])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len(list(pool.map(work, range(48)))) == 48
+
+
+@KERNELS
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="nothing forks here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_can_let_go_of_threads_that_it_does_not_have():
+    machine = [Machine(library(), 3)]
+    child = multiprocessing.get_context("fork").Process(target=machine.clear)
+    child.start()
+    child.join(30)
+    ended = child.exitcode
+    child.kill()
+    assert ended == 0
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        (
+            [Node("Relu", ("b",), ("a",)), Node("Relu", ("a",), ("b",)), *NODES[2:]],
+            "'b', which nothing makes before it",
+        ),
+        ([Node("Relu", ("nowhere",), ("b",)), *NODES[2:]], "'nowhere', which nothing makes"),
+    ],
+)
+def test_cycles_and_dangling_names(tmp_path, nodes, message):
+    with pytest.raises(FormatError, match=message):
+        Session(write(tmp_path / "net.dsr", nodes))
+
+
+def test_strided_and_reversed_inputs(tmp_path):
+    path = write(tmp_path / "net.dsr")
+    given = inputs(4)
+    wanted = Session(path).run(np.ascontiguousarray(given[::-2, :, ::-1]))
+    for x in (given[::-2, :, ::-1], np.asfortranarray(given[::-2, :, ::-1])):
+        np.testing.assert_array_equal(Session(path).run(x), wanted)
+    with pytest.raises(UsageError, match="type >f4"):
+        Session(path).run(given.astype(">f4"))
