@@ -134,7 +134,7 @@ def _text(document: dict[str, Any]) -> str:
     return (
         f"{render(table)}\n"
         f"{document['architecture']} on digits, held-out fifth, {document['epochs']} epochs each, "
-        f"{document['time_s']:.0f} s in all; verified: the archive bit for bit, its outputs in the scipy runtime and "
+        f"{document['time_s']:.0f} s in all; verified: the archive bit for bit, its outputs in the sparse runtime and "
         f"in ONNX Runtime, and the ONNX file, all against PyTorch\n"
         f"files and reports: {document['output']}/ (start with {document['output']}/{first}.txt)"
     )
