@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import optim
 
-from dsr_tool.core.budget import Budget
 from dsr_tool.errors import UsageError
 from dsr_tool.methods.base import Method, Reallocation
+from dsr_tool.methods.from_dense import final_budget, require_dense
 from dsr_tool.methods.latent import LatentKeeper
 from dsr_tool.methods.schedule import ReallocationSchedule
 from dsr_tool.sparse.active import ActiveWeights, Positions
@@ -72,10 +72,9 @@ class DST(Method):
         Raises:
             UsageError: no final sparsity, or one outside its range.
         """
-        if final_sparsity is None:
-            raise UsageError("dst needs a final sparsity; give --final-sparsity 0.9, say, and a model of sparsity 0.")
         self.schedule = schedule
-        self.budget = Budget.of_sparsity(final_sparsity)
+        self.budget = final_budget(self.name, final_sparsity)
+        self._sparsity = float(self.budget.sparsity or 0)
         self.last = schedule.last
         if not self.last:
             raise UsageError(f"dst has no update until step {schedule.stop}; train longer, or lower --every.")
@@ -93,13 +92,9 @@ class DST(Method):
         Raises:
             UsageError: the model was sparse from the start, or the final sparsity cannot be reached.
         """
-        dense = model.active_weights == model.prunable_weights
         # A run that is resumed has a sparse model, which was converted as a dense one.
-        if not dense and model.config.conversion.get("active_weights") != model.prunable_weights:
-            raise UsageError(
-                f"dst starts from a dense model, but this one has {model.active_weights:,} of "
-                f"{model.prunable_weights:,} weights; convert it with --sparsity 0."
-            )
+        if model.config.conversion.get("active_weights") != model.prunable_weights:
+            require_dense(self.name, model)
         weights = [model.weights[name] for name in model.trained]
         count = sum(weight.numel() for weight in weights)
         self._total = self.budget.active_weights(count, 0, len(weights))
@@ -123,7 +118,7 @@ class DST(Method):
     def target(self, step: int) -> float:
         """Density that is steered for after this step: a cubic from 1 to the final one."""
         left = max(1 - step / (_RAMP * self.last), 0.0)
-        return 1 - float(self.budget.sparsity or 0) * (1 - left**3)
+        return 1 - self._sparsity * (1 - left**3)
 
     def _turn(self, index: int, dense: torch.Tensor, mask: torch.Tensor, gradient: torch.Tensor) -> None:
         """Gradient of the masked weight P = W S(|W| - t) to that of W, and a step of t (section 3).
@@ -183,7 +178,7 @@ class DST(Method):
         """The mask that a layer's thresholds make, after they were kept from masking too much of any output."""
         magnitude, threshold = self._keeper.dense[index].abs(), self._thresholds[index]
         rows = magnitude.flatten(1)
-        kept = max(round(_LEAST * (1 - float(self.budget.sparsity or 0)) * rows.shape[1]), 1)
+        kept = max(round(_LEAST * (1 - self._sparsity) * rows.shape[1]), 1)
         threshold.copy_(torch.minimum(threshold, rows.topk(kept, sorted=False).values.amin(1)))
         return magnitude >= _as_rows(threshold, magnitude)
 

@@ -10,6 +10,7 @@ import torch
 from dsr_tool.core.budget import Budget, apportion
 from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.methods.base import Method, Reallocation
+from dsr_tool.methods.from_dense import final_budget
 from dsr_tool.methods.prune import smallest, smallest_of_all
 from dsr_tool.methods.schedule import ReallocationSchedule
 from dsr_tool.sparse.active import ActiveWeights, Positions
@@ -43,14 +44,9 @@ class GradualPruning(Method):
         """
         if scope not in _SCOPES:
             raise unknown_name("gmp --option scope", scope, _SCOPES)
-        if final_sparsity is None:
-            raise UsageError("gmp needs a final sparsity; give --final-sparsity 0.9, say, and a model of sparsity 0.")
         self.schedule = schedule
         self.scope = scope
-        try:
-            self.budget = Budget.of_sparsity(final_sparsity)
-        except UsageError as error:
-            raise UsageError(f"gmp --final-{error}") from None
+        self.budget = final_budget(self.name, final_sparsity)
         self.last = schedule.last
         if not self.last:
             raise UsageError(f"gmp has no step to prune at until step {schedule.stop}; train longer, or lower --every.")

@@ -10,9 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import optim
 
-from dsr_tool.core.budget import Budget, apportion
+from dsr_tool.core.budget import apportion
 from dsr_tool.errors import UsageError
 from dsr_tool.methods.base import Method, Reallocation
+from dsr_tool.methods.from_dense import final_budget, require_dense
 from dsr_tool.sparse.active import ActiveWeights, Positions
 from dsr_tool.sparse.keeper import MaskKeeper
 from dsr_tool.sparse.model import SparseModel
@@ -136,7 +137,7 @@ class Tied(Method):
                 "tied needs to know how few values there are; give --final-sparsity 0.9, say, for a tenth of the "
                 "weights, and a model of sparsity 0."
             )
-        self.budget = Budget.of_sparsity(final_sparsity)
+        self.budget = final_budget(self.name, final_sparsity)
 
     def keep(
         self,
@@ -152,11 +153,7 @@ class Tied(Method):
             UsageError: the model is sparse, or has fewer weights than layers times values.
         """
         sizes = [model.masks[name].numel() for name in model.trained]
-        if model.active_weights != model.prunable_weights:
-            raise UsageError(
-                f"tied starts from a dense model, but this one has {model.active_weights:,} of "
-                f"{model.prunable_weights:,} weights; convert it with --sparsity 0."
-            )
+        require_dense(self.name, model)
         self.distinct = self.budget.active_weights(sum(sizes), 0, len(sizes))
         shares = apportion(self.distinct, sizes, sizes, [1] * len(sizes))
         return _TiedKeeper(model, optimizer, seed, shares)
