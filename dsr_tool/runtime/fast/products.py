@@ -31,16 +31,18 @@ SPARSE_COST = 1.6
 """Time of a multiply-add in a sparse product, where one in a dense product takes 1."""
 CACHE_BYTES = 48 << 10
 """Of input that a block of work reads often: it has to stay in the first-level cache."""
-DENSE_BYTES = 32 << 10
-"""Of input that a block of four rows at a time reads."""
+DENSE_BYTES, DENSE_TILE = 21 << 10, 6
+"""Of input that a block of four rows at a time reads, and vectors of its tile."""
 FAR_BYTES = 100 << 10
 """Of input that a block of work reads seldom."""
 OFTEN = 0.12
 """Records of one output channel per input channel, from which an input counts as often read."""
-WIDEST, NARROW, POINTWISE = 14, 11, 9
-"""Vectors of a tile: at most; where inputs are read seldom; and often, by a kernel of one entry."""
+WIDEST, NARROW = 14, 11
+"""Vectors of a tile: at most, and where inputs are read seldom."""
 MIN_RECORDS = 20
 """Of one output channel in a block, for which its sums are loaded and stored again."""
+POINT_BYTES, POINT_DENSITY, POINT_POWER, POINT_NARROW = 36 << 10, 0.25, 0.4, 9
+"""Of a kernel of one entry: what a block reads from this density on, how that grows below it, and the tile there."""
 
 
 def conv(into: Lowering, node: Node, *, group: int = 1, **_: Any) -> tuple[Value, tuple[int, ...]] | None:
@@ -175,16 +177,21 @@ def tiling(
     an input is read by few records, blocks are large, and tiles small.
     """
     records = weight.mask.active / max(weight.mask.shape[0] * weight.mask.shape[1], 1)
-    often = heavy or records >= OFTEN
-    single = max(window.kernel) == 1
-    tile = min(source.grid.length, NARROW if not often else POINTWISE if single else WIDEST)
-    rows = -(-window.kernel[0] // source.factor) if window.kernel[0] > 1 else 1
-    vectors = min(rows * (tile + 2 * source.grid.pad), source.stride) if not single else tile
-    vectors *= min(source.phases, math.prod(window.kernel))
-    room = DENSE_BYTES if heavy else CACHE_BYTES if often else FAR_BYTES
-    channels = max(room / (vectors * 4 * into.lanes), MIN_RECORDS / max(records, 1e-9))
+    length, lane_bytes = source.grid.length, 4 * into.lanes
+    often, point = records >= OFTEN, max(window.kernel) == 1
+    tile = min(length, DENSE_TILE if heavy else WIDEST if records >= (POINT_DENSITY if point else OFTEN) else NARROW)
+    if point:
+        # Tiles of one plane are about equally wide.
+        vectors = -(-length // -(-length // tile))
+        room = DENSE_BYTES if heavy else POINT_BYTES * max(1.0, POINT_DENSITY / max(records, 1e-9)) ** POINT_POWER
+        channels = room / (vectors * lane_bytes)
+    else:
+        rows = -(-window.kernel[0] // source.factor)
+        vectors = min(rows * (tile + 2 * source.grid.pad), source.stride) * min(source.phases, math.prod(window.kernel))
+        room = DENSE_BYTES if heavy else CACHE_BYTES if often else FAR_BYTES
+        channels = max(room / (vectors * lane_bytes), MIN_RECORDS / max(records, 1e-9))
     inner = weight.mask.shape[1] if source.channels == weight.mask.shape[1] else source.channels
-    blocks = max(round(inner / channels), 1)
+    blocks = max(round(inner / max(channels, 1)), 1)
     reach = max(max(taps.offsets) - min(taps.offsets) for taps in phases)
     most = (FARTHEST - reach) // phases[0].channel
     return tile, max(min(-(-inner // blocks), most), 1)

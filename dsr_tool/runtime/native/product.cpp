@@ -25,11 +25,39 @@ struct Call {
     Vec low, high;
 };
 
-// The vector that the sum of one output channel starts from in the first block.
-inline Vec start(const Call& c, const Entry* entry, int64_t at) {
-    Vec sum = splat(c.op.bias[entry->row]);
-    return c.residual ? sum + load(c.residual + at) : sum;
-}
+// Where the tile of one part lies; of what it writes and adds, as it would for channel 0.
+struct Place {
+    float* out;
+    const float* residual;
+    const float* bias;
+    const int32_t* mask;
+    int64_t out_step, residual_step;  // floats from one channel to the next
+
+    Place(const Call& c, const Part& part, int64_t column)
+        : out(c.out + (part.phase * c.op.out_stride + column) * LANES),
+          residual(c.residual ? c.residual + (part.phase * c.op.other_stride + column) * LANES : nullptr),
+          bias(c.op.bias),
+          mask(c.op.mask ? c.op.mask + (part.phase * c.op.length + column) * LANES : nullptr),
+          out_step(c.op.phases * c.op.out_stride * LANES),
+          residual_step(c.op.phases * c.op.other_stride * LANES) {}
+
+    // What the sums of one channel start from: in the first block its bias and what is added, later what they are.
+    template <int T>
+    void start(Vec* sums, int64_t row, bool first) const {
+        if (!first) {
+#pragma GCC unroll 16
+            for (int t = 0; t < T; t++) sums[t] = load(out + row * out_step + t * LANES);
+            return;
+        }
+        const Vec value = splat(bias[row]);
+#pragma GCC unroll 16
+        for (int t = 0; t < T; t++) sums[t] = value;
+        if (residual) {
+#pragma GCC unroll 16
+            for (int t = 0; t < T; t++) sums[t] += load(residual + row * residual_step + t * LANES);
+        }
+    }
+};
 
 template <int T>
 inline void finish(const Call& c, Vec* sums, const int32_t* mask, float* out) {
@@ -56,7 +84,7 @@ inline void finish(const Call& c, Vec* sums, const int32_t* mask, float* out) {
 template <int T>
 void sparse_tile(const Call& c, const Part& part, int64_t column) {
     const Operation& op = c.op;
-    const int32_t* mask = op.mask ? op.mask + (part.phase * op.length + column) * LANES : nullptr;
+    const Place place(c, part, column);
     for (int64_t b = part.first; b < part.last; b++) {
         const Block& block = op.blocks[b];
         const bool first = b == part.first, last = b == part.last - 1;
@@ -65,17 +93,8 @@ void sparse_tile(const Call& c, const Part& part, int64_t column) {
         const uint16_t* offset = op.offsets + block.offsets;
         const Entry* entry = op.entries + block.entries;
         for (const Entry* end = entry + block.count; entry != end; entry++) {
-            const int64_t plane = entry->row * op.phases + part.phase;
-            const int64_t at = (plane * op.out_stride + column) * LANES;
-            const int64_t other = (plane * op.other_stride + column) * LANES;
             Vec sums[T];
-            if (first) {
-#pragma GCC unroll 16
-                for (int t = 0; t < T; t++) sums[t] = start(c, entry, other + t * LANES);
-            } else {
-#pragma GCC unroll 16
-                for (int t = 0; t < T; t++) sums[t] = load(c.out + at + t * LANES);
-            }
+            place.template start<T>(sums, entry->row, first);
             const int count = entry->count;
             // Weights are read once a run, so they come from far away.
             __builtin_prefetch(value + 512);
@@ -94,11 +113,12 @@ void sparse_tile(const Call& c, const Part& part, int64_t column) {
             }
             value += count;
             offset += count;
+            float* out = place.out + entry->row * place.out_step;
             if (last) {
-                finish<T>(c, sums, mask, c.out + at);
+                finish<T>(c, sums, place.mask, out);
             } else {
 #pragma GCC unroll 16
-                for (int t = 0; t < T; t++) store(c.out + at + t * LANES, sums[t]);
+                for (int t = 0; t < T; t++) store(out + t * LANES, sums[t]);
             }
         }
     }
@@ -107,7 +127,7 @@ void sparse_tile(const Call& c, const Part& part, int64_t column) {
 template <int T>
 void dense_tile(const Call& c, const Part& part, int64_t column) {
     const Operation& op = c.op;
-    const int32_t* mask = op.mask ? op.mask + (part.phase * op.length + column) * LANES : nullptr;
+    const Place place(c, part, column);
     for (int64_t b = part.first; b < part.last; b++) {
         const Block& block = op.blocks[b];
         const bool first = b == part.first, last = b == part.last - 1;
@@ -117,18 +137,12 @@ void dense_tile(const Call& c, const Part& part, int64_t column) {
         for (int64_t e = block.entries; e < block.entries + block.count; e++) {
             const Entry& entry = op.entries[e];
             Vec sums[4][T];
-            int64_t plane[4];
+            int64_t row[4];
 #pragma GCC unroll 4
             for (int r = 0; r < 4; r++) {
                 // The last group repeats its last channel where there are less than four.
-                const int64_t row = entry.row + r < op.channels ? entry.row + r : op.channels - 1;
-                plane[r] = row * op.phases + part.phase;
-                const Entry own{(int32_t)row, 0};
-                const int64_t at = (plane[r] * op.out_stride + column) * LANES;
-                const int64_t other = (plane[r] * op.other_stride + column) * LANES;
-#pragma GCC unroll 16
-                for (int t = 0; t < T; t++)
-                    sums[r][t] = first ? start(c, &own, other + t * LANES) : load(c.out + at + t * LANES);
+                row[r] = entry.row + r < op.channels ? entry.row + r : op.channels - 1;
+                place.template start<T>(sums[r], row[r], first);
             }
             for (int k = 0; k < entry.count; k++) {
                 const float* x = (const float*)(in + (uint64_t)offset[k] * VECTOR_BYTES);
@@ -145,9 +159,9 @@ void dense_tile(const Call& c, const Part& part, int64_t column) {
             value += 4 * entry.count;
 #pragma GCC unroll 4
             for (int r = 0; r < 4; r++) {
-                float* out = c.out + (plane[r] * op.out_stride + column) * LANES;
+                float* out = place.out + row[r] * place.out_step;
                 if (last) {
-                    finish<T>(c, sums[r], mask, out);
+                    finish<T>(c, sums[r], place.mask, out);
                 } else {
 #pragma GCC unroll 16
                     for (int t = 0; t < T; t++) store(out + t * LANES, sums[r][t]);
