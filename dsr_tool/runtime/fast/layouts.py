@@ -15,6 +15,9 @@ from dsr_tool.runtime.windows import Window
 
 __all__ = ["copied", "loaded", "offsets_of", "reach", "regridded", "rowwise", "taps_of"]
 
+_MOST_PLACES = 1 << 14
+"""Of a plane, for the kernel that moves whole vectors; as in native/regrid.cpp."""
+
 
 def taps_of(window: Window, fine_in: int, fine_out: int) -> list[tuple[int, int, int]]:
     """For each output phase and kernel entry: rows and columns of the grid to go, and the input's phase."""
@@ -44,6 +47,36 @@ def reach(source: Planes, taps: Sequence[tuple[int, int, int]]) -> bool:
     return source.reach(max(0, -min(places)), max(0, *places))
 
 
+def moved(source: Value, out: Planes, index: Callable[[], Array], stride: Callable[[], int]) -> Op:
+    """Rows of pixels, or planes, to planes on another grid.
+
+    Args:
+        source: where the pixels are.
+        out: where they go.
+        index: makes the table that says where each place of a channel gets its pixel.
+        stride: says how many floats lie between channels of the source.
+    """
+    lengths = (source.grid.length if isinstance(source, Planes) else 0, out.grid.length)
+    if (
+        max(lengths) * out.grid.lanes > _MOST_PLACES
+        # Squares of vectors would be more than half empty.
+        or 2 * min(filter(None, lengths)) <= out.grid.lanes
+        or out.factor not in (1, 2, 4)
+        or (isinstance(source, Planes) and source.factor > 1)
+    ):
+        return gather(source, out, index, stride)
+    out.padded = True
+
+    def finish(struct: Operation, kept: list[object]) -> None:
+        grid = source.grid if isinstance(source, Planes) else None
+        length, pitch = (0, source.shape[3]) if grid is None else (grid.length, grid.pitch)
+        table = (length, pitch, out.factor, *out.shape[2:], out.grid.pitch)
+        struct.index = address(np.array(table, np.int32), kept)
+        struct.in_stride, struct.inner = stride(), out.stride * out.grid.lanes
+
+    return Op(Kind.REGRID, source, out, finish=finish)
+
+
 def gather(source: Value, out: Value, index: Callable[[], Array], step: Callable[[], int]) -> Op:
     if isinstance(out, Planes):
         out.padded = True
@@ -65,7 +98,7 @@ def gather(source: Value, out: Value, index: Callable[[], Array], step: Callable
 
 def loaded(source: Value, out: Planes) -> Op:
     """Pixels in rows to planes."""
-    return gather(source, out, out.pixels, lambda: out.shape[2] * out.shape[3])
+    return moved(source, out, out.pixels, lambda: out.shape[2] * out.shape[3])
 
 
 def copied(source: Value, out: Flat) -> Op:
@@ -95,4 +128,5 @@ def regridded(source: Planes, out: Planes, step: int) -> Op:
         pixel = out.pixels()
         return np.asarray(places.reshape(-1)[np.maximum(pixel, 0)])
 
-    return gather(source, out, index, lambda: source.phases * source.stride * source.grid.lanes)
+    how = moved if step == 1 else gather
+    return how(source, out, index, lambda: source.phases * source.stride * source.grid.lanes)

@@ -22,6 +22,7 @@ class Kind(IntEnum):
     TO_ROWS = 8
     NORMALIZE = 9
     SOFTMAX = 10
+    REGRID = 11
 
 
 class Activation(IntEnum):

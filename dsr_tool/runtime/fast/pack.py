@@ -190,15 +190,17 @@ def pack_dense(weight: npt.NDArray[np.float32], phases: Sequence[Taps], per_bloc
         pile.values.append(np.ascontiguousarray(part.transpose(0, 2, 1)).ravel())
         pile.entries.append(np.stack((np.arange(quads) * 4, np.full(quads, count * kernel)), axis=1).astype(np.int32))
     number = np.arange(len(lows))
-    for phase, taps in enumerate(phases):
-        lowest = min(taps.offsets)
-        known = _length(pile.offsets)
-        offsets = np.arange(per_block)[:, None] * taps.channel + np.array(taps.offsets) - lowest
+    firsts = []
+    for taps in phases:
+        firsts.append(_length(pile.offsets))
+        offsets = np.arange(per_block)[:, None] * taps.channel + np.array(taps.offsets) - min(taps.offsets)
         pile.offsets.append(offsets.astype(np.uint16).ravel())
-        for low, high in itertools.pairwise(bounds):
+    for low, high in itertools.pairwise(bounds):
+        for phase, taps in enumerate(phases):
+            base = lows * taps.channel + min(taps.offsets)
             values = 4 * kernel * (quads * lows + low * counts)
             entries = number * quads + low
-            pile.add(phase, True, lows * taps.channel + lowest, values, np.array(known), entries, np.array(high - low))
+            pile.add(phase, True, base, values, np.array(firsts[phase]), entries, np.array(high - low))
     return pile.pack()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ MIN_DENSE = 0.7
 """Density from which four rows at a time, zeros and all, are quicker than one row without them."""
 SPARSE_COST = 1.6
 """Time of a multiply-add in a sparse product, where one in a dense product takes 1."""
-CACHE_BYTES = 48 << 10
+CACHE_BYTES = 40 << 10
 """Of input that a block of work reads often: it has to stay in the first-level cache."""
 DENSE_BYTES, DENSE_TILE = 21 << 10, 6
 """Of input that a block of four rows at a time reads, and vectors of its tile."""
@@ -180,14 +181,13 @@ def tiling(
     length, lane_bytes = source.grid.length, 4 * into.lanes
     often, point = records >= OFTEN, max(window.kernel) == 1
     tile = min(length, DENSE_TILE if heavy else WIDEST if records >= (POINT_DENSITY if point else OFTEN) else NARROW)
+    # Tiles of one plane are about equally wide.
+    width = -(-length // -(-length // tile))
+    vectors = max(_touched(taps.offsets, width) for taps in phases)
     if point:
-        # Tiles of one plane are about equally wide.
-        vectors = -(-length // -(-length // tile))
         room = DENSE_BYTES if heavy else POINT_BYTES * max(1.0, POINT_DENSITY / max(records, 1e-9)) ** POINT_POWER
         channels = room / (vectors * lane_bytes)
     else:
-        rows = -(-window.kernel[0] // source.factor)
-        vectors = min(rows * (tile + 2 * source.grid.pad), source.stride) * min(source.phases, math.prod(window.kernel))
         room = DENSE_BYTES if heavy else CACHE_BYTES if often else FAR_BYTES
         channels = max(room / (vectors * lane_bytes), MIN_RECORDS / max(records, 1e-9))
     inner = weight.mask.shape[1] if source.channels == weight.mask.shape[1] else source.channels
@@ -195,3 +195,9 @@ def tiling(
     reach = max(max(taps.offsets) - min(taps.offsets) for taps in phases)
     most = (FARTHEST - reach) // phases[0].channel
     return tile, max(min(-(-inner // blocks), most), 1)
+
+
+def _touched(offsets: Sequence[int], width: int) -> int:
+    """Vectors of one channel that a tile reads."""
+    ordered = sorted(set(offsets))
+    return width + sum(min(width, after - before) for before, after in itertools.pairwise(ordered))

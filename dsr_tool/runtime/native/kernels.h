@@ -18,6 +18,7 @@ void activate(const Operation& op, float* x, int64_t count);
 void product(const Operation& op, const float* in, const float* residual, float* out, Pool* pool);
 void max_pool(const Operation& op, const float* in, float* out, Pool* pool);
 void gather(const Operation& op, const float* in, float* out, Pool* pool);
+void regrid(const Operation& op, const float* in, float* out, Pool* pool);
 void combine(const Operation& op, const float* a, const float* b, float* out, Pool* pool);
 void channelwise(const Operation& op, const float* in, const float* factors, float* out, Pool* pool);
 void mean(const Operation& op, const float* in, float* out, Pool* pool);

@@ -9,7 +9,8 @@
 #include <cstdint>
 
 enum Kind : int32_t {
-    PRODUCT, MAX_POOL, GATHER, COMBINE, CHANNELWISE, MEAN, ROWS, FROM_ROWS, TO_ROWS, NORMALIZE, SOFTMAX
+    PRODUCT, MAX_POOL, GATHER, COMBINE, CHANNELWISE, MEAN, ROWS, FROM_ROWS, TO_ROWS, NORMALIZE, SOFTMAX,
+    REGRID
 };
 
 enum Activation : int32_t { CLIP, SIGMOID, SILU, HARD_SIGMOID, HARD_SWISH, GELU, GELU_TANH, TANH, ELU, LEAKY_RELU };
@@ -31,7 +32,7 @@ struct Block {
     int64_t count;    // entries
 };
 
-// Output channels of one phase that one thread takes on.
+// Output channels of one phase that one thread takes on; those of all phases follow each other.
 struct Part {
     int64_t first, last;  // blocks
     int64_t phase;

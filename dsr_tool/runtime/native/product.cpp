@@ -181,20 +181,20 @@ constexpr Tile DENSE[] = {nullptr,       dense_tile<1>, dense_tile<2>, dense_til
 
 struct Work {
     const Call& call;
-    int64_t tiles[2];  // of sparse and of dense parts
+    const Tile* tile;  // by width
+    int64_t tiles;     // of each part
 };
 
-// Item i is one tile of one part; items of one part follow each other.
+// Item i is one tile of one part. Parts that differ by their phase alone follow each other and read the same input,
+// so they take their turns with each tile.
 void run_item(const void* context, int64_t item) {
     const Work& work = *(const Work*)context;
     const Operation& op = work.call.op;
-    int64_t p = 0;
-    while (item >= work.tiles[op.parts[p].dense]) item -= work.tiles[op.parts[p++].dense];
-    const Part& part = op.parts[p];
+    const int64_t i = item / op.phases % work.tiles;
+    const Part& part = op.parts[item / (op.phases * work.tiles) * op.phases + item % op.phases];
     // Tiles of nearly equal width: the wider ones first.
-    const int64_t n = work.tiles[part.dense], width = op.length / n, wider = op.length % n;
-    const int64_t column = item * width + (item < wider ? item : wider);
-    (part.dense ? DENSE : SPARSE)[width + (item < wider)](work.call, part, column);
+    const int64_t width = op.length / work.tiles, wider = op.length % work.tiles;
+    work.tile[width + (i < wider)](work.call, part, i * width + (i < wider ? i : wider));
 }
 
 }  // namespace
@@ -203,9 +203,8 @@ void product(const Operation& op, const float* in, const float* residual, float*
     const bool any = op.activation == CLIP, above = any && op.low == 0 && op.high == INFINITY;
     const bool clipped = any && !above && (op.low != -INFINITY || op.high != INFINITY);
     const Call call{op, in, residual, out, clipped, above, splat(op.low), splat(op.high)};
-    const int64_t widest = op.inner < WIDEST ? op.inner : WIDEST;
-    const Work work{call, {(op.length + widest - 1) / widest, (op.length + WIDEST_DENSE - 1) / WIDEST_DENSE}};
-    int64_t items = 0;
-    for (int64_t p = 0; p < op.count; p++) items += work.tiles[op.parts[p].dense];
-    parallel(pool, items, run_item, &work);
+    const bool dense = op.count && op.parts->dense;
+    const int64_t widest = dense ? WIDEST_DENSE : op.inner < WIDEST ? op.inner : WIDEST;
+    const Work work{call, dense ? DENSE : SPARSE, (op.length + widest - 1) / widest};
+    parallel(pool, op.count * work.tiles, run_item, &work);
 }

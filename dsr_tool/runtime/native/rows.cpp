@@ -25,9 +25,13 @@ float dot(const float* a, const float* b, int64_t n) {
 float sparse_dot(const float* value, const uint16_t* offset, int64_t n, const float* x) {
     float sums[8] = {};
     int64_t k = 0;
-    for (; k + 8 <= n; k += 8)
+    for (; k + 8 <= n; k += 8) {
+        // Weights are read once a run, so they come from far away.
+        __builtin_prefetch(value + k + 1024);
+        __builtin_prefetch(offset + k + 2048);
 #pragma GCC unroll 8
         for (int t = 0; t < 8; t++) sums[t] += value[k + t] * x[offset[k + t]];
+    }
     for (; k < n; k++) sums[k & 7] += value[k] * x[offset[k]];
     return (sums[0] + sums[1] + (sums[2] + sums[3])) + (sums[4] + sums[5] + (sums[6] + sums[7]));
 }

@@ -18,6 +18,7 @@ void run_one(const Operation& op, float* const* spaces, Pool* pool) {
         case PRODUCT: product(op, in, other, out, pool); break;
         case MAX_POOL: max_pool(op, in, out, pool); break;
         case GATHER: gather(op, in, out, pool); break;
+        case REGRID: regrid(op, in, out, pool); break;
         case COMBINE: combine(op, in, other, out, pool); break;
         case CHANNELWISE: channelwise(op, in, other, out, pool); break;
         case MEAN: mean(op, in, out, pool); break;
