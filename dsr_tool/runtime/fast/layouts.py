@@ -107,7 +107,11 @@ def copied(source: Value, out: Flat) -> Op:
         return Op(Kind.TO_ROWS, source, out, finish=rowwise(source.channels, source.shape[3], source.grid.length))
     if isinstance(source, Planes):
         return gather(source, out, source.places, lambda: source.phases * source.stride * source.grid.lanes)
-    return gather(source, out, lambda: np.arange(out.entries), lambda: 0)
+
+    def finish(struct: Operation, kept: list[object]) -> None:  # noqa: ARG001
+        struct.count, struct.length = out.entries, 0
+
+    return Op(Kind.GATHER, source, out, finish=finish)
 
 
 def rowwise(features: int, count: int, length: int = 0) -> Callable[[Operation, list[object]], None]:

@@ -40,6 +40,8 @@ OFTEN = 0.12
 """Records of one output channel per input channel, from which an input counts as often read."""
 WIDEST, NARROW = 14, 11
 """Vectors of a tile: at most, and where inputs are read seldom."""
+LEAST_TILE, MANY_TILES = 5, 4
+"""For more than one thread: vectors of a tile at least, and tiles for each that are shared out well as they are."""
 MIN_RECORDS = 20
 """Of one output channel in a block, for which its sums are loaded and stored again."""
 POINT_BYTES, POINT_DENSITY, POINT_POWER, POINT_NARROW = 36 << 10, 0.25, 0.4, 9
@@ -148,9 +150,7 @@ def packed(
         tensor = weight if isinstance(weight, SparseTensor) else SparseTensor.from_dense(weight, mask_of(weight))
         heavy = group == 1 and tensor.mask.density >= MIN_DENSE
         tile, per_block = tiling(into, source, window, tensor, heavy, phases)
-        tiles = -(-out.grid.length // WIDEST) * len(phases)
-        # Twice as many parts as threads: who comes late to the first takes less of the rest.
-        split = 2 * into.split if into.split > 1 and tiles < 4 * into.split else 1
+        tile, split = shared_out(into.split, out.grid.length, tile, len(phases))
         key = (name, shape_of(weight), group, tuple(phases), per_block, split)
         pack = into.packs.get(key)
         if pack is None:
@@ -167,6 +167,21 @@ def packed(
         struct.inner = tile
 
     return finish
+
+
+def shared_out(threads: int, length: int, tile: int, phases: int) -> tuple[int, int]:
+    """Vectors of a tile, and parts that output channels are cut into, so that threads get equal shares.
+
+    Each part reads the whole input again, so threads share the tiles of a plane where there are enough of them.
+    """
+    tiles = -(-length // tile) * phases
+    if threads == 1 or tiles % threads == 0:
+        return tile, 1
+    even = -(-tiles // threads) * threads
+    narrow = -(-length * phases // even)
+    if tiles > threads and narrow >= LEAST_TILE:
+        return narrow, 1
+    return tile, 1 if tiles >= MANY_TILES * threads else threads
 
 
 def tiling(

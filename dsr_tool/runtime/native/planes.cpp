@@ -95,6 +95,15 @@ void gather_channel(const Work& work, int64_t channel) {
     }
 }
 
+// Without a table, one row of entries as it is.
+constexpr int64_t COPIED = 1 << 14;
+
+void copy_piece(const void* context, int64_t item) {
+    const Work& work = *(const Work*)context;
+    const int64_t begin = item * COPIED, count = work.op.count - begin < COPIED ? work.op.count - begin : COPIED;
+    std::memcpy(work.out + begin, work.in + begin, 4 * count);
+}
+
 Vec combined(int32_t how, Vec a, Vec b) {
     switch (how) {
         case ADD: return a + b;
@@ -189,7 +198,11 @@ void max_pool(const Operation& op, const float* in, float* out, Pool* pool) {
 }
 
 void gather(const Operation& op, const float* in, float* out, Pool* pool) {
-    each_plane({op, in, nullptr, out}, gather_channel, op.channels, pool, 1);
+    const Work work{op, in, nullptr, out};
+    if (op.index)
+        each_plane(work, gather_channel, op.channels, pool, 1);
+    else
+        parallel(pool, (op.count + COPIED - 1) / COPIED, copy_piece, &work);
 }
 
 void combine(const Operation& op, const float* a, const float* b, float* out, Pool* pool) {

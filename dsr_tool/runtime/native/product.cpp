@@ -204,7 +204,7 @@ void product(const Operation& op, const float* in, const float* residual, float*
     const bool clipped = any && !above && (op.low != -INFINITY || op.high != INFINITY);
     const Call call{op, in, residual, out, clipped, above, splat(op.low), splat(op.high)};
     const bool dense = op.count && op.parts->dense;
-    const int64_t widest = dense ? WIDEST_DENSE : op.inner < WIDEST ? op.inner : WIDEST;
+    const int64_t most = dense ? WIDEST_DENSE : WIDEST, widest = op.inner < most ? op.inner : most;
     const Work work{call, dense ? DENSE : SPARSE, (op.length + widest - 1) / widest};
     parallel(pool, op.count * work.tiles, run_item, &work);
 }

@@ -60,10 +60,15 @@ void softmax_row(const void* context, int64_t row) {
     const int64_t n = work.op.count;
     const float* in = work.in + row * n;
     float* out = work.out + row * n;
-    float most = in[0];
-    for (int64_t i = 0; i < n; i++) most = in[i] > most || in[i] != in[i] ? in[i] : most;
-    Vec total{};
+    Vec highest = splat(-INFINITY), total{};
     int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        const Vec x = load(in + i);
+        highest = select((x > highest) | (x != x), x, highest);
+    }
+    float most = largest(highest);
+    for (; i < n; i++) most = in[i] > most || in[i] != in[i] ? in[i] : most;
+    i = 0;
     for (; i + LANES <= n; i += LANES) {
         const Vec e = exponential(load(in + i) - most);
         store(out + i, e);
