@@ -62,7 +62,10 @@ class Machine:
 
 def _pages(nbytes: int) -> Array:
     """Zeros at the start of a page; in large pages where the system has them, since planes lie far apart."""
-    pages = mmap.mmap(-1, -(-nbytes // _LARGE_PAGE) * _LARGE_PAGE + _LARGE_PAGE)
+    size = -(-nbytes // _LARGE_PAGE) * _LARGE_PAGE + _LARGE_PAGE
+    # Private, since shared memory seldom comes in large pages.
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    pages = mmap.mmap(-1, size, **private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):
             pages.madvise(mmap.MADV_HUGEPAGE)
