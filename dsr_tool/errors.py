@@ -6,12 +6,14 @@ Every message is one sentence that names the parameter, its value, what is allow
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
-__all__ = ["CheckFailed", "DsrError", "FileError", "FormatError", "UsageError", "first_line", "unknown_name"]
+__all__ = ["CheckFailed", "DsrError", "FileError", "FormatError", "UsageError", "closest", "first_line", "unknown_name"]
 
 
 _LONGEST, _LONGEST_NAME = 450, 80
+_FIRST_WORD = re.compile(r"^[^\W\d_]*")
 
 
 class DsrError(Exception):
@@ -54,8 +56,48 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(". ")
 
 
+def closest(value: str, known: Iterable[str]) -> list[str]:
+    """Names that somebody may have meant, at most three, the likeliest first; none where nothing is close.
+
+    Case, dashes, underscores and dots do not count, nor does a table before a dot that all have in common. Offered are,
+    of these kinds, the names of the first that there are any of: the same name; those that begin with what was typed
+    (of three letters or more); those that are alike, or whose first word is: the same letters in another order, or four
+    in five in common, in order; those with the same first letter, and two in three in common; those that have what was
+    typed (four letters or more) in them.
+
+    Args:
+        value: what was typed.
+        known: every allowed name.
+    """
+    names, start = list(known), value.rfind(".") + 1
+    if not all(name.startswith(value[:start]) for name in names):
+        start = 0
+    typed, whole = _folded(value[start:]), {name: _folded(name[start:]) for name in names}
+    first = {name: _folded(_FIRST_WORD.findall(name[start:])[0]) for name in names}
+    likeness = {name: _likeness(typed, whole[name]) for name in names}
+    found = (
+        [name for name in names if whole[name] == typed][:1]
+        or [name for name in names if len(typed) >= 3 and whole[name].startswith(typed)]
+        or [name for name in names if max(likeness[name], _likeness(typed, first[name])) >= 0.8]
+        or [name for name in names if whole[name][:1] == typed[:1] and likeness[name] >= 2 / 3]
+        or [name for name in names if len(typed) >= 4 and typed in whole[name]]
+    )
+    return sorted(found, key=lambda name: (-likeness[name], len(name), name))[:3]
+
+
+def _folded(name: str) -> str:
+    return name.lower().translate(dict.fromkeys(map(ord, "-_. ")))
+
+
+def _likeness(typed: str, word: str) -> float:
+    """Share of the letters of both that are in common, in order; 1 as well where only their order differs."""
+    if sorted(typed) == sorted(word):
+        return 1.0
+    return difflib.SequenceMatcher(None, typed, word, autojunk=False).ratio()
+
+
 def unknown_name(parameter: str, value: str, known: Iterable[str]) -> UsageError:
-    """The error for a `value` that is none of the `known` names, with the closest of them.
+    """The error for a `value` that is none of the `known` names, with those that are close to it.
 
     Args:
         parameter: what was being named, as the user wrote it (`--data`, `ARCH`).
@@ -63,8 +105,7 @@ def unknown_name(parameter: str, value: str, known: Iterable[str]) -> UsageError
         known: every allowed name.
     """
     names, value = sorted(known), value[:_LONGEST_NAME]
-    close = difflib.get_close_matches(value, names, n=3, cutoff=0.5)
-    if close:
+    if close := closest(value, names):
         hint = f"did you mean {' or '.join(close)}?"
     elif len(names) <= 30:
         hint = f"known names: {', '.join(names)}."

@@ -9,7 +9,7 @@ import traceback
 
 import click
 
-from dsr_tool.errors import DsrError, first_line, unknown_name
+from dsr_tool.errors import DsrError, closest, first_line, unknown_name
 
 __all__ = ["cli", "main"]
 
@@ -97,8 +97,11 @@ def _run() -> int:
 def _usage(error: click.ClickException) -> str:
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "dsr-tool"
-    if isinstance(error, click.NoSuchOption) and error.possibilities:
-        return f"option {error.option_name} is unknown; did you mean {' or '.join(error.possibilities)}?"
+    if isinstance(error, click.NoSuchOption):
+        known = [name[2:] for option in context.command.params for name in option.opts] if context else []
+        close = [f"--{name}" for name in closest(error.option_name.lstrip("-"), filter(None, known))]
+        hint = f"did you mean {' or '.join(close)}?" if close else f"`{path} --help` lists those that there are."
+        return f"option {error.option_name} is unknown; {hint}"
     return f"{error.format_message().rstrip('.')}; `{path} --help` says what is allowed."
 
 

@@ -65,7 +65,7 @@ def command(
     from dsr_tool.compare.cells import Comparison
     from dsr_tool.compare.grid import make_grid
     from dsr_tool.compare.outputs import write_outputs
-    from dsr_tool.compare.work import Order, work, work_in_processes
+    from dsr_tool.compare.work import Order, stopped_by_sigterm, work, work_in_processes
     from dsr_tool.errors import CheckFailed, UsageError
 
     since, started = time.time(), time.monotonic()
@@ -79,10 +79,11 @@ def command(
     deadline = started + max_time if max_time is not None else math.inf
     order = Order(str(output), tuple(cell.name for cell in asked.cells), since, deadline, light=keep == "light")
     try:
-        if jobs == 1:
-            work(order, lambda line: note(line, quiet=quiet))
-        else:
-            work_in_processes(order, jobs, quiet=quiet)
+        with stopped_by_sigterm():
+            if jobs == 1:
+                work(order, lambda line: note(line, quiet=quiet))
+            else:
+                work_in_processes(order, jobs, quiet=quiet)
     finally:
         document, text = write_outputs(comparison, whole)
     emit(document, text, as_json=as_json)

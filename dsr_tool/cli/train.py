@@ -70,7 +70,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
 @click.option("--gamma", type=float, help="Factor of each of these; default 0.2.")
 @click.option("--warmup-epochs", type=float, help="Epochs of linear rise to the peak; default 0.")
 @click.option("--optimizer", help="sgd (default), adam, adamw or rmsprop.")
-@click.option("--momentum", type=float, help="Of sgd (Nesterov) and rmsprop; default 0.9.")
+@click.option("--momentum", type=float, help="Of sgd (Nesterov) and rmsprop, the others have none; default 0.9.")
 @click.option("--weight-decay", type=float, help="On all parameters; default 0.0005.")
 @click.option("--label-smoothing", type=float, help="Fraction of each label spread over all classes; default 0.")
 @click.option("--augment", help="none, shift, crop-flip or imagenet; default: what suits the data.")

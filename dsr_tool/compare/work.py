@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,9 +21,9 @@ from dsr_tool.compare.attempt import attempt
 from dsr_tool.compare.cells import Cell, Comparison
 from dsr_tool.errors import CheckFailed
 
-__all__ = ["Order", "work", "work_in_processes"]
+__all__ = ["Order", "stopped_by_sigterm", "work", "work_in_processes"]
 
-_WAIT_S = 1.0
+_WAIT_S, _GRACE_S = 1.0, 5.0
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -68,6 +71,8 @@ def work(order: Order, say: Callable[[str], None]) -> None:
 def work_in_processes(order: Order, jobs: int, *, quiet: bool = False) -> None:
     """The same by several processes of one thread each, whose lines come on stderr unless they are `quiet`.
 
+    None of them outlives this call, nor this process, however either ends.
+
     Raises:
         CheckFailed: one of them ended for a reason of its own.
     """
@@ -76,18 +81,45 @@ def work_in_processes(order: Order, jobs: int, *, quiet: bool = False) -> None:
     workers: list[subprocess.Popen[bytes]] = []
     try:
         for _ in range(jobs):
-            workers.append(subprocess.Popen(command, env=environment))  # noqa: S603 - our own interpreter and module
+            # Nothing is ever written to the pipe: it closes with this process, and `_end_with_parent` notices.
+            pipe = subprocess.PIPE
+            workers.append(subprocess.Popen(command, env=environment, stdin=pipe))  # noqa: S603 - our own module
         codes = [worker.wait() for worker in workers]
     finally:
-        for worker in workers:
-            worker.terminate()
-        for worker in workers:
-            worker.wait()
+        _end(workers)
     if any(codes):
         raise CheckFailed(
             f"{sum(map(bool, codes))} of {jobs} processes ended with exit code {max(codes, key=abs)}; what was "
             f"complete is kept, and the same command goes on."
         )
+
+
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """Within it SIGTERM raises `KeyboardInterrupt`, as SIGINT does; in the main thread, which alone may say so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # none where it was not set by Python
+
+
+def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End processes that have not ended yet, at once: what they had written whole is what there is to go on from."""
+    for worker in workers:
+        worker.terminate()
+    give_up = time.monotonic() + _GRACE_S
+    for worker in workers:
+        try:
+            worker.wait(max(give_up - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+        if worker.stdin:
+            worker.stdin.close()
 
 
 def _try(cell: Cell, comparison: Comparison, data: str, order: Order, say: Callable[[str], None]) -> str:
@@ -136,8 +168,16 @@ def _told(record: Mapping[str, Any]) -> str:
     return f"failed: {record.get('error')}"
 
 
+def _end_with_parent() -> None:
+    """Wait for the end of stdin, which is that of the process that started this one; then end it, in a step or out."""
+    while os.read(0, 1):
+        pass
+    os._exit(130)
+
+
 def _main() -> None:
     """A process of `work_in_processes`."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     order = Order(**json.loads(sys.argv[1]))
     torch.set_num_threads(1)
     quiet = bool(int(sys.argv[2]))

@@ -124,8 +124,7 @@ class Data:
             scaled = images.float() / 255 if images.dtype == torch.uint8 else images
             # Grey images meet as many means as the model has channels, which repeats them.
             inputs = (scaled - mean) / std
-            if device.type == "cuda":
-                inputs = inputs.contiguous(memory_format=torch.channels_last)
+            inputs = inputs.to(memory_format=settings.memory_format)
             yield from zip(inputs.split(shown.batch_size), labels.split(shown.batch_size), strict=True)
 
     def _images(self, shown: _Shown, settings: TrainSettings) -> Iterator[Batch]:

@@ -90,8 +90,7 @@ class _Run:
         self.ranks.part(min(settings.batch_size, len(data.dataset.train.labels)))
         self.observers = observers if self.ranks.first else ()
         device = settings.torch_device
-        layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
-        model.to(device, memory_format=layout)
+        model.to(device, memory_format=settings.memory_format)
         self.steps = data.steps(settings.batch_size)
         self.optimizer = make_optimizer(model.module, settings)
         self.scheduler = optim.lr_scheduler.LambdaLR(self.optimizer, lr_factor(settings, self.steps))

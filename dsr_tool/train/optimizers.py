@@ -18,11 +18,11 @@ def make_optimizer(module: nn.Module, settings: TrainSettings) -> optim.Optimize
     """An optimizer of all parameters of a module, at the peak learning rate."""
     parameters, lr, decay = list(module.parameters()), settings.learning_rate, settings.weight_decay
     fused = True if _can_be_fused(parameters, settings) else None
+    momentum = settings.inertia or 0.0
     if settings.optimizer == "sgd":
-        momentum = settings.momentum
         return optim.SGD(parameters, lr, momentum=momentum, nesterov=momentum > 0, weight_decay=decay, fused=fused)
     if settings.optimizer == "rmsprop":
-        return optim.RMSprop(parameters, lr, momentum=settings.momentum, weight_decay=decay)
+        return optim.RMSprop(parameters, lr, momentum=momentum, weight_decay=decay)
     kind = optim.Adam if settings.optimizer == "adam" else optim.AdamW
     return kind(parameters, lr, weight_decay=decay, fused=fused)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import types
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from converters.convert import convert
 from dsr_tool.core.recipes import Recipe
-from dsr_tool.errors import unknown_name
+from dsr_tool.errors import closest, unknown_name
 from dsr_tool.methods import OPTIONS
 from dsr_tool.train.settings import TrainSettings
 
@@ -46,8 +45,8 @@ def wrong_values(recipe: Recipe) -> Iterator[tuple[str, str]]:
     own = OPTIONS.get(method, ())
     for key, value in recipe.options.items():
         if method in OPTIONS and key not in own:
-            close = difflib.get_close_matches(key, own, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(own) or 'none'}."
+            close = closest(key, own)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(own) or 'none'}."
             yield f"options.{key}", f"options.{key} {value!r} is no option of method {method}; {hint}"
         elif not isinstance(value, (str, int, float)):
             yield f"options.{key}", f"options.{key} is {value!r}, and should be a number or a text."

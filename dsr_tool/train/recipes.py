@@ -13,7 +13,7 @@ from dsr_tool.core.recipes import TABLES, Recipe
 from dsr_tool.errors import FormatError, UsageError, unknown_name
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.train.recipe_keys import MODEL_KEYS, OPTION_KEYS, TRAIN_KEYS, wrong_values
-from dsr_tool.train.settings import TrainSettings
+from dsr_tool.train.settings import LEARNING_RATES, MOMENTA, TrainSettings
 
 __all__ = [
     "as_run",
@@ -44,6 +44,7 @@ def as_run(name: str | None, sets: Sequence[str], given: Mapping[str, Any]) -> R
     """
     recipe = find_recipe(name) if name is not None else Recipe("")
     own = {key: value for key, value in given.items() if key in TRAIN_KEYS}
+    recipe = replace(recipe, train=_kept(recipe.train, own))
     if "method" in own:  # before --set, which knows the options of one method
         recipe = replace(recipe, train={**recipe.train, "method": own["method"]})
     if name is not None or sets:
@@ -64,21 +65,30 @@ def changed(recipe: Recipe, sets: Sequence[str] = ()) -> Recipe:
         UsageError: something that is no `key=value`, keys that do not exist and values that are not allowed; all of
             them are listed.
     """
-    tables: dict[str, dict[str, Any]] = {table: dict(getattr(recipe, table)) for table in TABLES}
+    given: dict[str, dict[str, Any]] = {table: {} for table in TABLES}
     errors = []
     # The method first, since it decides which options there are.
     for text in sorted(sets, key=lambda text: not text.startswith(("method=", "train.method="))):
         try:
             key, value = pair(text)
             table, name = _place(key)
-            tables[table][name] = value
+            given[table][name] = value
         except UsageError as error:
             errors.append(str(error))
-    made = replace(recipe, model=tables["model"], train=tables["train"], options=tables["options"])
+    model, options = ({**getattr(recipe, table), **given[table]} for table in ("model", "options"))
+    train = {**_kept(recipe.train, given["train"]), **given["train"]}
+    made = replace(recipe, model=model, train=train, options=options)
     if problems := [*errors, *_problems(made)]:
         where = f"recipe {recipe.origin or recipe.name!r}: " if recipe.name else ""
         raise UsageError(f"{where}{' '.join(problems)}")
     return made
+
+
+def _kept(train: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's settings where others are given: its momentum goes with its optimizer, when the other has none."""
+    without = [name for name in LEARNING_RATES if name not in MOMENTA]
+    left = ("momentum",) if given.get("optimizer") in without else ()
+    return {key: value for key, value in train.items() if key not in left}
 
 
 def _problems(recipe: Recipe) -> Iterator[str]:

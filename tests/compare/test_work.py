@@ -147,12 +147,13 @@ def test_what_was_killed_goes_on_and_ends_the_same(tables, tmp_path):
     told = json.dumps(order(cut, grid).__dict__)
     log = cut.run("dsr@0.9-s0") / "log.jsonl"
     for epochs in (2, 4):
-        worker = subprocess.Popen([sys.executable, "-m", "dsr_tool.compare.work", told, "1"])
+        command = [sys.executable, "-m", "dsr_tool.compare.work", told, "1"]
+        worker = subprocess.Popen(command, stdin=subprocess.PIPE)
         while not log.is_file() or log.read_text().count('"kind": "epoch"') < epochs:
             assert worker.poll() is None
             time.sleep(0.02)
         os.kill(worker.pid, signal.SIGKILL)
-        worker.wait()
+        worker.communicate()
         assert cut.record("dsr@0.9-s0") is None
     work(order(cut, grid), lambda line: None)
     one, other = cut.record("dsr@0.9-s0"), whole.record("dsr@0.9-s0")

@@ -53,6 +53,24 @@ def test_the_command_line_wins_over_set_over_the_recipe():
     assert row.options == {"target": 0.5, "threshold": 0.01}
 
 
+def test_a_recipes_momentum_goes_with_its_optimizer_and_no_others_does():
+    assert find_recipe(ROW).train["momentum"] == 0.9
+    for row in (as_run(ROW, ["optimizer=adam"], {}), as_run(ROW, [], {"optimizer": "adam"})):
+        assert "momentum" not in row.train and row.train["optimizer"] == "adam"
+    assert as_run(ROW, ["optimizer=rmsprop"], {}).train["momentum"] == 0.9
+    with pytest.raises(UsageError, match="train.momentum 0.5 goes with --optimizer sgd or rmsprop; adamw has none"):
+        as_run(ROW, ["optimizer=adamw", "momentum=0.5"], {})
+    with pytest.raises(UsageError, match="'mine.toml': train.momentum 0.9 goes with --optimizer sgd or rmsprop"):
+        changed(Recipe("mine", train={"optimizer": "adam", "momentum": 0.9}, origin="mine.toml"))
+    for row in (
+        as_run(ROW, ["momentum=0.5"], {"optimizer": "adam"}),
+        as_run(ROW, ["optimizer=adam"], {"momentum": 0.5}),
+        as_run(None, [], {"optimizer": "adam", "momentum": 0.5}),
+    ):
+        with pytest.raises(UsageError, match="--momentum 0.5 goes with --optimizer sgd or rmsprop; adam has none"):
+            TrainSettings(**settings(row)).check()
+
+
 def test_set_works_without_a_recipe():
     row = as_run(None, ["drop_fraction=0.2"], {"method": "set"})
     assert settings(row) == {"method": "set", "options": {"drop_fraction": 0.2}}

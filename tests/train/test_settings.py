@@ -34,6 +34,7 @@ def test_all_errors_are_reported_at_once():
         ({"lr": math.inf}, "--lr inf"),
         ({"gamma": 1.5}, "factor in"),
         ({"momentum": 1.0}, "--momentum 1.0"),
+        ({"optimizer": "adam", "momentum": 0.9}, "--momentum 0.9 goes with --optimizer sgd or rmsprop; adam has none"),
         ({"label_smoothing": 1.0}, "--label-smoothing 1.0"),
         ({"seed": -1}, "--seed -1"),
         ({"every": 0}, "--every 0"),
@@ -63,8 +64,20 @@ def test_cuda_without_a_gpu_is_refused(monkeypatch):
 
 def test_resolved_settings_name_what_is_used():
     resolved = TrainSettings(optimizer="adam", device="cpu").resolve("shift")
-    assert (resolved.lr, resolved.augment, resolved.device) == (1e-3, "shift", "cpu")
+    assert (resolved.lr, resolved.momentum, resolved.augment, resolved.device) == (1e-3, None, "shift", "cpu")
+    resolved.check()
     assert TrainSettings(lr=0.5, augment="none").resolve("shift").augment == "none"
+
+
+@pytest.mark.parametrize(("optimizer", "usual"), [("sgd", 0.9), ("rmsprop", 0.9), ("adam", None), ("adamw", None)])
+def test_momentum_is_that_of_an_optimizer_that_has_one(optimizer, usual):
+    settings, module = TrainSettings(optimizer=optimizer, device="cpu"), torch.nn.Linear(2, 2)
+    settings.check()
+    assert settings.resolve("none").momentum == usual
+    assert make_optimizer(module, settings).defaults.get("momentum") == usual
+    without = TrainSettings(optimizer=optimizer, momentum=0.0, device="cpu")
+    without.check()
+    assert make_optimizer(module, without).defaults.get("momentum", 0.0) == 0.0
 
 
 @given(epochs=st.integers(2, 20), steps=st.integers(1, 30), warmup=st.sampled_from([0.0, 0.5, 1.0]))
@@ -94,3 +107,8 @@ def test_steps_are_fused_where_that_is_safe(optimizer):
     # Scaled gradients must pass by the hooks, and overflowing steps must not be taken.
     half = TrainSettings(optimizer=optimizer, device="cpu", precision="fp16")
     assert make_optimizer(torch.nn.Linear(2, 2), half).param_groups[0]["fused"] is None
+
+
+@pytest.mark.parametrize(("precision", "layout"), [("fp32", torch.preserve_format), ("bf16", torch.channels_last)])
+def test_channels_lie_last_where_convolutions_are_faster_for_it(precision, layout):
+    assert TrainSettings(device="cpu", precision=precision).memory_format is layout
