@@ -69,7 +69,8 @@ def moved(source: Value, out: Planes, index: Callable[[], Array], stride: Callab
 
     def finish(struct: Operation, kept: list[object]) -> None:
         grid = source.grid if isinstance(source, Planes) else None
-        length, pitch = (0, source.shape[3]) if grid is None else (grid.length, grid.pitch)
+        # Entries in rows may have come to their shape by a Reshape, which the value does not know.
+        length, pitch = (0, out.shape[3]) if grid is None else (grid.length, grid.pitch)
         table = (length, pitch, out.factor, *out.shape[2:], out.grid.pitch)
         struct.index = address(np.array(table, np.int32), kept)
         struct.in_stride, struct.inner = stride(), out.stride * out.grid.lanes
