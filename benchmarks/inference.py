@@ -1,9 +1,10 @@
 """How much faster sparse models run than dense ones: paired runs against ONNX Runtime, and other runtimes beside.
 
-Masks and weights are random: "uniform" keeps the first convolution dense and all other weights equally sparse, "erk"
-gives each layer a density by its shape. All contenders take turns on the same input in one process; each turn runs
-twice and times the second. Ratios are of ONNX Runtime's time on the dense model to the contender's within a round: the
-median, and the quartiles in parentheses. Start and memory are medians of child processes.
+Masks and weights are random, also where a model starts with zeros: "uniform" keeps the first convolution dense and all
+other weights equally sparse, "erk" gives each layer a density by its shape. All contenders take turns on the same
+input in one process; each turn runs twice and times the second. Ratios are of ONNX Runtime's time on the dense model
+to the contender's within a round: the median, and the quartiles in parentheses. Start and memory are medians of child
+processes.
 
 Run: python benchmarks/inference.py [--models resnet50] [--batches 1] [--against openvino scipy] [--threads 1]
 """
@@ -29,6 +30,7 @@ from dsr_tool.core.graph import Array
 from dsr_tool.report.bench import open_session, spread
 from dsr_tool.report.memory.measure import Measured, Request, measure
 from dsr_tool.runtime.native.library import level
+from dsr_tool.sparse.model import SparseModel
 from exporters.export import export
 from exporters.onnx.model import to_onnx
 from exporters.onnx.session import OnnxSession
@@ -83,11 +85,25 @@ def write(row: Row, folder: Path) -> tuple[Path, Path]:
     if not archive.exists():
         first = {"keep_dense": [first_convolution(row.model)]} if row.distribution == "uniform" else {}
         model = convert(row.model, sparsity=row.sparsity, distribution=row.distribution, seed=0, **first)
+        fill_zeros(model)
         export(model, archive)
     if not dense.exists():
         opened = open_archive(archive)
         dense.write_bytes(to_onnx(opened.graph, dict(opened), encoding="dense").SerializeToString())
     return archive, dense
+
+
+def fill_zeros(model: SparseModel) -> None:
+    """Draw the weights that start at zero, such as heads of transformers: an output of zeros would hide every error."""
+    import torch
+
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.module.named_parameters():
+            spec = model.specs[name]
+            if spec.weight and not weight.any():
+                weight.normal_(0, spec.matrix_shape[1] ** -0.5, generator=random)
+    model.apply_masks()
 
 
 def first_convolution(model: str) -> str:
@@ -168,6 +184,8 @@ def measured(row: Row, arguments: argparse.Namespace) -> None:
     runs = dict(contenders(archive, dense, row.batch, arguments.threads, arguments.against))
     x = np.random.default_rng(0).standard_normal((row.batch, 3, 224, 224)).astype(np.float32)
     outputs = {name: run(x) for name, run in runs.items()}
+    if not outputs["onnxruntime"].any():
+        raise SystemExit(f"{archive} has an output of zeros, which checks nothing; remove it and its .onnx file.")
     error = np.abs(outputs["sparse"] - outputs["onnxruntime"]).max() / np.abs(outputs["onnxruntime"]).max()
     times = seconds(runs, x, arguments.rounds)
     cells = []

@@ -28,6 +28,7 @@ from torch import nn
 from converters.convert import convert, load
 from dsr_tool.errors import DsrError
 from dsr_tool.report.memory.measure import held_bytes
+from dsr_tool.runtime.native.library import level
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparse.trace import trace
 from exporters.archive import export_archive
@@ -169,7 +170,9 @@ def _machine() -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"Python {platform.python_version()}, {versions} on {platform.system()}, {os.cpu_count()} cores of {cpu}"
+    ours = f"kernels {level()}" if level() else "scipy"
+    hardware = f"{platform.system()}, {os.cpu_count()} cores of {cpu}"
+    return f"Python {platform.python_version()}, {versions}, our own runtime on {ours}; on {hardware}"
 
 
 def main() -> None:

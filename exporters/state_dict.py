@@ -24,7 +24,8 @@ from dsr_tool.sparse.capture import INPUT, frozen_copy
 from dsr_tool.sparse.model import SparseModel
 from exporters.kinds import kind_of
 from exporters.reference import outputs_of, random_inputs
-from exporters.values import rounded_model, rounding_notes, stored_as
+from exporters.rounding import rounded_model, rounding_notes
+from exporters.values import stored_as
 from exporters.verify import Verification, check_exportable, compared, differing_tensors, require
 
 __all__ = ["DENSE_ENCODINGS", "export_safetensors", "export_state_dict", "verify_state_dict", "verify_tensors"]

@@ -21,7 +21,8 @@ from exporters.kinds import kind_of
 from exporters.onnx.model import to_onnx
 from exporters.onnx.session import OnnxSession
 from exporters.reference import largest_difference, outputs_of, random_inputs, rounding_error
-from exporters.values import rounded_model, rounding_notes, stored_as
+from exporters.rounding import rounded_model, rounding_notes
+from exporters.values import stored_as
 from exporters.verification import Verification, require
 
 __all__ = [

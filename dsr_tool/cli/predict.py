@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +13,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from dsr_tool.core.archive import Archive
     from dsr_tool.runtime import Session
+    from dsr_tool.runtime.source import Model
     from exporters.onnx.session import OnnxSession
 
 __all__ = ["command"]
@@ -61,10 +58,10 @@ def command(
 
     if runtime not in _RUNTIMES:
         raise unknown_name("--runtime", runtime, _RUNTIMES)
-    with _opened(file, inputs) as archive:
-        names = _labels(labels, archive)
-        batches = [load_inputs([path], archive.config) for path in inputs]
-        outputs = _run(archive, runtime, threads, np.concatenate(batches))
+    model = _opened(file, inputs)
+    names = _labels(labels, model)
+    batches = [load_inputs([path], model.config) for path in inputs]
+    outputs = _run(model, runtime, threads, np.concatenate(batches))
     if not np.isfinite(outputs).all():
         raise DsrError("the model's outputs are not finite; look at the scale of the inputs, and verify the file.")
     sources = [name for path, batch in zip(inputs, batches, strict=True) for name in _inputs(path, len(batch))]
@@ -81,24 +78,18 @@ def command(
     emit(document, _text(document), as_json=as_json)
 
 
-@contextlib.contextmanager
-def _opened(file: Path, inputs: tuple[Path, ...]) -> Iterator[Archive]:
-    """The file as an archive; an ONNX file becomes one for as long as it is needed."""
-    from dsr_tool.core.archive import open_archive
+def _opened(file: Path, inputs: tuple[Path, ...]) -> Model:
+    """The file; raises `UsageError` for pictures beside one that does not say how they become inputs."""
     from dsr_tool.errors import UsageError
+    from dsr_tool.runtime.source import open_model
 
-    if file.suffix.lower() != ".onnx":
-        yield open_archive(file)
-        return
-    from exporters.onnx.archive import archive_of_onnx
-
-    if pictures := [path for path in inputs if path.suffix.lower() != ".npy"]:
+    pictures = [path for path in inputs if path.suffix.lower() != ".npy"]
+    if pictures and file.suffix.lower() == ".onnx":
         raise UsageError(
             f"{str(file)!r} does not say how pictures such as {str(pictures[0])!r} become inputs; give .npy arrays, or "
             f"an archive of the model."
         )
-    with tempfile.TemporaryDirectory(prefix="dsr-tool-predict-") as folder:
-        yield archive_of_onnx(file, Path(folder) / "model.dsr")
+    return open_model(file)
 
 
 def _inputs(path: Path, count: int) -> list[str]:
@@ -106,31 +97,29 @@ def _inputs(path: Path, count: int) -> list[str]:
     return [str(path)] if count == 1 else [f"{path}[{i}]" for i in range(count)]
 
 
-def _run(
-    archive: Archive, runtime: str, threads: int | None, batch: npt.NDArray[np.float32]
-) -> npt.NDArray[np.float32]:
+def _run(model: Model, runtime: str, threads: int | None, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     import numpy as np
 
-    session = _session(archive, runtime, threads)
+    session = _session(model, runtime, threads)
     # A few at a time: activations take far more memory than inputs.
     return np.concatenate([session.run(batch[i : i + _AT_ONCE]) for i in range(0, len(batch), _AT_ONCE)])
 
 
-def _session(archive: Archive, runtime: str, threads: int | None) -> Session | OnnxSession:
+def _session(model: Model, runtime: str, threads: int | None) -> Session | OnnxSession:
     if runtime == "onnxruntime":
         from exporters.onnx.model import to_onnx
         from exporters.onnx.session import OnnxSession
 
-        model = to_onnx(archive.graph, dict(archive), encoding="dense")
-        return OnnxSession(model.SerializeToString(), threads=threads)
+        tensors = {name: model.tensor(name) for name in model.graph.parameters}
+        return OnnxSession(to_onnx(model.graph, tensors, encoding="dense").SerializeToString(), threads=threads)
     from dsr_tool.runtime import Session
 
-    return Session(archive, threads=threads or 1, runtime="scipy" if runtime == "scipy" else "auto")
+    return Session(model, threads=threads or 1, runtime="scipy" if runtime == "scipy" else "auto")
 
 
-def _labels(path: Path | None, archive: Archive) -> tuple[str, ...]:
+def _labels(path: Path | None, model: Model) -> tuple[str, ...]:
     if path is None:
-        return archive.config.labels
+        return model.config.labels
     from dsr_tool.core.files import require_file
     from dsr_tool.errors import FormatError, UsageError
 
@@ -139,9 +128,9 @@ def _labels(path: Path | None, archive: Archive) -> tuple[str, ...]:
         names = tuple(path.read_text(encoding="utf-8").splitlines())
     except UnicodeDecodeError as error:
         raise FormatError(f"--labels {str(path)!r} is not UTF-8 text ({error}).") from error
-    if len(names) < archive.config.num_classes:
+    if len(names) < model.config.num_classes:
         raise UsageError(
-            f"--labels {str(path)!r} has {len(names)} lines; the model has {archive.config.num_classes} classes."
+            f"--labels {str(path)!r} has {len(names)} lines; the model has {model.config.num_classes} classes."
         )
     return names
 

@@ -119,12 +119,10 @@ class Graph:
         return graph
 
     def check(self) -> None:
-        """Raise `FormatError` unless every value is made exactly once, and before it is used."""
+        """Raise `FormatError` unless every value is made once and before it is used, of a type and size that exist."""
         if not self.inputs or not self.outputs:
             raise FormatError("the graph has no input or no output; the file is damaged.")
-        for value in (*self.inputs, *self.outputs):
-            if value.dtype not in _CONSTANT_TYPES:
-                raise FormatError(f"value {value.name[:80]!r} is of type {value.dtype[:20]!r}, which no graph has.")
+        self._check_values()
         known = {value.name for value in self.inputs} | set(self.constants) | set(self.parameters)
         for node in self.nodes:
             if not all(_WORD.fullmatch(word) for word in (node.op, *node.attributes)) or not any(node.outputs):
@@ -140,6 +138,17 @@ class Graph:
         for value in self.outputs:
             if value.name not in known:
                 raise FormatError(f"output {value.name[:80]!r} is made by no node.")
+
+    def _check_values(self) -> None:
+        """Raise `FormatError` for a type or a size that no graph has."""
+        for value in (*self.inputs, *self.outputs):
+            if value.dtype not in _CONSTANT_TYPES:
+                raise FormatError(f"value {value.name[:80]!r} is of type {value.dtype[:20]!r}, which no graph has.")
+            if any(n is not None and n < 0 for n in value.shape):
+                raise FormatError(f"value {value.name[:80]!r} has a negative size; the file is damaged.")
+        for name, array in self.constants.items():
+            if array.dtype.name not in _CONSTANT_TYPES:
+                raise FormatError(f"constant {name[:80]!r} is of type {array.dtype.name!r}, which no graph has.")
 
     def users(self) -> dict[str, list[Node]]:
         """For each value name, the nodes that read it."""

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from dsr_tool.core.archive import Archive, open_archive
 from dsr_tool.core.files import require_file
 from dsr_tool.core.graph import Array
 from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.report.memory.measure import Measured, Request, can_measure, measure
 from dsr_tool.runtime import Session
 from dsr_tool.runtime.native.library import level
+from dsr_tool.runtime.source import Model, open_model
 
 __all__ = ["RUNTIMES", "Settings", "bench_document", "open_session", "paired", "spread"]
 
@@ -69,7 +69,7 @@ def bench_document(path: Path, settings: Settings, say: Callable[[str], None] = 
     """Measure a file, schema `dsr-tool/bench/1`.
 
     Args:
-        path: an archive, or an ONNX file of ours.
+        path: an archive or an ONNX file.
         settings: what to measure.
         say: is told what is going on.
 
@@ -81,20 +81,22 @@ def bench_document(path: Path, settings: Settings, say: Callable[[str], None] = 
     settings.check()
     with tempfile.TemporaryDirectory(prefix="dsr-tool-bench-") as folder:
         say("writing the dense model")
-        archive, dense = _models(path, Path(folder))
-        x = _inputs(archive, settings.batch)
+        require_file(path, "FILE")
+        model = open_model(path)
+        dense = _dense(model, Path(folder))
+        x = _inputs(model, settings.batch)
         say(f"running both, {settings.rounds} rounds")
-        ours = open_session(archive, settings.runtime, settings.batch, settings.threads)
+        ours = open_session(model, settings.runtime, settings.batch, settings.threads)
         latency, outputs = _latency(ours, dense, x, settings)
         children = {}
         if can_measure():
             say("loading and running each in processes of its own")
-            for name, kind, file in (("ours", settings.runtime, archive.path), ("dense", "onnxruntime", dense)):
+            for name, kind, file in (("ours", settings.runtime, path), ("dense", "onnxruntime", dense)):
                 children[name] = _of_children(Request(kind, str(file), x.shape, threads=settings.threads))
         return {
             "schema": "dsr-tool/bench/1",
             "file": str(path),
-            "architecture": archive.config.architecture,
+            "architecture": model.config.architecture,
             "input_shape": list(x.shape[1:]),
             "batch": settings.batch,
             "threads": settings.threads,
@@ -110,36 +112,34 @@ def bench_document(path: Path, settings: Settings, say: Callable[[str], None] = 
         }
 
 
-def open_session(source: Archive | str | Path, runtime: str, batch: int, threads: int) -> Session:
+def open_session(source: Model | str | Path, runtime: str, batch: int, threads: int) -> Session:
     """A session of ours, by the name that the command line has for its runtime."""
     return Session(source, threads=threads, batch=batch, runtime="scipy" if runtime == "scipy" else "auto")
 
 
-def _models(path: Path, folder: Path) -> tuple[Archive, Path]:
-    """The file as an archive, and the dense model as an ONNX file."""
-    from exporters.onnx.archive import archive_of_onnx
+def _dense(model: Model, folder: Path) -> Path:
+    """The dense model as an ONNX file; one that is an ONNX file itself keeps its nodes as they are."""
     from exporters.onnx.densify import densify
     from exporters.onnx.model import to_onnx
     from exporters.onnx.read import read_onnx
 
-    require_file(path, "FILE")
-    if path.suffix.lower() == ".onnx":
-        archive, model = archive_of_onnx(path, folder / "model.dsr"), densify(read_onnx(path).model)
+    if model.path.suffix.lower() == ".onnx":
+        content = densify(read_onnx(model.path).model)
     else:
-        archive = open_archive(path)
-        model = to_onnx(archive.graph, dict(archive), encoding="dense")
+        tensors = {name: model.tensor(name) for name in model.graph.parameters}
+        content = to_onnx(model.graph, tensors, encoding="dense")
     dense = folder / "dense.onnx"
-    dense.write_bytes(model.SerializeToString())
-    return archive, dense
+    dense.write_bytes(content.SerializeToString())
+    return dense
 
 
-def _inputs(archive: Archive, batch: int) -> Array:
+def _inputs(model: Model, batch: int) -> Array:
     """Random numbers of the shape that the model takes.
 
     Raises:
         UsageError: the model leaves a size open that is not the batch.
     """
-    value = archive.graph.inputs[0]
+    value = model.graph.inputs[0]
     if None in value.shape[1:] or 0 in value.shape[1:]:
         raise UsageError(f"the model takes inputs of any size {value.shape[1:]}; bench needs one of a fixed size.")
     shape = [n for n in value.shape[1:] if n is not None]

@@ -22,6 +22,7 @@ __all__ = [
     "MAX_FOLDED_RATIO",
     "MAX_HELD_RATIO",
     "OPERATORS",
+    "Folded",
     "Plan",
     "array_of",
     "compute",
@@ -61,6 +62,10 @@ INERT = frozenset({"momentum", "saturate", "seed", "stash_type", "storage_order"
 """Attributes that change nothing in what is computed here."""
 
 
+Folded = dict[tuple[str, ...], dict[str, Array]]
+"""What was computed from weights and constants alone, by the outputs of its node."""
+
+
 @dataclass(frozen=True)
 class _Step:
     node: Node
@@ -76,12 +81,13 @@ class Plan:
     matrices, sparse ones as CSR; every other value lives from its making to its last use.
     """
 
-    def __init__(self, graph: Graph, tensors: Mapping[str, SparseTensor]) -> None:
+    def __init__(self, graph: Graph, tensors: Mapping[str, SparseTensor], folded: Folded | None = None) -> None:
         """Prepare every operator that the first output depends on.
 
         Args:
             graph: one input; operators of the ONNX standard from operator set 18 on.
             tensors: a tensor for each of the graph's parameters.
+            folded: what another plan of this graph has computed already before it gave up.
 
         Raises:
             UsageError: an operator, a form of one, or an operator set that this runtime does not know.
@@ -91,17 +97,18 @@ class Plan:
         self._input, self._output = graph.inputs[0].name, graph.outputs[0].name
         self._steps: list[_Step] = []
         self._constants: dict[str, Array] = {}
-        self._prepare(graph.nodes, {**graph.constants, **{name: tensors[name] for name in graph.parameters}})
+        known: dict[str, Weight] = {**graph.constants, **{name: tensors[name] for name in graph.parameters}}
+        self._prepare(graph.nodes, known, folded or {})
 
-    def _prepare(self, nodes: Sequence[Node], known: dict[str, Weight]) -> None:
-        """Compute what is `known`, and keep the steps that are left."""
+    def _prepare(self, nodes: Sequence[Node], known: dict[str, Weight], done: Folded) -> None:
+        """Compute what is `known` and not `done` yet, and keep the steps that are left."""
         limit, folded = FREE_BYTES + MAX_FOLDED_RATIO * sum(map(nbytes_of, known.values())), 0
         # Infinities and NaN follow IEEE, as in the standard, and are the caller's to judge.
         with room(limit), np.errstate(all="ignore"):
             for node, release in needed(nodes, self._output):
                 kernel, inputs = kernel_of(node, known)
                 if all(name in known for name in inputs if name):
-                    made = compute(node, kernel, [array_of(known, name) for name in inputs])
+                    made = done.get(node.outputs) or compute(node, kernel, [array_of(known, name) for name in inputs])
                     folded += _total(made)
                     _check(node, folded, limit)
                     known.update(made)

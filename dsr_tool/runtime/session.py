@@ -1,4 +1,4 @@
-"""Running an archive."""
+"""Running an archive or an ONNX file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from dsr_tool.core.archive import Archive, open_archive
 from dsr_tool.core.codecs import SparseTensor
 from dsr_tool.core.folding import fold_norms
 from dsr_tool.core.graph import Array, Graph, Value
@@ -20,7 +19,8 @@ from dsr_tool.runtime.dense import DensePlan
 from dsr_tool.runtime.fast.plan import FastPlan
 from dsr_tool.runtime.fast.program import Machine
 from dsr_tool.runtime.native.library import library
-from dsr_tool.runtime.plan import Plan
+from dsr_tool.runtime.plan import Folded, Plan
+from dsr_tool.runtime.source import Model, open_model
 
 __all__ = ["RUNTIMES", "Session"]
 
@@ -49,20 +49,21 @@ class Session:
     """
 
     def __init__(
-        self, source: Archive | str | Path, threads: int = 1, batch: int | None = None, runtime: str = "auto"
+        self, source: Model | str | Path, threads: int = 1, batch: int | None = None, runtime: str = "auto"
     ) -> None:
         """Decode the weights, fold norms into convolutions, prepare every operator.
 
         Args:
-            source: an open archive, or the path of one.
+            source: path of an archive, or of an ONNX file if it ends in `.onnx`; or what `open_model` made of one.
             threads: that share the work of one call; scipy's products run on one.
             batch: be ready for batches of this size; otherwise, the first of each size takes longer.
             runtime: `native` for the compiled kernels, `scipy` for the reference, `auto` for the kernels where there
                 are some, or onnxruntime where it is installed and a dense product is quicker.
 
         Raises:
+            DsrError: an ONNX file is given, and the package onnx is not installed.
             FileError: there is no such file.
-            FormatError: the archive is damaged.
+            FormatError: it is damaged, or not of its kind.
             UsageError: it holds an operator that this runtime does not know, or an argument is not allowed.
         """
         if not 1 <= threads <= _MOST_THREADS:
@@ -71,17 +72,13 @@ class Session:
             raise UsageError(f"batch {batch} is not allowed; give 1 or more, or leave it out.")
         if runtime not in RUNTIMES:
             raise unknown_name("runtime", runtime, RUNTIMES)
-        archive = source if isinstance(source, Archive) else open_archive(source)
-        graph = archive.graph
-        if len(graph.inputs) != 1:
-            raise UsageError(
-                f"{str(archive.path)!r} takes {len(graph.inputs)} inputs; the sparse runtime runs models with one."
-            )
-        self.config = archive.config
+        model = open_model(source)
+        graph = model.graph
+        self.config = model.config
         self.input: Value = graph.inputs[0]
         self.output: Value = graph.outputs[0]
         self.threads = threads
-        tensors = {name: _as_type(archive.tensor(name), self.input.dtype) for name in graph.parameters}
+        tensors = {name: _as_type(model.tensor(name), self.input.dtype) for name in graph.parameters}
         graph, tensors = fold_norms(graph, tensors)
         machine = _machine(runtime, threads, self.input)
         self.runtime = "scipy" if machine is None else "native"
@@ -157,14 +154,15 @@ class _Plans:
                 return self._by_scipy().run(x)
 
     def _made(self, shape: tuple[int, ...]) -> FastPlan | _Reference:
+        folded: Folded = {}
         try:
-            return FastPlan(self._graph, self._tensors, shape, self._machine)
+            return FastPlan(self._graph, self._tensors, shape, self._machine, folded)
         except (FormatError, MemoryError):
             # Whatever the reference runs is run; where it cannot either, it says why.
-            return self._by_scipy()
+            return self._by_scipy(folded)
 
-    def _by_scipy(self) -> _Reference:
-        self._reference = self._reference or _Reference(self._graph, self._tensors)
+    def _by_scipy(self, folded: Folded | None = None) -> _Reference:
+        self._reference = self._reference or _Reference(self._graph, self._tensors, folded)
         return self._reference
 
 

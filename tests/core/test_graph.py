@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -39,6 +40,8 @@ def test_json_and_back(graph):
         ('"float32","shape":[1,2]', '"object","shape":[1,2]'),
         ('"parameters":["w"]', '"parameters":3'),
         ('"pads":[0,0,0,0]', '"pads":[0,"a",0,0]'),
+        ('"shape":[null,3,4,4]', '"shape":[null,3,4,-4]'),
+        ('"shape":[null,2]', '"shape":[-1,2]'),
         ("{", "["),
     ],
 )
@@ -69,3 +72,18 @@ def test_what_a_document_says_cannot_flood_the_message(graph, old, new):
         Graph.from_json(text.replace(old, new, 1))
     assert len(str(caught.value)) < 460
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("size", [-1, -(2**40)])
+@pytest.mark.parametrize("where", ["inputs", "outputs"])
+def test_negative_sizes_are_refused_in_one_sentence(graph, where, size):
+    (value,) = getattr(graph, where)
+    damaged = dataclasses.replace(graph, **{where: (Value(value.name, (size, 2)),)})
+    with pytest.raises(FormatError, match=f"value '{value.name}' has a negative size; the file is damaged"):
+        damaged.check()
+
+
+def test_constants_of_other_types_are_refused(graph):
+    damaged = dataclasses.replace(graph, constants={"k": np.array([1], np.uint64)})
+    with pytest.raises(FormatError, match="constant 'k' is of type 'uint64', which no graph has"):
+        damaged.check()

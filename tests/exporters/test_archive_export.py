@@ -11,7 +11,7 @@ from dsr_tool.core.archive import open_archive
 from dsr_tool.errors import CheckFailed, UsageError
 from dsr_tool.runtime import Session
 from exporters.archive import export_archive
-from exporters.values import rounded_model
+from exporters.rounding import rounded_model
 from exporters.verify import verify
 
 pytestmark = pytest.mark.usefixtures("trace_once")

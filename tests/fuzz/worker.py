@@ -91,16 +91,27 @@ def _report(ending: str) -> Reader:
     return reader
 
 
-def _predict(scratch: Path) -> tuple[Callable[[], Any], Path]:
-    from dsr_tool.runtime import Session
+def _predict(ending: str) -> Reader:
+    def reader(scratch: Path) -> tuple[Callable[[], Any], Path]:
+        from dsr_tool.runtime import Session
 
-    def run() -> Any:
-        session = Session(path)
-        shape = [n or 1 for n in session.input.shape]
-        return session.run(np.zeros(shape, session.input.dtype)) if math.prod(shape) < MOST_INPUTS else None
+        def run() -> Any:
+            session = Session(path)
+            shape = [n or 1 for n in session.input.shape]
+            return session.run(np.zeros(shape, session.input.dtype)) if math.prod(shape) < MOST_INPUTS else None
 
-    path = scratch / "mutant.dsr"
-    return run, path
+        path = scratch / f"mutant{ending}"
+        return run, path
+
+    return reader
+
+
+def _report_and_predict(ending: str) -> Reader:
+    def reader(scratch: Path) -> tuple[Callable[[], Any], Path]:
+        (report, path), (predict, _) = _report(ending)(scratch), _predict(ending)(scratch)
+        return lambda: (report(), predict()), path
+
+    return reader
 
 
 def _folder(name: str) -> Reader:
@@ -126,8 +137,8 @@ def _state_dict(ending: str) -> Reader:
 
 READERS: dict[str, Reader] = {
     "archive": _report(".dsr"),
-    "predict": _predict,
-    "onnx": _report(".onnx"),
+    "predict": _predict(".dsr"),
+    "onnx": _report_and_predict(".onnx"),
     "npz": _report(".npz"),
     "weights": _folder("model.safetensors"),
     "masks": _folder("masks.safetensors"),

@@ -137,7 +137,9 @@ def _sparse(request: Request) -> Measured:
     import scipy.sparse
 
     from dsr_tool.report.bench import open_session
+    from dsr_tool.runtime.source import reader_of
 
+    reader_of(Path(request.path))
     np.asarray(scipy.sparse.csr_array(np.eye(8, dtype=np.float32)) @ np.ones((8, 8), np.float32))
     np.ones((64, 64), np.float32) @ np.ones((64, 64), np.float32)
 

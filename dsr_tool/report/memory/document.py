@@ -92,7 +92,7 @@ def memory_document(source: Source, wanted: Wanted) -> dict[str, Any]:
 
 
 def _of_onnx(source: Source, wanted: Wanted) -> dict[str, Any]:
-    from exporters.onnx.archive import graph_of_onnx
+    from exporters.onnx.graph import graph_of_onnx
     from exporters.onnx.read import read_onnx
 
     file = read_onnx(source.path)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from dsr_tool.core.graph import Array
-from dsr_tool.runtime.fast.geometry import Flat, Grid, Planes, Value, pixels
+from dsr_tool.runtime.fast.geometry import Flat, Planes, Value
 from dsr_tool.runtime.fast.operation import Activation, Kind, Operation
 
 __all__ = ["Op", "Segment", "address"]
 
 _SLACK = 64
 """Floats before and after all values, which kernels may read for nothing."""
+
+_masks: weakref.WeakValueDictionary[tuple[object, ...], Array] = weakref.WeakValueDictionary()
+"""Which places of a plane hold pixels: one array for all values that lie alike, as long as a plan keeps it."""
 
 Finish = Callable[[Operation, list[object]], None]
 
@@ -147,12 +150,10 @@ def _fill(op: Op, struct: Operation, kept: list[object]) -> None:
 
 def _mask(value: Planes) -> Array:
     """0 and -1: -1 where there is a pixel."""
-    return _mask_of(value.grid, value.factor, value.shape[2], value.shape[3])
-
-
-@functools.lru_cache(maxsize=256)
-def _mask_of(grid: Grid, factor: int, height: int, width: int) -> Array:
-    mask: Array = -(pixels(grid, factor, height, width) >= 0).astype(np.int32)
+    key = (value.grid, value.factor, *value.shape[2:])
+    mask = _masks.get(key)
+    if mask is None:
+        _masks[key] = mask = -(value.pixels() >= 0).astype(np.int32)
     return mask
 
 

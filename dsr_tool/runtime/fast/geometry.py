@@ -11,7 +11,6 @@ one of factor 1 on the same grid.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass, field
 
@@ -20,7 +19,7 @@ import numpy.typing as npt
 
 from dsr_tool.runtime.fast.pack import FARTHEST
 
-__all__ = ["Flat", "Grid", "Planes", "Rows", "Value", "pixels"]
+__all__ = ["Flat", "Grid", "Planes", "Rows", "Value"]
 
 _Int = npt.NDArray[np.int32]
 
@@ -168,7 +167,14 @@ class Planes(Value):
 
     def pixels(self) -> _Int:
         """Which pixel is in each place, counted row by row, shape (phases, length, lanes); -1 where none is."""
-        return pixels(self.grid, self.factor, self.shape[2], self.shape[3])
+        grid, f = self.grid, self.factor
+        place = np.arange(grid.lanes * grid.length).reshape(grid.lanes, grid.length).T
+        row, column = np.divmod(place, grid.pitch)
+        a, b = np.divmod(np.arange(self.phases), f)
+        y = row * f + a[:, None, None]
+        x = column * f + b[:, None, None]
+        inside = (y < self.shape[2]) & (x < self.shape[3]) & (column < grid.columns)
+        return np.ascontiguousarray(np.where(inside, y * self.shape[3] + x, -1), np.int32)
 
     def places(self) -> _Int:
         """Where each pixel is, in floats from the channel's first vector, shape (height, width)."""
@@ -185,17 +191,3 @@ class Rows(Planes):
 
     Its shape is (1, features, 1, rows), whatever axes the rows have in the graph.
     """
-
-
-@functools.lru_cache(maxsize=256)
-def pixels(grid: Grid, factor: int, height: int, width: int) -> _Int:
-    """The function behind `Planes.pixels`: kept, since many values share one."""
-    place = np.arange(grid.lanes * grid.length).reshape(grid.lanes, grid.length).T
-    row, column = np.divmod(place, grid.pitch)
-    a, b = np.divmod(np.arange(factor * factor), factor)
-    y = row * factor + a[:, None, None]
-    x = column * factor + b[:, None, None]
-    inside = (y < height) & (x < width) & (column < grid.columns)
-    result = np.ascontiguousarray(np.where(inside, y * width + x, -1), np.int32)
-    result.flags.writeable = False
-    return result

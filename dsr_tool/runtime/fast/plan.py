@@ -19,6 +19,7 @@ from dsr_tool.runtime.matrices import dense
 from dsr_tool.runtime.plan import (
     MAX_FOLDED_RATIO,
     MAX_HELD_RATIO,
+    Folded,
     array_of,
     compute,
     kernel_of,
@@ -45,6 +46,7 @@ class FastPlan:
         tensors: Mapping[str, SparseTensor],
         shape: tuple[int, ...],
         machine: Machine,
+        folded: Folded | None = None,
     ) -> None:
         """Put every operator down that the first output depends on, and run what has no kernel once, on zeros.
 
@@ -53,6 +55,7 @@ class FastPlan:
             tensors: a tensor for each of its parameters.
             shape: of the input.
             machine: what it runs on.
+            folded: gets what is computed from weights alone, for a plan of the reference where this one fails.
 
         Raises:
             UsageError: an operator, or a form of one, that nothing here knows.
@@ -73,7 +76,7 @@ class FastPlan:
         self._lowering.begin(self._input, shape, self._output)
         self._samples: dict[str, Array] = {self._input: np.zeros(shape, np.float32)}
         with np.errstate(all="ignore"):
-            self._prepare(nodes, known)
+            self._prepare(nodes, known, {} if folded is None else folded)
         self.cost = self._lowering.work / max(self._lowering.dense_work, 1.0)
         del self._samples, self._lowering
         self._constant = dense(known[self._output]) if self._output in known else None
@@ -90,7 +93,7 @@ class FastPlan:
                 step.run(values)
         return np.asarray(values[self._output] if self._constant is None else self._constant, order="C")
 
-    def _prepare(self, nodes: Sequence[Node], known: Known) -> None:
+    def _prepare(self, nodes: Sequence[Node], known: Known, done: Folded) -> None:
         low, folded = self._lowering, 0
         for i, node in enumerate(nodes):
             if node.op == "Shape" and node.inputs[:1] and node.inputs[0] in low.shapes:
@@ -102,7 +105,7 @@ class FastPlan:
             elif all(name in known for name in node.inputs if name):
                 kernel, inputs = kernel_of(node, known)
                 with room(self._limits[0]):
-                    made = compute(node, kernel, [array_of(known, name) for name in inputs])
+                    made = done[node.outputs] = compute(node, kernel, [array_of(known, name) for name in inputs])
                     folded += sum(array.nbytes for array in made.values())
                     claim((folded,), np.uint8)
                 known.update(made)

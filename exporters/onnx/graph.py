@@ -1,4 +1,4 @@
-"""ONNX files as archives, so that whatever runs archives runs them too."""
+"""ONNX files as computations with weights, so that whatever runs archives runs them too."""
 
 from __future__ import annotations
 
@@ -6,42 +6,67 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from onnx import helper
 
-from dsr_tool.core.archive import Archive, open_archive, write_archive
+from dsr_tool.core.codecs import SparseTensor
 from dsr_tool.core.config import LONGEST_SIDE, MOST_CLASSES, ModelConfig, Preprocessing
 from dsr_tool.core.graph import Graph, Node, Value
-from dsr_tool.errors import FormatError, UsageError
+from dsr_tool.errors import FormatError
+from exporters.onnx.decode import to_array
 from exporters.onnx.read import OnnxFile, read_onnx
 
-__all__ = ["archive_of_onnx", "graph_of_onnx"]
+__all__ = ["OnnxModel", "graph_of_onnx", "open_onnx"]
 
+_TYPES = ("float16", "float32", "float64")
 _AS_IT_IS = Preprocessing(resize=0, crop=0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
-def archive_of_onnx(source: str | Path, target: str | Path) -> Archive:
-    """Write the computation and the weights of an ONNX file as an archive, and open that.
+class OnnxModel:
+    """An open ONNX file, with what the runtime asks of an archive.
 
-    An ONNX file does not say how pictures become inputs, so that the archive takes them as they are, scaled to [0, 1].
-    A mask is where a weight is not zero: the ONNX file knows no other.
+    An ONNX file does not say how pictures become inputs, so that they are taken as they are, scaled to [0, 1]. A mask
+    is where a weight is not zero: the ONNX file knows no other.
 
-    Args:
-        source: a file of ours, or of another tool with the operators that archives have.
-        target: the new archive; one for the moment, since its weights are not made small.
+    Attributes:
+        path: where it lies.
+        config: what the model is, as far as the file says.
+        graph: its computation.
+    """
+
+    def __init__(self, file: OnnxFile) -> None:
+        """Use `open_onnx`."""
+        self._file = file
+        self.path = file.path
+        self.graph = graph_of_onnx(file)
+        try:
+            self.graph.check()
+        except FormatError as error:
+            raise FormatError(f"{str(self.path)!r}: {error}") from error
+        for name in self.graph.parameters:
+            if (dtype := file.entries[name].dtype) not in _TYPES:
+                raise FormatError(
+                    f"{str(self.path)!r}: weight {name[:80]!r} is of type {dtype}; weights of {', '.join(_TYPES)} are "
+                    f"computed with here, so convert it."
+                )
+        self.config = _config(file, self.graph)
+
+    def tensor(self, name: str) -> SparseTensor:
+        """Decode one weight.
+
+        Raises:
+            FormatError: it is damaged.
+        """
+        return self._file.tensor(name)
+
+
+def open_onnx(path: str | Path) -> OnnxModel:
+    """Open an ONNX file, of ours or of another tool with the operators that archives have.
 
     Raises:
-        FileError: there is no such file, or the target exists.
-        FormatError: it is no ONNX file, is damaged, or has subgraphs.
-        UsageError: it has several inputs, or values of a type that archives do not have.
+        FileError: there is no such file.
+        FormatError: it is no ONNX file, is damaged, has subgraphs, or values of a type that archives do not have.
     """
-    file = read_onnx(source)
-    graph = graph_of_onnx(file)
-    if len(graph.inputs) != 1:
-        raise UsageError(f"{str(source)!r} takes {len(graph.inputs)} inputs; the sparse runtime runs models with one.")
-    graph.check()
-    tensors = {name: file.tensor(name) for name in graph.parameters}
-    specs = {name: file.entries[name].spec for name in graph.parameters}
-    write_archive(Path(target), tensors, specs, graph, _config(file, graph), encoding="csr")
-    return open_archive(target)
+    return OnnxModel(read_onnx(path))
 
 
 def _config(file: OnnxFile, graph: Graph) -> ModelConfig:
@@ -56,14 +81,10 @@ def graph_of_onnx(file: OnnxFile) -> Graph:
     """The computation of an ONNX file, from where its weights are decoded on.
 
     Raises:
-        FormatError: it has no input, or a subgraph.
+        FormatError: it has no input, a subgraph, or an input or output that is no tensor.
     """
-    from onnx import numpy_helper
-
     source = file.model.graph
-    arrays = {
-        tensor.name: numpy_helper.to_array(tensor) for tensor in source.initializer if tensor.name not in file.entries
-    }
+    arrays = {tensor.name: to_array(tensor) for tensor in source.initializer if tensor.name not in file.entries}
     needed, nodes = {value.name for value in source.output}, []
     for node in reversed(source.node):
         # What decodes a weight is left out, since nothing else needs it.
@@ -71,23 +92,22 @@ def graph_of_onnx(file: OnnxFile) -> Graph:
             continue
         needed.update(node.input)
         if node.op_type == "Constant" and node.attribute[0].name == "value":
-            arrays[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+            arrays[node.output[0]] = to_array(node.attribute[0].t)
         else:
             attributes = {attr.name: _attribute(file, attr) for attr in node.attribute}
             nodes.append(Node(node.op_type, tuple(node.input), tuple(node.output), attributes))
     held = {*arrays, *file.entries}
-    inputs = tuple(_value(value) for value in source.input if value.name not in held)
+    inputs = tuple(_value(file, value) for value in source.input if value.name not in held)
     if not inputs:
         raise FormatError(f"{str(file.path)!r} has no input.")
     opset = next((item.version for item in file.model.opset_import if item.domain in ("", "ai.onnx")), 0)
     constants = {name: array for name, array in arrays.items() if name in needed}
     parameters = tuple(name for name in file.entries if name in needed)
-    return Graph(inputs, tuple(map(_value, source.output)), tuple(reversed(nodes)), constants, parameters, opset)
+    outputs = tuple(_value(file, value) for value in source.output)
+    return Graph(inputs, outputs, tuple(reversed(nodes)), constants, parameters, opset)
 
 
 def _attribute(file: OnnxFile, attr: Any) -> Any:
-    from onnx import helper
-
     value = helper.get_attribute_value(attr)
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
@@ -100,9 +120,9 @@ def _attribute(file: OnnxFile, attr: Any) -> Any:
     )
 
 
-def _value(value: Any) -> Value:
-    from onnx import helper
-
+def _value(file: OnnxFile, value: Any) -> Value:
     kind = value.type.tensor_type
+    if not kind.elem_type:
+        raise FormatError(f"{str(file.path)!r}: value {value.name[:80]!r} is no tensor, which every value has to be.")
     shape = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim)
     return Value(value.name, shape, np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type)).name)
