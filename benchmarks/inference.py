@@ -7,6 +7,7 @@ to the contender's within a round: the median, and the quartiles in parentheses.
 processes.
 
 Run: python benchmarks/inference.py [--models resnet50] [--batches 1] [--against openvino scipy] [--threads 1]
+[--deepsparse ds/bin/python]
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import argparse
 import contextlib
 import platform
 import statistics
+import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -115,17 +118,18 @@ def first_convolution(model: str) -> str:
     return next(f"{name}.weight" for name, part in module.named_modules() if isinstance(part, nn.Conv2d))
 
 
-def contenders(archive: Path, dense: Path, batch: int, threads: int, names: list[str]) -> Iterator[tuple[str, Run]]:
+def contenders(row: Row, archive: Path, dense: Path, arguments: argparse.Namespace) -> Iterator[tuple[str, Run]]:
     """What runs, by name; what cannot run the model says so and is left out."""
+    batch, threads = row.batch, arguments.threads
     makers: dict[str, Callable[[], Run]] = {
         "sparse": lambda: open_session(archive, "sparse", batch, threads).run,
         "onnxruntime": lambda: OnnxSession(dense, threads=threads, spinning=False).run,
         "scipy": lambda: open_session(archive, "scipy", batch, threads).run,
         "openvino": lambda: openvino(dense, batch, threads),
         "torch": lambda: pytorch(archive, threads),
-        "deepsparse": lambda: deepsparse(dense, batch, threads),
+        "deepsparse": lambda: deepsparse(archive, batch, threads, arguments.deepsparse),
     }
-    for name in ("sparse", "onnxruntime", *names):
+    for name in ("sparse", "onnxruntime", *arguments.against):
         try:
             yield name, makers[name]()
         except RuntimeError as error:
@@ -157,12 +161,31 @@ def pytorch(archive: Path, threads: int) -> Run:
     return run
 
 
-def deepsparse(dense: Path, batch: int, threads: int) -> Run:
-    """The same file in DeepSparse, which finds the zeros."""
-    from deepsparse import compile_model
+def deepsparse(archive: Path, batch: int, threads: int, python: str) -> Run:
+    """The model in DeepSparse, which finds the zeros, in a process of its own: a turn is a line to it and one back."""
+    import torch
 
-    engine = compile_model(str(dense), batch_size=batch, num_cores=threads)
-    return lambda x: engine.run([x])[0]
+    model = archive.with_suffix(".opset13.onnx")
+    if not model.exists():
+        # The newest form that it takes whole.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                load(archive).module.eval(), (torch.zeros(1, 3, 224, 224),), model, opset_version=13, dynamo=False,
+                input_names=["x"], dynamic_axes={"x": {0: "batch"}},
+            )  # fmt: skip
+    command = [python, str(Path(__file__).with_name("deepsparse_worker.py")), str(model), str(batch), str(threads)]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    told, heard = child.stdin, child.stdout
+    if told is None or heard is None or not any(line == "ready\n" for line in heard):
+        raise RuntimeError(f"{python} ended with exit code {child.wait()}.")
+
+    def run(x: Array) -> str:  # noqa: ARG001 - it has the same
+        told.write("\n")
+        told.flush()
+        return heard.readline()
+
+    return run
 
 
 def seconds(runs: dict[str, Run], x: Array, rounds: int) -> dict[str, list[float]]:
@@ -181,7 +204,7 @@ def seconds(runs: dict[str, Run], x: Array, rounds: int) -> dict[str, list[float
 def measured(row: Row, arguments: argparse.Namespace) -> None:
     """Print what a row reaches."""
     archive, dense = write(row, arguments.folder)
-    runs = dict(contenders(archive, dense, row.batch, arguments.threads, arguments.against))
+    runs = dict(contenders(row, archive, dense, arguments))
     x = np.random.default_rng(0).standard_normal((row.batch, 3, 224, 224)).astype(np.float32)
     outputs = {name: run(x) for name, run in runs.items()}
     if not outputs["onnxruntime"].any():
@@ -226,7 +249,8 @@ def main() -> None:
     parser.add_argument("--distributions", nargs="+", default=["uniform", "erk"])
     parser.add_argument("--sparsities", nargs="+", type=float, default=sorted({row.sparsity for row in ROWS}))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
-    parser.add_argument("--against", nargs="*", default=["openvino", "torch", "scipy", "deepsparse"])
+    parser.add_argument("--against", nargs="*", default=["openvino", "torch", "scipy"])
+    parser.add_argument("--deepsparse", metavar="PYTHON", help="of an environment with it; see deepsparse_worker.py")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--folder", type=Path, help="keep the models here, for the next time")
@@ -239,6 +263,7 @@ def main() -> None:
         arguments.folder.mkdir(parents=True, exist_ok=True)
         packages = installed()
         arguments.against = [name for name in arguments.against if name in packages]
+        arguments.against += ["deepsparse"] if arguments.deepsparse else []
         versions = ", ".join(f"{name} {number}" for name, number in packages.items())
         print(f"{platform.machine()}, kernels {level()}, {arguments.threads} threads; {versions}")
         start = f"{'model':13} {'masks':8} {'zeros':>5} {'n':>3}"
@@ -256,7 +281,7 @@ def main() -> None:
 def installed() -> dict[str, str]:
     """Versions of what is there."""
     found = {}
-    for name in ("onnxruntime", "openvino", "torch", "scipy", "deepsparse"):
+    for name in ("onnxruntime", "openvino", "torch", "scipy"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

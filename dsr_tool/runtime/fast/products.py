@@ -44,8 +44,8 @@ LEAST_TILE, MANY_TILES = 5, 4
 """For more than one thread: vectors of a tile at least, and tiles for each that are shared out well as they are."""
 MIN_RECORDS = 20
 """Of one output channel in a block, for which its sums are loaded and stored again."""
-POINT_BYTES, POINT_DENSITY, POINT_POWER, POINT_NARROW = 36 << 10, 0.25, 0.4, 9
-"""Of a kernel of one entry: what a block reads from this density on, how that grows below it, and the tile there."""
+POINT_BYTES, POINT_DENSITY, POINT_RECORDS = 36 << 10, 0.25, 13
+"""The same of kernels of one entry: what a block reads, from where on tiles are wide, and least records."""
 
 
 def conv(into: Lowering, node: Node, *, group: int = 1, **_: Any) -> tuple[Value, tuple[int, ...]] | None:
@@ -200,11 +200,10 @@ def tiling(
     width = -(-length // -(-length // tile))
     vectors = max(_touched(taps.offsets, width) for taps in phases)
     if point:
-        room = DENSE_BYTES if heavy else POINT_BYTES * max(1.0, POINT_DENSITY / max(records, 1e-9)) ** POINT_POWER
-        channels = room / (vectors * lane_bytes)
+        room, least = POINT_BYTES, POINT_RECORDS
     else:
-        room = DENSE_BYTES if heavy else CACHE_BYTES if often else FAR_BYTES
-        channels = max(room / (vectors * lane_bytes), MIN_RECORDS / max(records, 1e-9))
+        room, least = CACHE_BYTES if often else FAR_BYTES, MIN_RECORDS
+    channels = max((DENSE_BYTES if heavy else room) / (vectors * lane_bytes), least / max(records, 1e-9))
     inner = weight.mask.shape[1] if source.channels == weight.mask.shape[1] else source.channels
     blocks = max(round(inner / max(channels, 1)), 1)
     reach = max(max(taps.offsets) - min(taps.offsets) for taps in phases)
