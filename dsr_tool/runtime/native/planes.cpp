@@ -146,27 +146,14 @@ void mean_channel(const Work& work, int64_t channel) {
     work.out[channel] = sum(total) * op.alpha;
 }
 
-// Vector -j is vector length - j one lane up, and so on; the ends of the whole plane see zeros. The loads are not
-// aligned: what they see of the vector beside is what is cleared.
+// Vector i before the plane is vector i + length one lane up, which may lie before the plane itself, and so on.
 void halo_plane(const Work& work, int64_t plane) {
     const Operation& op = work.op;
     const int64_t length = op.length;
     float* out = work.out + plane * op.out_stride * LANES;
-    Bits lane;
-    for (int l = 0; l < LANES; l++) lane[l] = l;
-    for (int64_t low = 0, up = 1; low < op.before; low += length, up = up < LANES ? up + 1 : up) {
-        const Bits inside = lane >= (int32_t)up;  // none from LANES on
-        const int64_t count = op.before - low < length ? op.before - low : length;
-        const float* from = out + (length - count) * LANES - up;
-        float* to = out - (low + count) * LANES;
-        for (int64_t j = 0; j < count; j++) store(to + j * LANES, masked(inside, load(from + j * LANES)));
-    }
-    for (int64_t low = 0, up = 1; low < op.after; low += length, up = up < LANES ? up + 1 : up) {
-        const Bits inside = lane < (int32_t)(LANES - up);
-        const int64_t count = op.after - low < length ? op.after - low : length;
-        float* to = out + (length + low) * LANES;
-        for (int64_t j = 0; j < count; j++) store(to + j * LANES, masked(inside, load(out + up + j * LANES)));
-    }
+    for (int64_t i = -1; i >= -op.before; i--) store(out + i * LANES, raised(load(out + (i + length) * LANES)));
+    for (int64_t i = length; i < length + op.after; i++)
+        store(out + i * LANES, lowered(load(out + (i - length) * LANES)));
 }
 
 }  // namespace

@@ -66,7 +66,7 @@ inline void finish(const Call& c, Vec* sums, const int32_t* mask, float* out) {
         for (int t = 0; t < T; t++) sums[t] = clip(sums[t], c.low, c.high);
     } else if (c.rectified) {
 #pragma GCC unroll 16
-        for (int t = 0; t < T; t++) sums[t] = sums[t] < 0.0f ? Vec{} : sums[t];
+        for (int t = 0; t < T; t++) sums[t] = sums[t] < c.low ? c.low : sums[t];
     }
     if (mask) {
 #pragma GCC unroll 16

@@ -39,6 +39,24 @@ static inline Vec clip(Vec x, Vec low, Vec high) {
     return x > high ? high : x;
 }
 
+// Each lane to the one above or below; zero comes in.
+#if DSR_LANES == 16
+static inline Vec raised(Vec v) {
+    const Vec o{};
+    return Vec{o[0], v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12], v[13], v[14]};
+}
+static inline Vec lowered(Vec v) {
+    const Vec o{};
+    return Vec{v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15], o[0]};
+}
+#elif DSR_LANES == 8
+static inline Vec raised(Vec v) { return Vec{0, v[0], v[1], v[2], v[3], v[4], v[5], v[6]}; }
+static inline Vec lowered(Vec v) { return Vec{v[1], v[2], v[3], v[4], v[5], v[6], v[7], 0}; }
+#else
+static inline Vec raised(Vec v) { return Vec{0, v[0], v[1], v[2]}; }
+static inline Vec lowered(Vec v) { return Vec{v[1], v[2], v[3], 0}; }
+#endif
+
 static inline float sum(Vec v) {
     float total = 0;
     for (int i = 0; i < LANES; i++) total += v[i];
