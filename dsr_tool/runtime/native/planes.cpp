@@ -4,7 +4,7 @@
 
 namespace {
 
-constexpr int PLANES_AT_ONCE = 8;  // one piece of work for a thread
+constexpr int64_t ITEMS = 32;  // about as many pieces of work for all threads: enough to share, few to ask for
 
 struct Work {
     const Operation& op;
@@ -26,9 +26,9 @@ void run_some(const void* context, int64_t item) {
     for (int64_t i = begin; i < (end < planes.count ? end : planes.count); i++) planes.f(planes.work, i);
 }
 
-void each_plane(const Work& work, PerPlane f, int64_t count, Pool* pool, int64_t at_once = PLANES_AT_ONCE) {
-    const Planes planes{work, f, count, at_once};
-    parallel(pool, (count + at_once - 1) / at_once, run_some, &planes);
+void each_plane(const Work& work, PerPlane f, int64_t count, Pool* pool) {
+    const Planes planes{work, f, count, count / ITEMS + 1};
+    parallel(pool, (count + planes.at_once - 1) / planes.at_once, run_some, &planes);
 }
 
 Vec activated(const Operation& op, Vec x) {
@@ -187,7 +187,7 @@ void max_pool(const Operation& op, const float* in, float* out, Pool* pool) {
 void gather(const Operation& op, const float* in, float* out, Pool* pool) {
     const Work work{op, in, nullptr, out};
     if (op.index)
-        each_plane(work, gather_channel, op.channels, pool, 1);
+        each_plane(work, gather_channel, op.channels, pool);
     else
         parallel(pool, (op.count + COPIED - 1) / COPIED, copy_piece, &work);
 }
