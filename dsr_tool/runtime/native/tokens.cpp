@@ -55,8 +55,7 @@ void normalize_vector(const void* context, int64_t i) {
         store(out + c * op.out_stride * LANES, (load(in + c * step) - mean) * scale * op.values[c] + op.bias[c]);
 }
 
-void softmax_row(const void* context, int64_t row) {
-    const Work& work = *(const Work*)context;
+void softmax_row(const Work& work, int64_t row) {
     const int64_t n = work.op.count;
     const float* in = work.in + row * n;
     float* out = work.out + row * n;
@@ -86,6 +85,14 @@ void softmax_row(const void* context, int64_t row) {
     for (i = 0; i < n; i++) out[i] *= factor;
 }
 
+constexpr int64_t ROWS_AT_ONCE = 32;
+
+void softmax_rows(const void* context, int64_t item) {
+    const Work& work = *(const Work*)context;
+    const int64_t begin = item * ROWS_AT_ONCE, rest = work.op.inner - begin;
+    for (int64_t row = begin; row < begin + (rest < ROWS_AT_ONCE ? rest : ROWS_AT_ONCE); row++) softmax_row(work, row);
+}
+
 }  // namespace
 
 void from_rows(const Operation& op, const float* in, float* out, Pool* pool) {
@@ -105,5 +112,5 @@ void normalize(const Operation& op, const float* in, float* out, Pool* pool) {
 
 void softmax(const Operation& op, const float* in, float* out, Pool* pool) {
     const Work work{op, in, out};
-    parallel(pool, op.inner, softmax_row, &work);
+    parallel(pool, (op.inner + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, softmax_rows, &work);
 }
