@@ -180,10 +180,11 @@ def deepsparse(archive: Path, batch: int, threads: int, python: str) -> Run:
     if told is None or heard is None or not any(line == "ready\n" for line in heard):
         raise RuntimeError(f"{python} ended with exit code {child.wait()}.")
 
-    def run(x: Array) -> str:  # noqa: ARG001 - it has the same
+    def run(x: Array) -> None:  # noqa: ARG001 - it has the same
         told.write("\n")
         told.flush()
-        return heard.readline()
+        if heard.readline() != "done\n":
+            raise RuntimeError(f"{python} ended with exit code {child.wait()}.")
 
     return run
 

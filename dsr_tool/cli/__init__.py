@@ -98,8 +98,9 @@ def _usage(error: click.ClickException) -> str:
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "dsr-tool"
     if isinstance(error, click.NoSuchOption):
-        known = [name[2:] for option in context.command.params for name in option.opts] if context else []
-        close = [f"--{name}" for name in closest(error.option_name.lstrip("-"), filter(None, known))]
+        options = context.command.get_params(context) if context else []
+        names = [name for option in options for name in (*option.opts, *option.secondary_opts) if name[:2] == "--"]
+        close = [f"--{name}" for name in closest(error.option_name.lstrip("-"), [name[2:] for name in names])]
         hint = f"did you mean {' or '.join(close)}?" if close else f"`{path} --help` lists those that there are."
         return f"option {error.option_name} is unknown; {hint}"
     return f"{error.format_message().rstrip('.')}; `{path} --help` says what is allowed."

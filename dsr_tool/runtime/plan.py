@@ -26,10 +26,12 @@ __all__ = [
     "Plan",
     "array_of",
     "compute",
+    "folded_by",
     "kernel_of",
     "nbytes_of",
     "needed",
     "require_opset",
+    "returned",
 ]
 
 OPERATORS: Table = {
@@ -108,7 +110,7 @@ class Plan:
             for node, release in needed(nodes, self._output):
                 kernel, inputs = kernel_of(node, known)
                 if all(name in known for name in inputs if name):
-                    made = done.get(node.outputs) or compute(node, kernel, [array_of(known, name) for name in inputs])
+                    made = done.get(node.outputs) or folded_by(node, kernel, [array_of(known, name) for name in inputs])
                     folded += _total(made)
                     _check(node, folded, limit)
                     known.update(made)
@@ -139,7 +141,20 @@ class Plan:
                 for name in step.release:
                     held -= values[name].nbytes if name in values and name not in self._constants else 0
                     values.pop(name, None)
-        return np.asarray(values[self._output], order="C")
+        return returned(values[self._output], constant=self._output in self._constants)
+
+
+def folded_by(node: Node, kernel: Kernel, inputs: Sequence[Array | None]) -> dict[str, Array]:
+    """What a node makes of constants, without the larger arrays that it may be a part of."""
+    made = compute(node, kernel, inputs)
+    return {
+        name: array.copy() if getattr(array.base, "nbytes", 0) > array.nbytes else array for name, array in made.items()
+    }
+
+
+def returned(array: Array, *, constant: bool) -> Array:
+    """An array that the caller may change: nothing of the plan's, and in order."""
+    return np.array(array, order="C") if constant or not array.flags.owndata else np.asarray(array, order="C")
 
 
 def require_opset(graph: Graph) -> None:

@@ -98,7 +98,7 @@ def _slice(x: Array, starts: Array, ends: Array, axes: Array | None = None, step
 def _gather(x: Array, indices: Array, *, axis: int = 0) -> Array:
     axis %= x.ndim
     claim((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]), x.dtype)
-    if indices.ndim == 0:
+    if indices.ndim == 0 and indices.dtype.kind in "iu":
         # One entry is a view of the array.
         return np.asarray(x[(slice(None),) * axis + (int(indices),)])
     return np.take(x, indices, axis)

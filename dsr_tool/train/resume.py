@@ -14,7 +14,7 @@ from dsr_tool.errors import FileError, FormatError, UsageError
 from dsr_tool.sparse.folder import current
 from dsr_tool.train.checkpoint import CHECKPOINT, read_state
 from dsr_tool.train.records import EpochRecord
-from dsr_tool.train.settings import TrainSettings
+from dsr_tool.train.settings import LEARNING_RATES, MOMENTA, TrainSettings
 
 __all__ = ["LOG", "SETTINGS", "Stopped", "find_stopped"]
 
@@ -117,7 +117,10 @@ def _record(line: Mapping[str, Any]) -> EpochRecord:
 def _settings(values: Mapping[str, Any]) -> TrainSettings:
     """The settings of a run, looked at but for what depends on the machine."""
     known = {field.name for field in fields(TrainSettings)}
-    settings = TrainSettings(**{name: value for name, value in values.items() if name in known})
+    given = {name: value for name, value in values.items() if name in known}
+    if given.get("optimizer") in LEARNING_RATES.keys() - MOMENTA:
+        given["momentum"] = None  # runs once recorded one that their optimizer never had
+    settings = TrainSettings(**given)
     settings = replace(settings, milestones=tuple(settings.milestones), doubling=tuple(settings.doubling))
     replace(settings, device="cpu", precision="fp32").check()
     return settings

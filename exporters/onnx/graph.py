@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import helper
+from onnx import AttributeProto, TensorProto, helper
 
 from dsr_tool.core.codecs import SparseTensor
 from dsr_tool.core.config import LONGEST_SIDE, MOST_CLASSES, ModelConfig, Preprocessing
@@ -91,6 +91,12 @@ def graph_of_onnx(file: OnnxFile) -> Graph:
         if not set(node.output) & needed or set(node.output) & file.entries.keys():
             continue
         needed.update(node.input)
+        if node.domain not in ("", "ai.onnx"):
+            raise FormatError(
+                f"{str(file.path)!r}: operator {node.op_type[:80]!r} is of {node.domain[:80]!r}, not of the standard."
+            )
+        if node.op_type == "Constant" and len(node.attribute) != 1:
+            raise FormatError(f"{str(file.path)!r}: constant {node.output[0][:80]!r} has {len(node.attribute)} values.")
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             arrays[node.output[0]] = to_array(node.attribute[0].t)
         else:
@@ -108,6 +114,8 @@ def graph_of_onnx(file: OnnxFile) -> Graph:
 
 
 def _attribute(file: OnnxFile, attr: Any) -> Any:
+    if attr.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
+        raise FormatError(f"{str(file.path)!r} has a subgraph ({attr.name[:80]!r}); archives have none.")
     value = helper.get_attribute_value(attr)
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
@@ -124,5 +132,9 @@ def _value(file: OnnxFile, value: Any) -> Value:
     kind = value.type.tensor_type
     if not kind.elem_type:
         raise FormatError(f"{str(file.path)!r}: value {value.name[:80]!r} is no tensor, which every value has to be.")
+    if kind.elem_type not in TensorProto.DataType.values():
+        raise FormatError(
+            f"{str(file.path)!r}: value {value.name[:80]!r} is of type {kind.elem_type}, which ONNX has not."
+        )
     shape = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim)
     return Value(value.name, shape, np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type)).name)

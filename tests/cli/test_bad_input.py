@@ -38,6 +38,8 @@ def bad(run, folder, *arguments):
         (["squeezenet1_1", "--budget", "9GMACs"], 2, "more than this model can fill"),
         (["squeezenet1_1", "--budget", "9MMACs", "--keep-dense", "*"], 2, "no layer of this model is left"),
         (["resnet18", "--sparsity", "0.9", "--sparsty"], 2, "option --sparsty is unknown; did you mean --sparsity"),
+        (["resnet18", "--hepl"], 2, "option --hepl is unknown; did you mean --help?"),
+        (["resnet18", "--architecture", "x"], 2, "option --architecture is unknown; `dsr-tool convert --help` lists"),
         (["resnet18", "--sparsity", "0.9", "--foo"], 2, "option --foo is unknown; `dsr-tool convert --help` lists"),
         (["resnet18", "--sparsity", "0.9", "--input-shape", ""], 2, "write it as 3,224,224"),
         (["resnet18.onnx", "--sparsity", "0.9"], 2, "is a path"),

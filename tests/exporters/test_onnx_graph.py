@@ -113,8 +113,32 @@ def test_a_cycle(tmp_path):
 def test_a_subgraph(tmp_path):
     branch = helper.make_graph([helper.make_node("Relu", ["x"], ["r"])], "b", [], [])
     node = helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch)
-    with pytest.raises(FormatError, match="neither a number, a string nor a list"):
+    with pytest.raises(FormatError, match="has a subgraph"):
         Session(written(tmp_path, model([node])))
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        (
+            helper.make_node("Relu", ["x"], ["y"], domain="com.example"),
+            "operator 'Relu' is of 'com.example', not of the",
+        ),
+        (helper.make_node("Constant", [], ["y"]), "constant 'y' has 0 values"),
+    ],
+)
+def test_nodes_that_are_not_of_the_standard(tmp_path, node, message):
+    content = model([node])
+    content.opset_import.append(helper.make_opsetid("com.example", 1))
+    with pytest.raises(FormatError, match=message):
+        Session(written(tmp_path, content))
+
+
+def test_a_type_that_onnx_has_not(tmp_path):
+    content = model([helper.make_node("Relu", ["x"], ["y"])])
+    content.graph.input[0].type.tensor_type.elem_type = 999
+    with pytest.raises(FormatError, match="type 999, which ONNX has not"):
+        Session(written(tmp_path, content))
 
 
 def test_what_is_no_onnx_file(tmp_path):

@@ -234,3 +234,26 @@ def test_room_is_given_back_when_values_are_freed():
         assert plan_of(*nodes[:-1], Node("Neg", ("v99",), ("y",))).run(x).shape == x.shape
         with pytest.raises(FormatError, match="granted"):
             plan_of(*nodes[:2], Node("Max", ("v1", "v2", "x"), ("y",))).run(x)
+
+
+def test_a_part_of_a_weight_does_not_keep_the_whole():
+    weight = SparseTensor(Mask.full((64, 1000)), np.ones(64_000, np.float32))
+    nodes = [Node("Gather", ("w", "i"), (f"p{i}",)) for i in range(40)]
+    sums = [Node("Add", ("x" if i == 0 else f"s{i - 1}", f"q{i}"), (f"s{i}" if i < 39 else "y",)) for i in range(40)]
+    parts = [Node("Slice", (f"p{i}", "begin", "end"), (f"q{i}",)) for i in range(40)]
+    constants = {"i": np.array(3), "begin": np.array([0]), "end": np.array([8])}
+    tracemalloc.start()
+    try:
+        plan = plan_of(*nodes, *parts, *sums, constants=constants, tensors={"w": weight})
+        assert tracemalloc.get_traced_memory()[0] < 2_000_000
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_allclose(plan.run(X), X + 40, rtol=1e-6)
+
+
+def test_the_caller_may_change_what_comes_out():
+    weight = SparseTensor(Mask.full((3, 8)), np.ones(24, np.float32))
+    plan = plan_of(Node("Gather", ("w", "i"), ("y",)), constants={"i": np.array(0)}, tensors={"w": weight})
+    first = plan.run(X)
+    first *= 0
+    np.testing.assert_array_equal(plan.run(X), np.ones(8))

@@ -239,6 +239,16 @@ def test_settings_of_another_shape_are_said_to_be(tiny, tmp_path, settings):
         RunFolder(tmp_path / "run", resume=True)
 
 
+def test_a_momentum_that_the_optimizer_never_had_is_left_out(tiny, tmp_path):
+    go_on(tiny, tmp_path / "run")
+    facts = json.loads((tmp_path / "run" / "settings.json").read_text())
+    facts["settings"] |= {"optimizer": "adam", "momentum": 0.9}
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(facts))
+    stopped = RunFolder(tmp_path / "run", resume=True).stopped
+    assert stopped is not None
+    assert stopped.started.momentum is None
+
+
 def test_a_log_of_other_epochs_than_the_state_is_refused(tiny, tmp_path):
     go_on(tiny, tmp_path / "run")
     log = tmp_path / "run" / "log.jsonl"

@@ -137,7 +137,7 @@ def _fill(op: Op, struct: Operation, kept: list[object]) -> None:
     if isinstance(op.out, Planes):
         struct.channels, struct.phases, struct.length = op.out.channels, op.out.phases, op.out.grid.length
         struct.before, struct.after = op.out.before, op.out.after
-        if op.out.padded or op.out.before or op.out.after:
+        if op.kind is not Kind.REGRID and (op.out.padded or op.out.before or op.out.after):
             struct.mask = address(_mask(op.out), kept)
     elif isinstance(op.out, Flat):
         # All entries as one plane.

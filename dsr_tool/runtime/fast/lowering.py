@@ -28,7 +28,7 @@ Rule = Callable[..., "tuple[Value, tuple[int, ...]] | None"]
 MAX_PLACES = 1 << 24
 _MOST_ENTRIES = 1 << 31
 """Of a weight, zeros and all: records are sorted by numbers of 32 bits."""
-_EXACT = (Kind.GATHER, Kind.MEAN, Kind.ROWS, Kind.SOFTMAX, Kind.TO_ROWS)
+_EXACT = (Kind.GATHER, Kind.MEAN, Kind.REGRID, Kind.ROWS, Kind.SOFTMAX, Kind.TO_ROWS)
 _BY_ROW = frozenset({"Gemm", "LayerNormalization", "MatMul"})
 _BY_IMAGE = WINDOWED | {"GlobalAveragePool"}
 

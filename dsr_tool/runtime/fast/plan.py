@@ -22,10 +22,12 @@ from dsr_tool.runtime.plan import (
     Folded,
     array_of,
     compute,
+    folded_by,
     kernel_of,
     nbytes_of,
     needed,
     require_opset,
+    returned,
 )
 
 __all__ = ["FastPlan"]
@@ -91,7 +93,8 @@ class FastPlan:
         with room(self._limits[1]), np.errstate(all="ignore"):
             for step in self._steps:
                 step.run(values)
-        return np.asarray(values[self._output] if self._constant is None else self._constant, order="C")
+        result = values[self._output] if self._constant is None else self._constant
+        return returned(result, constant=self._constant is not None)
 
     def _prepare(self, nodes: Sequence[Node], known: Known, done: Folded) -> None:
         low, folded = self._lowering, 0
@@ -105,7 +108,7 @@ class FastPlan:
             elif all(name in known for name in node.inputs if name):
                 kernel, inputs = kernel_of(node, known)
                 with room(self._limits[0]):
-                    made = done[node.outputs] = compute(node, kernel, [array_of(known, name) for name in inputs])
+                    made = done[node.outputs] = folded_by(node, kernel, [array_of(known, name) for name in inputs])
                     folded += sum(array.nbytes for array in made.values())
                     claim((folded,), np.uint8)
                 known.update(made)

@@ -22,7 +22,7 @@ from dsr_tool.runtime.native.cpu import LEVELS, missing_features, supported_leve
 
 __all__ = ["ABI", "VARIABLE", "Kernels", "choose", "kernels", "level", "library"]
 
-ABI = 1
+ABI = 2
 """What `dsr_kernels_abi` of the library must say; it changes with the arguments of its functions."""
 
 VARIABLE = "DSR_TOOL_KERNELS"

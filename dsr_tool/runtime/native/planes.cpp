@@ -141,7 +141,12 @@ void mean_channel(const Work& work, int64_t channel) {
     Vec total{};
     for (int64_t phase = 0; phase < op.phases; phase++) {
         const float* in = work.in + (channel * op.phases + phase) * op.in_stride * LANES;
-        for (int64_t i = 0; i < op.length; i++) total += load(in + i * LANES);
+        // Sums of sums, which round less.
+        for (int64_t begin = 0; begin < op.length; begin += 64) {
+            Vec part{};
+            for (int64_t i = begin; i < op.length && i < begin + 64; i++) part += load(in + i * LANES);
+            total += part;
+        }
     }
     work.out[channel] = sum(total) * op.alpha;
 }

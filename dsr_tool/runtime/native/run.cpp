@@ -35,8 +35,9 @@ void run_one(const Operation& op, float* const* spaces, Pool* pool) {
 
 extern "C" {
 
-// Changes with the arguments of these functions; native/library.py has the same number.
-int dsr_kernels_abi() { return 1; }
+// Changes with the arguments of these functions, the kinds of operations and what their fields mean; native/library.py
+// has the same number.
+int dsr_kernels_abi() { return 2; }
 
 int dsr_lanes() { return LANES; }
 
