@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 # Where there is a compiler, kernels that do not build are an error.
 export DSR_TOOL_REQUIRE_KERNELS ?= $(if $(shell command -v c++ g++ clang++),1,)
-KERNELS := $(wildcard dsr_tool/runtime/native/*.cpp dsr_tool/runtime/native/*.h)
+KERNELS := $(wildcard dsr_tool/runtime/kernels/*.cpp dsr_tool/runtime/kernels/*.h)
 
 .PHONY: help demo test test-slow fuzz lint bench zoo kernels sanitize neon clean
 help:
@@ -57,7 +57,7 @@ kernels: .venv/installed
 # gcc's AddressSanitizer and UndefinedBehaviorSanitizer; leaks are Python's own business.
 sanitize: .venv/installed
 	$(BIN)/python hatch_build.py --sanitize --output build/sanitized
-	level=$$($(BIN)/python -c 'from dsr_tool.runtime.native.cpu import supported_levels as s; print(s()[0])') && \
+	level=$$($(BIN)/python -c 'from dsr_tool.runtime.kernels.cpu import supported_levels as s; print(s()[0])') && \
 	library() { $${CXX:-c++} -print-file-name=$$1; } && \
 	DSR_TOOL_KERNELS=$(CURDIR)/build/sanitized/_kernels_$$level.so ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$$(library libasan.so) $$(library libstdc++.so.6)" \

@@ -31,7 +31,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 __all__ = ["Build", "KernelsHook", "compiler", "main"]
 
-NATIVE = Path("dsr_tool") / "runtime" / "native"
+NATIVE = Path("dsr_tool") / "runtime" / "kernels"
 RECORD = "_kernels.json"
 SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 LEVELS = {

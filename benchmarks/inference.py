@@ -27,13 +27,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from converters.convert import convert, load
-from dsr_tool.core.archive import open_archive
-from dsr_tool.core.graph import Array
-from dsr_tool.report.bench import open_session, spread
-from dsr_tool.report.memory.measure import Measured, Request, measure
-from dsr_tool.runtime.native.library import level
+from converters.conversion import convert, load
+from dsr_tool.formats.archive import open_archive
+from dsr_tool.measure.latency import open_session, spread
+from dsr_tool.measure.memory.measure import Measured, Request, measure
+from dsr_tool.runtime.kernels.library import level
 from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparsity.tensor import Array
 from exporters.export import export
 from exporters.onnx.model import to_onnx
 from exporters.onnx.session import OnnxSession

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import dsr_tool
-from dsr_tool.report.memory.document import Wanted, memory_document
+from dsr_tool.measure.memory.document import Wanted, memory_document
 from dsr_tool.report.sources import read
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import onnxruntime
 from onnx import TensorProto, helper
 
-from converters.convert import convert
+from converters.conversion import convert
 from dsr_tool.sparse.trace import trace
 from exporters.onnx.model import ONNX_ENCODINGS, to_onnx
 from exporters.onnx.session import PRESETS, onnx_session

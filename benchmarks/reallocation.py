@@ -19,7 +19,8 @@ from dataclasses import replace
 import torch
 from torch import optim
 
-from converters.convert import convert
+from converters.conversion import convert
+from dsr_tool.measure.memory.measure import can_measure, held_bytes, reset_peak
 from dsr_tool.methods import (
     DSR,
     DST,
@@ -32,7 +33,6 @@ from dsr_tool.methods import (
     ReallocationSchedule,
     RigL,
 )
-from dsr_tool.report.memory.measure import can_measure, held_bytes, reset_peak
 from dsr_tool.sparse.active import gather
 from dsr_tool.sparse.model import SparseModel
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn, optim
 
 import dsr_tool
-from converters.convert import convert
+from converters.conversion import convert
 
 
 def stepper(module: nn.Module, optimizer: optim.Optimizer) -> Callable[[torch.Tensor, torch.Tensor], float]:

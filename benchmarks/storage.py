@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 from storage_formats import FORMATS, Item
 
-from dsr_tool.core.archive import open_archive
-from dsr_tool.report.memory.measure import held_bytes
+from dsr_tool.formats.archive import open_archive
+from dsr_tool.measure.memory.measure import held_bytes
 
 REPEATS = 3
 

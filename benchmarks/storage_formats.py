@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import safetensors.numpy
 
-from dsr_tool.core.archive import encode_archive, open_archive
-from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.config import ModelConfig
-from dsr_tool.core.graph import Array, Graph
-from dsr_tool.core.layers import LayerSpec, matrix_shape
-from dsr_tool.core.mask import Mask
+from dsr_tool.formats.archive import encode_archive, open_archive
+from dsr_tool.graph.ir import Graph
+from dsr_tool.sparsity.config import ModelConfig
+from dsr_tool.sparsity.layers import LayerSpec, matrix_shape
+from dsr_tool.sparsity.mask import Mask
+from dsr_tool.sparsity.tensor import Array, SparseTensor
 
 if TYPE_CHECKING:
     import torch

@@ -22,12 +22,11 @@ import numpy as np
 from storage_formats import CONFIG, Item
 from torchvision.models import resnet50
 
-from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.distribution import erk
-from dsr_tool.core.graph import Array
-from dsr_tool.core.mask import Mask
 from dsr_tool.sparse.discover import discover
 from dsr_tool.sparse.trace import trace
+from dsr_tool.sparsity.distribution import erk
+from dsr_tool.sparsity.mask import Mask
+from dsr_tool.sparsity.tensor import Array, SparseTensor
 
 DRAWS = ("laplace", "normal", "whole")
 

@@ -59,7 +59,7 @@ How to read it:
   so that a few rows are above it; there, as in every export, the difference is within 1e-5 and four times PyTorch's
   own distance from double precision. With norms as they start, efficientnet_b6, efficientnet_v2_l and resnet152
   agreed within 1.2e-6.
-- **bit for bit**: whether every tensor and every mask that `converters.convert.load` gives back has the bits of the
+- **bit for bit**: whether every tensor and every mask that `converters.conversion.load` gives back has the bits of the
   model.
 - **peak**: most memory that the process had resident, PyTorch (about 0.7 GB by itself) and all the checking included.
 

@@ -11,18 +11,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dsr_tool.core.archive import encode_archive
-from dsr_tool.core.budget import Budget
-from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.config import installed_versions
-from dsr_tool.core.distribution import by_magnitude, largest
-from dsr_tool.core.files import writing
-from dsr_tool.core.graph import Graph
-from dsr_tool.core.mask import Mask
 from dsr_tool.errors import UsageError
-from dsr_tool.sparse.convert import Plan
+from dsr_tool.files import writing
+from dsr_tool.formats.archive import encode_archive
+from dsr_tool.graph.ir import Graph
 from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparse.sparsify import Plan
 from dsr_tool.sparse.trace import trace
+from dsr_tool.sparsity.budget import Budget
+from dsr_tool.sparsity.config import installed_versions
+from dsr_tool.sparsity.distribution import by_magnitude, largest
+from dsr_tool.sparsity.mask import Mask
+from dsr_tool.sparsity.tensor import SparseTensor
 
 __all__ = [
     "LEAST_BYTES",

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from converters.state_dicts import load_strictly, read_state
-from dsr_tool.core.config import MOST_CLASSES, ModelConfig
 from dsr_tool.errors import UsageError, first_line, unknown_name
 from dsr_tool.sparse.macs import output_shape
+from dsr_tool.sparsity.config import MOST_CLASSES, ModelConfig
 
 __all__ = ["build", "is_callable_name", "load"]
 

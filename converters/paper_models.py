@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from converters.state_dicts import is_state_file, load_strictly, read_state
-from dsr_tool.core.config import LONGEST_SIDE, ModelConfig, Preprocessing
 from dsr_tool.errors import UsageError
+from dsr_tool.sparsity.config import LONGEST_SIDE, ModelConfig, Preprocessing
 
 __all__ = ["MODELS", "PaperModel", "Perceptron", "WideBlock", "WideResNet", "build", "load", "structure"]
 

@@ -18,7 +18,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def rules_of(module: nn.Module, *, preset: str | None, keep_dense: tuple[str, ...], sparsify: tuple[str, ...]) -> Rules:
-    """Which layers of a module are sparse, as a user says it; see `converters.convert.convert`.
+    """Which layers of a module are sparse, as a user says it; see `converters.conversion.convert`.
 
     Raises:
         UsageError: nobody knows the preset.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from converters import callables, paper_models, torchvision_models
-from dsr_tool.core.config import MOST_CLASSES, ModelConfig
 from dsr_tool.errors import UsageError
+from dsr_tool.sparsity.config import MOST_CLASSES, ModelConfig
 
 __all__ = ["fresh", "named"]
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from dsr_tool.core.files import require_file
 from dsr_tool.errors import FormatError, UsageError
+from dsr_tool.files import require_file
 
 __all__ = ["fill", "is_state_file", "load_strictly", "read_state"]
 

@@ -12,11 +12,11 @@ from converters.paper_models import MODELS
 from converters.sources import fresh, named
 from converters.tickets import CHECKSUM, checksum
 from converters.widths import WIDTHS
-from dsr_tool.core.budget import Budget
-from dsr_tool.core.config import ModelConfig
 from dsr_tool.errors import UsageError
-from dsr_tool.sparse.convert import Plan
 from dsr_tool.sparse.discover import count
+from dsr_tool.sparse.sparsify import Plan
+from dsr_tool.sparsity.budget import Budget
+from dsr_tool.sparsity.config import ModelConfig
 
 __all__ = ["STEPS", "nearest_width", "thin"]
 

@@ -17,12 +17,12 @@ from torch import nn
 
 from converters.budgets import Fitted
 from converters.sources import named
-from dsr_tool.core.budget import Budget
-from dsr_tool.core.config import ModelConfig
 from dsr_tool.errors import CheckFailed, FileError, FormatError, UsageError, unknown_name
 from dsr_tool.sparse.discover import discover
 from dsr_tool.sparse.folder import read_folder
 from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparsity.budget import Budget
+from dsr_tool.sparsity.config import ModelConfig
 
 __all__ = ["CHECKSUM", "INITS", "checksum", "ticket"]
 

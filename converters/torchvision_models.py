@@ -17,8 +17,8 @@ from torchvision import models
 from converters import paper_models
 from converters.state_dicts import is_state_file, load_strictly, read_state
 from converters.widths import WIDTHS
-from dsr_tool.core.config import ModelConfig, Preprocessing
 from dsr_tool.errors import FileError, UsageError, unknown_name
+from dsr_tool.sparsity.config import ModelConfig, Preprocessing
 
 __all__ = ["TASKS", "architectures", "build", "load", "structure"]
 

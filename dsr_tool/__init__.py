@@ -9,30 +9,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from converters.convert import convert as convert
-    from converters.convert import load as load
-    from dsr_tool.core.archive import open_archive as open_archive
-    from dsr_tool.core.csr_file import load_csr as load_csr
+    from converters.conversion import convert as convert
+    from converters.conversion import load as load
+    from dsr_tool.formats.archive import open_archive as open_archive
+    from dsr_tool.formats.csr_file import load_csr as load_csr
     from dsr_tool.methods import attach as attach
     from dsr_tool.report.footprints import footprint as footprint
     from dsr_tool.runtime import Session as Session
     from dsr_tool.sparse.model import SparseModel as SparseModel
     from exporters.export import export as export
     from exporters.onnx.session import onnx_session as onnx_session
-    from exporters.verify import verify as verify
+    from exporters.verify.compare import verify as verify
 
 _PUBLIC = {
     "SparseModel": "dsr_tool.sparse.model",
     "Session": "dsr_tool.runtime",
     "attach": "dsr_tool.methods",
-    "convert": "converters.convert",
+    "convert": "converters.conversion",
     "export": "exporters.export",
     "footprint": "dsr_tool.report.footprints",
-    "load": "converters.convert",
-    "load_csr": "dsr_tool.core.csr_file",
+    "load": "converters.conversion",
+    "load_csr": "dsr_tool.formats.csr_file",
     "onnx_session": "exporters.onnx.session",
-    "open_archive": "dsr_tool.core.archive",
-    "verify": "exporters.verify",
+    "open_archive": "dsr_tool.formats.archive",
+    "verify": "exporters.verify.compare",
 }
 
 __all__ = [

@@ -6,15 +6,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from dsr_tool.core.archive import ENCODINGS, encode_archive
-from dsr_tool.core.compaction.record import COMPACTED, compacted_specs, saved
-from dsr_tool.core.compaction.rewrite import folded_and_compacted
-from dsr_tool.core.config import installed_versions
-from dsr_tool.core.files import new_file, refuse_existing
 from dsr_tool.errors import unknown_name
+from dsr_tool.files import new_file, refuse_existing
+from dsr_tool.formats.archive import ENCODINGS, encode_archive
+from dsr_tool.graph.compact.record import COMPACTED, compacted_specs, saved
+from dsr_tool.graph.compact.rewrite import folded_and_compacted
 from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparsity.config import installed_versions
 from exporters.values import stored_as
-from exporters.verify import Verification, checked_graph, require, verify_archive
+from exporters.verify.compare import Verification, checked_graph, require, verify_archive
 
 __all__ = ["export_archive"]
 

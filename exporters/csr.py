@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from dsr_tool.core.config import installed_versions
-from dsr_tool.core.csr_file import load_csr, write_csr
-from dsr_tool.core.files import new_file, refuse_existing
 from dsr_tool.errors import unknown_name
+from dsr_tool.files import new_file, refuse_existing
+from dsr_tool.formats.csr_file import load_csr, write_csr
 from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparsity.config import installed_versions
 from exporters.state_dict import verify_tensors
 from exporters.values import stored_as
-from exporters.verify import Verification, check_exportable, require
+from exporters.verify.compare import Verification, check_exportable, require
 
 __all__ = ["CSR_ENCODINGS", "export_csr", "verify_csr"]
 

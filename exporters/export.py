@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsr_tool.core.archive import ENCODINGS
 from dsr_tool.errors import UsageError, unknown_name
+from dsr_tool.formats.archive import ENCODINGS
 from dsr_tool.sparse.model import SparseModel
 from exporters.archive import export_archive
 from exporters.csr import CSR_ENCODINGS, export_csr
 from exporters.onnx.exporter import ONNX_ENCODINGS, densify_file, export_onnx
 from exporters.state_dict import DENSE_ENCODINGS, export_safetensors, export_state_dict
 from exporters.values import VALUES
-from exporters.verification import Verification
+from exporters.verify.verification import Verification
 
 __all__ = ["CONTAINERS", "Container", "densify_export", "export"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from dsr_tool.core.files import require_file
-from dsr_tool.core.manifest import METADATA
+from dsr_tool.files import require_file
+from dsr_tool.formats.manifest import METADATA
 
 __all__ = ["kind_of"]
 

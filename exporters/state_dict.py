@@ -14,19 +14,19 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from torch import nn
 
-from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.files import new_file, refuse_existing
-from dsr_tool.core.footprint import footprint
-from dsr_tool.core.graph import Array, Value
-from dsr_tool.core.mask import Mask
 from dsr_tool.errors import FormatError, first_line, unknown_name
+from dsr_tool.files import new_file, refuse_existing
+from dsr_tool.formats.footprint import footprint
+from dsr_tool.graph.ir import Value
 from dsr_tool.sparse.capture import INPUT, frozen_copy
 from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparsity.mask import Mask
+from dsr_tool.sparsity.tensor import Array, SparseTensor
 from exporters.kinds import kind_of
-from exporters.reference import outputs_of, random_inputs
-from exporters.rounding import rounded_model, rounding_notes
 from exporters.values import stored_as
-from exporters.verify import Verification, check_exportable, compared, differing_tensors, require
+from exporters.verify.compare import Verification, check_exportable, compared, differing_tensors, require
+from exporters.verify.outputs import outputs_of, random_inputs
+from exporters.verify.rounding import rounded_model, rounding_notes
 
 __all__ = ["DENSE_ENCODINGS", "export_safetensors", "export_state_dict", "verify_state_dict", "verify_tensors"]
 

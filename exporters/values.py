@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.layers import LayerSpec
 from dsr_tool.errors import UsageError, unknown_name
+from dsr_tool.sparsity.layers import LayerSpec
+from dsr_tool.sparsity.tensor import SparseTensor
 
 __all__ = ["VALUES", "stored_as"]
 

@@ -145,12 +145,12 @@ def test_frozen_archives_hold_every_codec():
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_the_reader_reads_a_fresh_archive(dtype, tmp_path):
-    from dsr_tool.core.archive import open_archive, write_archive
-    from dsr_tool.core.codecs import SparseTensor
-    from dsr_tool.core.config import ModelConfig
-    from dsr_tool.core.graph import Graph, Node, Value
-    from dsr_tool.core.layers import LayerSpec
-    from dsr_tool.core.mask import Mask
+    from dsr_tool.formats.archive import open_archive, write_archive
+    from dsr_tool.graph.ir import Graph, Node, Value
+    from dsr_tool.sparsity.config import ModelConfig
+    from dsr_tool.sparsity.layers import LayerSpec
+    from dsr_tool.sparsity.mask import Mask
+    from dsr_tool.sparsity.tensor import SparseTensor
 
     random = np.random.default_rng(0)
     tensors, specs = {}, {}

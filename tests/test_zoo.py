@@ -16,7 +16,7 @@ from torchvision.models import densenet, efficientnet, maxvit, swin_transformer,
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.video import resnet as video
 
-from converters.convert import convert
+from converters.conversion import convert
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CLASSES = {"num_classes": 10}

@@ -29,8 +29,8 @@ def command(file: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     include 1, neither is faster. Start and memory are the medians of three child processes each, above what the
     libraries take.
     """
-    from dsr_tool.report.bench import Settings, bench_document
-    from dsr_tool.report.bench_text import bench_text
+    from dsr_tool.measure.latency import Settings, bench_document
+    from dsr_tool.measure.latency_text import bench_text
 
     document = bench_document(file, Settings(**options), lambda text: note(text, quiet=quiet))
     emit(document, bench_text(document), as_json=as_json)

@@ -92,7 +92,7 @@ def command(
 
 def _tables(grid: Path | None, options: dict[str, str | None]) -> dict[str, Any]:
     """The grid's file, with the options in the place of what stands at its top."""
-    from dsr_tool.core.recipe_files import read_toml
+    from dsr_tool.recipes.files import read_toml
 
     tables = read_toml(grid, "GRID") if grid else {}
     tables |= {key: value for key, value in options.items() if value is not None}
@@ -104,7 +104,7 @@ def _tables(grid: Path | None, options: dict[str, str | None]) -> dict[str, Any]
 def _given(sparsity: str | None, seeds: str | None, sets: tuple[str, ...]) -> dict[str, Any]:
     """Options that win over the tables of single methods as well."""
     from dsr_tool.compare.grid import numbers
-    from dsr_tool.train.recipes import pair
+    from dsr_tool.recipes.settings import pair
 
     told: dict[str, Any] = {"seeds": seeds, "set": dict(pair(text) for text in sets) or None}
     told["sparsity"] = numbers(sparsity) if sparsity is not None else None

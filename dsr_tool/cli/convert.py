@@ -88,14 +88,14 @@ def command(
     equals the target to the last weight.
     """
     from converters.budgets import Fitted
-    from converters.convert import convert
-    from dsr_tool.core.files import refuse_existing
+    from converters.conversion import convert
     from dsr_tool.errors import UsageError
-    from dsr_tool.report.convert import conversion_document, conversion_text
+    from dsr_tool.files import refuse_existing
+    from dsr_tool.report.conversion import conversion_document, conversion_text
 
     refuse_existing(output, force=force, marker="config.json")
     if recipe is not None:
-        from dsr_tool.train.recipes import conversion
+        from dsr_tool.recipes.settings import conversion
 
         said = {"arch": arch, **options}
         given = {key: value for key, value in said.items() if value is not None and value is not False and value != ()}

@@ -15,7 +15,7 @@ from dsr_tool.cli.common import emit, examples, note, output_options
 if TYPE_CHECKING:
     from dsr_tool.sparse.model import SparseModel
     from dsr_tool.train import TrainSettings
-    from exporters.verification import Verification
+    from exporters.verify.verification import Verification
 
 __all__ = ["command"]
 
@@ -49,7 +49,7 @@ def command(output: Path, epochs: int, seed: int, force: bool, as_json: bool, qu
     Each result is exported as archive and compact ONNX, verified in both runtimes, and listed in one table. Exit code
     3 if a file does not hold its model.
     """
-    from dsr_tool.core.files import new_folder
+    from dsr_tool.files import new_folder
     from dsr_tool.train import TrainSettings
 
     started = time.monotonic()
@@ -83,7 +83,7 @@ def command(output: Path, epochs: int, seed: int, force: bool, as_json: bool, qu
 
 
 def _train_and_export(run: _Run, settings: TrainSettings, folder: Path, *, quiet: bool) -> dict[str, Any]:
-    from converters.convert import convert
+    from converters.conversion import convert
     from dsr_tool.report.sources import read
     from dsr_tool.report.tables import report_text
     from dsr_tool.train import Progress, RunFolder, load_data, train

@@ -13,7 +13,7 @@ __all__ = ["command"]
 @result_options
 def command(as_json: bool) -> int:
     """Print versions and devices, and for everything that does not fit together the remedy; exit code 3 if any."""
-    from dsr_tool.report.doctor import doctor_document, doctor_text
+    from dsr_tool.measure.health import doctor_document, doctor_text
 
     document = doctor_document()
     emit(document, doctor_text(document), as_json=as_json)

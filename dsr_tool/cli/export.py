@@ -52,7 +52,7 @@ def command(source: Path, output: Path, maker: str | None, as_json: bool, **opti
     in place, for tools that know nothing else, and are as large as a dense model. A compact ONNX file in place of
     MODEL_DIR becomes a dense one. An archive of a model with a budget in bytes is compared with it.
     """
-    from dsr_tool.core.files import refuse_existing
+    from dsr_tool.files import refuse_existing
     from dsr_tool.report.budget import check_exported
     from dsr_tool.report.verification import verification_document, verification_text
     from exporters.export import densify_export, export
@@ -62,7 +62,7 @@ def command(source: Path, output: Path, maker: str | None, as_json: bool, **opti
     if source.suffix.lower() == ".onnx":
         verification = densify_export(source, output, **options)
     else:
-        from converters.convert import load
+        from converters.conversion import load
 
         model = load(source, maker)
         verification = export(model, output, **options)

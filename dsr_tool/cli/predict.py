@@ -120,8 +120,8 @@ def _session(model: Model, runtime: str, threads: int | None) -> Session | OnnxS
 def _labels(path: Path | None, model: Model) -> tuple[str, ...]:
     if path is None:
         return model.config.labels
-    from dsr_tool.core.files import require_file
     from dsr_tool.errors import FormatError, UsageError
+    from dsr_tool.files import require_file
 
     require_file(path, "--labels")
     try:

@@ -10,7 +10,7 @@ import click
 from dsr_tool.cli.common import emit, examples, result_options
 
 if TYPE_CHECKING:
-    from dsr_tool.core.recipes import Family, Recipe
+    from dsr_tool.recipes.rows import Family, Recipe
 
 __all__ = ["command"]
 
@@ -29,9 +29,9 @@ def command(name: str | None, output: Path | None, force: bool, as_json: bool) -
     A row is run by two commands, `dsr-tool convert --recipe NAME -o MODEL` and `dsr-tool train MODEL --recipe NAME
     --data SPEC -o RUN`. Rows exist at other sparsities too, wherever the method has one setting for all.
     """
-    from dsr_tool.core.files import new_file
-    from dsr_tool.core.recipe_files import families, find_recipe
     from dsr_tool.errors import UsageError
+    from dsr_tool.files import new_file
+    from dsr_tool.recipes.files import families, find_recipe
 
     known = families()
     if name is None or name in known:
@@ -59,7 +59,7 @@ def _row(recipe: Recipe) -> dict[str, Any]:
 
 
 def _tables(recipe: Recipe) -> dict[str, Any]:
-    from dsr_tool.core.recipes import TABLES
+    from dsr_tool.recipes.rows import TABLES
 
     return {table: dict(getattr(recipe, table)) for table in TABLES}
 

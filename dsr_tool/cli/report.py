@@ -52,14 +52,14 @@ def command(
     --budget counts the bytes of a file on disk and, for a folder, those of the archive that it exports to. --memory
     computes weights and activations for each runtime, and for a folder the ledger of a training step.
     """
-    from dsr_tool.core.budget import Budget
-    from dsr_tool.core.files import refuse_existing
     from dsr_tool.errors import CheckFailed
+    from dsr_tool.files import refuse_existing
+    from dsr_tool.measure.memory.document import memory_document, wanted_memory
+    from dsr_tool.measure.memory.text import memory_text
     from dsr_tool.report.budget import check_source
-    from dsr_tool.report.memory.document import memory_document, wanted_memory
-    from dsr_tool.report.memory.text import memory_text
     from dsr_tool.report.sources import read
     from dsr_tool.report.tables import report_document, report_text
+    from dsr_tool.sparsity.budget import Budget
 
     if html:
         refuse_existing(html, force=force)

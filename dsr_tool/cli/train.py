@@ -150,11 +150,11 @@ def command(
     On several processes: torchrun --nproc-per-node 2 --no-python dsr-tool train ...; the batch is shared out.
     """
     started = time.monotonic()
-    from converters.convert import load
+    from converters.conversion import load
     from dsr_tool.errors import UsageError
+    from dsr_tool.recipes.settings import as_run, own_options, require_model, settings
     from dsr_tool.report.budget import check_trained, too_large
     from dsr_tool.train import Follower, Progress, RunFolder, TrainResult, TrainSettings, joined, load_data, train
-    from dsr_tool.train.recipes import as_run, own_options, require_model, settings
 
     told = as_run(recipe, sets, {name: value for name, value in options.items() if value is not None})
     told = replace(told, options={**told.options, **own_options(own)})

@@ -24,11 +24,11 @@ __all__ = ["command"]
 @result_options
 def command(file: Path, against: Path, maker: str | None, as_json: bool) -> int:
     """Compare FILE, of any kind that `export` writes, with the model it came from; exit code 3 when they differ."""
-    from converters.convert import load
-    from dsr_tool.core.files import require_file
+    from converters.conversion import load
     from dsr_tool.errors import CheckFailed, FormatError
+    from dsr_tool.files import require_file
     from dsr_tool.report.verification import verification_document, verification_text
-    from exporters.verify import verify
+    from exporters.verify.compare import verify
 
     require_file(file, "FILE")
     model = load(against, maker)

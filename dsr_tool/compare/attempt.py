@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from converters.convert import convert, load
+from converters.conversion import convert, load
 from dsr_tool.compare.cells import ARCHIVE, Cell, Comparison
-from dsr_tool.core.config import installed_versions
 from dsr_tool.errors import DsrError, FormatError, first_line
-from dsr_tool.report.memory.measure import can_measure, held_bytes, reset_peak
+from dsr_tool.measure.memory.measure import can_measure, held_bytes, reset_peak
+from dsr_tool.recipes.settings import conversion_options, settings
 from dsr_tool.report.sources import read
 from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparsity.config import installed_versions
 from dsr_tool.train import EpochRecord, RunFolder, TrainResult, TrainSettings, load_data, train
 from dsr_tool.train.checkpoint import CHECKPOINT
-from dsr_tool.train.recipes import conversion_options, settings
 from exporters.export import export
 
 __all__ = ["attempt"]

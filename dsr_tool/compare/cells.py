@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dsr_tool.core.files import new_file, refuse_existing, writing
-from dsr_tool.core.recipes import Recipe
 from dsr_tool.errors import FileError, FormatError, UsageError
+from dsr_tool.files import new_file, refuse_existing, writing
+from dsr_tool.recipes.rows import Recipe
 from dsr_tool.train.lock import Lock
 
 __all__ = ["ARCHIVE", "PLAN", "Cell", "Comparison", "Grid"]

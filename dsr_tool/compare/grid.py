@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from dsr_tool.compare.cells import Cell, Grid
-from dsr_tool.core.recipe_files import find_family
-from dsr_tool.core.recipes import Family, toml_value
 from dsr_tool.errors import DsrError, UsageError, unknown_name
-from dsr_tool.train.recipes import changed
+from dsr_tool.recipes.files import find_family
+from dsr_tool.recipes.rows import Family, toml_value
+from dsr_tool.recipes.settings import changed
 
 __all__ = ["KEYS", "make_grid", "numbers", "seeds"]
 

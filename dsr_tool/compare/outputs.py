@@ -8,7 +8,7 @@ from typing import Any
 from dsr_tool.compare.cells import Comparison, Grid
 from dsr_tool.compare.page import page_html
 from dsr_tool.compare.results import csv_text, document, rows, table_text
-from dsr_tool.core.files import new_file
+from dsr_tool.files import new_file
 
 __all__ = ["write_outputs"]
 

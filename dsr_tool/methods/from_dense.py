@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dsr_tool.core.budget import Budget
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparsity.budget import Budget
 
 __all__ = ["final_budget", "require_dense"]
 

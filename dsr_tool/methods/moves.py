@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from dsr_tool.core.granularity import groups
 from dsr_tool.errors import CheckFailed
 from dsr_tool.methods.base import Reallocation
 from dsr_tool.sparse.active import ActiveWeights, Positions, segment_counts
+from dsr_tool.sparsity.granularity import groups
 
 __all__ = ["check_counts", "check_moves"]
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from dsr_tool.core.granularity import GRANULARITIES
 from dsr_tool.errors import UsageError
 from dsr_tool.methods.base import Method, Reallocation
 from dsr_tool.methods.grow import at_random
 from dsr_tool.methods.prune import smallest
 from dsr_tool.methods.schedule import ReallocationSchedule
 from dsr_tool.sparse.active import ActiveWeights, Positions
+from dsr_tool.sparsity.granularity import GRANULARITIES
 
 __all__ = ["SET"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from dsr_tool.core.granularity import GRANULARITIES
 from dsr_tool.errors import UsageError
 from dsr_tool.methods.base import Method, Reallocation
 from dsr_tool.sparse.active import ActiveWeights
+from dsr_tool.sparsity.granularity import GRANULARITIES
 
 __all__ = ["Static"]
 

@@ -10,13 +10,13 @@ import numpy.typing as npt
 import torch
 from torch import optim
 
-from dsr_tool.core.budget import apportion
 from dsr_tool.errors import UsageError
 from dsr_tool.methods.base import Method, Reallocation
 from dsr_tool.methods.from_dense import final_budget, require_dense
 from dsr_tool.sparse.active import ActiveWeights, Positions
 from dsr_tool.sparse.keeper import MaskKeeper
 from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparsity.budget import apportion
 
 __all__ = ["Tied", "hashed"]
 

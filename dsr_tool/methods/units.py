@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dsr_tool.core.compaction.liveness import surveyed
-from dsr_tool.core.compaction.products import Product
-from dsr_tool.core.folding import fold_norms
+from dsr_tool.graph.compact.liveness import surveyed
+from dsr_tool.graph.compact.products import Product
+from dsr_tool.graph.fold import fold_norms
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparse.trace import trace
 

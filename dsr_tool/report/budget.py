@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dsr_tool.core.budget import Budget
 from dsr_tool.errors import CheckFailed, UsageError
 from dsr_tool.report.sources import Source
+from dsr_tool.sparsity.budget import Budget
 
 if TYPE_CHECKING:
-    from dsr_tool.sparse.model import SparseModel  # a report of a file does without torch
-    from exporters.verification import Verification
+    from dsr_tool.sparse.model import SparseModel
+    from exporters.verify.verification import Verification
 
 __all__ = ["ARCHIVE", "BudgetCheck", "check_exported", "check_source", "check_trained", "too_large"]
 
@@ -93,7 +93,7 @@ def check_source(source: Source, budget: Budget, maker: str | None = None) -> Bu
     if not source.path.is_dir():
         return BudgetCheck(budget, source.footprint.file_bytes, "on disk")
     from converters.budgets import archive_bytes
-    from converters.convert import load
+    from converters.conversion import load
 
     return BudgetCheck(budget, archive_bytes(load(source.path, maker)), ARCHIVE)
 

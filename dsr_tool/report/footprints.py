@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsr_tool.core.footprint import Footprint
-from dsr_tool.core.footprint import footprint as measure
+from dsr_tool.formats.footprint import Footprint
+from dsr_tool.formats.footprint import footprint as measure
 from dsr_tool.report.sources import read
 
 if TYPE_CHECKING:

@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsr_tool.core.archive import Archive, open_archive
-from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.compaction.record import COMPACTED, Saved
-from dsr_tool.core.config import ModelConfig
-from dsr_tool.core.csr_file import CsrFile, load_csr
-from dsr_tool.core.footprint import Footprint, footprint
-from dsr_tool.core.layers import LayerSpec
-from dsr_tool.core.manifest import container_header_bytes
-from dsr_tool.core.mask import Mask
 from dsr_tool.errors import FileError, FormatError, UsageError
+from dsr_tool.formats.archive import Archive, open_archive
+from dsr_tool.formats.csr_file import CsrFile, load_csr
+from dsr_tool.formats.footprint import Footprint, footprint
+from dsr_tool.formats.manifest import container_header_bytes
+from dsr_tool.graph.compact.record import COMPACTED, Saved
 from dsr_tool.report.runlog import RunLog, read_log
+from dsr_tool.sparsity.config import ModelConfig
+from dsr_tool.sparsity.layers import LayerSpec
+from dsr_tool.sparsity.mask import Mask
+from dsr_tool.sparsity.tensor import SparseTensor
 from exporters.kinds import kind_of
 
 __all__ = ["Source", "StoredBytes", "read"]

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dsr_tool.core.footprint import Footprint, Sizes
+from dsr_tool.formats.footprint import Footprint, Sizes
 from dsr_tool.report.sources import Source
 
 __all__ = ["megabytes", "plain_table", "render", "report_document", "report_text"]

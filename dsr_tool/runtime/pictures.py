@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from dsr_tool.core.config import ModelConfig, Preprocessing
-from dsr_tool.core.files import require_file
 from dsr_tool.errors import FileError, FormatError, UsageError, unknown_name
+from dsr_tool.files import require_file
+from dsr_tool.sparsity.config import ModelConfig, Preprocessing
 
 __all__ = ["load_inputs"]
 

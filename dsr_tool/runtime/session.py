@@ -11,16 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.folding import fold_norms
-from dsr_tool.core.graph import Array, Graph, Value
 from dsr_tool.errors import FormatError, UsageError, unknown_name
-from dsr_tool.runtime.dense import DensePlan
-from dsr_tool.runtime.fast.plan import FastPlan
-from dsr_tool.runtime.fast.program import Machine
-from dsr_tool.runtime.native.library import library
-from dsr_tool.runtime.plan import Folded, Plan
+from dsr_tool.graph.fold import fold_norms
+from dsr_tool.graph.ir import Graph, Value
+from dsr_tool.runtime.compiler.plan import FastPlan
+from dsr_tool.runtime.compiler.program import Machine
+from dsr_tool.runtime.kernels.library import library
+from dsr_tool.runtime.onnxruntime_plan import DensePlan
+from dsr_tool.runtime.reference.interpreter import Folded, Plan
 from dsr_tool.runtime.source import Model, open_model
+from dsr_tool.sparsity.tensor import Array, SparseTensor
 
 __all__ = ["RUNTIMES", "Session"]
 

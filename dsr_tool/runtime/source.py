@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from dsr_tool.core.archive import open_archive
-from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.config import ModelConfig
-from dsr_tool.core.files import require_file
-from dsr_tool.core.graph import Graph
 from dsr_tool.errors import DsrError, UsageError, first_line
+from dsr_tool.files import require_file
+from dsr_tool.formats.archive import open_archive
+from dsr_tool.graph.ir import Graph
+from dsr_tool.sparsity.config import ModelConfig
+from dsr_tool.sparsity.tensor import SparseTensor
 
 __all__ = ["Model", "open_model", "reader_of"]
 

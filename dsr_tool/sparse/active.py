@@ -12,8 +12,8 @@ from itertools import accumulate
 
 import torch
 
-from dsr_tool.core.granularity import groups, unit_size
 from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparsity.granularity import groups, unit_size
 
 __all__ = ["ActiveWeights", "Positions", "gather", "put_", "segment_counts"]
 

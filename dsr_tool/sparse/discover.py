@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from dsr_tool.core.layers import LayerSpec
 from dsr_tool.errors import UsageError, unknown_name
+from dsr_tool.sparsity.layers import LayerSpec
 
 __all__ = ["TINY_FRACTION", "TINY_WEIGHTS", "Rules", "discover"]
 

@@ -13,13 +13,13 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
-from dsr_tool.core.config import ModelConfig, installed_versions
-from dsr_tool.core.container import Container
-from dsr_tool.core.files import new_folder, require_file, share
-from dsr_tool.core.layers import LayerSpec
-from dsr_tool.core.mask import Mask
 from dsr_tool.errors import FileError, FormatError
+from dsr_tool.files import new_folder, require_file, share
+from dsr_tool.formats.tensor_file import Container
 from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparsity.config import ModelConfig, installed_versions
+from dsr_tool.sparsity.layers import LayerSpec
+from dsr_tool.sparsity.mask import Mask
 
 __all__ = ["CONFIG", "MASKS", "NEXT", "WEIGHTS", "Saved", "current", "read_folder", "save_folder", "write_model"]
 

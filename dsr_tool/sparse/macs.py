@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from dsr_tool.core.layers import LayerSpec
 from dsr_tool.errors import UsageError, first_line
+from dsr_tool.sparsity.layers import LayerSpec
 
 __all__ = ["output_shape", "with_macs"]
 

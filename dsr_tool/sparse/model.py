@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.config import ModelConfig
-from dsr_tool.core.granularity import GRANULARITIES
-from dsr_tool.core.layers import LayerSpec
-from dsr_tool.core.mask import Mask
 from dsr_tool.errors import CheckFailed, FormatError, UsageError
+from dsr_tool.sparsity.config import ModelConfig
+from dsr_tool.sparsity.granularity import GRANULARITIES
+from dsr_tool.sparsity.layers import LayerSpec
+from dsr_tool.sparsity.mask import Mask
+from dsr_tool.sparsity.tensor import SparseTensor
 
 __all__ = ["SparseModel"]
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from dsr_tool.core.graph import Array, Attribute, Graph, Node, Value
 from dsr_tool.errors import UsageError
+from dsr_tool.graph.ir import Attribute, Graph, Node, Value
 from dsr_tool.sparse.capture import INPUT, OUTPUT, capture
+from dsr_tool.sparsity.tensor import Array
 
 __all__ = ["trace"]
 

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dsr_tool.core.files import require_file
 from dsr_tool.errors import FormatError
+from dsr_tool.files import require_file
 from dsr_tool.train.images import InMemory
 
 __all__ = ["read_idx", "read_npz"]

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from dsr_tool.core.config import ModelConfig, Preprocessing
 from dsr_tool.errors import UsageError
+from dsr_tool.sparsity.config import ModelConfig, Preprocessing
 from dsr_tool.train.augment import ON_ORIGINAL, Moves, draw_moves
 from dsr_tool.train.datasets import open_dataset
 from dsr_tool.train.images import DataSet, InMemory, OnDisk

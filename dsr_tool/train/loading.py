@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F  # noqa: N812 - its usual name
 
-from dsr_tool.core.config import Preprocessing
 from dsr_tool.errors import DsrError
+from dsr_tool.sparsity.config import Preprocessing
 from dsr_tool.train.augment import Transform, on_original
 from dsr_tool.train.images import InMemory, OnDisk
 

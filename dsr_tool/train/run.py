@@ -13,12 +13,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dsr_tool.core.config import installed_versions
-from dsr_tool.core.files import new_folder, refuse_existing, writing
 from dsr_tool.errors import FileError
+from dsr_tool.files import new_folder, refuse_existing, writing
 from dsr_tool.methods import Reallocation
 from dsr_tool.sparse.folder import CONFIG, NEXT, save_folder, write_model
 from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparsity.config import installed_versions
 from dsr_tool.train.checkpoint import CHECKPOINT, write_state
 from dsr_tool.train.exploration import Exploration
 from dsr_tool.train.lock import Lock

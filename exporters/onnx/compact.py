@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import SparseTensorProto, helper, numpy_helper
 
-from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.graph import Array
-from dsr_tool.core.mask import Mask
+from dsr_tool.sparsity.mask import Mask
+from dsr_tool.sparsity.tensor import Array, SparseTensor
 from exporters.onnx.nodes import Expression
 
 __all__ = [

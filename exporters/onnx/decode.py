@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import NodeProto, SparseTensorProto, TensorProto, numpy_helper
 
-from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.graph import Array
-from dsr_tool.core.mask import Mask
 from dsr_tool.errors import FormatError
+from dsr_tool.sparsity.mask import Mask
+from dsr_tool.sparsity.tensor import Array, SparseTensor
 from exporters.onnx.compact import FLOATS, LARGEST, SHARED, STEP_BITS, Form, expression, nonzero, tables
 from exporters.onnx.nodes import match
 

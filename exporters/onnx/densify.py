@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 from onnx import ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
 
-from dsr_tool.core.files import new_file, refuse_existing
-from dsr_tool.core.graph import Value
+from dsr_tool.files import new_file, refuse_existing
+from dsr_tool.graph.ir import Value
 from exporters.onnx.model import refuse_too_large
 from exporters.onnx.read import OnnxFile, read_onnx, stored_weights
 from exporters.onnx.session import OnnxSession
-from exporters.verification import Verification, require
+from exporters.verify.verification import Verification, require
 
 __all__ = ["densify", "densify_file"]
 
@@ -88,7 +88,7 @@ def _without(nodes: list[NodeProto], inner: set[str], made: set[str], outputs: s
 
 
 def _compared(source: OnnxFile, dense: OnnxFile) -> Verification:
-    from exporters.reference import largest_difference, random_inputs
+    from exporters.verify.outputs import largest_difference, random_inputs
 
     names = {*source.entries, *dense.entries}
     differing = [name for name in sorted(names) if not _same_weight(name, source, dense)]

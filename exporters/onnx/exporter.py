@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsr_tool.core.compaction.record import COMPACTED, saved
-from dsr_tool.core.compaction.rewrite import folded_and_compacted
-from dsr_tool.core.files import new_file, refuse_existing
 from dsr_tool.errors import unknown_name
+from dsr_tool.files import new_file, refuse_existing
+from dsr_tool.graph.compact.record import COMPACTED, saved
+from dsr_tool.graph.compact.rewrite import folded_and_compacted
 from exporters.onnx.densify import densify, densify_file
 from exporters.onnx.model import ONNX_ENCODINGS, to_onnx
 from exporters.onnx.read import OnnxEntry, OnnxFile, read_onnx
@@ -19,7 +19,7 @@ from exporters.values import VALUES
 
 if TYPE_CHECKING:
     from dsr_tool.sparse.model import SparseModel
-    from exporters.verify import Verification
+    from exporters.verify.compare import Verification
 
 __all__ = [
     "ONNX_ENCODINGS",
@@ -62,8 +62,8 @@ def export_onnx(
             2 GB, or a module that cannot be captured.
         FileError: the file exists without `force`, or the disk refuses it.
     """
-    from exporters.onnx.verify import verify_onnx
-    from exporters.verify import checked_graph, require
+    from exporters.onnx.check import verify_onnx
+    from exporters.verify.compare import checked_graph, require
 
     if encoding not in ONNX_ENCODINGS:
         raise unknown_name("ONNX encoding", encoding, ONNX_ENCODINGS)

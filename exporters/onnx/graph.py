@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from onnx import AttributeProto, TensorProto, helper
 
-from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.config import LONGEST_SIDE, MOST_CLASSES, ModelConfig, Preprocessing
-from dsr_tool.core.graph import Graph, Node, Value
 from dsr_tool.errors import FormatError
+from dsr_tool.graph.ir import Graph, Node, Value
+from dsr_tool.sparsity.config import LONGEST_SIDE, MOST_CLASSES, ModelConfig, Preprocessing
+from dsr_tool.sparsity.tensor import SparseTensor
 from exporters.onnx.decode import to_array
 from exporters.onnx.read import OnnxFile, read_onnx
 

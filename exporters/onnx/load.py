@@ -10,8 +10,8 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-from dsr_tool.core.files import require_file
 from dsr_tool.errors import FileError, FormatError, first_line
+from dsr_tool.files import require_file
 
 __all__ = ["constants", "load"]
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, SparseTensorProto, ValueInfoProto, helper
 
-from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.folding import fold_norms
-from dsr_tool.core.graph import Graph, Node, Value
-from dsr_tool.core.layers import LayerSpec
 from dsr_tool.errors import UsageError, unknown_name
+from dsr_tool.graph.fold import fold_norms
+from dsr_tool.graph.ir import Graph, Node, Value
+from dsr_tool.sparsity.layers import LayerSpec
+from dsr_tool.sparsity.tensor import SparseTensor
 from exporters.onnx.compact import FLOATS, coo, nonzero
 from exporters.onnx.nodes import NodeWriter, field_bytes
 from exporters.onnx.weights import add_weight, choose

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from onnx import NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
-from dsr_tool.core.graph import Array
+from dsr_tool.sparsity.tensor import Array
 
 __all__ = ["Expression", "Match", "NodeWriter", "field_bytes", "initializer_bytes", "match"]
 

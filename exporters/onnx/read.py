@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, ValueInfoProto, helper
 
-from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.graph import Array
-from dsr_tool.core.layers import LayerSpec
-from dsr_tool.core.manifest import most_decoded_bytes
 from dsr_tool.errors import FormatError
+from dsr_tool.formats.manifest import most_decoded_bytes
+from dsr_tool.sparsity.layers import LayerSpec
+from dsr_tool.sparsity.tensor import Array, SparseTensor
 from exporters.onnx.decode import Found, decode, find, from_coo, from_dense, shape_of
 from exporters.onnx.load import constants, load
 from exporters.onnx.macs import WeightUse, weight_uses

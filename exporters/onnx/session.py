@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsr_tool.core.files import require_file
-from dsr_tool.core.graph import Array
 from dsr_tool.errors import FormatError, UsageError, first_line, unknown_name
+from dsr_tool.files import require_file
+from dsr_tool.sparsity.tensor import Array
 
 if TYPE_CHECKING:
     import onnxruntime

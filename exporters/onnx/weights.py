@@ -8,9 +8,8 @@ from functools import partial
 
 import numpy as np
 
-from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.graph import Array
-from dsr_tool.core.mask import Mask
+from dsr_tool.sparsity.mask import Mask
+from dsr_tool.sparsity.tensor import Array, SparseTensor
 from exporters.onnx.compact import FLOATS, SHARED, STEP_BITS, Parts, bitmask_form, delta_form, expression, tables
 from exporters.onnx.nodes import NodeWriter, initializer_bytes
 

@@ -28,7 +28,7 @@ def python():
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """A small converted model."""
-    from converters.convert import convert
+    from converters.conversion import convert
 
     path = tmp_path_factory.mktemp("models") / "net"
     convert("squeezenet1_1", sparsity=0.9, num_classes=5, input_size=64).save(path)
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def archive(folder):
-    from converters.convert import load
+    from converters.conversion import load
     from exporters.export import export
 
     path = folder.with_suffix(".dsr")
@@ -47,7 +47,7 @@ def archive(folder):
 
 @pytest.fixture(scope="session")
 def onnx_file(folder):
-    from converters.convert import load
+    from converters.conversion import load
     from exporters.export import export
 
     path = folder.with_suffix(".onnx")

@@ -225,7 +225,7 @@ def test_a_disk_that_fills(run, folder, tmp_path, monkeypatch, name):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     for writer in (
-        "dsr_tool.core.archive_writer.save_file",
+        "dsr_tool.formats.archive_writer.save_file",
         "exporters.csr.write_csr",
         "exporters.state_dict.save_file",
     ):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from dsr_tool.report import bench
+from dsr_tool.measure import latency as bench
 
 
 @pytest.fixture

@@ -232,7 +232,7 @@ def test_a_log_that_was_cut_off_is_no_obstacle(run, run_json, tmp_path):
 
 
 def test_sizes_agree_for_weights_of_another_type(run_json, tmp_path):
-    from converters.convert import convert
+    from converters.conversion import convert
 
     model = convert("squeezenet1_1", sparsity=0.9, num_classes=5, input_size=64)
     model.to(torch.bfloat16).save(tmp_path / "m")

@@ -12,15 +12,15 @@ from torch import nn
 
 import converters.budgets
 from converters.budgets import LEAST_BYTES, LEAST_MACS, archive_bytes, fit, search, smallest_sparsity
-from converters.convert import convert, load
-from dsr_tool.core.archive import encode_archive, open_archive
-from dsr_tool.core.budget import Budget
-from dsr_tool.core.config import ModelConfig, installed_versions
-from dsr_tool.core.footprint import footprint
+from converters.conversion import convert, load
 from dsr_tool.errors import UsageError
-from dsr_tool.sparse.convert import Plan
+from dsr_tool.formats.archive import encode_archive, open_archive
+from dsr_tool.formats.footprint import footprint
 from dsr_tool.sparse.discover import Rules
+from dsr_tool.sparse.sparsify import Plan
 from dsr_tool.sparse.trace import trace
+from dsr_tool.sparsity.budget import Budget
+from dsr_tool.sparsity.config import ModelConfig, installed_versions
 
 SHAPE = (3, 16, 16)
 

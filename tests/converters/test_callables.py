@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from converters.callables import build, is_callable_name
-from converters.convert import convert, load
-from dsr_tool.core.archive import open_archive
+from converters.conversion import convert, load
 from dsr_tool.errors import CheckFailed, FormatError, UsageError
+from dsr_tool.formats.archive import open_archive
 
 X, Y = np.zeros((16, 8, 8), np.uint8), np.arange(16) % 4
 NETS = """

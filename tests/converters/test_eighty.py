@@ -7,11 +7,11 @@ import pytest
 import torch
 from torchvision import models
 
-from converters.convert import convert
+from converters.conversion import convert
 from converters.torchvision_models import architectures, structure
-from dsr_tool.core.budget import Budget
-from dsr_tool.core.distribution import erk, uniform
 from dsr_tool.sparse.discover import count, discover
+from dsr_tool.sparsity.budget import Budget
+from dsr_tool.sparsity.distribution import erk, uniform
 
 # Parameters with two or more dimensions that are no weights of a layer, by what torchvision calls them.
 NO_WEIGHTS = ("class_token", "pos_embedding", "layer_scale", "relative_position_bias_table", "logit_scale")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from converters.convert import convert, load
+from converters.conversion import convert, load
 from converters.paper_models import Perceptron, WideResNet, build
-from dsr_tool.core.config import ModelConfig
 from dsr_tool.errors import FormatError, UsageError
 from dsr_tool.runtime import Session
+from dsr_tool.sparsity.config import ModelConfig
 from exporters.export import export
 from exporters.onnx.session import onnx_session
 

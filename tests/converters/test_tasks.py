@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision import models
 
-from converters.convert import convert, load
+from converters.conversion import convert, load
 from converters.torchvision_models import TASKS, architectures, build, structure
 from dsr_tool.errors import UsageError
 

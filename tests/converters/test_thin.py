@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.convert import convert, load
+from converters.conversion import convert, load
 from converters.paper_models import build
 from converters.thin import STEPS
 from converters.torchvision_models import architectures, structure

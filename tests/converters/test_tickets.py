@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from converters.convert import convert, load
+from converters.conversion import convert, load
 from converters.paper_models import build
 from converters.tickets import CHECKSUM, checksum
 from dsr_tool.errors import CheckFailed, FileError, FormatError, UsageError

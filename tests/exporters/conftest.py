@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from dsr_tool.core.budget import Budget
-from dsr_tool.core.config import ModelConfig
-from dsr_tool.sparse.convert import sparsify
+from dsr_tool.sparse.sparsify import sparsify
 from dsr_tool.sparse.trace import trace
+from dsr_tool.sparsity.budget import Budget
+from dsr_tool.sparsity.config import ModelConfig
 
 SHAPE = (3, 16, 16)
 
@@ -53,4 +53,4 @@ def captured():
 @pytest.fixture
 def trace_once(monkeypatch, captured):
     """Lets the exporters of a test use the graph that was captured already, which saves a second for each."""
-    monkeypatch.setattr("exporters.verify.trace", lambda module, shape: captured)
+    monkeypatch.setattr("exporters.verify.compare.trace", lambda module, shape: captured)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from converters.convert import load
-from dsr_tool.core.archive import open_archive
+from converters.conversion import load
 from dsr_tool.errors import CheckFailed, UsageError
+from dsr_tool.formats.archive import open_archive
 from dsr_tool.runtime import Session
 from exporters.archive import export_archive
-from exporters.rounding import rounded_model
-from exporters.verify import verify
+from exporters.verify.compare import verify
+from exporters.verify.rounding import rounded_model
 
 pytestmark = pytest.mark.usefixtures("trace_once")
 

@@ -8,26 +8,26 @@ import torch
 import torchvision
 from torch import nn
 
-from converters.convert import load
-from dsr_tool.core.archive import open_archive
-from dsr_tool.core.budget import Budget
-from dsr_tool.core.compaction.record import COMPACTED, Saved
-from dsr_tool.core.compaction.rewrite import folded_and_compacted
-from dsr_tool.core.config import ModelConfig
+from converters.conversion import load
 from dsr_tool.errors import CheckFailed, FormatError, UsageError
+from dsr_tool.formats.archive import open_archive
+from dsr_tool.graph.compact.record import COMPACTED, Saved
+from dsr_tool.graph.compact.rewrite import folded_and_compacted
 from dsr_tool.report.sources import read
 from dsr_tool.report.tables import report_document, report_text
 from dsr_tool.runtime import Session
-from dsr_tool.runtime.plan import Plan
-from dsr_tool.sparse.convert import sparsify
+from dsr_tool.runtime.reference.interpreter import Plan
 from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparse.sparsify import sparsify
 from dsr_tool.sparse.trace import trace
+from dsr_tool.sparsity.budget import Budget
+from dsr_tool.sparsity.config import ModelConfig
 from exporters.archive import export_archive
 from exporters.export import export
 from exporters.onnx.model import to_onnx
 from exporters.onnx.read import read_onnx
 from exporters.onnx.session import OnnxSession
-from exporters.verify import RELATIVE_TOLERANCE, ROUNDING_FACTOR, verify
+from exporters.verify.compare import RELATIVE_TOLERANCE, ROUNDING_FACTOR, verify
 
 pytestmark = pytest.mark.usefixtures("trace_once")
 

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.graph import Graph, Node, Value
-from dsr_tool.core.layers import LayerSpec
-from dsr_tool.core.mask import Mask
 from dsr_tool.errors import FormatError, UsageError
+from dsr_tool.graph.ir import Graph, Node, Value
+from dsr_tool.sparsity.layers import LayerSpec
+from dsr_tool.sparsity.mask import Mask
+from dsr_tool.sparsity.tensor import SparseTensor
 from exporters.onnx.compact import bitmask_form, delta_form, nonzero
 from exporters.onnx.decode import decode, find
 from exporters.onnx.model import to_onnx

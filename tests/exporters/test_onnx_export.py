@@ -10,11 +10,11 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torchvision import models
 
-from dsr_tool.core.archive import open_archive
-from dsr_tool.core.budget import Budget
-from dsr_tool.core.config import ModelConfig
 from dsr_tool.errors import FileError, FormatError, UsageError
-from dsr_tool.sparse.convert import sparsify
+from dsr_tool.formats.archive import open_archive
+from dsr_tool.sparse.sparsify import sparsify
+from dsr_tool.sparsity.budget import Budget
+from dsr_tool.sparsity.config import ModelConfig
 from exporters.archive import export_archive
 from exporters.onnx.exporter import export_onnx, read_onnx, to_onnx
 
@@ -152,7 +152,7 @@ def test_resnet18_multiply_adds():
     model = sparsify(
         models.resnet18(num_classes=10), ModelConfig("torchvision", "resnet18", 10, (3, 64, 64)), Budget(sparsity=0.5)
     )
-    from dsr_tool.sparse.trace import trace  # not the one of the small model
+    from dsr_tool.sparse.trace import trace
     from exporters.onnx.macs import weight_uses
 
     proto = to_onnx(trace(model.module, (3, 64, 64)), model.tensors(), encoding="dense")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from dsr_tool.core.archive import write_archive
 from dsr_tool.errors import FileError, FormatError, UsageError
+from dsr_tool.formats.archive import write_archive
 from dsr_tool.runtime import Session
 from exporters.onnx.graph import open_onnx
 from exporters.onnx.model import ONNX_ENCODINGS, to_onnx
@@ -34,7 +34,7 @@ def written(tmp_path, content):
 
 @pytest.fixture(scope="module")
 def traced():
-    from converters.convert import convert
+    from converters.conversion import convert
     from dsr_tool.sparse.trace import trace
 
     network = convert("squeezenet1_1", sparsity=0.9, num_classes=4, input_size=32)

@@ -8,10 +8,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.graph import Graph, Node, Value
-from dsr_tool.core.mask import Mask
 from dsr_tool.errors import DsrError, FormatError
+from dsr_tool.graph.ir import Graph, Node, Value
+from dsr_tool.sparsity.mask import Mask
+from dsr_tool.sparsity.tensor import SparseTensor
 from exporters.onnx.exporter import read_onnx, to_onnx
 
 pytestmark = pytest.mark.usefixtures("trace_once")
@@ -77,7 +77,7 @@ def test_weights_are_counted_before_they_are_decoded(tmp_path, monkeypatch):
     assert read(tmp_path / "m.onnx", of_weights(2, 1 << 11)) < 2
     with pytest.raises(FormatError, match="claims weights of 1,073,741,824 bytes"):
         read(tmp_path / "m.onnx", of_weights(1, 1 << 14))
-    monkeypatch.setattr("dsr_tool.core.manifest._MAX_DECODED_RATIO", 1 << 40)
+    monkeypatch.setattr("dsr_tool.formats.manifest._MAX_DECODED_RATIO", 1 << 40)
     assert read(tmp_path / "m.onnx", of_weights(4, 1 << 15)) < 2
     with pytest.raises(FormatError, match="more than the 17,179,869,184"):
         read(tmp_path / "m.onnx", of_weights(5, 1 << 15))

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from exporters.rounding import rounded_model, rounding_notes
+from exporters.verify.rounding import rounded_model, rounding_notes
 
 
 def test_the_rounded_model_is_a_copy(make_model):

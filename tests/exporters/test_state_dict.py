@@ -10,13 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torchvision import models
 
-from dsr_tool.core.budget import Budget
-from dsr_tool.core.config import ModelConfig
-from dsr_tool.core.footprint import footprint
 from dsr_tool.errors import CheckFailed, FileError, FormatError, UsageError
-from dsr_tool.sparse.convert import sparsify
+from dsr_tool.formats.footprint import footprint
+from dsr_tool.sparse.sparsify import sparsify
+from dsr_tool.sparsity.budget import Budget
+from dsr_tool.sparsity.config import ModelConfig
 from exporters.state_dict import export_safetensors, export_state_dict
-from exporters.verify import verify
+from exporters.verify.compare import verify
 
 
 def torch_load(path):

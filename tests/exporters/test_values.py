@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.layers import LayerSpec
-from dsr_tool.core.mask import Mask
 from dsr_tool.errors import UsageError
+from dsr_tool.sparsity.layers import LayerSpec
+from dsr_tool.sparsity.mask import Mask
+from dsr_tool.sparsity.tensor import SparseTensor
 from exporters.values import VALUES, stored_as
 
 SPECS = {

@@ -8,13 +8,13 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from dsr_tool.core.codecs import SparseTensor
 from dsr_tool.errors import CheckFailed, FileError, FormatError, UsageError
+from dsr_tool.sparsity.tensor import SparseTensor
 from exporters.archive import export_archive
 from exporters.onnx.decode import find
 from exporters.onnx.exporter import export_onnx
 from exporters.onnx.read import read_onnx
-from exporters.verify import require, verify
+from exporters.verify.compare import require, verify
 
 pytestmark = pytest.mark.usefixtures("trace_once")
 EXPORTS = {"m.dsr": export_archive, "m.onnx": export_onnx}
@@ -94,7 +94,7 @@ def test_weights_outside_the_masks_are_not_exported(make_model, tmp_path, name):
 def test_force_replaces_only_after_the_verification(make_model, tmp_path, monkeypatch):
     path = tmp_path / "m.onnx"
     path.write_text("before")
-    monkeypatch.setattr("exporters.verify.RELATIVE_TOLERANCE", -1.0)
+    monkeypatch.setattr("exporters.verify.compare.RELATIVE_TOLERANCE", -1.0)
     with pytest.raises(CheckFailed):
         export_onnx(make_model(), path, force=True)
     assert path.read_text() == "before"

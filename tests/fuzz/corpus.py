@@ -10,10 +10,10 @@ import torch
 from network import SHAPE, Network
 from safetensors.torch import save_file
 
-from dsr_tool.core.budget import Budget
-from dsr_tool.core.config import ModelConfig
-from dsr_tool.sparse.convert import sparsify
 from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparse.sparsify import sparsify
+from dsr_tool.sparsity.budget import Budget
+from dsr_tool.sparsity.config import ModelConfig
 from exporters.export import export
 
 GOLDEN = Path(__file__).parents[1] / "golden"

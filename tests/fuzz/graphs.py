@@ -47,7 +47,7 @@ def _input(random: Generator, document: Any) -> None:
 
 
 def _operator(random: Generator, document: Any) -> None:
-    from dsr_tool.runtime.plan import OPERATORS
+    from dsr_tool.runtime.reference.interpreter import OPERATORS
 
     _one(random, document["nodes"])["op"] = _one(random, sorted(OPERATORS))
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dsr_tool.core.archive import write_archive
-from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.config import ModelConfig
-from dsr_tool.core.graph import Graph, Node, Value
-from dsr_tool.core.layers import LayerSpec
-from dsr_tool.core.mask import Mask
+from dsr_tool.formats.archive import write_archive
+from dsr_tool.graph.ir import Graph, Node, Value
+from dsr_tool.sparsity.config import ModelConfig
+from dsr_tool.sparsity.layers import LayerSpec
+from dsr_tool.sparsity.mask import Mask
+from dsr_tool.sparsity.tensor import SparseTensor
 
 SHAPES = {
     "conv": (6, 5, 3, 3),

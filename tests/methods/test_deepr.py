@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn, optim
 
-from converters.convert import convert
+from converters.conversion import convert
 from dsr_tool.errors import UsageError
 from dsr_tool.methods import DeepR, ReallocationSchedule, attach, make
 from dsr_tool.sparse.active import ActiveWeights, Positions, gather

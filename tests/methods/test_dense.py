@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn, optim
 
-from converters.convert import convert
+from converters.conversion import convert
 from dsr_tool.errors import UsageError
 from dsr_tool.methods import attach, make
 

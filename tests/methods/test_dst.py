@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import nn, optim
 from torch.nn.functional import conv2d, cross_entropy, linear
 
-from converters.convert import convert
-from dsr_tool.core.budget import Budget
+from converters.conversion import convert
 from dsr_tool.errors import UsageError
 from dsr_tool.methods import DST, ReallocationSchedule, attach, make
 from dsr_tool.methods.dst import long_tailed
+from dsr_tool.sparsity.budget import Budget
 
 
 class Step(torch.autograd.Function):

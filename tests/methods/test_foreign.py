@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn, optim
 
-from converters.convert import convert
+from converters.conversion import convert
 from dsr_tool.errors import CheckFailed, DsrError, UsageError
 from dsr_tool.methods import SET, Method, Reallocation, ReallocationSchedule, attach, foreign, make, names
 from dsr_tool.sparse.active import Positions

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn, optim
 
-from converters.convert import convert, load
+from converters.conversion import convert, load
 from dsr_tool.errors import FormatError, UsageError
 from dsr_tool.methods import DSR, SET, ReallocationSchedule, attach, make
 from dsr_tool.sparse.active import gather

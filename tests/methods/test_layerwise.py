@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn, optim
 
-from converters.convert import convert
-from dsr_tool.core.budget import Budget
+from converters.conversion import convert
 from dsr_tool.errors import UsageError
 from dsr_tool.methods import SET, GradualPruning, ReallocationSchedule, RigL, attach, make
 from dsr_tool.sparse.active import ActiveWeights, Positions
+from dsr_tool.sparsity.budget import Budget
 
 ALWAYS = ReallocationSchedule(((0, 1),), 100)
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn, optim
 from torch.nn.functional import cross_entropy, max_pool2d, relu
 
-from converters.convert import convert
-from dsr_tool.core.archive import open_archive
+from converters.conversion import convert
 from dsr_tool.errors import UsageError
+from dsr_tool.formats.archive import open_archive
 from dsr_tool.methods import NeuronSET, ReallocationSchedule, attach, make
 from dsr_tool.methods.units import Hidden, hidden_units
 from exporters.archive import export_archive

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn, optim
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from converters.convert import convert
+from converters.conversion import convert
 from dsr_tool.methods import DSR, SET, ReallocationSchedule, attach, make
 from dsr_tool.sparse.active import ActiveWeights, Positions
 

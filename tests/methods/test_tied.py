@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from torch import nn, optim
 from torch.nn.functional import cross_entropy
 
-from converters.convert import convert
-from dsr_tool.core.budget import Budget
+from converters.conversion import convert
 from dsr_tool.errors import UsageError
 from dsr_tool.methods import attach, make
 from dsr_tool.methods.tied import hashed
+from dsr_tool.sparsity.budget import Budget
 
 OPTIMIZERS = {
     "sgd": lambda p: optim.SGD(p, 0.05, momentum=0.9, nesterov=True, weight_decay=1e-2),

@@ -6,22 +6,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.compaction.record import COMPACTED, Saved
-from dsr_tool.core.config import ModelConfig
-from dsr_tool.core.footprint import footprint
-from dsr_tool.core.layers import LayerSpec
-from dsr_tool.core.mask import Mask
+from dsr_tool.formats.footprint import footprint
+from dsr_tool.graph.compact.record import COMPACTED, Saved
 from dsr_tool.report.page.page import page_html
 from dsr_tool.report.sources import Source, StoredBytes, read
 from dsr_tool.report.tables import report_document
+from dsr_tool.sparsity.config import ModelConfig
+from dsr_tool.sparsity.layers import LayerSpec
+from dsr_tool.sparsity.mask import Mask
+from dsr_tool.sparsity.tensor import SparseTensor
 
 HOSTILE = "<script>alert(1)</script>\"'&\x00\ud800"
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
-    from converters.convert import convert
+    from converters.conversion import convert
 
     path = tmp_path_factory.mktemp("page") / "net"
     convert("squeezenet1_1", sparsity=0.9, num_classes=5, input_size=64).save(path)
@@ -67,7 +67,7 @@ def _epoch(number, names, moved):
 @pytest.fixture(scope="session")
 def exported(model_folder):
     """The archive, ONNX and .npz files of the model, by kind."""
-    from converters.convert import load
+    from converters.conversion import load
     from exporters.export import export
 
     files = {"archive": "net.dsr", "onnx": "net.onnx", "csr": "net.npz"}

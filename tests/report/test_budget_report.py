@@ -6,9 +6,9 @@ import pytest
 from click.testing import CliRunner
 
 from dsr_tool.cli import cli
-from dsr_tool.core.budget import Budget
 from dsr_tool.errors import CheckFailed, UsageError
 from dsr_tool.report.budget import BudgetCheck
+from dsr_tool.sparsity.budget import Budget
 
 NETWORK = ("squeezenet1_1", "--num-classes", 10, "--input-size", 32)
 

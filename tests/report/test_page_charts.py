@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dsr_tool.core.mask import Mask
 from dsr_tool.report.page import numbers
 from dsr_tool.report.page.axes import axis, layer_ticks
 from dsr_tool.report.page.charts import Series, bars, columns, lines
 from dsr_tool.report.page.mask_pictures import mask_picture, picture_budget
+from dsr_tool.sparsity.mask import Mask
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ import onnxruntime
 import pytest
 from onnx import helper
 
-from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.graph import Graph, Node, Value
-from dsr_tool.core.mask import Mask
-from dsr_tool.runtime.fast.plan import FastPlan
-from dsr_tool.runtime.fast.program import Machine
-from dsr_tool.runtime.native.library import library
-from dsr_tool.runtime.plan import OPERATORS, Plan
+from dsr_tool.graph.ir import Graph, Node, Value
+from dsr_tool.runtime.compiler.plan import FastPlan
+from dsr_tool.runtime.compiler.program import Machine
+from dsr_tool.runtime.kernels.library import library
+from dsr_tool.runtime.reference.interpreter import OPERATORS, Plan
+from dsr_tool.sparsity.mask import Mask
+from dsr_tool.sparsity.tensor import SparseTensor
 
 OPSET = 20
 

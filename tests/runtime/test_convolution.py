@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.mask import Mask
 from dsr_tool.errors import UsageError
-from dsr_tool.runtime import convolution
-from dsr_tool.runtime.convolution import prepare_conv
+from dsr_tool.runtime.reference import convolution
+from dsr_tool.runtime.reference.convolution import prepare_conv
+from dsr_tool.sparsity.mask import Mask
+from dsr_tool.sparsity.tensor import SparseTensor
 
 DENSITIES = st.sampled_from((0.0, 0.02, 0.1, 0.3, 1.0))
 

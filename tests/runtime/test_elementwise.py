@@ -5,7 +5,7 @@ import pytest
 from onnx import TensorProto
 
 from dsr_tool.errors import UsageError
-from dsr_tool.runtime.plan import OPERATORS
+from dsr_tool.runtime.reference.interpreter import OPERATORS
 
 RNG = np.random.default_rng(0)
 X = np.concatenate([RNG.standard_normal(500) * 4, [0, -0.0, 1, -1, 30, -30, 88, -88]]).astype(np.float32)

@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from dsr_tool.errors import UsageError
-from dsr_tool.runtime.native import cpu
-from dsr_tool.runtime.native import library as room
-from dsr_tool.runtime.native.library import ABI, choose
+from dsr_tool.runtime.kernels import cpu
+from dsr_tool.runtime.kernels import library as room
+from dsr_tool.runtime.kernels.library import ABI, choose
 
 GXX = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
@@ -189,5 +189,5 @@ def test_levels_on_macos(monkeypatch):
 
 
 def test_loading_imports_no_torch():
-    code = "import sys; from dsr_tool.runtime.native.library import level; level(); assert 'torch' not in sys.modules"
+    code = "import sys; from dsr_tool.runtime.kernels.library import level; level(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

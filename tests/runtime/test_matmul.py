@@ -6,9 +6,9 @@ import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.mask import Mask
-from dsr_tool.runtime.matrices import MAX_CSR_DENSITY, multiplier
+from dsr_tool.runtime.reference.matrices import MAX_CSR_DENSITY, multiplier
+from dsr_tool.sparsity.mask import Mask
+from dsr_tool.sparsity.tensor import SparseTensor
 
 DENSITIES = st.sampled_from((0.0, 0.03, 0.15, 0.5, 1.0))
 SIZES = st.integers(1, 9)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from dsr_tool.core.archive import write_archive
-from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.config import ModelConfig
-from dsr_tool.core.layers import LayerSpec
-from dsr_tool.core.mask import Mask
+from dsr_tool.formats.archive import write_archive
 from dsr_tool.runtime import Session
 from dsr_tool.sparse.trace import trace
+from dsr_tool.sparsity.config import ModelConfig
+from dsr_tool.sparsity.layers import LayerSpec
+from dsr_tool.sparsity.mask import Mask
+from dsr_tool.sparsity.tensor import SparseTensor
 
 
 class Residual(nn.Module):

@@ -11,9 +11,9 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from dsr_tool.core.config import ModelConfig, Preprocessing
 from dsr_tool.errors import FileError, FormatError, UsageError
 from dsr_tool.runtime import load_inputs
+from dsr_tool.sparsity.config import ModelConfig, Preprocessing
 
 MODES = {
     "bilinear": transforms.InterpolationMode.BILINEAR,

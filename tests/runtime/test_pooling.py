@@ -6,7 +6,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dsr_tool.runtime.plan import OPERATORS
+from dsr_tool.runtime.reference.interpreter import OPERATORS
 
 
 @st.composite

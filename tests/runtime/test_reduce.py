@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dsr_tool.errors import UsageError
-from dsr_tool.runtime.plan import OPERATORS
+from dsr_tool.runtime.reference.interpreter import OPERATORS
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((2, 3, 4, 5)).astype(np.float32)

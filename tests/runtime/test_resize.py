@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsr_tool.errors import UsageError
-from dsr_tool.runtime.plan import OPERATORS
+from dsr_tool.runtime.reference.interpreter import OPERATORS
 
 COORDINATES = ("align_corners", "asymmetric", "half_pixel", "pytorch_half_pixel")
 SIZES = st.tuples(st.integers(1, 9), st.integers(2, 9))

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsr_tool.core.archive import open_archive, write_archive
-from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.config import ModelConfig
-from dsr_tool.core.graph import Graph, Node, Value
-from dsr_tool.core.layers import LayerSpec
-from dsr_tool.core.mask import Mask
 from dsr_tool.errors import FileError, UsageError
+from dsr_tool.formats.archive import open_archive, write_archive
+from dsr_tool.graph.ir import Graph, Node, Value
 from dsr_tool.runtime import Session
+from dsr_tool.sparsity.config import ModelConfig
+from dsr_tool.sparsity.layers import LayerSpec
+from dsr_tool.sparsity.mask import Mask
+from dsr_tool.sparsity.tensor import SparseTensor
 
 RNG = np.random.default_rng(0)
 WEIGHT = np.where(RNG.random((6, 3, 3, 3)) < 0.1, RNG.standard_normal((6, 3, 3, 3)), 0)
@@ -119,8 +119,8 @@ def test_a_model_of_two_inputs_is_refused(tmp_path):
 
 _CHILD = """
 import pkgutil, sys
-import dsr_tool.core, dsr_tool.runtime
-for package in (dsr_tool.core, dsr_tool.runtime):
+import dsr_tool.sparsity, dsr_tool.runtime
+for package in (dsr_tool.sparsity, dsr_tool.runtime):
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         __import__(module.name)
 import numpy

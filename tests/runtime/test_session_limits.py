@@ -10,20 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsr_tool.core.archive import write_archive
-from dsr_tool.core.codecs import SparseTensor
-from dsr_tool.core.config import ModelConfig
-from dsr_tool.core.graph import Graph, Node, Value
-from dsr_tool.core.layers import LayerSpec
-from dsr_tool.core.mask import Mask
 from dsr_tool.errors import FormatError, UsageError
+from dsr_tool.formats.archive import write_archive
+from dsr_tool.graph.ir import Graph, Node, Value
 from dsr_tool.runtime import Session
-from dsr_tool.runtime.dense import DensePlan
-from dsr_tool.runtime.fast import builder
-from dsr_tool.runtime.fast.plan import FastPlan
-from dsr_tool.runtime.fast.program import Machine
-from dsr_tool.runtime.native.library import library
-from dsr_tool.runtime.plan import OPERATORS
+from dsr_tool.runtime.compiler import segment as builder
+from dsr_tool.runtime.compiler.plan import FastPlan
+from dsr_tool.runtime.compiler.program import Machine
+from dsr_tool.runtime.kernels.library import library
+from dsr_tool.runtime.onnxruntime_plan import DensePlan
+from dsr_tool.runtime.reference.interpreter import OPERATORS
+from dsr_tool.sparsity.config import ModelConfig
+from dsr_tool.sparsity.layers import LayerSpec
+from dsr_tool.sparsity.mask import Mask
+from dsr_tool.sparsity.tensor import SparseTensor
 
 KERNELS = pytest.mark.skipif(library() is None, reason="no kernels were built here")
 NODES = (

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsr_tool.errors import FormatError, UsageError
-from dsr_tool.runtime.plan import OPERATORS
+from dsr_tool.runtime.reference.interpreter import OPERATORS
 
 X = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 5)
 

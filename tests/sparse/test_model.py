@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision import models
 
-from converters.convert import convert, load
+from converters.conversion import convert, load
 from dsr_tool.errors import CheckFailed, FileError, FormatError, UsageError
 from dsr_tool.sparse.discover import Rules, count, discover
 

@@ -10,8 +10,8 @@ from onnx import checker, helper, numpy_helper
 from torch import nn
 from torchvision import models
 
-from dsr_tool.core.graph import Graph
 from dsr_tool.errors import UsageError
+from dsr_tool.graph.ir import Graph
 from dsr_tool.sparse.trace import trace
 
 

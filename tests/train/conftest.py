@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from converters.convert import convert
+from converters.conversion import convert
 from dsr_tool.train import TrainSettings, load_data
 
 

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dsr_tool.core.config import ModelConfig, Preprocessing
 from dsr_tool.errors import FormatError, UsageError
+from dsr_tool.sparsity.config import ModelConfig, Preprocessing
 from dsr_tool.train import TrainSettings, load_data
 
 # Python warns that a process with torch's threads forks; DataLoader does so by design.

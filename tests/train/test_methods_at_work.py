@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from converters.convert import convert
+from converters.conversion import convert
 from dsr_tool.errors import UsageError
 from dsr_tool.train import RunFolder, train
 

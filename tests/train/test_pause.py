@@ -7,7 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from converters.convert import convert, load
+from converters.conversion import convert, load
 from dsr_tool.cli.train import command
 from dsr_tool.errors import UsageError
 from dsr_tool.train import Observer, RunFolder, train

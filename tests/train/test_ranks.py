@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from converters.convert import convert
+from converters.conversion import convert
 from dsr_tool.errors import UsageError
 from dsr_tool.train import Ranks
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import dsr_tool.train.run as run_module
-from converters.convert import convert, load
+from converters.conversion import convert, load
 from dsr_tool.errors import FileError, FormatError, UsageError
 from dsr_tool.methods import METHODS, OPTIONS, attach
 from dsr_tool.methods.units import hidden_units

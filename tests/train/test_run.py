@@ -5,7 +5,7 @@ import resource
 import pytest
 import torch
 
-from converters.convert import load
+from converters.conversion import load
 from dsr_tool.errors import DsrError, FileError
 from dsr_tool.methods import ReallocationSchedule
 from dsr_tool.train import Observer, RunFolder, train

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from converters.convert import convert, load
+from converters.conversion import convert, load
 from dsr_tool import cli
 from dsr_tool.cli.train import command
 from dsr_tool.train import EpochRecord, Progress

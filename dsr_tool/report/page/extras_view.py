@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dsr_tool.core.compaction.record import Saved
+from dsr_tool.graph.compact.record import Saved
 from dsr_tool.report.page import numbers
 from dsr_tool.report.page.charts import bars
 from dsr_tool.report.page.parts import Bars, Figure, Key, Number, Section, Table, Words, sentence

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dsr_tool.core.footprint import LayerFootprint, Sizes
+from dsr_tool.formats.footprint import LayerFootprint, Sizes
 from dsr_tool.report.page import numbers
 from dsr_tool.report.page.charts import Series, columns
 from dsr_tool.report.page.mask_pictures import mask_picture, picture_budget

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from dsr_tool.core.layers import matrix_shape
-from dsr_tool.core.mask import Mask
+from dsr_tool.sparsity.layers import matrix_shape
+from dsr_tool.sparsity.mask import Mask
 
 __all__ = ["MaskPicture", "heat_map", "mask_picture", "picture_budget", "ramp"]
 

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from dsr_tool.core.files import new_file
+from dsr_tool.files import new_file
 from dsr_tool.report.page import numbers
 from dsr_tool.report.page.extras_view import budget_headline, extra_sections
 from dsr_tool.report.page.footprint_view import footprint_sections, headline

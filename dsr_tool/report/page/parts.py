@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dsr_tool.core.compaction.record import COMPACTED
-from dsr_tool.core.config import ModelConfig
+from dsr_tool.graph.compact.record import COMPACTED
 from dsr_tool.report.page.axes import Tick
 from dsr_tool.report.page.charts import Bar, Columns, Lines
 from dsr_tool.report.page.mask_pictures import MaskPicture
 from dsr_tool.report.page.numbers import named_value
 from dsr_tool.report.page.plots import Plot
 from dsr_tool.report.runlog import RunLog
+from dsr_tool.sparsity.config import ModelConfig
 
 __all__ = [
     "Bars",

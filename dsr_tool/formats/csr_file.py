@@ -1,0 +1,239 @@
+"""The .npz of CSR matrices: every sparse weight ready for scipy, every other tensor as a plain array.
+
+`docs/format.md` describes it. Only numpy and scipy are needed, to read it with this module or without.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csr_matrix
+
+from dsr_tool.errors import FormatError, UsageError
+from dsr_tool.files import require_file
+from dsr_tool.formats.codecs import CODECS
+from dsr_tool.formats.manifest import Entry, check_claim
+from dsr_tool.formats.npz import NpzReader, write_npz
+from dsr_tool.formats.tensor_file import parse_json
+from dsr_tool.sparsity.config import ModelConfig
+from dsr_tool.sparsity.layers import LayerSpec, matrix_shape
+from dsr_tool.sparsity.mask import Mask
+from dsr_tool.sparsity.tensor import Array, SparseTensor
+
+__all__ = ["CsrFile", "load_csr", "write_csr"]
+
+SCHEMA = "dsr-tool/csr/1"
+DESCRIPTION = ":description"
+_PARTS = ("data", "indices", "indptr", "shape")
+_FREE_DESCRIPTION_BYTES, _MAX_DESCRIPTION_RATIO = 4 << 20, 64
+_MOST = 2**31 - 1
+
+
+def write_csr(
+    path: Path,
+    tensors: Mapping[str, SparseTensor],
+    specs: Mapping[str, LayerSpec],
+    config: ModelConfig,
+    *,
+    versions: Mapping[str, str] | None = None,
+) -> None:
+    """Write a model as CSR matrices and plain arrays; see `new_file` for doing that safely.
+
+    Args:
+        path: the file to fill.
+        tensors: every entry of the state_dict; full masks for those that are dense.
+        specs: what each of them is.
+        config: what the model is.
+        versions: names and versions of what made the file, for the record.
+
+    Raises:
+        UsageError: a name or a size that such a file cannot have.
+    """
+    arrays: dict[str, Array] = {}
+    entries = []
+    for name, tensor in tensors.items():
+        entry = Entry(specs[name], tensor.values.dtype.name, _codec(specs[name]), tensor.mask.active, {})
+        entries.append(entry)
+        _refuse_what_cannot_be_stored(entry, arrays)
+        arrays |= _arrays(name, tensor) if entry.codec == "csr" else {name: tensor.to_dense()}
+    document = {
+        "schema": SCHEMA,
+        "versions": dict(versions or {}),
+        "model": config.to_dict(),
+        "tensors": [entry.to_dict() for entry in entries],
+    }
+    text = json.dumps(document, separators=(",", ":"), allow_nan=False).encode("utf-8")
+    write_npz(path, {DESCRIPTION: np.frombuffer(text, np.uint8), **arrays})
+
+
+def load_csr(path: str | Path, *, max_decoded_bytes: int | None = None) -> CsrFile:
+    """Read a .npz of CSR matrices and check everything in it, so that scipy can be trusted with the matrices.
+
+        layers = load_csr("model.npz")
+        y = layers["fc.weight"] @ x
+
+    Args:
+        path: a file that `dsr-tool export --to csr` wrote.
+        max_decoded_bytes: refuse files that claim to hold more than this, decoded to dense tensors. When absent, 10,000
+            times the size of the file and 256 MiB, and no more than 16 GiB.
+
+    Returns:
+        The tensors by state_dict name: a `csr_matrix` with int32 indices, of shape (first size, product of the others),
+        for each sparse weight, an array for each of the others.
+
+    Raises:
+        FileError: there is no such file.
+        FormatError: it is no such file, damaged, or claims too much.
+    """
+    path = Path(path)
+    require_file(path, "CSR file")
+    return CsrFile(path, max_decoded_bytes)
+
+
+class CsrFile(Mapping[str, "csr_matrix[Any] | Array"]):
+    """The tensors of a read file by name; weights stored as float16 are float32 here, with the same values.
+
+    Attributes:
+        path: where it lies.
+        nbytes: its size in bytes.
+        config: what the model is.
+        entries: what each tensor is and how it is stored.
+        versions: what made the file.
+        stored: for each tensor the bytes of its arrays in the file.
+        description_bytes: bytes of the description in the file.
+        container_bytes: bytes of the zip container.
+    """
+
+    def __init__(self, path: Path, max_decoded_bytes: int | None = None) -> None:
+        """Use `load_csr`."""
+        self.path = path
+        with NpzReader(path) as file:
+            document = _document(file)
+            try:
+                self.config = ModelConfig.from_dict(document["model"])
+                if len(document["tensors"]) > len(file.names):
+                    raise ValueError("it lists more tensors than there are arrays")
+                entries = [Entry.from_dict(data) for data in document["tensors"]]
+                self.versions = {str(name): str(text) for name, text in document["versions"].items()}
+            except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+                raise file.damaged(f"its description is not understood ({error})") from error
+            self.entries = {entry.spec.name: entry for entry in entries}
+            _check_entries(file, entries, max_decoded_bytes)
+            self._tensors = {name: _read(file, entry) for name, entry in self.entries.items()}
+            self.stored = {
+                name: {array: file.stored_bytes(array) for array in _names(entry)}
+                for name, entry in self.entries.items()
+            }
+            self.description_bytes = file.stored_bytes(DESCRIPTION)
+            self.container_bytes, self.nbytes = file.container_bytes, file.nbytes
+
+    def __getitem__(self, name: str) -> csr_matrix[Any] | Array:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def entry_bytes(self, name: str) -> int:
+        """Bytes of one tensor as stored."""
+        return sum(self.stored[name].values())
+
+    def tensor(self, name: str) -> SparseTensor:
+        """One tensor as mask and values, in the type that it has in the file."""
+        entry, array = self.entries[name], self._tensors[name]
+        if isinstance(array, np.ndarray):
+            stored = array.astype(entry.dtype, copy=False)
+            return SparseTensor.from_dense(stored, Mask.full(entry.spec.shape))
+        streams = {"indptr": array.indptr, "indices": array.indices, "values": array.data.astype(entry.dtype)}
+        return CODECS["csr"].decode(streams, entry.spec.shape, entry.active, np.dtype(entry.dtype))
+
+
+def _codec(spec: LayerSpec) -> str:
+    return "csr" if spec.role == "sparse" else "dense"
+
+
+def _names(entry: Entry) -> list[str]:
+    """Names of the arrays that hold a tensor."""
+    name = entry.spec.name
+    return [f"{name}:{part}" for part in _PARTS] if entry.codec == "csr" else [name]
+
+
+def _refuse_what_cannot_be_stored(entry: Entry, arrays: Mapping[str, Array]) -> None:
+    name = entry.spec.name
+    if "/" in name or "\\" in name or any(array in arrays or array == DESCRIPTION for array in _names(entry)):
+        raise UsageError(f"tensor {name!r} has a name that a .npz file cannot keep apart; rename the module.")
+    if entry.codec == "csr" and max(entry.active, *entry.spec.matrix_shape) > _MOST:
+        raise UsageError(f"weight {name!r} is too large for int32 indices; export an archive (.dsr) instead.")
+
+
+def _arrays(name: str, tensor: SparseTensor) -> dict[str, Array]:
+    """The arrays of one matrix, called as `csr_matrix` calls them."""
+    streams = CODECS["csr"].encode(tensor)
+    parts = {**streams, "data": streams["values"], "shape": np.array(matrix_shape(tensor.mask.shape), np.int64)}
+    return {f"{name}:{part}": parts[part] for part in _PARTS}
+
+
+def _document(file: NpzReader) -> dict[str, Any]:
+    foreign = FormatError(f"{str(file.path)!r} is a .npz file but not one that dsr-tool exports.")
+    if DESCRIPTION not in file.names:
+        raise foreign
+    # So that a small file is quick to refuse, whatever it unpacks to.
+    most = _FREE_DESCRIPTION_BYTES + _MAX_DESCRIPTION_RATIO * file.stored_bytes(DESCRIPTION)
+    raw = file.read_bytes(DESCRIPTION, most)
+    try:
+        document = parse_json(raw, "its description")
+    except FormatError as error:
+        raise file.damaged(str(error)) from error
+    if document.get("schema") != SCHEMA:
+        raise foreign
+    return document
+
+
+def _check_entries(file: NpzReader, entries: list[Entry], max_decoded_bytes: int | None) -> None:
+    expected = [DESCRIPTION, *(name for entry in entries for name in _names(entry))]
+    if len(set(expected)) != len(expected) or set(expected) != file.names:
+        raise file.damaged("its arrays are not those that its description lists")
+    for entry in entries:
+        rows, columns = entry.spec.matrix_shape
+        if entry.codec != _codec(entry.spec) or (entry.codec == "dense" and entry.active != entry.spec.size):
+            raise file.damaged(f"tensor {entry.spec.name!r} is stored otherwise than its role says")
+        if entry.codec == "csr" and max(entry.active, rows, columns) > _MOST:
+            raise file.damaged(f"weight {entry.spec.name!r} is too large for int32 indices")
+    check_claim(file.path, entries, file.nbytes, max_decoded_bytes)
+
+
+def _read(file: NpzReader, entry: Entry) -> csr_matrix[Any] | Array:
+    if entry.codec == "csr":
+        return _matrix(file, entry)
+    return _wide(file.read(entry.spec.name, entry.dtype, entry.spec.shape), entry)
+
+
+def _wide(values: Array, entry: Entry) -> Array:
+    """Values as float32 where a weight has float16, which scipy does not multiply with."""
+    return values.astype(np.float32) if entry.spec.weight and entry.dtype == "float16" else values
+
+
+def _matrix(file: NpzReader, entry: Entry) -> csr_matrix[Any]:
+    name, (rows, columns) = entry.spec.name, entry.spec.matrix_shape
+    if file.read(f"{name}:shape", np.int64, (2,)).tolist() != [rows, columns]:
+        raise file.damaged(f"weight {name!r} is not a matrix of {rows} x {columns}")
+    indptr = file.read(f"{name}:indptr", np.int32, (rows + 1,))
+    # Compared, not subtracted as scipy does: a difference of int32 numbers can wrap around to a positive one.
+    if indptr[0] != 0 or (indptr[1:] < indptr[:-1]).any() or indptr[-1] != entry.active:
+        raise file.damaged(f"the row pointers of {name!r} do not rise from 0 to {entry.active}")
+    indices = file.read(f"{name}:indices", np.int32, (entry.active,))
+    data = file.read(f"{name}:data", entry.dtype, (entry.active,))
+    try:
+        matrix = csr_matrix((_wide(data, entry), indices, indptr), shape=(rows, columns))
+        matrix.check_format(full_check=True)
+    except ValueError as error:
+        raise file.damaged(f"weight {name!r} is no CSR matrix ({error})") from error
+    if not matrix.has_canonical_format:
+        raise file.damaged(f"the columns of a row of {name!r} are not strictly increasing")
+    return matrix

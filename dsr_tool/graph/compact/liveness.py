@@ -1,0 +1,209 @@
+"""A walk through a graph that finds the channels of each value, and which weights read and make them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import cast
+
+import numpy as np
+
+from dsr_tool.graph.compact.channels import BINARY, Channels, Floats, binary, channel_axis, unary
+from dsr_tool.graph.compact.products import conv, gemm, matmul, padded
+from dsr_tool.graph.compact.survey import Survey
+from dsr_tool.graph.ir import Graph, Node
+from dsr_tool.sparsity.tensor import Array, SparseTensor
+
+__all__ = ["surveyed"]
+
+
+def surveyed(graph: Graph, tensors: Mapping[str, SparseTensor]) -> Survey:
+    """Walk through a graph whose norms are folded, and note what its operators do to channels.
+
+    Each rule says whether an operator may lose channels; whatever reads channels otherwise pins them.
+    """
+    found = Survey(graph, tensors)
+    for node in graph:
+        rule = _RULES.get(node.op, _elementwise)
+        if rule(found, node):
+            found.followed.add(node.outputs[0])
+        else:
+            found.pin(*node.inputs)
+    found.pin(*(value.name for value in graph.outputs))
+    return found
+
+
+# --- operators that treat every channel alike ----------------------------------------------------------
+
+
+def _elementwise(survey: Survey, node: Node) -> bool:
+    if node.op in BINARY and len(node.inputs) == 2:
+        return _binary(survey, node)
+    source = survey.values.get(node.inputs[0]) if node.inputs else None
+    limits = [survey.array(name) if name else None for name in node.inputs[1:]]
+    known = all(
+        not name or (array is not None and array.size == 1) for name, array in zip(node.inputs[1:], limits, strict=True)
+    )
+    if source is None or not known or (limits and node.op != "Clip"):
+        return False
+    constant = unary(node, source.constant, tuple(None if a is None else float(a.item()) for a in limits))
+    return constant is not None and survey.add(node.outputs[0], replace(source, constant=constant))
+
+
+def _binary(survey: Survey, node: Node) -> bool:
+    one, other = (survey.values.get(name) for name in node.inputs)
+    if one is not None and other is not None:
+        if not one.aligned(other):
+            return False
+        survey.units.join(one.units, other.units)
+        constant = binary(node.op, one.constant, other.constant)
+        rank = one.rank if one.rank == other.rank else None
+        batch = rank is not None and (one.batch or other.batch)
+        return survey.add(node.outputs[0], replace(one, constant=constant, rank=rank, batch=batch))
+    value = one if one is not None else other
+    fixed = node.inputs[1 if one is not None else 0]
+    if value is None or (channels := _fixed(survey, node, fixed, value)) is None:
+        return False
+    pair = (value.constant, channels) if one is not None else (channels, value.constant)
+    return survey.add(node.outputs[0], replace(value, constant=binary(node.op, *pair)))
+
+
+def _fixed(survey: Survey, node: Node, name: str, value: Channels) -> Floats | None:
+    """What an operand that is no activation holds for each channel of the value beside it; NaN where it varies."""
+    array = survey.array(name)
+    if array is None:
+        return None
+    fits, axis = channel_axis(array, value)
+    if not fits or (array.ndim == value.rank and array.shape[0] != 1):
+        return None
+    if axis is not None:
+        survey.sliced[node.outputs[0], name] = (axis, value)
+    rows = np.moveaxis(array, axis, 0).reshape(value.count, -1) if axis is not None else array.reshape(1, -1)
+    even = (rows == rows[:, :1]).all(axis=1)
+    return np.broadcast_to(np.where(even, rows[:, 0].astype(np.float64), np.nan), value.count)
+
+
+def _norm(survey: Survey, node: Node) -> bool:
+    value = survey.values.get(node.inputs[0])
+    arrays = [survey.array(name) for name in node.inputs[1:]]
+    if value is None or value.position != 1 or node.attributes.get("training_mode", 0) or len(arrays) != 4:
+        return False
+    if any(array is None or array.shape != (value.count,) for array in arrays):
+        return False
+    for name in node.inputs[1:]:
+        survey.sliced[node.outputs[0], name] = (0, value)
+    scale, shift, mean, variance = (cast("Array", array).astype(np.float64) for array in arrays)
+    factor = scale / np.sqrt(variance + cast("float", node.attributes.get("epsilon", 1e-5)))
+    return survey.add(node.outputs[0], replace(value, constant=shift + (value.constant - mean) * factor))
+
+
+def _pool(survey: Survey, node: Node) -> bool:
+    value = survey.values.get(node.inputs[0])
+    if value is None or value.axis != 1 or len(node.outputs) > 1:
+        return False
+    constant = value.constant
+    if node.op == "AveragePool" and node.attributes.get("count_include_pad", 0) and padded(node):
+        constant = np.where(constant == 0, 0.0, np.nan)
+    return survey.add(node.outputs[0], replace(value, constant=constant))
+
+
+def _mean(survey: Survey, node: Node) -> bool:
+    value, axes = survey.values.get(node.inputs[0]), survey.array(node.inputs[1]) if node.inputs[1:] else None
+    if value is None or value.axis != 1 or value.rank is None or axes is None:
+        return False
+    if {n % value.rank for n in axes.tolist()} != set(range(2, value.rank)):
+        return False
+    if not node.attributes.get("keepdims", 1):
+        value = replace(value, axis=-1, rank=2)
+    return survey.add(node.outputs[0], value)
+
+
+# --- operators that move channels ----------------------------------------------------------------------
+
+
+def _concat(survey: Survey, node: Node) -> bool:
+    parts = [survey.values.get(name) for name in node.inputs]
+    first = parts[0]
+    if first is None or first.rank is None:
+        return _flat_shape(survey, node)
+    axis = cast("int", node.attributes["axis"]) % first.rank
+    if any(p is None or (p.axis, p.rank) != (first.axis, first.rank) for p in parts) or axis != first.position:
+        return False
+    known = cast("list[Channels]", parts)
+    units, constant = (np.concatenate([getattr(p, field) for p in known]) for field in ("units", "constant"))
+    return survey.add(node.outputs[0], replace(first, units=units, constant=constant))
+
+
+def _split(survey: Survey, node: Node) -> bool:
+    value = survey.values.get(node.inputs[0])
+    if value is None or value.rank is None or value.position != node.attributes.get("axis", 0):
+        return False
+    given = survey.array(node.inputs[1]) if node.inputs[1:] else None
+    piece = -(-value.count // len(node.outputs))
+    ends = np.cumsum(given if given is not None else [piece] * (len(node.outputs) - 1))
+    pieces = [np.split(array, ends[: len(node.outputs) - 1].tolist()) for array in (value.units, value.constant)]
+    if not all(node.outputs) or not all(len(part) for part in pieces[0]):
+        return False
+    for name, units, constant in zip(node.outputs, *pieces, strict=True):
+        survey.add(name, replace(value, units=units, constant=constant))
+    return True
+
+
+def _reshape(survey: Survey, node: Node) -> bool:
+    """(batch, channels, *size) to (batch, features): each channel becomes as many features in a row."""
+    value, (_, features) = survey.values.get(node.inputs[0]), survey.flat_shapes.get(node.inputs[1], ("", 0))
+    if value is None or value.position != 1 or not value.batch or not features or features % value.count:
+        return False
+    times = features // value.count
+    units, constant = np.repeat(value.units, times), np.repeat(value.constant, times)
+    return survey.add(node.outputs[0], Channels(units, constant, -1, 2, batch=True))
+
+
+# --- shapes, and weights that are turned ---------------------------------------------------------------
+
+
+def _shape(survey: Survey, node: Node) -> bool:
+    """The size of the batch, which no channel changes."""
+    value, name = survey.values.get(node.inputs[0]), node.outputs[0]
+    part = (node.attributes.get("start", 0), node.attributes.get("end"))
+    survey.batch_sizes |= {name} if value is not None and value.batch and part == (0, 1) else set()
+    return name in survey.batch_sizes
+
+
+def _same_number(survey: Survey, node: Node) -> bool:
+    survey.batch_sizes |= {node.outputs[0]} if node.inputs[0] in survey.batch_sizes else set()
+    return node.outputs[0] in survey.batch_sizes
+
+
+def _flat_shape(survey: Survey, node: Node) -> bool:
+    """The shape (batch, features)."""
+    last = survey.graph.constants.get(node.inputs[-1])
+    if len(node.inputs) == 2 and node.inputs[0] in survey.batch_sizes and last is not None and last.size == 1:
+        survey.flat_shapes[node.outputs[0]] = (node.inputs[0], int(last.item()))
+    return False
+
+
+def _transpose(survey: Survey, node: Node) -> bool:
+    if survey.owns(node.inputs[0]) and node.attributes.get("perm") == (1, 0):
+        survey.turned[node.outputs[0]] = node.inputs[0]
+    return False
+
+
+_RULES: dict[str, Callable[[Survey, Node], bool]] = {
+    "AveragePool": _pool,
+    "BatchNormalization": _norm,
+    "Concat": _concat,
+    "Conv": conv,
+    "Gemm": gemm,
+    "GlobalAveragePool": _pool,
+    "GlobalMaxPool": _pool,
+    "MatMul": matmul,
+    "MaxPool": _pool,
+    "ReduceMean": _mean,
+    "Reshape": _reshape,
+    "Shape": _shape,
+    "Split": _split,
+    "Squeeze": _same_number,
+    "Transpose": _transpose,
+    "Unsqueeze": _same_number,
+}

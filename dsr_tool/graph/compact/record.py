@@ -1,0 +1,124 @@
+"""What compaction saved, as it was measured at export: for the file's own record and for reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dsr_tool.errors import FormatError
+from dsr_tool.graph.compact.rewrite import Compacted, Removed
+from dsr_tool.sparsity.layers import LayerSpec
+from dsr_tool.sparsity.tensor import SparseTensor
+
+__all__ = ["COMPACTED", "Saved", "compacted_specs", "saved"]
+
+COMPACTED = "compacted"
+"""Key of the record in a model's `conversion` and in the metadata of an ONNX file."""
+
+_LARGEST = 1 << 53
+_PAIRS = ("weights", "active", "dense_macs", "sparse_macs")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What compaction saved; pairs are before and after.
+
+    Attributes:
+        layers: what each layer lost that lost something.
+        weights: entries of all weights of convolutions and linear layers.
+        active: those of them that are active.
+        dense_macs: multiply-adds for one input with every weight.
+        sparse_macs: multiply-adds for one input with the active weights alone.
+        plain_bytes: size of the same export without compaction.
+    """
+
+    layers: tuple[Removed, ...]
+    weights: tuple[int, int]
+    active: tuple[int, int]
+    dense_macs: tuple[int, int]
+    sparse_macs: tuple[int, int]
+    plain_bytes: int
+
+    @property
+    def filters(self) -> int:
+        """Filters removed in all."""
+        return sum(layer.filters[0] - layer.filters[1] for layer in self.layers)
+
+    @property
+    def inputs(self) -> int:
+        """Input channels removed in all."""
+        return sum(layer.inputs[0] - layer.inputs[1] for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            **{name: list(getattr(self, name)) for name in _PAIRS},
+            "plain_bytes": self.plain_bytes,
+            "layers": {layer.weight: [*layer.filters, *layer.inputs] for layer in self.layers},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Saved:
+        """The inverse of `to_dict`.
+
+        Raises:
+            FormatError: a field is missing, or holds something else than counts.
+        """
+        try:
+            layers = []
+            for name, counts in data["layers"].items():
+                filters, kept_filters, inputs, kept_inputs = map(_count, counts)
+                layers.append(Removed(str(name), (filters, kept_filters), (inputs, kept_inputs)))
+            pairs = {name: (_count(data[name][0]), _count(data[name][1])) for name in _PAIRS}
+            return cls(tuple(layers), **pairs, plain_bytes=_count(data["plain_bytes"]))
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise FormatError(f"the record of what compaction removed is not understood: {error!r}.") from error
+
+
+def saved(
+    before: Mapping[str, SparseTensor], result: Compacted, specs: Mapping[str, LayerSpec], plain_bytes: int
+) -> Saved:
+    """Measure what compaction saved.
+
+    Args:
+        before: the parameters as they went in.
+        result: what came out.
+        specs: what the parameters of the model are.
+        plain_bytes: size of the same export without compaction.
+    """
+    counts = [_counts(tensors, specs) for tensors in (before, result.tensors)]
+    pairs = {name: (first, second) for name, first, second in zip(_PAIRS, *counts, strict=True)}
+    return Saved(result.removed, **pairs, plain_bytes=plain_bytes)
+
+
+def compacted_specs(tensors: Mapping[str, SparseTensor], specs: Mapping[str, LayerSpec]) -> dict[str, LayerSpec]:
+    """What the parameters of a compacted graph are: those of the model in their new shapes, and new biases."""
+    described = {}
+    for name, tensor in tensors.items():
+        new = LayerSpec(name, tensor.mask.shape, "Bias", "dense", False, "bias that folding made")
+        described[name] = replace(specs.get(name, new), shape=tensor.mask.shape)
+    return described
+
+
+def _counts(tensors: Mapping[str, SparseTensor], specs: Mapping[str, LayerSpec]) -> tuple[int, int, int, int]:
+    """Entries, active ones, and multiply-adds of both, over all weights."""
+    weights = [
+        (tensor.mask, specs[name].macs_per_weight) for name, tensor in tensors.items() if _is_weight(name, specs)
+    ]
+    return (
+        sum(mask.size for mask, _ in weights),
+        sum(mask.active for mask, _ in weights),
+        round(sum(mask.size * macs for mask, macs in weights)),
+        round(sum(mask.active * macs for mask, macs in weights)),
+    )
+
+
+def _is_weight(name: str, specs: Mapping[str, LayerSpec]) -> bool:
+    return name in specs and specs[name].weight
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < _LARGEST:
+        raise ValueError(f"{str(value)[:40]!r} is no count")
+    return value

@@ -1,0 +1,212 @@
+"""The computation of a model: nodes with the operators of the ONNX standard, and nothing else.
+
+The graph holds no weights; it names them. Weights come from an archive or a model folder under their
+state_dict names. Constants that belong to the computation (shapes, index tables) stay in the graph.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dsr_tool.errors import FormatError
+from dsr_tool.sparsity.tensor import Array
+
+__all__ = ["Attribute", "Graph", "Node", "Value"]
+
+Attribute = int | float | str | tuple[int, ...] | tuple[float, ...] | tuple[str, ...]
+
+_WORD = re.compile(r"[A-Za-z]\w{0,79}", re.ASCII)
+"""How operators and attributes are called."""
+_CONSTANT_TYPES = ("bool", "int32", "int64", "uint8", "float16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class Value:
+    """A named input or output.
+
+    Attributes:
+        name: its name in the graph.
+        shape: dimensions; None where any size goes (the batch).
+        dtype: numpy name of its type.
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator of the standard ONNX domain.
+
+    Attributes:
+        op: operator name (`Conv`).
+        inputs: names of values; an empty string where an optional input is absent.
+        outputs: names of the values it makes.
+        attributes: integers, floats, strings or tuples of one of them.
+    """
+
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Attribute] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A computation in topological order.
+
+    Attributes:
+        inputs: what the caller gives, the batch first.
+        outputs: what comes back.
+        nodes: operators, each after those that make its inputs.
+        constants: small arrays that belong to the computation, by name.
+        parameters: state_dict names of the weights that the nodes use.
+        opset: version of the ONNX operator set that gives the nodes their meaning.
+    """
+
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    nodes: tuple[Node, ...]
+    constants: Mapping[str, Array]
+    parameters: tuple[str, ...]
+    opset: int
+
+    def to_json(self) -> str:
+        """One JSON document, the same bytes for the same graph (`docs/format.md` describes it)."""
+        return json.dumps(
+            {
+                "opset": self.opset,
+                "inputs": [_value_to_dict(value) for value in self.inputs],
+                "outputs": [_value_to_dict(value) for value in self.outputs],
+                "parameters": list(self.parameters),
+                "constants": {name: _array_to_dict(self.constants[name]) for name in sorted(self.constants)},
+                "nodes": [_node_to_dict(node) for node in self.nodes],
+            },
+            separators=(",", ":"),
+            allow_nan=False,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Graph:
+        """The inverse of `to_json`, checked.
+
+        Raises:
+            FormatError: the document is not a graph, or a node uses a value that nothing made before it.
+        """
+        try:
+            data = json.loads(text)
+            graph = cls(
+                inputs=tuple(_value_from_dict(value) for value in data["inputs"]),
+                outputs=tuple(_value_from_dict(value) for value in data["outputs"]),
+                nodes=tuple(_node_from_dict(node) for node in data["nodes"]),
+                constants={str(name): _array_from_dict(array) for name, array in data["constants"].items()},
+                parameters=tuple(str(name) for name in data["parameters"]),
+                opset=int(data["opset"]),
+            )
+        except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise FormatError(f"the graph is not understood ({repr(error)[:200]}); the file is damaged.") from error
+        graph.check()
+        return graph
+
+    def check(self) -> None:
+        """Raise `FormatError` unless every value is made once and before it is used, of a type and size that exist."""
+        if not self.inputs or not self.outputs:
+            raise FormatError("the graph has no input or no output; the file is damaged.")
+        self._check_values()
+        known = {value.name for value in self.inputs} | set(self.constants) | set(self.parameters)
+        for node in self.nodes:
+            if not all(_WORD.fullmatch(word) for word in (node.op, *node.attributes)) or not any(node.outputs):
+                raise FormatError(f"node {node.op[:80]!r} has a name that no operator or attribute has, or no output.")
+            missing = [name for name in node.inputs if name and name not in known]
+            if missing:
+                raise FormatError(f"a node {node.op} uses {missing[0][:80]!r}, which nothing makes before it.")
+            for name in node.outputs:
+                if name in known:
+                    raise FormatError(f"value {name[:80]!r} of node {node.op} is made twice.")
+                if name:
+                    known.add(name)
+        for value in self.outputs:
+            if value.name not in known:
+                raise FormatError(f"output {value.name[:80]!r} is made by no node.")
+
+    def _check_values(self) -> None:
+        """Raise `FormatError` for a type or a size that no graph has."""
+        for value in (*self.inputs, *self.outputs):
+            if value.dtype not in _CONSTANT_TYPES:
+                raise FormatError(f"value {value.name[:80]!r} is of type {value.dtype[:20]!r}, which no graph has.")
+            if any(n is not None and n < 0 for n in value.shape):
+                raise FormatError(f"value {value.name[:80]!r} has a negative size; the file is damaged.")
+        for name, array in self.constants.items():
+            if array.dtype.name not in _CONSTANT_TYPES:
+                raise FormatError(f"constant {name[:80]!r} is of type {array.dtype.name!r}, which no graph has.")
+
+    def users(self) -> dict[str, list[Node]]:
+        """For each value name, the nodes that read it."""
+        users: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for name in dict.fromkeys(node.inputs):
+                users.setdefault(name, []).append(node)
+        return users
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes)
+
+
+def _value_to_dict(value: Value) -> dict[str, Any]:
+    return {"name": value.name, "shape": list(value.shape), "dtype": value.dtype}
+
+
+def _value_from_dict(data: dict[str, Any]) -> Value:
+    shape = tuple(None if n is None else int(n) for n in data["shape"])
+    return Value(str(data["name"]), shape, str(data["dtype"]))
+
+
+def _node_to_dict(node: Node) -> dict[str, Any]:
+    data: dict[str, Any] = {"op": node.op, "inputs": list(node.inputs), "outputs": list(node.outputs)}
+    if node.attributes:
+        data["attributes"] = {name: node.attributes[name] for name in sorted(node.attributes)}
+    return data
+
+
+def _node_from_dict(data: dict[str, Any]) -> Node:
+    return Node(
+        str(data["op"]),
+        tuple(str(name) for name in data["inputs"]),
+        tuple(str(name) for name in data["outputs"]),
+        {str(name): _attribute(value) for name, value in data.get("attributes", {}).items()},
+    )
+
+
+def _attribute(value: Any) -> Attribute:
+    if isinstance(value, (int, float, str)):
+        return value
+    items: Sequence[Any] = value if isinstance(value, list) else [None]
+    for kind in (int, float, str):
+        if all(isinstance(item, kind) for item in items):
+            return tuple(items)
+    raise FormatError(f"attribute value {str(value)[:60]!r} is neither a number, a string nor a list of one of them.")
+
+
+def _array_to_dict(array: Array) -> dict[str, Any]:
+    little = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False)
+    data = base64.b64encode(little.tobytes()).decode("ascii")
+    return {"dtype": array.dtype.name, "shape": list(array.shape), "data": data}
+
+
+def _array_from_dict(data: dict[str, Any]) -> Array:
+    dtype, shape = str(data["dtype"]), tuple(int(n) for n in data["shape"])
+    if dtype not in _CONSTANT_TYPES:
+        raise FormatError(f"constant of type {dtype[:20]!r} is not allowed; known types: {', '.join(_CONSTANT_TYPES)}.")
+    raw = base64.b64decode(data["data"], validate=True)
+    if min(shape, default=0) < 0 or len(raw) != math.prod(shape) * np.dtype(dtype).itemsize:
+        raise FormatError(f"constant of shape {str(shape)[:80]} does not match its {len(raw)} bytes.")
+    return np.frombuffer(raw, np.dtype(dtype).newbyteorder("<")).astype(dtype).reshape(shape)

@@ -1,0 +1,1 @@
+"""Latency, memory, and whether this machine has what dsr-tool needs."""

@@ -1,0 +1,170 @@
+"""The child process of a measurement: loads one model, runs or trains it, and prints what it held."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from dsr_tool.measure.memory.measure import Measured, Request, held_bytes, reset_peak
+
+__all__ = ["KINDS"]
+
+_RUNS, _STEPS = 3, 4
+
+Make = Callable[[], Callable[[], object]]
+"""Loads a model and returns what runs it once."""
+
+
+def _measured(make: Make, repeats: int) -> Measured:
+    gc.collect()
+    reset_peak()
+    base, start = held_bytes("VmRSS"), time.perf_counter()
+    run = make()
+    load_s = time.perf_counter() - start
+    gc.collect()
+    loading, loaded = held_bytes("VmHWM"), held_bytes("VmRSS")
+    reset_peak()
+    for _ in range(repeats):
+        run()
+    peak, ready = held_bytes("VmHWM"), held_bytes("VmRSS")
+    return Measured(base, loading - base, loaded - base, peak - base, ready - base, load_s)
+
+
+def _pytorch(request: Request) -> Measured:
+    import torch
+
+    from converters.conversion import load
+
+    _warm_torch()
+
+    def make() -> Callable[[], object]:
+        module = load(request.path, request.maker).module.eval()
+        inputs = torch.zeros(request.shape)
+
+        def run() -> None:
+            with torch.inference_mode():
+                module(inputs)
+
+        return run
+
+    return _measured(make, _RUNS)
+
+
+def _training(request: Request) -> Measured:
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from converters.conversion import load
+    from dsr_tool.measure.memory.ledger import make_optimizer
+    from dsr_tool.methods import attach
+
+    _warm_torch()
+
+    def make() -> Callable[[], object]:
+        model = load(request.path, request.maker)
+        model.module.train()
+        optimizer = make_optimizer(request.optimizer, model.module.parameters())
+        attach(model, optimizer, "static")
+        inputs, labels = torch.zeros(request.shape), torch.zeros(request.shape[0], dtype=torch.int64)
+
+        def step() -> None:
+            outputs = model(inputs)
+            every = outputs if isinstance(outputs, tuple) else (outputs,)
+            loss = sum(cross_entropy(output, labels) for output in every)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[union-attr]
+            optimizer.step()
+
+        return step
+
+    return _measured(make, _STEPS)
+
+
+def _warm_torch() -> None:
+    """Forward, backward and a step of a few layers."""
+    import torch
+    from torch import nn, optim
+
+    torch.set_num_threads(1)
+    network = nn.Sequential(
+        nn.Conv2d(3, 64, 7, 2, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
+        nn.Conv2d(64, 64, 3, 1, 1), nn.Conv2d(64, 64, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 8),
+    )  # fmt: skip
+    optimizer = optim.SGD(network.parameters(), 1e-3, momentum=0.9)
+    network(torch.zeros(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    with torch.inference_mode():
+        network.eval()(torch.zeros(2, 3, 32, 32))
+
+
+def _onnxruntime(request: Request) -> Measured:
+    import numpy as np
+
+    from exporters.onnx.session import OnnxSession
+
+    OnnxSession(_tiny_onnx()).run(np.zeros((1, 16, 8, 8), np.float32))
+
+    def make() -> Callable[[], object]:
+        session = OnnxSession(Path(request.path), threads=request.threads)
+        inputs = np.full(request.shape, 0.5, np.float32)
+        return lambda: session.run(inputs)
+
+    return _measured(make, _RUNS)
+
+
+def _tiny_onnx() -> bytes:
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    weight = numpy_helper.from_array(np.zeros((16, 16, 3, 3), np.float32), "w")
+    nodes = [helper.make_node("Conv", ["x", "w"], ["a"]), helper.make_node("Relu", ["a"], ["y"])]
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 16, 8, 8])
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 16, 6, 6])
+    graph = helper.make_graph(nodes, "tiny", [given], [result], [weight])
+    content: bytes = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8
+    ).SerializeToString()
+    return content
+
+
+def _sparse(request: Request) -> Measured:
+    import numpy as np
+    import scipy.sparse
+
+    from dsr_tool.measure.latency import open_session
+    from dsr_tool.runtime.source import reader_of
+
+    reader_of(Path(request.path))  # what it imports is no part of loading a file
+    np.asarray(scipy.sparse.csr_array(np.eye(8, dtype=np.float32)) @ np.ones((8, 8), np.float32))
+    np.ones((64, 64), np.float32) @ np.ones((64, 64), np.float32)
+
+    def make() -> Callable[[], object]:
+        session = open_session(request.path, request.kind, request.shape[0], request.threads)
+        inputs = np.full(request.shape, 0.5, np.float32)
+        return lambda: session.run(inputs)
+
+    return _measured(make, _RUNS)
+
+
+KINDS: dict[str, Callable[[Request], Measured]] = {
+    "pytorch": _pytorch,
+    "training": _training,
+    "onnxruntime": _onnxruntime,
+    "sparse": _sparse,
+    "scipy": _sparse,
+}
+"""What a child can do."""
+
+
+def _main(arguments: Sequence[str]) -> None:
+    request = Request(**json.loads(arguments[0]))
+    print(json.dumps(asdict(KINDS[request.kind](request))))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

@@ -1,0 +1,73 @@
+"""Weights as matrices that multiply from the left: CSR where that is quicker than BLAS, else dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+import scipy.sparse
+
+from dsr_tool.graph.limits import claim
+from dsr_tool.sparsity.layers import matrix_shape
+from dsr_tool.sparsity.mask import Mask
+from dsr_tool.sparsity.tensor import Array, SparseTensor, Weight, dense
+
+__all__ = ["MAX_CSR_DENSITY", "Multiply", "multiplier"]
+
+Multiply: TypeAlias = Callable[[Array], Array]
+
+# Measured on AVX-512 cores at the layer shapes of ResNet-50 and ViT-B: one thread of scipy's CSR product does
+# 15 to 26 GFLOP/s of non-zero work, OpenBLAS 105 to 120 of all work, so they meet at a density of 0.14 to 0.22.
+MAX_CSR_DENSITY = 0.2
+
+
+def multiplier(weight: Weight, groups: int = 1) -> Multiply:
+    """The function x -> W @ x, with W the matrix view of `weight`.
+
+    Args:
+        weight: shape (rows, ...); the matrix view has `columns`, the product of the rest.
+        groups: W is block-diagonal with this many blocks, each of rows / groups rows.
+
+    Returns:
+        A function of an array (groups * columns, n) that gives (rows, n), freshly made.
+    """
+    if not isinstance(weight, SparseTensor):
+        density = np.count_nonzero(weight) / max(weight.size, 1)
+        if density <= MAX_CSR_DENSITY:
+            return _sparse(SparseTensor.from_dense(weight, Mask.from_bool(weight != 0)), groups)
+    elif weight.mask.density <= MAX_CSR_DENSITY:
+        return _sparse(weight, groups)
+    return _dense(dense(weight), groups)
+
+
+def _sparse(weight: SparseTensor, groups: int) -> Multiply:
+    rows, columns = matrix_shape(weight.mask.shape)
+    row, column = np.divmod(weight.mask.positions, max(columns, 1))
+    claim((rows + 1,), np.int32)  # a weight without columns has any number of rows
+    indptr = np.zeros(rows + 1, np.int32)
+    np.cumsum(np.bincount(row, minlength=rows), out=indptr[1:])
+    # Block-diagonal: one product for all groups, without a loop over them.
+    column += row // max(rows // groups, 1) * columns
+    parts = (weight.values, column.astype(np.int32), indptr)
+    matrix = scipy.sparse.csr_array(parts, shape=(rows, groups * columns))
+    matrix.check_format(full_check=True)  # scipy's product trusts its indices
+
+    def multiply(x: Array) -> Array:
+        claim((rows, *x.shape[1:]), x.dtype)
+        product: Array = matrix @ np.ascontiguousarray(x)
+        return product
+
+    return multiply
+
+
+def _dense(weight: Array, groups: int) -> Multiply:
+    rows, columns = matrix_shape(weight.shape)
+    blocks = weight.reshape(groups, rows // groups, columns)
+
+    def multiply(x: Array) -> Array:
+        claim((rows, x.size // max(groups * columns, 1)), x.dtype)
+        product: Array = blocks @ x.reshape(groups, columns, -1)
+        return product.reshape(rows, -1)
+
+    return multiply

@@ -1,0 +1,81 @@
+"""Pools: the largest or the mean of what a window sees."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from dsr_tool.graph.limits import claim
+from dsr_tool.graph.windows import Sizes, Window
+from dsr_tool.runtime.reference.operator import Table
+from dsr_tool.runtime.reference.reduce import mean
+from dsr_tool.sparsity.tensor import Array
+
+__all__ = ["OPERATORS"]
+
+
+def _max_pool(
+    x: Array,
+    *,
+    kernel_shape: Sizes,
+    strides: Sizes = (),
+    pads: Sizes = (),
+    dilations: Sizes = (),
+    ceil_mode: int = 0,
+    auto_pad: str = "NOTSET",
+) -> Array:
+    window = Window.of(kernel_shape, strides, pads, dilations, auto_pad)
+    out = window.output_size(x.shape[2:], ceil=bool(ceil_mode))
+    lowest = -math.inf if np.issubdtype(x.dtype, np.floating) else np.iinfo(x.dtype).min
+    first, *others = window.taps(window.padded(x, out, lowest), out)
+    result: Array = first.copy()
+    for tap in others:
+        np.maximum(result, tap, out=result)
+    return result
+
+
+def _average_pool(
+    x: Array,
+    *,
+    kernel_shape: Sizes,
+    strides: Sizes = (),
+    pads: Sizes = (),
+    dilations: Sizes = (),
+    ceil_mode: int = 0,
+    count_include_pad: int = 0,
+    auto_pad: str = "NOTSET",
+) -> Array:
+    window = Window.of(kernel_shape, strides, pads, dilations, auto_pad)
+    size = x.shape[2:]
+    out = window.output_size(size, ceil=bool(ceil_mode))
+    result: Array = _sum_of_taps(window, x, out)
+    if count_include_pad:
+        # The declared padding counts as input; what rounding up adds beyond it does not.
+        counted = [n + b + e for n, b, e in zip(size, window.begin, window.end, strict=True)]
+        window = dataclasses.replace(window, begin=(0,) * len(size))
+    else:
+        counted = list(size)
+    claim(counted, x.dtype)
+    result /= _sum_of_taps(window, np.ones((1, 1, *counted), x.dtype), out)
+    return result
+
+
+def _sum_of_taps(window: Window, x: Array, out: Sizes) -> Array:
+    claim((*x.shape[:2], *out), x.dtype)
+    result = np.zeros((*x.shape[:2], *out), x.dtype)
+    for tap in window.taps(window.padded(x, out), out):
+        result += tap
+    return result
+
+
+def _global_average_pool(x: Array) -> Array:
+    return mean(x, tuple(range(2, x.ndim)), keep=True)
+
+
+OPERATORS: Table = {
+    "AveragePool": _average_pool,
+    "GlobalAveragePool": _global_average_pool,
+    "MaxPool": _max_pool,
+}

@@ -1,0 +1,88 @@
+"""Reductions and what normalises with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from dsr_tool.errors import FormatError, UsageError
+from dsr_tool.graph.limits import numbers
+from dsr_tool.runtime.reference.operator import Kernel, Table
+from dsr_tool.sparsity.tensor import Array
+
+__all__ = ["OPERATORS", "mean"]
+
+
+def _reduction(function: Callable[[Array, tuple[int, ...] | None, bool], Array]) -> Kernel:
+    """An ONNX reduction from a function of an array, its axes (None for all) and whether to keep them."""
+
+    def run(x: Array, axes: Array | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Array:
+        if axes is None or not axes.size:
+            # With no axes to reduce, what is done to each element still is.
+            return function(x, () if noop_with_empty_axes else None, bool(keepdims))
+        return function(x, tuple(numbers(axes)), bool(keepdims))
+
+    return run
+
+
+def mean(x: Array, axes: tuple[int, ...] | None, keep: bool) -> Array:
+    """The mean over some axes; `FormatError` where there is nothing to take it of."""
+    if not x.size:
+        raise FormatError("the mean of an array without entries is no number.")
+    return np.asarray(x.mean(axis=axes, keepdims=keep, dtype=x.dtype))
+
+
+def _sum(x: Array, axes: tuple[int, ...] | None, keep: bool) -> Array:
+    return np.asarray(x.sum(axis=axes, keepdims=keep, dtype=x.dtype))
+
+
+def _l2(x: Array, axes: tuple[int, ...] | None, keep: bool) -> Array:
+    return np.sqrt(_sum(np.square(x), axes, keep))
+
+
+def _softmax(x: Array, *, axis: int = -1) -> Array:
+    result: Array = np.exp(x - x.max(axis=axis, keepdims=True))
+    result /= result.sum(axis=axis, keepdims=True)
+    return result
+
+
+def _layer_norm(x: Array, scale: Array, bias: Array | None = None, *, axis: int = -1, epsilon: float = 1e-5) -> Array:
+    axes = tuple(range(axis % x.ndim, x.ndim))
+    result: Array = x - mean(x, axes, keep=True)
+    variance = mean(np.square(result), axes, keep=True)
+    result *= scale / np.sqrt(variance + np.asarray(epsilon, x.dtype))
+    if bias is not None:
+        result += bias
+    return result
+
+
+def _batch_norm(
+    x: Array,
+    scale: Array,
+    bias: Array,
+    mean: Array,
+    variance: Array,
+    *,
+    epsilon: float = 1e-5,
+    training_mode: int = 0,
+) -> Array:
+    if training_mode:
+        raise UsageError("BatchNormalization in training mode cannot run; export the model in eval mode.")
+    if not scale.shape == bias.shape == mean.shape == variance.shape == x.shape[1:2]:
+        raise FormatError(f"its {x.shape[1:2]} channels do not have one scale, bias, mean and variance each.")
+    factor = scale / np.sqrt(variance + np.asarray(epsilon, variance.dtype))
+    per_channel = (-1, *(1 for _ in x.shape[2:]))
+    result: Array = x * factor.reshape(per_channel)
+    result += (bias - mean * factor).reshape(per_channel)
+    return result
+
+
+OPERATORS: Table = {
+    "BatchNormalization": _batch_norm,
+    "LayerNormalization": _layer_norm,
+    "ReduceL2": _reduction(_l2),
+    "ReduceMean": _reduction(mean),
+    "ReduceSum": _reduction(_sum),
+    "Softmax": _softmax,
+}

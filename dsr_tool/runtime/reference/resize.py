@@ -1,0 +1,108 @@
+"""Resize: each axis by itself, as a weighted sum of the entries near a coordinate."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dsr_tool.errors import UsageError, unknown_name
+from dsr_tool.graph.limits import claim
+from dsr_tool.runtime.reference.operator import Table
+from dsr_tool.sparsity.tensor import Array
+
+__all__ = ["OPERATORS"]
+
+_MODES = ("cubic", "linear", "nearest")
+_COORDINATES = ("align_corners", "asymmetric", "half_pixel", "pytorch_half_pixel")
+_ROUNDINGS: Table = {
+    "ceil": np.ceil,
+    "floor": np.floor,
+    "round_prefer_ceil": lambda x: np.floor(x + 0.5),
+    "round_prefer_floor": lambda x: np.ceil(x - 0.5),
+}
+
+
+def _resize(
+    x: Array,
+    roi: Array | None = None,  # noqa: ARG001 - read by a coordinate mode that is refused
+    scales: Array | None = None,
+    sizes: Array | None = None,
+    *,
+    mode: str = "nearest",
+    coordinate_transformation_mode: str = "half_pixel",
+    nearest_mode: str = "round_prefer_floor",
+    cubic_coeff_a: float = -0.75,
+    exclude_outside: int = 0,
+    antialias: int = 0,
+    axes: tuple[int, ...] = (),
+    keep_aspect_ratio_policy: str = "stretch",
+    extrapolation_value: float = 0.0,  # noqa: ARG001 - as roi
+) -> Array:
+    """Resize `x` to `sizes`, or by `scales`, along `axes` (all when empty)."""
+    if mode not in _MODES:
+        raise unknown_name("mode of Resize", mode, _MODES)
+    if coordinate_transformation_mode not in _COORDINATES:
+        raise unknown_name("coordinate mode of Resize", coordinate_transformation_mode, _COORDINATES)
+    if nearest_mode not in _ROUNDINGS:
+        raise unknown_name("nearest mode of Resize", nearest_mode, _ROUNDINGS)
+    if antialias or exclude_outside or keep_aspect_ratio_policy != "stretch":
+        raise UsageError("Resize with antialias, exclude_outside or a kept aspect ratio is not supported; replace it.")
+    for i, axis in enumerate(axes or range(x.ndim)):
+        n = x.shape[axis]
+        if sizes is not None and sizes.size:
+            out = int(sizes[i])
+            scale = out / n
+        else:
+            scale = 1.0 if scales is None else float(scales[i])
+            out = int(n * scale)
+        if out == n and scale == 1.0:
+            continue
+        claim((out, max(x.size // max(n, 1), 1)), np.float64)
+        at = _coordinates(out, n, scale, coordinate_transformation_mode)
+        if mode == "nearest":
+            x = np.take(x, np.clip(_ROUNDINGS[nearest_mode](at).astype(np.int64), 0, n - 1), axis)
+        else:
+            x = _interpolated(x, axis, at, cubic_coeff_a if mode == "cubic" else None)
+    return x
+
+
+def _coordinates(out: int, n: int, scale: float, mode: str) -> Array:
+    """Where in the input, of `n` entries, each of the `out` entries of the output lies."""
+    at = np.arange(out, dtype=np.float64)
+    if mode == "align_corners":
+        return at * ((n - 1) / (out - 1)) if out > 1 else at
+    if mode == "asymmetric":
+        return at / scale
+    if mode == "pytorch_half_pixel" and out == 1:
+        return at
+    return (at + 0.5) / scale - 0.5
+
+
+def _interpolated(x: Array, axis: int, at: Array, cubic: float | None) -> Array:
+    """Weighted sums of two neighbours along `axis`, or of four for a `cubic` coefficient; the border goes on."""
+    n = x.shape[axis]
+    at = at if cubic is not None else np.clip(at, 0, n - 1)
+    first = np.floor(at)
+    fraction = at - first
+    factors = {0: 1 - fraction, 1: fraction} if cubic is None else _cubic(fraction, cubic)
+    column = (-1, *(1 for _ in range(x.ndim - 1 - axis % x.ndim)))
+    result: Array | None = None
+    for offset, factor in factors.items():
+        index = np.clip(first.astype(np.int64) + offset, 0, n - 1)
+        part = np.take(x, index, axis) * factor.astype(x.dtype).reshape(column)
+        result = part if result is None else result + part
+    return np.asarray(result)
+
+
+def _cubic(t: Array, a: float) -> dict[int, Array]:
+    """Keys' cubic convolution (IEEE Trans. ASSP 29, 1981): factors of the four neighbours by their offset."""
+
+    def near(d: Array) -> Array:
+        return np.asarray(((a + 2) * d - (a + 3)) * d * d + 1)
+
+    def far(d: Array) -> Array:
+        return np.asarray(((a * d - 5 * a) * d + 8 * a) * d - 4 * a)
+
+    return {-1: far(t + 1), 0: near(t), 1: near(1 - t), 2: far(2 - t)}
+
+
+OPERATORS: Table = {"Resize": _resize}

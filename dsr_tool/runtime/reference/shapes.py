@@ -1,0 +1,173 @@
+"""Operators that move, select or make entries without computing on them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from dsr_tool.errors import UsageError, unknown_name
+from dsr_tool.graph.limits import claim, numbers
+from dsr_tool.runtime.reference.operator import Table
+from dsr_tool.sparsity.tensor import Array
+
+__all__ = ["OPERATORS"]
+
+_REDUCTIONS = {"add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum}
+
+
+def _constant(
+    *,
+    value_int: int | None = None,
+    value_float: float | None = None,
+    value_ints: tuple[int, ...] | None = None,
+    value_floats: tuple[float, ...] | None = None,
+) -> Array:
+    integers = value_int if value_int is not None else value_ints
+    if integers is not None:
+        return np.array(integers, np.int64)
+    return np.array(value_float if value_float is not None else value_floats, np.float32)
+
+
+def _constant_of_shape(shape: Array, *, value: float | tuple[float, ...] = 0.0) -> Array:
+    filler = np.ravel(value)[0]
+    dtype = np.int64 if isinstance(filler, np.integer) else np.float32
+    sizes = numbers(shape)
+    claim(sizes, dtype)
+    return np.full(sizes, filler, dtype)
+
+
+def _range(start: Array, limit: Array, delta: Array) -> Array:
+    first, end, step = start.item(), limit.item(), delta.item()
+    claim((math.ceil((end - first) / step),), start.dtype)
+    return np.arange(first, end, step, dtype=start.dtype)
+
+
+def _shape(x: Array, *, start: int = 0, end: int | None = None) -> Array:
+    return np.array(x.shape[start:end], np.int64)
+
+
+def _reshape(x: Array, shape: Array, *, allowzero: int = 0) -> Array:
+    sizes = [x.shape[i] if n == 0 and not allowzero else n for i, n in enumerate(numbers(shape))]
+    claim(sizes, x.dtype)
+    return x.reshape(sizes)
+
+
+def _flatten(x: Array, *, axis: int = 1) -> Array:
+    # From the back it counts as in a slice; the rank itself is allowed too.
+    return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
+
+
+def _squeeze(x: Array, axes: Array | None = None) -> Array:
+    return x.squeeze(None if axes is None else tuple(numbers(axes)))
+
+
+def _unsqueeze(x: Array, axes: Array) -> Array:
+    return np.expand_dims(x, tuple(numbers(axes)))
+
+
+def _transpose(x: Array, *, perm: tuple[int, ...] | None = None) -> Array:
+    return np.transpose(x, perm)
+
+
+def _concat(*arrays: Array, axis: int) -> Array:
+    claim((sum(array.size for array in arrays),), np.result_type(*arrays))
+    return np.concatenate(arrays, axis)
+
+
+def _split(x: Array, split: Array | None = None, *, axis: int = 0, num_outputs: int = 1) -> tuple[Array, ...]:
+    if split is None:
+        claim((num_outputs,), np.int64)
+        # Equal pieces, the last one smaller where they do not divide.
+        piece = -(-x.shape[axis] // num_outputs)
+        bounds = [min(piece * i, x.shape[axis]) for i in range(1, num_outputs)]
+    else:
+        bounds = np.cumsum(split)[:-1].tolist()
+    return tuple(np.split(x, bounds, axis))
+
+
+def _slice(x: Array, starts: Array, ends: Array, axes: Array | None = None, steps: Array | None = None) -> Array:
+    dimensions = range(len(starts)) if axes is None else numbers(axes)
+    strides = [1] * len(starts) if steps is None else numbers(steps)
+    parts = [slice(None)] * x.ndim
+    for axis, start, end, step in zip(dimensions, numbers(starts), numbers(ends), strides, strict=True):
+        # Backwards from before the first entry means from the first entry, unlike in Python.
+        parts[axis] = slice(max(start, -x.shape[axis]), end, step)
+    return x[tuple(parts)]
+
+
+def _gather(x: Array, indices: Array, *, axis: int = 0) -> Array:
+    axis %= x.ndim
+    claim((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]), x.dtype)
+    if indices.ndim == 0 and indices.dtype.kind in "iu":
+        # One entry is a view of the array.
+        return np.asarray(x[(slice(None),) * axis + (int(indices),)])
+    return np.take(x, indices, axis)
+
+
+def _gather_nd(x: Array, indices: Array, *, batch_dims: int = 0) -> Array:
+    batch = np.ogrid[tuple(slice(n) for n in x.shape[:batch_dims])]
+    rest = indices.ndim - 1 - batch_dims
+    claim((*indices.shape[:-1], *x.shape[batch_dims + indices.shape[-1] :]), x.dtype)
+    leading = tuple(axis.reshape(axis.shape + (1,) * rest) for axis in batch)
+    return np.asarray(x[leading + tuple(np.moveaxis(indices, -1, 0))])
+
+
+def _scatter_nd(x: Array, indices: Array, updates: Array, *, reduction: str = "none") -> Array:
+    result: Array = x.copy()
+    where = tuple(np.moveaxis(indices, -1, 0))
+    if reduction == "none":
+        result[where] = updates
+    elif reduction in _REDUCTIONS:
+        _REDUCTIONS[reduction].at(result, where, updates)
+    else:
+        raise unknown_name("reduction of ScatterND", reduction, ("none", *_REDUCTIONS))
+    return result
+
+
+def _pad(
+    x: Array, pads: Array, value: Array | None = None, axes: Array | None = None, *, mode: str = "constant"
+) -> Array:
+    dimensions = range(x.ndim) if axes is None else numbers(axes)
+    width = [(0, 0)] * x.ndim
+    parts = [slice(None)] * x.ndim
+    for axis, begin, end in zip(dimensions, *(numbers(part) for part in pads.reshape(2, -1)), strict=True):
+        width[axis] = (max(begin, 0), max(end, 0))
+        # Negative padding cuts.
+        parts[axis] = slice(max(-begin, 0), x.shape[axis] - max(-end, 0))
+    x = x[tuple(parts)]
+    claim([begin + n + end for n, (begin, end) in zip(x.shape, width, strict=True)], x.dtype)
+    if mode == "constant":
+        return np.pad(x, width, constant_values=0 if value is None else value.item())
+    if mode in ("reflect", "edge"):
+        return np.pad(x, width, mode=mode)  # type: ignore[call-overload,no-any-return]
+    raise UsageError(f"mode {str(mode)[:40]!r} of Pad is not supported; constant, reflect and edge are.")
+
+
+def _expand(x: Array, shape: Array) -> Array:
+    sizes = numbers(shape)
+    claim(sizes, x.dtype)  # numpy's own error for too many dimensions is of no class for values that do not fit
+    out = np.broadcast_shapes(x.shape, tuple(sizes))
+    claim(out, x.dtype)  # a view, but what reads it may copy it
+    return np.broadcast_to(x, out)
+
+
+OPERATORS: Table = {
+    "Concat": _concat,
+    "Constant": _constant,
+    "ConstantOfShape": _constant_of_shape,
+    "Expand": _expand,
+    "Flatten": _flatten,
+    "Gather": _gather,
+    "GatherND": _gather_nd,
+    "Pad": _pad,
+    "Range": _range,
+    "Reshape": _reshape,
+    "ScatterND": _scatter_nd,
+    "Shape": _shape,
+    "Slice": _slice,
+    "Split": _split,
+    "Squeeze": _squeeze,
+    "Transpose": _transpose,
+    "Unsqueeze": _unsqueeze,
+}

@@ -1,0 +1,1 @@
+"""The nouns of sparsity, with numpy alone: masks, layers, budgets, distributions, sparse tensors, configurations."""

@@ -1,0 +1,84 @@
+"""Does an ONNX file compute what its model computes, and does it decode its weights only once?"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+
+from dsr_tool.graph.compact.record import COMPACTED
+from dsr_tool.graph.compact.rewrite import folded_and_compacted
+from dsr_tool.graph.ir import Graph
+from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparsity.tensor import SparseTensor
+from exporters.onnx.compact import nonzero
+from exporters.onnx.model import folded, to_onnx
+from exporters.onnx.read import OnnxFile, read_onnx
+from exporters.onnx.session import OnnxSession
+from exporters.verify.compare import checked_graph, compared, differing_tensors
+from exporters.verify.verification import Verification
+
+__all__ = ["verify_onnx"]
+
+
+def verify_onnx(
+    path: Path, model: SparseModel, *, samples: int = 3, seed: int = 0, graph: Graph | None = None
+) -> Verification:
+    """`verify` for an ONNX file: its weights, ONNX Runtime, and that nothing is decoded at every inference.
+
+    A file of float16 values is compared with the same rounded weights stored as float32, both in ONNX Runtime; a note
+    says how far the rounding moves the outputs of the model.
+
+    Args:
+        path: the file.
+        model: the model.
+        samples: size of the second batch.
+        seed: of the inputs.
+        graph: the model's, when it was captured already.
+    """
+    graph = graph or checked_graph(model)
+    file = read_onnx(path)
+    values = "fp16" if _rounded(file, model) else "fp32"
+    tensors: Mapping[str, SparseTensor] = model.tensors()
+    if COMPACTED in file.record:
+        small = folded_and_compacted(graph, tensors)[1]
+        graph, tensors = small.graph, small.tensors
+    graph, tensors = folded(graph, tensors, values=values, specs=model.specs)
+    expected = {name: nonzero(tensor) for name, tensor in tensors.items() if tensor.values.dtype.kind == "f"}
+    shapes = {name: entry.spec.shape for name, entry in file.entries.items() if name in expected}
+    differing = differing_tensors(path, model, expected, shapes, file.tensor)
+    session, left = _load(file)
+    slow = [f"onnxruntime decodes weights at every inference ({left[0]})"] if left else []
+    rounded = None
+    if values == "fp16":
+        rounded = OnnxSession(to_onnx(graph, tensors, encoding="dense").SerializeToString()).run
+    return compared(
+        path,
+        "onnx",
+        model,
+        runs={"onnxruntime": session.run},
+        value=graph.inputs[0],
+        samples=samples,
+        seed=seed,
+        differing=differing,
+        problems=slow,
+        rounded=rounded,
+    )
+
+
+def _rounded(file: OnnxFile, model: SparseModel) -> bool:
+    half = (name for name, entry in file.entries.items() if entry.dtype == "float16")
+    return any(name in model.specs and model.specs[name].weight for name in half)
+
+
+def _load(file: OnnxFile) -> tuple[OnnxSession, list[str]]:
+    """A session, and the decoding steps that are left in it after optimisation."""
+    if not file.decode_steps:
+        return OnnxSession(file.path), []
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        session = OnnxSession(file.path, optimized=optimized)
+        nodes = onnx.load(optimized, load_external_data=False).graph.node
+    return session, sorted(file.decode_steps.intersection(name for node in nodes for name in node.output))

@@ -1,0 +1,1 @@
+"""Verification: a file is run and compared with the model that it should hold."""

@@ -1,0 +1,107 @@
+"""The measurement of a file against its dense model: what is paired, what is said, and what is refused."""
+
+import os
+
+import numpy as np
+import pytest
+
+from dsr_tool.measure import latency as bench
+from dsr_tool.measure.latency import Settings, bench_document, paired, spread
+from dsr_tool.measure.latency_text import bench_text
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """A clock that functions move on as they run."""
+    now = [0.0]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+
+    def taking(seconds, log=None):
+        def run():
+            now[0] += seconds
+            if log is not None:
+                log.append(seconds)
+
+        return run
+
+    return taking
+
+
+def test_pairs_take_turns_and_the_first_run_of_each_is_not_timed(timed):
+    log = []
+    pairs = paired(timed(2.0, log), timed(3.0, log), 4)
+    assert pairs == [(2.0, 3.0)] * 4
+    assert log[:8] == [3, 3, 2, 2, 2, 2, 3, 3]
+
+
+def test_the_spread_is_of_the_pairs():
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "low": 2.0, "high": 4.0}
+
+
+def document(low, median, high, **changes):
+    seconds = {"median": 0.001, "low": 0.0005, "high": 0.002}
+    ratio = {"median": median, "low": low, "high": high}
+    return {
+        "architecture": "net",
+        "input_shape": [3, 8, 8],
+        "batch": 2,
+        "threads": 1,
+        "rounds": 4,
+        "runtime": "sparse",
+        "runs_on": "native",
+        "kernels": "avx2",
+        "latency": {"ours_s": seconds, "dense_s": seconds, "ratio": ratio, "verdict": bench._verdict(ratio)},
+        "outputs": {"largest_difference": 1e-7, "scale": 2.0},
+        "load_s": {"ours": 0.1, "dense": 0.2},
+        "loaded_bytes": {"ours": 1_000_000, "dense": 2_000_000},
+        "peak_bytes": {"ours": 3_000_000, "dense": 4_000_000},
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"),
+    [
+        ((1.5, 2.0, 2.5), "2.00 (quartiles 1.50-2.50): sparse is 2.00 times as fast as dense"),
+        ((0.4, 0.5, 0.6), "dense is faster, by 2.00 times"),
+        ((0.9, 1.1, 1.3), "the spread includes 1, so that neither is faster"),
+    ],
+)
+def test_no_gain_is_claimed_that_was_not_seen(ratio, words):
+    text = bench_text(document(*ratio))
+    assert words in text
+    assert "sparse (avx2)" in text
+    assert "outputs differ by 1e-07" in text
+
+
+def test_what_was_not_measured_is_said():
+    empty = {"load_s": None, "loaded_bytes": None, "peak_bytes": None}
+    text = bench_text(document(1, 1, 1, **empty, outputs={"largest_difference": None, "scale": None}))
+    assert "start and memory were not measured" in text
+    assert "not finite" in text
+
+
+def test_outputs_that_are_not_finite_are_not_compared():
+    assert bench._compared(np.array([np.nan]), np.array([1.0]))["scale"] is None
+    assert bench._compared(np.array([1.0, 2.5]), np.array([1.0, 2.0])) == {"largest_difference": 0.5, "scale": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Settings(batch=0), "--batch 0 is not allowed; give 1 to 1,024 inputs"),
+        (Settings(threads=0), f"--threads 0 is not allowed; give 1 to {os.cpu_count()} threads"),
+        (Settings(threads=10**4), "--threads 10000 is not allowed"),
+        (Settings(rounds=1), "--rounds 1 is not allowed; give 4 to 10,000 rounds"),
+        (Settings(runtime="spares"), "did you mean sparse"),
+    ],
+)
+def test_settings_that_are_not_allowed(tmp_path, settings, message):
+    with pytest.raises(bench.UsageError, match=message):
+        bench_document(tmp_path / "none.dsr", settings)
+
+
+def test_a_model_that_is_handed_over_says_so():
+    text = bench_text(document(0.98, 1.0, 1.02, runs_on="onnxruntime", kernels=None))
+    assert "too dense for sparse kernels, so onnxruntime ran both" in text
+    assert "so onnxruntime ran both" not in bench_text(document(0.98, 1.0, 1.02))

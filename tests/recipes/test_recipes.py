@@ -1,0 +1,228 @@
+import json
+import sys
+import types
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from dsr_tool.errors import UsageError
+from dsr_tool.methods import Static, foreign
+from dsr_tool.recipes.files import families, find_recipe
+from dsr_tool.recipes.rows import Recipe
+from dsr_tool.recipes.settings import as_run, changed, conversion, own_options, pair, require_model, settings
+from dsr_tool.train import TrainSettings
+
+ROW = "lenet-300-100/dsr@0.99"
+QUICK = (
+    "--data",
+    "digits",
+    "--set",
+    "epochs=1",
+    "--set",
+    "every=1",
+    "--set",
+    "target=300",
+    "--set",
+    "device=cpu",
+    "--quiet",
+)
+
+
+@pytest.mark.parametrize("family", families())
+def test_every_shipped_row_is_allowed(family):
+    for row in families()[family].rows():
+        changed(row)
+        TrainSettings(**settings(row)).check()
+
+
+def test_the_schedules_of_the_paper_come_out():
+    steps = 500 * 200
+    method = TrainSettings(**settings(find_recipe("wrn-28-2/dsr@0.9"))).make_method(steps)
+    assert method.schedule.periods == ((0, 100), (25 * 500, 200), (80 * 500, 400), (140 * 500, 800))
+    assert method.schedule.stop == 190 * 500 and method.target == 20000
+    steps = 5004 * 100
+    method = TrainSettings(**settings(find_recipe("resnet50/set@0.9"))).make_method(steps)
+    assert method.schedule.periods == tuple((5004 * e, 1000 * 2**i) for i, e in enumerate((0, 25, 50, 75)))
+    prunes = TrainSettings(**settings(find_recipe("wrn-28-2/gmp@0.9"))).make_method(500 * 50)
+    assert sum(map(prunes.due, range(1, 500 * 50 + 1))) == 20 and prunes.last == 40 * 500
+
+
+def test_the_command_line_wins_over_set_over_the_recipe():
+    row = as_run(ROW, ["epochs=7", "target=.5", "lr=0.3"], {"lr": 0.2, "threshold": 0.01})
+    assert row.train["epochs"] == 7 and row.train["lr"] == 0.2 and row.train["batch_size"] == 100
+    assert row.options == {"target": 0.5, "threshold": 0.01}
+
+
+def test_a_recipes_momentum_goes_with_its_optimizer_and_no_others_does():
+    assert find_recipe(ROW).train["momentum"] == 0.9
+    for row in (as_run(ROW, ["optimizer=adam"], {}), as_run(ROW, [], {"optimizer": "adam"})):
+        assert "momentum" not in row.train and row.train["optimizer"] == "adam"
+    assert as_run(ROW, ["optimizer=rmsprop"], {}).train["momentum"] == 0.9
+    with pytest.raises(UsageError, match="train.momentum 0.5 goes with --optimizer sgd or rmsprop; adamw has none"):
+        as_run(ROW, ["optimizer=adamw", "momentum=0.5"], {})
+    with pytest.raises(UsageError, match="'mine.toml': train.momentum 0.9 goes with --optimizer sgd or rmsprop"):
+        changed(Recipe("mine", train={"optimizer": "adam", "momentum": 0.9}, origin="mine.toml"))
+    for row in (
+        as_run(ROW, ["momentum=0.5"], {"optimizer": "adam"}),
+        as_run(ROW, ["optimizer=adam"], {"momentum": 0.5}),
+        as_run(None, [], {"optimizer": "adam", "momentum": 0.5}),
+    ):
+        with pytest.raises(UsageError, match="--momentum 0.5 goes with --optimizer sgd or rmsprop; adam has none"):
+            TrainSettings(**settings(row)).check()
+
+
+def test_set_works_without_a_recipe():
+    row = as_run(None, ["drop_fraction=0.2"], {"method": "set"})
+    assert settings(row) == {"method": "set", "options": {"drop_fraction": 0.2}}
+    with pytest.raises(UsageError, match="^--set 'epoch' is unknown; did you mean epochs"):
+        as_run(None, ["epoch=2"], {})
+
+
+def test_a_method_from_elsewhere_has_options_of_any_name(monkeypatch):
+    point = EntryPoint("shake", f"{__name__}:_static", "dsr_tool.methods")
+    monkeypatch.setattr(foreign, "entry_points", lambda group: [point] if group == foreign.GROUP else [])
+    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__, types.ModuleType(__name__)))
+    monkeypatch.setattr(sys.modules[__name__], "_static", lambda timing, share: Static(), raising=False)
+    row = as_run(None, ["options.share=0.2", "method=shake"], {})
+    assert settings(row) == {"method": "shake", "options": {"share": 0.2}}
+    with pytest.raises(UsageError, match="options.share 0.2 is no option of method dsr; it has target"):
+        as_run(None, ["options.share=0.2"], {})
+    with pytest.raises(UsageError, match="'share' is unknown"):
+        as_run(None, ["share=0.2", "method=shake"], {})
+
+
+def test_texts_that_set_something_are_read_alike():
+    assert own_options(["cross-layer = false", "eta=.5"]) == {"cross_layer": False, "eta": 0.5}
+    assert pair("epochs=3") == ("epochs", 3) and pair("scope=global") == ("scope", "global")
+    for call in (lambda: pair("=3"), lambda: pair("epochs"), lambda: own_options(["eta"])):
+        with pytest.raises(UsageError, match="^--(set|option) .* is not understood; write it as key=value"):
+            call()
+
+
+def test_everything_wrong_is_said_at_once_with_key_value_and_close_names():
+    sets = ["epochs=ten", "lr=-1", "weights=3", "sparsity=1.2", "epoch=3", "nothing", "target=0"]
+    with pytest.raises(UsageError) as caught:
+        changed(find_recipe(ROW), sets)
+    message = str(caught.value)
+    for part in (
+        "lenet-300-100.toml",
+        "train.epochs is 'ten', and should be a whole number.",
+        "train.lr -1 is not allowed; give a positive number.",
+        "model.weights is 3, and should be a text.",
+        "model.sparsity 1.2 is not allowed",
+        "--set 'epoch' is unknown; did you mean epochs",
+        "--set 'nothing' is not understood; write it as key=value.",
+        "options.target 0 is not allowed",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["method=set", "target=600"], "options.target 600 is no option of method set; it has drop_fraction"),
+        (["epochs=5", "schedule=step", "milestones=[2, 9]"], "milestones .* ends after the training"),
+        (["milestones=[3, 9]"], "goes with --schedule step"),
+        (["warmup_epochs=50"], "train.warmup_epochs 50 is not allowed; give fewer than the 40 epochs"),
+        (["every=1000000", "stop=0.5"], "leaves dsr no update before its schedule ends"),
+        (["target=many"], "an option of dsr has a value of the wrong type"),
+        (["milestones=3"], "should be a list, each a number"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(sets, message):
+    with pytest.raises(UsageError, match=message):
+        changed(find_recipe(ROW), sets)
+
+
+def test_unknown_keys_of_a_file_are_named():
+    recipe = Recipe("mine", model={"arhc": "x"}, train={"epohcs": 3}, options={"target": [1]}, origin="mine.toml")
+    with pytest.raises(UsageError) as caught:
+        changed(recipe)
+    for part in (
+        "'mine.toml': key 'model.arhc'",
+        "did you mean model.arch",
+        "did you mean train.epochs",
+        "options.target",
+    ):
+        assert part in str(caught.value)
+
+
+def test_a_recipe_tells_convert_what_to_do():
+    told = conversion("wrn-28-2/dsr@0.9", ["seed=3"], {"keep_dense": ("a",)})
+    assert told["arch"] == "wrn-28-2" and told["sparsity"] == 0.9 and told["keep_dense"] == ("a",)
+    told = conversion("wrn-28-2/dsr@0.9", [], {"budget": "1MB"})
+    assert "sparsity" not in told and told["budget"] == "1MB"
+    with pytest.raises(UsageError, match="starts from the trained model of method 'dense'"):
+        conversion("wrn-28-2/gmp@0.9", [], {})
+    with pytest.raises(UsageError, match="ARCH 'resnet18' is not the 'wrn-28-2' of recipe"):
+        conversion("wrn-28-2/dsr@0.9", [], {"arch": "resnet18"})
+
+
+def test_a_model_of_another_recipe_is_refused_with_all_differences(tiny):
+    model = tiny.model(0.8)
+    recipe = find_recipe("wrn-28-2/dsr@0.9")
+    with pytest.raises(UsageError) as caught:
+        require_model(recipe, model, "net")
+    for part in ("another model than 'net'", "arch 'Tiny' instead of 'wrn-28-2'", "instead of 0.9"):
+        assert part in str(caught.value)
+    require_model(Recipe("mine", model={"sparsity": 0.8, "distribution": "uniform"}), model, "net")
+
+
+def test_a_row_is_two_commands(run, tmp_path):
+    net, out = tmp_path / "net", tmp_path / "run"
+    assert run("convert", "--recipe", ROW, "-o", net, "--quiet")[0] == 0
+    code, text, err = run("train", net, "--recipe", ROW, "-o", out, *QUICK, "--json")
+    assert code == 0, err
+    assert json.loads(text)["recipe"] == ROW and json.loads(text)["active_weights"] == 2662
+    start = json.loads((out / "log.jsonl").read_text().splitlines()[0])
+    assert start["recipe"] == ROW and start["settings"]["options"] == {"target": 300}
+    again = find_recipe(str(out / "recipe.toml"))
+    assert again.name == ROW and again.train["epochs"] == 1 and again.train["every"] == 1
+    assert "resume" not in err
+    code, _, err = run("train", net, "--recipe", "lenet-300-100/dsr@0.98", "-o", tmp_path / "other", *QUICK)
+    assert code == 2 and "for another model" in err and not (tmp_path / "other").exists()
+
+
+def test_the_run_of_one_recipe_does_not_go_on_with_another(run, tmp_path):
+    net, out = tmp_path / "net", tmp_path / "run"
+    run("convert", "--recipe", ROW, "-o", net, "--quiet")
+    run("train", net, "--recipe", ROW, "-o", out, *QUICK)
+    code, _, err = run("train", net, "--recipe", "lenet-300-100/static@0.99", "-o", out, *QUICK[:4], "--resume")
+    assert code == 2 and "differs from the dsr that" in err
+    assert run("train", net, "--recipe", ROW, "-o", out, *QUICK, "--resume")[0] == 0
+    assert run("train", net, "-o", out, "--data", "digits", "--resume", "--quiet")[0] == 0
+
+
+def test_recipes_are_listed_printed_and_copied(run, tmp_path):
+    code, text, _ = run("recipes")
+    assert code == 0 and "lenet-300-100/dsr@S" in text and "Mostafa & Wang" in text
+    code, text, _ = run("recipes", "wrn-28-2")
+    assert "wrn-28-2/dsr@0.9" in text and "93.59 % ± 0.17 (n=5)" in text
+    code, text, _ = run("recipes", ROW)
+    assert text == find_recipe(ROW).to_toml()
+    assert run("recipes", ROW, "-o", tmp_path / "mine.toml")[0] == 0
+    assert (tmp_path / "mine.toml").read_text() == text
+    assert run("recipes", ROW, "-o", tmp_path / "mine.toml")[0] == 1
+    document = json.loads(run("recipes", "--json")[1])
+    assert document["schema"] == "dsr-tool/recipes/1" and len(document["recipes"]) > 60
+    document = json.loads(run("recipes", ROW, "--json")[1])
+    assert document["train"]["method"] == "dsr" and document["paper"]["n"] == 5
+    assert run("recipes", "-o", tmp_path / "all.toml")[0] == 2
+
+
+@pytest.mark.parametrize("method", ["thin-dense", "static", "dense"])
+def test_convert_makes_the_model_that_train_asks_for(run, tmp_path, method):
+    row = "lenet-300-100/dense" if method == "dense" else f"lenet-300-100/{method}@0.95"
+    assert run("convert", "--recipe", row, "-o", tmp_path / "net", "--quiet")[0] == 0
+    code, _, err = run("train", tmp_path / "net", "--recipe", row, "-o", tmp_path / "run", *QUICK[:4], "--quiet")
+    assert code == 0, err
+
+
+def test_a_ticket_is_converted_with_the_run_that_it_takes_its_masks_from(run, tmp_path):
+    assert run("convert", "--recipe", ROW, "-o", tmp_path / "net", "--quiet")[0] == 0
+    ticket = "lenet-300-100/ticket-original@0.99"
+    code, _, err = run("convert", "--recipe", ticket, "-o", tmp_path / "ticket")
+    assert code == 2 and "takes the masks of a run of method 'dsr'; give its folder as --structure RUN" in err
+    assert run("convert", "--recipe", ticket, "--structure", tmp_path / "net", "-o", tmp_path / "ticket", "-q")[0] == 0
+    code, _, err = run("train", tmp_path / "ticket", "--recipe", ticket, "-o", tmp_path / "run", *QUICK[:4], "-q")
+    assert code == 0, err

@@ -1,0 +1,204 @@
+"""The compiled kernels against the reference, one small graph at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsr_tool.graph.ir import Graph, Node, Value
+from dsr_tool.runtime.compiler.plan import FastPlan
+from dsr_tool.runtime.compiler.program import Machine
+from dsr_tool.runtime.kernels.library import library
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no kernels were built here")
+
+DENSITIES = st.sampled_from((0.0, 0.02, 0.1, 0.3, 0.6, 0.8, 1.0))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, 2**32), st.sampled_from(((1, 1), (2, 2), (3, 3), (6, 6))), DENSITIES, st.booleans(),
+    st.sampled_from(((1, 1), (3, 3), (2, 2), (5, 5), (3, 1), (1, 7))), st.integers(1, 3), st.integers(1, 2), st.data(),
+)  # fmt: skip
+def test_convolution(machine, both, sparse, seed, groups, density, with_bias, kernel, stride, dilation, data):
+    rng = np.random.default_rng(seed)
+    group, multiple = groups
+    channels, rows = 6 * data.draw(st.integers(1, 3)), multiple * data.draw(st.integers(1, 4))
+    rows = max(rows // group, 1) * group
+    pads = data.draw(st.tuples(*[st.integers(0, 3)] * 4))
+    reach = [(k - 1) * dilation + 1 for k in kernel]
+    size = data.draw(st.tuples(*(st.integers(max(r - pads[i] - pads[i + 2], 1), 29) for i, r in enumerate(reach))))
+    x = rng.standard_normal((data.draw(st.integers(1, 3)), channels, *size)).astype(np.float32)
+    tensors = {"w": sparse(rng, (rows, channels // group, *kernel), density)}
+    if with_bias:
+        tensors["b"] = sparse(rng, (rows,), 1.0)
+    attributes = {"group": group, "strides": (stride,) * 2, "pads": pads, "dilations": (dilation,) * 2}
+    plan = both(machine, [Node("Conv", ("x", *tensors), ("y",), attributes)], tensors, x)
+    assert not plan.fallback
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(48, 70), st.integers(48, 70), DENSITIES, DENSITIES, st.integers(1, 2))
+def test_strides_after_each_other(machine, both, sparse, seed, height, width, first, second, batch):
+    """Several convolutions on one grid, where a value has a plane for each phase of the strides."""
+    rng = np.random.default_rng(seed)
+    tensors = {
+        "a": sparse(rng, (5, 3, 3, 3), first), "b": sparse(rng, (6, 5, 3, 3), second),
+        "c": sparse(rng, (4, 6, 1, 1), second), "d": sparse(rng, (4, 5, 1, 1), first),
+    }  # fmt: skip
+    pads = {"pads": (1, 1, 1, 1)}
+    nodes = [
+        Node("Conv", ("x", "a"), ("p",), {**pads, "strides": (2, 2)}),
+        Node("Relu", ("p",), ("q",)),
+        Node("Conv", ("q", "b"), ("r",), {**pads, "strides": (2, 2)}),
+        Node("Conv", ("r", "c"), ("s",), {}),
+        Node("Conv", ("q", "d"), ("t",), {"strides": (2, 2)}),
+        Node("Add", ("s", "t"), ("u",)),
+        Node("Relu", ("u",), ("v",)),
+        Node("MaxPool", ("v",), ("y",), {**pads, "kernel_shape": (3, 3), "strides": (2, 2)}),
+    ]
+    x = rng.standard_normal((batch, 3, height, width)).astype(np.float32)
+    assert not both(machine, nodes, tensors, x).fallback
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 300), st.integers(1, 300), DENSITIES, st.booleans())
+def test_linear(machine, both, sparse, seed, batch, columns, rows, density, with_bias):
+    rng = np.random.default_rng(seed)
+    tensors = {"w": sparse(rng, (rows, columns), density)}
+    if with_bias:
+        tensors["b"] = sparse(rng, (rows,), 1.0)
+    x = rng.standard_normal((batch, columns)).astype(np.float32)
+    nodes = [Node("Gemm", ("x", *tensors), ("z",), {"transB": 1}), Node("Relu", ("z",), ("y",))]
+    assert "Gemm" not in both(machine, nodes, tensors, x).fallback
+
+
+ACTIVATIONS = [
+    ("Relu", {}), ("HardSwish", {}), ("HardSigmoid", {"alpha": 1 / 6}), ("Sigmoid", {}), ("Tanh", {}), ("Gelu", {}),
+    ("Gelu", {"approximate": "tanh"}), ("Elu", {"alpha": 0.7}), ("LeakyRelu", {"alpha": 0.1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "attributes"), ACTIVATIONS)
+@pytest.mark.parametrize("alone", [True, False])
+def test_activation(machine, both, sparse, op, attributes, alone):
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((2, 4, 9, 11)) * 8).astype(np.float32)
+    x[0, 0, 0, :6] = [0, -0.0, 100, -100, np.inf, -np.inf]
+    tensors = {"w": sparse(rng, (4, 1, 1, 1), 1.0)}
+    conv = [] if alone else [Node("Conv", ("x", "w"), ("c",), {"group": 4})]
+    if op in ("Sigmoid", "HardSigmoid") or "Gelu" in op or op == "HardSwish":
+        x = np.where(np.isfinite(x), x, 0).astype(np.float32)
+    nodes = [
+        *conv,
+        Node(op, ("x" if alone else "c",), ("y",), attributes),
+        Node("Conv", ("y", "w"), ("z",), {"group": 4}),
+    ]
+    assert not both(machine, nodes, tensors, x).fallback
+
+
+def test_gates_become_one(machine, both, sparse):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 4, 7, 7)).astype(np.float32)
+    tensors = {"w": sparse(rng, (4, 4, 1, 1), 0.5)}
+    for op, attributes in (("Sigmoid", {}), ("HardSigmoid", {"alpha": 1 / 6})):
+        nodes = [
+            Node("Conv", ("x", "w"), ("c",)), Node(op, ("c",), ("g",), attributes), Node("Mul", ("c", "g"), ("y",)),
+        ]  # fmt: skip
+        plan = both(machine, nodes, tensors, x)
+        assert (plan.native, plan.fallback) == (2, [])
+
+
+def test_squeeze_and_excite(machine, both, sparse):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 8, 14, 13)).astype(np.float32)
+    tensors = {
+        "w": sparse(rng, (8, 8, 3, 3), 0.3),
+        "s": sparse(rng, (2, 8, 1, 1), 0.5),
+        "e": sparse(rng, (8, 2, 1, 1), 0.9),
+    }
+    nodes = [
+        Node("Conv", ("x", "w"), ("c",), {"pads": (1, 1, 1, 1)}),
+        Node("GlobalAveragePool", ("c",), ("p",)),
+        Node("Conv", ("p", "s"), ("q",)),
+        Node("Relu", ("q",), ("r",)),
+        Node("Conv", ("r", "e"), ("t",)),
+        Node("HardSigmoid", ("t",), ("u",)),
+        Node("Mul", ("u", "c"), ("y",)),
+    ]
+    assert not both(machine, nodes, tensors, x).fallback
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**32), st.sampled_from(("MaxPool", "AveragePool")), st.integers(1, 4), st.integers(1, 3),
+    st.integers(0, 2), st.booleans(), st.integers(0, 1), st.data(),
+)  # fmt: skip
+def test_pool(machine, both, seed, op, kernel, stride, pad, positive, ceil, data):
+    rng = np.random.default_rng(seed)
+    pad = min(pad, kernel - 1)
+    size = data.draw(st.tuples(st.integers(4, 30), st.integers(4, 30)))
+    x = rng.standard_normal((2, 3, *size)).astype(np.float32)
+    attributes = {"kernel_shape": (kernel,) * 2, "strides": (stride,) * 2, "pads": (pad,) * 4, "ceil_mode": ceil}
+    if op == "AveragePool":
+        attributes["count_include_pad"] = data.draw(st.integers(0, 1))
+    first = [Node("Relu", ("x",), ("r",))] if positive else []
+    both(machine, [*first, Node(op, ("r" if positive else "x",), ("y",), attributes)], {}, x)
+
+
+def test_values_that_others_read_stay(machine, both, sparse):
+    """What is fused into the operation that makes a value must not change it for those who read it before that."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 4, 10, 10)).astype(np.float32)
+    tensors = {"w": sparse(rng, (4, 4, 3, 3), 0.4), "v": sparse(rng, (4, 4, 1, 1), 0.4)}
+    pads = {"pads": (1, 1, 1, 1)}
+    nodes = [
+        Node("Conv", ("x", "w"), ("a",), pads),
+        Node("Identity", ("a",), ("same",)),
+        Node("Relu", ("same",), ("b",)),
+        Node("Conv", ("b", "v"), ("c",)),
+        Node("Add", ("c", "a"), ("d",)),
+        Node("Mul", ("d", "d"), ("e",)),
+        Node("Add", ("e", "c"), ("y",)),
+    ]
+    both(machine, nodes, tensors, x)
+
+
+@pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_where_it_is(machine, both, sparse, special):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 3, 12, 12)).astype(np.float32)
+    x[0, 1, 5, 6] = special
+    tensors = {"w": sparse(rng, (4, 3, 3, 3), 0.15)}
+    nodes = [Node("Conv", ("x", "w"), ("c",), {"pads": (1, 1, 1, 1)}), Node("Relu", ("c",), ("y",))]
+    both(machine, nodes, tensors, x)
+
+
+def test_operators_without_a_kernel_run_in_between(machine, both, sparse):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 4, 8, 8)).astype(np.float32)
+    tensors = {"w": sparse(rng, (4, 4, 3, 3), 0.4), "l": sparse(rng, (5, 4 * 8 * 8), 0.1)}
+    nodes = [
+        Node("Conv", ("x", "w"), ("a",), {"pads": (1, 1, 1, 1)}),
+        Node("Exp", ("a",), ("b",)),
+        Node("Conv", ("b", "w"), ("c",), {"pads": (1, 1, 1, 1)}),
+        Node("Add", ("c", "a"), ("d",)),
+        Node("Transpose", ("d",), ("e",), {"perm": (0, 1, 3, 2)}),
+        Node("Flatten", ("e",), ("f",)),
+        Node("Gemm", ("f", "l"), ("y",), {"transB": 1}),
+    ]
+    plan = both(machine, nodes, tensors, x)
+    assert plan.fallback == ["Exp", "Transpose"]
+    assert plan.native >= 4
+
+
+def test_the_same_for_any_number_of_threads(sparse):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 16, 31, 29)).astype(np.float32)
+    tensors = {"w": sparse(rng, (33, 16, 3, 3), 0.2)}
+    graph = Graph((Value("x", x.shape),), (Value("y", ()),), (Node("Conv", ("x", "w"), ("y",)),), {}, ("w",), 20)
+    results = [FastPlan(graph, tensors, x.shape, Machine(library(), threads)).run(x) for threads in (1, 2, 5)]
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])

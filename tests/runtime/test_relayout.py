@@ -1,0 +1,74 @@
+"""Moves between layouts: by whole vectors and pixel by pixel, the same bits in the same places."""
+
+from __future__ import annotations
+
+import ctypes
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from dsr_tool.runtime.compiler import relayout as layouts
+from dsr_tool.runtime.compiler.layouts import Flat, Grid, Planes
+from dsr_tool.runtime.compiler.program import Machine, Native
+from dsr_tool.runtime.compiler.relayout import loaded, regridded
+from dsr_tool.runtime.compiler.segment import Op, Segment
+from dsr_tool.runtime.kernels.library import library
+from dsr_tool.runtime.kernels.ops import Kind
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no kernels were built here")
+
+
+def memory_of(machine: Machine, ops: list[Op], x: np.ndarray) -> np.ndarray:
+    """What lies where the last operation put its planes, and in the halo around them."""
+    segment = Segment(machine.lanes, 1, list(ops), {"x": ops[0].source})
+    native = Native(machine, segment, 1e9)
+    address = machine.arena(0)
+    out = ops[-1].out
+    everything = np.ctypeslib.as_array((ctypes.c_float * (out.offset + out.size)).from_address(address))
+    everything[:] = np.nan
+    native.run({"x": x})
+    return everything[out.offset - out.lead :][: out.size].copy()
+
+
+def planes(shape: tuple[int, ...], factor: int, extra: int, lanes: int) -> Planes:
+    _, _, height, width = shape
+    made = Planes(shape, Grid(-(-height // factor), -(-width // factor), 1 + extra, lanes), factor)
+    assert made.reach(made.grid.pitch + 1, made.grid.pitch + 1)
+    return made
+
+
+@settings(max_examples=200, deadline=None)
+@example(0, 3, 14, 14, 1, 1, False)  # 14 vectors: less than a whole square
+@example(0, 2, 7, 40, 1, 1, False)
+@example(0, 2, 56, 56, 2, 0, False)
+@given(
+    st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 70), st.integers(1, 70), st.sampled_from((1, 2, 4)),
+    st.integers(0, 3), st.booleans(),
+)  # fmt: skip
+def test_whole_vectors_are_moved_as_single_pixels_are(machine, seed, channels, height, width, factor, extra, rows):
+    shape = (1, channels, height, width)
+    x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    made = []
+    for most in (layouts._MOST_PLACES, 0):
+        with mock.patch.object(layouts, "_MOST_PLACES", most):
+            flat = Flat((1, x.size), machine.lanes, 1)  # its own shape does not count
+            first, out = planes(shape, 1, 0, machine.lanes), planes(shape, factor, extra, machine.lanes)
+            ops = [loaded(flat, out)] if rows else [loaded(flat, first), regridded(first, out, 1)]
+        assert most or all(op.kind is Kind.GATHER for op in ops)
+        made.append(memory_of(machine, ops, x))
+    np.testing.assert_array_equal(*made)
+
+
+def test_large_planes_are_moved_by_whole_vectors(machine):
+    flat = Flat((1, 1, 56, 56), machine.lanes, 1)
+    assert loaded(flat, planes(flat.shape, 2, 0, machine.lanes)).kind is Kind.REGRID
+
+
+@pytest.mark.parametrize(("size", "factor"), [(4, 1), (300, 1), (64, 8)])
+def test_other_planes_are_moved_pixel_by_pixel(machine, size, factor):
+    flat = Flat((1, 1, size, size), machine.lanes, 1)
+    op = loaded(flat, planes(flat.shape, factor, 0, machine.lanes))
+    assert op.kind is (Kind.REGRID if (size, machine.lanes) == (4, 4) else Kind.GATHER)
