@@ -52,9 +52,14 @@ class Pack:
     parts: _Int
 
     @property
+    def arrays(self) -> tuple[npt.NDArray[Any], ...]:
+        """Returns all arrays, in the order of the fields."""
+        return self.values, self.offsets, self.entries, self.blocks, self.parts
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(a.nbytes for a in (self.values, self.offsets, self.entries, self.blocks, self.parts))
+        """Returns the bytes of all arrays."""
+        return sum(array.nbytes for array in self.arrays)
 
 
 @dataclass

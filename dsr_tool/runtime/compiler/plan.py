@@ -11,6 +11,7 @@ from dsr_tool.graph.fuse import rewritten
 from dsr_tool.graph.ir import Graph, Node
 from dsr_tool.graph.limits import FREE_BYTES, claim, room
 from dsr_tool.runtime.compiler.lowering import Lowering
+from dsr_tool.runtime.compiler.memory import PlanMemory, memory_of
 from dsr_tool.runtime.compiler.program import Machine, Native, Numpy
 from dsr_tool.runtime.compiler.rules import RULES
 from dsr_tool.runtime.compiler.weights import Known
@@ -94,6 +95,13 @@ class FastPlan:
                 step.run(values)
         result = values[self._output] if self._constant is None else self._constant
         return returned(result, constant=self._constant is not None)
+
+    def memory(self) -> PlanMemory:
+        """Returns the bytes that one run of this plan needs, computed from the plan, not measured.
+
+        `measure/memory` builds its figures for this runtime from these.
+        """
+        return memory_of(self._steps, (self._input,))
 
     def _prepare(self, nodes: Sequence[Node], known: Known, done: Folded) -> None:
         low, folded = self._lowering, 0

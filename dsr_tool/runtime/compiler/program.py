@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import mmap
 import os
 import weakref
@@ -88,7 +89,16 @@ def _declare(library: ctypes.CDLL) -> None:
 
 
 class Native:
-    """A segment that is ready to run."""
+    """A segment that is ready to run.
+
+    Attributes:
+        arena_bytes: bytes of the arena that its values take.
+        op_bytes: bytes of its array of ops.
+        packs: packed weights, which other segments and plans may share.
+        tables: biases, pixel masks and index tables.
+        output_bytes: bytes of each array that it fills, by name.
+        release: values that nobody reads after it; a segment drops none.
+    """
 
     def __init__(self, machine: Machine, segment: Segment, limit: float) -> None:
         """Lay out the values and the weights of a segment.
@@ -115,6 +125,13 @@ class Native:
         values = [*segment.inputs.values(), *segment.outputs.values()]
         self._steps = (ctypes.c_int64 * (len(values) + 1))(0, *(value.entries for value in values))
         machine.arena(self._floats)
+        self.packs = [item for item in self._kept if isinstance(item, Pack)]
+        inside = {id(array) for pack in self.packs for array in pack.arrays}
+        self.tables = [item for item in self._kept if isinstance(item, np.ndarray) and id(item) not in inside]
+        self.arena_bytes = 4 * self._floats
+        self.op_bytes = ctypes.sizeof(self._operations)
+        self.output_bytes = {name: 4 * math.prod(shape) for name, shape in self._outputs.items()}
+        self.release: tuple[str, ...] = ()
 
     def run(self, values: dict[str, Array]) -> None:
         """Read the inputs from `values` and put the outputs there."""
@@ -133,6 +150,8 @@ class Numpy:
 
     Attributes:
         made: shape and type of what it makes, as of its first run.
+        constants: arrays that it reads in every run, by name.
+        release: values that nobody reads after it.
     """
 
     def __init__(
@@ -148,8 +167,13 @@ class Numpy:
             release: values that nobody reads afterwards.
         """
         self._node, self._kernel, self._inputs = node, kernel, tuple(inputs)
-        self._constants, self._release = constants, tuple(release)
+        self.constants, self.release = constants, tuple(release)
         self.made: dict[str, tuple[tuple[int, ...], Any]] = {}
+
+    @property
+    def output_bytes(self) -> dict[str, int]:
+        """Returns the bytes of each array that it makes, by name."""
+        return {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype) in self.made.items()}
 
     def run(self, values: dict[str, Array]) -> None:
         """Read the inputs from `values` and put the outputs there.
@@ -158,7 +182,7 @@ class Numpy:
             FormatError: a shape depends on more than the shape of the input.
         """
         arguments = [
-            None if not name else self._constants[name] if name in self._constants else values[name]
+            None if not name else self.constants[name] if name in self.constants else values[name]
             for name in self._inputs
         ]
         made = compute(self._node, self._kernel, arguments)
@@ -168,5 +192,5 @@ class Numpy:
             # The plan goes by shapes, and its kernels take them on trust.
             raise FormatError(f"what operator {self._node.op} makes has another shape for each input; use 'scipy'.")
         values.update(made)
-        for name in self._release:
+        for name in self.release:
             values.pop(name, None)

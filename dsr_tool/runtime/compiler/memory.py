@@ -1,0 +1,69 @@
+"""The memory of a plan, computed from the plan: nothing has to be measured to know it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from dsr_tool.runtime.compiler.program import Native, Numpy
+
+__all__ = ["PlanMemory", "memory_of"]
+
+
+@dataclass(frozen=True)
+class PlanMemory:
+    """Bytes that a plan needs; what numpy allocates inside a fallback while it runs is not part of it.
+
+    Attributes:
+        arena_bytes: the arena, which all segments use in turn.
+        weight_bytes: packed weights, each counted once however many ops share it.
+        table_bytes: biases, pixel masks and index tables of the ops, and the array of ops itself.
+        constant_bytes: dense weights and constants that fallbacks read.
+        array_bytes: arrays that segments and fallbacks hand to each other, at the moment when they are largest
+            together; the output is part of it, the input is not.
+    """
+
+    arena_bytes: int
+    weight_bytes: int
+    table_bytes: int
+    constant_bytes: int
+    array_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Returns the sum of all parts."""
+        return self.arena_bytes + self.weight_bytes + self.table_bytes + self.constant_bytes + self.array_bytes
+
+
+def memory_of(steps: Sequence[Native | Numpy], given: Iterable[str]) -> PlanMemory:
+    """Returns the memory of steps that run one after another.
+
+    Args:
+        steps: the segments and fallbacks of a plan, in order.
+        given: names of arrays that belong to the caller.
+    """
+    native = [step for step in steps if isinstance(step, Native)]
+    fallbacks = [step for step in steps if isinstance(step, Numpy)]
+    # Ops that share a weight or a mask keep the same array, so arrays are counted by identity.
+    packs = {id(pack): pack.nbytes for step in native for pack in step.packs}
+    tables = {id(table): table.nbytes for step in native for table in step.tables}
+    constants = {id(array): array.nbytes for step in fallbacks for array in step.constants.values()}
+    return PlanMemory(
+        arena_bytes=max((step.arena_bytes for step in native), default=0),
+        weight_bytes=sum(packs.values()),
+        table_bytes=sum(tables.values()) + sum(step.op_bytes for step in native),
+        constant_bytes=sum(constants.values()),
+        array_bytes=_peak(steps, frozenset(given)),
+    )
+
+
+def _peak(steps: Sequence[Native | Numpy], given: frozenset[str]) -> int:
+    """Returns the largest total of arrays that are alive at once."""
+    alive: dict[str, int] = {}
+    most = 0
+    for step in steps:
+        alive.update({name: nbytes for name, nbytes in step.output_bytes.items() if name not in given})
+        most = max(most, sum(alive.values()))
+        for name in step.release:
+            alive.pop(name, None)
+    return most
