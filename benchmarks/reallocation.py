@@ -20,7 +20,7 @@ import torch
 from torch import optim
 
 from converters.conversion import convert
-from dsr_tool.measure.memory.measure import can_measure, held_bytes, reset_peak
+from dsr_tool.measure.memory.process import can_measure, held_bytes, reset_peak
 from dsr_tool.methods import (
     DSR,
     DST,

@@ -29,7 +29,7 @@ import numpy as np
 from storage_formats import FORMATS, Item
 
 from dsr_tool.formats.archive import open_archive
-from dsr_tool.measure.memory.measure import held_bytes
+from dsr_tool.measure.memory.process import held_bytes
 
 REPEATS = 3
 

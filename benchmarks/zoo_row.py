@@ -27,7 +27,7 @@ from torch import nn
 
 from converters.conversion import convert, load
 from dsr_tool.errors import DsrError
-from dsr_tool.measure.memory.measure import held_bytes
+from dsr_tool.measure.memory.process import held_bytes
 from dsr_tool.runtime.kernels.library import level
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparse.trace import trace

@@ -21,7 +21,7 @@ import numpy as np
 
 from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.files import require_file
-from dsr_tool.measure.memory.measure import Measured, Request, can_measure, measure
+from dsr_tool.measure.memory.process import Measured, Request, can_measure, measure
 from dsr_tool.runtime import Session
 from dsr_tool.runtime.kernels.library import level
 from dsr_tool.runtime.source import Model, open_model

@@ -12,9 +12,9 @@ from dsr_tool.errors import DsrError, UsageError
 from dsr_tool.formats.archive import open_archive
 from dsr_tool.graph.fold import fold_norms
 from dsr_tool.measure.memory import document as memory
-from dsr_tool.measure.memory import values
+from dsr_tool.measure.memory import activations as values
 from dsr_tool.measure.memory.document import Wanted, memory_document, wanted_memory
-from dsr_tool.measure.memory.measure import Request, can_measure, measure
+from dsr_tool.measure.memory.process import Request, can_measure, measure
 from dsr_tool.measure.memory.text import memory_text
 from dsr_tool.report.sources import read
 from dsr_tool.runtime import Session

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from dsr_tool.measure.memory.measure import Measured, Request, held_bytes, reset_peak
+from dsr_tool.measure.memory.process import Measured, Request, held_bytes, reset_peak
 
 __all__ = ["KINDS"]
 

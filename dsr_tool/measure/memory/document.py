@@ -11,7 +11,7 @@ from typing import Any
 from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.graph.ir import Graph
 from dsr_tool.measure.memory.inference import Running, folded
-from dsr_tool.measure.memory.measure import Measured, Request, can_measure, measure
+from dsr_tool.measure.memory.process import Measured, Request, can_measure, measure
 from dsr_tool.report.sources import Source
 
 __all__ = ["Wanted", "memory_document", "wanted_memory"]

@@ -12,7 +12,7 @@ from dsr_tool.graph.fold import fold_norms
 from dsr_tool.graph.ir import Graph, Node
 from dsr_tool.measure.memory.arena import arena_bytes
 from dsr_tool.measure.memory.peak import Size, csr_weight_bytes, fused_steps, in_order_steps, peak
-from dsr_tool.measure.memory.values import kernel_scratch, value_sizes
+from dsr_tool.measure.memory.activations import kernel_scratch, value_sizes
 from dsr_tool.runtime.reference.matrices import MAX_CSR_DENSITY
 from dsr_tool.sparsity.tensor import Array, SparseTensor
 
