@@ -35,7 +35,7 @@ from dsr_tool.runtime.kernels.library import level
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.tensor import Array
 from exporters.export import export
-from exporters.onnx.model import to_onnx
+from exporters.onnx.write import to_onnx
 from exporters.onnx.session import OnnxSession
 
 Run = Callable[[Array], Any]

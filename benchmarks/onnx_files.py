@@ -24,7 +24,7 @@ from onnx import TensorProto, helper
 
 from converters.conversion import convert
 from dsr_tool.sparse.trace import trace
-from exporters.onnx.model import ONNX_ENCODINGS, to_onnx
+from exporters.onnx.write import ONNX_ENCODINGS, to_onnx
 from exporters.onnx.session import PRESETS, onnx_session
 
 VARIANTS = [("dense", "fp32")] + [

@@ -14,7 +14,7 @@ from dsr_tool.graph.compact.rewrite import folded_and_compacted
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.config import installed_versions
 from exporters.values import stored_as
-from exporters.verify.compare import Verification, checked_graph, require, verify_archive
+from exporters.verify.tensors import Verification, checked_graph, require, verify_archive
 
 __all__ = ["export_archive"]
 

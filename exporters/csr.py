@@ -12,7 +12,7 @@ from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.config import installed_versions
 from exporters.state_dict import verify_tensors
 from exporters.values import stored_as
-from exporters.verify.compare import Verification, check_exportable, require
+from exporters.verify.tensors import Verification, check_exportable, require
 
 __all__ = ["CSR_ENCODINGS", "export_csr", "verify_csr"]
 

@@ -11,10 +11,10 @@ from dsr_tool.formats.archive import ENCODINGS
 from dsr_tool.sparse.model import SparseModel
 from exporters.archive import export_archive
 from exporters.csr import CSR_ENCODINGS, export_csr
-from exporters.onnx.exporter import ONNX_ENCODINGS, densify_file, export_onnx
+from exporters.onnx.container import ONNX_ENCODINGS, densify_file, export_onnx
 from exporters.state_dict import DENSE_ENCODINGS, export_safetensors, export_state_dict
 from exporters.values import VALUES
-from exporters.verify.verification import Verification
+from exporters.verify.result import Verification
 
 __all__ = ["CONTAINERS", "Container", "densify_export", "export"]
 

@@ -22,11 +22,11 @@ from dsr_tool.sparse.capture import INPUT, frozen_copy
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import Array, SparseTensor
-from exporters.kinds import kind_of
+from exporters.containers import kind_of
 from exporters.values import stored_as
-from exporters.verify.compare import Verification, check_exportable, compared, differing_tensors, require
 from exporters.verify.outputs import outputs_of, random_inputs
 from exporters.verify.rounding import rounded_model, rounding_notes
+from exporters.verify.tensors import Verification, check_exportable, compared, differing_tensors, require
 
 __all__ = ["DENSE_ENCODINGS", "export_safetensors", "export_state_dict", "verify_state_dict", "verify_tensors"]
 

@@ -15,7 +15,7 @@ from dsr_tool.cli.common import emit, examples, note, output_options
 if TYPE_CHECKING:
     from dsr_tool.sparse.model import SparseModel
     from dsr_tool.train import TrainSettings
-    from exporters.verify.verification import Verification
+    from exporters.verify.result import Verification
 
 __all__ = ["command"]
 

@@ -107,7 +107,7 @@ def _run(model: Model, runtime: str, threads: int | None, batch: npt.NDArray[np.
 
 def _session(model: Model, runtime: str, threads: int | None) -> Session | OnnxSession:
     if runtime == "onnxruntime":
-        from exporters.onnx.model import to_onnx
+        from exporters.onnx.write import to_onnx
         from exporters.onnx.session import OnnxSession
 
         tensors = {name: model.tensor(name) for name in model.graph.parameters}

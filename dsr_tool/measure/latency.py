@@ -120,7 +120,7 @@ def open_session(source: Model | str | Path, runtime: str, batch: int, threads: 
 def _dense(model: Model, folder: Path) -> Path:
     """The dense model as an ONNX file; one that is an ONNX file itself keeps its nodes as they are."""
     from exporters.onnx.densify import densify
-    from exporters.onnx.model import to_onnx
+    from exporters.onnx.write import to_onnx
     from exporters.onnx.read import read_onnx
 
     if model.path.suffix.lower() == ".onnx":

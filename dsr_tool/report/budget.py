@@ -11,7 +11,7 @@ from dsr_tool.sparsity.budget import Budget
 
 if TYPE_CHECKING:
     from dsr_tool.sparse.model import SparseModel
-    from exporters.verify.verification import Verification
+    from exporters.verify.result import Verification
 
 __all__ = ["ARCHIVE", "BudgetCheck", "check_exported", "check_source", "check_trained", "too_large"]
 

@@ -18,7 +18,7 @@ from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
-from exporters.kinds import kind_of
+from exporters.containers import kind_of
 
 __all__ = ["Source", "StoredBytes", "read"]
 

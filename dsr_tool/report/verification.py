@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from exporters.verify.verification import Verification
+from exporters.verify.result import Verification
 
 __all__ = ["verification_document", "verification_text"]
 

@@ -13,12 +13,12 @@ from dsr_tool.graph.compact.rewrite import folded_and_compacted
 from dsr_tool.graph.ir import Graph
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.tensor import SparseTensor
-from exporters.onnx.compact import nonzero
-from exporters.onnx.model import folded, to_onnx
+from exporters.onnx.forms import nonzero
 from exporters.onnx.read import OnnxFile, read_onnx
 from exporters.onnx.session import OnnxSession
-from exporters.verify.compare import checked_graph, compared, differing_tensors
-from exporters.verify.verification import Verification
+from exporters.onnx.write import folded, to_onnx
+from exporters.verify.result import Verification
+from exporters.verify.tensors import checked_graph, compared, differing_tensors
 
 __all__ = ["verify_onnx"]
 

@@ -12,7 +12,7 @@ from onnx import NodeProto, SparseTensorProto, TensorProto, numpy_helper
 from dsr_tool.errors import FormatError
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import Array, SparseTensor
-from exporters.onnx.compact import FLOATS, LARGEST, SHARED, STEP_BITS, Form, expression, nonzero, tables
+from exporters.onnx.forms import FLOATS, LARGEST, SHARED, STEP_BITS, Form, expression, nonzero, tables
 from exporters.onnx.nodes import match
 
 __all__ = ["Found", "decode", "find", "from_coo", "from_dense", "shape_of", "to_array"]

@@ -10,10 +10,10 @@ from onnx import ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
 
 from dsr_tool.files import new_file, refuse_existing
 from dsr_tool.graph.ir import Value
-from exporters.onnx.model import refuse_too_large
 from exporters.onnx.read import OnnxFile, read_onnx, stored_weights
 from exporters.onnx.session import OnnxSession
-from exporters.verify.verification import Verification, require
+from exporters.onnx.write import refuse_too_large
+from exporters.verify.result import Verification, require
 
 __all__ = ["densify", "densify_file"]
 

@@ -20,8 +20,8 @@ from dsr_tool.sparsity.tensor import Array, SparseTensor
 from exporters.onnx.decode import Found, decode, find, from_coo, from_dense, shape_of
 from exporters.onnx.load import constants, load
 from exporters.onnx.macs import WeightUse, weight_uses
-from exporters.onnx.model import METADATA
 from exporters.onnx.nodes import field_bytes
+from exporters.onnx.write import METADATA
 
 __all__ = ["OnnxEntry", "OnnxFile", "Stored", "read_onnx", "stored_weights"]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import Array, SparseTensor
-from exporters.onnx.compact import FLOATS, SHARED, STEP_BITS, Parts, bitmask_form, delta_form, expression, tables
+from exporters.onnx.forms import FLOATS, SHARED, STEP_BITS, Parts, bitmask_form, delta_form, expression, tables
 from exporters.onnx.nodes import NodeWriter, initializer_bytes
 
 __all__ = ["add_weight", "choose"]

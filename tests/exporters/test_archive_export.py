@@ -11,8 +11,8 @@ from dsr_tool.errors import CheckFailed, UsageError
 from dsr_tool.formats.archive import open_archive
 from dsr_tool.runtime import Session
 from exporters.archive import export_archive
-from exporters.verify.compare import verify
 from exporters.verify.rounding import rounded_model
+from exporters.verify.tensors import verify
 
 pytestmark = pytest.mark.usefixtures("trace_once")
 

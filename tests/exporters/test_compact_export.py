@@ -24,10 +24,10 @@ from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.config import ModelConfig
 from exporters.archive import export_archive
 from exporters.export import export
-from exporters.onnx.model import to_onnx
 from exporters.onnx.read import read_onnx
 from exporters.onnx.session import OnnxSession
-from exporters.verify.compare import RELATIVE_TOLERANCE, ROUNDING_FACTOR, verify
+from exporters.onnx.write import to_onnx
+from exporters.verify.tensors import RELATIVE_TOLERANCE, ROUNDING_FACTOR, verify
 
 pytestmark = pytest.mark.usefixtures("trace_once")
 

@@ -10,7 +10,7 @@ import dsr_tool
 from dsr_tool.errors import CheckFailed, FormatError, UsageError
 from dsr_tool.formats.csr_file import write_csr
 from exporters.csr import export_csr
-from exporters.verify.compare import verify
+from exporters.verify.tensors import verify
 
 
 def test_every_layer_multiplies_as_in_pytorch(make_model, tmp_path):

@@ -9,8 +9,8 @@ import dsr_tool
 from converters.conversion import convert, load
 from dsr_tool.errors import FileError, UsageError
 from dsr_tool.sparse.trace import trace
+from exporters.containers import kind_of
 from exporters.export import CONTAINERS, densify_export, export
-from exporters.kinds import kind_of
 
 FILES = {"m.dsr": "archive", "m.onnx": "onnx", "m.npz": "csr", "m.safetensors": "safetensors", "m.pth": "state-dict"}
 
@@ -74,7 +74,7 @@ def test_nothing_is_replaced_without_force(make_model, tmp_path, name):
 
 def test_all_containers_from_a_folder_and_from_an_archive(tmp_path, monkeypatch):
     traced = functools.cache(lambda name, shape: trace(models.squeezenet1_1(num_classes=5), shape))
-    monkeypatch.setattr("exporters.verify.compare.trace", lambda module, shape: traced(type(module).__name__, shape))
+    monkeypatch.setattr("exporters.verify.tensors.trace", lambda module, shape: traced(type(module).__name__, shape))
     convert("squeezenet1_1", sparsity=0.9, num_classes=5, input_size=64).save(tmp_path / "net")
     export(load(tmp_path / "net"), tmp_path / "net.dsr")
     for name in FILES:

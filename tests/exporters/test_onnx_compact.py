@@ -14,9 +14,9 @@ from dsr_tool.graph.ir import Graph, Node, Value
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
-from exporters.onnx.compact import bitmask_form, delta_form, nonzero
 from exporters.onnx.decode import decode, find
-from exporters.onnx.model import to_onnx
+from exporters.onnx.forms import bitmask_form, delta_form, nonzero
+from exporters.onnx.write import to_onnx
 
 COMPACT = ("auto", "delta", "bitmask")
 # The evaluator of onnx 1.17 makes int64 of int32 here, which the standard does not.

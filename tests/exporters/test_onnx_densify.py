@@ -7,7 +7,7 @@ from onnx import numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from dsr_tool.errors import CheckFailed, FileError, FormatError
-from exporters.onnx.exporter import densify, densify_file, export_onnx, read_onnx, to_onnx
+from exporters.onnx.container import densify, densify_file, export_onnx, read_onnx, to_onnx
 from exporters.onnx.session import OnnxSession
 
 pytestmark = pytest.mark.usefixtures("trace_once")

@@ -16,7 +16,7 @@ from dsr_tool.sparse.sparsify import sparsify
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.config import ModelConfig
 from exporters.archive import export_archive
-from exporters.onnx.exporter import export_onnx, read_onnx, to_onnx
+from exporters.onnx.container import export_onnx, read_onnx, to_onnx
 
 pytestmark = pytest.mark.usefixtures("trace_once")
 COUNT = 864 + 1536 + 12288 + 640  # weights of the sparse layers; the depthwise one stays dense
@@ -240,7 +240,7 @@ def test_wrong_usage(make_model, tmp_path, monkeypatch, captured):
     for export in (export_onnx, export_archive):
         with pytest.raises(UsageError, match="input shape"):
             export(make_model(input_shape=()), tmp_path / "m")
-    monkeypatch.setattr("exporters.onnx.model._MAX_BYTES", 1000)
+    monkeypatch.setattr("exporters.onnx.write._MAX_BYTES", 1000)
     with pytest.raises(UsageError, match="allows in one file"):
         export_onnx(make_model(), tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())

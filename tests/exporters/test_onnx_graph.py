@@ -11,8 +11,8 @@ from dsr_tool.errors import FileError, FormatError, UsageError
 from dsr_tool.formats.archive import write_archive
 from dsr_tool.runtime import Session
 from exporters.onnx.graph import open_onnx
-from exporters.onnx.model import ONNX_ENCODINGS, to_onnx
 from exporters.onnx.session import OnnxSession
+from exporters.onnx.write import ONNX_ENCODINGS, to_onnx
 from exporters.values import VALUES, stored_as
 
 OPSET = helper.make_opsetid("", 18)

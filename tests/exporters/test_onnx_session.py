@@ -5,7 +5,7 @@ import pytest
 
 import dsr_tool
 from dsr_tool.errors import FileError, FormatError, UsageError
-from exporters.onnx.exporter import export_onnx, onnx_session
+from exporters.onnx.container import export_onnx, onnx_session
 from exporters.onnx.session import PRESETS
 
 pytestmark = pytest.mark.usefixtures("trace_once")

@@ -16,7 +16,7 @@ from dsr_tool.sparse.sparsify import sparsify
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.config import ModelConfig
 from exporters.state_dict import export_safetensors, export_state_dict
-from exporters.verify.compare import verify
+from exporters.verify.tensors import verify
 
 
 def torch_load(path):

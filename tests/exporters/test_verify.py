@@ -11,10 +11,10 @@ from onnx import TensorProto, helper, numpy_helper
 from dsr_tool.errors import CheckFailed, FileError, FormatError, UsageError
 from dsr_tool.sparsity.tensor import SparseTensor
 from exporters.archive import export_archive
+from exporters.onnx.container import export_onnx
 from exporters.onnx.decode import find
-from exporters.onnx.exporter import export_onnx
 from exporters.onnx.read import read_onnx
-from exporters.verify.compare import require, verify
+from exporters.verify.tensors import require, verify
 
 pytestmark = pytest.mark.usefixtures("trace_once")
 EXPORTS = {"m.dsr": export_archive, "m.onnx": export_onnx}
@@ -94,7 +94,7 @@ def test_weights_outside_the_masks_are_not_exported(make_model, tmp_path, name):
 def test_force_replaces_only_after_the_verification(make_model, tmp_path, monkeypatch):
     path = tmp_path / "m.onnx"
     path.write_text("before")
-    monkeypatch.setattr("exporters.verify.compare.RELATIVE_TOLERANCE", -1.0)
+    monkeypatch.setattr("exporters.verify.tensors.RELATIVE_TOLERANCE", -1.0)
     with pytest.raises(CheckFailed):
         export_onnx(make_model(), path, force=True)
     assert path.read_text() == "before"
@@ -163,7 +163,7 @@ def test_verifications_are_plain_values(make_model, tmp_path):
 
 
 def test_an_archive_too_large_for_onnx_is_verified_by_our_runtime(make_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("exporters.onnx.model._MAX_BYTES", 1000)
+    monkeypatch.setattr("exporters.onnx.write._MAX_BYTES", 1000)
     verification = export_archive(make_model(), tmp_path / "a.dsr")
     assert verification.passed
     assert set(verification.runtimes) == {"sparse"}

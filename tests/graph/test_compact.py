@@ -14,7 +14,7 @@ from dsr_tool.graph.ir import Graph, Node, Value
 from dsr_tool.runtime.reference.interpreter import Plan
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
-from exporters.onnx.model import to_onnx
+from exporters.onnx.write import to_onnx
 
 SIZE = 9
 

@@ -12,14 +12,14 @@ from dsr_tool.files import new_file, refuse_existing
 from dsr_tool.graph.compact.record import COMPACTED, saved
 from dsr_tool.graph.compact.rewrite import folded_and_compacted
 from exporters.onnx.densify import densify, densify_file
-from exporters.onnx.model import ONNX_ENCODINGS, to_onnx
 from exporters.onnx.read import OnnxEntry, OnnxFile, read_onnx
 from exporters.onnx.session import onnx_session
+from exporters.onnx.write import ONNX_ENCODINGS, to_onnx
 from exporters.values import VALUES
 
 if TYPE_CHECKING:
     from dsr_tool.sparse.model import SparseModel
-    from exporters.verify.compare import Verification
+    from exporters.verify.tensors import Verification
 
 __all__ = [
     "ONNX_ENCODINGS",
@@ -63,7 +63,7 @@ def export_onnx(
         FileError: the file exists without `force`, or the disk refuses it.
     """
     from exporters.onnx.check import verify_onnx
-    from exporters.verify.compare import checked_graph, require
+    from exporters.verify.tensors import checked_graph, require
 
     if encoding not in ONNX_ENCODINGS:
         raise unknown_name("ONNX encoding", encoding, ONNX_ENCODINGS)

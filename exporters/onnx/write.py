@@ -15,7 +15,7 @@ from dsr_tool.graph.fold import fold_norms
 from dsr_tool.graph.ir import Graph, Node, Value
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.tensor import SparseTensor
-from exporters.onnx.compact import FLOATS, coo, nonzero
+from exporters.onnx.forms import FLOATS, coo, nonzero
 from exporters.onnx.nodes import NodeWriter, field_bytes
 from exporters.onnx.weights import add_weight, choose
 from exporters.values import stored_as

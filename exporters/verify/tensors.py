@@ -17,13 +17,13 @@ from dsr_tool.sparse.capture import frozen_copy
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparse.trace import trace
 from dsr_tool.sparsity.tensor import Array, SparseTensor
-from exporters.kinds import kind_of
-from exporters.onnx.model import to_onnx
+from exporters.containers import kind_of
 from exporters.onnx.session import OnnxSession
+from exporters.onnx.write import to_onnx
 from exporters.values import stored_as
 from exporters.verify.outputs import largest_difference, outputs_of, random_inputs, rounding_error
+from exporters.verify.result import Verification, require
 from exporters.verify.rounding import rounded_model, rounding_notes
-from exporters.verify.verification import Verification, require
 
 __all__ = [
     "Verification",
