@@ -1,7 +1,7 @@
 // What the files of the kernels share.
 #pragma once
 
-#include "operation.h"
+#include "ops.h"
 #include "vectors.h"
 
 struct Pool;
