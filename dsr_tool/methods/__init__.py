@@ -14,7 +14,7 @@ from dsr_tool.methods.deepr import DeepR
 from dsr_tool.methods.dense import Dense
 from dsr_tool.methods.dsr import DSR
 from dsr_tool.methods.dst import DST
-from dsr_tool.methods.foreign import foreign_names, make_foreign
+from dsr_tool.methods.plugins import foreign_names, make_foreign
 from dsr_tool.methods.gmp import GradualPruning
 from dsr_tool.methods.neuron_set import NeuronSET
 from dsr_tool.methods.rigl import RigL

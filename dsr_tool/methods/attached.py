@@ -11,7 +11,7 @@ from torch import optim
 
 from dsr_tool.errors import UsageError
 from dsr_tool.methods.base import Method, Reallocation
-from dsr_tool.methods.moves import check_counts
+from dsr_tool.methods.validation import check_counts
 from dsr_tool.sparse.active import gather
 from dsr_tool.sparse.model import SparseModel
 

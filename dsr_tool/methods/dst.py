@@ -12,7 +12,7 @@ from torch import optim
 
 from dsr_tool.errors import UsageError
 from dsr_tool.methods.base import Method, Reallocation
-from dsr_tool.methods.from_dense import final_budget, require_dense
+from dsr_tool.methods.final_sparsity import final_budget, require_dense
 from dsr_tool.methods.latent import LatentKeeper
 from dsr_tool.methods.schedule import ReallocationSchedule
 from dsr_tool.sparse.active import ActiveWeights, Positions

@@ -9,7 +9,7 @@ import torch
 
 from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.methods.base import Method, Reallocation
-from dsr_tool.methods.from_dense import final_budget
+from dsr_tool.methods.final_sparsity import final_budget
 from dsr_tool.methods.prune import smallest, smallest_of_all
 from dsr_tool.methods.schedule import ReallocationSchedule
 from dsr_tool.sparse.active import ActiveWeights, Positions

@@ -20,7 +20,7 @@ from dsr_tool.methods.base import Method, Reallocation
 from dsr_tool.methods.grow import at_random
 from dsr_tool.methods.prune import smallest
 from dsr_tool.methods.schedule import ReallocationSchedule
-from dsr_tool.methods.units import hidden_units
+from dsr_tool.methods.hidden_units import hidden_units
 from dsr_tool.sparse.active import ActiveWeights, Positions, segment_counts
 from dsr_tool.sparse.keeper import MaskKeeper
 from dsr_tool.sparse.model import SparseModel

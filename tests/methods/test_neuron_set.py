@@ -14,7 +14,7 @@ from converters.conversion import convert
 from dsr_tool.errors import UsageError
 from dsr_tool.formats.archive import open_archive
 from dsr_tool.methods import NeuronSET, ReallocationSchedule, attach, make
-from dsr_tool.methods.units import Hidden, hidden_units
+from dsr_tool.methods.hidden_units import Hidden, hidden_units
 from exporters.archive import export_archive
 
 ALWAYS = ReallocationSchedule(((0, 1),), 1000)

@@ -6,7 +6,7 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from dsr_tool.errors import UsageError
-from dsr_tool.methods import Static, foreign
+from dsr_tool.methods import Static, plugins
 from dsr_tool.recipes.files import families, find_recipe
 from dsr_tool.recipes.rows import Recipe
 from dsr_tool.recipes.settings import as_run, changed, conversion, own_options, pair, require_model, settings
@@ -80,7 +80,7 @@ def test_set_works_without_a_recipe():
 
 def test_a_method_from_elsewhere_has_options_of_any_name(monkeypatch):
     point = EntryPoint("shake", f"{__name__}:_static", "dsr_tool.methods")
-    monkeypatch.setattr(foreign, "entry_points", lambda group: [point] if group == foreign.GROUP else [])
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [point] if group == plugins.GROUP else [])
     monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__, types.ModuleType(__name__)))
     monkeypatch.setattr(sys.modules[__name__], "_static", lambda timing, share: Static(), raising=False)
     row = as_run(None, ["options.share=0.2", "method=shake"], {})

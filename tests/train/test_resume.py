@@ -16,7 +16,7 @@ import dsr_tool.train.run as run_module
 from converters.conversion import convert, load
 from dsr_tool.errors import FileError, FormatError, UsageError
 from dsr_tool.methods import METHODS, OPTIONS, attach
-from dsr_tool.methods.units import hidden_units
+from dsr_tool.methods.hidden_units import hidden_units
 from dsr_tool.train import Observer, RunFolder, train
 from dsr_tool.train.checkpoint import read_state, write_state
 

@@ -15,7 +15,7 @@ from torch import optim
 
 from dsr_tool.errors import DsrError, UsageError, first_line
 from dsr_tool.methods.base import Method, Reallocation
-from dsr_tool.methods.moves import check_moves
+from dsr_tool.methods.validation import check_moves
 from dsr_tool.sparse.active import ActiveWeights
 from dsr_tool.sparse.keeper import MaskKeeper
 from dsr_tool.sparse.model import SparseModel

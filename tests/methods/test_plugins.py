@@ -14,7 +14,7 @@ from torch import nn, optim
 
 from converters.conversion import convert
 from dsr_tool.errors import CheckFailed, DsrError, UsageError
-from dsr_tool.methods import SET, Method, Reallocation, ReallocationSchedule, attach, foreign, make, names
+from dsr_tool.methods import SET, Method, Reallocation, ReallocationSchedule, attach, make, names, plugins
 from dsr_tool.sparse.active import Positions
 
 ALWAYS = ReallocationSchedule(((0, 1),), 10**9)
@@ -93,9 +93,9 @@ def found(monkeypatch):
     """Give the name `mine` to an object, as an entry point would."""
 
     def point(target):
-        entry = EntryPoint("mine", "mine_method:Mine", foreign.GROUP)
+        entry = EntryPoint("mine", "mine_method:Mine", plugins.GROUP)
         monkeypatch.setattr(EntryPoint, "load", lambda self: target() if target is broken else target)
-        monkeypatch.setattr(foreign, "entry_points", lambda group: [entry])
+        monkeypatch.setattr(plugins, "entry_points", lambda group: [entry])
 
     return point
 
