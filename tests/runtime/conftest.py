@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -107,7 +107,11 @@ def sparse() -> Callable[..., SparseTensor]:
 
 @pytest.fixture(scope="session")
 def both() -> Callable[..., FastPlan]:
-    """Compute with kernels and with the reference, and compare; twice, since the second run finds what the first left.
+    """Runs a graph on the kernels and on the reference, and asserts that the kernels ran and that both agree.
+
+    Every node must run on a kernel, except for those whose operators `fallback` lists: one entry for each such node, in
+    the order of the graph. Without this, a rule that declines would let the reference be compared with itself. No
+    lowering rule may raise. The plan runs twice, since the second run finds in memory what the first one left.
 
     Returns the plan of the kernels.
     """
@@ -118,19 +122,23 @@ def both() -> Callable[..., FastPlan]:
         tensors: dict[str, SparseTensor],
         x: np.ndarray,
         constants: Mapping[str, np.ndarray] | None = None,
+        *,
+        fallback: Sequence[str] = (),
     ) -> FastPlan:
         last = nodes[-1].outputs[0]
         graph = Graph((Value("x", x.shape),), (Value(last, ()),), tuple(nodes), constants or {}, tuple(tensors), OPSET)
-        wanted = Plan(graph, tensors).run(x)
-        # Weights are kept by name, and the next case has others.
+        expected = Plan(graph, tensors).run(x)
+        # Packed weights are cached by name, and the previous test used the same names for other weights.
         machine.packs.clear()
         plan = FastPlan(graph, tensors, x.shape, machine)
+        assert not [entry.reason for entry in plan.coverage.fallbacks if entry.failed]
+        assert [entry.operator for entry in plan.coverage.fallbacks] == list(fallback)
         for _ in range(2):
             found = plan.run(x)
-            assert found.shape == wanted.shape
-            assert found.dtype == wanted.dtype
-            scale = float(np.abs(wanted[np.isfinite(wanted)]).max(initial=0))
-            np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=3e-6 * scale + 1e-30)
+            assert found.shape == expected.shape
+            assert found.dtype == expected.dtype
+            scale = float(np.abs(expected[np.isfinite(expected)]).max(initial=0))
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=3e-6 * scale + 1e-30)
         return plan
 
     return check

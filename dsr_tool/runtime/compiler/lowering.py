@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dsr_tool.errors import DsrError
 from dsr_tool.graph.ir import Node
 from dsr_tool.runtime.compiler.grids import WINDOWED, Grids, shape_of
 from dsr_tool.runtime.compiler.layouts import Flat, Grid, Planes, Rows, Value
@@ -15,6 +16,7 @@ from dsr_tool.runtime.compiler.packing import Pack
 from dsr_tool.runtime.compiler.relayout import copied, loaded, regridded, rowwise
 from dsr_tool.runtime.compiler.segment import Op, Segment
 from dsr_tool.runtime.compiler.weights import Known
+from dsr_tool.runtime.coverage import Fallback, describe_failure
 from dsr_tool.runtime.kernels.ops import Kind
 from dsr_tool.sparsity.tensor import SparseTensor, Weight
 
@@ -104,28 +106,30 @@ class Lowering(Grids):
             return 1
         return self.images if node.op in _BY_IMAGE and rank == 4 else None
 
-    def put(self, index: int) -> bool:
-        """Put down a node; False where it has no kernel."""
+    def lower(self, index: int) -> Fallback | None:
+        """Lowers one node. Returns None, or a fallback that says why no kernel computes the node."""
         node = self.nodes[index]
         rule = self._rules.get(node.op)
         if rule is None:
-            return False
+            return Fallback(node.op, node.outputs[0], "no kernel")
         self.index = index
-        count, kept = len(self.segment.ops), (dict(self.values), dict(self.segment.inputs))
+        # A rule may add ops and values before it finds that it cannot go on; all of them are removed then.
+        count, before = len(self.segment.ops), (dict(self.values), dict(self.segment.inputs))
+        reason = "declined"
         try:
-            made = rule(self, node, **node.attributes)
-        except (ArithmeticError, LookupError, TypeError, ValueError):
-            # Attributes or inputs that make no sense: the reference says what is wrong with them.
-            made = None
-        if made is None:
-            # What was put down for it so far goes again.
+            lowered = rule(self, node, **node.attributes)
+        except DsrError:
+            lowered = None  # the node is invalid, and the reference says what is wrong with it
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # Either the node is invalid, or the rule has a bug. A model must run in both cases, so this is a fallback;
+            # it is told apart from a form that has no kernel, so that tests can fail and `bench` can name it.
+            lowered, reason = None, describe_failure(error)
+        if lowered is None:
             del self.segment.ops[count:]
-            self.values, self.segment.inputs = kept
-            return False
-        value, shape = made
-        self.values[node.outputs[0]] = value
-        self.shapes[node.outputs[0]] = shape
-        return True
+            self.values, self.segment.inputs = before
+            return Fallback(node.op, node.outputs[0], reason)
+        self.values[node.outputs[0]], self.shapes[node.outputs[0]] = lowered
+        return None
 
     def array(self, name: str) -> Flat:
         """A value as an array of the caller: filled from here when it is made here, else read."""

@@ -15,6 +15,7 @@ from dsr_tool.runtime.compiler.memory import PlanMemory, memory_of
 from dsr_tool.runtime.compiler.program import Machine, Native, Numpy
 from dsr_tool.runtime.compiler.rules import RULES
 from dsr_tool.runtime.compiler.weights import Known
+from dsr_tool.runtime.coverage import Coverage, Fallback
 from dsr_tool.runtime.reference.interpreter import (
     MAX_FOLDED_RATIO,
     MAX_HELD_RATIO,
@@ -38,8 +39,7 @@ class FastPlan:
 
     Attributes:
         cost: time of its products, as a share of what dense ones would take by rule of thumb.
-        native: how many nodes run on compiled kernels.
-        fallback: operators that do not, each named once.
+        coverage: how many nodes run on compiled kernels, and which do not.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class FastPlan:
         self._input, self._output = graph.inputs[0].name, graph.outputs[0].name
         self._machine = machine
         self._steps: list[Native | Numpy] = []
-        self.native, self.fallback = 0, list[str]()
+        self._native, self._fallbacks = 0, list[Fallback]()
         known = Known({**graph.constants, **{name: tensors[name] for name in graph.parameters}})
         self._limits = (
             FREE_BYTES + MAX_FOLDED_RATIO * sum(map(nbytes_of, known.values())),
@@ -79,6 +79,7 @@ class FastPlan:
         self._samples: dict[str, Array] = {self._input: np.zeros(shape, np.float32)}
         with np.errstate(all="ignore"):
             self._prepare(nodes, known, {} if folded is None else folded)
+        self.coverage = Coverage(self._native + len(self._fallbacks), tuple(self._fallbacks))
         self.cost = self._lowering.work / max(self._lowering.dense_work, 1.0)
         del self._samples, self._lowering
         self._constant = dense(known[self._output]) if self._output in known else None
@@ -119,10 +120,11 @@ class FastPlan:
                     folded += sum(array.nbytes for array in made.values())
                     claim((folded,), np.uint8)
                 known.update(made)
-            elif self._put(i):
-                self.native += 1
-            else:
+            elif fallback := self._lower(i):
                 self._fall_back(i, node, known)
+                self._fallbacks.append(fallback)
+            else:
+                self._native += 1
         if self._output not in known:
             low.array(self._output)
             self._close()
@@ -134,14 +136,14 @@ class FastPlan:
             node.attributes.get("perm") == (1, 0) and len(inputs) == 1 and isinstance(known.get(*inputs), SparseTensor)
         )
 
-    def _put(self, index: int) -> bool:
-        """Put a node down, in a segment of its own where it takes the batch apart in another way."""
+    def _lower(self, index: int) -> Fallback | None:
+        """Lowers a node, in a new segment if it splits the batch in another way than the ops before it."""
         low = self._lowering
         batch = low.batch_of(index)
         if batch not in (None, low.batch):
             self._export(index)
             low.start(batch)
-        return low.put(index)
+        return low.lower(index)
 
     def _export(self, index: int) -> None:
         """End the segment, with everything in arrays that nodes from `index` on read."""
@@ -159,8 +161,6 @@ class FastPlan:
         self._add(step)
         for name, (shape, dtype) in step.made.items():
             low.shapes[name], low.types[name] = shape, dtype
-        if node.op not in self.fallback:
-            self.fallback.append(node.op)
 
     def _close(self) -> None:
         """Make a step of the segment, and begin another."""
