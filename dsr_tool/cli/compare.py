@@ -104,7 +104,7 @@ def _tables(grid: Path | None, options: dict[str, str | None]) -> dict[str, Any]
 def _given(sparsity: str | None, seeds: str | None, sets: tuple[str, ...]) -> dict[str, Any]:
     """Options that win over the tables of single methods as well."""
     from dsr_tool.compare.grid import numbers
-    from dsr_tool.recipes.settings import pair
+    from dsr_tool.recipes.apply import pair
 
     told: dict[str, Any] = {"seeds": seeds, "set": dict(pair(text) for text in sets) or None}
     told["sparsity"] = numbers(sparsity) if sparsity is not None else None

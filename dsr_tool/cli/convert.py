@@ -95,7 +95,7 @@ def command(
 
     refuse_existing(output, force=force, marker="config.json")
     if recipe is not None:
-        from dsr_tool.recipes.settings import conversion
+        from dsr_tool.recipes.apply import conversion
 
         said = {"arch": arch, **options}
         given = {key: value for key, value in said.items() if value is not None and value is not False and value != ()}

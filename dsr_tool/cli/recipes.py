@@ -10,7 +10,7 @@ import click
 from dsr_tool.cli.common import emit, examples, result_options
 
 if TYPE_CHECKING:
-    from dsr_tool.recipes.rows import Family, Recipe
+    from dsr_tool.recipes.recipe import Family, Recipe
 
 __all__ = ["command"]
 
@@ -59,7 +59,7 @@ def _row(recipe: Recipe) -> dict[str, Any]:
 
 
 def _tables(recipe: Recipe) -> dict[str, Any]:
-    from dsr_tool.recipes.rows import TABLES
+    from dsr_tool.recipes.recipe import TABLES
 
     return {table: dict(getattr(recipe, table)) for table in TABLES}
 

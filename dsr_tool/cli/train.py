@@ -152,7 +152,7 @@ def command(
     started = time.monotonic()
     from converters.conversion import load
     from dsr_tool.errors import UsageError
-    from dsr_tool.recipes.settings import as_run, own_options, require_model, settings
+    from dsr_tool.recipes.apply import as_run, own_options, require_model, settings
     from dsr_tool.report.budget import check_trained, too_large
     from dsr_tool.train import Follower, Progress, RunFolder, TrainResult, TrainSettings, joined, load_data, train
 

@@ -16,7 +16,7 @@ from converters.conversion import convert, load
 from dsr_tool.compare.cells import ARCHIVE, Cell, Comparison
 from dsr_tool.errors import DsrError, FormatError, first_line
 from dsr_tool.measure.memory.process import can_measure, held_bytes, reset_peak
-from dsr_tool.recipes.settings import conversion_options, settings
+from dsr_tool.recipes.apply import conversion_options, settings
 from dsr_tool.report.sources import read
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.config import installed_versions

@@ -13,7 +13,7 @@ from typing import Any
 
 from dsr_tool.errors import FileError, FormatError, UsageError
 from dsr_tool.files import new_file, refuse_existing, writing
-from dsr_tool.recipes.rows import Recipe
+from dsr_tool.recipes.recipe import Recipe
 from dsr_tool.train.lock import Lock
 
 __all__ = ["ARCHIVE", "PLAN", "Cell", "Comparison", "Grid"]

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 from dsr_tool.compare.cells import Cell, Grid
 from dsr_tool.errors import DsrError, UsageError, unknown_name
+from dsr_tool.recipes.apply import changed
 from dsr_tool.recipes.files import find_family
-from dsr_tool.recipes.rows import Family, toml_value
-from dsr_tool.recipes.settings import changed
+from dsr_tool.recipes.recipe import Family, toml_value
 
 __all__ = ["KEYS", "make_grid", "numbers", "seeds"]
 

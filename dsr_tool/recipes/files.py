@@ -10,7 +10,7 @@ from typing import Any
 
 from dsr_tool.errors import FormatError, UsageError, unknown_name
 from dsr_tool.files import require_file
-from dsr_tool.recipes.rows import FAMILY, RECIPE, TABLES, Family, Recipe
+from dsr_tool.recipes.recipe import FAMILY, RECIPE, TABLES, Family, Recipe
 
 if sys.version_info >= (3, 11):
     import tomllib

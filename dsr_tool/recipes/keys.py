@@ -11,7 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from converters.conversion import convert
 from dsr_tool.errors import closest, unknown_name
 from dsr_tool.methods import OPTIONS
-from dsr_tool.recipes.rows import Recipe
+from dsr_tool.recipes.recipe import Recipe
 from dsr_tool.train.settings import TrainSettings
 
 __all__ = ["MODEL_KEYS", "OPTION_KEYS", "TRAIN_KEYS", "wrong_values"]

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from dsr_tool.errors import DsrError, FormatError, UsageError
 from dsr_tool.recipes.files import families, find_family, find_recipe, parse_toml
-from dsr_tool.recipes.rows import Recipe
+from dsr_tool.recipes.recipe import Recipe
 
 FAMILY = """
 schema = "dsr-tool/recipes/1"

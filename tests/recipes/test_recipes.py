@@ -7,9 +7,9 @@ import pytest
 
 from dsr_tool.errors import UsageError
 from dsr_tool.methods import Static, plugins
+from dsr_tool.recipes.apply import as_run, changed, conversion, own_options, pair, require_model, settings
 from dsr_tool.recipes.files import families, find_recipe
-from dsr_tool.recipes.rows import Recipe
-from dsr_tool.recipes.settings import as_run, changed, conversion, own_options, pair, require_model, settings
+from dsr_tool.recipes.recipe import Recipe
 from dsr_tool.train import TrainSettings
 
 ROW = "lenet-300-100/dsr@0.99"

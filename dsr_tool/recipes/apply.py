@@ -10,7 +10,7 @@ from typing import Any
 from dsr_tool.errors import FormatError, UsageError, unknown_name
 from dsr_tool.recipes.files import find_recipe, parse_toml
 from dsr_tool.recipes.keys import MODEL_KEYS, OPTION_KEYS, TRAIN_KEYS, wrong_values
-from dsr_tool.recipes.rows import TABLES, Recipe
+from dsr_tool.recipes.recipe import TABLES, Recipe
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.train.settings import LEARNING_RATES, MOMENTA, TrainSettings
