@@ -1,58 +1,73 @@
-"""Small changes of a graph before it is put down: what does nothing goes, and what has one kernel becomes one node."""
+"""Graph pass: fuses nodes that one kernel computes, before a graph is lowered.
+
+Requires: nodes in topological order; the requested value is the first output of one of them.
+Does: removes nodes that return their input (Identity, Dropout), so that their readers read that input; replaces the
+pair gate, x * gate(x) by one node (Swish, HardSwish) where nothing else reads the gate.
+Ensures: the requested value is made under its name, with the same numbers up to rounding; the order stays topological;
+no other value is made under a new name.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Sequence
+
+import numpy as np
 
 from dsr_tool.graph.ir import Node
-from dsr_tool.sparsity.tensor import Weight
+from dsr_tool.graph.operators import operator_of
 
-__all__ = ["rewritten"]
-
-_NOTHING = frozenset({"Identity", "Dropout"})
-_GATES = {"Sigmoid": "Swish", "HardSigmoid": "HardSwish"}
+__all__ = ["fuse"]
 
 
-def rewritten(nodes: Sequence[Node], known: Mapping[str, Weight], output: str) -> list[Node]:
-    """The nodes that compute the same.
+def fuse(nodes: Sequence[Node], known: Container[str], output: str) -> list[Node]:
+    """Returns fewer nodes that compute the same; see the module's docstring.
 
     Args:
-        nodes: in order.
-        known: weights and constants by name.
-        output: the value that is asked for.
+        nodes: the nodes that `output` depends on, in topological order.
+        known: names of weights and constants.
+        output: name of the requested value.
     """
-    return _gated(_renamed(nodes, known, output), output)
+    return _fuse_gates(_remove_identities(nodes, known, output), output)
 
 
-def _renamed(nodes: Sequence[Node], known: Mapping[str, Weight], output: str) -> list[Node]:
-    """Without nodes that hand on what they get; their readers read that."""
-    other: dict[str, str] = {}
-    kept = []
-    for given in nodes:
-        node = dataclasses.replace(given, inputs=tuple(other.get(name, name) for name in given.inputs))
-        if node.op in _NOTHING and node.inputs and node.inputs[0] not in known and node.outputs[0] != output:
-            other[node.outputs[0]] = node.inputs[0]
+def _remove_identities(nodes: Sequence[Node], known: Container[str], output: str) -> list[Node]:
+    source: dict[str, str] = {}  # the output of a removed node -> what its readers read instead
+    result = []
+    for original in nodes:
+        node = dataclasses.replace(original, inputs=tuple(source.get(name, name) for name in original.inputs))
+        identity = operator_of(node.op).identity and bool(node.inputs)
+        # One of a known value stays: it is folded, and folding frees the weight under its own name.
+        if identity and node.inputs[0] not in known and node.outputs[0] != output:
+            source[node.outputs[0]] = node.inputs[0]
         else:
-            kept.append(node)
-    return kept
+            result.append(node)
+    return result
 
 
-def _gated(nodes: Sequence[Node], output: str) -> list[Node]:
-    """X * sigmoid(x) as one node, and the same with the hard sigmoid."""
-    readers: dict[str, list[Node]] = {}
+def _fuse_gates(nodes: Sequence[Node], output: str) -> list[Node]:
+    readers = Counter(name for node in nodes for name in set(node.inputs))
+    gates = {node.outputs[0]: node for node in nodes if _is_gate(node)}
+    fused: dict[str, Node] = {}  # the output of a gate that is gone -> the node that computes it too
     for node in nodes:
-        for name in node.inputs:
-            readers.setdefault(name, []).append(node)
-    result, dropped = [], set[str]()
-    gates = {node.outputs[0]: node for node in nodes if node.op in _GATES and len(node.inputs) == 1}
-    for node in nodes:
-        gate = next((gates[name] for name in node.inputs if name in gates), None) if node.op == "Mul" else None
-        if gate is not None and gate.outputs[0] != output and len(readers[gate.outputs[0]]) == 1:
-            x = gate.inputs[0]
-            if sorted(node.inputs) == sorted((x, gate.outputs[0])):
-                dropped.add(gate.outputs[0])
-                result.append(Node(_GATES[gate.op], (x,), node.outputs, gate.attributes))
-                continue
-        result.append(node)
-    return [node for node in result if not (node.outputs[0] in dropped and node.op in _GATES)]
+        if node.op != "Mul" or len(node.inputs) != 2:
+            continue
+        for name, x in (node.inputs, node.inputs[::-1]):
+            gate = gates.get(name)
+            if gate is not None and gate.inputs == (x,) and readers[name] == 1 and name != output:
+                fused[name] = Node(operator_of(gate.op).gate_of, (x,), node.outputs)
+                break
+    replaced = {node.outputs[0]: node for node in fused.values()}
+    return [replaced.get(node.outputs[0], node) for node in nodes if node.outputs[0] not in fused]
+
+
+def _is_gate(node: Node) -> bool:
+    """Returns whether x times this node is the operator that its row names, which has no attributes."""
+    if not operator_of(node.op).gate_of or len(node.inputs) != 1:
+        return False
+    if node.op == "HardSigmoid":
+        # HardSwish has a slope of 1/6, which exporters write rounded to float32; the default here is 0.2.
+        alpha, beta = node.attributes.get("alpha", 0.2), node.attributes.get("beta", 0.5)
+        return isinstance(alpha, float) and np.float32(alpha) == np.float32(1 / 6) and beta == 0.5
+    return not node.attributes

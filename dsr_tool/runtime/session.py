@@ -18,7 +18,7 @@ from dsr_tool.runtime.compiler.plan import FastPlan
 from dsr_tool.runtime.compiler.program import Machine
 from dsr_tool.runtime.kernels.library import library
 from dsr_tool.runtime.onnxruntime_plan import DensePlan
-from dsr_tool.runtime.reference.interpreter import Folded, Plan
+from dsr_tool.runtime.reference.interpreter import Folded, Interpreter
 from dsr_tool.runtime.source import Model, open_model
 from dsr_tool.sparsity.tensor import Array, SparseTensor
 
@@ -82,7 +82,7 @@ class Session:
         graph, tensors = fold_norms(graph, tensors)
         machine = _machine(runtime, threads, self.input)
         self.runtime = "scipy" if machine is None else "native"
-        self._plan: Plan | _Plans = Plan(graph, tensors) if machine is None else _Plans(graph, tensors, machine)
+        self._plan: Interpreter | _Plans = Interpreter(graph, tensors) if machine is None else _Plans(graph, tensors, machine)
         if isinstance(self._plan, _Plans) and (shape := _first_shape(self.input, batch)):
             cost = self._plan.prepare(shape).cost
             if cost is None:
@@ -166,7 +166,7 @@ class _Plans:
         return self._reference
 
 
-class _Reference(Plan):
+class _Reference(Interpreter):
     """The plan of a shape that the kernels cannot take: it has no `cost`."""
 
     cost = None

@@ -16,7 +16,7 @@ from dsr_tool.graph.compact.rewrite import folded_and_compacted
 from dsr_tool.report.sources import read
 from dsr_tool.report.tables import report_document, report_text
 from dsr_tool.runtime import Session
-from dsr_tool.runtime.reference.interpreter import Plan
+from dsr_tool.runtime.reference.interpreter import Interpreter
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparse.sparsify import sparsify
 from dsr_tool.sparse.trace import trace
@@ -173,7 +173,7 @@ def compared(module: nn.Module, size: int) -> tuple[int, int, int]:
     assert np.abs(wanted[0] - wanted[1]).max() > 1e-3 * scale
     # Some networks round more than 1e-5 of their largest output, in PyTorch as much.
     allowed = RELATIVE_TOLERANCE * scale + ROUNDING_FACTOR * np.abs(single - wanted).max()
-    for found in (session.run(x), Plan(small.graph, small.tensors).run(x)):
+    for found in (session.run(x), Interpreter(small.graph, small.tensors).run(x)):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=allowed)
     return channels(before), channels(small.tensors), len(small.removed)
 

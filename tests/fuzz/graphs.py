@@ -47,9 +47,9 @@ def _input(random: Generator, document: Any) -> None:
 
 
 def _operator(random: Generator, document: Any) -> None:
-    from dsr_tool.runtime.reference.interpreter import OPERATORS
+    from dsr_tool.runtime.reference.call import FUNCTIONS
 
-    _one(random, document["nodes"])["op"] = _one(random, sorted(OPERATORS))
+    _one(random, document["nodes"])["op"] = _one(random, sorted(FUNCTIONS))
 
 
 def _attribute(random: Generator, document: Any) -> None:

@@ -15,7 +15,8 @@ from dsr_tool.graph.ir import Graph, Node, Value
 from dsr_tool.runtime.compiler.plan import FastPlan
 from dsr_tool.runtime.compiler.program import Machine
 from dsr_tool.runtime.kernels.library import library
-from dsr_tool.runtime.reference.interpreter import OPERATORS, Plan
+from dsr_tool.runtime.reference.call import FUNCTIONS
+from dsr_tool.runtime.reference.interpreter import Interpreter
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
 
@@ -62,7 +63,7 @@ def _plan(op: str, arrays: list[np.ndarray | None], outputs: int, attributes: Ma
         tuple(tensors),
         OPSET,
     )
-    return Plan(graph, tensors).run(arrays[0])
+    return Interpreter(graph, tensors).run(arrays[0])
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +74,7 @@ def agree() -> Callable[..., None]:
         inputs = [None if array is None else np.asarray(array) for array in arrays]
         wanted = _onnxruntime(op, inputs, outputs, attributes)
         with np.errstate(all="ignore"):
-            bare = OPERATORS[op](*inputs, **attributes)
+            bare = FUNCTIONS[op](*inputs, **attributes)
         found = [np.asarray(array) for array in (bare if isinstance(bare, tuple) else (bare,))]
         assert len(found) == len(wanted)
         for ours, theirs in [*zip(found, wanted, strict=True), (_plan(op, inputs, outputs, attributes), wanted[0])]:
@@ -127,7 +128,7 @@ def both() -> Callable[..., FastPlan]:
     ) -> FastPlan:
         last = nodes[-1].outputs[0]
         graph = Graph((Value("x", x.shape),), (Value(last, ()),), tuple(nodes), constants or {}, tuple(tensors), OPSET)
-        expected = Plan(graph, tensors).run(x)
+        expected = Interpreter(graph, tensors).run(x)
         # Packed weights are cached by name, and the previous test used the same names for other weights.
         machine.packs.clear()
         plan = FastPlan(graph, tensors, x.shape, machine)

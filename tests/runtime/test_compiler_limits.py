@@ -151,7 +151,7 @@ def test_operators_without_inputs_are_errors(machine, op):
 
 def test_an_unknown_operator_is_named_with_its_node(machine):
     graph = Graph((Value("x", (1, 4)),), (Value("y", ()),), (Node("Frobnicate", ("x",), ("y",)),), {}, (), 20)
-    with pytest.raises(UsageError, match=r"operator Frobnicate \(which makes 'y'\) is not known"):
+    with pytest.raises(UsageError, match=r"operator Frobnicate \(output 'y'\) is not known"):
         FastPlan(graph, {}, (1, 4), machine)
 
 

@@ -5,7 +5,7 @@ import pytest
 from onnx import TensorProto
 
 from dsr_tool.errors import UsageError
-from dsr_tool.runtime.reference.interpreter import OPERATORS
+from dsr_tool.runtime.reference.call import FUNCTIONS
 
 RNG = np.random.default_rng(0)
 X = np.concatenate([RNG.standard_normal(500) * 4, [0, -0.0, 1, -1, 30, -30, 88, -88]]).astype(np.float32)
@@ -107,4 +107,4 @@ def test_cast_like(agree):
 
 def test_cast_to_an_unknown_type_is_refused():
     with pytest.raises(UsageError, match="type number 16"):
-        OPERATORS["Cast"](X, to=TensorProto.BFLOAT16)
+        FUNCTIONS["Cast"](X, to=TensorProto.BFLOAT16)

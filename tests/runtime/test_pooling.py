@@ -6,7 +6,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dsr_tool.runtime.reference.interpreter import OPERATORS
+from dsr_tool.runtime.reference.call import FUNCTIONS
 
 
 @st.composite
@@ -45,7 +45,7 @@ def test_average_pool_rounded_up_agrees_with_torch(pool, include):
     theirs = (torch.nn.AvgPool1d, torch.nn.AvgPool2d, torch.nn.AvgPool3d)[rank - 1](
         attributes["kernel_shape"], attributes["strides"], attributes["pads"][:rank], True, include
     )(torch.from_numpy(x))
-    ours = OPERATORS["AveragePool"](x, **attributes, count_include_pad=int(include), ceil_mode=1)
+    ours = FUNCTIONS["AveragePool"](x, **attributes, count_include_pad=int(include), ceil_mode=1)
     np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5, atol=1e-6)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dsr_tool.errors import UsageError
-from dsr_tool.runtime.reference.interpreter import OPERATORS
+from dsr_tool.runtime.reference.call import FUNCTIONS
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((2, 3, 4, 5)).astype(np.float32)
@@ -50,4 +50,4 @@ def test_batch_norm(agree, rank):
 def test_batch_norm_of_training_is_refused():
     ones = np.ones(3, np.float32)
     with pytest.raises(UsageError, match="training mode"):
-        OPERATORS["BatchNormalization"](X, ones, ones, ones, ones, training_mode=1)
+        FUNCTIONS["BatchNormalization"](X, ones, ones, ones, ones, training_mode=1)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsr_tool.errors import UsageError
-from dsr_tool.runtime.reference.interpreter import OPERATORS
+from dsr_tool.runtime.reference.call import FUNCTIONS
 
 COORDINATES = ("align_corners", "asymmetric", "half_pixel", "pytorch_half_pixel")
 SIZES = st.tuples(st.integers(1, 9), st.integers(2, 9))
@@ -47,7 +47,7 @@ def test_agrees_with_what_torch_interpolates(before, after, mode, align):
     attributes = {"mode": name, "coordinate_transformation_mode": coordinates}
     if mode == "nearest":
         attributes |= {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-    ours = OPERATORS["Resize"](x, None, None, np.array((2, 3, *after)), **attributes)
+    ours = FUNCTIONS["Resize"](x, None, None, np.array((2, 3, *after)), **attributes)
     np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5, atol=1e-5)
 
 
@@ -72,4 +72,4 @@ def test_volumes_agree(agree):
 )
 def test_what_is_not_known_is_refused(attributes, words):
     with pytest.raises(UsageError, match=words):
-        OPERATORS["Resize"](picture((2, 2)), None, None, np.array((2, 3, 4, 4)), **attributes)
+        FUNCTIONS["Resize"](picture((2, 2)), None, None, np.array((2, 3, 4, 4)), **attributes)

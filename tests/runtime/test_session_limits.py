@@ -19,7 +19,7 @@ from dsr_tool.runtime.compiler.plan import FastPlan
 from dsr_tool.runtime.compiler.program import Machine
 from dsr_tool.runtime.kernels.library import library
 from dsr_tool.runtime.onnxruntime_plan import DensePlan
-from dsr_tool.runtime.reference.interpreter import OPERATORS
+from dsr_tool.runtime.reference.call import FUNCTIONS
 from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.mask import Mask
@@ -113,7 +113,7 @@ def test_what_weights_alone_give_is_computed_once(tmp_path, monkeypatch, sizes):
         calls.append(x.shape)
         return np.exp(x)
 
-    monkeypatch.setitem(OPERATORS, "Exp", counted)
+    monkeypatch.setitem(FUNCTIONS, "Exp", counted)
     nodes = [Node("Exp", ("w",), ("e",)), Node("Reshape", ("e", "sizes"), ("r",)), Node("Add", ("x", "r"), ("y",))]
     path = write(tmp_path / "net.dsr", nodes, constants={"sizes": np.array(sizes)})
     for runtime in ("native", "scipy"):

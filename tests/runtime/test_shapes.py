@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsr_tool.errors import FormatError, UsageError
-from dsr_tool.runtime.reference.interpreter import OPERATORS
+from dsr_tool.runtime.reference.call import FUNCTIONS
 
 X = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 5)
 
@@ -94,7 +94,7 @@ def test_scatter_nd(agree, reduction):
 
 def test_scatter_nd_leaves_its_input_alone():
     before = X.copy()
-    OPERATORS["ScatterND"](X, int64(0).reshape(1, 1), np.zeros((1, 3, 4, 5), np.float32))
+    FUNCTIONS["ScatterND"](X, int64(0).reshape(1, 1), np.zeros((1, 3, 4, 5), np.float32))
     np.testing.assert_array_equal(X, before)
 
 
@@ -127,25 +127,25 @@ def test_range(agree, values):
 
 def test_constants():
     agree_with = np.testing.assert_array_equal
-    agree_with(OPERATORS["Constant"](value_ints=(1, 2)), int64(1, 2), strict=True)
-    agree_with(OPERATORS["Constant"](value_int=3), np.array(3, np.int64), strict=True)
-    agree_with(OPERATORS["Constant"](value_float=0.5), np.array(0.5, np.float32), strict=True)
-    agree_with(OPERATORS["Constant"](value_floats=(0.5,)), np.array([0.5], np.float32), strict=True)
-    agree_with(OPERATORS["ConstantOfShape"](int64(2, 3)), np.zeros((2, 3), np.float32), strict=True)
-    agree_with(OPERATORS["ConstantOfShape"](int64(2), value=(4,)), int64(4, 4), strict=True)
+    agree_with(FUNCTIONS["Constant"](value_ints=(1, 2)), int64(1, 2), strict=True)
+    agree_with(FUNCTIONS["Constant"](value_int=3), np.array(3, np.int64), strict=True)
+    agree_with(FUNCTIONS["Constant"](value_float=0.5), np.array(0.5, np.float32), strict=True)
+    agree_with(FUNCTIONS["Constant"](value_floats=(0.5,)), np.array([0.5], np.float32), strict=True)
+    agree_with(FUNCTIONS["ConstantOfShape"](int64(2, 3)), np.zeros((2, 3), np.float32), strict=True)
+    agree_with(FUNCTIONS["ConstantOfShape"](int64(2), value=(4,)), int64(4, 4), strict=True)
 
 
 def test_unknown_modes_are_refused():
     with pytest.raises(UsageError, match="wrap"):
-        OPERATORS["Pad"](X, int64(*[0] * 8), mode="wrap")
+        FUNCTIONS["Pad"](X, int64(*[0] * 8), mode="wrap")
     with pytest.raises(UsageError, match="reduction"):
-        OPERATORS["ScatterND"](X, int64(0).reshape(1, 1), X[:1], reduction="mean")
+        FUNCTIONS["ScatterND"](X, int64(0).reshape(1, 1), X[:1], reduction="mean")
 
 
 def test_gather_into_too_many_dimensions_is_refused():
     x = np.zeros((1,) * 25, np.float32)
     with pytest.raises(FormatError, match="49 dimensions"):
-        OPERATORS["Gather"](x, np.zeros((1,) * 25, np.int64))
+        FUNCTIONS["Gather"](x, np.zeros((1,) * 25, np.int64))
 
 
 @pytest.mark.parametrize("count", [40, 1000])
@@ -153,4 +153,4 @@ def test_gather_into_too_many_dimensions_is_refused():
 def test_more_sizes_than_a_value_has_dimensions(op, count):
     sizes = np.ones(count, np.int64)
     with pytest.raises(FormatError, match="dimensions"):
-        _ = OPERATORS[op](*((sizes,) if op == "ConstantOfShape" else (np.ones(1, np.float32), sizes)))
+        _ = FUNCTIONS[op](*((sizes,) if op == "ConstantOfShape" else (np.ones(1, np.float32), sizes)))

@@ -7,28 +7,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dsr_tool.graph.fuse import rewritten
+from dsr_tool.graph.fuse import fuse
 from dsr_tool.graph.ir import Graph, Node
-from dsr_tool.graph.limits import FREE_BYTES, claim, room
+from dsr_tool.graph.limits import claim, folding_limit, memory_limit, running_limit
 from dsr_tool.runtime.compiler.lowering import Lowering
 from dsr_tool.runtime.compiler.memory import PlanMemory, memory_of
 from dsr_tool.runtime.compiler.program import Machine, Native, Numpy
 from dsr_tool.runtime.compiler.rules import RULES
 from dsr_tool.runtime.compiler.weights import Known
 from dsr_tool.runtime.coverage import Coverage, Fallback
-from dsr_tool.runtime.reference.interpreter import (
-    MAX_FOLDED_RATIO,
-    MAX_HELD_RATIO,
-    Folded,
-    array_of,
-    compute,
-    folded_by,
-    kernel_of,
-    nbytes_of,
-    needed,
-    require_opset,
-    returned,
-)
+from dsr_tool.runtime.reference.call import bind, fold
+from dsr_tool.runtime.reference.interpreter import Folded, check_opset, dense_bytes, for_caller, live_nodes
 from dsr_tool.sparsity.tensor import Array, SparseTensor, dense
 
 __all__ = ["FastPlan"]
@@ -63,17 +52,17 @@ class FastPlan:
             UsageError: an operator, or a form of one, that nothing here knows.
             FormatError: the weights do not fit the graph, or what is computed takes too much memory.
         """
-        require_opset(graph)
+        check_opset(graph)
         self._input, self._output = graph.inputs[0].name, graph.outputs[0].name
         self._machine = machine
         self._steps: list[Native | Numpy] = []
         self._native, self._fallbacks = 0, list[Fallback]()
         known = Known({**graph.constants, **{name: tensors[name] for name in graph.parameters}})
         self._limits = (
-            FREE_BYTES + MAX_FOLDED_RATIO * sum(map(nbytes_of, known.values())),
-            FREE_BYTES + MAX_HELD_RATIO * 4 * math.prod(shape),
+            folding_limit(sum(map(dense_bytes, known.values()))),
+            running_limit(4 * math.prod(shape)),
         )
-        nodes = rewritten([node for node, _ in needed(graph.nodes, self._output)], known, self._output)
+        nodes = fuse([node for node, _ in live_nodes(graph.nodes, self._output)], known, self._output)
         self._lowering = Lowering(nodes, known, machine.lanes, machine.threads, machine.packs, RULES)
         self._lowering.begin(self._input, shape, self._output)
         self._samples: dict[str, Array] = {self._input: np.zeros(shape, np.float32)}
@@ -91,11 +80,11 @@ class FastPlan:
             FormatError: a value does not fit the operator that reads it, or values take too much memory.
         """
         values: dict[str, Array] = {self._input: x}
-        with room(self._limits[1]), np.errstate(all="ignore"):
+        with memory_limit(self._limits[1]), np.errstate(all="ignore"):
             for step in self._steps:
                 step.run(values)
         result = values[self._output] if self._constant is None else self._constant
-        return returned(result, constant=self._constant is not None)
+        return for_caller(result, shared=self._constant is not None)
 
     def memory(self) -> PlanMemory:
         """Returns the bytes that one run of this plan needs, computed from the plan, not measured.
@@ -109,14 +98,13 @@ class FastPlan:
         for i, node in enumerate(nodes):
             if node.op == "Shape" and node.inputs[:1] and node.inputs[0] in low.shapes:
                 # The kernel looks at the shape alone; no array has to be there.
-                kernel, _ = kernel_of(node, known)
-                known.update(compute(node, kernel, [np.broadcast_to(np.float32(0), low.shapes[node.inputs[0]])]))
+                known.update(bind(node, known).compute([np.broadcast_to(np.float32(0), low.shapes[node.inputs[0]])]))
             elif node.op == "Transpose" and self._swapped(node):
                 known.swap(node.inputs[0], node.outputs[0])
             elif all(name in known for name in node.inputs if name):
-                kernel, inputs = kernel_of(node, known)
-                with room(self._limits[0]):
-                    made = done[node.outputs] = folded_by(node, kernel, [array_of(known, name) for name in inputs])
+                call = bind(node, known)
+                with memory_limit(self._limits[0]):
+                    made = done[node.outputs] = fold(call, known)
                     folded += sum(array.nbytes for array in made.values())
                     claim((folded,), np.uint8)
                 known.update(made)
@@ -155,9 +143,9 @@ class FastPlan:
         """End the segment, and let the reference compute a node."""
         low = self._lowering
         self._export(index)
-        kernel, inputs = kernel_of(node, known)
-        constants = {name: dense(known[name]) for name in inputs if name in known}
-        step = Numpy(node, kernel, inputs, constants, low.finished(index))
+        call = bind(node, known)
+        constants = {name: dense(known[name]) for name in call.inputs if name in known}
+        step = Numpy(call, constants, low.finished(index))
         self._add(step)
         for name, (shape, dtype) in step.made.items():
             low.shapes[name], low.types[name] = shape, dtype
@@ -169,6 +157,6 @@ class FastPlan:
         self._lowering.start()
 
     def _add(self, step: Native | Numpy) -> None:
-        with room(self._limits[1]):
+        with memory_limit(self._limits[1]):
             step.run(self._samples)
         self._steps.append(step)

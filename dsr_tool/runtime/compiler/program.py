@@ -14,13 +14,11 @@ from typing import Any
 import numpy as np
 
 from dsr_tool.errors import DsrError, FormatError
-from dsr_tool.graph.ir import Node
-from dsr_tool.graph.limits import claim, room
+from dsr_tool.graph.limits import claim, memory_limit
 from dsr_tool.runtime.compiler.packing import Pack
 from dsr_tool.runtime.compiler.segment import Segment
 from dsr_tool.runtime.kernels.ops import Operation
-from dsr_tool.runtime.reference.interpreter import compute
-from dsr_tool.runtime.reference.operator import Kernel
+from dsr_tool.runtime.reference.call import Call
 from dsr_tool.sparsity.tensor import Array
 
 __all__ = ["Machine", "Native", "Numpy"]
@@ -113,7 +111,7 @@ class Native:
         """
         if len(segment.inputs) + len(segment.outputs) >= _MOST_ARRAYS:
             raise FormatError(f"operators without a kernel read and make more than {_MOST_ARRAYS} values at once.")
-        with room(limit):
+        with memory_limit(limit):
             self._floats = segment.place()
             claim((self._floats,), np.float32)
             for value in segment.outputs.values():
@@ -154,19 +152,15 @@ class Numpy:
         release: values that nobody reads after it.
     """
 
-    def __init__(
-        self, node: Node, kernel: Kernel, inputs: Iterable[str], constants: Mapping[str, Array], release: Iterable[str]
-    ) -> None:
-        """Keep what it needs.
+    def __init__(self, call: Call, constants: Mapping[str, Array], release: Iterable[str]) -> None:
+        """Keeps the node and its constants.
 
         Args:
-            node: what it is.
-            kernel: the function of the reference.
-            inputs: names of what the function takes.
-            constants: those that are known.
-            release: values that nobody reads afterwards.
+            call: the node with its function of the reference.
+            constants: those of its inputs that are known.
+            release: values that no later step reads.
         """
-        self._node, self._kernel, self._inputs = node, kernel, tuple(inputs)
+        self._call = call
         self.constants, self.release = constants, tuple(release)
         self.made: dict[str, tuple[tuple[int, ...], Any]] = {}
 
@@ -183,14 +177,17 @@ class Numpy:
         """
         arguments = [
             None if not name else self.constants[name] if name in self.constants else values[name]
-            for name in self._inputs
+            for name in self._call.inputs
         ]
-        made = compute(self._node, self._kernel, arguments)
+        made = self._call.compute(arguments)
         found = {name: (array.shape, array.dtype) for name, array in made.items()}
         self.made = self.made or found
         if found != self.made:
             # The plan goes by shapes, and its kernels take them on trust.
-            raise FormatError(f"what operator {self._node.op} makes has another shape for each input; use 'scipy'.")
+            raise FormatError(
+                f"the output shape of operator {self._call.node.op} depends on the values of its input, which the "
+                f"kernels do not support; use runtime 'scipy'."
+            )
         values.update(made)
         for name in self.release:
             values.pop(name, None)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dsr_tool.graph.ir import Node
-from dsr_tool.graph.limits import numbers
+from dsr_tool.graph.limits import int_list
 from dsr_tool.runtime.compiler.convolution import average_pool, conv, placed
 from dsr_tool.runtime.compiler.elementwise import binary, clip, gelu, hard_swish, relu, shaped
 from dsr_tool.runtime.compiler.layouts import Flat, Planes, Rows
@@ -84,7 +84,7 @@ def _reshape(into: Lowering, node: Node, **attributes: Any) -> Any:
         axis = attributes.get("axis", 1)
         wanted: tuple[int, ...] = (math.prod(shape[:axis]), math.prod(shape[axis:]))
     elif node.inputs[1] in into.known:
-        given = [operator.index(n) for n in numbers(dense(into.known[node.inputs[1]]))]
+        given = [operator.index(n) for n in int_list(dense(into.known[node.inputs[1]]))]
         wanted = tuple(shape[i] if n == 0 and not attributes.get("allowzero") else n for i, n in enumerate(given))
         if -1 in wanted:
             rest = -math.prod(wanted)
@@ -124,6 +124,7 @@ RULES: dict[str, Rule] = {
     "AveragePool": average_pool,
     "Clip": clip,
     "Conv": conv,
+    "Div": binary,
     "Elu": shaped(Activation.ELU, alpha=1.0),
     "Flatten": _reshape,
     "Gelu": gelu,

@@ -9,11 +9,11 @@ import numpy as np
 
 from dsr_tool.graph.limits import claim
 from dsr_tool.graph.windows import Sizes, Window
+from dsr_tool.runtime.reference import NumpyFunction
 from dsr_tool.runtime.reference.matrices import Multiply, multiplier
-from dsr_tool.runtime.reference.operator import Kernel, Table
 from dsr_tool.sparsity.tensor import Array, SparseTensor, Weight, dense
 
-__all__ = ["COLUMN_BYTES", "OPERATORS", "prepare_conv"]
+__all__ = ["COLUMN_BYTES", "FUNCTIONS", "prepare_conv"]
 
 COLUMN_BYTES = 4 << 20
 """Of one im2col block; larger gains nothing and leaves the cache."""
@@ -29,7 +29,7 @@ def prepare_conv(
     dilations: Sizes = (),
     group: int = 1,
     auto_pad: str = "NOTSET",
-) -> Kernel:
+) -> Multiply:
     """The convolution with these weights, as a function of x (batch, channels, *size).
 
     Args:
@@ -117,4 +117,4 @@ def _conv(x: Array, weight: Array, bias: Array | None = None, **attributes: obje
     return result
 
 
-OPERATORS: Table = {"Conv": _conv}
+FUNCTIONS: dict[str, NumpyFunction] = {"Conv": _conv}

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 from scipy import special
 
 from dsr_tool.errors import UsageError
 from dsr_tool.graph.limits import claim
-from dsr_tool.runtime.reference.operator import Kernel, Table
+from dsr_tool.runtime.reference import NumpyFunction
 from dsr_tool.sparsity.tensor import Array
 
-__all__ = ["OPERATORS"]
+__all__ = ["FUNCTIONS"]
 
 # TensorProto.DataType of the ONNX standard.
 _TYPES = {
@@ -32,7 +33,7 @@ _TYPES = {
 }
 
 
-def _broadcasting(function: Kernel) -> Kernel:
+def _broadcasting(function: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
     """A function of two arrays that claims what they broadcast to."""
 
     def run(a: Array, b: Array) -> Array:
@@ -138,7 +139,7 @@ def _swish(x: Array, *, alpha: float = 1.0) -> Array:
     return result
 
 
-OPERATORS: Table = {
+FUNCTIONS: dict[str, NumpyFunction] = {
     "Abs": np.abs,
     "Add": _broadcasting(np.add),
     "And": _broadcasting(np.logical_and),

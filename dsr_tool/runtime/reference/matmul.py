@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from dsr_tool.graph.limits import claim
-from dsr_tool.runtime.reference.matrices import multiplier
-from dsr_tool.runtime.reference.operator import Kernel, Table
+from dsr_tool.runtime.reference import NumpyFunction
+from dsr_tool.runtime.reference.matrices import Multiply, multiplier
 from dsr_tool.sparsity.tensor import Array, Weight, dense
 
-__all__ = ["OPERATORS", "prepare_gemm", "prepare_matmul"]
+__all__ = ["FUNCTIONS", "prepare_gemm", "prepare_matmul"]
 
 
-def prepare_matmul(weight: Weight) -> Kernel:
+def prepare_matmul(weight: Weight) -> Multiply:
     """The product x @ weight, as a function of x (..., columns)."""
     array = dense(weight)
     if array.ndim != 2:
@@ -37,7 +37,7 @@ def prepare_gemm(
     beta: float = 1.0,
     transA: int = 0,  # noqa: N803 - the standard's name
     transB: int = 0,  # noqa: N803
-) -> Kernel:
+) -> Multiply:
     """The product alpha * x @ weight + beta * bias, each matrix transposed where asked, as a function of x.
 
     Args:
@@ -107,4 +107,4 @@ def _einsum_shape(arrays: Sequence[Array], equation: str) -> list[int]:
     return [sizes[label] for label in out]
 
 
-OPERATORS: Table = {"Einsum": _einsum, "Gemm": _gemm, "MatMul": _matmul}
+FUNCTIONS: dict[str, NumpyFunction] = {"Einsum": _einsum, "Gemm": _gemm, "MatMul": _matmul}

@@ -9,11 +9,11 @@ import numpy as np
 
 from dsr_tool.graph.limits import claim
 from dsr_tool.graph.windows import Sizes, Window
-from dsr_tool.runtime.reference.operator import Table
+from dsr_tool.runtime.reference import NumpyFunction
 from dsr_tool.runtime.reference.reduce import mean
 from dsr_tool.sparsity.tensor import Array
 
-__all__ = ["OPERATORS"]
+__all__ = ["FUNCTIONS"]
 
 
 def _max_pool(
@@ -74,7 +74,7 @@ def _global_average_pool(x: Array) -> Array:
     return mean(x, tuple(range(2, x.ndim)), keep=True)
 
 
-OPERATORS: Table = {
+FUNCTIONS: dict[str, NumpyFunction] = {
     "AveragePool": _average_pool,
     "GlobalAveragePool": _global_average_pool,
     "MaxPool": _max_pool,

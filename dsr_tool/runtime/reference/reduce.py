@@ -7,21 +7,21 @@ from collections.abc import Callable
 import numpy as np
 
 from dsr_tool.errors import FormatError, UsageError
-from dsr_tool.graph.limits import numbers
-from dsr_tool.runtime.reference.operator import Kernel, Table
+from dsr_tool.graph.limits import int_list
+from dsr_tool.runtime.reference import NumpyFunction
 from dsr_tool.sparsity.tensor import Array
 
-__all__ = ["OPERATORS", "mean"]
+__all__ = ["FUNCTIONS", "mean"]
 
 
-def _reduction(function: Callable[[Array, tuple[int, ...] | None, bool], Array]) -> Kernel:
+def _reduction(function: Callable[[Array, tuple[int, ...] | None, bool], Array]) -> NumpyFunction:
     """An ONNX reduction from a function of an array, its axes (None for all) and whether to keep them."""
 
     def run(x: Array, axes: Array | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Array:
         if axes is None or not axes.size:
             # With no axes to reduce, what is done to each element still is.
             return function(x, () if noop_with_empty_axes else None, bool(keepdims))
-        return function(x, tuple(numbers(axes)), bool(keepdims))
+        return function(x, tuple(int_list(axes)), bool(keepdims))
 
     return run
 
@@ -78,7 +78,7 @@ def _batch_norm(
     return result
 
 
-OPERATORS: Table = {
+FUNCTIONS: dict[str, NumpyFunction] = {
     "BatchNormalization": _batch_norm,
     "LayerNormalization": _layer_norm,
     "ReduceL2": _reduction(_l2),

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.graph.limits import claim
-from dsr_tool.runtime.reference.operator import Table
+from dsr_tool.runtime.reference import NumpyFunction
 from dsr_tool.sparsity.tensor import Array
 
-__all__ = ["OPERATORS"]
+__all__ = ["FUNCTIONS"]
 
 _MODES = ("cubic", "linear", "nearest")
 _COORDINATES = ("align_corners", "asymmetric", "half_pixel", "pytorch_half_pixel")
-_ROUNDINGS: Table = {
+_ROUNDINGS: dict[str, Callable[[Array], Array]] = {
     "ceil": np.ceil,
     "floor": np.floor,
     "round_prefer_ceil": lambda x: np.floor(x + 0.5),
@@ -105,4 +107,4 @@ def _cubic(t: Array, a: float) -> dict[int, Array]:
     return {-1: far(t + 1), 0: near(t), 1: near(1 - t), 2: far(2 - t)}
 
 
-OPERATORS: Table = {"Resize": _resize}
+FUNCTIONS: dict[str, NumpyFunction] = {"Resize": _resize}

@@ -7,11 +7,11 @@ import math
 import numpy as np
 
 from dsr_tool.errors import UsageError, unknown_name
-from dsr_tool.graph.limits import claim, numbers
-from dsr_tool.runtime.reference.operator import Table
+from dsr_tool.graph.limits import claim, int_list
+from dsr_tool.runtime.reference import NumpyFunction
 from dsr_tool.sparsity.tensor import Array
 
-__all__ = ["OPERATORS"]
+__all__ = ["FUNCTIONS"]
 
 _REDUCTIONS = {"add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum}
 
@@ -32,7 +32,7 @@ def _constant(
 def _constant_of_shape(shape: Array, *, value: float | tuple[float, ...] = 0.0) -> Array:
     filler = np.ravel(value)[0]
     dtype = np.int64 if isinstance(filler, np.integer) else np.float32
-    sizes = numbers(shape)
+    sizes = int_list(shape)
     claim(sizes, dtype)
     return np.full(sizes, filler, dtype)
 
@@ -48,7 +48,7 @@ def _shape(x: Array, *, start: int = 0, end: int | None = None) -> Array:
 
 
 def _reshape(x: Array, shape: Array, *, allowzero: int = 0) -> Array:
-    sizes = [x.shape[i] if n == 0 and not allowzero else n for i, n in enumerate(numbers(shape))]
+    sizes = [x.shape[i] if n == 0 and not allowzero else n for i, n in enumerate(int_list(shape))]
     claim(sizes, x.dtype)
     return x.reshape(sizes)
 
@@ -59,11 +59,11 @@ def _flatten(x: Array, *, axis: int = 1) -> Array:
 
 
 def _squeeze(x: Array, axes: Array | None = None) -> Array:
-    return x.squeeze(None if axes is None else tuple(numbers(axes)))
+    return x.squeeze(None if axes is None else tuple(int_list(axes)))
 
 
 def _unsqueeze(x: Array, axes: Array) -> Array:
-    return np.expand_dims(x, tuple(numbers(axes)))
+    return np.expand_dims(x, tuple(int_list(axes)))
 
 
 def _transpose(x: Array, *, perm: tuple[int, ...] | None = None) -> Array:
@@ -87,10 +87,10 @@ def _split(x: Array, split: Array | None = None, *, axis: int = 0, num_outputs: 
 
 
 def _slice(x: Array, starts: Array, ends: Array, axes: Array | None = None, steps: Array | None = None) -> Array:
-    dimensions = range(len(starts)) if axes is None else numbers(axes)
-    strides = [1] * len(starts) if steps is None else numbers(steps)
+    dimensions = range(len(starts)) if axes is None else int_list(axes)
+    strides = [1] * len(starts) if steps is None else int_list(steps)
     parts = [slice(None)] * x.ndim
-    for axis, start, end, step in zip(dimensions, numbers(starts), numbers(ends), strides, strict=True):
+    for axis, start, end, step in zip(dimensions, int_list(starts), int_list(ends), strides, strict=True):
         # Backwards from before the first entry means from the first entry, unlike in Python.
         parts[axis] = slice(max(start, -x.shape[axis]), end, step)
     return x[tuple(parts)]
@@ -128,10 +128,10 @@ def _scatter_nd(x: Array, indices: Array, updates: Array, *, reduction: str = "n
 def _pad(
     x: Array, pads: Array, value: Array | None = None, axes: Array | None = None, *, mode: str = "constant"
 ) -> Array:
-    dimensions = range(x.ndim) if axes is None else numbers(axes)
+    dimensions = range(x.ndim) if axes is None else int_list(axes)
     width = [(0, 0)] * x.ndim
     parts = [slice(None)] * x.ndim
-    for axis, begin, end in zip(dimensions, *(numbers(part) for part in pads.reshape(2, -1)), strict=True):
+    for axis, begin, end in zip(dimensions, *(int_list(part) for part in pads.reshape(2, -1)), strict=True):
         width[axis] = (max(begin, 0), max(end, 0))
         # Negative padding cuts.
         parts[axis] = slice(max(-begin, 0), x.shape[axis] - max(-end, 0))
@@ -145,14 +145,14 @@ def _pad(
 
 
 def _expand(x: Array, shape: Array) -> Array:
-    sizes = numbers(shape)
+    sizes = int_list(shape)
     claim(sizes, x.dtype)  # numpy's own error for too many dimensions is of no class for values that do not fit
     out = np.broadcast_shapes(x.shape, tuple(sizes))
     claim(out, x.dtype)  # a view, but what reads it may copy it
     return np.broadcast_to(x, out)
 
 
-OPERATORS: Table = {
+FUNCTIONS: dict[str, NumpyFunction] = {
     "Concat": _concat,
     "Constant": _constant,
     "ConstantOfShape": _constant_of_shape,
