@@ -1,19 +1,27 @@
-"""What can go wrong at a user's hand, one class per exit code.
+"""Errors that a user can cause: one class per exit code, and the sentence for an unknown name.
 
-Every message is one sentence that names the parameter, its value, what is allowed and what to do next.
+Every message names the parameter, its value, what is allowed and what to do next.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable
 
 __all__ = ["CheckFailed", "DsrError", "FileError", "FormatError", "UsageError", "closest", "first_line", "unknown_name"]
 
 
-_LONGEST, _LONGEST_NAME = 450, 80
-_FIRST_WORD = re.compile(r"^[^\W\d_]*")
+_MAX_MESSAGE = 450
+"""Longest message of a `FormatError`, in characters. Longer ones lose their middle."""
+
+_MAX_SHOWN_NAME = 80
+"""Characters of an unknown name that are shown and compared: names come from files and command lines of any length."""
+
+_MAX_LISTED = 30
+"""Largest number of allowed names that an error lists in full."""
+
+_SUGGESTIONS = 3
+"""Largest number of close names that an error suggests."""
 
 
 class DsrError(Exception):
@@ -29,86 +37,73 @@ class UsageError(DsrError, ValueError):
 
 
 class FileError(DsrError, OSError):
-    """A file or folder is missing, exists already, or cannot be read or written (exit code 1)."""
+    """A file or folder is missing, already exists, or cannot be read or written (exit code 1)."""
 
 
 class FormatError(DsrError, ValueError):
-    """A file is damaged, of a newer version, or not of the kind that was asked for (exit code 1).
+    """A file is damaged, of a newer version, or of another kind than expected (exit code 1).
 
-    Such messages cite what stands in files of strangers: they are one printable line, and long ones lose their middle.
+    Messages quote text from untrusted files, so each is made one printable line of limited length: a file must not
+    flood the terminal or steer it with escape sequences.
     """
 
     def __init__(self, message: str) -> None:
-        if len(message) > _LONGEST:
-            message = f"{message[: _LONGEST * 2 // 3]} ... {message[-_LONGEST // 3 :]}"
+        if len(message) > _MAX_MESSAGE:
+            # The end says what to do, so the middle is dropped.
+            message = f"{message[: _MAX_MESSAGE * 2 // 3]} ... {message[-_MAX_MESSAGE // 3 :]}"
         super().__init__("".join(char if char.isprintable() else repr(char)[1:-1] for char in message))
 
 
-class CheckFailed(DsrError):  # noqa: N818 - it says what happened
-    """Something that should agree does not: weights and masks, or a file and its model (exit code 3)."""
+class CheckFailed(DsrError):  # noqa: N818 - "failed" already says that it is an error
+    """Two things that must agree do not: weights and masks, or a file and its model (exit code 3)."""
 
     exit_code = 3
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what another library says, or its class where it says nothing; without a full stop."""
+    """Returns the first line of another library's message, or its class name if it is empty, without a full stop."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(". ")
 
 
 def closest(value: str, known: Iterable[str]) -> list[str]:
-    """Names that somebody may have meant, at most three, the likeliest first; none where nothing is close.
+    """Returns the names that `value` may have been meant to be, the closest first.
 
-    Case, dashes, underscores and dots do not count, nor does a table before a dot that all have in common. Offered are,
-    of these kinds, the names of the first that there are any of: the same name; those that begin with what was typed
-    (of three letters or more); those that are alike, or whose first word is: the same letters in another order, or four
-    in five in common, in order; those with the same first letter, and two in three in common; those that have what was
-    typed (four letters or more) in them.
+    Upper and lower case, `-`, `_` and `.` are ignored; the rest is `difflib.get_close_matches`.
 
     Args:
-        value: what was typed.
+        value: the name that was typed.
         known: every allowed name.
+
+    Returns:
+        At most three of the `known` names; none if nothing is close.
     """
-    names, start = list(known), value.rfind(".") + 1
-    if not all(name.startswith(value[:start]) for name in names):
-        start = 0
-    typed, whole = _folded(value[start:]), {name: _folded(name[start:]) for name in names}
-    first = {name: _folded(_FIRST_WORD.findall(name[start:])[0]) for name in names}
-    likeness = {name: _likeness(typed, whole[name]) for name in names}
-    found = (
-        [name for name in names if whole[name] == typed][:1]
-        or [name for name in names if len(typed) >= 3 and whole[name].startswith(typed)]
-        or [name for name in names if max(likeness[name], _likeness(typed, first[name])) >= 0.8]
-        or [name for name in names if whole[name][:1] == typed[:1] and likeness[name] >= 2 / 3]
-        or [name for name in names if len(typed) >= 4 and typed in whole[name]]
-    )
-    return sorted(found, key=lambda name: (-likeness[name], len(name), name))[:3]
+    by_folded: dict[str, list[str]] = {}
+    for name in known:
+        by_folded.setdefault(_fold(name), []).append(name)
+    close = difflib.get_close_matches(_fold(value[:_MAX_SHOWN_NAME]), by_folded, n=_SUGGESTIONS)
+    return [name for folded in close for name in by_folded[folded]][:_SUGGESTIONS]
 
 
-def _folded(name: str) -> str:
-    return name.lower().translate(dict.fromkeys(map(ord, "-_. ")))
-
-
-def _likeness(typed: str, word: str) -> float:
-    """Share of the letters of both that are in common, in order; 1 as well where only their order differs."""
-    if sorted(typed) == sorted(word):
-        return 1.0
-    return difflib.SequenceMatcher(None, typed, word, autojunk=False).ratio()
+def _fold(name: str) -> str:
+    return name.lower().translate(dict.fromkeys(map(ord, "-_.")))
 
 
 def unknown_name(parameter: str, value: str, known: Iterable[str]) -> UsageError:
-    """The error for a `value` that is none of the `known` names, with those that are close to it.
+    """Returns the error for a `value` that is not one of the `known` names.
+
+    The message suggests the close names; if there are none, it lists the known names, or their number if they are many.
 
     Args:
-        parameter: what was being named, as the user wrote it (`--data`, `ARCH`).
-        value: the name that nobody knows.
+        parameter: what the value names, as the user wrote it (`--data`, `ARCH`).
+        value: the unknown name.
         known: every allowed name.
     """
-    names, value = sorted(known), value[:_LONGEST_NAME]
+    names = sorted(known)
     if close := closest(value, names):
         hint = f"did you mean {' or '.join(close)}?"
-    elif len(names) <= 30:
+    elif len(names) <= _MAX_LISTED:
         hint = f"known names: {', '.join(names)}."
     else:
         hint = f"there are {len(names)} known names, {names[0]} to {names[-1]}."
-    return UsageError(f"{parameter} {value!r} is unknown; {hint}")
+    return UsageError(f"{parameter} {value[:_MAX_SHOWN_NAME]!r} is unknown; {hint}")
