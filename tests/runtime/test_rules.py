@@ -1,0 +1,214 @@
+"""Every lowering rule and every kernel is reached by a plan that has no fallback.
+
+A rule that is removed, or that always declines, makes its case fail: `both` allows no fallback here. A rule or a kernel
+that is added without a case fails too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from dsr_tool.graph.ir import Graph, Node, Value
+from dsr_tool.runtime.compiler.plan import FastPlan
+from dsr_tool.runtime.compiler.program import Machine, Native
+from dsr_tool.runtime.compiler.rules import RULES
+from dsr_tool.runtime.coverage import Coverage, Fallback, coverage_text
+from dsr_tool.runtime.kernels.library import library
+from dsr_tool.runtime.kernels.ops import Activation, Combination, Kind
+from dsr_tool.runtime.reference.interpreter import Plan
+from dsr_tool.sparsity.mask import Mask
+from dsr_tool.sparsity.tensor import SparseTensor
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no kernels were built here")
+
+IMAGE = (2, 4, 9, 9)
+TOKENS = (1, 5, 6)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small graph of which every node runs on a kernel.
+
+    Attributes:
+        name: the operator under test, with the form of it after a colon.
+        nodes: its nodes; the first one reads `x`.
+        shape: shape of the input.
+        weights: shapes of its weights, by name; half of their entries are active.
+        constants: arrays by name.
+    """
+
+    name: str
+    nodes: tuple[Node, ...]
+    shape: tuple[int, ...] = IMAGE
+    weights: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    constants: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def operator(self) -> str:
+        return self.name.partition(":")[0]
+
+    def tensors(self) -> dict[str, SparseTensor]:
+        rng = np.random.default_rng(0)
+        tensors = {}
+        for name, shape in self.weights.items():
+            # Vectors are biases and scales, which have no zeros.
+            mask = rng.random(shape) < (0.5 if len(shape) > 1 else 1)
+            tensors[name] = SparseTensor(Mask.from_bool(mask), rng.standard_normal(int(mask.sum())).astype(np.float32))
+        return tensors
+
+    def input(self) -> np.ndarray:
+        return np.random.default_rng(1).standard_normal(self.shape).astype(np.float32)
+
+    def graph(self) -> Graph:
+        output = Value(self.nodes[-1].outputs[0], ())
+        return Graph((Value("x", self.shape),), (output,), self.nodes, self.constants, tuple(self.weights), 20)
+
+
+def one(op: str, **attributes: object) -> tuple[Node, ...]:
+    """A node that reads the input alone."""
+    return (Node(op, ("x",), ("y",), attributes),)
+
+
+def of_two(op: str) -> tuple[Node, ...]:
+    """A node that reads two values which are computed by different nodes; the second is far from zero."""
+    return (Node("Tanh", ("x",), ("a",)), Node("Sigmoid", ("x",), ("b",)), Node(op, ("a", "b"), ("y",)))
+
+
+CASES = [
+    Case("Add", of_two("Add")),
+    Case(
+        "Add:bias",
+        (Node("MatMul", ("x", "w"), ("a",)), Node("Add", ("a", "b"), ("y",))),
+        TOKENS,
+        {"w": (6, 8), "b": (8,)},
+    ),
+    Case("AveragePool", one("AveragePool", kernel_shape=(2, 2), strides=(2, 2))),
+    Case(
+        "Clip",
+        (Node("Clip", ("x", "low", "high"), ("y",)),),
+        constants={"low": np.array(-0.5, np.float32), "high": np.array(0.5, np.float32)},
+    ),
+    Case(
+        "Conv", (Node("Conv", ("x", "w", "b"), ("y",), {"pads": (1, 1, 1, 1)}),), weights={"w": (6, 4, 3, 3), "b": (6,)}
+    ),
+    Case("Conv:depthwise", (Node("Conv", ("x", "w"), ("y",), {"group": 4}),), weights={"w": (4, 1, 3, 3)}),
+    Case(
+        "Conv:large",
+        (Node("Conv", ("x", "w"), ("y",)),),
+        (1, 2, 40, 40),
+        {"w": (3, 2, 3, 3)},
+    ),
+    Case("Conv:strided", (Node("Conv", ("x", "w"), ("y",), {"strides": (2, 2)}),), weights={"w": (6, 4, 1, 1)}),
+    Case("Div", of_two("Div")),
+    Case("Elu", one("Elu", alpha=0.7)),
+    Case("Flatten", one("Flatten")),
+    Case("Gelu", one("Gelu")),
+    Case("Gelu:tanh", one("Gelu", approximate="tanh")),
+    Case("Gemm", (Node("Gemm", ("x", "w", "b"), ("y",), {"transB": 1}),), (1, 12), {"w": (7, 12), "b": (7,)}),
+    Case("Gemm:batch", (Node("Gemm", ("x", "w", "b"), ("y",), {"transB": 1}),), (5, 12), {"w": (7, 12), "b": (7,)}),
+    Case("GlobalAveragePool", one("GlobalAveragePool")),
+    Case("HardSigmoid", one("HardSigmoid")),
+    Case("HardSwish", one("HardSwish")),
+    Case("LayerNormalization", (Node("LayerNormalization", ("x", "s", "b"), ("y",)),), TOKENS, {"s": (6,), "b": (6,)}),
+    Case("LeakyRelu", one("LeakyRelu", alpha=0.2)),
+    Case("MatMul", (Node("MatMul", ("x", "w"), ("y",)),), TOKENS, {"w": (6, 8)}),
+    Case("MaxPool", one("MaxPool", kernel_shape=(2, 2), strides=(2, 2))),
+    Case("Mul", of_two("Mul")),
+    Case(
+        "Mul:channels",
+        (Node("GlobalAveragePool", ("x",), ("a",)), Node("Mul", ("x", "a"), ("y",))),
+    ),
+    Case("ReduceMean", (Node("ReduceMean", ("x", "axes"), ("y",)),), constants={"axes": np.array([2, 3])}),
+    Case("Relu", one("Relu")),
+    Case("Reshape", (Node("Reshape", ("x", "shape"), ("y",)),), constants={"shape": np.array([2, 12, 27])}),
+    Case("Sigmoid", one("Sigmoid")),
+    Case("Softmax", one("Softmax"), TOKENS),
+    Case("Sub", of_two("Sub")),
+    Case("Swish", (Node("Sigmoid", ("x",), ("a",)), Node("Mul", ("x", "a"), ("y",)))),
+    Case("Tanh", one("Tanh")),
+    Case(
+        "Transpose",
+        (Node("MatMul", ("x", "w"), ("a",)), Node("Transpose", ("a",), ("y",), {"perm": (1, 0, 2)})),
+        TOKENS,
+        {"w": (6, 8)},
+    ),
+]
+"""At least one case for each rule; further ones reach another kernel, or another branch of the rule."""
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_rule_lowers_to_kernels_that_agree_with_the_reference(machine, both, case):
+    both(machine, list(case.nodes), case.tensors(), case.input(), case.constants)
+
+
+def test_every_rule_has_a_case():
+    assert {case.operator for case in CASES} == set(RULES)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_missing_rule_is_noticed(machine, monkeypatch, case):
+    """The check of `both` works: without its rule, the node of the case is a fallback."""
+    without = {op: rule for op, rule in RULES.items() if op != case.operator}
+    monkeypatch.setattr("dsr_tool.runtime.compiler.plan.RULES", without)
+    machine.packs.clear()
+    plan = FastPlan(case.graph(), case.tensors(), case.shape, machine)
+    assert case.operator in [entry.operator for entry in plan.coverage.fallbacks]
+    assert {entry.reason for entry in plan.coverage.fallbacks if entry.operator == case.operator} == {"no kernel"}
+
+
+@pytest.mark.parametrize("error", [AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError])
+def test_a_rule_that_raises_is_a_fallback_that_names_the_error(machine, both, monkeypatch, error):
+    def broken(low, *_, **__):
+        low.planes("x")
+        raise error("a typo")
+
+    monkeypatch.setattr("dsr_tool.runtime.compiler.plan.RULES", {**RULES, "Tanh": broken})
+    case = next(case for case in CASES if case.name == "Sub")
+    plan = FastPlan(case.graph(), {}, case.shape, machine)
+    (fallback,) = plan.coverage.fallbacks
+    assert (fallback.operator, fallback.output, fallback.failed) == ("Tanh", "a", True)
+    assert fallback.reason.startswith(f"failed: {error.__name__}: ")
+    assert "a typo" in fallback.reason
+    assert "(test_rules.py:" in fallback.reason
+    np.testing.assert_allclose(plan.run(case.input()), Plan(case.graph(), {}).run(case.input()), atol=1e-6)
+    with pytest.raises(AssertionError, match="a typo"):
+        both(machine, list(case.nodes), {}, case.input(), fallback=("Tanh",))
+
+
+def test_what_a_rule_adds_before_it_declines_is_removed(machine, monkeypatch):
+    def declines(low, *_, **__):
+        low.planes("x")
+
+    monkeypatch.setattr("dsr_tool.runtime.compiler.plan.RULES", {**RULES, "Tanh": declines})
+    case = next(case for case in CASES if case.name == "Tanh")
+    plan = FastPlan(case.graph(), {}, case.shape, machine)
+    assert plan.coverage.fallbacks == (Fallback("Tanh", "y", "declined"),)
+    assert not any(isinstance(step, Native) for step in plan._steps)
+
+
+def test_every_kernel_is_reached():
+    kinds, activations, combinations = set(), set(), set()
+    machine = Machine(library(), 1)
+    for case in CASES:
+        machine.packs.clear()
+        plan = FastPlan(case.graph(), case.tensors(), case.shape, machine)
+        for step in plan._steps:
+            for op in step._operations if isinstance(step, Native) else ():
+                kinds.add(Kind(op.kind))
+                activations.add(Activation(op.activation))
+                if op.kind == Kind.COMBINE and op.other_space >= 0:
+                    combinations.add(Combination(op.flag))
+    assert kinds == set(Kind)
+    assert activations == set(Activation)
+    assert combinations == set(Combination)
+
+
+def test_a_sentence_and_a_document_name_the_fallbacks():
+    fallbacks = [Fallback(op, "y", "no kernel") for op in ("Tile", "GridSample", "Tile")]
+    document = Coverage(124, tuple(fallbacks)).to_json()
+    assert document == {"nodes": 124, "on_reference": 3, "operators": ["Tile", "GridSample"]}
+    assert coverage_text(document) == "3 of 124 nodes run on the reference: Tile, GridSample"
+    assert coverage_text(Coverage(124).to_json()) == "all 124 nodes run on compiled kernels"
