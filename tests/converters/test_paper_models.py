@@ -113,7 +113,7 @@ def test_seeds_and_files_give_weights(tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("wrn-28-22", {}, "did you mean wrn-22-2 or wrn-28-2"),
+        ("wrn-28-22", {}, "did you mean wrn-28-2 or wrn-22-2"),
         ("lenet-300", {}, "did you mean lenet-300-100"),
         ("wrn-28-2", {"weights": "DEFAULT"}, "has no published weights"),
         ("wrn-28-2", {"num_classes": 0}, "--num-classes 0 is not allowed"),
