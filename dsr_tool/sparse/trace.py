@@ -11,6 +11,7 @@ from torch import nn
 
 from dsr_tool.errors import UsageError
 from dsr_tool.graph.ir import Attribute, Graph, Node, Value
+from dsr_tool.graph.operators import operator_of
 from dsr_tool.sparse.capture import INPUT, OUTPUT, capture
 from dsr_tool.sparsity.tensor import Array
 
@@ -94,7 +95,7 @@ class _Reader:
         if node.op_type == "Constant":
             self._arrays[node.outputs[0].name] = _constant(node)
             return
-        if node.op_type in ("Identity", "Dropout"):
+        if operator_of(node.op_type).identity:
             source, name = node.inputs[0].name, node.outputs[0].name
             if source in self._arrays:
                 self._arrays[name] = self._arrays[source]
@@ -133,7 +134,7 @@ class _Reader:
 
     def _make(self, op: str, value: Any, result: str) -> str:
         """Name of a value that a node makes; none where nothing reads it, but for pieces of a split."""
-        if not value.name or not (value.uses() or value.name == result or op == "Split"):
+        if not value.name or not (value.uses() or value.name == result or operator_of(op).all_outputs):
             return ""
         self._names[value.name] = OUTPUT if value.name == result else self._fresh(op.lower())
         return self._names[value.name]

@@ -10,16 +10,13 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from dsr_tool.errors import FormatError, first_line
+from dsr_tool.graph.operators import operator_of
 
 __all__ = ["WeightUse", "weight_uses"]
 
 Shape = tuple[int, ...]
 
-# Inputs that are weights, by operator; a bias is none.
-_WEIGHT_SLOTS = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (0, 1), "MatMul": (0, 1)}
-_SAME_ENTRIES = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Cast"}
 _REAL = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
-_ARITHMETIC = {"Add", "Sub", "Mul", "Div"}
 _SMALL = 1024  # entries; initializers up to here may be shapes, which inference has to see
 
 
@@ -66,9 +63,10 @@ def _uses(model: ModelProto, weights: Mapping[str, Shape]) -> dict[str, WeightUs
     for node in model.graph.node:
         if node.domain not in ("", "ai.onnx"):
             continue
-        if node.op_type in _SAME_ENTRIES and node.input[0] in origin:
+        operator = operator_of(node.op_type)
+        if operator.keeps_entries and node.input[0] in origin:
             origin.setdefault(node.output[0], origin[node.input[0]])
-        for slot in _WEIGHT_SLOTS.get(node.op_type, ()):
+        for slot in operator.weights:
             name = origin.get(node.input[slot])
             if name is not None:
                 macs = _macs(node, shapes) / batch / max(math.prod(weights[name]), 1)
@@ -129,7 +127,7 @@ def _harmless(nodes: Iterable[NodeProto], seen: GraphProto) -> Iterator[NodeProt
     real = {value.name for value in (*seen.value_info, *seen.output) if _element(value) in _REAL}
     for node in nodes:
         output = node.output[0] if node.output else ""
-        if node.op_type in _ARITHMETIC and output not in short:
+        if operator_of(node.op_type).arithmetic and output not in short:
             same_shape = NodeProto()
             same_shape.CopyFrom(node)
             same_shape.op_type = "Pow"
