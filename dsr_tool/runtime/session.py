@@ -1,4 +1,4 @@
-"""Running an archive or an ONNX file."""
+"""Sessions: a model file that is ready to predict, and the plans behind it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ import numpy as np
 from dsr_tool.errors import FormatError, UsageError, unknown_name
 from dsr_tool.graph.fold import fold_norms
 from dsr_tool.graph.ir import Graph, Value
+from dsr_tool.runtime.compiler.memory import PlanMemory
 from dsr_tool.runtime.compiler.plan import FastPlan
 from dsr_tool.runtime.compiler.program import Machine
+from dsr_tool.runtime.coverage import Coverage
 from dsr_tool.runtime.kernels.library import library
-from dsr_tool.runtime.onnxruntime_plan import DensePlan
+from dsr_tool.runtime.onnxruntime_plan import OnnxRuntimePlan
 from dsr_tool.runtime.reference.interpreter import Folded, Interpreter
 from dsr_tool.runtime.source import Model, open_model
 from dsr_tool.sparsity.tensor import Array, SparseTensor
@@ -25,51 +27,51 @@ from dsr_tool.sparsity.tensor import Array, SparseTensor
 __all__ = ["RUNTIMES", "Session"]
 
 RUNTIMES = ("auto", "native", "scipy")
-_MOST_THREADS = 256
-_MOST_COST = 0.95
-"""Of sparse products beside dense ones, above which those are left to onnxruntime."""
-_MOST_PLANS = 4
-"""Shapes of inputs that a session is prepared for at a time."""
-_MOST_PREPARED = 1 << 28
-"""Floats of an input that a session makes ready for before it sees one."""
+_MAX_THREADS = 256
+_MAX_COST = 0.95
+"""`auto` picks ONNX Runtime when the estimated cost of the sparse plan is above this share of the dense one."""
+_MAX_PLANS = 4
+"""Number of input shapes for which a session keeps a plan; the one used least recently is dropped."""
+_MAX_EAGER_SIZE = 1 << 28
+"""Largest input, in floats, for which a plan is compiled before the first run."""
 
 
 class Session:
-    """A model that is ready to predict: compiled kernels for sparse weights, or numpy and scipy alone.
+    """A model that is ready to predict, on compiled kernels for sparse weights or on numpy and scipy alone.
 
-    Weights stored as float16 are computed with in the type of the input. Of a model with several outputs, the first
-    is computed. Threads may share a session; with compiled kernels they take turns.
+    Weights stored as float16 are converted to the type of the input. Of a model with several outputs, the first is
+    computed. Threads may share a session; with compiled kernels, their calls run one after the other.
 
     Attributes:
-        config: what the model is.
-        input: name, shape and type of what `run` takes; None in the shape where any size goes.
-        output: the same of what it returns.
-        runtime: `native` or `scipy`, or `onnxruntime` where `auto` found the model too dense for sparse products.
-        threads: that compute one call.
+        config: architecture, input shape, preprocessing and labels of the model.
+        input: name, shape and type of the array that `run` expects; None in the shape for a free dimension.
+        output: name, shape and type of the array that `run` returns.
+        runtime: `native` or `scipy`; `onnxruntime` if `auto` found the model too dense for sparse kernels.
+        threads: number of threads that share the work of one call.
     """
 
     def __init__(
         self, source: Model | str | Path, threads: int = 1, batch: int | None = None, runtime: str = "auto"
     ) -> None:
-        """Decode the weights, fold norms into convolutions, prepare every operator.
+        """Decodes the weights, folds norms into convolutions and compiles a plan.
 
         Args:
-            source: path of an archive, or of an ONNX file if it ends in `.onnx`; or what `open_model` made of one.
-            threads: that share the work of one call; scipy's products run on one.
-            batch: be ready for batches of this size; otherwise, the first of each size takes longer.
-            runtime: `native` for the compiled kernels, `scipy` for the reference, `auto` for the kernels where there
-                are some, or onnxruntime where it is installed and a dense product is quicker.
+            source: path of an archive or an ONNX file, or a model from `open_model`.
+            threads: number of threads that share the work of one call; scipy's products use one.
+            batch: batch size to compile for, 1 by default; the first run with any other size compiles again.
+            runtime: `native` for the compiled kernels, `scipy` for the reference, `auto` for the kernels if they are
+                built for this machine, or for ONNX Runtime if it is installed and a dense product is faster.
 
         Raises:
-            DsrError: an ONNX file is given, and the package onnx is not installed.
-            FileError: there is no such file.
-            FormatError: it is damaged, or not of its kind.
-            UsageError: it holds an operator that this runtime does not know, or an argument is not allowed.
+            DsrError: the source is an ONNX file, and the package onnx is not installed.
+            FileError: the file does not exist.
+            FormatError: the file is damaged, or neither an archive nor an ONNX file.
+            UsageError: the model has an operator that this runtime does not support, or an argument is not allowed.
         """
-        if not 1 <= threads <= _MOST_THREADS:
-            raise UsageError(f"threads {threads} is not allowed; give 1 to {_MOST_THREADS}, at most one for each core.")
+        if not 1 <= threads <= _MAX_THREADS:
+            raise UsageError(f"threads {threads} is not in [1, {_MAX_THREADS}]; give at most one for each core.")
         if batch is not None and batch < 1:
-            raise UsageError(f"batch {batch} is not allowed; give 1 or more, or leave it out.")
+            raise UsageError(f"batch {batch} is not positive; give 1 or more, or leave it out.")
         if runtime not in RUNTIMES:
             raise unknown_name("runtime", runtime, RUNTIMES)
         model = open_model(source)
@@ -82,116 +84,145 @@ class Session:
         graph, tensors = fold_norms(graph, tensors)
         machine = _machine(runtime, threads, self.input)
         self.runtime = "scipy" if machine is None else "native"
-        self._plan: Interpreter | _Plans = Interpreter(graph, tensors) if machine is None else _Plans(graph, tensors, machine)
-        if isinstance(self._plan, _Plans) and (shape := _first_shape(self.input, batch)):
-            cost = self._plan.prepare(shape).cost
-            if cost is None:
-                self.runtime = "scipy"
-            elif runtime == "auto" and cost > _MOST_COST and (given := DensePlan.of(graph, tensors, threads)):
-                self._plan.dense, self.runtime = given, "onnxruntime"
+        self._plan: Interpreter | _PlanCache
+        self._plan = Interpreter(graph, tensors) if machine is None else _PlanCache(graph, tensors, machine)
+        shape = _eager_shape(self.input, batch)
+        if isinstance(self._plan, _PlanCache) and shape is not None:
+            self.runtime = self._plan.compile_first(shape, may_replace=runtime == "auto", threads=threads)
+
+    @property
+    def coverage(self) -> Coverage | None:
+        """Which nodes of the latest plan run on compiled kernels, and which on the reference.
+
+        None if no kernels run at all: with the runtimes `scipy` and `onnxruntime`, and before the first run of a model
+        whose input shape is not fixed.
+        """
+        return self._plan.coverage if isinstance(self._plan, _PlanCache) else None
 
     def run(self, x: Array) -> Array:
-        """Predict.
+        """Predicts a batch.
 
         Args:
-            x: a batch, of the shape and type that `input` says; usually float32 (batch, channels, height, width).
+            x: an array of the shape and type of `input`, usually float32 (batch, channels, height, width).
 
         Returns:
-            The first output of the model, the batch first.
+            The first output of the model; its first axis is the batch.
 
         Raises:
-            UsageError: `x` has another rank, size or type.
+            FormatError: a value does not fit the operator that reads it, or the values need too much memory.
+            UsageError: the rank, size or type of `x` is not that of `input`.
         """
         x, shape = np.asarray(x), self.input.shape
         fits = len(x.shape) == len(shape) and all(
-            wanted in (None, given) for given, wanted in zip(x.shape, shape, strict=True)
+            expected in (None, size) for size, expected in zip(x.shape, shape, strict=True)
         )
         if not fits or 0 in x.shape:
-            wanted = ", ".join("batch" if n is None else str(n) for n in shape)
-            raise UsageError(f"input of shape {x.shape} does not fit; the model takes ({wanted}).")
+            expected = ", ".join("batch" if n is None else str(n) for n in shape)
+            raise UsageError(f"input of shape {x.shape} does not fit; the model expects ({expected}).")
         if x.dtype != np.dtype(self.input.dtype):
             raise UsageError(
-                f"input of type {x.dtype} does not fit; the model takes {self.input.dtype}, so convert it with astype."
+                f"input of type {x.dtype} does not fit; the model expects {self.input.dtype}, so convert it with "
+                f"astype."
             )
         return self._plan.run(x)
 
 
-class _Plans:
-    """A plan for each shape of inputs, the ones used last.
-
-    Attributes:
-        dense: what computes in their place, where that is quicker.
-    """
+class _PlanCache:
+    """A compiled plan for each of the input shapes that were used last, and what replaces them."""
 
     def __init__(self, graph: Graph, tensors: Mapping[str, SparseTensor], machine: Machine) -> None:
         self._graph, self._tensors, self._machine = graph, tensors, machine
-        self._plans: OrderedDict[tuple[int, ...], FastPlan | _Reference] = OrderedDict()
-        self._reference: _Reference | None = None
-        self.dense: DensePlan | None = None
-        # The plans share memory for what they compute.
+        self._plans: OrderedDict[tuple[int, ...], FastPlan | Interpreter] = OrderedDict()
+        self._reference: Interpreter | None = None
+        self._dense: OnnxRuntimePlan | None = None
+        # All plans compute in the same arena of the machine.
         self._lock = threading.Lock()
 
-    def prepare(self, shape: tuple[int, ...]) -> FastPlan | _Reference:
-        """The plan for a shape, made where there is none."""
-        plan = self._plans.pop(shape, None) or self._made(shape)
-        self._plans[shape] = plan
-        while len(self._plans) > _MOST_PLANS:
-            self._plans.popitem(last=False)
-        return plan
+    @property
+    def coverage(self) -> Coverage | None:
+        """Coverage of the plan used last; None if that is not a compiled one."""
+        latest = next(reversed(self._plans.values()), None)
+        return latest.coverage if isinstance(latest, FastPlan) and self._dense is None else None
+
+    def compile_first(self, shape: tuple[int, ...], *, may_replace: bool, threads: int) -> str:
+        """Compiles the plan for a shape, and hands the model to ONNX Runtime if that is allowed and faster.
+
+        Returns:
+            The name of the runtime that will run: `native`, `scipy` or `onnxruntime`.
+        """
+        plan = self._plan_for(shape)
+        if not isinstance(plan, FastPlan):
+            return "scipy"
+        if may_replace and plan.cost > _MAX_COST:
+            self._dense = OnnxRuntimePlan.of(self._graph, self._tensors, threads)
+        return "native" if self._dense is None else "onnxruntime"
 
     def run(self, x: Array) -> Array:
-        """Compute the output for an input."""
-        if self.dense is not None:
+        """Computes the output for an input."""
+        if self._dense is not None:
+            # ONNX Runtime checks shapes more strictly than the kernels do, which then run the model.
             with contextlib.suppress(FormatError):
-                return self.dense.run(x)
+                return self._dense.run(x)
         with self._lock:
-            plan = self.prepare(x.shape)
+            plan = self._plan_for(x.shape)
             try:
                 return plan.run(x)
             except (FormatError, MemoryError):
-                if isinstance(plan, _Reference):
+                if isinstance(plan, Interpreter):
                     raise
-                return self._by_scipy().run(x)
+                # A plan holds for one set of shapes inside the graph; the reference computes any.
+                return self._interpreter().run(x)
 
-    def _made(self, shape: tuple[int, ...]) -> FastPlan | _Reference:
+    def _plan_for(self, shape: tuple[int, ...]) -> FastPlan | Interpreter:
+        """Returns the plan for an input shape, compiled if there is none, as the latest in the cache."""
+        plan = self._plans.pop(shape, None) or self._compile(shape)
+        self._plans[shape] = plan
+        while len(self._plans) > _MAX_PLANS:
+            self._plans.popitem(last=False)
+        return plan
+
+    def _compile(self, shape: tuple[int, ...]) -> FastPlan | Interpreter:
         folded: Folded = {}
         try:
             return FastPlan(self._graph, self._tensors, shape, self._machine, folded)
         except (FormatError, MemoryError):
-            # Whatever the reference runs is run; where it cannot either, it says why.
-            return self._by_scipy(folded)
+            # The reference supports more graphs, and raises the error that users see for the others. It does not
+            # compute again what depends on weights alone.
+            return self._interpreter(folded)
 
-    def _by_scipy(self, folded: Folded | None = None) -> _Reference:
-        self._reference = self._reference or _Reference(self._graph, self._tensors, folded)
+    def _interpreter(self, folded: Folded | None = None) -> Interpreter:
+        self._reference = self._reference or Interpreter(self._graph, self._tensors, folded)
         return self._reference
 
 
-class _Reference(Interpreter):
-    """The plan of a shape that the kernels cannot take: it has no `cost`."""
-
-    cost = None
-
-
-def _first_shape(given: Value, batch: int | None) -> tuple[int, ...]:
-    """What to be ready for; empty where sizes are open, or so large that the first run shall find out."""
-    shape = (given.shape[0] or batch or 1, *given.shape[1:])
+def _eager_shape(value: Value, batch: int | None) -> tuple[int, ...] | None:
+    """Returns the input shape to compile for at once; None if it has a free dimension, or is empty or too large."""
+    shape = (value.shape[0] or batch or 1, *value.shape[1:]) if value.shape else ()
     sizes = tuple(n for n in shape if n is not None and n > 0)
-    return sizes if len(sizes) == len(shape) and math.prod(sizes) <= _MOST_PREPARED else ()
+    return sizes if sizes and len(sizes) == len(shape) and math.prod(sizes) <= _MAX_EAGER_SIZE else None
 
 
-def _machine(runtime: str, threads: int, given: Value) -> Machine | None:
-    """What runs compiled kernels; None for scipy."""
+def _machine(runtime: str, threads: int, value: Value) -> Machine | None:
+    """Returns the kernels with their threads; None if the model runs on the reference.
+
+    Raises:
+        UsageError: `native` was requested, and no kernels can be loaded.
+    """
     if runtime == "scipy":
         return None
     kernels = library()
     if runtime == "native" and kernels is None:
-        raise UsageError("runtime 'native' has no kernels here; `dsr-tool doctor` says why, and 'scipy' always runs.")
-    if kernels is None or given.dtype != "float32" or not given.shape:
+        raise UsageError(
+            "runtime 'native' has no kernels here; `dsr-tool doctor` says why, and runtime 'scipy' runs everywhere."
+        )
+    # The kernels compute in float32 and take the first axis as the batch.
+    if kernels is None or value.dtype != "float32" or not value.shape:
         return None
     return Machine(kernels, threads)
 
 
 def _as_type(tensor: SparseTensor, dtype: str) -> SparseTensor:
+    """Returns the tensor with its values as `dtype`; integer tensors are left alone."""
     if not np.issubdtype(tensor.values.dtype, np.floating):
         return tensor
     return SparseTensor(tensor.mask, tensor.values.astype(dtype, copy=False))
