@@ -99,6 +99,11 @@ class Session:
         """
         return self._plan.coverage if isinstance(self._plan, _PlanCache) else None
 
+    @property
+    def memory(self) -> PlanMemory | None:
+        """Bytes that the latest plan needs, computed from the plan; None whenever `coverage` is None."""
+        return self._plan.memory if isinstance(self._plan, _PlanCache) else None
+
     def run(self, x: Array) -> Array:
         """Predicts a batch.
 
@@ -143,6 +148,12 @@ class _PlanCache:
         """Coverage of the plan used last; None if that is not a compiled one."""
         latest = next(reversed(self._plans.values()), None)
         return latest.coverage if isinstance(latest, FastPlan) and self._dense is None else None
+
+    @property
+    def memory(self) -> PlanMemory | None:
+        """Memory of the plan used last; None if that is not a compiled one."""
+        latest = next(reversed(self._plans.values()), None)
+        return latest.memory() if isinstance(latest, FastPlan) and self._dense is None else None
 
     def compile_first(self, shape: tuple[int, ...], *, may_replace: bool, threads: int) -> str:
         """Compiles the plan for a shape, and hands the model to ONNX Runtime if that is allowed and faster.
