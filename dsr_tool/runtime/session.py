@@ -84,8 +84,9 @@ class Session:
         graph, tensors = fold_norms(graph, tensors)
         machine = _machine(runtime, threads, self.input)
         self.runtime = "scipy" if machine is None else "native"
-        self._plan: Interpreter | _PlanCache
-        self._plan = Interpreter(graph, tensors) if machine is None else _PlanCache(graph, tensors, machine)
+        self._plan: Interpreter | _PlanCache = (
+            Interpreter(graph, tensors) if machine is None else _PlanCache(graph, tensors, machine)
+        )
         shape = _eager_shape(self.input, batch)
         if isinstance(self._plan, _PlanCache) and shape is not None:
             self.runtime = self._plan.compile_first(shape, may_replace=runtime == "auto", threads=threads)
@@ -171,7 +172,7 @@ class _PlanCache:
     def run(self, x: Array) -> Array:
         """Computes the output for an input."""
         if self._dense is not None:
-            # ONNX Runtime checks shapes more strictly than the kernels do, which then run the model.
+            # The kernels may compute a batch that ONNX Runtime refuses.
             with contextlib.suppress(FormatError):
                 return self._dense.run(x)
         with self._lock:

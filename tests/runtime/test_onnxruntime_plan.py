@@ -13,7 +13,7 @@ from dsr_tool.formats.archive import write_archive
 from dsr_tool.graph.ir import Graph, Node, Value
 from dsr_tool.runtime import Session
 from dsr_tool.runtime.kernels.library import library
-from dsr_tool.runtime.onnxruntime_plan import DensePlan
+from dsr_tool.runtime.onnxruntime_plan import OnnxRuntimePlan
 from dsr_tool.runtime.reference.interpreter import Interpreter
 from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.sparsity.layers import LayerSpec
@@ -55,7 +55,7 @@ def write(path: Path, density: float) -> Path:
 
 def test_the_model_by_hand_is_the_model():
     weights = tensors(1.0)
-    plan = DensePlan.of(graph(tuple(weights)), weights, 1)
+    plan = OnnxRuntimePlan.of(graph(tuple(weights)), weights, 1)
     assert plan is not None
     np.testing.assert_allclose(plan.run(X), Interpreter(graph(tuple(weights)), weights).run(X), rtol=1e-5, atol=1e-6)
 
@@ -63,7 +63,7 @@ def test_the_model_by_hand_is_the_model():
 def test_without_onnxruntime_there_is_no_plan(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     weights = tensors(1.0)
-    assert DensePlan.of(graph(tuple(weights)), weights, 1) is None
+    assert OnnxRuntimePlan.of(graph(tuple(weights)), weights, 1) is None
 
 
 @KERNELS

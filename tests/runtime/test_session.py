@@ -93,11 +93,11 @@ def test_float16_weights_compute_in_float32(tmp_path, archive):
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (X[0], r"shape \(3, 8, 8\) does not fit; the model takes \(batch, 3, 8, 8\)"),
+        (X[0], r"shape \(3, 8, 8\) does not fit; the model expects \(batch, 3, 8, 8\)"),
         (X[:, :2], r"shape \(4, 2, 8, 8\)"),
         (X[..., :7], r"shape \(4, 3, 8, 7\)"),
         (X[:0], r"shape \(0, 3, 8, 8\)"),
-        (X.astype(np.float64), "type float64 does not fit; the model takes float32"),
+        (X.astype(np.float64), "type float64 does not fit; the model expects float32"),
         ((X * 10).astype(np.uint8), "type uint8"),
     ],
 )

@@ -18,7 +18,7 @@ from dsr_tool.runtime.compiler import segment as builder
 from dsr_tool.runtime.compiler.plan import FastPlan
 from dsr_tool.runtime.compiler.program import Machine
 from dsr_tool.runtime.kernels.library import library
-from dsr_tool.runtime.onnxruntime_plan import DensePlan
+from dsr_tool.runtime.onnxruntime_plan import OnnxRuntimePlan
 from dsr_tool.runtime.reference.call import FUNCTIONS
 from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.sparsity.layers import LayerSpec
@@ -134,7 +134,7 @@ def test_where_onnxruntime_fails_kernels_run(tmp_path, monkeypatch):
     def fails(*_):
         raise FormatError("no")
 
-    monkeypatch.setattr(DensePlan, "run", fails)
+    monkeypatch.setattr(OnnxRuntimePlan, "run", fails)
     close(session.run(inputs(2)), Session(path, runtime="scipy").run(inputs(2)))
 
 
