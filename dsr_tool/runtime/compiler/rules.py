@@ -125,7 +125,6 @@ RULES: dict[str, Rule] = {
     "Clip": clip,
     "Conv": conv,
     "Div": binary,
-    "Div": binary,
     "Elu": shaped(Activation.ELU, alpha=1.0),
     "Flatten": _reshape,
     "Gelu": gelu,
