@@ -1,67 +1,190 @@
-"""The archive as an export: the exact weights, the graph, and what is needed to go back to PyTorch."""
+"""Archives (.dsr): the exact weights, the graph, and what is needed to go back to PyTorch."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dsr_tool.errors import unknown_name
-from dsr_tool.files import new_file, refuse_existing
-from dsr_tool.formats.archive import ENCODINGS, encode_archive
-from dsr_tool.graph.compact.record import COMPACTED, compacted_specs, saved
-from dsr_tool.graph.compact.rewrite import folded_and_compacted
-from dsr_tool.sparse.model import SparseModel
+from dsr_tool.errors import UsageError
+from dsr_tool.formats.archive import ENCODINGS, Archive, encode_archive, open_archive
+from dsr_tool.formats.manifest import METADATA
+from dsr_tool.graph.compact.record import COMPACTED, compacted_specs, measure_savings
+from dsr_tool.graph.compact.rewrite import fold_and_compact
 from dsr_tool.sparsity.config import installed_versions
+from exporters.base import Container, Draft, ExportOptions, Head
+from exporters.contents import Contents, StoredBytes, measured
 from exporters.values import stored_as
-from exporters.verify.tensors import Verification, checked_graph, require, verify_archive
 
-__all__ = ["export_archive"]
+if TYPE_CHECKING:
+    from dsr_tool.graph.ir import Graph
+    from dsr_tool.runtime.source import Model
+    from dsr_tool.sparse.model import SparseModel
+    from dsr_tool.sparsity.tensor import Array, SparseTensor
+    from exporters.checked import CheckedModel
+    from exporters.verify.result import Verification
+
+    Run = Callable[[Array], Array]
+
+__all__ = ["Archives"]
+
+_MOST_DENSE_ONNX_BYTES = (1 << 31) - (1 << 24)
+"""Largest weights, in bytes, that ONNX Runtime gets as a dense file: protobuf ends at 2 GiB, less 16 MiB for a graph."""
 
 
-def export_archive(
-    model: SparseModel,
-    path: str | Path,
-    *,
-    encoding: str = "auto",
-    values: str = "fp32",
-    compact: bool = False,
-    force: bool = False,
-) -> Verification:
-    """Write a model as a `.dsr` archive, and verify it before it takes its name.
+class Archives(Container):
+    """The container of archives."""
 
-    Args:
-        model: the model; `config.input_shape` says what it takes.
-        path: the new file.
-        encoding: `auto` for the smallest codec per layer, or the name of one.
-        values: `fp32` as they are, or weights as `fp16`.
-        compact: fold normalisation and remove channels that no active weight reaches. Such a file is for inference: it
-            does not go back into the module.
-        force: replace an existing file.
+    name = "archive"
+    endings = (".dsr",)
+    encodings = ENCODINGS
+    compacts = True
+    preprocesses = True
 
-    Returns:
-        What the verification measured.
+    def recognises(self, head: Head) -> bool:
+        """Looks for the archive's entry in the metadata of a safetensors file."""
+        metadata = head.safetensors_metadata
+        # A damaged header is taken for an archive's: its reader says what is wrong with it.
+        return head.is_safetensors and (metadata is None or METADATA in metadata)
 
-    Raises:
-        CheckFailed: weights and masks disagree, or the file does not hold what the model does; no file is left.
-        UsageError: unknown encoding or type of values, a weight that float16 cannot hold, no input shape, or a module
-            that cannot be captured.
-        FileError: the file exists without `force`, or the disk refuses it.
+    def encode(self, checked: CheckedModel, options: ExportOptions) -> Draft:
+        """Encodes weights, graph and description; a compacted archive also records what compaction saved.
+
+        Raises:
+            UsageError: a weight that float16 cannot hold, or a module that cannot be captured.
+        """
+        model = checked.model
+        tensors, specs, config = model.tensors(), model.specs, model.config
+        encode = partial(encode_archive, encoding=options.encoding, versions=installed_versions())
+        plain = encode(stored_as(tensors, specs, options.values), specs, checked.graph, config)
+        if not options.compact:
+            return Draft(plain.save)
+        before, small = fold_and_compact(checked.graph, tensors)
+        small_specs = compacted_specs(small.tensors, specs)
+        stored = stored_as(small.tensors, small_specs, options.values)
+
+        def write(path: Path) -> None:
+            # The record has the size of the plain archive, which is known once it is written.
+            plain.save(path)
+            record = measure_savings(before, small, specs, path.stat().st_size)
+            noted = replace(config, conversion={**config.conversion, COMPACTED: record.to_dict()})
+            encode(stored, small_specs, small.graph, noted).save(path)
+
+        return Draft(write)
+
+    def verify(self, path: Path, checked: CheckedModel, *, samples: int, seed: int) -> Verification:
+        """Compares every tensor bit for bit, and the outputs of the sparse runtime and of ONNX Runtime.
+
+        An archive whose weights are float16 is compared with the model rounded likewise; a note says what the rounding
+        does to the outputs.
+        """
+        from exporters.verify.outputs import compare_outputs
+        from exporters.verify.tensors import differing_tensors
+
+        archive = open_archive(path)
+        expected = _expected(archive, checked, samples, seed)
+        shapes = {name: entry.spec.shape for name, entry in archive.entries.items()}
+        differing = differing_tensors(path, expected.model, expected.tensors, shapes, archive.tensor)
+        runs, faults = _runs(archive)
+        if not runs:
+            raise UsageError(f"{str(path)!r} cannot be verified, since no runtime runs it: {'; '.join(faults)}")
+        return compare_outputs(
+            path,
+            self.name,
+            expected.model.module,
+            runs=runs,
+            value=archive.graph.inputs[0],
+            samples=samples,
+            seed=seed,
+            differing=differing,
+            notes=(*expected.notes, *faults),
+            rounded=expected.rounded,
+        )
+
+    def reader(self) -> Callable[[Path], Model]:
+        """Returns `open_archive`, which needs numpy alone."""
+        return open_archive
+
+    def measure(self, path: Path) -> Contents:
+        """Measures the streams of every tensor, the documents and the header."""
+        archive = open_archive(path)
+        stored = {name: _stored_bytes(archive, name) for name in archive.entries}
+        parts = {"graph and manifest": archive.document_bytes, "container header": archive.header_bytes}
+        record = archive.config.conversion.get(COMPACTED)
+        return measured(archive, stored, parts, config=archive.config, record=record)
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What an archive should hold.
+
+    Attributes:
+        model: the model to compare with.
+        tensors: every tensor that the archive should have.
+        notes: what rounding did, measured.
+        rounded: runs a compacted model with rounded weights, which no module computes; None to compare with PyTorch.
     """
-    if encoding not in ENCODINGS:
-        raise unknown_name("encoding", encoding, ENCODINGS)
-    path = Path(path)
-    refuse_existing(path, force=force)
-    tensors, specs, config = stored_as(model.tensors(), model.specs, values), model.specs, model.config
-    graph = checked_graph(model)
-    encode = partial(encode_archive, encoding=encoding, versions=installed_versions())
-    with new_file(path, force=force) as part:
-        encode(tensors, specs, graph, config).save(part)
-        if compact:
-            before, small = folded_and_compacted(graph, model.tensors())
-            record = saved(before, small, specs, part.stat().st_size)
-            specs = compacted_specs(small.tensors, specs)
-            config = replace(config, conversion={**config.conversion, COMPACTED: record.to_dict()})
-            encode(stored_as(small.tensors, specs, values), specs, small.graph, config).save(part)
-        verification = require(verify_archive(part, model))
-    return replace(verification, path=path)
+
+    model: SparseModel
+    tensors: dict[str, SparseTensor]
+    notes: tuple[str, ...] = ()
+    rounded: Run | None = None
+
+
+def _expected(archive: Archive, checked: CheckedModel, samples: int, seed: int) -> _Expected:
+    model = checked.model
+    half = any(entry.dtype == "float16" and entry.spec.weight for entry in archive.entries.values())
+    if COMPACTED in archive.config.conversion:
+        _, small = fold_and_compact(checked.graph, model.tensors())
+        if not half:
+            return _Expected(model, dict(small.tensors))
+        tensors = stored_as(small.tensors, compacted_specs(small.tensors, model.specs), "fp16")
+        return _Expected(model, tensors, rounded=_run_by_onnxruntime(small.graph, tensors, "dense"))
+    if not half:
+        return _Expected(model, model.tensors())
+    from exporters.verify.outputs import random_inputs
+    from exporters.verify.rounding import rounded_model, rounding_notes
+
+    rounded = rounded_model(model)
+    notes = rounding_notes(model, rounded, random_inputs(archive.graph.inputs[0], samples, seed))
+    return _Expected(rounded, stored_as(model.tensors(), model.specs, "fp16"), notes)
+
+
+def _runs(archive: Archive) -> tuple[dict[str, Run], list[str]]:
+    """Prepares every runtime that takes the archive; returns them by name, and why the others do not take it."""
+    from dsr_tool.runtime import Session
+    from dsr_tool.runtime.kernels.library import library
+
+    tensors = {name: archive.tensor(name) for name in archive.graph.parameters}
+    runs: dict[str, Run] = {}
+    faults = []
+    try:
+        # A model that exceeds the limit of one ONNX file as dense weights still fits in compact encodings.
+        dense_bytes = sum(tensor.mask.size * tensor.values.dtype.itemsize for tensor in tensors.values())
+        encoding = "auto" if dense_bytes > _MOST_DENSE_ONNX_BYTES else "dense"
+        runs["onnxruntime"] = _run_by_onnxruntime(archive.graph, tensors, encoding)
+    except UsageError as error:
+        faults.append(f"onnxruntime cannot run it: {error}")
+    try:
+        # Not `auto`: for nearly dense models it would run ONNX Runtime, which is compared already.
+        runs["sparse"] = Session(archive, runtime="scipy" if library() is None else "native").run
+    except UsageError as error:
+        faults.append(f"the sparse runtime cannot run it: {error}")
+    return runs, faults
+
+
+def _run_by_onnxruntime(graph: Graph, tensors: dict[str, SparseTensor], encoding: str) -> Run:
+    from exporters.onnx.session import OnnxSession
+    from exporters.onnx.write import to_onnx
+
+    return OnnxSession(to_onnx(graph, tensors, encoding=encoding).SerializeToString()).run
+
+
+def _stored_bytes(archive: Archive, name: str) -> StoredBytes:
+    """Splits the bytes of a tensor: streams of values have the suffix `values` or none, all others hold positions."""
+    entry = archive.entries[name]
+    suffixes = [suffix for suffix in entry.crc32 if suffix not in ("", "values")]
+    positions = sum(archive.stored_bytes(entry.stream(suffix)) for suffix in suffixes)
+    return StoredBytes(positions, archive.entry_bytes(name) - positions)

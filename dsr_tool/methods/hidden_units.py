@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dsr_tool.graph.compact.liveness import surveyed
-from dsr_tool.graph.compact.products import Product
+from dsr_tool.graph.compact.survey import Product
+from dsr_tool.graph.compact.walk import survey_graph
 from dsr_tool.graph.fold import fold_norms
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparse.trace import trace
@@ -48,7 +48,7 @@ def hidden_units(model: SparseModel, names: Sequence[str]) -> list[Hidden]:
         UsageError: the model cannot be captured, or the shape of its input is unknown.
     """
     graph, tensors = fold_norms(trace(model.module, model.config.input_shape), model.tensors())
-    survey = surveyed(graph, tensors)
+    survey = survey_graph(graph, tensors)
     roots = survey.units.roots()
     pinned = np.zeros(len(roots), np.bool_)
     for units in survey.pinned:

@@ -12,7 +12,7 @@ from dsr_tool.formats.archive import Archive, open_archive
 from dsr_tool.formats.csr_file import CsrFile, load_csr
 from dsr_tool.formats.footprint import Footprint, footprint
 from dsr_tool.formats.manifest import container_header_bytes
-from dsr_tool.graph.compact.record import COMPACTED, Saved
+from dsr_tool.graph.compact.record import COMPACTED, Savings
 from dsr_tool.report.runlog import RunLog, read_log
 from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.sparsity.layers import LayerSpec
@@ -59,7 +59,7 @@ class Source:
     tensors: Mapping[str, SparseTensor] = field(default_factory=dict)
     stored: Mapping[str, StoredBytes] = field(default_factory=dict)
     log: RunLog | None = None
-    saved: Saved | None = None
+    saved: Savings | None = None
 
 
 def read(path: str | Path) -> Source:
@@ -100,7 +100,7 @@ def _archive(archive: Archive) -> Source:
     measured = footprint(tensors, specs, stored=stored, file_bytes=archive.nbytes, parts=parts)
     apart = {name: _archive_bytes(archive, name) for name in specs}
     record = archive.config.conversion.get(COMPACTED)
-    saved = None if record is None else Saved.from_dict(record)
+    saved = None if record is None else Savings.from_dict(record)
     return Source(archive.path, "archive", measured, archive.config, {}, tensors, apart, saved=saved)
 
 
@@ -167,7 +167,7 @@ def _onnx(path: Path) -> Source:
     measured = footprint(tensors, specs, stored=stored, file_bytes=file.nbytes, parts=parts)
     apart = {name: _onnx_bytes(entry.codec, entry.nbytes, tensors[name]) for name, entry in file.entries.items()}
     record = file.record.get(COMPACTED)
-    saved = None if record is None else Saved.from_dict(record)
+    saved = None if record is None else Savings.from_dict(record)
     return Source(path, "onnx", measured, None, {}, tensors, apart, saved=saved)
 
 

@@ -1,86 +1,111 @@
-"""ONNX files that are small and run everywhere: sparse weights decode once, when a runtime loads the file."""
+"""The container of ONNX files: small on disk, and read by every runtime.
+
+Sparse weights decode once, when a runtime loads the file and folds constants.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsr_tool.errors import unknown_name
-from dsr_tool.files import new_file, refuse_existing
-from dsr_tool.graph.compact.record import COMPACTED, saved
-from dsr_tool.graph.compact.rewrite import folded_and_compacted
-from exporters.onnx.densify import densify, densify_file
-from exporters.onnx.read import OnnxEntry, OnnxFile, read_onnx
-from exporters.onnx.session import onnx_session
-from exporters.onnx.write import ONNX_ENCODINGS, to_onnx
-from exporters.values import VALUES
+from dsr_tool.errors import DsrError, first_line
+from dsr_tool.graph.compact.record import COMPACTED, measure_savings
+from dsr_tool.graph.compact.rewrite import fold_and_compact
+from exporters.base import Container, Draft, ExportOptions, Head
+from exporters.contents import Contents, StoredBytes, measured
+from exporters.onnx import ONNX_ENCODINGS
 
 if TYPE_CHECKING:
-    from dsr_tool.sparse.model import SparseModel
-    from exporters.verify.tensors import Verification
+    from onnx import ModelProto
 
-__all__ = [
-    "ONNX_ENCODINGS",
-    "OnnxEntry",
-    "OnnxFile",
-    "densify",
-    "densify_file",
-    "export_onnx",
-    "onnx_session",
-    "read_onnx",
-    "to_onnx",
-]
+    from dsr_tool.runtime.source import Model
+    from dsr_tool.sparsity.tensor import SparseTensor
+    from exporters.checked import CheckedModel
+    from exporters.onnx.read import OnnxEntry
+    from exporters.verify.result import Verification
+
+__all__ = ["OnnxFiles"]
+
+_FIRST_FIELD = b"\x08"
+"""First byte of a model: the key of its field 1, `ir_version`. Protobuf writes fields in order, and ONNX requires it."""
 
 
-def export_onnx(
-    model: SparseModel,
-    path: str | Path,
-    *,
-    encoding: str = "auto",
-    values: str = "fp32",
-    compact: bool = False,
-    force: bool = False,
-) -> Verification:
-    """Write a model as one ONNX file with a dynamic batch, and verify it before it takes its name.
+class OnnxFiles(Container):
+    """The container of ONNX files."""
 
-    Args:
-        model: the model; `config.input_shape` says what it takes.
-        path: the new file.
-        encoding: `auto`, `delta`, `bitmask`, `coo` or `dense`; see `to_onnx`.
-        values: `fp32` as they are, or weights as `fp16`; the file computes with float32 either way.
-        compact: remove channels that no active weight reaches.
-        force: replace an existing file.
+    name = "onnx"
+    endings = (".onnx",)
+    encodings = ONNX_ENCODINGS
+    compacts = True
 
-    Returns:
-        What the verification measured.
+    def recognises(self, head: Head) -> bool:
+        """Looks for the first field of an ONNX model."""
+        # The header of a safetensors file may have a length that begins with the same byte.
+        return head.start.startswith(_FIRST_FIELD) and not head.is_safetensors
 
-    Raises:
-        CheckFailed: weights and masks disagree, or the file does not compute what the model does; no file is left.
-        UsageError: unknown encoding or type of values, a weight that float16 cannot hold, no input shape, more than
-            2 GB, or a module that cannot be captured.
-        FileError: the file exists without `force`, or the disk refuses it.
-    """
-    from exporters.onnx.check import verify_onnx
-    from exporters.verify.tensors import checked_graph, require
+    def encode(self, checked: CheckedModel, options: ExportOptions) -> Draft:
+        """Builds one ONNX model with a free batch; with `fp16` values, it still computes in float32.
 
-    if encoding not in ONNX_ENCODINGS:
-        raise unknown_name("ONNX encoding", encoding, ONNX_ENCODINGS)
-    if values not in VALUES:
-        raise unknown_name("--values", values, VALUES)
-    path = Path(path)
-    refuse_existing(path, force=force)
-    graph = checked_graph(model)
-    write = partial(
-        to_onnx, encoding=encoding, values=values, specs=model.specs, architecture=model.config.architecture
-    )
-    content = write(graph, model.tensors())
-    if compact:
-        before, small = folded_and_compacted(graph, model.tensors())
-        record = saved(before, small, model.specs, content.ByteSize())
-        content = write(small.graph, small.tensors, notes={COMPACTED: record.to_dict()})
-    with new_file(path, force=force) as part:
-        part.write_bytes(content.SerializeToString(deterministic=True))
-        verification = require(verify_onnx(part, model, graph=graph))
-    return replace(verification, path=path)
+        Raises:
+            UsageError: a weight that float16 cannot hold, more than 2 GB, or a module that cannot be captured.
+        """
+        from exporters.onnx.write import to_onnx
+
+        model, tensors = checked.model, checked.model.tensors()
+        build = partial(
+            to_onnx,
+            encoding=options.encoding,
+            values=options.values,
+            specs=model.specs,
+            architecture=model.config.architecture,
+        )
+        content = build(checked.graph, tensors)
+        if options.compact:
+            before, small = fold_and_compact(checked.graph, tensors)
+            record = measure_savings(before, small, model.specs, content.ByteSize())
+            content = build(small.graph, small.tensors, notes={COMPACTED: record.to_dict()})
+        return Draft(partial(_write, content))
+
+    def verify(self, path: Path, checked: CheckedModel, *, samples: int, seed: int) -> Verification:
+        """Compares weights and outputs, and checks that nothing is decoded at every inference."""
+        from exporters.onnx.check import verify_onnx
+
+        return verify_onnx(path, checked, samples=samples, seed=seed)
+
+    def reader(self) -> Callable[[Path], Model]:
+        """Imports the package onnx and returns `open_onnx`, or a function that says that the package is missing."""
+        try:
+            from exporters.onnx.graph import open_onnx
+        except ImportError as error:
+            return partial(_refuse_without_onnx, error)
+        return open_onnx
+
+    def measure(self, path: Path) -> Contents:
+        """Measures every weight with the operators that make it, and the rest as `nodes and names`."""
+        from exporters.onnx.read import read_onnx
+
+        file = read_onnx(path)
+        tensors = dict(file)
+        stored = {name: _stored_bytes(entry, tensors[name]) for name, entry in file.entries.items()}
+        parts = {"nodes and names": file.document_bytes}
+        return measured(file, stored, parts, record=file.record.get(COMPACTED), tensors=tensors)
+
+
+def _write(content: ModelProto, path: Path) -> None:
+    path.write_bytes(content.SerializeToString(deterministic=True))
+
+
+def _refuse_without_onnx(error: ImportError, path: Path) -> Model:
+    raise DsrError(
+        f"{str(path)!r} is an ONNX file, and reading it takes the package onnx ({first_line(error)}); install it (pip "
+        f"install onnx), or export the model as an archive, which does without (dsr-tool export MODEL_DIR -o "
+        f"{path.stem}.dsr)."
+    ) from error
+
+
+def _stored_bytes(entry: OnnxEntry, tensor: SparseTensor) -> StoredBytes:
+    """Splits the bytes of a weight: of a compact one, everything beyond its values serves positions, nodes included."""
+    values = entry.nbytes if entry.codec == "dense" else min(tensor.values.nbytes, entry.nbytes)
+    return StoredBytes(entry.nbytes - values, values)

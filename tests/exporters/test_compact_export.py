@@ -11,8 +11,8 @@ from torch import nn
 from converters.conversion import load
 from dsr_tool.errors import CheckFailed, FormatError, UsageError
 from dsr_tool.formats.archive import open_archive
-from dsr_tool.graph.compact.record import COMPACTED, Saved
-from dsr_tool.graph.compact.rewrite import folded_and_compacted
+from dsr_tool.graph.compact.record import COMPACTED, Savings
+from dsr_tool.graph.compact.rewrite import fold_and_compact
 from dsr_tool.report.sources import read
 from dsr_tool.report.tables import report_document, report_text
 from dsr_tool.runtime import Session
@@ -86,7 +86,7 @@ def test_a_compacted_archive_is_smaller_and_computes_the_same(model, tmp_path):
     assert small.largest_difference <= 1e-5 * small.scale
     assert small.file_bytes < plain.file_bytes
     archive = open_archive(tmp_path / "small.dsr")
-    record = Saved.from_dict(archive.config.conversion[COMPACTED])
+    record = Savings.from_dict(archive.config.conversion[COMPACTED])
     assert record.plain_bytes == plain.file_bytes
     assert record.filters > 20
     assert record.weights[1] == sum(e.spec.size for e in archive.entries.values() if e.spec.weight) < record.weights[0]
@@ -119,7 +119,7 @@ def test_a_compacted_onnx_file_is_smaller_and_computes_the_same(model, tmp_path)
     assert small.largest_difference <= 1e-5 * small.scale
     assert small.file_bytes < plain.file_bytes
     file = read_onnx(tmp_path / "small.onnx")
-    record = Saved.from_dict(file.record[COMPACTED])
+    record = Savings.from_dict(file.record[COMPACTED])
     assert record.plain_bytes == plain.file_bytes
     assert record.weights[1] == sum(entry.spec.size for entry in file.entries.values() if entry.spec.weight)
     assert verify(tmp_path / "small.onnx", model).passed
@@ -130,7 +130,7 @@ def test_the_report_says_what_compaction_saved(model, tmp_path):
         export(model, tmp_path / name, compact=True)
         source = read(tmp_path / name)
         text, document = report_text(source), report_document(source)
-        record = Saved.from_dict(document["compaction"])
+        record = Savings.from_dict(document["compaction"])
         assert f"compaction removed {record.filters:,} filters" in text
         assert f"{record.plain_bytes:,} without compaction" in text
     export(model, tmp_path / "plain.dsr")
@@ -156,14 +156,14 @@ def test_a_compacted_archive_of_another_model_is_found_out(model, make_model, tm
 @pytest.mark.parametrize("record", [None, {}, {"layers": {"a": [1, 2]}}, {"layers": {"a": [1, 2, 3, -1]}}, []])
 def test_a_record_that_makes_no_sense_is_refused(record):
     with pytest.raises(FormatError, match="compaction"):
-        Saved.from_dict(record)
+        Savings.from_dict(record)
 
 
 def compared(module: nn.Module, size: int) -> tuple[int, int, int]:
     """Filters before and after, and layers that lost some, once the outputs were compared with PyTorch's."""
     model = sparse_model(module, (3, size, size), 0.5)
     keep_signal(module, size)
-    before, small = folded_and_compacted(trace(module, (3, size, size)), model.tensors())
+    before, small = fold_and_compact(trace(module, (3, size, size)), model.tensors())
     x = np.random.default_rng(0).standard_normal((2, 3, size, size)).astype(np.float32)
     with torch.no_grad():
         single = module(torch.from_numpy(x)).numpy()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dsr_tool.formats.footprint import footprint
-from dsr_tool.graph.compact.record import COMPACTED, Saved
+from dsr_tool.graph.compact.record import COMPACTED, Savings
 from dsr_tool.report.page.page import page_html
 from dsr_tool.report.sources import Source, StoredBytes, read
 from dsr_tool.report.tables import report_document
@@ -157,7 +157,7 @@ def compacted(made):
     }
     source = made(2)
     config = replace(source.config, conversion={COMPACTED: record, "seed": 3, "nothing": {}})
-    return replace(source, config=config, saved=Saved.from_dict(record))
+    return replace(source, config=config, saved=Savings.from_dict(record))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What compaction saved, as it was measured at export: for the file's own record and for reports."""
+"""The savings of compaction, measured at export, for the file's own record and for reports."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from dsr_tool.graph.compact.rewrite import Compacted, Removed
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.tensor import SparseTensor
 
-__all__ = ["COMPACTED", "Saved", "compacted_specs", "saved"]
+__all__ = ["COMPACTED", "Savings", "compacted_specs", "measure_savings"]
 
 COMPACTED = "compacted"
 """Key of the record in a model's `conversion` and in the metadata of an ONNX file."""
 
-_LARGEST = 1 << 53
+_MAX_COUNT = 1 << 53
+"""Larger counts are not exact in JSON, whose numbers most readers hold as float64."""
 _PAIRS = ("weights", "active", "dense_macs", "sparse_macs")
 
 
 @dataclass(frozen=True)
-class Saved:
-    """What compaction saved; pairs are before and after.
+class Savings:
+    """The savings of compaction; pairs are before and after.
 
     Attributes:
-        layers: what each layer lost that lost something.
-        weights: entries of all weights of convolutions and linear layers.
-        active: those of them that are active.
+        layers: the channels that each layer lost, for layers that lost any.
+        weights: number of entries in all weights of convolutions and linear layers.
+        active: number of active entries among them.
         dense_macs: multiply-adds for one input with every weight.
         sparse_macs: multiply-adds for one input with the active weights alone.
-        plain_bytes: size of the same export without compaction.
+        plain_bytes: size of the same export without compaction, in bytes.
     """
 
     layers: tuple[Removed, ...]
@@ -42,16 +43,16 @@ class Saved:
 
     @property
     def filters(self) -> int:
-        """Filters removed in all."""
+        """Number of filters removed from all layers."""
         return sum(layer.filters[0] - layer.filters[1] for layer in self.layers)
 
     @property
     def inputs(self) -> int:
-        """Input channels removed in all."""
+        """Number of input channels removed from all layers."""
         return sum(layer.inputs[0] - layer.inputs[1] for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Returns plain values for JSON."""
         return {
             **{name: list(getattr(self, name)) for name in _PAIRS},
             "plain_bytes": self.plain_bytes,
@@ -59,11 +60,14 @@ class Saved:
         }
 
     @classmethod
-    def from_dict(cls, data: Any) -> Saved:
-        """The inverse of `to_dict`.
+    def from_dict(cls, data: Any) -> Savings:
+        """Reads what `to_dict` wrote.
+
+        Args:
+            data: the record of a file, of any type.
 
         Raises:
-            FormatError: a field is missing, or holds something else than counts.
+            FormatError: a field is missing or is not a count.
         """
         try:
             layers = []
@@ -73,27 +77,32 @@ class Saved:
             pairs = {name: (_count(data[name][0]), _count(data[name][1])) for name in _PAIRS}
             return cls(tuple(layers), **pairs, plain_bytes=_count(data["plain_bytes"]))
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise FormatError(f"the record of what compaction removed is not understood: {error!r}.") from error
+            raise FormatError(f"the record of compaction is invalid: {error!r}.") from error
 
 
-def saved(
+def measure_savings(
     before: Mapping[str, SparseTensor], result: Compacted, specs: Mapping[str, LayerSpec], plain_bytes: int
-) -> Saved:
-    """Measure what compaction saved.
+) -> Savings:
+    """Measures what compaction saved.
 
     Args:
-        before: the parameters as they went in.
-        result: what came out.
-        specs: what the parameters of the model are.
-        plain_bytes: size of the same export without compaction.
+        before: the parameters before compaction.
+        result: the compacted computation.
+        specs: the description of each parameter of the model.
+        plain_bytes: size of the same export without compaction, in bytes.
     """
     counts = [_counts(tensors, specs) for tensors in (before, result.tensors)]
     pairs = {name: (first, second) for name, first, second in zip(_PAIRS, *counts, strict=True)}
-    return Saved(result.removed, **pairs, plain_bytes=plain_bytes)
+    return Savings(result.removed, **pairs, plain_bytes=plain_bytes)
 
 
 def compacted_specs(tensors: Mapping[str, SparseTensor], specs: Mapping[str, LayerSpec]) -> dict[str, LayerSpec]:
-    """What the parameters of a compacted graph are: those of the model in their new shapes, and new biases."""
+    """Returns the descriptions of a compacted graph's parameters: the model's with new shapes, and new biases.
+
+    Args:
+        tensors: the parameters of the compacted graph.
+        specs: the description of each parameter of the model.
+    """
     described = {}
     for name, tensor in tensors.items():
         new = LayerSpec(name, tensor.mask.shape, "Bias", "dense", False, "bias that folding made")
@@ -102,7 +111,7 @@ def compacted_specs(tensors: Mapping[str, SparseTensor], specs: Mapping[str, Lay
 
 
 def _counts(tensors: Mapping[str, SparseTensor], specs: Mapping[str, LayerSpec]) -> tuple[int, int, int, int]:
-    """Entries, active ones, and multiply-adds of both, over all weights."""
+    """Returns the entries of all weights, the active ones, and the multiply-adds of both."""
     weights = [
         (tensor.mask, specs[name].macs_per_weight) for name, tensor in tensors.items() if _is_weight(name, specs)
     ]
@@ -118,7 +127,7 @@ def _is_weight(name: str, specs: Mapping[str, LayerSpec]) -> bool:
     return name in specs and specs[name].weight
 
 
-def _count(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < _LARGEST:
-        raise ValueError(f"{str(value)[:40]!r} is no count")
+def _count(value: object) -> int:
+    if type(value) is not int or not 0 <= value < _MAX_COUNT:
+        raise ValueError(f"{str(value)[:40]!r} is not a count")
     return value

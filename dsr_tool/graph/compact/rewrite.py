@@ -1,8 +1,12 @@
-"""Removal of filters and input channels that do no work, with the constants that they leave behind folded on.
+"""Graph pass: removes filters and input channels that do no work, and folds their constants into what stays.
 
-A filter without weights makes a constant: its bias, through whatever follows. A constant that reaches a convolution
-without padding, or a linear layer, becomes part of the bias; behind zero padding one constant channel stays, and
-carries the weights of all others scaled to it. `docs/compaction.md` says when this pays.
+Requires: a valid graph in inference mode, its norms folded (`fold_norms`), with a tensor for each parameter.
+Does: a filter without weights makes a constant, its bias, through whatever follows. A constant that reaches a
+convolution without padding, or a linear layer, becomes part of the bias; behind zero padding one constant channel stays
+and takes over the weights of all others, scaled to it. `docs/compaction.md` says when this pays.
+Ensures: outputs as before, up to rounding; parameters under their old names, in smaller shapes; the same inputs and
+outputs of the graph. Values that an operator without a rule reads (attention, layer norms, reshapes of channels) keep
+all their channels.
 """
 
 from __future__ import annotations
@@ -13,26 +17,25 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dsr_tool.graph.compact.channels import Bools, Channels, Floats
-from dsr_tool.graph.compact.liveness import surveyed
 from dsr_tool.graph.compact.needs import kept_units
-from dsr_tool.graph.compact.products import Product
-from dsr_tool.graph.compact.survey import Survey
+from dsr_tool.graph.compact.survey import Product, Survey
+from dsr_tool.graph.compact.walk import survey_graph
 from dsr_tool.graph.fold import fold_norms
 from dsr_tool.graph.ir import Graph, Node
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import Array, SparseTensor
 
-__all__ = ["Compacted", "Removed", "compact", "folded_and_compacted"]
+__all__ = ["Compacted", "Removed", "compact", "fold_and_compact"]
 
 
 @dataclass(frozen=True)
 class Removed:
-    """What one layer lost.
+    """The channels that one layer lost.
 
     Attributes:
-        weight: name of its weight.
-        filters: output channels before and after.
-        inputs: input channels before and after.
+        weight: name of the layer's weight.
+        filters: number of output channels before and after.
+        inputs: number of input channels before and after.
     """
 
     weight: str
@@ -46,8 +49,8 @@ class Compacted:
 
     Attributes:
         graph: the computation.
-        tensors: its parameters, smaller ones under their old names.
-        removed: what each layer lost that lost something.
+        tensors: its parameters, under their old names and possibly smaller.
+        removed: the channels that each layer lost, for layers that lost any.
     """
 
     graph: Graph
@@ -56,30 +59,27 @@ class Compacted:
 
 
 def compact(graph: Graph, tensors: Mapping[str, SparseTensor]) -> Compacted:
-    """Remove every filter and input channel that no output depends on.
+    """Removes every filter and input channel that no output depends on; see the module's docstring.
 
-    A weight counts as absent where its value is zero, active or not. Outputs stay the same up to rounding. Whatever
-    an operator reads that is not followed here (attention, layer norms, reshapes of channels) stays as it is.
+    A weight counts as absent where its value is zero, whether it is active or not.
 
     Args:
-        graph: a computation whose norms were folded (`fold_norms`), so that dead filters are seen as such.
+        graph: a computation whose norms are folded (`fold_norms`), so that filters without weights are seen as such.
         tensors: a tensor for each of its parameters.
     """
-    found = surveyed(graph, tensors)
-    return _Rewriter(graph, tensors, found, kept_units(found)).result()
+    survey = survey_graph(graph, tensors)
+    return _Rewriter(graph, tensors, survey, kept_units(survey)).result()
 
 
-def folded_and_compacted(
-    graph: Graph, tensors: Mapping[str, SparseTensor]
-) -> tuple[dict[str, SparseTensor], Compacted]:
-    """Fold the norms of a model and compact it.
+def fold_and_compact(graph: Graph, tensors: Mapping[str, SparseTensor]) -> tuple[dict[str, SparseTensor], Compacted]:
+    """Folds the norms of a model and compacts it.
 
     Args:
         graph: the computation.
         tensors: a tensor for each of its parameters, and possibly others.
 
     Returns:
-        The parameters with folded norms, as compaction found them, and what it made of them.
+        The parameters after folding and before compaction, and the compacted computation.
     """
     graph, folded = fold_norms(graph, tensors)
     return folded, compact(graph, folded)
@@ -96,8 +96,8 @@ class _Rewriter:
         self._removed: list[Removed] = []
 
     def result(self) -> Compacted:
-        """Rewrite every node."""
-        nodes = _used([new for node in self._graph for new in self._node(node)], self._graph)
+        """Rewrites every node and drops what no output depends on any more."""
+        nodes = _needed_nodes([new for node in self._graph for new in self._rewrite(node)], self._graph)
         read = {name for node in nodes for name in node.inputs} | {value.name for value in self._graph.outputs}
         tensors = {name: tensor for name, tensor in self._tensors.items() if name in read}
         constants = {name: array for name, array in self._constants.items() if name in read}
@@ -107,7 +107,7 @@ class _Rewriter:
     def _stays(self, channels: Channels) -> Bools:
         return self._kept[channels.units]
 
-    def _node(self, node: Node) -> list[Node]:
+    def _rewrite(self, node: Node) -> list[Node]:
         if node.outputs[0] in self._products:
             return [self._product(self._products[node.outputs[0]])]
         if node.outputs[0] not in self._survey.followed:
@@ -119,7 +119,7 @@ class _Rewriter:
         return [replace(node, inputs=tuple(self._sliced(node, name) for name in node.inputs))]
 
     def _sliced(self, node: Node, name: str) -> str:
-        """The name of an operand without the channels that go."""
+        """Removes channels from an operand, and returns the name under which it is stored then."""
         axis, channels = self._survey.sliced.get((node.outputs[0], name), (0, None))
         if channels is None or (stays := self._stays(channels)).all():
             return name
@@ -154,8 +154,9 @@ class _Rewriter:
             Removed(product.weight, (outputs.size, int(outputs.sum())), (inputs.size, int(inputs.sum())))
         )
         node, weight = product.node, self._tensors[product.weight]
+        # An input that goes is constant, or its weights are all zero: then its share is zero, whatever it holds.
         gone: Floats = np.where(inputs, 0, np.nan_to_num(product.source.constant))
-        array, active = (_view(a, product) for a in (weight.to_dense(), weight.mask.to_bool()))
+        array, active = (_outputs_first(a, product) for a in (weight.to_dense(), weight.mask.to_bool()))
         bias = self._bias(product, array, gone)
         if product.anchor is not None and gone.any():
             array, active = _anchored(array, active, gone, product)
@@ -164,14 +165,20 @@ class _Rewriter:
             array, active = array.T, active.T
         self._tensors[product.weight] = SparseTensor.from_dense(np.ascontiguousarray(array), Mask.from_bool(active))
         attributes = dict(node.attributes)
-        if product.channelwise:
+        if product.depthwise:
             attributes["group"] = int(inputs.sum())
         return replace(
-            node, inputs=(*node.inputs[:2], *self._stored_bias(product, bias, outputs)), attributes=attributes
+            node, inputs=(*node.inputs[:2], *self._store_bias(product, bias, outputs)), attributes=attributes
         )
 
     def _bias(self, product: Product, array: Array, gone: Floats) -> Floats | None:
-        """The bias of all outputs, with what the constant inputs that go contribute; None without either."""
+        """Returns the bias of all outputs plus the share of the constant inputs that go; None if there is neither.
+
+        Args:
+            product: the layer.
+            array: its weight, shape (outputs, inputs / groups, *kernel).
+            gone: shape (inputs,), the values of the inputs that go; zero for the others.
+        """
         name = product.node.inputs[2] if product.node.inputs[2:] else ""
         bias = None
         if name:
@@ -185,8 +192,12 @@ class _Rewriter:
                 bias[rows[group]] += weights.sum(axis=2, dtype=np.float64) @ values[group][columns]
         return bias
 
-    def _stored_bias(self, product: Product, bias: Floats | None, outputs: Bools) -> tuple[str, ...]:
-        """Keep the bias of the outputs that stay, under its old name if nothing else reads it."""
+    def _store_bias(self, product: Product, bias: Floats | None, outputs: Bools) -> tuple[str, ...]:
+        """Stores the bias of the outputs that stay, under its old name if no other node reads it.
+
+        Returns:
+            The name as a tuple; an empty tuple if the layer needs no bias.
+        """
         if bias is None or not (product.node.inputs[2:] or bias[outputs].any()):
             return ()
         name = product.node.inputs[2] if product.node.inputs[2:] else ""
@@ -210,16 +221,20 @@ class _Rewriter:
         return name
 
 
-def _view(array: Array, product: Product) -> Array:
+def _outputs_first(array: Array, product: Product) -> Array:
     return array.T if product.inputs_first else array
 
 
 def _anchored(array: Array, active: Bools, gone: Floats, product: Product) -> tuple[Array, Bools]:
-    """Weights of constant inputs that go, scaled and added to those of the one that stands for them."""
+    """Adds the weights of constant inputs that go to those of the anchor, scaled by their values.
+
+    Returns:
+        The weight and its mask, with every input channel.
+    """
     anchor = product.anchor
-    share = gone / product.source.constant[anchor]
-    columns = np.flatnonzero(share)
-    moved = np.tensordot(array[:, columns].astype(np.float64), share[columns], axes=(1, 0))
+    ratio = gone / product.source.constant[anchor]
+    columns = np.flatnonzero(ratio)
+    moved = np.tensordot(array[:, columns].astype(np.float64), ratio[columns], axes=(1, 0))
     array, active = array.copy(), active.copy()
     array[:, anchor] += moved
     active[:, anchor] |= moved != 0
@@ -227,7 +242,7 @@ def _anchored(array: Array, active: Bools, gone: Floats, product: Product) -> tu
 
 
 def _without(array: Array, outputs: Bools, inputs: Bools, groups: int) -> Array:
-    """The rows and columns of a weight that stay, group by group."""
+    """Returns the rows and columns of a weight that stay, group by group."""
     rows, columns = outputs.reshape(groups, -1), inputs.reshape(groups, -1)
     blocks = array.reshape(groups, -1, *array.shape[1:])
     kept = [blocks[group][np.ix_(rows[group], columns[group])] for group in range(groups) if rows[group].any()]
@@ -239,8 +254,8 @@ def _compressed(tensor: SparseTensor, stays: Bools, axis: int) -> SparseTensor:
     return SparseTensor.from_dense(np.compress(stays, tensor.to_dense(), axis), Mask.from_bool(active))
 
 
-def _used(nodes: list[Node], graph: Graph) -> list[Node]:
-    """The nodes that an output depends on."""
+def _needed_nodes(nodes: list[Node], graph: Graph) -> list[Node]:
+    """Returns the nodes that an output of the graph depends on."""
     read = {value.name for value in graph.outputs}
     result = []
     for node in reversed(nodes):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dsr_tool.graph.compact.record import Saved
+from dsr_tool.graph.compact.record import Savings
 from dsr_tool.report.page import numbers
 from dsr_tool.report.page.charts import bars
 from dsr_tool.report.page.parts import Bars, Figure, Key, Number, Section, Table, Words, sentence
@@ -51,7 +51,7 @@ def _budget(budget: Mapping[str, Any]) -> Section:
     return Section("budget", "Budget", [Figure("Budget", Bars(bars(entries)), table, f"{sentence(budget['line'])}.")])
 
 
-def _compaction(saved: Saved, size: int) -> Section:
+def _compaction(saved: Savings, size: int) -> Section:
     pairs = (
         ("Weights", *saved.weights),
         ("Active weights", *saved.active),

@@ -1,4 +1,8 @@
-"""A walk through a graph that finds the channels of each value, and which weights read and make them."""
+"""The walk through a graph that finds the channels of each value, with one rule for each operator.
+
+A rule returns True if it follows its node: the channels of its inputs may be removed, and the survey says which of
+them the outputs are. Where there is no rule, or a rule returns False, all inputs keep their channels.
+"""
 
 from __future__ import annotations
 
@@ -8,29 +12,32 @@ from typing import cast
 
 import numpy as np
 
-from dsr_tool.graph.compact.channels import BINARY, Channels, Floats, binary, channel_axis, unary
-from dsr_tool.graph.compact.products import conv, gemm, matmul, padded
+from dsr_tool.graph.compact.channels import Channels, Floats, channel_axis
+from dsr_tool.graph.compact.constants import BINARY, binary_constant, unary_constant
+from dsr_tool.graph.compact.products import conv, gemm, matmul, may_see_padding
 from dsr_tool.graph.compact.survey import Survey
 from dsr_tool.graph.ir import Graph, Node
 from dsr_tool.sparsity.tensor import Array, SparseTensor
 
-__all__ = ["surveyed"]
+__all__ = ["survey_graph"]
 
 
-def surveyed(graph: Graph, tensors: Mapping[str, SparseTensor]) -> Survey:
-    """Walk through a graph whose norms are folded, and note what its operators do to channels.
+def survey_graph(graph: Graph, tensors: Mapping[str, SparseTensor]) -> Survey:
+    """Walks through a graph and returns its channels.
 
-    Each rule says whether an operator may lose channels; whatever reads channels otherwise pins them.
+    Args:
+        graph: a computation whose norms are folded (`fold_norms`).
+        tensors: a tensor for each of its parameters.
     """
-    found = Survey(graph, tensors)
+    survey = Survey(graph, tensors)
     for node in graph:
         rule = _RULES.get(node.op, _elementwise)
-        if rule(found, node):
-            found.followed.add(node.outputs[0])
+        if rule(survey, node):
+            survey.followed.add(node.outputs[0])
         else:
-            found.pin(*node.inputs)
-    found.pin(*(value.name for value in graph.outputs))
-    return found
+            survey.pin(*node.inputs)
+    survey.pin(*(value.name for value in graph.outputs))
+    return survey
 
 
 # --- operators that treat every channel alike ----------------------------------------------------------
@@ -41,12 +48,12 @@ def _elementwise(survey: Survey, node: Node) -> bool:
         return _binary(survey, node)
     source = survey.values.get(node.inputs[0]) if node.inputs else None
     limits = [survey.array(name) if name else None for name in node.inputs[1:]]
-    known = all(
+    scalars = all(
         not name or (array is not None and array.size == 1) for name, array in zip(node.inputs[1:], limits, strict=True)
     )
-    if source is None or not known or (limits and node.op != "Clip"):
+    if source is None or not scalars or (limits and node.op != "Clip"):
         return False
-    constant = unary(node, source.constant, tuple(None if a is None else float(a.item()) for a in limits))
+    constant = unary_constant(node, source.constant, tuple(None if a is None else float(a.item()) for a in limits))
     return constant is not None and survey.add(node.outputs[0], replace(source, constant=constant))
 
 
@@ -55,32 +62,37 @@ def _binary(survey: Survey, node: Node) -> bool:
     if one is not None and other is not None:
         if not one.aligned(other):
             return False
+        # Channel i of the sum exists if either operand has it, so both must.
         survey.units.join(one.units, other.units)
-        constant = binary(node.op, one.constant, other.constant)
+        constant = binary_constant(node.op, one.constant, other.constant)
         rank = one.rank if one.rank == other.rank else None
         batch = rank is not None and (one.batch or other.batch)
         return survey.add(node.outputs[0], replace(one, constant=constant, rank=rank, batch=batch))
     value = one if one is not None else other
-    fixed = node.inputs[1 if one is not None else 0]
-    if value is None or (channels := _fixed(survey, node, fixed, value)) is None:
+    operand = node.inputs[1 if one is not None else 0]
+    if value is None or (channels := _operand_constant(survey, node, operand, value)) is None:
         return False
     pair = (value.constant, channels) if one is not None else (channels, value.constant)
-    return survey.add(node.outputs[0], replace(value, constant=binary(node.op, *pair)))
+    return survey.add(node.outputs[0], replace(value, constant=binary_constant(node.op, *pair)))
 
 
-def _fixed(survey: Survey, node: Node, name: str, value: Channels) -> Floats | None:
-    """What an operand that is no activation holds for each channel of the value beside it; NaN where it varies."""
+def _operand_constant(survey: Survey, node: Node, name: str, value: Channels) -> Floats | None:
+    """Returns the value of a known operand for each channel of the value beside it; NaN where it varies.
+
+    None if the operand is not known or cannot lose channels.
+    """
     array = survey.array(name)
     if array is None:
         return None
     fits, axis = channel_axis(array, value)
+    # An operand with a batch of its own would fix the size of the batch.
     if not fits or (array.ndim == value.rank and array.shape[0] != 1):
         return None
     if axis is not None:
         survey.sliced[node.outputs[0], name] = (axis, value)
     rows = np.moveaxis(array, axis, 0).reshape(value.count, -1) if axis is not None else array.reshape(1, -1)
-    even = (rows == rows[:, :1]).all(axis=1)
-    return np.broadcast_to(np.where(even, rows[:, 0].astype(np.float64), np.nan), value.count)
+    uniform = (rows == rows[:, :1]).all(axis=1)
+    return np.broadcast_to(np.where(uniform, rows[:, 0].astype(np.float64), np.nan), value.count)
 
 
 def _norm(survey: Survey, node: Node) -> bool:
@@ -102,12 +114,14 @@ def _pool(survey: Survey, node: Node) -> bool:
     if value is None or value.axis != 1 or len(node.outputs) > 1:
         return False
     constant = value.constant
-    if node.op == "AveragePool" and node.attributes.get("count_include_pad", 0) and padded(node):
+    if node.op == "AveragePool" and node.attributes.get("count_include_pad", 0) and may_see_padding(node):
+        # Zeros of the padding count, so at the border only a constant zero stays constant.
         constant = np.where(constant == 0, 0.0, np.nan)
     return survey.add(node.outputs[0], replace(value, constant=constant))
 
 
 def _mean(survey: Survey, node: Node) -> bool:
+    """Follows a ReduceMean over all axes of size: a global average pool."""
     value, axes = survey.values.get(node.inputs[0]), survey.array(node.inputs[1]) if node.inputs[1:] else None
     if value is None or value.axis != 1 or value.rank is None or axes is None:
         return False
@@ -138,9 +152,9 @@ def _split(survey: Survey, node: Node) -> bool:
     value = survey.values.get(node.inputs[0])
     if value is None or value.rank is None or value.position != node.attributes.get("axis", 0):
         return False
-    given = survey.array(node.inputs[1]) if node.inputs[1:] else None
+    sizes = survey.array(node.inputs[1]) if node.inputs[1:] else None
     piece = -(-value.count // len(node.outputs))
-    ends = np.cumsum(given if given is not None else [piece] * (len(node.outputs) - 1))
+    ends = np.cumsum(sizes if sizes is not None else [piece] * (len(node.outputs) - 1))
     pieces = [np.split(array, ends[: len(node.outputs) - 1].tolist()) for array in (value.units, value.constant)]
     if not all(node.outputs) or not all(len(part) for part in pieces[0]):
         return False
@@ -150,7 +164,7 @@ def _split(survey: Survey, node: Node) -> bool:
 
 
 def _reshape(survey: Survey, node: Node) -> bool:
-    """(batch, channels, *size) to (batch, features): each channel becomes as many features in a row."""
+    """Follows a flattening of (batch, channels, *size): each channel becomes as many features in a row."""
     value, (_, features) = survey.values.get(node.inputs[0]), survey.flat_shapes.get(node.inputs[1], ("", 0))
     if value is None or value.position != 1 or not value.batch or not features or features % value.count:
         return False
@@ -159,11 +173,11 @@ def _reshape(survey: Survey, node: Node) -> bool:
     return survey.add(node.outputs[0], Channels(units, constant, -1, 2, batch=True))
 
 
-# --- shapes, and weights that are turned ---------------------------------------------------------------
+# --- shapes and transposed weights: noted for the rules above ------------------------------------------
 
 
 def _shape(survey: Survey, node: Node) -> bool:
-    """The size of the batch, which no channel changes."""
+    """Follows the size of the batch, which does not change with the channels."""
     value, name = survey.values.get(node.inputs[0]), node.outputs[0]
     part = (node.attributes.get("start", 0), node.attributes.get("end"))
     survey.batch_sizes |= {name} if value is not None and value.batch and part == (0, 1) else set()
@@ -176,7 +190,7 @@ def _same_number(survey: Survey, node: Node) -> bool:
 
 
 def _flat_shape(survey: Survey, node: Node) -> bool:
-    """The shape (batch, features)."""
+    """Notes the shape (batch, features), which a Reshape reads; the node itself stays."""
     last = survey.graph.constants.get(node.inputs[-1])
     if len(node.inputs) == 2 and node.inputs[0] in survey.batch_sizes and last is not None and last.size == 1:
         survey.flat_shapes[node.outputs[0]] = (node.inputs[0], int(last.item()))
@@ -185,7 +199,7 @@ def _flat_shape(survey: Survey, node: Node) -> bool:
 
 def _transpose(survey: Survey, node: Node) -> bool:
     if survey.owns(node.inputs[0]) and node.attributes.get("perm") == (1, 0):
-        survey.turned[node.outputs[0]] = node.inputs[0]
+        survey.transposed[node.outputs[0]] = node.inputs[0]
     return False
 
 
@@ -207,3 +221,4 @@ _RULES: dict[str, Callable[[Survey, Node], bool]] = {
     "Transpose": _transpose,
     "Unsqueeze": _same_number,
 }
+"""The rule of an operator by its name; all others have the rule of elementwise operators."""
