@@ -1,8 +1,9 @@
-"""A method at work: it counts optimizer steps, reallocates when due, and keeps everything inside the masks."""
+"""A method at work: it counts optimizer steps, reallocates when due, and keeps inactive weights at zero."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -11,24 +12,26 @@ from torch import optim
 
 from dsr_tool.errors import UsageError
 from dsr_tool.methods.base import Method, Reallocation
-from dsr_tool.methods.validation import check_counts
-from dsr_tool.sparse.active import gather
+from dsr_tool.methods.plugins import plugin_error, reporting_plugin
+from dsr_tool.methods.table import METHODS, listed, make
+from dsr_tool.methods.validation import check_counts, check_positions
+from dsr_tool.sparse.active import ActiveWeights, gather
+from dsr_tool.sparse.keeper import MaskKeeper
 from dsr_tool.sparse.model import SparseModel
 
-__all__ = ["Attached"]
+__all__ = ["Attached", "attach"]
 
 
 class Attached:
-    """A method bound to a model and its optimizer.
-
-    Nothing needs to be called: the optimizer's own `step` drives it.
+    """A method bound to a model and its optimizer. The optimizer's own `step` drives it; nothing else is called.
 
     Attributes:
         model: the sparse model.
-        method: the method.
-        names: the sparse layers it works on, without frozen ones (`requires_grad=False`).
-        step: optimizer steps so far.
-        last: the latest reallocation, if any.
+        method: the training method.
+        method_name: name of the method; for a plugin method, of its entry point.
+        names: names of the sparse layers it trains, without frozen ones (`requires_grad=False`).
+        step: number of optimizer steps so far.
+        last: the latest reallocation, or None.
     """
 
     def __init__(
@@ -40,33 +43,34 @@ class Attached:
         seed: int = 0,
         on_reallocation: Callable[[int, Reallocation], None] | None = None,
     ) -> None:
-        """Hook into the optimizer.
+        """Registers hooks on the optimizer.
 
         Args:
             model: the sparse model, already on its device.
-            optimizer: made from `model.module.parameters()`.
-            method: what decides.
-            seed: of the random positions; the same on every rank of a distributed run.
-            on_reallocation: called after each reallocation with the step and what moved.
+            optimizer: an optimizer of `model.module.parameters()`.
+            method: the training method.
+            seed: seed of random positions; the same on every rank of a distributed run.
+            on_reallocation: called after each reallocation with the step and the weights that were pruned and grown.
 
         Raises:
-            UsageError: the method cannot work on this model.
+            UsageError: the method cannot train this model.
         """
-        _check_granularity(model, method)
         self.model = model
         self.method = method
+        self.method_name = method.plugin.name if method.plugin else method.name
         self.step = 0
         self.last: Reallocation | None = None
         self._notify = on_reallocation
         self._gradients: tuple[torch.Tensor, ...] | None = None
-        before_masking = self._keep_gradients if method.needs_gradients else None
-        self._keeper = method.keep(model, optimizer, seed=seed, before_masking=before_masking)
+        _check_granularity(self.method_name, model, method)
+        self._keeper = self._make_keeper(optimizer, seed)
         self.names = self._keeper.names
         masks = [model.masks[name] for name in self.names]
         try:
-            method.begin([mask.numel() for mask in masks], [int(mask.count_nonzero()) for mask in masks])
+            with self._calling("begin"):
+                method.begin([mask.numel() for mask in masks], [int(mask.count_nonzero()) for mask in masks])
         except BaseException:
-            # Nobody holds anything yet to take the hooks off with.
+            # The caller gets no Attached object whose remove() would take the hooks off again.
             self._keeper.remove()
             raise
         device = model.masks[self.names[0]].device if self.names else torch.device("cpu")
@@ -74,38 +78,62 @@ class Attached:
         self._hook = optimizer.register_step_post_hook(self._after_step)
 
     def mask_gradients(self) -> None:
-        """Zero gradients outside the masks now; call it once before clipping by norm, so that only kept ones count."""
-        # Those of a step that a scaler left out, as they overflowed, count no more.
+        """Zeroes gradients of inactive weights now. Call it once before clipping by norm, or they count in the norm."""
+        # Drops gradients saved for a step that GradScaler skipped.
         self._gradients = None
         self._keeper.mask_gradients()
 
     def remove(self) -> None:
-        """Take all hooks off the optimizer."""
+        """Removes all hooks from the optimizer."""
         self._hook.remove()
         self._keeper.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, method state and random state; masks are saved with the model."""
+        """Returns step, method state and random state; masks are saved with the model."""
+        with self._calling("state_dict"):
+            state = self.method.state_dict()
         return {
             "step": self.step,
-            "method": self.method.state_dict(),
+            "method": state,
             "random": self._generator.get_state(),
             "device": self._generator.device.type,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`; on another kind of device, random numbers begin anew."""
+        """Restores what `state_dict` returned; on another type of device, the random numbers are new ones."""
         self.step = int(state["step"])
-        self.method.load_state_dict(state["method"])
+        with self._calling("load_state_dict"):
+            self.method.load_state_dict(state["method"])
         if state["device"] == self._generator.device.type:
             self._generator.set_state(state["random"].cpu())
         else:
+            # The states of CPU and CUDA generators differ in format. A seed that depends on the step at least does not
+            # repeat the positions of the first steps.
             self._generator.manual_seed(self._generator.initial_seed() + self.step)
 
-    def _keep_gradients(self) -> None:
-        """Copy the dense gradients of a step after which the method will ask for them."""
-        # What `mask_gradients` kept before a clipping must not be replaced by what it left.
-        if self._gradients is None and self.method.due(self.step + 1):
+    def _make_keeper(self, optimizer: optim.Optimizer, seed: int) -> MaskKeeper:
+        before_masking = self._save_gradients if self.method.needs_gradients else None
+        with self._calling("keep"):
+            keeper = self.method.keep(self.model, optimizer, seed=seed, before_masking=before_masking)
+        if self.method.plugin and not isinstance(keeper, MaskKeeper):
+            raise plugin_error(
+                self.method.plugin, f"returned {type(keeper).__name__} from keep(), expected a MaskKeeper"
+            )
+        return keeper
+
+    def _calling(self, name: str) -> AbstractContextManager[None]:
+        """Names the plugin in any error of the method that is called inside."""
+        return reporting_plugin(self.method.plugin, f"failed in {name}()")
+
+    def _due(self, step: int) -> bool:
+        with self._calling("due"):
+            return bool(self.method.due(step))
+
+    def _save_gradients(self) -> None:
+        """Copies the dense gradients of a step if the method updates after it."""
+        # `mask_gradients` may have been called before clipping: keep what it saved, because the gradients that are
+        # there now are masked already.
+        if self._gradients is None and self._due(self.step + 1):
             parameters = self.model.weights
             weights = (parameters[name] for name in self.names)
             dense = (torch.zeros_like(w) if w.grad is None else w.grad.detach().clone() for w in weights)
@@ -114,11 +142,10 @@ class Attached:
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
         self.step += 1
-        if not self.names or not self.method.due(self.step):
+        if not self.names or not self._due(self.step):
             return
         weights = replace(gather(self.model, self.names), gradients=self._gradients)
-        moved = self.method.update(weights, self.step, self._generator)
-        check_counts(self.method.name, weights, moved)
+        moved = self._updated(weights)
         self._gradients = None
         self.last = moved.in_weights(weights.units)
         if self.last.values is not None:
@@ -127,18 +154,62 @@ class Attached:
         if self._notify is not None:
             self._notify(self.step, self.last)
 
+    def _updated(self, weights: ActiveWeights) -> Reallocation:
+        """Returns the method's reallocation, checked before anything changes."""
+        with self._calling("update"):
+            moved = self.method.update(weights, self.step, self._generator)
+        check_counts(self.method_name, weights, moved)
+        if self.method.plugin:
+            check_positions(self.method_name, weights, moved)
+        return moved
 
-def _check_granularity(model: SparseModel, method: Method) -> None:
+
+def attach(
+    model: SparseModel,
+    optimizer: optim.Optimizer,
+    method: Method | str = "dsr",
+    *,
+    total_steps: int = 0,
+    seed: int = 0,
+    **options: Any,
+) -> Attached:
+    """Attaches a method to any training loop: after this, `optimizer.step()` drives it.
+
+    Args:
+        model: the sparse model, already on its device.
+        optimizer: an optimizer of `model.module.parameters()`.
+        method: a method, or the name of one.
+        total_steps: optimizer steps of the whole training, for the schedule of a method given by name; not needed for
+            `static`.
+        seed: seed of random positions.
+        options: as for `make`, for a method given by name: `final_sparsity=0.9` for `gmp`, for example.
+
+    Raises:
+        UsageError: options with a method object, or a value that `make` or the method refuses.
+    """
+    if isinstance(method, str):
+        method = make(method, total_steps, **options)
+    elif options:
+        raise UsageError(
+            f"option {next(iter(options))} can only be passed with a method name; pass it to make(), or to the "
+            f"constructor of the method."
+        )
+    return Attached(model, optimizer, method, seed=seed)
+
+
+def _check_granularity(name: str, model: SparseModel, method: Method) -> None:
     granularity = model.granularity
     if granularity not in method.granularities:
+        fitting = [row.name for row in METHODS.values() if granularity in row.granularities and not row.starts_dense]
         raise UsageError(
-            f"method {method.name} moves single weights, and the model was converted with --granularity {granularity}; "
-            f"train it with dsr, set or static, or convert it with --granularity weight."
+            f"method {name} prunes and grows single weights, and the model was converted with --granularity "
+            f"{granularity}; train it with {listed(fitting)}, or convert it with --granularity weight."
         )
     if granularity == "kernel":
         kernels = {name: mask.flatten(2) for name, mask in model.masks.items() if mask.ndim > 2}
         torn = [name for name, mask in kernels.items() if not bool((mask == mask[..., :1]).all())]
         if torn:
             raise UsageError(
-                f"the mask of {torn[0]!r} cuts kernels apart; convert the model with --granularity weight."
+                f"the mask of {torn[0]!r} has kernels that are active in part; convert the model with --granularity "
+                f"weight."
             )

@@ -1,15 +1,18 @@
-"""What a training method is: prune, allocate, grow, and when."""
+"""The interface of a training method: which weights to prune, which to grow, and after which optimizer steps."""
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import EntryPoint
 from typing import Any, ClassVar
 
 import torch
 from torch import optim
 
+from dsr_tool.methods.schedule import ReallocationSchedule, Timing
 from dsr_tool.sparse.active import ActiveWeights, Positions
 from dsr_tool.sparse.keeper import MaskKeeper
 from dsr_tool.sparse.model import SparseModel
@@ -19,14 +22,14 @@ __all__ = ["Method", "Reallocation"]
 
 @dataclass(frozen=True)
 class Reallocation:
-    """What one update moves.
+    """The weights that one update prunes and grows.
 
     Attributes:
         dropped: active positions that become inactive.
         grown: inactive positions that become active.
-        facts: what the method wants in the log, by name (`threshold`).
-        values: new float32 values of all active weights, in the order of `ActiveWeights.values`; they are written
-            before anything is dropped. None where the optimizer alone changes values.
+        facts: figures for the training log by name, such as `threshold`.
+        values: new float32 values of all active weights, shape (active,), in the order of `ActiveWeights.values`; they
+            are written before anything is pruned. None if the optimizer alone changes values.
     """
 
     dropped: Positions
@@ -35,33 +38,84 @@ class Reallocation:
     values: torch.Tensor | None = None
 
     def in_weights(self, units: Sequence[int]) -> Reallocation:
-        """The same, with the positions of all weights in the place of their kernels; see `ActiveWeights.units`."""
+        """Replaces positions of kernels by the positions of all their weights; see `ActiveWeights.units`."""
         if not units:
             return self
         return replace(self, dropped=self.dropped.weights_of(units), grown=self.grown.weights_of(units))
 
 
 class Method(ABC):
-    """A training method; it sees weights only through their active values and positions.
+    """A training method. It sees weights only through their active values and positions.
+
+    The class is also the method's row in the table of methods: the command line, recipes and the memory report read
+    the attributes below and `option_defaults`, and keep no list of their own.
 
     Attributes:
         name: name on the command line.
-        needs_gradients: whether `update` looks at the gradients of inactive weights.
-        continuous: whether it updates after every step, so that logs tell of epochs alone.
-        granularities: what it can move: weights, or whole kernels in their place (see `ActiveWeights`).
+        summary: one line of help, without a full stop.
+        starts_dense: whether it needs a model converted with sparsity 0.
+        changes_density: whether the number of active weights changes while it trains.
+        needs_gradients: whether `update` reads the gradients of inactive weights.
+        continuous: whether it updates after every step; the log then has one entry per epoch instead.
+        granularities: units that it can prune and grow: single weights, or whole kernels (see `ActiveWeights`).
+        bytes_per_weight: bytes held per weight of a sparse layer, on top of weight, gradient, masks and optimizer
+            state.
+        final_step: optimizer step at which the final sparsity is reached; 0 if the density is constant.
+        plugin: entry point that the method was loaded from; None for the methods of this package.
     """
 
     name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    starts_dense: ClassVar[bool] = False
+    changes_density: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
     continuous: ClassVar[bool] = False
     granularities: ClassVar[tuple[str, ...]] = ("weight",)
+    bytes_per_weight: ClassVar[int] = 0
+    final_step: int = 0
+    plugin: EntryPoint | None = None
 
-    def begin(self, sizes: Sequence[int], counts: Sequence[int]) -> None:  # noqa: B027 - most have nothing to say
-        """Look at the model before the first step; raise `UsageError` where the method cannot work on it.
+    @classmethod
+    def option_defaults(cls) -> dict[str, object]:
+        """Returns the default of each option by name: the keyword-only parameters of `__init__`."""
+        parameters = inspect.signature(cls).parameters.values()
+        return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+
+    @classmethod
+    def default_schedule(cls, timing: Timing) -> ReallocationSchedule | None:  # noqa: ARG003 - most methods read it
+        """Returns the schedule of the method's paper, scaled to a training; None for methods without a schedule.
 
         Args:
-            sizes: weights per sparse layer.
-            counts: active ones among them.
+            timing: the length of the training, and what the user set of the schedule.
+
+        Raises:
+            UsageError: a value of the schedule is not allowed.
+        """
+        return None
+
+    @classmethod
+    def from_timing(cls, timing: Timing, **options: Any) -> Method:
+        """Makes the method with its default schedule.
+
+        Args:
+            timing: as for `default_schedule`.
+            options: the method's own options, by the names of `option_defaults`.
+
+        Raises:
+            UsageError: a value is not allowed.
+        """
+        schedule = cls.default_schedule(timing)
+        return cls(**options) if schedule is None else cls(schedule, **options)
+
+    def begin(self, sizes: Sequence[int], counts: Sequence[int]) -> None:  # noqa: B027 - most need no check
+        """Checks the model before the first step.
+
+        Args:
+            sizes: number of weights per sparse layer.
+            counts: number of active weights per sparse layer.
+
+        Raises:
+            UsageError: the method cannot train this model.
         """
 
     def keep(
@@ -69,35 +123,36 @@ class Method(ABC):
         model: SparseModel,
         optimizer: optim.Optimizer,
         *,
-        seed: int,  # noqa: ARG002 - for methods that draw something for good
+        seed: int,  # noqa: ARG002 - for methods that draw random numbers once, such as tied
         before_masking: Callable[[], None] | None,
     ) -> MaskKeeper:
-        """Hook into the optimizer what holds around every step: the masks, unless the method has more to hold.
+        """Returns the hooks that keep inactive weights at zero around every optimizer step.
 
-        Called once, before `begin`; a method that needs more than sizes and counts looks at the model here.
+        Called once, before `begin`. Override it to hold more than the masks, or to read more of the model than sizes
+        and counts.
 
         Args:
             model: the sparse model, already on its device.
-            optimizer: made from its parameters.
-            seed: of the run; the same on every rank.
+            optimizer: an optimizer of its parameters.
+            seed: seed of the run; the same on every rank.
             before_masking: as in `MaskKeeper`.
 
         Raises:
-            UsageError: the method cannot work on this model.
+            UsageError: the method cannot train this model.
         """
         return MaskKeeper(model, optimizer, before_masking=before_masking)
 
     @abstractmethod
     def due(self, step: int) -> bool:
-        """Whether to update after optimizer step `step`, the first being 1."""
+        """Returns whether to update after optimizer step `step`, counted from 1."""
 
     @abstractmethod
     def update(self, weights: ActiveWeights, step: int, generator: torch.Generator) -> Reallocation:
-        """Decide what to move after optimizer step `step`; nothing is changed here."""
+        """Returns what to prune and grow after optimizer step `step`; changes neither weights nor masks."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What must survive a restart, plain values."""
+        """Returns the state that a resumed run needs: plain values and tensors."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """The inverse of `state_dict`."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - most have no state
+        """Restores what `state_dict` returned."""

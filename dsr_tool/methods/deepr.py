@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,31 +14,33 @@ from dsr_tool.errors import UsageError
 from dsr_tool.methods.base import Method, Reallocation
 from dsr_tool.methods.grow import anywhere
 from dsr_tool.methods.prune import keep_at_least
-from dsr_tool.methods.schedule import ReallocationSchedule
+from dsr_tool.methods.schedule import ReallocationSchedule, Timing
 from dsr_tool.sparse.active import ActiveWeights, Positions
 
 __all__ = ["DeepR"]
 
 _COOLING = ((0.0, 1.0), (0.125, 1e-3), (0.4, 1e-7), (0.7, 1e-10))
-"""Fraction of the training, and the temperature from there on as a part of the first one."""
+"""(fraction of the training, factor on the first temperature from there on), as in the code of Mostafa & Wang."""
 
 
 class DeepR(Method):
-    """Walk at random, drop every connection whose sign flips, and grow as many anywhere in the network.
+    """Adds a random walk to every weight, prunes those whose sign flips, and grows as many anywhere in the network.
 
-    After each step of the optimizer, whose learning rate plays no part here, every active weight moves by
-    -eta * l1 towards zero and by Gaussian noise of deviation sqrt(2 * eta * temperature). A connection has a fixed
-    sign, drawn at random when it grows, at zero; those of the start have the sign that their weight had after the
-    first step. Where a layer would be emptied or no position is free, flipped weights stay, at zero.
+    After each optimizer step, whose learning rate plays no part here, every active weight moves by -eta * l1 towards
+    zero and by Gaussian noise of standard deviation sqrt(2 * eta * temperature). A connection has a fixed sign. It is
+    drawn at random when the connection grows, at zero; connections of the start take the sign of their weight after
+    the first step. If a layer would become empty or no position is free, flipped weights stay, at zero.
 
     Noise, shrinkage and growth over the whole network are those of the paper. The comparison of Mostafa & Wang (2019)
     adds noise and L1 to the gradient, so that both pass through learning rate and momentum, compares a weight's sign
-    with that of the step before, and grows in the layer that dropped. The defaults are theirs for CIFAR-10, as is the
-    cooling, by 1e-3, 1e-7 and 1e-10 from 12.5, 40 and 70 % of the training on; they used no weight decay.
+    with that of the step before, and grows in the layer that pruned. The defaults are theirs for CIFAR-10, as is the
+    cooling by 1e-3, 1e-7 and 1e-10 from 12.5, 40 and 70 % of the training on; they used no weight decay.
     """
 
     name = "deepr"
-    continuous: ClassVar[bool] = True
+    summary = "prunes weights whose sign flips in a random walk, grows anywhere"
+    continuous = True
+    bytes_per_weight = 1  # the sign of each position, as bool
 
     def __init__(
         self,
@@ -49,12 +51,12 @@ class DeepR(Method):
         l1: float = 1e-5,
         temperature: float = 1e-5,
     ) -> None:
-        """Set the method up.
+        """Sets the method up.
 
         Args:
-            schedule: when to rewire, usually after each step.
-            total_steps: optimizer steps of the whole training, over which the temperature falls.
-            eta: size of a step of the random walk.
+            schedule: steps at which to rewire, usually all.
+            total_steps: number of optimizer steps of the whole training, over which the temperature falls.
+            eta: step size of the random walk.
             l1: strength of the pull towards zero.
             temperature: strength of the noise at first.
 
@@ -73,20 +75,35 @@ class DeepR(Method):
         self._starts = [math.floor(part * total_steps) + 1 for part, _ in _COOLING]
         self._signs: torch.Tensor | None = None
 
+    @classmethod
+    def default_schedule(cls, timing: Timing) -> ReallocationSchedule:
+        """Returns an update after every step, as in Algorithm 1, until 95 % of the training."""
+        return ReallocationSchedule.steady(
+            timing["total_steps"],
+            every=timing["every"] or 1,
+            stop=timing.get("stop", 0.95),
+            doubling=timing.get("doubling", ()),
+        )
+
+    @classmethod
+    def from_timing(cls, timing: Timing, **options: Any) -> DeepR:
+        """Makes the method with its default schedule; the temperature falls over the whole training."""
+        return cls(cls.default_schedule(timing), timing["total_steps"], **options)
+
     def due(self, step: int) -> bool:
-        """Whether the schedule asks for rewiring after this step."""
+        """Returns whether the schedule has a rewiring after this step."""
         return self.schedule.due(step)
 
     def temperature(self, step: int) -> float:
-        """Strength of the noise after this step."""
+        """Returns the strength of the noise after this step."""
         return self.first_temperature * _COOLING[bisect_right(self._starts, step) - 1][1]
 
     def update(self, weights: ActiveWeights, step: int, generator: torch.Generator) -> Reallocation:
-        """One rewiring; the number of active weights stays the same over the whole network."""
+        """Returns one rewiring, which leaves the number of active weights of the whole network unchanged."""
         temperature = self.temperature(step)
         active = weights.positions.flat
         signs = self._signs_of(weights)
-        sign = signs[active].float().mul_(2).sub_(1)
+        sign = signs[active].float().mul_(2).sub_(1)  # bool to -1 or 1
         noise = torch.randn(len(sign), device=sign.device, generator=generator)
         values = weights.values.sub(sign, alpha=self.eta * self.l1)
         values.add_(noise, alpha=math.sqrt(2 * self.eta * temperature))
@@ -96,29 +113,30 @@ class DeepR(Method):
         if emptied or sum(dropped.counts) > sum(weights.free):
             drop = keep_at_least(replace(weights, values=values), flipped, weights.groups)
             dropped = Positions.of(active[drop], weights.sizes)
+        # Also those that stay: a weight of the wrong sign is a dormant connection, whose value is zero (section 2).
         values.masked_fill_(flipped, 0.0)
         grown = anywhere(weights, sum(dropped.counts), generator)
         signs[grown.flat] = torch.randint(2, grown.flat.shape, device=sign.device, generator=generator).bool()
         return Reallocation(dropped, grown, {"temperature": temperature}, values)
 
     def _signs_of(self, weights: ActiveWeights) -> torch.Tensor:
-        """One entry per position of the network, True where a connection there is positive."""
+        """Returns a boolean vector over all positions of the network, True for a positive connection."""
         if self._signs is None:
             self._signs = torch.zeros(sum(weights.sizes), dtype=torch.bool, device=weights.values.device)
             self._signs[weights.positions.flat] = weights.values >= 0
-        # What a restart brought back lies on the CPU.
+        # Signs that load_state_dict restored are on the CPU.
         self._signs = self._signs.to(weights.values.device)
         return self._signs
 
     def state_dict(self) -> dict[str, Any]:
-        """The signs, eight to the byte."""
+        """Returns the signs, eight per byte."""
         if self._signs is None:
             return {}
         packed = np.packbits(self._signs.cpu().numpy())
         return {"positions": len(self._signs), "signs": torch.from_numpy(packed)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the signs back."""
+        """Restores the signs."""
         self._signs = None
         if state:
             bits = np.unpackbits(state["signs"].cpu().numpy(), count=int(state["positions"]))

@@ -1,4 +1,4 @@
-"""dense: every weight is active, the baseline that a sparse model is measured against."""
+"""dense: all weights are active, the baseline that a sparse model is measured against."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ __all__ = ["Dense"]
 
 
 class Dense(Static):
-    """Plain training; it refuses a model with zeros to keep, so that nobody takes a sparse one for a dense one."""
+    """Trains all weights, and refuses a sparse model, so that nobody mistakes its result for the dense baseline."""
 
     name = "dense"
+    summary = "trains all weights of a model without zeros"
+    starts_dense = True
 
     def begin(self, sizes: Sequence[int], counts: Sequence[int]) -> None:
-        """Raise `UsageError` when a weight is inactive."""
+        """Raises `UsageError` if a weight is inactive."""
         if sum(counts) < sum(sizes):
             raise UsageError(
                 f"method dense trains all weights, but {sum(sizes) - sum(counts):,} of this model's {sum(sizes):,} are "

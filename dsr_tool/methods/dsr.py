@@ -12,7 +12,7 @@ from dsr_tool.errors import UsageError
 from dsr_tool.methods.base import Method, Reallocation
 from dsr_tool.methods.grow import at_random
 from dsr_tool.methods.prune import below_threshold, keep_at_least
-from dsr_tool.methods.schedule import ReallocationSchedule
+from dsr_tool.methods.schedule import ReallocationSchedule, Timing
 from dsr_tool.sparse.active import ActiveWeights, Positions
 from dsr_tool.sparsity.budget import apportion
 from dsr_tool.sparsity.granularity import GRANULARITIES
@@ -21,17 +21,18 @@ __all__ = ["DSR"]
 
 
 class DSR(Method):
-    """Drop below one global threshold, regrow across layers in proportion to the survivors, adapt the threshold.
+    """Prunes below one global threshold, grows across layers in proportion to the survivors, adapts the threshold.
 
-    Beyond the paper, the count stays exact in the corners: a layer keeps its largest weight rather than be
-    emptied; what a full layer cannot take goes to the others in proportion; and when the free positions of the
-    whole network are fewer than the weights to drop, the largest of those stay.
+    Beyond the paper, the number of active weights is exact in every case: a layer keeps its largest weight instead of
+    becoming empty; the share of a layer that is full goes to the others in proportion; and if the whole network has
+    fewer free positions than weights to prune, the largest of these stay.
 
-    At kernel granularity it moves whole kernels, whose magnitude is the mean of their weights', and kernels go to
-    layers with kernels of the same size only, so that the number of weights stays exact as well.
+    At kernel granularity it prunes and grows whole kernels. The magnitude of a kernel is the mean of its weights'. A
+    kernel grows only in layers with kernels of the same size, so that the number of weights is exact as well.
     """
 
     name = "dsr"
+    summary = "prunes below one global threshold, grows across layers"
     granularities = GRANULARITIES
 
     def __init__(
@@ -43,15 +44,15 @@ class DSR(Method):
         threshold: float = 1e-3,
         cross_layer: bool = True,
     ) -> None:
-        """Set the method up.
+        """Sets the method up.
 
         Args:
-            schedule: when to reallocate.
-            target: N_p, how many weights (or kernels) to move each time: a number (1 or more) or a fraction of the
-                active ones (below 1). The paper's runs at sparsity 0.9 moved 0.15 to 0.18 of them.
-            tolerance: δ, how far from the target a move may be, as a fraction, before the threshold changes.
+            schedule: steps at which to reallocate.
+            target: N_p, the number of weights (or kernels) to prune per update: a number (1 or more) or a fraction of
+                the active ones (below 1). The paper's runs at sparsity 0.9 pruned 0.15 to 0.18 of them.
+            tolerance: δ, the relative deviation from the target at which the threshold changes.
             threshold: the first threshold H.
-            cross_layer: whether layers share what was dropped; if not, each grows as many as it dropped.
+            cross_layer: whether layers share what was pruned; if not, each grows as many as it pruned.
 
         Raises:
             UsageError: a value outside its range.
@@ -71,41 +72,51 @@ class DSR(Method):
         self.threshold = threshold
         self.cross_layer = cross_layer
 
+    @classmethod
+    def default_schedule(cls, timing: Timing) -> ReallocationSchedule:
+        """Returns the paper's schedule for CIFAR-10 (appendix)."""
+        return ReallocationSchedule.spread(**timing)
+
     def due(self, step: int) -> bool:
-        """Whether the schedule asks for a reallocation after this step."""
+        """Returns whether the schedule has a reallocation after this step."""
         return self.schedule.due(step)
 
     def update(self, weights: ActiveWeights, step: int, generator: torch.Generator) -> Reallocation:  # noqa: ARG002
-        """One reallocation; the threshold adapts to how many weights lay below it."""
+        """Returns one reallocation, and adapts the threshold to the number of weights below it."""
         below = below_threshold(weights, self.threshold)
         groups = weights.groups if self.cross_layer else [[i] for i in range(len(weights.sizes))]
         drop = keep_at_least(weights, below, groups)
         dropped = Positions.of(weights.positions.flat[drop], weights.sizes)
         grown = at_random(weights, _shares(weights, dropped, groups), generator)
         facts = {"threshold": self.threshold}
+        # Weights below H that stay, because their layer would be empty or full, count too: if they did not, H would
+        # grow without bound in a network that has no free positions.
         self._adapt(int(torch.count_nonzero(below)), sum(weights.counts))
         return Reallocation(dropped, grown, facts)
 
     def _adapt(self, below: int, active: int) -> None:
-        """Algorithm 1, step 3: halve H when too many fell below it, double it when too few did."""
+        """Halves H if too many weights were below it, doubles it if too few were (Algorithm 1, step 3)."""
         target = self.target if self.target >= 1 else self.target * active
         if below > (1 + self.tolerance) * target:
             self.threshold /= 2
-        # With every weight below it, a higher threshold could drop no more.
+        # If every weight was below H, a higher threshold could not prune more, and H would grow without bound.
         elif below < min((1 - self.tolerance) * target, active):
             self.threshold *= 2
 
     def state_dict(self) -> dict[str, Any]:
-        """The threshold."""
+        """Returns the threshold."""
         return {"threshold": self.threshold}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the threshold back."""
+        """Restores the threshold."""
         self.threshold = float(state["threshold"])
 
 
 def _shares(weights: ActiveWeights, dropped: Positions, groups: Sequence[Sequence[int]]) -> list[int]:
-    """Algorithm 1, step 4: what a group dropped, in proportion to the survivors of its layers."""
+    """Returns how many weights each layer grows (Algorithm 1, step 4).
+
+    The number of weights that a group pruned is divided in proportion to the survivors R_l of its layers.
+    """
     counts = [0] * len(weights.sizes)
     for layers in groups:
         survivors = [weights.counts[i] - dropped.counts[i] for i in layers]

@@ -1,4 +1,4 @@
-"""What methods share that start from a dense model and are told a final sparsity: gmp, dst, tied."""
+"""The option `final_sparsity` of the methods that start from a dense model: gmp, dst and tied."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ __all__ = ["final_budget", "require_dense"]
 
 
 def final_budget(method: str, final_sparsity: float | str | None) -> Budget:
-    """The budget that `final_sparsity` means.
+    """Parses the final sparsity of a method.
 
     Args:
-        method: name for messages.
+        method: name of the method, for messages.
         final_sparsity: fraction of zeros among the sparse weights at the end, in (0, 1).
 
     Raises:
-        UsageError: none is given, or it is outside its range.
+        UsageError: it is missing, or outside its range.
     """
     if final_sparsity is None:
-        raise UsageError(f"{method} needs a final sparsity; give --final-sparsity 0.9, say, and a model of sparsity 0.")
+        raise UsageError(
+            f"{method} needs a final sparsity; give --final-sparsity 0.9, for example, and a model converted with "
+            f"--sparsity 0."
+        )
     try:
         return Budget.of_sparsity(final_sparsity)
     except UsageError as error:
@@ -28,7 +31,7 @@ def final_budget(method: str, final_sparsity: float | str | None) -> Budget:
 
 
 def require_dense(method: str, model: SparseModel) -> None:
-    """Raise `UsageError` for a model that has inactive weights."""
+    """Raises `UsageError` for a model that has inactive weights."""
     if model.active_weights != model.prunable_weights:
         raise UsageError(
             f"{method} starts from a dense model, but this one has {model.active_weights:,} of "

@@ -11,66 +11,77 @@ from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.methods.base import Method, Reallocation
 from dsr_tool.methods.final_sparsity import final_budget
 from dsr_tool.methods.prune import smallest, smallest_of_all
-from dsr_tool.methods.schedule import ReallocationSchedule
+from dsr_tool.methods.schedule import ReallocationSchedule, Timing
 from dsr_tool.sparse.active import ActiveWeights, Positions
 from dsr_tool.sparsity.budget import Budget, apportion
 
 __all__ = ["GradualPruning"]
 
 _SCOPES = ("layer", "global")
+_PRUNINGS = 20
+"""Number of prunings of the default schedule."""
 
 
 class GradualPruning(Method):
-    """Remove the smallest magnitudes bit by bit, along a cubic curve that ends exactly at the final sparsity.
+    """Prunes the smallest magnitudes in steps, along a cubic curve that ends exactly at the final sparsity.
 
     By default every layer is pruned to the same sparsity. The model starts dense (sparsity 0), trained or not.
     """
 
     name = "gmp"
+    summary = "prunes the smallest weights of a dense model along a cubic curve, grows nothing"
+    starts_dense = True
+    changes_density = True
 
     def __init__(
         self, schedule: ReallocationSchedule, *, final_sparsity: float | str | None = None, scope: str = "layer"
     ) -> None:
-        """Set the method up.
+        """Sets the method up.
 
         Args:
-            schedule: when to prune; at its last step the final sparsity is reached.
+            schedule: steps at which to prune; at the last one the final sparsity is reached.
             final_sparsity: fraction of zeros among the sparse weights at the end, in (0, 1).
-            scope: where magnitudes are compared: in each `layer`, which all end equally sparse, or in the whole network
-                (`global`), which leaves small layers with large weights denser.
+            scope: where magnitudes are compared: within each `layer`, so that all end equally sparse, or in the whole
+                network (`global`), which leaves small layers with large weights denser.
 
         Raises:
-            UsageError: no final sparsity, or one outside its range, or an unknown scope.
+            UsageError: the final sparsity is missing or outside its range, or the scope is unknown.
         """
         if scope not in _SCOPES:
             raise unknown_name("gmp --option scope", scope, _SCOPES)
         self.schedule = schedule
         self.scope = scope
         self.budget = final_budget(self.name, final_sparsity)
-        self.last = schedule.last
-        if not self.last:
+        self.final_step = schedule.last
+        if not self.final_step:
             raise UsageError(f"gmp has no step to prune at until step {schedule.stop}; train longer, or lower --every.")
 
+    @classmethod
+    def default_schedule(cls, timing: Timing) -> ReallocationSchedule:
+        """Returns 20 prunings at equal distances, until 75 % of the training."""
+        return ReallocationSchedule.times(_PRUNINGS, **timing)
+
     def due(self, step: int) -> bool:
-        """Whether the schedule asks for pruning after this step."""
+        """Returns whether the schedule has a pruning after this step."""
         return self.schedule.due(step)
 
     def sparsity(self, step: int) -> Fraction:
-        """Fraction of zeros after this step, from zero to the final one (equation 1)."""
-        left = 1 - Fraction(min(step, self.last), self.last)
+        """Returns the fraction of zeros after this step, from zero to the final one (equation 1)."""
+        # A Fraction, so that the last pruning gives the budget to the last weight.
+        left = 1 - Fraction(min(step, self.final_step), self.final_step)
         return (self.budget.sparsity or Fraction(0)) * (1 - left**3)
 
     def begin(self, sizes: Sequence[int], counts: Sequence[int]) -> None:
-        """Raise `UsageError` when the model has too few active weights already."""
+        """Raises `UsageError` if the model has fewer active weights than it should end with."""
         total = self.budget.active_weights(sum(sizes), 0, len(sizes))
         if total > sum(counts):
             raise UsageError(
-                f"gmp should end at {total:,} active weights, but the model has {sum(counts):,} to begin with; convert "
-                f"it with --sparsity 0."
+                f"gmp should end at {total:,} active weights, but the model starts with {sum(counts):,}; convert it "
+                f"with --sparsity 0."
             )
 
     def update(self, weights: ActiveWeights, step: int, generator: torch.Generator) -> Reallocation:  # noqa: ARG002
-        """Prune down to what may be active now; where layers have shares, those that have less stay as they are."""
+        """Returns a pruning to the sparsity of this step; layers that have fewer weights already stay as they are."""
         sparsity = self.sparsity(step)
         total = Budget(sparsity=sparsity).active_weights(sum(weights.sizes), 0, len(weights.sizes))
         drop = self._smallest(weights, total)
@@ -79,6 +90,7 @@ class GradualPruning(Method):
         return Reallocation(dropped, nothing, {"sparsity": float(sparsity)})
 
     def _smallest(self, weights: ActiveWeights, total: int) -> torch.Tensor:
+        """Returns a boolean vector over the active weights, True for those to prune until `total` are left."""
         if self.scope == "global":
             return smallest_of_all(weights, max(sum(weights.counts) - total, 0))
         if total < sum(weights.counts):

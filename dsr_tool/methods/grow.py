@@ -1,4 +1,4 @@
-"""Where to activate weights: free positions, each equally likely, exactly as many as asked for."""
+"""Growing: chooses free positions to activate, each equally likely, exactly as many as asked for."""
 
 from __future__ import annotations
 
@@ -14,36 +14,37 @@ __all__ = ["anywhere", "at_random", "distinct"]
 
 
 def at_random(weights: ActiveWeights, counts: Sequence[int], generator: torch.Generator) -> Positions:
-    """Choose free positions uniformly without replacement, `counts[i]` in layer i.
+    """Chooses free positions uniformly without replacement, `counts[i]` in layer i.
 
-    Free means inactive before this update: a weight that was just dropped is not among them. The cost grows with
-    the active weights and the weights grown, not with all weights.
+    Free means inactive before this update: a weight that was just pruned is not among them. The cost grows with the
+    active weights and the weights grown, not with all weights.
 
     Args:
-        weights: the active weights before anything was dropped.
-        counts: how many to choose per layer, at most `weights.free`.
+        weights: the active weights before anything was pruned.
+        counts: number of positions per layer, at most `weights.free`.
         generator: source of randomness, on the device of the weights.
     """
     ranks = distinct(counts, weights.free, generator)
     occupied = weights.positions.flat
-    # The j-th occupied position has occupied[j] - j free ones before it, which turns ranks into positions.
+    # The j-th occupied position has occupied[j] - j free ones before it. So the number of occupied positions before
+    # the free position of rank r is found by a binary search, without a list of all free positions.
     free_before = occupied - torch.arange(len(occupied), device=occupied.device)
     chosen = ranks + torch.searchsorted(free_before, ranks, right=True)
     return Positions(weights.sizes, tuple(counts), chosen)
 
 
 def anywhere(weights: ActiveWeights, count: int, generator: torch.Generator) -> Positions:
-    """Choose `count` of all free positions of the network uniformly without replacement, wherever they lie."""
+    """Chooses `count` of all free positions of the network uniformly without replacement, in whatever layers."""
     whole = Positions((sum(weights.sizes),), (sum(weights.counts),), weights.positions.flat)
     chosen = at_random(ActiveWeights(whole, weights.values), [count], generator)
     return Positions.of(chosen.flat, weights.sizes)
 
 
 def distinct(counts: Sequence[int], rooms: Sequence[int], generator: torch.Generator) -> torch.Tensor:
-    """Distinct random integers per segment, every subset equally likely.
+    """Draws distinct random integers per segment, every subset equally likely.
 
     Args:
-        counts: how many integers to draw in each segment, at most its room.
+        counts: number of integers to draw in each segment, at most its room.
         rooms: size of each segment; segment i holds the integers from sum(rooms[:i]) on.
         generator: source of randomness.
 
@@ -55,7 +56,8 @@ def distinct(counts: Sequence[int], rooms: Sequence[int], generator: torch.Gener
         return torch.empty(0, dtype=torch.int64, device=generator.device)
     found = torch.unique(_draws(counts, rooms, starts, generator))
     got = segment_counts(found, rooms)
-    # Rarely a segment falls short after one round of draws; then, and where most of it is wanted, list it whole.
+    # A segment rarely has too few integers after one round of draws. Then, and if more than half of a segment is
+    # wanted, all its integers are listed instead, and `_thin` chooses among them.
     short = [i for i, (have, want) in enumerate(zip(got, counts, strict=True)) if have < want]
     if short:
         whole = [torch.arange(starts[i], starts[i + 1], device=found.device) for i in short]
@@ -67,19 +69,21 @@ def distinct(counts: Sequence[int], rooms: Sequence[int], generator: torch.Gener
 def _draws(
     counts: Sequence[int], rooms: Sequence[int], starts: Sequence[int], generator: torch.Generator
 ) -> torch.Tensor:
-    """Draws with replacement, enough for `counts` distinct ones nearly always; none where most is wanted."""
+    """Draws with replacement, enough for `counts` distinct integers nearly always; none if more than half is wanted."""
     draws = [_enough(count, room) if count * 2 <= room else 0 for count, room in zip(counts, rooms, strict=True)]
     device = generator.device
     times = torch.tensor(draws, device=device)
     total = sum(draws)
+    # output_size, because without it repeat_interleave waits for a GPU to know the length of its result.
     room = torch.tensor(list(rooms), device=device).repeat_interleave(times, output_size=total)
     start = torch.tensor(starts[:-1], device=device).repeat_interleave(times, output_size=total)
     uniform = torch.rand(total, dtype=torch.float64, device=device, generator=generator)
+    # The product can round up to `room`, which is in the next segment.
     return start + torch.minimum((uniform * room).long(), room - 1)
 
 
 def _enough(count: int, room: int) -> int:
-    """Draws whose expected number of distinct values is `count`, and three deviations on top."""
+    """Returns the number of draws whose expected number of distinct values is `count`, plus three deviations."""
     if count == 0:
         return 0
     expected = -room * math.log1p(-count / room)
@@ -87,19 +91,20 @@ def _enough(count: int, room: int) -> int:
 
 
 def _thin(found: torch.Tensor, got: Sequence[int], counts: Sequence[int], generator: torch.Generator) -> torch.Tensor:
-    """A random subset of the sorted `found`, `counts[i]` of the `got[i]` in each segment."""
+    """Returns a random subset of the sorted `found`: `counts[i]` of the `got[i]` integers in each segment."""
     excess = [have - want for have, want in zip(got, counts, strict=True)]
     if sum(excess) * 4 < len(found):
-        # Choosing the few to leave out is the same task on fewer, and spares a sort of all random keys.
+        # Choosing the few to remove is the same problem on fewer integers, and saves a sort of random keys for all.
         keep = torch.ones_like(found, dtype=torch.bool)
         keep[distinct(excess, got, generator)] = False
         return found[keep]
     device = found.device
     sizes = torch.tensor(got, device=device)
     segment = torch.arange(len(got), device=device).repeat_interleave(sizes, output_size=len(found))
+    # Integer part: the segment; fraction: random. Sorting shuffles within segments and keeps segments in order, so
+    # entry k of the sorted keys belongs to the segment of entry k here.
     keys = segment + torch.rand(len(found), dtype=torch.float64, device=device, generator=generator)
     rank = torch.arange(len(found), device=device) - torch.tensor([0, *accumulate(got)], device=device)[segment]
     wanted = torch.tensor(list(counts), device=device)[segment]
-    # Segments stay together in the order of the keys, so its k-th entry belongs to the segment of the k-th here.
     chosen: torch.Tensor = found[torch.argsort(keys)[rank < wanted]].sort().values
     return chosen

@@ -1,4 +1,4 @@
-"""Hidden units: outputs of one sparse layer that nothing but sparse layers reads, as the captured graph says."""
+"""Hidden units: outputs of one sparse layer that only sparse layers read, found in the captured graph."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ class Hidden:
     """The hidden units between a layer and those that read it.
 
     Attributes:
-        maker: number of the layer whose rows (first dimension of its weight) make the units.
-        count: how many units there are.
-        readers: number of each layer that reads them, and for each of its columns (second dimension of its weight)
-            which unit it reads; -1 for none of these. A flattened channel is read by several columns.
+        maker: index of the layer whose rows (first dimension of its weight) compute the units.
+        count: number of units.
+        readers: index of each layer that reads them, and for each of its columns (second dimension of its weight) the
+            unit that it reads, -1 for none of these; int64 of shape (columns,). A flattened channel is read by several
+            columns.
     """
 
     maker: int
@@ -34,15 +35,15 @@ class Hidden:
 
 
 def hidden_units(model: SparseModel, names: Sequence[str]) -> list[Hidden]:
-    """Find the units that can be removed by clearing rows of one layer and columns of others.
+    """Finds the units that can be removed by clearing rows of one layer and columns of others.
 
     Activation functions, normalisation, pooling and flattening may lie between, and several layers may read the units.
-    Left out is whatever has a share in more: operands of sums, depthwise and grouped convolutions, outputs of
-    the model, and units that a dense layer or any operator without channels of its own makes or reads.
+    Skipped are units that anything else uses: operands of sums, depthwise and grouped convolutions, outputs of the
+    model, and units that a dense layer or an operator without channels of its own computes or reads.
 
     Args:
-        model: with the shape of its input in its description.
-        names: the sparse layers that may change; their places in it are their numbers.
+        model: a model with an input shape in its config.
+        names: the sparse layers that may change; the index of a layer is its position here.
 
     Raises:
         UsageError: the model cannot be captured, or the shape of its input is unknown.
@@ -53,27 +54,30 @@ def hidden_units(model: SparseModel, names: Sequence[str]) -> list[Hidden]:
     pinned = np.zeros(len(roots), np.bool_)
     for units in survey.pinned:
         pinned[roots[units]] = True
-    number = {name: index for index, name in enumerate(names)}
+    index_of = {name: index for index, name in enumerate(names)}
     found = []
     for product in survey.products:
         units = roots[product.result.units]
-        if not _plain(product, number) or pinned[units].any() or len(np.unique(units)) < len(units):
+        # Rows of one root are removed together, as in a repeated channel; here each unit must be a row of its own.
+        if not _is_plain(product, index_of) or pinned[units].any() or len(np.unique(units)) < len(units):
             continue
         others = [other for other in survey.products if other is not product]
         readers = [other for other in survey.products if np.isin(roots[other.source.units], units).any()]
+        # Operands of a sum share their units: no row of one can be removed without a row of the other.
         alone = not any(np.isin(roots[other.result.units], units).any() for other in others)
-        if alone and readers and all(_plain(reader, number) for reader in readers):
-            columns = [(number[reader.weight], _positions(roots[reader.source.units], units)) for reader in readers]
-            found.append(Hidden(number[product.weight], len(units), tuple(columns)))
+        if alone and readers and all(_is_plain(reader, index_of) for reader in readers):
+            columns = [(index_of[reader.weight], _indices(roots[reader.source.units], units)) for reader in readers]
+            found.append(Hidden(index_of[product.weight], len(units), tuple(columns)))
     return found
 
 
-def _plain(product: Product, number: dict[str, int]) -> bool:
-    return product.weight in number and product.groups == 1 and not product.inputs_first
+def _is_plain(product: Product, index_of: dict[str, int]) -> bool:
+    """Returns whether a product has a sparse weight of shape (outputs, inputs, ...) that is not grouped."""
+    return product.weight in index_of and product.groups == 1 and not product.inputs_first
 
 
-def _positions(wanted: npt.NDArray[np.int64], among: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The place of each number in a list of distinct ones, -1 where it is not in it."""
+def _indices(wanted: npt.NDArray[np.int64], among: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Returns the index of each wanted number among distinct ones, -1 where it is missing."""
     order = np.argsort(among)
-    places = order[np.minimum(np.searchsorted(among[order], wanted), len(among) - 1)]
-    return np.where(among[places] == wanted, places, -1)
+    found = order[np.minimum(np.searchsorted(among[order], wanted), len(among) - 1)]
+    return np.where(among[found] == wanted, found, -1)

@@ -1,4 +1,4 @@
-"""LatentKeeper: dense weights behind a sparse model, for methods that train what is masked as well."""
+"""LatentKeeper: dense weights behind a sparse model, for methods that also train masked weights."""
 
 from __future__ import annotations
 
@@ -15,35 +15,36 @@ from dsr_tool.sparse.model import SparseModel
 
 __all__ = ["LatentKeeper"]
 
-Turn = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+BeforeLayerStep = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 class LatentKeeper(MaskKeeper):
-    """Lets the optimizer step on dense weights, of which everyone else sees the active ones alone.
+    """Lets the optimizer step on dense weights, while everything else sees only the active ones.
 
-    Between steps a parameter holds weight times mask, as in any sparse model: forward, evaluation and files know of
-    nothing else, and the gradient that autograd leaves is that of the masked weight. Inside a step the parameter
-    holds the dense weight and its gradient. That takes one more copy of every weight, until `settle`.
+    Between steps a parameter holds weight times mask, as in any sparse model: forward, evaluation and files see nothing
+    else, and the gradient that autograd leaves is that of the masked weight. Inside a step the parameter holds the
+    dense weight and its gradient. That takes one more copy of every weight, until `settle`.
 
     Attributes:
-        dense: the dense weight of each layer; none once settled.
-        settled: whether the masks are final, and this is a `MaskKeeper` like any other.
+        dense: the dense weight of each layer; empty once settled.
+        settled: whether the masks are final; this is then a plain `MaskKeeper`.
     """
 
-    def __init__(self, model: SparseModel, optimizer: optim.Optimizer, turn: Turn) -> None:
-        """Hook into the optimizer.
+    def __init__(self, model: SparseModel, optimizer: optim.Optimizer, before_layer_step: BeforeLayerStep) -> None:
+        """Registers hooks on the optimizer.
 
         Args:
             model: the sparse model, already on its device.
             optimizer: as for `MaskKeeper`.
-            turn: called before each step with a layer's number, dense weight, mask and gradient; it makes the gradient
-                of the masked weight that of the dense one, in place.
+            before_layer_step: called before each step with the index, dense weight, mask and gradient of a layer; it
+                turns the gradient of the masked weight into that of the dense one, in place.
         """
+        # Set first: the base class masks the weights, which asks whether this is settled.
         self.settled = self._settling = False
         super().__init__(model, optimizer)
         self.dense = [layer.weight.detach().clone() for layer in self._layers]
-        self._turn = turn
-        self._open: list[int] = []
+        self._before_layer_step = before_layer_step
+        self._stepped: list[int] = []
 
     @property
     def masks(self) -> list[torch.Tensor]:
@@ -51,24 +52,24 @@ class LatentKeeper(MaskKeeper):
         return [layer.mask for layer in self._layers]
 
     def restore(self, dense: list[torch.Tensor]) -> None:
-        """Take back the dense weights of an earlier run; none settles."""
+        """Restores the dense weights of an earlier run; an empty list means that it was settled."""
         if not dense:
             self.settle()
         for mine, saved in zip(self.dense, dense, strict=True):
             mine.copy_(saved)
 
     def settle_after_move(self) -> None:
-        """Settle at the end of the next `move`."""
+        """Settles at the end of the next `move`."""
         self._settling = True
 
     def settle(self) -> None:
-        """Forget the dense weights and whatever the optimizer knows outside the masks."""
+        """Frees the dense weights, and zeroes optimizer state outside the masks."""
         self.settled, self.dense = True, []
         self._zero_outside()
 
     @torch.no_grad()
     def move(self, dropped: Positions, grown: Positions) -> None:
-        """Deactivate and activate weights; grown ones take the value of the dense weight, and states stay."""
+        """Prunes and grows weights; grown ones take the value of the dense weight, and optimizer state stays."""
         if self.settled:
             super().move(dropped, grown)
             return
@@ -83,7 +84,7 @@ class LatentKeeper(MaskKeeper):
             self.settle()
 
     def mask_gradients(self) -> None:
-        """Nothing before the masks are final: the gradients of inactive weights count."""
+        """Masks gradients once settled. Before that, gradients of inactive weights train the dense weights."""
         if self.settled:
             super().mask_gradients()
 
@@ -100,25 +101,27 @@ class LatentKeeper(MaskKeeper):
             )
         gradients = dict(self._gradients())
         for index, gradient in gradients.items():
-            self._turn(index, self.dense[index], self._layers[index].mask, gradient)
+            self._before_layer_step(index, self.dense[index], self._layers[index].mask, gradient)
             self._layers[index].weight.data.copy_(self.dense[index])
-        self._open = list(gradients)
+        self._stepped = list(gradients)
 
     @torch.no_grad()
     def _after_step(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.settled:
             super()._after_step(optimizer, args, kwargs)
             return
-        for index in self._open:
+        # A layer without a gradient still holds its masked weight, which must not replace the dense one.
+        for index in self._stepped:
             layer = self._layers[index]
             self.dense[index].copy_(layer.weight)
             layer.clear(layer.weight.data)
-        self._open = []
+        self._stepped = []
 
     @torch.no_grad()
     def _zero_outside(self) -> None:
         if self.settled:
             super()._zero_outside()
             return
+        # Weights only: momentum of masked weights belongs to the dense weights.
         for layer in self._layers:
             layer.clear(layer.weight.data)

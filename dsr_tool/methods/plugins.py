@@ -1,132 +1,83 @@
-"""Methods that other distributions bring, found by entry points of the group `dsr_tool.methods`.
+"""Plugin methods: methods from other distributions, found by entry points of the group `dsr_tool.methods`.
 
-An entry point names a `Method` subclass, or any function, that is called as `maker(timing, **options)`; `timing` holds
-`total_steps`, `every` (None for the method's own) and, where given, `stop` and `doubling`.
+An entry point names a `Method` subclass or any function that returns a method. It is called as
+`maker(timing, **options)`; `timing` is a dict with `total_steps`, `every` (None for the method's default) and, if the
+user set them, `stop` and `doubling`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
 
 import torch
-from torch import optim
 
 from dsr_tool.errors import DsrError, UsageError, first_line
-from dsr_tool.methods.base import Method, Reallocation
-from dsr_tool.methods.validation import check_moves
-from dsr_tool.sparse.active import ActiveWeights
-from dsr_tool.sparse.keeper import MaskKeeper
-from dsr_tool.sparse.model import SparseModel
+from dsr_tool.methods.base import Method
+from dsr_tool.methods.schedule import Timing
 
-__all__ = ["GROUP", "Foreign", "foreign_names", "make_foreign"]
+__all__ = ["GROUP", "load_plugin", "plugin_error", "plugin_names", "reporting_plugin"]
 
 GROUP = "dsr_tool.methods"
+"""Entry-point group that plugin methods are declared in."""
 
 
-def foreign_names() -> list[str]:
-    """Names of all installed methods of others."""
+def plugin_names() -> list[str]:
+    """Returns the names of all installed plugin methods, sorted."""
     return sorted({point.name for point in entry_points(group=GROUP)})
 
 
-def make_foreign(name: str, timing: Mapping[str, Any], options: Mapping[str, Any]) -> Method:
-    """Make the method of an entry point; everything that it does is checked.
+def load_plugin(name: str, timing: Timing, options: Mapping[str, object]) -> Method:
+    """Makes the plugin method of an entry point, and records the entry point in its attribute `plugin`.
 
     Args:
-        name: of the entry point.
-        timing: when it should work, for its schedule.
-        options: its own.
+        name: name of the entry point.
+        timing: the length of the training, and what the user set of the schedule.
+        options: the plugin method's own options.
 
     Raises:
-        UsageError: it cannot be imported, refuses its options, or is no method.
+        UsageError: the plugin cannot be imported, refuses its options, or makes something that is not a `Method`.
     """
     point = next(point for point in entry_points(group=GROUP) if point.name == name)
-    maker = _guarded(point, "cannot be loaded", point.load)
+    with reporting_plugin(point, "cannot be loaded"):
+        maker = point.load()
     if not callable(maker):
-        raise _unfit(point, f"gives {type(maker).__name__}, where a Method class or a function is needed")
-    told = " ".join(f"{option}={value}" for option, value in options.items()) or "no options"
-    method = _guarded(point, f"cannot be made with {told}", lambda: maker(dict(timing), **options))
+        raise plugin_error(point, f"is of type {type(maker).__name__}, expected a Method class or a function")
+    listed = " ".join(f"{option}={value}" for option, value in options.items()) or "no options"
+    with reporting_plugin(point, f"cannot be made with {listed}"):
+        method = maker(dict(timing), **options)
     if not isinstance(method, Method):
-        raise _unfit(point, f"makes {type(method).__name__}, where a Method of dsr_tool.methods is needed")
-    return Foreign(point, method)
+        raise plugin_error(point, f"makes {type(method).__name__}, expected a Method of dsr_tool.methods")
+    # object.__setattr__ also works for a plugin class that is a frozen dataclass.
+    object.__setattr__(method, "plugin", point)
+    return method
 
 
-class Foreign(Method):
-    """A method of another distribution, whose every answer is checked before anything moves.
+@contextmanager
+def reporting_plugin(point: EntryPoint | None, problem: str) -> Iterator[None]:
+    """Turns any exception of a plugin's code into one sentence that names the entry point and its distribution.
 
-    Attributes:
-        method: the method itself.
+    Args:
+        point: the plugin's entry point; with None, exceptions pass unchanged.
+        problem: the failed step, for the sentence ("failed in update()").
+
+    Raises:
+        UsageError: the plugin's code raised; errors of dsr-tool and a GPU that runs out of memory pass unchanged.
     """
-
-    name = "foreign"
-
-    def __init__(self, point: EntryPoint, method: Method) -> None:
-        """Take its facts over.
-
-        Args:
-            point: where it came from.
-            method: made already.
-        """
-        self.method, self._point = method, point
-        # Class attributes elsewhere; here each method has its own.
-        facts = {"name": point.name}
-        facts |= {name: getattr(method, name) for name in ("needs_gradients", "continuous", "granularities")}
-        self.__dict__.update(facts)
-
-    def begin(self, sizes: Sequence[int], counts: Sequence[int]) -> None:
-        """Ask the method."""
-        self._call("begin", sizes, counts)
-
-    def keep(
-        self,
-        model: SparseModel,
-        optimizer: optim.Optimizer,
-        *,
-        seed: int,
-        before_masking: Callable[[], None] | None,
-    ) -> MaskKeeper:
-        """Ask the method; raise `UsageError` for an answer that keeps nothing."""
-        keeper = self._call("keep", model, optimizer, seed=seed, before_masking=before_masking)
-        if not isinstance(keeper, MaskKeeper):
-            raise _unfit(self._point, f"answered {type(keeper).__name__} in keep(), where a MaskKeeper is needed")
-        return keeper
-
-    def due(self, step: int) -> bool:
-        """Ask the method."""
-        return bool(self._call("due", step))
-
-    def update(self, weights: ActiveWeights, step: int, generator: torch.Generator) -> Reallocation:
-        """Ask the method, and look at its answer.
-
-        Raises:
-            CheckFailed: it cannot be done.
-        """
-        return check_moves(self.name, weights, self._call("update", weights, step, generator))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Ask the method."""
-        state: dict[str, Any] = self._call("state_dict")
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Tell the method."""
-        self._call("load_state_dict", state)
-
-    def _call(self, name: str, *arguments: Any, **more: Any) -> Any:
-        return _guarded(self._point, f"failed in {name}()", lambda: getattr(self.method, name)(*arguments, **more))
-
-
-def _guarded(point: EntryPoint, what: str, call: Callable[[], Any]) -> Any:
-    """Run code of others; whatever goes wrong becomes one sentence that says whose it is."""
     try:
-        return call()
+        yield
     except (DsrError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise _unfit(point, f"{what} ({type(error).__name__}: {first_line(error)})") from error
+        if point is None:
+            raise
+        raise plugin_error(point, f"{problem} ({type(error).__name__}: {first_line(error)})") from error
 
 
-def _unfit(point: EntryPoint, what: str) -> UsageError:
+def plugin_error(point: EntryPoint, problem: str) -> UsageError:
+    """Returns the error for a plugin method that does not work."""
     source = f" of {point.dist.name}" if point.dist else ""
-    return UsageError(f"method {point.name!r} (entry point {point.value}{source}) {what}; mend it, or choose another.")
+    return UsageError(
+        f"method {point.name!r} (entry point {point.value}{source}) {problem}; fix the plugin, or give another method."
+    )

@@ -1,4 +1,4 @@
-"""Which active weights to drop."""
+"""Pruning: chooses active weights to drop, as boolean vectors over the active weights."""
 
 from __future__ import annotations
 
@@ -13,46 +13,48 @@ __all__ = ["below_threshold", "keep_at_least", "smallest", "smallest_of_all"]
 
 
 def below_threshold(weights: ActiveWeights, threshold: float) -> torch.Tensor:
-    """True for each active weight with |w| < threshold (Mostafa & Wang 2019, Algorithm 1, step 1)."""
+    """Returns True for each active weight with |w| < threshold (Mostafa & Wang 2019, Algorithm 1, step 1)."""
     return weights.values.abs() < threshold
 
 
 def keep_at_least(weights: ActiveWeights, drop: torch.Tensor, groups: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Take weights back from `drop` so that no layer is emptied and each group of layers has room to regrow.
+    """Keeps some of the weights in `drop`, so that no layer becomes empty and each group has room to grow again.
 
-    The largest magnitudes are taken back: one of each layer that would be empty, then of each group as many as exceed
-    its free positions.
+    The largest magnitudes are kept: one in each layer that would be empty, then in each group as many as exceed its
+    free positions.
 
     Args:
         weights: the active weights.
-        drop: boolean vector over them, True for those to drop.
-        groups: numbers of the layers that share what they dropped.
+        drop: boolean vector over them, True for those to prune.
+        groups: indices of the layers that share what they pruned.
 
     Returns:
         A boolean vector like `drop`.
     """
     bounds = [0, *accumulate(weights.counts)]
     edges = torch.tensor(bounds, device=drop.device)
-    # Dropped per layer as differences of a running count, so that one trip to the host serves all layers.
+    # Weights to prune per layer, as differences of a running count: one transfer to the host serves all layers.
     running = torch.cat([drop.new_zeros(1, dtype=torch.int64), drop.cumsum(0)])
     dropped: list[int] = torch.diff(running[edges]).tolist()
-    keep = drop.clone()
+    reduced = drop.clone()
     magnitude = weights.values.abs()
     for i, count in enumerate(dropped):
         if count and count == weights.counts[i]:
-            keep[bounds[i] + magnitude[bounds[i] : bounds[i + 1]].argmax()] = False
+            reduced[bounds[i] + magnitude[bounds[i] : bounds[i + 1]].argmax()] = False
             dropped[i] -= 1
     free = weights.free
     for layers in groups:
+        # As many weights must grow as were pruned, and a pruned weight must not grow again in the same update.
         excess = sum(dropped[i] - free[i] for i in layers)
         if excess > 0:
-            candidates = torch.cat([keep[bounds[i] : bounds[i + 1]].nonzero().squeeze(1) + bounds[i] for i in layers])
-            keep[candidates[magnitude[candidates].topk(excess).indices]] = False
-    return keep
+            segments = [reduced[bounds[i] : bounds[i + 1]].nonzero().squeeze(1) + bounds[i] for i in layers]
+            candidates = torch.cat(segments)
+            reduced[candidates[magnitude[candidates].topk(excess).indices]] = False
+    return reduced
 
 
 def smallest(weights: ActiveWeights, counts: Sequence[int]) -> torch.Tensor:
-    """True for the `counts[i]` smallest magnitudes among the active weights of each layer i.
+    """Returns True for the `counts[i]` smallest magnitudes among the active weights of each layer i.
 
     The cost is a selection among the active weights, not a sort.
     """
@@ -66,16 +68,16 @@ def smallest(weights: ActiveWeights, counts: Sequence[int]) -> torch.Tensor:
 
 
 def smallest_of_all(weights: ActiveWeights, count: int) -> torch.Tensor:
-    """True for the `count` smallest magnitudes of the whole network; the largest of each layer always stays.
+    """Returns True for the `count` smallest magnitudes of the whole network; the largest of each layer always stays.
 
     Args:
-        weights: the active weights, more than `count` and the number of layers together.
-        count: how many.
+        weights: the active weights, at least `count` plus the number of layers.
+        count: number of weights to prune.
     """
     magnitude = weights.values.abs()
     bounds = [0, *accumulate(weights.counts)]
     largest = [first + magnitude[first:end].argmax() for first, end in pairwise(bounds) if first < end]
-    # All at once: an assignment to each would make the host wait for a GPU.
+    # One assignment for all layers: with one for each, the host would wait for a GPU each time.
     magnitude[torch.stack(largest)] = torch.inf
     drop = torch.zeros_like(magnitude, dtype=torch.bool)
     if count:

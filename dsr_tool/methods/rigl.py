@@ -10,51 +10,57 @@ import torch
 from dsr_tool.errors import UsageError
 from dsr_tool.methods.base import Method, Reallocation
 from dsr_tool.methods.prune import smallest
-from dsr_tool.methods.schedule import ReallocationSchedule
+from dsr_tool.methods.schedule import ReallocationSchedule, Timing
 from dsr_tool.sparse.active import ActiveWeights, Positions
 
 __all__ = ["RigL"]
 
 
 class RigL(Method):
-    """Drop the smallest magnitudes of every layer and grow where the dense gradient is largest.
+    """Prunes the smallest magnitudes of every layer and grows where the dense gradient is largest.
 
-    The fraction decays with a cosine to zero at the end of the schedule. A weight that was just dropped may have the
-    largest gradient; then it stays, with its value, as in the authors' code. Unlike there, the optimizer takes its step
-    on update steps too, and ties between magnitudes are not broken by noise.
+    The share that is pruned decays with a cosine to zero at the end of the schedule. A weight that was just pruned may
+    have the largest gradient; then it stays, with its value, as in the authors' code. Unlike there, the optimizer takes
+    its step on update steps too, and ties between magnitudes are not broken by noise.
     """
 
     name = "rigl"
+    summary = "prunes a share of every layer, grows where the dense gradient is largest"
     needs_gradients = True
 
     def __init__(self, schedule: ReallocationSchedule, *, drop_fraction: float = 0.3) -> None:
-        """Set the method up.
+        """Sets the method up.
 
         Args:
-            schedule: when to reallocate; the fraction reaches zero where it stops.
-            drop_fraction: share of a layer's active weights to move at first.
+            schedule: steps at which to reallocate; the share reaches zero where it stops.
+            drop_fraction: share of a layer's active weights to prune at first.
 
         Raises:
-            UsageError: a fraction outside (0, 1).
+            UsageError: the fraction is outside (0, 1).
         """
         if not 0 < drop_fraction < 1:
             raise UsageError(f"rigl --drop-fraction {drop_fraction} is not allowed; give a fraction in (0, 1).")
         self.schedule = schedule
         self.drop_fraction = drop_fraction
 
+    @classmethod
+    def default_schedule(cls, timing: Timing) -> ReallocationSchedule:
+        """Returns the paper's schedule for ImageNet (section 4)."""
+        return ReallocationSchedule.steady(**timing)
+
     def due(self, step: int) -> bool:
-        """Whether the schedule asks for a reallocation after this step."""
+        """Returns whether the schedule has a reallocation after this step."""
         return self.schedule.due(step)
 
     def fraction(self, step: int) -> float:
-        """Share of a layer's active weights to move after this step (section 3, "Drop")."""
+        """Returns the share of a layer's active weights to prune after this step (section 3, f_decay)."""
         return self.drop_fraction / 2 * (1 + math.cos(math.pi * min(step / max(self.schedule.stop, 1), 1)))
 
     def update(self, weights: ActiveWeights, step: int, generator: torch.Generator) -> Reallocation:  # noqa: ARG002
-        """One reallocation; every layer keeps its count.
+        """Returns one reallocation that leaves the number of active weights of every layer unchanged.
 
         Raises:
-            UsageError: `weights` came without gradients.
+            UsageError: `weights` has no gradients.
         """
         if weights.gradients is None:
             raise UsageError("rigl needs the gradients of inactive weights; gather them before they are masked.")
@@ -70,6 +76,7 @@ class RigL(Method):
                 segment = slice(bound, bound + active)
                 local = weights.positions.flat[segment] - start
                 chosen = _largest(gradient, local, drop[segment], count)
+                # A pruned weight that was chosen again is neither pruned nor grown: it stays, with its value.
                 drop[segment] &= ~chosen[local]
                 chosen[local] = False
                 grow[start : start + len(chosen)] = chosen
@@ -81,13 +88,21 @@ class RigL(Method):
 
 
 def _largest(gradient: torch.Tensor, active: torch.Tensor, drop: torch.Tensor, count: int) -> torch.Tensor:
-    """True at the `count` largest magnitudes of a layer's gradient outside the active positions that are not dropped.
+    """Returns True at the `count` largest gradients of a layer among free positions and those of pruned weights.
 
     Of equal magnitudes the first positions are taken, as in the authors' code, on every device.
+
+    Args:
+        gradient: dense gradient of the layer, flat, shape (size,).
+        active: active positions in the layer, shape (active,).
+        drop: boolean vector over `active`, True for weights to prune.
+        count: number of positions to choose.
     """
-    # A NaN must not cost weights: it is as large as can be, as in a sort.
+    # NaN counts as the largest magnitude, as in a sort: if it counted as none, fewer than `count` positions would be
+    # chosen, and the layer would lose weights.
     score = gradient.abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
     score[active] = torch.where(drop, score[active], -1.0)
+    # topk breaks ties in another way on each device. So only its smallest value is used, and ties are broken here.
     least = score.topk(count, sorted=False).values.min()
     chosen, ties = score > least, score == least
     return chosen | (ties & (ties.cumsum(0, dtype=torch.int32) <= count - chosen.count_nonzero()))

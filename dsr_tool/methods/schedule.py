@@ -1,30 +1,50 @@
-"""When a method reallocates."""
+"""Schedules: after which optimizer steps a method updates."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 from dsr_tool.errors import UsageError
 
-__all__ = ["ReallocationSchedule"]
+__all__ = ["ReallocationSchedule", "Timing"]
+
+
+class _Length(TypedDict):
+    total_steps: int
+    every: int | None
+
+
+class Timing(_Length, total=False):
+    """The length of a training, and what the user set of its schedule.
+
+    Attributes:
+        total_steps: number of optimizer steps of the whole training.
+        every: steps between updates at first; None for the method's default.
+        stop: fraction of the training after which nothing is pruned or grown; absent for the method's default.
+        doubling: fractions of the training at which `every` doubles; absent for the method's default.
+    """
+
+    stop: float
+    doubling: Sequence[float]
 
 
 @dataclass(frozen=True)
 class ReallocationSchedule:
-    """Reallocation every so many steps, with periods that change over time, up to a last step.
+    """An update every few steps, with a period that may change during the training, up to a last step.
 
     Attributes:
-        periods: (first step, steps between reallocations) pairs, rising; the first starts at 0.
-        stop: no reallocation after this step.
+        periods: (first step, steps between updates) pairs with rising first steps; the first starts at 0.
+        stop: last step that may be due.
     """
 
     periods: tuple[tuple[int, int], ...]
     stop: int
 
     def __post_init__(self) -> None:
-        """Raise `UsageError` for periods that do not start at 0, do not rise, or are not positive."""
+        """Raises `UsageError` for periods that do not start at 0, do not rise, or are not positive."""
         starts = [start for start, _ in self.periods]
         rising = bool(starts) and starts[0] == 0 and starts == sorted(set(starts))
         if not rising or any(every < 1 for _, every in self.periods):
@@ -42,36 +62,44 @@ class ReallocationSchedule:
         stop: float = 0.95,
         doubling: Sequence[float] = (0.125, 0.4, 0.7),
     ) -> ReallocationSchedule:
-        """The paper's schedule for CIFAR-10 (Mostafa & Wang 2019, appendix), scaled to a number of steps.
+        """Returns the schedule of Mostafa & Wang (2019, appendix) for CIFAR-10, scaled to a number of steps.
 
-        The period doubles after 12.5 %, 40 % and 70 % of the training, and reallocation stops after 95 %.
+        The period doubles after 12.5 %, 40 % and 70 % of the training, and updates stop after 95 %.
 
         Args:
-            total_steps: optimizer steps of the whole training.
-            every: steps between reallocations at first; a thousandth of the training when absent, but at least 10,
-                or a twentieth of a short training.
-            stop: fraction of the training after which nothing moves any more.
-            doubling: fractions of the training after which the period doubles.
+            total_steps: number of optimizer steps of the whole training.
+            every: steps between updates at first; by default a thousandth of the training, but at least 10 steps, or
+                a twentieth of a training of fewer than 200 steps.
+            stop: fraction of the training after which nothing is pruned or grown.
+            doubling: fractions of the training at which the period doubles.
+
+        Raises:
+            UsageError: a value is not allowed.
         """
-        _check(total_steps, stop)
-        every = max(total_steps // 1000, min(10, max(total_steps // 20, 1))) if every is None else every
+        _require_valid(total_steps, stop)
+        every = _default_period(total_steps, updates=1000) if every is None else every
         return cls(_doubled(total_steps, every, doubling), round(total_steps * stop))
 
     @classmethod
     def steady(
         cls, total_steps: int, *, every: int | None = None, stop: float = 0.75, doubling: Sequence[float] = ()
     ) -> ReallocationSchedule:
-        """One period throughout, as in RigL (Evci et al. 2020, section 4: every 100 of 32,000 steps, until 25,000).
+        """Returns a schedule with one period, as in RigL.
+
+        Evci et al. (2020, section 4) update every 100 of 32,000 steps, until step 25,000.
 
         Args:
-            total_steps: optimizer steps of the whole training.
-            every: steps between updates; in proportion to the above when absent, but at least 10, or a twentieth of a
-                short training.
-            stop: fraction of the training after which nothing moves any more.
-            doubling: fractions of the training after which the period doubles, if any.
+            total_steps: number of optimizer steps of the whole training.
+            every: steps between updates; by default 1/320 of the training, but at least 10 steps, or a twentieth of a
+                training of fewer than 200 steps.
+            stop: fraction of the training after which nothing is pruned or grown.
+            doubling: fractions of the training at which the period doubles, if any.
+
+        Raises:
+            UsageError: a value is not allowed.
         """
-        _check(total_steps, stop)
-        every = max(total_steps // 320, min(10, max(total_steps // 20, 1))) if every is None else every
+        _require_valid(total_steps, stop)
+        every = _default_period(total_steps, updates=320) if every is None else every
         return cls(_doubled(total_steps, every, doubling), round(total_steps * stop))
 
     @classmethod
@@ -84,28 +112,31 @@ class ReallocationSchedule:
         stop: float = 0.75,
         doubling: Sequence[float] = (),
     ) -> ReallocationSchedule:
-        """So many updates at equal distances, the last of them at `stop`.
+        """Returns a schedule of `count` updates at equal distances, the last of them near `stop`.
 
         Args:
-            count: how many.
-            total_steps: optimizer steps of the whole training.
-            every: steps between them instead, as often as they fit.
-            stop: fraction of the training at which the last one comes.
-            doubling: none; the distances are equal.
+            count: number of updates.
+            total_steps: number of optimizer steps of the whole training.
+            every: steps between updates; overrides `count`.
+            stop: fraction of the training at which the last update comes.
+            doubling: must be empty, because the distances are equal.
 
         Raises:
-            UsageError: a distance that doubles.
+            UsageError: a value is not allowed.
         """
-        _check(total_steps, stop)
+        _require_valid(total_steps, stop)
         if doubling:
-            raise UsageError("updates at equal distances have no doubling; leave it out for this method.")
+            raise UsageError(
+                f"doubling {list(doubling)} is not allowed for a method that updates at equal distances; leave it out."
+            )
         end = round(total_steps * stop)
         every = max(end // count, 1) if every is None else every
+        # Rounded down to a multiple of the period, so that `stop` is the step of the last update.
         return cls(((0, every),), end // every * every)
 
     @property
     def last(self) -> int:
-        """The last step that is due; 0 when none is."""
+        """The last step that is due; 0 if none is."""
         ends = [start for start, _ in self.periods[1:]] + [self.stop]
         for (start, every), end in zip(reversed(self.periods), reversed(ends), strict=True):
             steps = (min(end, self.stop) - start) // every
@@ -114,21 +145,27 @@ class ReallocationSchedule:
         return 0
 
     def due(self, step: int) -> bool:
-        """Whether to reallocate after optimizer step number `step`, the first being 1."""
+        """Returns whether to update after optimizer step `step`, counted from 1."""
         if not 0 < step <= self.stop:
             return False
         starts = [start for start, _ in self.periods]
+        # A period that starts at step s counts from s, so its own first update is due at s + every.
         start, every = self.periods[bisect_right(starts, step - 1) - 1]
         return (step - start) % every == 0
 
 
+def _default_period(total_steps: int, updates: int) -> int:
+    """Returns the period for about `updates` updates; short trainings get 20 updates, or one each 10 steps."""
+    return max(total_steps // updates, min(10, max(total_steps // 20, 1)))
+
+
 def _doubled(total_steps: int, every: int, doubling: Sequence[float]) -> tuple[tuple[int, int], ...]:
-    """Periods that begin with `every` and double after these fractions of the training."""
+    """Returns periods that begin with `every` and double at these fractions of the training."""
     starts = [round(total_steps * part) for part in (0, *doubling)]
     return tuple(sorted({start: every * 2**i for i, start in enumerate(starts)}.items()))
 
 
-def _check(total_steps: int, stop: float) -> None:
+def _require_valid(total_steps: int, stop: float) -> None:
     if total_steps < 1:
         raise UsageError(f"total_steps {total_steps} is not allowed; give the optimizer steps of the whole training.")
     if not 0 <= stop <= 1:

@@ -1,4 +1,4 @@
-"""static: the masks of the start are the masks of the end, the baseline of Mostafa & Wang 2019, section 4."""
+"""static: masks that never change, the baseline of Mostafa & Wang (ICML 2019, section 4)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ __all__ = ["Static"]
 
 
 class Static(Method):
-    """Never moves a weight."""
+    """Keeps the masks of the conversion."""
 
     name = "static"
+    summary = "keeps the masks of the conversion"
     granularities = GRANULARITIES
 
-    def due(self, step: int) -> bool:  # noqa: ARG002 - the seam's signature
-        """Never."""
+    def due(self, step: int) -> bool:  # noqa: ARG002 - the interface has it
+        """Returns False."""
         return False
 
     def update(self, weights: ActiveWeights, step: int, generator: torch.Generator) -> Reallocation:  # noqa: ARG002
-        """Raise, since it is never due."""
-        raise UsageError(f"method {self.name} never reallocates; call update only when due() says so.")
+        """Raises `UsageError`, since no update is ever due."""
+        raise UsageError(f"method {self.name} never reallocates; call update() only if due() returns True.")

@@ -22,28 +22,30 @@ __all__ = ["Tied", "hashed"]
 
 
 def hashed(count: int, seed: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The order in which a layer's positions take their turns at its values, and the sign of each.
+    """Returns the order in which a layer's positions are assigned to its values, and the sign of each position.
 
-    Values are dealt out like cards: with K of them, position `order[i]` has value number i mod K. So each is used, and
-    as often as any other, to within one; a plain hash, as in the paper, leaves some unused where K is large.
+    Values are assigned in turn: with K of them, position `order[i]` has value number i mod K. So each is used, and as
+    often as any other, to within one; a plain hash, as in the paper, leaves some unused if K is large.
 
     Args:
-        count: weights of the layer.
-        seed: of the run.
-        layer: its number.
+        count: number of weights of the layer.
+        seed: seed of the run.
+        layer: index of the layer.
 
     Returns:
-        `order`, a permutation as int64, and `sign`, of 1 and -1 as int8 by position; both on the CPU.
+        `order`, a permutation, int64 of shape (count,), and `sign`, 1 or -1 by position, int8 of shape (count,); both
+        on the CPU.
     """
     first = np.random.SeedSequence([seed, layer]).generate_state(1, np.uint64)
     keys = _mixed(np.arange(count, dtype=np.uint64) + first)
+    # The lowest bit is the sign, the other 63 the sort key, so that the two are independent.
     sign = 1 - 2 * (keys & np.uint64(1)).astype(np.int8)
-    # The mix is one-to-one, so that no two keys are equal.
+    # The mix is a bijection, so no two keys are equal, and a stable sort breaks the few ties of the shifted keys.
     return torch.from_numpy(np.argsort(keys >> np.uint64(1), kind="stable")), torch.from_numpy(sign)
 
 
 def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finaliser of splitmix64 (Steele, Lea & Flood 2014): every bit of a counter changes half of all bits."""
+    """Applies the finaliser of splitmix64 (Steele, Lea & Flood 2014): an input bit changes half of all output bits."""
     x = x * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -52,19 +54,22 @@ def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 class _Ties:
-    """Which positions of a layer share a value, and with which sign; 12 bytes for each weight in fp32."""
+    """The assignment of a layer's positions to values.
+
+    It takes 12 bytes per weight in fp32: order and value number as int32, and the sign in the type of the weight.
+    """
 
     def __init__(self, weight: torch.Tensor, values: int, seed: int, layer: int) -> None:
         order, sign = hashed(weight.numel(), seed, layer)
-        place = torch.empty(len(order), dtype=torch.int32)
-        place[order] = torch.arange(len(order), dtype=torch.int32) % values
+        number = torch.empty(len(order), dtype=torch.int32)
+        number[order] = torch.arange(len(order), dtype=torch.int32) % values
         self.values = values
         self._order = order.int().to(weight.device)
-        self._place = place.to(weight.device)
+        self._number = number.to(weight.device)
         self._sign = sign.to(weight.device, weight.dtype)
 
     def summed(self, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient of each value: the sum over its positions, with their signs (section 4)."""
+        """Returns the gradient of each value, shape (values,): the signed sum over its positions (section 4)."""
         signed = (gradient.reshape(-1) * self._sign).index_select(0, self._order)
         # In rows of K, each column belongs to one value; the last row may be short. No atomic sums, so that every
         # device gives the same bits every time.
@@ -75,13 +80,13 @@ class _Ties:
         return sums
 
     def first(self, weight: torch.Tensor) -> torch.Tensor:
-        """Each value as its first position has it."""
+        """Returns each value, shape (values,), read at its first position."""
         positions = self._order[: self.values]
         return weight.take(positions.long()).mul_(self._sign.index_select(0, positions))
 
     def spread(self, values: torch.Tensor, target: torch.Tensor) -> None:
-        """Write each value, with signs, to all its positions."""
-        target.copy_(values.index_select(0, self._place).mul_(self._sign).view(target.shape))
+        """Writes each value, with signs, to all its positions in `target`."""
+        target.copy_(values.index_select(0, self._number).mul_(self._sign).view(target.shape))
 
 
 class _TiedKeeper(MaskKeeper):
@@ -95,7 +100,7 @@ class _TiedKeeper(MaskKeeper):
 
     @torch.no_grad()
     def tie(self) -> None:
-        """Set all positions to what the first one of their value has."""
+        """Sets all positions to the value at the first position of their value."""
         for ties, layer in zip(self.ties, self._layers, strict=True):
             ties.spread(ties.first(layer.weight), layer.weight.data)
 
@@ -106,36 +111,39 @@ class _TiedKeeper(MaskKeeper):
             self.ties[index].spread(self.ties[index].summed(gradient), gradient)
 
     def _after_step(self, _: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
-        # Fused steps round the last few weights of a tensor in another way, and some optimizers tell weights apart.
+        # Equal gradients are not enough: fused steps round the last few weights of a tensor differently, and some
+        # optimizers treat weights differently by their place in the matrix.
         self.tie()
 
 
 class Tied(Method):
-    """Give every layer a few distinct values, and each of its positions one of them by a fixed hash, with a sign.
+    """Gives every layer a few distinct values, and each of its positions one of them by a fixed hash, with a sign.
 
-    The weights stay plain parameters: the gradients of all positions of a value are summed before each step, each
-    position takes that sum, and after the step the value of the first position is given to all. Values begin as the
-    weight at their first position, so that scales are those of the initialisation. All layers have the same share of
-    distinct values.
+    The weights stay plain parameters. Before each step the gradients of all positions of a value are summed, and each
+    position takes the sum; after the step all take the value of the first position. Values start as the weight at their
+    first position, so that scales are those of the initialisation. All layers have the same share of distinct values.
 
-    Nothing is zero here, so masks stay full, and files hold every position: a small file needs a format of its own.
+    Nothing is zero here, so masks stay full, and files hold every position: a small file would need its own format.
     """
 
     name = "tied"
+    summary = "shares a few values among the weights of each layer of a dense model by a hash"
+    starts_dense = True
+    bytes_per_weight = 12  # order and value number as int32, sign as fp32; see _Ties
 
     def __init__(self, *, final_sparsity: float | str | None = None) -> None:
-        """Set the method up.
+        """Sets the method up.
 
         Args:
             final_sparsity: 1 - distinct values / weights of the sparse layers, in [0, 1).
 
         Raises:
-            UsageError: no final sparsity, or one outside its range.
+            UsageError: it is missing, or outside its range.
         """
         if final_sparsity is None:
             raise UsageError(
-                "tied needs to know how few values there are; give --final-sparsity 0.9, say, for a tenth of the "
-                "weights, and a model of sparsity 0."
+                "tied needs the share of weights to save; give --final-sparsity 0.9, for example, for a tenth as many "
+                "values as weights, and a model converted with --sparsity 0."
             )
         self.budget = final_budget(self.name, final_sparsity)
 
@@ -145,12 +153,12 @@ class Tied(Method):
         optimizer: optim.Optimizer,
         *,
         seed: int,
-        before_masking: Callable[[], None] | None,  # noqa: ARG002 - the seam's signature
+        before_masking: Callable[[], None] | None,  # noqa: ARG002 - the interface has it
     ) -> MaskKeeper:
-        """Tie the weights.
+        """Ties the weights.
 
         Raises:
-            UsageError: the model is sparse, or has fewer weights than layers times values.
+            UsageError: the model is sparse, or has more layers than distinct values.
         """
         sizes = [model.masks[name].numel() for name in model.trained]
         require_dense(self.name, model)
@@ -159,10 +167,10 @@ class Tied(Method):
         return _TiedKeeper(model, optimizer, seed, shares)
 
     def due(self, step: int) -> bool:
-        """Once, to state how many values there are."""
+        """Returns True after the first step, so that the number of values is logged once."""
         return step == 1
 
     def update(self, weights: ActiveWeights, step: int, generator: torch.Generator) -> Reallocation:  # noqa: ARG002
-        """Move nothing."""
+        """Returns an empty reallocation, with the number of distinct values for the log."""
         none = Positions(weights.sizes, (0,) * len(weights.sizes), weights.positions.flat[:0])
         return Reallocation(none, none, {"distinct_values": float(self.distinct)})

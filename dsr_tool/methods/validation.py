@@ -1,4 +1,4 @@
-"""Is what a method wants to move possible? Cheap enough for every update, and in full for methods of others."""
+"""Validates a Reallocation before it is applied: counts always, positions too for plugin methods."""
 
 from __future__ import annotations
 
@@ -9,59 +9,69 @@ from dsr_tool.methods.base import Reallocation
 from dsr_tool.sparse.active import ActiveWeights, Positions, segment_counts
 from dsr_tool.sparsity.granularity import groups
 
-__all__ = ["check_counts", "check_moves"]
+__all__ = ["check_counts", "check_positions"]
 
 
 def check_counts(name: str, weights: ActiveWeights, moved: Reallocation) -> None:
-    """Raise `CheckFailed` unless every layer drops what it has and grows where it has room; it reads nothing of a GPU.
+    """Checks the counts of a reallocation, which are on the host, so that a GPU is never waited for.
 
     Args:
-        name: of the method, for the message.
-        weights: what the method saw.
-        moved: what it answered.
+        name: name of the method, for the message.
+        weights: the weights that the method was given.
+        moved: the method's answer.
+
+    Raises:
+        CheckFailed: the answer is not a `Reallocation`, or a layer prunes more weights than it has or grows more than
+            it has room for.
     """
-    for what, positions, room in (("drop", moved.dropped, weights.counts), ("grow", moved.grown, weights.free)):
+    if not isinstance(moved, Reallocation):
+        raise CheckFailed(f"method {name} returned {type(moved).__name__} from update(), expected a Reallocation.")
+    for verb, positions, room in (("drop", moved.dropped, weights.counts), ("grow", moved.grown, weights.free)):
         if positions.sizes != weights.sizes or sum(positions.counts) != len(positions.flat):
-            raise CheckFailed(f"method {name} gave positions to {what} whose counts do not fit the network.")
+            raise CheckFailed(f"method {name} gave positions to {verb} whose counts do not fit the network.")
         for i, (count, most) in enumerate(zip(positions.counts, room, strict=True)):
             if not 0 <= count <= most:
                 raise CheckFailed(
-                    f"method {name} wants to {what} {count:,} weights in layer {i}, which has {most:,} to {what}."
+                    f"method {name} wants to {verb} {count:,} weights in layer {i}, which has {most:,} to {verb}."
                 )
 
 
-def check_moves(name: str, weights: ActiveWeights, moved: object) -> Reallocation:
-    """The same and more, at O(moved * log(active)): each position is right, and the number of weights stays the same.
+def check_positions(name: str, weights: ActiveWeights, moved: Reallocation) -> None:
+    """Checks every position of a reallocation that passed `check_counts`, at O(moved * log(active)).
+
+    The tests hold the methods of this package to the same rules, so that a training need not pay for it.
+
+    Args:
+        name: name of the method, for the message.
+        weights: the weights that the method was given.
+        moved: the method's answer.
 
     Raises:
-        CheckFailed: it is no `Reallocation`, drops what is not active, grows what is not free, changes the budget, or
-            gives values of another shape.
+        CheckFailed: a position is not in its layer, not in rising order, pruned though inactive or grown though
+            active; the number of active weights changes or a layer is emptied; or the values have another shape.
     """
-    if not isinstance(moved, Reallocation):
-        raise CheckFailed(f"method {name} answered {type(moved).__name__} instead of a Reallocation.")
-    check_counts(name, weights, moved)
     active = weights.positions.flat
-    for what, positions in (("drop", moved.dropped), ("grow", moved.grown)):
+    for verb, positions in (("drop", moved.dropped), ("grow", moved.grown)):
         flat = positions.flat
         if flat.dtype != torch.int64 or segment_counts(flat, positions.sizes) != list(positions.counts):
-            raise CheckFailed(f"method {name} gave positions to {what} that are not int64, or in other layers.")
+            raise CheckFailed(f"method {name} gave positions to {verb} that are not int64, or in other layers.")
         if not bool((flat[1:] > flat[:-1]).all()):
-            raise CheckFailed(f"method {name} gave positions to {what} that do not rise.")
-        there = _is_among(flat, active)
-        if not bool((there if what == "drop" else ~there).all()):
-            state = "not active" if what == "drop" else "not free"
-            raise CheckFailed(f"method {name} wants to {what} a weight that is {state}.")
+            raise CheckFailed(f"method {name} gave positions to {verb} that do not rise.")
+        is_active = _contains(active, flat)
+        if not bool((is_active if verb == "drop" else ~is_active).all()):
+            state = "not active" if verb == "drop" else "not free"
+            raise CheckFailed(f"method {name} wants to {verb} a weight that is {state}.")
     _check_budget(name, weights, moved.dropped, moved.grown)
     values = moved.values
     if values is not None and (values.shape != active.shape or values.dtype != torch.float32):
         raise CheckFailed(
-            f"method {name} gave {values.dtype} values of shape {tuple(values.shape)}, no float32 vector."
+            f"method {name} gave {values.dtype} values of shape {tuple(values.shape)}, expected torch.float32 of shape "
+            f"{tuple(active.shape)}."
         )
-    return moved
 
 
-def _is_among(flat: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
-    """True for each sorted position that is an active one."""
+def _contains(active: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+    """Returns a boolean vector like `flat`, True for each position in the sorted vector `active`."""
     if not len(active):
         return torch.zeros_like(flat, dtype=torch.bool)
     at = torch.searchsorted(active, flat).clamp_(max=len(active) - 1)
@@ -69,6 +79,8 @@ def _is_among(flat: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
 
 
 def _check_budget(name: str, weights: ActiveWeights, dropped: Positions, grown: Positions) -> None:
+    # Layers with kernels of different sizes have budgets of their own: a 3x3 kernel for a 1x1 kernel would change the
+    # number of weights.
     units = weights.units or (1,) * len(weights.sizes)
     for layers in groups(units):
         lost, got = (sum(positions.counts[i] for i in layers) for positions in (dropped, grown))

@@ -71,7 +71,7 @@ def test_steps_are_those_of_the_papers_masked_layers(kind, monkeypatch):
     theirs = Masked(net)
     model = convert(net, sparsity=0, input_shape=(2, 5, 5))
     method = DST(ReallocationSchedule(((0, 1),), 1000), final_sparsity=0.5)
-    method._steer = lambda *_: None
+    method._control = lambda *_: None
     options = {"momentum": 0.9, "weight_decay": 1e-3} if kind is optim.SGD else {"weight_decay": 1e-3}
     ours = kind(model.module.parameters(), 0.02, **options)
     attach(model, ours, method)
@@ -222,7 +222,7 @@ def test_a_pull_downwards_ends_at_zero():
     method._alpha = -1.0
     for _ in range(50):
         net[0].weight.grad = torch.zeros(20, 30)
-        method._turn(0, method._keeper.dense[0], model.masks["0.weight"], net[0].weight.grad)
+        method._before_layer_step(0, method._keeper.dense[0], model.masks["0.weight"], net[0].weight.grad)
     assert not method._thresholds[0].any()
 
 

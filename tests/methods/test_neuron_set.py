@@ -15,7 +15,7 @@ from dsr_tool.errors import UsageError
 from dsr_tool.formats.archive import open_archive
 from dsr_tool.methods import NeuronSET, ReallocationSchedule, attach, make
 from dsr_tool.methods.hidden_units import Hidden, hidden_units
-from exporters.archive import export_archive
+from exporters.export import export
 
 ALWAYS = ReallocationSchedule(((0, 1),), 1000)
 
@@ -204,7 +204,7 @@ def test_an_export_leaves_removed_units_out(tmp_path):
     # Their norms still shift: a removed unit is a constant other than zero, which nobody reads.
     assert model.module[1].bias.detach()[torch.from_numpy(~method._living[0])].any()
     model.module.eval()
-    verification = export_archive(model, tmp_path / "small.dsr", compact=True)
+    verification = export(model, tmp_path / "small.dsr", compact=True)
     assert verification.passed and verification.largest_difference <= 1e-5 * verification.scale
     shapes = {name: entry.spec.shape for name, entry in open_archive(tmp_path / "small.dsr").entries.items()}
     assert shapes["0.weight"][0] <= living[0] and shapes["3.weight"][0] <= living[1]
@@ -233,5 +233,5 @@ def test_a_state_of_other_units_is_refused(known):
     attach(model, optim.SGD(model.module.parameters(), 0.1), method := make("neuron-set", 100))
     method.load_state_dict({"living": [torch.tensor([True, False] * 4)]})
     assert method.state_dict()["living"][0].tolist() == [True, False] * 4
-    with pytest.raises(ValueError, match="3 hidden units, not 8"):
+    with pytest.raises(ValueError, match="3 hidden units, expected 8"):
         method.load_state_dict({"living": [torch.ones(3, dtype=torch.bool)]})

@@ -1,4 +1,4 @@
-"""Methods of other distributions: the example of the documentation, and all that can be wrong with one."""
+"""Plugin methods: the example of the documentation, and everything that can be wrong with one."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def make():
 
 @pytest.fixture
 def installed(tmp_path):
-    """The example of docs/methods.md as an installed distribution: its folder."""
+    """The example of docs/methods.md as an installed distribution; returns its folder."""
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").partition("## A method of your own")[2]
     code, table = (re.search(rf"```{kind}\n(.*?)```", text, re.DOTALL)[1] for kind in ("python", "toml"))
     assert len(code.splitlines()) < 60
@@ -52,7 +52,7 @@ def cli(folder, *arguments):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_an_installed_method_trains_from_the_command_line(installed):
+def test_the_documented_plugin_trains_from_the_command_line(installed):
     made = cli(installed, "convert", "tiny_net:make", "--input-shape", "3,8,8", "--sparsity", 0.8, "-o", "model")
     assert made.returncode == 0, made.stderr
     train = ["train", "model", "--model", "tiny_net:make", "--data", "fake:40", "--batch-size", 8, "--epochs", 1]
@@ -74,7 +74,7 @@ def test_an_installed_method_trains_from_the_command_line(installed):
 
 
 class Wrong(Method):
-    """SET, with an answer that a test changes."""
+    """SET with a reallocation that a test changes."""
 
     name = "wrong"
 
@@ -90,7 +90,7 @@ class Wrong(Method):
 
 @pytest.fixture
 def found(monkeypatch):
-    """Give the name `mine` to an object, as an entry point would."""
+    """Returns a function that gives the name `mine` to an object, as an entry point does."""
 
     def point(target):
         entry = EntryPoint("mine", "mine_method:Mine", plugins.GROUP)
@@ -117,15 +117,15 @@ def attached(method):
     ("target", "what"),
     [
         (broken, r"cannot be loaded \(ImportError: no module named numba\)"),
-        (7, "gives int, where a Method class or a function is needed"),
-        (lambda timing: "nothing", "makes str, where a Method of dsr_tool.methods is needed"),
+        (7, "is of type int, expected a Method class or a function"),
+        (lambda timing: "nothing", "makes str, expected a Method of dsr_tool.methods"),
         (lambda timing: timing["nonsense"], r"cannot be made with no options \(KeyError: 'nonsense'\)"),
     ],
 )
-def test_what_is_no_method_is_refused_in_a_sentence(found, target, what):
+def test_an_entry_point_that_is_no_method_is_refused_in_one_sentence(found, target, what):
     found(target)
     assert names()[-1] == "mine"
-    with pytest.raises(UsageError, match=rf"^method 'mine' \(entry point mine_method:Mine\) {what}; mend it"):
+    with pytest.raises(UsageError, match=rf"^method 'mine' \(entry point mine_method:Mine\) {what}; fix the plugin, or give another method"):
         make("mine", 100)
     with pytest.raises(UsageError, match="did you mean mine"):
         make("mime", 100)
@@ -181,12 +181,12 @@ def crash(*_):
         (disordered, "positions to drop that do not rise"),
         (miscounted, "in other layers"),
         (emptied, "empties layer 1"),
-        (too_short, r"gave torch.float32 values of shape \(71,\)"),
+        (too_short, r"gave torch.float32 values of shape \(71,\), expected torch.float32 of shape \(72,\)"),
         (crash, r"failed in update\(\) \(ZeroDivisionError: division by zero\)"),
-        (lambda weights, moved: None, "answered NoneType instead of a Reallocation"),
+        (lambda weights, moved: None, "returned NoneType from update\\(\\), expected a Reallocation"),
     ],
 )
-def test_moves_that_cannot_be_are_stopped_before_anything_changes(found, change, what):
+def test_a_wrong_reallocation_of_a_plugin_is_refused_before_anything_changes(found, change, what):
     found(lambda timing: Wrong(change))
     model, optimizer = attached(make("mine", 100))
     masks = {name: mask.clone() for name, mask in model.masks.items()}
@@ -195,14 +195,14 @@ def test_moves_that_cannot_be_are_stopped_before_anything_changes(found, change,
     assert all(torch.equal(model.masks[name], mask) for name, mask in masks.items())
 
 
-def test_a_keeper_that_is_none_is_refused(found, monkeypatch):
+def test_a_plugin_that_returns_no_keeper_is_refused(found, monkeypatch):
     found(lambda timing: Wrong(lambda weights, moved: moved))
     monkeypatch.setattr(Wrong, "keep", lambda *_, **__: None, raising=False)
-    with pytest.raises(UsageError, match=r"method 'mine'.*answered NoneType in keep\(\)"):
+    with pytest.raises(UsageError, match=r"method 'mine'.*returned NoneType from keep\(\), expected a MaskKeeper"):
         attached(make("mine", 100))
 
 
-def test_moves_that_can_be_are_made(found):
+def test_a_valid_reallocation_of_a_plugin_is_applied(found):
     found(lambda timing: Wrong(lambda weights, moved: moved))
     model, optimizer = attached(make("mine", 100))
     before = {name: mask.clone() for name, mask in model.masks.items()}

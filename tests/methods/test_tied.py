@@ -137,7 +137,7 @@ def test_the_hash_scatters():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(UsageError, match="tied needs to know how few values"):
+    with pytest.raises(UsageError, match="tied needs the share of weights to save"):
         make("tied", 10)
     sparse = convert(nn.Linear(30, 40), sparsity=0.5)
     with pytest.raises(UsageError, match=r"has 600 of 1,200 weights; convert it with --sparsity 0"):

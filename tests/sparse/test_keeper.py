@@ -240,7 +240,7 @@ def test_a_method_by_name_takes_its_options():
     train(model, optimizer, 4, model.check)
     assert model.active_weights == round(0.1 * model.prunable_weights)
     attached.remove()
-    with pytest.raises(UsageError, match="option scope comes too late"):
+    with pytest.raises(UsageError, match="option scope can only be passed with a method name"):
         attach(model, optimizer, attached.method, scope="global")
 
 

@@ -18,8 +18,6 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch find
 # Advice of compilers and drivers is not ours to make errors of.
 pytestmark = pytest.mark.filterwarnings("default")
 
-DENSE_AT_FIRST = ("dense", "gmp", "dst", "tied")
-FALLING = ("gmp", "dst")
 WAYS = [
     pytest.param({"device": "cpu"}, id="cpu"),
     pytest.param({"device": "cuda"}, id="cuda", marks=needs_gpu),
@@ -52,7 +50,7 @@ class Zeros(Observer):
 
 
 def make(tiny, method, **changes):
-    dense = method in DENSE_AT_FIRST
+    dense = METHODS[method].starts_dense
     options = {"final_sparsity": 0.7} if dense and method != "dense" else {}
     settings = tiny.settings(**{"method": method, "batch_size": 50, "every": 3, "options": options, **changes})
     return tiny.model(0 if dense else 0.8), settings
@@ -66,7 +64,7 @@ def test_budget_and_zeros_are_exact(tiny, method, way):
     budget, zeros = model.active_weights, Zeros(states=method != "dst")
     result = train(model, tiny.data(), settings, [zeros])
     assert zeros.active == [record.active_weights for record in result.epochs]
-    if method in FALLING:
+    if METHODS[method].changes_density:
         assert zeros.active[-1] < budget
     else:
         assert set(zeros.active) == {budget}

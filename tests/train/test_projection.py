@@ -36,7 +36,7 @@ def test_the_projection_moves_little_and_costs_little(tiny, monkeypatch, sparsit
         decide = method.update
 
         def evaluated(weights, step, generator):
-            if step == method.last:
+            if step == method.final_step:
                 before.append(evaluate(model, data, settings)[1])
                 model.module.train()
             return decide(weights, step, generator)

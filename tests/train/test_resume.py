@@ -15,13 +15,12 @@ import torch
 import dsr_tool.train.run as run_module
 from converters.conversion import convert, load
 from dsr_tool.errors import FileError, FormatError, UsageError
-from dsr_tool.methods import METHODS, OPTIONS, attach
+from dsr_tool.methods import METHODS, attach
 from dsr_tool.methods.hidden_units import hidden_units
 from dsr_tool.train import Observer, RunFolder, train
 from dsr_tool.train.checkpoint import read_state, write_state
 
 FILES = ("config.json", "masks.safetensors", "model.safetensors", "training.safetensors", "settings.json")
-DENSE_AT_FIRST = ("gmp", "dst", "tied", "dense")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -46,11 +45,11 @@ class Killed(BaseException):
 def go_on(tiny, folder, *more, granularity="weight", **changes):
     """Train, from the start or from where an earlier call was killed."""
     method = changes.get("method", "dsr")
-    if "final_sparsity" in OPTIONS[method]:
+    if "final_sparsity" in METHODS[method].option_defaults():
         changes["options"] = {"final_sparsity": 0.7}
     run = RunFolder(folder, resume=True)
     stopped = run.stopped
-    sparsity = 0 if method in DENSE_AT_FIRST else 0.8
+    sparsity = 0 if METHODS[method].starts_dense else 0.8
     model = load(folder, tiny.module()) if stopped else tiny.model(sparsity, granularity=granularity)
     settings = tiny.settings(**{"epochs": 4, "batch_size": 50, "every": 3, **changes})
     run.facts = {"data": "fake:200", "settings": settings.to_dict()}
@@ -313,11 +312,11 @@ def test_a_state_keeps_every_bit(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_kill_minus_nine(tmp_path, method):
-    sparsity = 0 if method in DENSE_AT_FIRST else 0.8
+    sparsity = 0 if METHODS[method].starts_dense else 0.8
     convert("shufflenet_v2_x0_5", sparsity=sparsity, num_classes=10, input_size=32).save(tmp_path / "model")
     options = "--data fake:512 --epochs 6 --batch-size 64 --every 3 --device cpu --resume --method"
     command = [Path(sys.executable).with_name("dsr-tool"), "train", tmp_path / "model", *options.split(), method]
-    command += ["--final-sparsity", "0.8"] if "final_sparsity" in OPTIONS[method] else []
+    command += ["--final-sparsity", "0.8"] if "final_sparsity" in METHODS[method].option_defaults() else []
     start = time.monotonic()
     subprocess.run([*command, "-o", tmp_path / "whole"], check=True, capture_output=True)
     took = time.monotonic() - start
