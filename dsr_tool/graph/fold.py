@@ -1,4 +1,10 @@
-"""Folding of batch normalisation into the convolution before it."""
+"""Graph pass: folds batch normalisation into the convolution before it.
+
+Requires: a valid graph in inference mode, with a tensor for each parameter.
+Does: scales the convolution's filters and bias by the norm's factors, and removes the norm. A norm stays if another
+node reads the convolution's output or weight, or if its parameters are not known.
+Ensures: outputs as before, up to rounding; masks as before, even where a scaled weight becomes zero.
+"""
 
 from __future__ import annotations
 
@@ -17,24 +23,23 @@ from dsr_tool.sparsity.tensor import Array, SparseTensor
 __all__ = ["fold_norms"]
 
 _EPSILON = 1e-5
+"""Value of a norm's attribute epsilon if the node has none; given by the standard."""
 _Float64 = npt.NDArray[np.float64]
 
 
 def fold_norms(graph: Graph, tensors: Mapping[str, SparseTensor]) -> tuple[Graph, dict[str, SparseTensor]]:
-    """Fold every BatchNormalization that directly follows a convolution into its weight and bias.
-
-    Values are scaled in float64 and rounded once, to float32 at least; masks stay as they are, also where a
-    scaled value becomes zero. A norm stays where its convolution's output or weight has another reader.
+    """Folds every BatchNormalization that directly follows a convolution; see the module's docstring.
 
     Args:
         graph: a computation in inference mode.
         tensors: a tensor for each of its parameters.
 
     Returns:
-        The graph without those norms, and the tensors that it uses.
+        The graph without those norms, and the tensors that it reads. Scaled values are computed in float64 and rounded
+        once, to the type that they had but at least float32.
     """
     folder = _Folder(graph, tensors)
-    # A norm that divides by zero gives what it would give unfolded.
+    # A norm that divides by zero gives infinities, folded or not.
     with np.errstate(all="ignore"):
         for node in graph:
             folder.add(node)
@@ -42,7 +47,7 @@ def fold_norms(graph: Graph, tensors: Mapping[str, SparseTensor]) -> tuple[Graph
 
 
 class _Folder:
-    """Copies a graph node by node; `add` replaces a convolution when its norm comes by."""
+    """Copies a graph node by node; `add` replaces a convolution when the node is its norm."""
 
     def __init__(self, graph: Graph, tensors: Mapping[str, SparseTensor]) -> None:
         self._graph = graph
@@ -55,7 +60,7 @@ class _Folder:
         self._names |= {value.name for value in graph.inputs} | set(graph.constants) | set(tensors)
 
     def add(self, node: Node) -> None:
-        """Fold the node into the one before it, or take it as it is."""
+        """Folds the node into the one that makes its input, or copies it."""
         index = self._maker.get(node.inputs[0], -1) if node.inputs else -1
         if index >= 0 and self._foldable(self._nodes[index], node):
             node = self._folded(self._nodes[index], node)
@@ -66,7 +71,7 @@ class _Folder:
         self._maker.update(dict.fromkeys(node.outputs, index))
 
     def result(self) -> tuple[Graph, dict[str, SparseTensor]]:
-        """The new graph and what it uses."""
+        """Returns the new graph and the tensors that it reads."""
         used = {name for node in self._nodes for name in node.inputs} | self._outputs
         tensors = {name: tensor for name, tensor in self._tensors.items() if name in used}
         constants = {name: array for name, array in self._graph.constants.items() if name in used}
@@ -91,14 +96,14 @@ class _Folder:
         return len(self._users[name]) == 1 and name not in self._outputs
 
     def _per_channel(self, name: str, conv: Node) -> bool:
-        """Whether a value is known, with one entry for each output channel."""
+        """Returns whether a value is known and has one entry for each output channel."""
         channels = self._tensors[conv.inputs[1]].mask.shape[:1]
         if name in self._tensors:
             return self._tensors[name].mask.shape == channels
         return name in self._graph.constants and self._graph.constants[name].shape == channels
 
     def _folded(self, conv: Node, norm: Node) -> Node:
-        """The convolution that computes both; its new weight and bias go to the tensors."""
+        """Returns the convolution that computes both, and stores its new weight and bias."""
         scale, shift, mean, variance = (self._float64(name) for name in norm.inputs[1:5])
         factor = scale / np.sqrt(variance + cast("float", norm.attributes.get("epsilon", _EPSILON)))
         source, weight = conv.inputs[:2]
@@ -109,11 +114,11 @@ class _Folder:
         return replace(conv, inputs=(source, weight, bias), outputs=norm.outputs[:1])
 
     def _bias_name(self, conv: Node) -> str:
-        """Name of the new bias: that of the old one where nobody else reads it, else a fresh one."""
-        given = conv.inputs[2] if conv.inputs[2:] else ""
-        # A bias that an earlier fold made has no readers in the graph as it came.
-        if given in self._tensors and len(self._users.get(given, ())) <= 1 and given not in self._outputs:
-            return given
+        """Returns the name of the new bias: the old bias's name if no other node reads it, else a new one."""
+        old = conv.inputs[2] if conv.inputs[2:] else ""
+        # A bias that an earlier fold made has no readers in the original graph.
+        if old in self._tensors and len(self._users.get(old, ())) <= 1 and old not in self._outputs:
+            return old
         name = stem = conv.inputs[1].removesuffix(".weight") + ".bias"
         count = 0
         while name in self._names:
@@ -128,7 +133,7 @@ class _Folder:
 
 
 def _scaled(weight: SparseTensor, factor: _Float64) -> SparseTensor:
-    """Each output channel of a weight times its factor, under the same mask."""
+    """Returns a weight with each output channel times its factor, under the same mask."""
     _, columns = matrix_shape(weight.mask.shape)
     values = weight.values * factor[weight.mask.positions // columns]
     return SparseTensor(weight.mask, values.astype(np.result_type(weight.values.dtype, np.float32)))

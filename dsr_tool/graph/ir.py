@@ -1,7 +1,7 @@
-"""The computation of a model: nodes with the operators of the ONNX standard, and nothing else.
+"""The graph: the computation of a model as nodes with operators of the ONNX standard.
 
-The graph holds no weights; it names them. Weights come from an archive or a model folder under their
-state_dict names. Constants that belong to the computation (shapes, index tables) stay in the graph.
+A graph names its weights but does not hold them. They come from an archive or a model folder, under their state_dict
+names. Constants that belong to the computation, such as shapes and index tables, are part of the graph.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ __all__ = ["Attribute", "Graph", "Node", "Value"]
 Attribute = int | float | str | tuple[int, ...] | tuple[float, ...] | tuple[str, ...]
 
 _WORD = re.compile(r"[A-Za-z]\w{0,79}", re.ASCII)
-"""How operators and attributes are called."""
-_CONSTANT_TYPES = ("bool", "int32", "int64", "uint8", "float16", "float32", "float64")
+"""A valid name of an operator or attribute."""
+_TYPES = ("bool", "int32", "int64", "uint8", "float16", "float32", "float64")
+"""Numpy names of the types that inputs, outputs and constants may have."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """A named input or output.
+    """An input or output of a graph.
 
     Attributes:
         name: its name in the graph.
-        shape: dimensions; None where any size goes (the batch).
+        shape: its dimensions; None for one of any size, such as the batch.
         dtype: numpy name of its type.
     """
 
@@ -48,10 +49,10 @@ class Node:
     """One operator of the standard ONNX domain.
 
     Attributes:
-        op: operator name (`Conv`).
-        inputs: names of values; an empty string where an optional input is absent.
-        outputs: names of the values it makes.
-        attributes: integers, floats, strings or tuples of one of them.
+        op: name of the operator (`Conv`).
+        inputs: names of the values that it reads; an empty string for an optional input that is absent.
+        outputs: names of the values that it makes; an empty string for one that nothing reads.
+        attributes: integers, floats, strings, or tuples of one of these types, by name.
     """
 
     op: str
@@ -65,12 +66,12 @@ class Graph:
     """A computation in topological order.
 
     Attributes:
-        inputs: what the caller gives, the batch first.
-        outputs: what comes back.
-        nodes: operators, each after those that make its inputs.
+        inputs: values that the caller gives; their first axis is the batch.
+        outputs: values that the graph returns.
+        nodes: nodes in topological order: each stands after the nodes that make its inputs.
         constants: small arrays that belong to the computation, by name.
-        parameters: state_dict names of the weights that the nodes use.
-        opset: version of the ONNX operator set that gives the nodes their meaning.
+        parameters: state_dict names of the weights that the nodes read.
+        opset: version of the ONNX operator set that defines the operators.
     """
 
     inputs: tuple[Value, ...]
@@ -81,7 +82,7 @@ class Graph:
     opset: int
 
     def to_json(self) -> str:
-        """One JSON document, the same bytes for the same graph (`docs/format.md` describes it)."""
+        """Returns the graph as JSON, the same bytes for the same graph; `docs/format.md` describes the document."""
         return json.dumps(
             {
                 "opset": self.opset,
@@ -97,10 +98,10 @@ class Graph:
 
     @classmethod
     def from_json(cls, text: str) -> Graph:
-        """The inverse of `to_json`, checked.
+        """Reads what `to_json` wrote, and checks it.
 
         Raises:
-            FormatError: the document is not a graph, or a node uses a value that nothing made before it.
+            FormatError: the document is not a graph, or the graph is invalid (see `check`).
         """
         try:
             data = json.loads(text)
@@ -113,22 +114,22 @@ class Graph:
                 opset=int(data["opset"]),
             )
         except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-            raise FormatError(f"the graph is not understood ({repr(error)[:200]}); the file is damaged.") from error
+            raise FormatError(f"the graph cannot be read ({repr(error)[:200]}); the file is damaged.") from error
         graph.check()
         return graph
 
     def check(self) -> None:
-        """Raise `FormatError` unless every value is made once and before it is used, of a type and size that exist."""
+        """Raises `FormatError` unless every value is made once, before it is read, and has a valid type and size."""
         if not self.inputs or not self.outputs:
             raise FormatError("the graph has no input or no output; the file is damaged.")
         self._check_values()
         known = {value.name for value in self.inputs} | set(self.constants) | set(self.parameters)
         for node in self.nodes:
             if not all(_WORD.fullmatch(word) for word in (node.op, *node.attributes)) or not any(node.outputs):
-                raise FormatError(f"node {node.op[:80]!r} has a name that no operator or attribute has, or no output.")
+                raise FormatError(f"node {node.op[:80]!r} has no output, or an invalid operator or attribute name.")
             missing = [name for name in node.inputs if name and name not in known]
             if missing:
-                raise FormatError(f"a node {node.op} uses {missing[0][:80]!r}, which nothing makes before it.")
+                raise FormatError(f"a node {node.op} reads {missing[0][:80]!r}, which no node before it makes.")
             for name in node.outputs:
                 if name in known:
                     raise FormatError(f"value {name[:80]!r} of node {node.op} is made twice.")
@@ -139,18 +140,16 @@ class Graph:
                 raise FormatError(f"output {value.name[:80]!r} is made by no node.")
 
     def _check_values(self) -> None:
-        """Raise `FormatError` for a type or a size that no graph has."""
+        """Raises `FormatError` if an input, output or constant has an invalid type or size."""
         for value in (*self.inputs, *self.outputs):
-            if value.dtype not in _CONSTANT_TYPES:
-                raise FormatError(f"value {value.name[:80]!r} is of type {value.dtype[:20]!r}, which no graph has.")
+            _check_type(f"value {value.name[:80]!r}", value.dtype)
             if any(n is not None and n < 0 for n in value.shape):
                 raise FormatError(f"value {value.name[:80]!r} has a negative size; the file is damaged.")
         for name, array in self.constants.items():
-            if array.dtype.name not in _CONSTANT_TYPES:
-                raise FormatError(f"constant {name[:80]!r} is of type {array.dtype.name!r}, which no graph has.")
+            _check_type(f"constant {name[:80]!r}", array.dtype.name)
 
     def users(self) -> dict[str, list[Node]]:
-        """For each value name, the nodes that read it."""
+        """Returns the nodes that read each value, by the value's name."""
         users: dict[str, list[Node]] = {}
         for node in self.nodes:
             for name in dict.fromkeys(node.inputs):
@@ -159,6 +158,11 @@ class Graph:
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes)
+
+
+def _check_type(what: str, dtype: str) -> None:
+    if dtype not in _TYPES:
+        raise FormatError(f"{what} is of type {dtype[:20]!r}, not one of {', '.join(_TYPES)}.")
 
 
 def _value_to_dict(value: Value) -> dict[str, Any]:
@@ -193,10 +197,11 @@ def _attribute(value: Any) -> Attribute:
     for kind in (int, float, str):
         if all(isinstance(item, kind) for item in items):
             return tuple(items)
-    raise FormatError(f"attribute value {str(value)[:60]!r} is neither a number, a string nor a list of one of them.")
+    raise FormatError(f"attribute value {str(value)[:60]!r} is not a number, a string or a list of one of them.")
 
 
 def _array_to_dict(array: Array) -> dict[str, Any]:
+    # Little-endian on every machine, so that the same graph gives the same bytes.
     little = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False)
     data = base64.b64encode(little.tobytes()).decode("ascii")
     return {"dtype": array.dtype.name, "shape": list(array.shape), "data": data}
@@ -204,9 +209,8 @@ def _array_to_dict(array: Array) -> dict[str, Any]:
 
 def _array_from_dict(data: dict[str, Any]) -> Array:
     dtype, shape = str(data["dtype"]), tuple(int(n) for n in data["shape"])
-    if dtype not in _CONSTANT_TYPES:
-        raise FormatError(f"constant of type {dtype[:20]!r} is not allowed; known types: {', '.join(_CONSTANT_TYPES)}.")
+    _check_type("a constant", dtype)
     raw = base64.b64decode(data["data"], validate=True)
     if min(shape, default=0) < 0 or len(raw) != math.prod(shape) * np.dtype(dtype).itemsize:
-        raise FormatError(f"constant of shape {str(shape)[:80]} does not match its {len(raw)} bytes.")
+        raise FormatError(f"a constant of shape {str(shape)[:80]} and type {dtype} cannot have {len(raw)} bytes.")
     return np.frombuffer(raw, np.dtype(dtype).newbyteorder("<")).astype(dtype).reshape(shape)

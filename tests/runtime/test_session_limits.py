@@ -1,4 +1,4 @@
-"""Sessions whose plans the kernels cannot take, and sessions in several threads and processes."""
+"""Sessions of models that cannot be compiled, and sessions in several threads and processes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from dsr_tool.runtime import Session
 from dsr_tool.runtime.compiler import segment as builder
 from dsr_tool.runtime.compiler.plan import FastPlan
 from dsr_tool.runtime.compiler.program import Machine
+from dsr_tool.runtime.coverage import Coverage, Fallback
 from dsr_tool.runtime.kernels.library import library
 from dsr_tool.runtime.onnxruntime_plan import OnnxRuntimePlan
 from dsr_tool.runtime.reference.call import FUNCTIONS
@@ -48,12 +49,12 @@ def inputs(batch: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((batch, 8, 12, 12)).astype(np.float32)
 
 
-def close(found: np.ndarray, wanted: np.ndarray) -> None:
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * float(np.abs(wanted).max(initial=1e-9)))
+def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * float(np.abs(expected).max(initial=1e-9)))
 
 
 @KERNELS
-def test_what_no_plan_of_kernels_takes_runs_on_scipy(tmp_path, monkeypatch):
+def test_a_model_that_cannot_be_compiled_runs_on_scipy(tmp_path, monkeypatch):
     def refused(*_):
         raise FormatError("too much")
 
@@ -61,12 +62,13 @@ def test_what_no_plan_of_kernels_takes_runs_on_scipy(tmp_path, monkeypatch):
     monkeypatch.setattr(FastPlan, "__init__", refused)
     session = Session(path)
     assert session.runtime == "scipy"
-    close(session.run(inputs(2)), Session(path, runtime="scipy").run(inputs(2)))
+    assert session.coverage is None
+    assert_close(session.run(inputs(2)), Session(path, runtime="scipy").run(inputs(2)))
 
 
 @KERNELS
-def test_shapes_that_depend_on_entries_run_on_scipy(tmp_path):
-    """As many rows as the first entry says, on a model of which no plan for one shape holds."""
+def test_shapes_that_depend_on_values_run_on_scipy(tmp_path):
+    """The model returns as many rows as the first entry of its input says, so no compiled plan is valid."""
     nodes = [
         Node("Flatten", ("x",), ("f",)),
         Node("Slice", ("f", "zero", "one", "axis"), ("g",)),
@@ -89,7 +91,7 @@ def test_shapes_that_depend_on_entries_run_on_scipy(tmp_path):
 
 @KERNELS
 @pytest.mark.parametrize("size", [0, 1 << 60, None])
-def test_sizes_of_which_there_are_no_zeros_to_try(tmp_path, size):
+def test_inputs_without_a_usable_shape_are_not_compiled_before_the_first_run(tmp_path, size):
     session = Session(write(tmp_path / "net.dsr", shape=(None, 8, size, 12)))
     if size is None:
         assert session.run(inputs(1)).shape == (1, 16)
@@ -98,15 +100,14 @@ def test_sizes_of_which_there_are_no_zeros_to_try(tmp_path, size):
         session.run(inputs(1))
 
 
-def test_a_negative_size_is_a_damaged_file(tmp_path):
+def test_a_negative_size_is_refused(tmp_path):
     with pytest.raises(FormatError, match=r"damaged: value 'x' has a negative size; export it again"):
         Session(write(tmp_path / "net.dsr", shape=(None, 8, -3, 12)))
 
 
 @KERNELS
 @pytest.mark.parametrize("sizes", [(-1,), (-1, -1), (7,)])
-def test_what_weights_alone_give_is_computed_once(tmp_path, monkeypatch, sizes):
-    """Also where the plan of the kernels is given up, and the reference says in its own words why."""
+def test_values_of_weights_alone_are_computed_once_even_if_compiling_fails(tmp_path, monkeypatch, sizes):
     calls, results = [], []
 
     def counted(x):
@@ -126,7 +127,7 @@ def test_what_weights_alone_give_is_computed_once(tmp_path, monkeypatch, sizes):
 
 
 @KERNELS
-def test_where_onnxruntime_fails_kernels_run(tmp_path, monkeypatch):
+def test_kernels_run_if_onnxruntime_fails(tmp_path, monkeypatch):
     path = write(tmp_path / "net.dsr", density=1.0)
     session = Session(path)
     assert session.runtime == "onnxruntime"
@@ -135,11 +136,11 @@ def test_where_onnxruntime_fails_kernels_run(tmp_path, monkeypatch):
         raise FormatError("no")
 
     monkeypatch.setattr(OnnxRuntimePlan, "run", fails)
-    close(session.run(inputs(2)), Session(path, runtime="scipy").run(inputs(2)))
+    assert_close(session.run(inputs(2)), Session(path, runtime="scipy").run(inputs(2)))
 
 
 @KERNELS
-def test_what_plans_share_goes_with_the_last_of_them(tmp_path):
+def test_masks_are_freed_with_the_last_plan_that_uses_them(tmp_path):
     gc.collect()
     before = len(builder._masks)
     paths = [write(tmp_path / f"{seed}.dsr", seed=seed) for seed in (1, 2)]
@@ -153,16 +154,35 @@ def test_what_plans_share_goes_with_the_last_of_them(tmp_path):
     assert len(builder._masks) == before
 
 
+@KERNELS
+def test_coverage_follows_the_plan_used_last(tmp_path):
+    nodes = [Node("Conv", ("x", "w"), ("a",)), Node("Exp", ("a",), ("b",)), Node("Softmax", ("b",), ("y",))]
+    session = Session(write(tmp_path / "net.dsr", nodes, shape=(None, 8, None, 12)))
+    assert session.coverage is None  # there is no shape to compile for
+    session.run(inputs(1))
+    assert session.coverage == Coverage(3, (Fallback("Exp", "b", "no kernel"),))
+    session.run(inputs(2)[:, :, :3])
+    assert session.coverage.to_json() == {"nodes": 3, "on_reference": 1, "operators": ["Exp"]}
+
+
+@KERNELS
+def test_there_is_no_coverage_without_kernels(tmp_path):
+    path = write(tmp_path / "net.dsr", density=1.0)
+    assert Session(path, runtime="native").coverage == Coverage(4)
+    assert Session(path, runtime="scipy").coverage is None
+    assert Session(path).coverage is None  # ONNX Runtime computes it
+
+
 @pytest.mark.parametrize("threads", [1, 3])
-def test_sessions_at_the_same_time(tmp_path, threads):
-    """Several threads on each of two sessions, with batches that come and go."""
+def test_concurrent_sessions_do_not_disturb_each_other(tmp_path, threads):
+    """Several threads use two sessions with changing batch sizes, so plans are compiled and dropped meanwhile."""
     paths = [write(tmp_path / f"{seed}.dsr", seed=seed) for seed in (1, 2)]
     sessions = [Session(path, threads=threads) for path in paths]
-    wanted = [Session(path, runtime="scipy").run(inputs(6)) for path in paths]
+    expected = [Session(path, runtime="scipy").run(inputs(6)) for path in paths]
 
     def work(i: int) -> None:
         batch = 1 + i % 6
-        close(sessions[i % 2].run(inputs(6)[:batch]), wanted[i % 2][:batch])
+        assert_close(sessions[i % 2].run(inputs(6)[:batch]), expected[i % 2][:batch])
 
     with ThreadPoolExecutor(4) as pool:
         assert len(list(pool.map(work, range(48)))) == 48
@@ -171,7 +191,7 @@ def test_sessions_at_the_same_time(tmp_path, threads):
 @KERNELS
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="nothing forks here")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_fork_can_let_go_of_threads_that_it_does_not_have():
+def test_a_forked_process_can_free_a_machine_without_its_threads():
     machine = [Machine(library(), 3)]
     child = multiprocessing.get_context("fork").Process(target=machine.clear)
     child.start()
@@ -186,21 +206,21 @@ def test_a_fork_can_let_go_of_threads_that_it_does_not_have():
     [
         (
             [Node("Relu", ("b",), ("a",)), Node("Relu", ("a",), ("b",)), *NODES[2:]],
-            "'b', which nothing makes before it",
+            "'b', which no node before it makes",
         ),
-        ([Node("Relu", ("nowhere",), ("b",)), *NODES[2:]], "'nowhere', which nothing makes"),
+        ([Node("Relu", ("nowhere",), ("b",)), *NODES[2:]], "'nowhere', which no node before it makes"),
     ],
 )
-def test_cycles_and_dangling_names(tmp_path, nodes, message):
+def test_cycles_and_undefined_values_are_refused(tmp_path, nodes, message):
     with pytest.raises(FormatError, match=message):
         Session(write(tmp_path / "net.dsr", nodes))
 
 
-def test_strided_and_reversed_inputs(tmp_path):
+def test_strided_and_reversed_inputs_give_the_same_result(tmp_path):
     path = write(tmp_path / "net.dsr")
     given = inputs(4)
-    wanted = Session(path).run(np.ascontiguousarray(given[::-2, :, ::-1]))
+    expected = Session(path).run(np.ascontiguousarray(given[::-2, :, ::-1]))
     for x in (given[::-2, :, ::-1], np.asfortranarray(given[::-2, :, ::-1])):
-        np.testing.assert_array_equal(Session(path).run(x), wanted)
+        np.testing.assert_array_equal(Session(path).run(x), expected)
     with pytest.raises(UsageError, match="type >f4"):
         Session(path).run(given.astype(">f4"))
