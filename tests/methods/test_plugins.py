@@ -125,7 +125,10 @@ def attached(method):
 def test_an_entry_point_that_is_no_method_is_refused_in_one_sentence(found, target, what):
     found(target)
     assert names()[-1] == "mine"
-    with pytest.raises(UsageError, match=rf"^method 'mine' \(entry point mine_method:Mine\) {what}; fix the plugin, or give another method"):
+    with pytest.raises(
+        UsageError,
+        match=rf"^method 'mine' \(entry point mine_method:Mine\) {what}; fix the plugin, or give another method",
+    ):
         make("mine", 100)
     with pytest.raises(UsageError, match="did you mean mine"):
         make("mime", 100)

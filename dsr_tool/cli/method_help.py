@@ -1,0 +1,111 @@
+"""Help on training methods, read from their table.
+
+The table imports torch, so it is read only when help is shown: the other commands, and errors, need not wait for it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from dsr_tool.methods import Method
+
+__all__ = ["MethodsCommand", "TableOption", "method_names", "option_help", "stop_help"]
+
+
+class TableOption(click.Option):
+    """An option whose help is computed when it is shown."""
+
+    def __init__(self, *arguments: Any, describe: Callable[[], str], **attributes: Any) -> None:
+        """Makes the option.
+
+        Args:
+            arguments: as for `click.Option`.
+            describe: returns the help.
+            attributes: as for `click.Option`.
+        """
+        super().__init__(*arguments, **attributes)
+        self._describe = describe
+
+    def get_help_record(self, context: click.Context) -> tuple[str, str] | None:
+        """Returns the option's names and its help."""
+        self.help = self._describe()
+        return super().get_help_record(context)
+
+
+class MethodsCommand(click.Command):
+    """A command whose help ends with a section on every method: its summary, its options and their defaults."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the options of the command, and the methods."""
+        super().format_options(context, formatter)
+        from dsr_tool.methods import METHODS
+
+        with formatter.section("Methods"):
+            formatter.write_dl([(name, _method_help(row)) for name, row in METHODS.items()])
+
+
+def method_names() -> str:
+    """Returns the help of `--method`."""
+    from dsr_tool.methods import METHODS
+
+    first, *others = METHODS
+    return f"{first} (default), {', '.join(others)}, or a plugin method; see Methods below."
+
+
+def option_help(option: str, text: str) -> Callable[[], str]:
+    """Returns the help of an option of methods: the methods that have it, `text`, and its defaults."""
+
+    def describe() -> str:
+        from dsr_tool.methods import METHODS
+
+        defaults = {
+            name: row.option_defaults()[option] for name, row in METHODS.items() if option in row.option_defaults()
+        }
+        return f"{', '.join(defaults)}: {text}{_defaults(defaults)}."
+
+    return describe
+
+
+def stop_help() -> str:
+    """Returns the help of `--stop`, with the default of each method that has a schedule."""
+    from dsr_tool.methods import METHODS
+
+    length = 10_000  # a multiple of what schedules divide by, so that no stop is rounded
+    schedules = {name: row.default_schedule({"total_steps": length, "every": None}) for name, row in METHODS.items()}
+    stops: dict[str, object] = {name: made.stop / length for name, made in schedules.items() if made is not None}
+    return f"Fraction of the training after which nothing is pruned or grown{_defaults(stops)}."
+
+
+def _defaults(values: dict[str, object]) -> str:
+    """Returns "; default 0.95, for rigl, gmp and dst 0.75" for values by method; empty if there is no default."""
+    given = {name: value for name, value in values.items() if value is not None}
+    if not given:
+        return ""
+    ranked = [value for value, _ in Counter(given.values()).most_common()]
+    others = [
+        f", for {_joined([name for name, own in given.items() if own == value])} {_shown(value)}"
+        for value in ranked[1:]
+    ]
+    return f"; default {_shown(ranked[0])}{''.join(others)}"
+
+
+def _method_help(row: type[Method]) -> str:
+    """Returns a method's summary, its options with defaults, and whether it needs a dense model."""
+    options = [name if value is None else f"{name}={_shown(value)}" for name, value in row.option_defaults().items()]
+    listed = f" Options: {', '.join(options)}." if options else ""
+    dense = " Starts from --sparsity 0." if row.starts_dense else ""
+    return f"{row.summary}.{listed}{dense}"
+
+
+def _shown(value: object) -> str:
+    """Returns a default as it is written on the command line."""
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _joined(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
