@@ -31,8 +31,7 @@ from dsr_tool.measure.memory.process import held_bytes
 from dsr_tool.runtime.kernels.library import level
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparse.trace import trace
-from exporters.archive import export_archive
-from exporters.onnx.container import export_onnx
+from exporters.export import export
 from exporters.verify.result import Verification
 
 SPARSITY = 0.9
@@ -117,10 +116,10 @@ def chain(model: SparseModel, fresh: nn.Module | None = None) -> dict[str, Any]:
         **_bytes(model),
     }
     # Both exports capture one module, which takes longer than all the rest.
-    with tempfile.TemporaryDirectory() as folder, mock.patch("exporters.verify.tensors.trace", functools.cache(trace)):
-        archive = export_archive(model, Path(folder) / "model.dsr")
+    with tempfile.TemporaryDirectory() as folder, mock.patch("exporters.checked.trace", functools.cache(trace)):
+        archive = export(model, Path(folder) / "model.dsr")
         row["bit_for_bit"] = archive.weights_equal and _same(model, load(archive.path, fresh))
-        onnx = export_onnx(model, Path(folder) / "model.onnx")
+        onnx = export(model, Path(folder) / "model.onnx")
     return row | {
         "archive_bytes": archive.file_bytes,
         "onnx_bytes": onnx.file_bytes,

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from dsr_tool.runtime import Session as Session
     from dsr_tool.sparse.model import SparseModel as SparseModel
     from exporters.export import export as export
+    from exporters.export import verify as verify
     from exporters.onnx.session import onnx_session as onnx_session
-    from exporters.verify.tensors import verify as verify
 
 _PUBLIC = {
     "SparseModel": "dsr_tool.sparse.model",
@@ -32,7 +32,7 @@ _PUBLIC = {
     "load_csr": "dsr_tool.formats.csr_file",
     "onnx_session": "exporters.onnx.session",
     "open_archive": "dsr_tool.formats.archive",
-    "verify": "exporters.verify.tensors",
+    "verify": "exporters.export",
 }
 
 __all__ = [

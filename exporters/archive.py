@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Archives"]
 
 _MOST_DENSE_ONNX_BYTES = (1 << 31) - (1 << 24)
-"""Largest weights, in bytes, that ONNX Runtime gets as a dense file: protobuf ends at 2 GiB, less 16 MiB for a graph."""
+"""Largest weights, in bytes, that ONNX Runtime gets as a dense file: protobuf ends at 2 GiB, less 16 MiB of graph."""
 
 
 class Archives(Container):

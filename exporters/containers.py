@@ -1,47 +1,65 @@
-"""Which container a file is, by its first bytes, whatever it is called."""
+"""The table of containers, and the one place that tells which of them a file belongs to.
+
+Nothing here imports torch, onnx or scipy: `dsr_tool/runtime/source.py` loads this module by name to open any file
+(`docs/decisions/0008-sessions-of-onnx-files.md`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
-
+from dsr_tool.errors import FormatError
 from dsr_tool.files import require_file
-from dsr_tool.formats.manifest import METADATA
+from exporters.archive import Archives
+from exporters.base import Container, Head
+from exporters.csr import CsrFiles
+from exporters.onnx.container import OnnxFiles
+from exporters.state_dict import SafetensorsFiles, StateDicts
 
-__all__ = ["kind_of"]
+if TYPE_CHECKING:
+    from dsr_tool.runtime.source import Model
 
-_ZIP, _ZIP_HEADER_BYTES = b"PK\x03\x04", 30
-_LONGEST_NAME = 1 << 16
+__all__ = ["CONTAINERS", "container_of", "reader_of"]
+
+_ROWS: tuple[Container, ...] = (
+    Archives(),
+    OnnxFiles(),
+    CsrFiles(),
+    SafetensorsFiles(),
+    StateDicts(),
+)
+CONTAINERS: dict[str, Container] = {container.name: container for container in _ROWS}
+"""Every container by name; a new one is a new row above."""
 
 
-def kind_of(path: Path, what: str = "file") -> str:
-    """`archive`, `safetensors`, `csr`, `state-dict` or `onnx`; the last one for all that is nothing else.
+def container_of(path: Path, what: str = "file") -> Container:
+    """Recognises the container of a file by its content.
 
     Args:
-        path: the file.
-        what: the parameter that it was given as, for the message.
+        path: the file; its name does not count.
+        what: the parameter that it was given as, for messages.
 
     Raises:
-        FileError: there is no such file.
+        FileError: there is no such file, or it cannot be read.
+        FormatError: no container recognises the file.
     """
     require_file(path, what)
-    with path.open("rb") as file:
-        start = file.read(_ZIP_HEADER_BYTES + _LONGEST_NAME)
-    if start.startswith(_ZIP):
-        # The first member of a .npz is an array, and that of a file of torch.save is its pickle.
-        name = start[_ZIP_HEADER_BYTES:][: int.from_bytes(start[26:28], "little")]
-        return "csr" if name.endswith(b".npy") else "state-dict"
-    # A safetensors file starts with the length of its header, eight bytes, and the header is a JSON object.
-    if start[8:9] != b"{":
-        return "onnx"
-    return "archive" if _is_archive(path) else "safetensors"
+    head = Head(path)
+    for container in CONTAINERS.values():
+        if container.recognises(head):
+            return container
+    known = ", ".join(f"{one.name} ({one.endings[0]})" for one in CONTAINERS.values())
+    fault = "starts like no file that this dsr-tool reads" if head.start else "is empty"
+    raise FormatError(f"{what} {str(path)!r} {fault}; give one of these kinds, undamaged: {known}.")
 
 
-def _is_archive(path: Path) -> bool:
-    try:
-        with safe_open(path, framework="np") as file:
-            return METADATA in (file.metadata() or {})
-    except (SafetensorError, OSError, ValueError):
-        # Damaged: the reader of archives says so.
-        return True
+def reader_of(path: Path) -> Callable[[Path], Model]:
+    """Returns the function that opens a file for the runtime; packages that it needs are imported now.
+
+    Raises:
+        FileError: there is no such file, or it cannot be read.
+        FormatError: no container recognises the file.
+    """
+    return container_of(path).reader()

@@ -1,59 +1,70 @@
-"""CSR for scipy: one .npz with an int32 matrix for each sparse weight and arrays for the rest."""
+"""CSR files for scipy: one .npz with an int32 matrix for each sparse weight and arrays for the rest."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dsr_tool.errors import unknown_name
-from dsr_tool.files import new_file, refuse_existing
-from dsr_tool.formats.csr_file import load_csr, write_csr
-from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.config import installed_versions
-from exporters.state_dict import verify_tensors
+from exporters.base import Container, Draft, ExportOptions, Head
+from exporters.contents import Contents, StoredBytes, measured
 from exporters.values import stored_as
-from exporters.verify.tensors import Verification, check_exportable, require
 
-__all__ = ["CSR_ENCODINGS", "export_csr", "verify_csr"]
+if TYPE_CHECKING:
+    from dsr_tool.formats.csr_file import CsrFile
+    from exporters.checked import CheckedModel
+    from exporters.verify.result import Verification
 
-CSR_ENCODINGS = ("auto", "csr")
-
-
-def export_csr(
-    model: SparseModel, path: str | Path, *, encoding: str = "auto", values: str = "fp32", force: bool = False
-) -> Verification:
-    """Write a model as one .npz that scipy multiplies with, and verify it before it takes its name.
-
-    Args:
-        model: the model; `config.input_shape` says what it takes.
-        path: the new file.
-        encoding: `auto` or `csr`, which are the same.
-        values: `fp32` as they are, or weights as `fp16`.
-        force: replace an existing file.
-
-    Returns:
-        What the verification measured.
-
-    Raises:
-        CheckFailed: weights and masks disagree, or the file does not hold what the model does; no file is left.
-        UsageError: unknown encoding or type of values, no input shape, or a model that such a file cannot hold.
-        FileError: the file exists without `force`, or the disk refuses it.
-    """
-    if encoding not in CSR_ENCODINGS:
-        raise unknown_name("CSR encoding", encoding, CSR_ENCODINGS)
-    path = Path(path)
-    refuse_existing(path, force=force)
-    check_exportable(model)
-    tensors = stored_as(model.tensors(), model.specs, values)
-    with new_file(path, force=force) as part:
-        write_csr(part, tensors, model.specs, model.config, versions=installed_versions())
-        verification = require(verify_csr(part, model))
-    return replace(verification, path=path)
+__all__ = ["CsrFiles"]
 
 
-def verify_csr(path: Path, model: SparseModel, *, samples: int = 3, seed: int = 0) -> Verification:
-    """`verify` for a .npz of CSR matrices: every tensor bit for bit, and PyTorch with the tensors of the file."""
-    file = load_csr(path)
-    shapes = {name: entry.spec.shape for name, entry in file.entries.items()}
-    halves = any(entry.spec.weight and entry.dtype == "float16" for entry in file.entries.values())
-    return verify_tensors(path, "csr", model, shapes, file.tensor, halves=halves, samples=samples, seed=seed)
+class CsrFiles(Container):
+    """The container of CSR matrices; it holds no computation."""
+
+    name = "csr"
+    endings = (".npz",)
+    encodings = ("auto", "csr")
+
+    def recognises(self, head: Head) -> bool:
+        """Looks for an array as the first member of a zip archive."""
+        return head.zip_member.endswith(b".npy")
+
+    def encode(self, checked: CheckedModel, options: ExportOptions) -> Draft:
+        """Rounds the weights if asked for; the matrices are built while they are written.
+
+        Raises:
+            UsageError: a weight that float16 cannot hold.
+        """
+        from dsr_tool.formats.csr_file import write_csr
+
+        model = checked.model
+        tensors = stored_as(model.tensors(), model.specs, options.values)
+        return Draft(
+            partial(write_csr, tensors=tensors, specs=model.specs, config=model.config, versions=installed_versions())
+        )
+
+    def verify(self, path: Path, checked: CheckedModel, *, samples: int, seed: int) -> Verification:
+        """Compares every tensor bit for bit, and the outputs of the module with the tensors of the file."""
+        from dsr_tool.formats.csr_file import load_csr
+        from exporters.verify.tensors import verify_tensors
+
+        file = load_csr(path)
+        shapes = {name: entry.spec.shape for name, entry in file.entries.items()}
+        half = any(entry.spec.weight and entry.dtype == "float16" for entry in file.entries.values())
+        return verify_tensors(path, self.name, checked, shapes, file.tensor, half=half, samples=samples, seed=seed)
+
+    def measure(self, path: Path) -> Contents:
+        """Measures the arrays of every tensor, the description and the zip container."""
+        from dsr_tool.formats.csr_file import load_csr
+
+        file = load_csr(path)
+        stored = {name: _stored_bytes(file, name) for name in file.entries}
+        parts = {"description": file.description_bytes, "zip container": file.container_bytes}
+        return measured(file, stored, parts, config=file.config)
+
+
+def _stored_bytes(file: CsrFile, name: str) -> StoredBytes:
+    """Splits the bytes of a tensor: a plain array and the `data` of a matrix are values, all others positions."""
+    values = sum(nbytes for array, nbytes in file.stored[name].items() if array in (name, f"{name}:data"))
+    return StoredBytes(file.entry_bytes(name) - values, values)

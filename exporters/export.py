@@ -1,51 +1,29 @@
-"""export: one call for every container, and one place that says what fits together."""
+"""The public functions that write and verify files, for every container of the table.
+
+`export` and `densify_export` share one frame: check the arguments, write beside the target, verify, move into place.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dsr_tool.errors import UsageError, unknown_name
-from dsr_tool.formats.archive import ENCODINGS
-from dsr_tool.sparse.model import SparseModel
-from exporters.archive import export_archive
-from exporters.csr import CSR_ENCODINGS, export_csr
-from exporters.onnx.container import ONNX_ENCODINGS, densify_file, export_onnx
-from exporters.state_dict import DENSE_ENCODINGS, export_safetensors, export_state_dict
-from exporters.values import VALUES
-from exporters.verify.result import Verification
+from dsr_tool.files import new_file, refuse_existing
+from exporters.base import Container, Draft, ExportOptions
+from exporters.checked import CheckedModel
+from exporters.containers import CONTAINERS, container_of
+from exporters.verify.result import Verification, require
 
-__all__ = ["CONTAINERS", "Container", "densify_export", "export"]
+if TYPE_CHECKING:
+    from dsr_tool.sparse.model import SparseModel
 
+__all__ = ["densify_export", "export", "verify"]
 
-@dataclass(frozen=True)
-class Container:
-    """A kind of file that models are written to.
-
-    Attributes:
-        export: writes and verifies one.
-        endings: what such files are called; readers of other files do not understand them.
-        encodings: how weights can lie in it.
-        compacts: whether it holds a graph, from which dead channels can be removed.
-    """
-
-    export: Callable[..., Verification]
-    endings: tuple[str, ...]
-    encodings: tuple[str, ...]
-    compacts: bool = False
-
-
-CONTAINERS = {
-    "archive": Container(export_archive, (".dsr",), ENCODINGS, compacts=True),
-    "onnx": Container(export_onnx, (".onnx",), ONNX_ENCODINGS, compacts=True),
-    "csr": Container(export_csr, (".npz",), CSR_ENCODINGS),
-    "safetensors": Container(export_safetensors, (".safetensors",), DENSE_ENCODINGS),
-    "state-dict": Container(export_state_dict, (".pth", ".pt"), DENSE_ENCODINGS),
-}
-
-_ENDINGS = {ending: name for name, container in CONTAINERS.items() for ending in container.endings}
-_FOREIGN = (".npy", ".bin", ".zip", ".json", ".txt", ".gz", ".html")
+_OTHER_ENDINGS = (".npy", ".bin", ".zip", ".json", ".txt", ".gz", ".html")
+"""Endings of well-known files that no container writes: a reader would take the export for something else."""
 
 
 def export(
@@ -58,40 +36,59 @@ def export(
     compact: bool = False,
     force: bool = False,
 ) -> Verification:
-    """Write a model into one file and verify it by running it before it takes its name.
+    """Writes a model into one file; the file is run and compared with the model before it is moved into place.
 
     Args:
-        model: the model; its weights and masks must agree.
+        model: the model; its weights and masks must agree, and `config.input_shape` must be known.
         path: the new file.
-        to: `archive`, `onnx`, `csr`, `safetensors` or `state-dict`; by the ending of `path` when absent, and an archive
-            where the ending says nothing.
-        encoding: `auto` for the smallest per layer, or one that the container has.
-        values: `fp32` as they are, or weights as `fp16`.
-        compact: remove channels that no active weight reaches (`archive` and `onnx`).
-        force: replace an existing file.
+        to: `archive`, `onnx`, `csr`, `safetensors` or `state-dict`. None takes the container with the ending of
+            `path`, or an archive if no container has that ending.
+        encoding: `auto` for the smallest encoding of each layer, or one that the container has.
+        values: `fp32` stores weights exactly, `fp16` rounds them.
+        compact: True to fold normalisation and remove channels that no active weight reaches (`archive` and `onnx`).
+            Such a file is for inference: it does not go back into the module.
+        force: True to replace an existing file.
 
     Returns:
-        What the verification measured.
+        The result of the verification.
 
     Raises:
-        UsageError: a container, encoding or type of values that does not exist or does not fit the others, or an
-            ending that means another kind of file.
-        CheckFailed: the file does not hold the model; none is left.
-        FileError: the file exists without `force`, or the disk refuses it.
+        UsageError: a container, encoding or type of values that does not exist or does not fit the others, an ending
+            that means another kind of file, a weight that float16 cannot hold, no input shape, or a module that
+            cannot be captured.
+        CheckFailed: weights and masks disagree, or the file does not hold the model; no file remains.
+        FileError: the file exists and `force` is not set, or the disk refuses it.
     """
     path = Path(path)
-    name = _container(path, to)
-    container = CONTAINERS[name]
-    _check_encoding(name, encoding)
-    if values not in VALUES:
-        raise unknown_name("--values", values, VALUES)
-    if compact and not container.compacts:
-        able = " or ".join(other for other, one in CONTAINERS.items() if one.compacts)
-        raise UsageError(
-            f"--compact removes channels from a graph, which {name} files lack; leave it out, or use --to {able}."
-        )
-    options: dict[str, object] = {"compact": True} if compact else {}
-    return container.export(model, path, encoding=encoding, values=values, force=force, **options)
+    container = _container_for(path, to)
+    options = ExportOptions(encoding, values, compact)
+    _check_options(container, options)
+    refuse_existing(path, force=force)
+    checked = CheckedModel(model)
+    draft = container.encode(checked, options)
+    return _write_verified(path, draft, lambda part: container.verify(part, checked, samples=3, seed=0), force=force)
+
+
+def verify(path: str | Path, model: SparseModel, *, samples: int = 3, seed: int = 0) -> Verification:
+    """Compares an exported file with the model that it should hold, by running both on random inputs.
+
+    Args:
+        path: the file; its container is recognised by its content.
+        model: the model.
+        samples: size of the second batch of inputs; the first has one.
+        seed: seed of the inputs.
+
+    Returns:
+        The differences found; `passed` is True if there are none.
+
+    Raises:
+        CheckFailed: the file holds another architecture, or the model's weights and masks disagree.
+        FileError: there is no such file.
+        FormatError: it is damaged, or no container recognises it.
+        UsageError: the model has no input shape, or no runtime runs the file.
+    """
+    path = Path(path)
+    return container_of(path).verify(path, CheckedModel(model), samples=samples, seed=seed)
 
 
 def densify_export(
@@ -104,58 +101,90 @@ def densify_export(
     compact: bool = False,
     force: bool = False,
 ) -> Verification:
-    """Turn a compact ONNX file into one with plain initializers, for tools that look for weights there.
+    """Rewrites an ONNX file with plain initializers, for tools that look for weights there.
 
     Args:
-        source: the compact file.
+        source: the ONNX file, in any encoding.
         path: the new file.
-        to: `onnx` or absent.
+        to: `onnx` or None.
         encoding: `dense`; an ONNX file alone cannot be written otherwise.
         values: `fp32`; values stay as they are.
-        compact: not possible.
-        force: replace an existing file.
+        compact: False; removing channels takes the model.
+        force: True to replace an existing file.
+
+    Returns:
+        The result of running both files in ONNX Runtime; `scale` is the largest output of `source`.
 
     Raises:
-        UsageError: anything else is asked for.
+        UsageError: any other option, or a dense model of more than 2 GB.
+        FileError: `source` does not exist, or `path` exists and `force` is not set.
         FormatError: `source` is no ONNX file, or is damaged.
-        CheckFailed: the new file does not compute what `source` computes; none is left.
-        FileError: the file exists without `force`, or the disk refuses it.
+        CheckFailed: the new file does not compute what `source` computes; no file remains.
     """
-    path = Path(path)
-    if (_container(path, to), encoding, values, compact) != ("onnx", "dense", "fp32", False):
+    source, path = Path(source), Path(path)
+    if (_container_for(path, to).name, encoding, values, compact) != ("onnx", "dense", "fp32", False):
         raise UsageError(
             f"MODEL_DIR {str(source)!r} is an ONNX file, which can only become a dense one (-o FILE.onnx --encoding "
             f"dense); give the model folder or an archive for everything else."
         )
-    return densify_file(Path(source), path, force=force)
+    from exporters.onnx.densify import densify, verify_dense
+    from exporters.onnx.read import read_onnx
+
+    refuse_existing(path, force=force)
+    compact_file = read_onnx(source)
+    content = densify(compact_file.model).SerializeToString(deterministic=True)
+    draft = Draft(lambda part: _write_bytes(part, content))
+    return _write_verified(path, draft, lambda part: verify_dense(compact_file, read_onnx(part)), force=force)
 
 
-def _container(path: Path, to: str | None) -> str:
-    """Name of the container; raises `UsageError` when the ending of the file means another one."""
+def _write_verified(path: Path, draft: Draft, check: Callable[[Path], Verification], *, force: bool) -> Verification:
+    """Writes a file beside its target, verifies it, and moves it into place only if it passed."""
+    with new_file(path, force=force) as part:
+        draft.write(part)
+        verification = require(check(part))
+    return replace(verification, path=path, notes=(*verification.notes, *draft.notes))
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _container_for(path: Path, to: str | None) -> Container:
+    """Returns the container to write; raises `UsageError` if the ending of the file means another one."""
     ending = path.suffix.lower()
-    name = to or _ENDINGS.get(ending, "archive")
+    by_ending = next((name for name, one in CONTAINERS.items() if ending in one.endings), None)
+    name = to or by_ending or "archive"
     if name not in CONTAINERS:
         raise unknown_name("--to", name, CONTAINERS)
-    if ending in _FOREIGN or _ENDINGS.get(ending, name) != name:
+    container = CONTAINERS[name]
+    if ending in _OTHER_ENDINGS or by_ending not in (None, name):
+        article = "an" if name[0] in "aeiou" else "a"
         raise UsageError(
-            f"output {str(path)!r} would hold {_a(name)} file, which readers of {ending} files do not understand; call "
-            f"it {path.stem}{CONTAINERS[name].endings[0]}."
+            f"output {str(path)!r} would hold {article} {name} file, which readers of {ending} files do not "
+            f"understand; call it {path.stem}{container.endings[0]}."
         )
-    return name
+    return container
 
 
-def _check_encoding(name: str, encoding: str) -> None:
-    allowed = CONTAINERS[name].encodings
-    if encoding in allowed:
-        return
-    having = [other for other, container in CONTAINERS.items() if encoding in container.encodings]
-    if not having:
-        raise unknown_name("--encoding", encoding, allowed)
-    raise UsageError(
-        f"--encoding {encoding!r} does not exist in {name} files, which take {', '.join(allowed)}; take one, or "
-        f"--to {' or '.join(having)}."
-    )
-
-
-def _a(name: str) -> str:
-    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+def _check_options(container: Container, options: ExportOptions) -> None:
+    """Raises `UsageError` for an option that the container lacks, naming the containers that have it."""
+    for option, value, offered in (
+        ("--encoding", options.encoding, {name: one.encodings for name, one in CONTAINERS.items()}),
+        ("--values", options.values, {name: one.values for name, one in CONTAINERS.items()}),
+    ):
+        allowed = offered[container.name]
+        if value in allowed:
+            continue
+        others = [name for name, choices in offered.items() if value in choices]
+        if not others:
+            raise unknown_name(option, value, allowed)
+        raise UsageError(
+            f"{option} {value!r} does not exist in {container.name} files, which take {', '.join(allowed)}; give one "
+            f"of these, or --to {' or '.join(others)}."
+        )
+    if options.compact and not container.compacts:
+        able = " or ".join(name for name, one in CONTAINERS.items() if one.compacts)
+        raise UsageError(
+            f"--compact removes channels from a graph, which {container.name} files lack; leave it out, or use --to "
+            f"{able}."
+        )

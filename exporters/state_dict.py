@@ -1,179 +1,147 @@
-"""A plain state_dict, zeros in place, as safetensors or as torch.save writes it: for tools that know neither."""
+"""Plain state_dicts with zeros in place, as safetensors or as torch.save writes them: for tools that know neither.
+
+Such files are as large as a dense model.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from abc import abstractmethod
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from safetensors.numpy import save_file
-from safetensors.torch import load_file
-from torch import nn
 
-from dsr_tool.errors import FormatError, first_line, unknown_name
-from dsr_tool.files import new_file, refuse_existing
+from dsr_tool.errors import FormatError, first_line
 from dsr_tool.formats.footprint import footprint
-from dsr_tool.graph.ir import Value
-from dsr_tool.sparse.capture import INPUT, frozen_copy
-from dsr_tool.sparse.model import SparseModel
+from dsr_tool.formats.manifest import METADATA
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import Array, SparseTensor
-from exporters.containers import kind_of
+from exporters.base import Container, Draft, ExportOptions, Head
 from exporters.values import stored_as
-from exporters.verify.outputs import outputs_of, random_inputs
-from exporters.verify.rounding import rounded_model, rounding_notes
-from exporters.verify.tensors import Verification, check_exportable, compared, differing_tensors, require
 
-__all__ = ["DENSE_ENCODINGS", "export_safetensors", "export_state_dict", "verify_state_dict", "verify_tensors"]
+if TYPE_CHECKING:
+    import torch
 
-DENSE_ENCODINGS = ("auto", "dense")
+    from exporters.checked import CheckedModel
+    from exporters.verify.result import Verification
 
-
-def export_safetensors(
-    model: SparseModel, path: str | Path, *, encoding: str = "auto", values: str = "fp32", force: bool = False
-) -> Verification:
-    """Write a model's state_dict as a safetensors file that plain PyTorch code loads, and verify it.
-
-    Args:
-        model: the model; `config.input_shape` says what it takes.
-        path: the new file.
-        encoding: `auto` or `dense`, which are the same.
-        values: `fp32` as they are, or weights as `fp16`.
-        force: replace an existing file.
-
-    Returns:
-        What the verification measured; a note says how large the file is for a sparse model.
-
-    Raises:
-        CheckFailed: weights and masks disagree, or the file does not hold what the model does; no file is left.
-        UsageError: unknown encoding or type of values, or no input shape.
-        FileError: the file exists without `force`, or the disk refuses it.
-    """
-    return _export(model, Path(path), _write_safetensors, encoding, values, force)
+__all__ = ["SafetensorsFiles", "StateDicts"]
 
 
-def export_state_dict(
-    model: SparseModel, path: str | Path, *, encoding: str = "auto", values: str = "fp32", force: bool = False
-) -> Verification:
-    """Write a model's state_dict as `torch.save` does; see `export_safetensors` for everything else."""
-    return _export(model, Path(path), _write_pth, encoding, values, force)
+class _PlainWeights(Container):
+    """A container that holds a state_dict and nothing else; subclasses read and write the bytes."""
 
+    encodings = ("auto", "dense")
 
-def verify_state_dict(path: Path, model: SparseModel, *, samples: int = 3, seed: int = 0) -> Verification:
-    """`verify` for a state_dict: every tensor bit for bit, and PyTorch with the tensors of the file."""
-    kind = kind_of(path)
-    state = {name: _array(path, name, tensor) for name, tensor in _read(path, kind).items()}
-    masks = {name: tensor.mask for name, tensor in model.tensors().items()}
+    @abstractmethod
+    def _write(self, path: Path, state: Mapping[str, Array]) -> None:
+        """Writes a state_dict."""
 
-    def read(name: str) -> SparseTensor:
-        return _under(masks[name], state[name])
+    @abstractmethod
+    def _read(self, path: Path) -> object:
+        """Reads what the file holds; raises whatever the reading library raises."""
 
-    shapes = {name: array.shape for name, array in state.items()}
-    halves = any(state[name].dtype == np.float16 for name, spec in model.specs.items() if spec.weight and name in state)
-    return verify_tensors(path, kind, model, shapes, read, halves=halves, samples=samples, seed=seed)
+    def encode(self, checked: CheckedModel, options: ExportOptions) -> Draft:
+        """Decodes the weights to dense arrays; a note says how large the file is for a sparse model.
 
+        Raises:
+            UsageError: a weight that float16 cannot hold.
+        """
+        model = checked.model
+        tensors = stored_as(model.tensors(), model.specs, options.values)
+        state = {name: tensor.to_dense() for name, tensor in tensors.items()}
+        coded = footprint(tensors, model.specs).everything.codec_bytes["delta"]
+        note = (
+            f"zeros are stored in place, so this file is as large as a dense one; an archive (.dsr) holds the same "
+            f"weights in {coded:,} bytes, and a few kB of graph"
+        )
+        return Draft(partial(self._write, state=state), (note,))
 
-def verify_tensors(
-    path: Path,
-    kind: str,
-    model: SparseModel,
-    shapes: Mapping[str, tuple[int, ...]],
-    read: Callable[[str], SparseTensor],
-    *,
-    halves: bool,
-    samples: int,
-    seed: int,
-) -> Verification:
-    """Compare a file without a graph with its model: bit for bit, and by running a copy of the module with its tensors.
+    def verify(self, path: Path, checked: CheckedModel, *, samples: int, seed: int) -> Verification:
+        """Compares every tensor bit for bit, and the outputs of the module with the tensors of the file."""
+        from exporters.verify.tensors import verify_tensors
 
-    Args:
-        path: the file.
-        kind: what it is.
-        model: the model.
-        shapes: of the tensors in the file, by state_dict name.
-        read: gives one of them.
-        halves: whether its weights are of float16, so that it is compared with the model rounded likewise.
-        samples: size of the second batch of inputs; the first has one.
-        seed: of the inputs.
-    """
-    check_exportable(model)
-    value = Value(INPUT, (None, *model.config.input_shape), "float32")
-    expected = model.tensors()
-    notes: tuple[str, ...] = ()
-    if halves:
-        expected, rounded = stored_as(expected, model.specs, "fp16"), rounded_model(model)
-        notes = rounding_notes(model, rounded, random_inputs(value, samples, seed))
-        model = rounded
-    found = differing_tensors(path, model, expected, shapes, read)
-    module = _with_state(model.module, {name: read(name).to_dense() for name in shapes})
-    return compared(
-        path,
-        kind,
-        model,
-        runs={"pytorch": lambda x: outputs_of(module, [x])[0]},
-        value=value,
-        samples=samples,
-        seed=seed,
-        differing=found,
-        notes=notes,
-    )
+        model = checked.model
+        state = {name: _array(path, name, tensor) for name, tensor in self._state(path).items()}
+        masks = {name: tensor.mask for name, tensor in model.tensors().items()}
+        weights = [name for name, spec in model.specs.items() if spec.weight and name in state]
+        return verify_tensors(
+            path,
+            self.name,
+            checked,
+            {name: array.shape for name, array in state.items()},
+            lambda name: _masked(masks[name], state[name]),
+            half=any(state[name].dtype == np.float16 for name in weights),
+            samples=samples,
+            seed=seed,
+        )
 
+    def _state(self, path: Path) -> dict[str, torch.Tensor]:
+        import torch
 
-def _export(
-    model: SparseModel,
-    path: Path,
-    write: Callable[[Path, dict[str, Array]], None],
-    encoding: str,
-    values: str,
-    force: bool,
-) -> Verification:
-    if encoding not in DENSE_ENCODINGS:
-        raise unknown_name("state_dict encoding", encoding, DENSE_ENCODINGS)
-    refuse_existing(path, force=force)
-    check_exportable(model)
-    tensors = stored_as(model.tensors(), model.specs, values)
-    with new_file(path, force=force) as part:
-        write(part, {name: tensor.to_dense() for name, tensor in tensors.items()})
-        verification = require(verify_state_dict(part, model))
-    coded = footprint(tensors, model.specs).everything.coded_bytes
-    size = (
-        f"zeros are stored in place, so this file is as large as a dense one; an archive (.dsr) holds the same weights "
-        f"in {coded:,} bytes, and a few kB of graph"
-    )
-    return replace(verification, path=path, notes=(*verification.notes, size))
-
-
-def _write_safetensors(path: Path, state: dict[str, Array]) -> None:
-    # The entry that other tools look for, to know that this is a state_dict of PyTorch.
-    save_file(state, path, metadata={"format": "pt"})
-
-
-def _write_pth(path: Path, state: dict[str, Array]) -> None:
-    # Into an open file: given a path, torch.save writes its name into the file too.
-    with path.open("wb") as file:
         try:
-            torch.save({name: torch.from_numpy(array) for name, array in state.items()}, file)
-        except RuntimeError as error:
-            # What the disk said, which closing the archive in torch hides behind an error of its own.
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+            with warnings.catch_warnings():
+                # torch warns about unusual pickles; those that are no state_dict are refused below.
+                warnings.simplefilter("ignore")
+                state = self._read(path)
+        except Exception as error:  # a damaged pickle or zip ends in whatever error its reader runs into
+            raise FormatError(f"{str(path)!r} cannot be read as a state_dict ({first_line(error)}).") from error
+        if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+            raise FormatError(f"{str(path)!r} holds no state_dict of tensors.")
+        return state
 
 
-def _read(path: Path, kind: str) -> dict[str, torch.Tensor]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about unusual pickles, which fail below if they are no state_dict
-            state: Any = (
-                load_file(path) if kind == "safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-            )
-    except Exception as error:  # a damaged pickle or zip ends in whatever the reader trips over
-        raise FormatError(f"{str(path)!r} cannot be read as a state_dict ({first_line(error)}).") from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise FormatError(f"{str(path)!r} holds no state_dict of tensors.")
-    return state
+class SafetensorsFiles(_PlainWeights):
+    """The container of safetensors files, which plain PyTorch code loads."""
+
+    name = "safetensors"
+    endings = (".safetensors",)
+
+    def recognises(self, head: Head) -> bool:
+        """Looks for a readable safetensors header without the entry of an archive."""
+        metadata = head.safetensors_metadata
+        return metadata is not None and METADATA not in metadata
+
+    def _write(self, path: Path, state: Mapping[str, Array]) -> None:
+        # Other tools look for this entry to know that the file is a state_dict of PyTorch.
+        save_file(dict(state), path, metadata={"format": "pt"})
+
+    def _read(self, path: Path) -> object:
+        from safetensors.torch import load_file
+
+        return load_file(path)
+
+
+class StateDicts(_PlainWeights):
+    """The container of files that `torch.save` writes."""
+
+    name = "state-dict"
+    endings = (".pth", ".pt")
+
+    def recognises(self, head: Head) -> bool:
+        """Looks for the pickle that torch.save writes as the first member of a zip archive."""
+        return head.zip_member.endswith(b"data.pkl")
+
+    def _write(self, path: Path, state: Mapping[str, Array]) -> None:
+        import torch
+
+        # Into an open file: given a path, torch.save writes its name into the file, and equal models would differ.
+        with path.open("wb") as file:
+            try:
+                torch.save({name: torch.from_numpy(array) for name, array in state.items()}, file)
+            except RuntimeError as error:
+                # Closing the zip archive hides the disk's own error behind one of torch.
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+    def _read(self, path: Path) -> object:
+        import torch
+
+        state: object = torch.load(path, map_location="cpu", weights_only=True)
+        return state
 
 
 def _array(path: Path, name: str, tensor: torch.Tensor) -> Array:
@@ -183,21 +151,10 @@ def _array(path: Path, name: str, tensor: torch.Tensor) -> Array:
         raise FormatError(f"{str(path)!r} holds {name!r} as {tensor.dtype}, which no export writes.") from error
 
 
-def _under(mask: Mask, array: Array) -> SparseTensor:
-    """The array under the mask, or under its own zeros where it has values outside the mask."""
+def _masked(mask: Mask, array: Array) -> SparseTensor:
+    """Returns the array under the mask of the model, or under its own zeros if it has values outside that mask."""
     if array.shape == mask.shape:
         tensor = SparseTensor.from_dense(array, mask)
         if np.count_nonzero(tensor.values) == np.count_nonzero(array):
             return tensor
     return SparseTensor.from_dense(array, Mask.from_bool(array != 0))
-
-
-def _with_state(module: nn.Module, state: Mapping[str, Array]) -> nn.Module:
-    """A copy of the module in eval mode with the state loaded strictly, in the module's own types."""
-    types = {name: tensor.dtype for name, tensor in module.state_dict().items()}
-    copied = frozen_copy(module)
-    # Assigned, since the copy shares the tensors that it has with the model.
-    copied.load_state_dict(
-        {name: torch.from_numpy(array).to(types[name]) for name, array in state.items()}, assign=True
-    )
-    return copied

@@ -1,4 +1,4 @@
-"""The type that weights have in a file: float32, exact, or float16, rounded."""
+"""The types that weights have in a file: float32, exact, or float16, rounded."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ VALUES = ("fp32", "fp16")
 def stored_as(
     tensors: Mapping[str, SparseTensor], specs: Mapping[str, LayerSpec], values: str
 ) -> dict[str, SparseTensor]:
-    """The tensors as a file holds them.
+    """Returns the tensors as a file holds them.
 
     Args:
         tensors: every entry of the state_dict.
-        specs: what each of them is.
-        values: `fp32` for as they are; `fp16` rounds weights to the nearest float16, ties to even, and leaves norms,
-            biases and buffers. Masks stay, also where a value becomes zero.
+        specs: description of each entry.
+        values: `fp32` changes nothing; `fp16` rounds weights to the nearest float16, ties to even, and leaves norms,
+            biases and buffers. Masks stay, even if a value becomes zero.
 
     Raises:
         UsageError: another name, or a weight that float16 cannot hold.
@@ -39,6 +39,7 @@ def stored_as(
 def _half(name: str, tensor: SparseTensor) -> SparseTensor:
     with np.errstate(over="ignore", invalid="ignore"):
         half = tensor.values.astype(np.float16)
+    # Infinity would be stored without a complaint and would spoil every output, so it is refused here.
     lost = ~np.isfinite(half)
     if lost.any():
         value = float(tensor.values[lost][0])

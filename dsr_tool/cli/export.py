@@ -55,11 +55,12 @@ def command(source: Path, output: Path, maker: str | None, as_json: bool, **opti
     from dsr_tool.files import refuse_existing
     from dsr_tool.report.budget import check_exported
     from dsr_tool.report.verification import verification_document, verification_text
+    from exporters.containers import container_of
     from exporters.export import densify_export, export
 
     refuse_existing(output, force=options["force"])
     check = None
-    if source.suffix.lower() == ".onnx":
+    if source.is_file() and container_of(source, "MODEL_DIR").name == "onnx":
         verification = densify_export(source, output, **options)
     else:
         from converters.conversion import load

@@ -28,7 +28,7 @@ def command(file: Path, against: Path, maker: str | None, as_json: bool) -> int:
     from dsr_tool.errors import CheckFailed, FormatError
     from dsr_tool.files import require_file
     from dsr_tool.report.verification import verification_document, verification_text
-    from exporters.verify.tensors import verify
+    from exporters.export import verify
 
     require_file(file, "FILE")
     model = load(against, maker)

@@ -1,4 +1,4 @@
-"""The footprint of anything that has one: a path of any kind, or a model in memory."""
+"""The public function that measures a footprint: of a path of any kind, or of a model in memory."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ __all__ = ["footprint"]
 
 
 def footprint(source: str | Path | SparseModel) -> Footprint:
-    """Parameters, active weights, bytes by codec and multiply-adds, per layer and in all.
+    """Measures parameters, active weights, bytes by codec and multiply-adds, per layer and in all.
 
     Args:
-        source: a model folder, run folder or file that `dsr-tool report` reads, or a model; of a model, nothing is
-            on disk, so that `file_bytes` is 0.
+        source: a model folder, run folder or file that `dsr-tool report` reads, or a model in memory.
+
+    Returns:
+        Counts in entries, bytes and multiply-adds for one input; `file_bytes` is 0 for a model in memory.
 
     Raises:
-        FileError: nothing there.
-        FormatError: damaged, or no known file.
+        FileError: there is nothing at the path.
+        FormatError: it is damaged, or no container recognises the file.
+        UsageError: a file of plain weights, which does not say what is sparse.
     """
     if isinstance(source, (str, Path)):
         return read(source).footprint

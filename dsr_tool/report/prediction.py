@@ -13,6 +13,7 @@ from dsr_tool.errors import DsrError, FormatError, UsageError, unknown_name
 from dsr_tool.files import require_file
 from dsr_tool.runtime import Session, load_inputs
 from dsr_tool.runtime.source import Model, open_model
+from exporters.containers import container_of
 
 if TYPE_CHECKING:
     from exporters.onnx.session import OnnxSession
@@ -66,6 +67,7 @@ def prediction_document(
         "schema": "dsr-tool/predict/1",
         "file": str(file),
         "runtime": runtime,
+        "fallback": session.coverage.to_json() if isinstance(session, Session) and session.coverage else None,
         "predictions": [
             {"input": source, "top": (_top_classes if row.ndim == 1 else _pixel_shares)(row, names, top)}
             for source, row in zip(sources, outputs, strict=True)
@@ -86,7 +88,7 @@ def prediction_text(document: dict[str, Any]) -> str:
 def _open(file: Path, inputs: Sequence[Path]) -> Model:
     """Opens the file. Refuses pictures next to an ONNX file, which does not say how pictures become inputs."""
     pictures = [path for path in inputs if path.suffix.lower() != ".npy"]
-    if pictures and file.suffix.lower() == ".onnx":
+    if pictures and not container_of(file, "FILE").preprocesses:
         raise UsageError(
             f"{str(file)!r} does not say how to preprocess pictures such as {str(pictures[0])!r}; give .npy arrays, "
             f"or an archive of the model."

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["OnnxFiles"]
 
 _FIRST_FIELD = b"\x08"
-"""First byte of a model: the key of its field 1, `ir_version`. Protobuf writes fields in order, and ONNX requires it."""
+"""First byte of a model: the key of field 1, `ir_version`, which ONNX requires. Protobuf writes fields in order."""
 
 
 class OnnxFiles(Container):

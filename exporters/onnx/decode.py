@@ -1,4 +1,4 @@
-"""Weights of an ONNX file back to positions and values, whatever form they are in; no number in it is trusted."""
+"""Decoding the weights of an ONNX file to positions and values; no number in the file is trusted."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from onnx import NodeProto, SparseTensorProto, TensorProto, numpy_helper
 from dsr_tool.errors import FormatError
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import Array, SparseTensor
-from exporters.onnx.forms import FLOATS, LARGEST, SHARED, STEP_BITS, Form, expression, nonzero, tables
+from exporters.onnx.forms import FLOATS, LARGEST, SHARED, Form, expression, nonzero
 from exporters.onnx.nodes import match
 
-__all__ = ["Found", "decode", "find", "from_coo", "from_dense", "shape_of", "to_array"]
+__all__ = ["CompactWeight", "decode", "find", "from_coo", "from_dense", "shape_of", "to_array"]
 
-_MOST_DIMENSIONS = 32  # what the oldest numpy knows
-_FORMS = (Form("delta", STEP_BITS[0]), Form("bitmask", 1), Form("bitmask", 1, cut=True))
+_MOST_DIMENSIONS = 32
+"""Largest number of dimensions of a weight: that of numpy before version 2."""
+_FORMS = (Form("delta"), Form("bitmask"), Form("bitmask", cut=True))
 _SHARED_LEAVES = {*SHARED, "flags", "steps", "zero"}
 
 
 @dataclass(frozen=True)
-class Found:
-    """A compact weight in a graph.
+class CompactWeight:
+    """A compact weight as it was found in a graph, not decoded yet.
 
     Attributes:
-        name: of the value that is the weight.
-        form: how it is stored; tables tell the size of steps.
-        cast: numpy name of its type where its values are stored in another, else empty.
-        leaves: name of the initializer of each leaf.
+        name: name of the value that is the weight.
+        form: the form in which it is stored.
+        cast: numpy name of its type if its values are stored in another type, else empty.
+        leaves: name of the initializer of each leaf of the form's expression.
         steps: names of all values that its nodes make.
     """
 
@@ -41,15 +42,15 @@ class Found:
     steps: tuple[str, ...]
 
     def own(self) -> list[str]:
-        """Initializers that no other weight reads."""
+        """Returns the names of the initializers that no other weight reads."""
         return [source for leaf, source in self.leaves.items() if leaf not in _SHARED_LEAVES]
 
 
-def find(name: str, nodes: Mapping[str, NodeProto], arrays: Mapping[str, TensorProto]) -> Found | None:
-    """The form in which a value is stored, where initializers and the nodes of one of our forms make it.
+def find(name: str, nodes: Mapping[str, NodeProto], arrays: Mapping[str, TensorProto]) -> CompactWeight | None:
+    """Finds the form in which a value is stored; None if the nodes that make it are those of no form.
 
     Args:
-        name: the value asked about.
+        name: name of the value.
         nodes: every node of the graph by the first value that it makes.
         arrays: every initializer by name.
     """
@@ -57,15 +58,15 @@ def find(name: str, nodes: Mapping[str, NodeProto], arrays: Mapping[str, TensorP
         for cast in ("", *FLOATS):
             computation = expression(form, cast or "float16", "float16")
             if (found := match(computation, name, nodes, arrays)) is not None:
-                return Found(name, form, cast, found.leaves, tuple(found.steps))
+                return CompactWeight(name, form, cast, found.leaves, tuple(found.steps))
     return None
 
 
-def shape_of(found: Found, arrays: Mapping[str, TensorProto]) -> tuple[int, ...]:
-    """Shape of a compact weight.
+def shape_of(found: CompactWeight, arrays: Mapping[str, TensorProto]) -> tuple[int, ...]:
+    """Returns the shape of a compact weight.
 
     Raises:
-        FormatError: it is no shape, or one of 2 billion entries.
+        FormatError: the numbers are no shape, or one of 2³¹ entries or more.
     """
     shape = to_array(arrays[found.leaves["shape"]])
     if shape.dtype != np.int64 or shape.ndim != 1 or len(shape) > _MOST_DIMENSIONS or (shape < 0).any():
@@ -76,11 +77,11 @@ def shape_of(found: Found, arrays: Mapping[str, TensorProto]) -> tuple[int, ...]
     return dimensions
 
 
-def decode(found: Found, arrays: Mapping[str, TensorProto]) -> SparseTensor:
-    """A compact weight without entries that are zero, its values in the type that is stored.
+def decode(found: CompactWeight, arrays: Mapping[str, TensorProto]) -> SparseTensor:
+    """Decodes a compact weight, without entries that are zero; values keep the type that is stored.
 
     Raises:
-        FormatError: the numbers do not fit each other.
+        FormatError: the numbers do not fit each other, or steps have another size than one byte.
     """
     name, shape = found.name, shape_of(found, arrays)
     parts = {leaf: to_array(arrays[source]) for leaf, source in found.leaves.items()}
@@ -95,16 +96,16 @@ def decode(found: Found, arrays: Mapping[str, TensorProto]) -> SparseTensor:
 
 
 def from_dense(proto: TensorProto) -> SparseTensor:
-    """A plain initializer."""
+    """Decodes a plain initializer; its mask is where it is not zero."""
     array = to_array(proto)
     return SparseTensor.from_dense(array, Mask.from_bool(array != 0))
 
 
 def from_coo(sparse: SparseTensorProto) -> SparseTensor:
-    """A sparse initializer, with flat positions or one index a dimension.
+    """Decodes a sparse initializer, with flat positions or one index a dimension.
 
     Raises:
-        FormatError: an index is outside the shape, or not in order.
+        FormatError: an index is outside the shape or not in increasing order.
     """
     shape = tuple(int(n) for n in sparse.dims)
     values, indices = to_array(sparse.values), to_array(sparse.indices)
@@ -123,10 +124,10 @@ def from_coo(sparse: SparseTensorProto) -> SparseTensor:
 
 
 def to_array(proto: TensorProto) -> Array:
-    """The array of an initializer.
+    """Returns the array of an initializer.
 
     Raises:
-        FormatError: its bytes do not fit its shape.
+        FormatError: the bytes do not fit the shape.
     """
     try:
         array = numpy_helper.to_array(proto)
@@ -156,15 +157,16 @@ def _delta_mask(name: str, shape: tuple[int, ...], code: Array, parts: Mapping[s
 
 
 def _check_constants(name: str, form: Form, parts: Mapping[str, Array], size: int) -> None:
-    """Whether everything that is the same for each weight of a form is what it should be."""
-    if form.codec == "delta":
-        in_byte = parts["flags"].shape[-1] if parts["flags"].ndim else 0
-        if in_byte not in (8 // bits for bits in STEP_BITS):
-            raise _disagree(name)
-        form = Form("delta", 8 // in_byte)
+    """Raises `FormatError` unless the constants and tables that all weights of a form share are those of the form."""
+    if form.codec == "delta" and parts["flags"].shape in ((256, 2), (256, 4)):
+        # Development versions before 0.1.0 wrote such files.
+        raise FormatError(
+            f"weight {name!r} is stored in steps of {8 // parts['flags'].shape[1]} bits, which this dsr-tool does not "
+            f"read; export the model again."
+        )
     expected: dict[str, Array] = {
         **SHARED,
-        **tables(form),
+        **form.tables,
         "start": np.zeros(1, np.int64),
         "size": np.array([size], np.int64),
     }

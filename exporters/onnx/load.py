@@ -1,4 +1,4 @@
-"""ONNX files from strangers: parsed, checked and looked through before anything in them is used."""
+"""Loading ONNX files from strangers: everything that could mislead a reader is checked before anything is used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["constants", "load"]
 
 
 def load(path: Path) -> ModelProto:
-    """The content of an ONNX file.
+    """Parses an ONNX file.
 
     Raises:
         FileError: there is no such file, or it cannot be read.
@@ -39,7 +39,7 @@ def load(path: Path) -> ModelProto:
 
 
 def constants(graph: GraphProto) -> Iterator[tuple[str, TensorProto]]:
-    """The tensors of Constant nodes, with the names of their values."""
+    """Yields the tensors of Constant nodes, with the names of their values."""
     for node in graph.node:
         if node.op_type == "Constant" and node.output:
             yield from ((node.output[0], attribute.t) for attribute in node.attribute if attribute.name == "value")
@@ -48,6 +48,7 @@ def constants(graph: GraphProto) -> Iterator[tuple[str, TensorProto]]:
 def _check_tensors(path: Path, model: ModelProto) -> None:
     nodes = [node for function in model.functions for node in function.node]
     for tensor in itertools.chain(_tensors_of_graph(model.graph), _tensors_of_nodes(nodes)):
+        # A path in a file of a stranger could name any file of this machine.
         if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
             raise FormatError(f"{str(path)!r} keeps its weights in other files; save it again as one file.")
         if any(n < 0 for n in tensor.dims):
@@ -55,7 +56,7 @@ def _check_tensors(path: Path, model: ModelProto) -> None:
 
 
 def _tensors_of_graph(graph: GraphProto) -> Iterator[TensorProto]:
-    """Every tensor of a graph and of the graphs inside it; protobuf bounds how deep they nest."""
+    """Yields every tensor of a graph and of the graphs inside it; protobuf limits how deep graphs nest."""
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
@@ -73,12 +74,12 @@ def _tensors_of_nodes(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
 
 
 def _check_names(path: Path, graph: GraphProto) -> None:
-    """A value that is made twice would be one thing to this reader and another to a runtime."""
+    """Raises `FormatError` for a name that two things make: this reader and a runtime could take different ones."""
     seen: set[str] = set()
-    made = [tensor.name for tensor in graph.initializer]
-    made += [sparse.values.name for sparse in graph.sparse_initializer]
-    made += [name for node in graph.node for name in node.output if name]
-    for name in made:
+    names = [tensor.name for tensor in graph.initializer]
+    names += [sparse.values.name for sparse in graph.sparse_initializer]
+    names += [name for node in graph.node for name in node.output if name]
+    for name in names:
         if name in seen:
-            raise FormatError(f"{str(path)!r} makes value {name!r} twice; the file is damaged.")
+            raise FormatError(f"{str(path)!r} defines value {name!r} twice; the file is damaged.")
         seen.add(name)

@@ -1,4 +1,7 @@
-"""Multiply-adds of each weight of an ONNX model, from the shapes that its operators imply."""
+"""Multiply-adds of each weight of an ONNX model, from the shapes that its operators imply.
+
+ONNX's own shape inference does the work; most of this module keeps files that lie about sizes from hurting it.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,17 @@ __all__ = ["WeightUse", "weight_uses"]
 Shape = tuple[int, ...]
 
 _REAL = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
-_SMALL = 1024  # entries; initializers up to here may be shapes, which inference has to see
+_SMALL = 1024
+"""Largest number of entries of an initializer that inference gets to see: it may be a shape."""
 
 
 @dataclass(frozen=True)
 class WeightUse:
-    """How a weight is used.
+    """The use of a weight.
 
     Attributes:
         operator: `Conv`, `ConvTranspose`, `Gemm` or `MatMul`.
-        macs_per_weight: multiply-adds that each weight takes part in for one input; 0 where the shapes of the
-            model do not say.
+        macs_per_weight: multiply-adds that each entry takes part in for one input; 0 if shapes are unknown.
     """
 
     operator: str
@@ -37,14 +40,15 @@ class WeightUse:
 def weight_uses(
     model: ModelProto, weights: Mapping[str, ValueInfoProto], *, made: Set[str] = frozenset()
 ) -> dict[str, WeightUse]:
-    """For each of the `weights` that a convolution or matrix product reads, that use.
-
-    A weight that several of them read has the sum of their multiply-adds.
+    """Finds the convolutions and matrix products that read weights.
 
     Args:
         model: the model.
-        weights: type and static shape of each.
-        made: names of values that exist to make weights out of what is stored; their nodes are not looked at.
+        weights: type and static shape of each weight.
+        made: names of values on the way from stored bytes to weights; the nodes that make them are skipped.
+
+    Returns:
+        The use of each weight that has one. If several operators read a weight, their multiply-adds are summed.
 
     Raises:
         FormatError: types or shapes of the model contradict each other.
@@ -76,7 +80,7 @@ def _uses(model: ModelProto, weights: Mapping[str, Shape]) -> dict[str, WeightUs
 
 
 def _macs(node: NodeProto, shapes: Mapping[str, Shape]) -> int:
-    """Multiply-adds of one operator; where shapes are missing, one row for Gemm and 0 for others."""
+    """Counts the multiply-adds of one operator; without shapes, one row for Gemm and 0 for others."""
     first, second, out = (shapes.get(name) for name in (node.input[0], node.input[1], node.output[0]))
     if node.op_type == "Gemm" and second is not None and (first is None or out is None):
         return math.prod(second)
@@ -91,11 +95,12 @@ def _macs(node: NodeProto, shapes: Mapping[str, Shape]) -> int:
 
 
 def _shapes(model: ModelProto) -> tuple[dict[str, Shape], int]:
-    """Static shapes of all values for a batch of one, and the batch where the model fixes another."""
+    """Returns the static shapes of all values, and the batch that they are for: 1 unless the model fixes another."""
     first = model.graph.input[0].type.tensor_type.shape.dim if model.graph.input else []
     if first and first[0].dim_value <= 0:
         first[0].dim_value = 1
     batch = first[0].dim_value if first else 1
+    # Twice: the first inference, which follows no entries of vectors, finds the vectors that the second may follow.
     first_look = onnx.shape_inference.infer_shapes(model).graph
     nodes = list(_harmless(model.graph.node, first_look))
     body = helper.make_graph(nodes, "light", model.graph.input, model.graph.output)
@@ -114,13 +119,13 @@ def _known(graph: GraphProto) -> dict[str, Shape]:
 
 
 def _harmless(nodes: Iterable[NodeProto], seen: GraphProto) -> Iterator[NodeProto]:
-    """Nodes for an inference that follows vectors entry by entry, without those that could make long ones.
+    """Yields nodes for an inference that follows vectors entry by entry, without nodes that could make long ones.
 
-    Shapes are short vectors of integers, but a vector in a file may claim to be of any length.
+    Shapes are short vectors of integers, but a vector in a file may claim any length: 2⁴⁰ entries would be followed.
 
     Args:
-        nodes: all of the graph.
-        seen: what an inference that follows no entries found.
+        nodes: all nodes of the graph.
+        seen: the graph after an inference that follows no entries.
     """
     shapes = _known(seen)
     short = {name for name, shape in shapes.items() if len(shape) < 2 and math.prod(shape) <= _SMALL}
@@ -128,6 +133,7 @@ def _harmless(nodes: Iterable[NodeProto], seen: GraphProto) -> Iterator[NodeProt
     for node in nodes:
         output = node.output[0] if node.output else ""
         if operator_of(node.op_type).arithmetic and output not in short:
+            # Pow has the same output shape, and inference does not follow its entries.
             same_shape = NodeProto()
             same_shape.CopyFrom(node)
             same_shape.op_type = "Pow"
@@ -144,7 +150,7 @@ def _static(value: ValueInfoProto) -> Shape | None:
 
 
 def _without_weights(model: ModelProto, weights: Mapping[str, ValueInfoProto], made: Set[str]) -> ModelProto:
-    """A copy for shape inference in which weights are inputs; stated shapes of inner values are gone."""
+    """Copies a model for shape inference: weights become inputs, and claimed shapes of inner values are dropped."""
     graph, small = model.graph, []
     nodes = [node for node in graph.node if made.isdisjoint(node.output)]
     declared = {value.name: value for value in graph.input}

@@ -1,7 +1,7 @@
 """Small computations as nested expressions: written into an ONNX graph, and found again in one.
 
 An expression is an operator with its arguments, `("CumSum", ("ToIndex", "steps"), "axis")`; a word by itself is a leaf,
-an initializer. Each way of storing a weight is one expression, which the writer and the reader share.
+an initializer. Each form of a weight is one expression, so the writer and the reader cannot disagree about it.
 """
 
 from __future__ import annotations
@@ -23,56 +23,59 @@ __all__ = ["Expression", "Match", "NodeWriter", "field_bytes", "initializer_byte
 Expression: TypeAlias = "str | tuple[Expression, ...]"
 
 _CASTS = {"ToFloat": TensorProto.FLOAT, "ToDouble": TensorProto.DOUBLE, "ToIndex": TensorProto.INT32}
-_NAME_LENGTH = 3  # always the same, so that what a weight takes does not depend on its place in the file
+"""Operators of expressions that stand for a Cast, with the type to cast to."""
+_NAME_LENGTH = 3
+"""Letters of a name. All names have the same length, so the bytes of a weight do not depend on its place in the file;
+62³ names suffice for 30,000 weights."""
 
 
 def field_bytes(message: NodeProto | TensorProto | SparseTensorProto) -> int:
-    """Bytes of a message in a repeated field of its graph."""
+    """Counts the bytes of a message in a repeated field of its graph."""
     return _with_header(message.ByteSize())
 
 
 def initializer_bytes(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
-    """Bytes of an initializer in its graph, without making it."""
+    """Counts the bytes of an initializer in its graph without making it."""
     proto = TensorProto(name=name, dims=shape, data_type=helper.np_dtype_to_tensor_dtype(dtype))
     return _with_header(proto.ByteSize() + _with_header(math.prod(shape) * dtype.itemsize))
 
 
 def _with_header(size: int) -> int:
-    """Bytes of a field: its content, one byte of tag, and the length of the content in groups of 7 bits."""
+    """Counts the bytes of a field: its content, one byte of tag, and the content's length in groups of 7 bits."""
     return size + 2 + (max(size.bit_length(), 1) - 1) // 7
 
 
 class NodeWriter:
-    """Collects nodes and initializers; what several expressions share stands in the file once.
+    """Collects nodes and initializers; parts that several expressions share are written once.
 
     Attributes:
-        nodes: in the order of computation.
-        initializers: in the order of their first use.
-        nbytes: what both take in a file.
+        nodes: nodes in the order of computation.
+        initializers: initializers in the order of their first use.
+        nbytes: bytes of both in a file.
     """
 
     def __init__(self, taken: Collection[str] = ()) -> None:
-        """Start empty; inner values get short names that are not `taken`."""
+        """Starts without nodes; inner values get short names that are not `taken`."""
         self.nodes: list[NodeProto] = []
         self.initializers: list[TensorProto] = []
         self.nbytes = 0
-        self._made: dict[tuple[object, ...], str] = {}
+        self._written: dict[tuple[object, ...], str] = {}
         self._names = _short_names(taken)
 
     def add(self, expression: Expression, own: Mapping[str, Array], shared: Mapping[str, Array], output: str) -> None:
-        """Make the value `output`.
+        """Writes the nodes that compute an expression.
 
         Args:
-            expression: what to compute.
+            expression: the computation.
             own: arrays of leaves that nothing else reads.
-            shared: arrays of the other leaves; equal ones become one initializer, and what is not used none.
-            output: name of the value.
+            shared: arrays of the other leaves; equal arrays become one initializer, unused ones none.
+            output: name of the result.
         """
         leaves = {leaf: self.initializer(array) for leaf, array in own.items()}
         self._value(expression, leaves, shared, output)
 
     def initializer(self, array: Array, name: str = "") -> str:
-        """Add an array, under a short name unless one is given."""
+        """Adds an array, under a short name unless one is given; returns the name."""
         name = name or next(self._names)
         tensor = numpy_helper.from_array(array, name)
         self.initializers.append(tensor)
@@ -80,7 +83,7 @@ class NodeWriter:
         return name
 
     def cast(self, cast: str, output: str) -> str:
-        """Make the value `output` out of one of another type; returns the name that this one has to have."""
+        """Adds a cast that makes `output`; returns the name that its input, of another type, must have."""
         source = next(self._names)
         self._node(cast, [source], output)
         return source
@@ -107,9 +110,9 @@ class NodeWriter:
         return output
 
     def _once(self, key: tuple[object, ...], make: Callable[[], str]) -> str:
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+        if key not in self._written:
+            self._written[key] = make()
+        return self._written[key]
 
 
 def _short_names(taken: Collection[str]) -> Iterator[str]:
@@ -123,7 +126,7 @@ class Match:
 
     Attributes:
         leaves: name of the initializer of each leaf.
-        steps: names of all values that its nodes make.
+        steps: names of all values that its nodes make, as the keys of an ordered set.
     """
 
     leaves: dict[str, str] = field(default_factory=dict)
@@ -133,10 +136,10 @@ class Match:
 def match(
     expression: Expression, value: str, nodes: Mapping[str, NodeProto], initializers: Collection[str]
 ) -> Match | None:
-    """The expression in the nodes that make `value`, or None when they compute something else.
+    """Matches an expression with the nodes that make a value; None if they compute something else.
 
     Args:
-        expression: what to look for.
+        expression: the expression to look for.
         value: name of a value of the graph.
         nodes: every node by the first value that it makes.
         initializers: names of all initializers.
@@ -153,6 +156,7 @@ def _fits(
     found: Match,
 ) -> bool:
     if isinstance(expression, str):
+        # A leaf that occurs twice in an expression must be the same initializer both times.
         return value in initializers and found.leaves.setdefault(expression, value) == value
     node = nodes.get(value)
     if node is None or len(node.input) != len(expression) - 1 or not _computes(node, str(expression[0])):
@@ -165,7 +169,7 @@ def _fits(
 
 
 def _computes(node: NodeProto, operator: str) -> bool:
-    """Whether a node is that operator, with the attributes that `NodeWriter` gives it and no others."""
+    """Tells whether a node is the operator, with exactly the attributes that `NodeWriter` gives it."""
     if node.domain not in ("", "ai.onnx"):
         return False
     attributes = [(attribute.name, attribute.i) for attribute in node.attribute]

@@ -1,4 +1,4 @@
-"""What any ONNX file weighs: its weights, how they are stored and how much work each of them does."""
+"""Reading the weights of any ONNX file: their values, the bytes that they take and their multiply-adds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dsr_tool.errors import FormatError
 from dsr_tool.formats.manifest import most_decoded_bytes
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.tensor import Array, SparseTensor
-from exporters.onnx.decode import Found, decode, find, from_coo, from_dense, shape_of
+from exporters.onnx.decode import CompactWeight, decode, find, from_coo, from_dense, shape_of
 from exporters.onnx.load import constants, load
 from exporters.onnx.macs import WeightUse, weight_uses
 from exporters.onnx.nodes import field_bytes
@@ -35,9 +35,9 @@ class OnnxEntry:
     Attributes:
         spec: name, shape, operator that uses it (`kind`), role, multiply-adds.
         dtype: numpy name of the type that its values are stored in.
-        codec: `dense` for an initializer, `delta` or `bitmask` for ours, `coo` for a sparse initializer.
-        active: entries that are not zero.
-        nbytes: bytes of everything in the file that makes it, without what other weights need too.
+        codec: `dense` for an initializer, `delta` or `bitmask` for a compact form, `coo` for a sparse initializer.
+        active: number of entries that are not zero.
+        nbytes: bytes of everything in the file that makes it, without the parts that other weights need too.
     """
 
     spec: LayerSpec
@@ -48,23 +48,24 @@ class OnnxEntry:
 
 
 class OnnxFile:
-    """A read ONNX file.
+    """An ONNX file and its weights.
 
     Attributes:
-        path: where it lies.
-        model: its content.
-        architecture: name of the model, empty where another tool wrote the file.
-        record: what else our exporter noted; empty where another tool wrote the file.
+        path: path of the file.
+        model: the parsed file.
+        architecture: name of the model; empty in files of other tools.
+        record: the metadata that dsr-tool writes; empty in files of other tools.
         entries: every weight of floating point by name, in the order of the file.
     """
 
     def __init__(self, path: Path) -> None:
-        """Use `read_onnx`."""
+        """Reads a file; see `read_onnx`."""
         self.path = path
         self.model = load(path)
         self.record = _record(self.model)
         self.architecture = str(self.record.get("architecture", ""))
         self._stored = {stored.name: stored for stored in stored_weights(self.model.graph)}
+        # Before anything is decoded: a small file can claim weights of any size.
         _check_size(path, self._stored.values())
         declared = {name: stored.declared() for name, stored in self._stored.items()}
         uses = weight_uses(self.model, declared, made=self.decode_steps)
@@ -74,7 +75,7 @@ class OnnxFile:
 
     @property
     def nbytes(self) -> int:
-        """Size of the file in bytes."""
+        """Bytes of the file."""
         return self.path.stat().st_size
 
     @property
@@ -84,24 +85,24 @@ class OnnxFile:
 
     @property
     def decode_steps(self) -> frozenset[str]:
-        """Names of the values on the way from compact weights to dense ones."""
+        """Names of the values between stored bytes and weights, weights included."""
         return frozenset(step for stored in self._stored.values() for step in stored.steps)
 
     def tensor(self, name: str) -> SparseTensor:
-        """One weight as it is stored; its mask says where it is not zero."""
+        """Decodes one weight in the type that is stored; its mask is where it is not zero."""
         return self._stored[name].read()
 
     def array(self, name: str) -> Array:
-        """One weight as an array of the type that the model computes with."""
+        """Decodes one weight to an array of the type that the model computes in."""
         return self._stored[name].array()
 
     def __iter__(self) -> Iterator[tuple[str, SparseTensor]]:
-        """Every weight in turn."""
+        """Yields every weight by name, decoded."""
         return ((name, stored.read()) for name, stored in self._stored.items())
 
 
 def read_onnx(path: str | Path) -> OnnxFile:
-    """Read an ONNX file, of this tool or any other, and decode its weights.
+    """Reads an ONNX file, of this tool or any other, and decodes its weights once.
 
     Raises:
         FileError: there is no such file.
@@ -113,17 +114,17 @@ def read_onnx(path: str | Path) -> OnnxFile:
 
 @dataclass(frozen=True)
 class Stored:
-    """A weight before it is decoded: all of them decoded at once would take gigabytes.
+    """A weight that is not decoded: all of them decoded at once could take gigabytes.
 
     Attributes:
-        name: of the value that is the weight.
-        shape: as the file claims.
+        name: name of the value that is the weight.
+        shape: shape that the file claims.
         dtype: type that its values are stored in.
-        computed: type that the model computes with.
+        computed: type that the model computes in.
         codec: see `OnnxEntry`.
         nbytes: see `OnnxEntry`.
-        read: decodes it, and raises `FormatError` where the file does not keep what it claims.
-        steps: names of the values that exist to make it, itself among them.
+        read: decodes the weight; raises `FormatError` if the stored numbers contradict the claims.
+        steps: names of the values between stored bytes and the weight, the weight included.
     """
 
     name: str
@@ -136,19 +137,20 @@ class Stored:
     steps: tuple[str, ...] = ()
 
     def array(self) -> Array:
-        """The weight as the model sees it."""
+        """Decodes the weight to an array of the type that the model computes in."""
         return self.read().to_dense().astype(self.computed, copy=False)
 
     def declared(self) -> ValueInfoProto:
-        """Type and shape of the weight as the model sees it."""
+        """Declares the weight with the type that the model computes in."""
         return helper.make_tensor_value_info(self.name, helper.np_dtype_to_tensor_dtype(self.computed), self.shape)
 
 
 def stored_weights(graph: GraphProto) -> Iterator[Stored]:
-    """Every weight of floating point: compact ones, plain initializers, sparse initializers."""
+    """Yields every weight of floating point: compact weights, plain initializers, sparse initializers."""
     nodes = {node.output[0]: node for node in graph.node if node.output}
     arrays = {tensor.name: tensor for tensor in graph.initializer} | dict(constants(graph))
     taken: set[str] = set()
+    # Every form ends with a Reshape, so other nodes need no look.
     for name in [name for name, node in nodes.items() if node.op_type == "Reshape"]:
         if found := find(name, nodes, arrays):
             taken.update(found.leaves.values())
@@ -163,7 +165,7 @@ def stored_weights(graph: GraphProto) -> Iterator[Stored]:
             yield _plain("coo", sparse, name, sparse.values, casts.get(name), partial(from_coo, sparse))
 
 
-def _compact(found: Found, nodes: Mapping[str, NodeProto], arrays: Mapping[str, TensorProto]) -> Stored:
+def _compact(found: CompactWeight, nodes: Mapping[str, NodeProto], arrays: Mapping[str, TensorProto]) -> Stored:
     own = found.own()
     steps = [nodes[step] for step in found.steps]
     shared = set(found.leaves.values()).difference(own)
@@ -184,7 +186,7 @@ def _plain(
     cast: NodeProto | None,
     read: Callable[[], SparseTensor],
 ) -> Stored:
-    """An initializer; one of half precision that is cast to the type of the others has the name it is cast to."""
+    """Describes an initializer; one of float16 that a Cast widens has the name of the result of the Cast."""
     dtype, nbytes = _dtype(values.data_type), field_bytes(stored)
     shape = tuple(int(n) for n in stored.dims)
     to = cast.attribute[0].i if cast is not None and len(cast.attribute) else 0

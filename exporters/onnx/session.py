@@ -1,10 +1,10 @@
-"""ONNX Runtime: sessions for users, and as a referee and a runtime of archives; quiet, on the CPU."""
+"""ONNX Runtime on the CPU: sessions for users, for verification and as a runtime of archives."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dsr_tool.errors import FormatError, UsageError, first_line, unknown_name
 from dsr_tool.files import require_file
@@ -16,44 +16,50 @@ if TYPE_CHECKING:
 __all__ = ["PRESETS", "OnnxSession", "onnx_session"]
 
 _ERRORS_ONLY = 3
+"""ONNX Runtime's log level for errors; its warnings about initializers would mix with the output of commands."""
 _LARGEST_FOLDED = "optimization.constant_folding_max_output_size_in_bytes"
+"""ONNX Runtime's option for the largest value that it computes while loading, in bytes."""
 
 
-def _latency(_: Any) -> None:
-    """ONNX Runtime's own choice."""
+def _latency(_: onnxruntime.SessionOptions) -> None:
+    """Keeps ONNX Runtime's defaults."""
 
 
-def _balanced(options: Any) -> None:
+def _balanced(options: onnxruntime.SessionOptions) -> None:
     options.add_session_config_entry(_LARGEST_FOLDED, str(1 << 20))
 
 
-def _memory(options: Any) -> None:
+def _memory(options: onnxruntime.SessionOptions) -> None:
     import onnxruntime
 
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    # The arena never gives back what decoding a weight took.
+    # The arena never returns the memory that decoding a weight took.
     options.enable_cpu_mem_arena = False
 
 
-PRESETS: dict[str, Callable[[Any], None]] = {
+PRESETS: dict[str, Callable[[onnxruntime.SessionOptions], None]] = {
     "latency": _latency,
     "balanced": _balanced,
     "memory": _memory,
 }
-"""Session options by name; `docs/onnx.md` has what each of them measures."""
+"""Functions that set the options of a session, by preset; `docs/onnx.md` has their measured load time, memory and
+latency."""
 
 
 def onnx_session(
     path: str | Path, *, preset: str = "latency", threads: int | None = None
 ) -> onnxruntime.InferenceSession:
-    """An ONNX Runtime session on the CPU for a file of ours, or any other.
+    """Opens an ONNX file in ONNX Runtime, on the CPU.
 
     Args:
-        path: the file.
+        path: the file, of any tool.
         preset: `latency` decodes every weight when the file is loaded, `balanced` decodes weights above 1 MiB at
-            every inference, `memory` decodes all of them at every inference. Releases of ONNX Runtime that do not
-            know the option behind `balanced` load such a file as with `latency`.
-        threads: of one inference; None for as many as there are cores.
+            every inference, `memory` decodes all of them at every inference. Releases of ONNX Runtime without the
+            option behind `balanced` load the file as with `latency`.
+        threads: number of threads of one inference; None for one per core.
+
+    Returns:
+        A plain session of ONNX Runtime.
 
     Raises:
         FileError: there is no such file.
@@ -66,7 +72,7 @@ def onnx_session(
     if preset not in PRESETS:
         raise unknown_name("preset", preset, PRESETS)
     if threads is not None and threads < 1:
-        raise UsageError(f"threads {threads} must be at least 1; leave it out for as many as there are cores.")
+        raise UsageError(f"threads {threads} is not allowed; give 1 or more, or leave it out for one per core.")
     require_file(path, "ONNX file")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
@@ -86,17 +92,17 @@ class OnnxSession:
         optimized: Path | None = None,
         spinning: bool = True,
     ) -> None:
-        """Load a model and optimise it.
+        """Loads a model and optimises it.
 
         Args:
             source: a file, or the bytes of one.
-            threads: of one inference; None for as many as there are cores.
-            optimized: where to write the graph as it runs after optimisation; None for nowhere.
-            spinning: threads without work keep their cores busy for a while, as is onnxruntime's default; not beside
-                something else that is timed.
+            threads: number of threads of one inference; None for one per core.
+            optimized: file to write the optimised graph to; None for no file.
+            spinning: True lets threads without work keep their cores busy for a while, ONNX Runtime's default; False
+                beside anything else that is timed.
 
         Raises:
-            FormatError: onnxruntime refuses the model.
+            FormatError: ONNX Runtime refuses the model.
         """
         import onnxruntime
 
@@ -106,7 +112,7 @@ class OnnxSession:
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         if optimized is not None:
             options.optimized_model_filepath = str(optimized)
-            # Beside it, since a model of more than 2 GB does not fit into one file of this format.
+            # Weights go to a second file, since a model of more than 2 GB does not fit into one.
             data = optimized.with_suffix(".data").name
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data)
             options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
@@ -114,10 +120,10 @@ class OnnxSession:
         self._input = self._session.get_inputs()[0].name
 
     def run(self, x: Array) -> Array:
-        """The output for one batch of inputs, shape (batch, ...).
+        """Computes the first output for one batch of inputs of shape (batch, ...).
 
         Raises:
-            FormatError: onnxruntime cannot run the model on it.
+            FormatError: ONNX Runtime cannot run the model on it.
         """
         try:
             output: Array = self._session.run(None, {self._input: x})[0]
@@ -126,12 +132,12 @@ class OnnxSession:
         return output
 
 
-def _load(source: Path | bytes, options: Any) -> onnxruntime.InferenceSession:
+def _load(source: Path | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
     import onnxruntime
 
     model = str(source) if isinstance(source, Path) else source
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # one class for each of its status codes, all straight from Exception
+    except Exception as error:  # its errors have a class for each status code and no common base
         name = repr(str(source)) if isinstance(source, Path) else "the model"
         raise FormatError(f"onnxruntime cannot load {name}: {first_line(error)}.") from error

@@ -1,4 +1,4 @@
-"""From a graph and its weights to an ONNX model, without torch."""
+"""Building an ONNX model from a graph and its weights, without torch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dsr_tool.graph.fold import fold_norms
 from dsr_tool.graph.ir import Graph, Node, Value
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.tensor import SparseTensor
+from exporters.onnx import ONNX_ENCODINGS
 from exporters.onnx.forms import FLOATS, coo, nonzero
 from exporters.onnx.nodes import NodeWriter, field_bytes
 from exporters.onnx.weights import add_weight, choose
@@ -22,12 +23,13 @@ from exporters.values import stored_as
 
 __all__ = ["METADATA", "ONNX_ENCODINGS", "folded", "refuse_too_large", "to_onnx"]
 
-ONNX_ENCODINGS = ("auto", "delta", "bitmask", "coo", "dense")
 METADATA = "dsr_tool"
 """Key of the model's metadata entry: a JSON object with the schema, the architecture and the sparse weights."""
 
-_IR_VERSION = 10  # the newest that onnxruntime 1.20 reads
+_IR_VERSION = 10
+"""Version of the file format; the newest that ONNX Runtime 1.20 reads."""
 _MAX_BYTES = (1 << 31) - 1
+"""Largest ONNX file, in bytes: protobuf refuses messages of 2 GiB."""
 
 
 def to_onnx(
@@ -38,22 +40,22 @@ def to_onnx(
     values: str = "fp32",
     specs: Mapping[str, LayerSpec] | None = None,
     architecture: str = "",
-    notes: Mapping[str, Any] | None = None,
+    notes: Mapping[str, object] | None = None,
 ) -> ModelProto:
-    """An ONNX model that computes what `graph` does with `tensors`, normalisations folded into convolutions.
+    """Builds an ONNX model that computes the graph, with normalisation folded into convolutions.
 
     Args:
         graph: the computation; its values keep their names.
         tensors: every parameter of the graph, by name.
-        encoding: `delta`, `bitmask` or `coo` for that form wherever a weight is sparse, `dense` for plain
-            initializers, `auto` for the smallest of delta, bitmask and dense, weight by weight.
-        values: `fp16` to store weights as float16, rounded once; the computation stays as it was.
-        specs: what the parameters are, since `fp16` rounds weights alone.
-        architecture: name for the record.
+        encoding: `delta`, `bitmask` or `coo` stores every sparse weight in that form, `dense` writes plain
+            initializers, `auto` takes the smallest of delta, bitmask and dense for each weight.
+        values: `fp16` stores weights as float16, rounded once; the computation stays in its type.
+        specs: description of the parameters; `fp16` rounds weights alone.
+        architecture: name of the model, for the record.
         notes: more entries of the record, plain values for JSON.
 
     Returns:
-        A model with one dynamic dimension, the batch; the same bytes for the same arguments.
+        A model with one free dimension, the batch; the same arguments give the same bytes.
 
     Raises:
         UsageError: unknown encoding, a model of more than 2 GB, or a value that float16 cannot hold.
@@ -65,15 +67,16 @@ def to_onnx(
     writer = NodeWriter(_names(graph))
     for name in sorted(graph.constants):
         writer.initializer(graph.constants[name], name)
-    apart = _add_weights(writer, graph, tensors, encoding)
-    refuse_too_large(writer.nbytes + sum(map(field_bytes, apart)))
+    sparse_initializers = _add_weights(writer, graph, tensors, encoding)
+    # Before the parts are joined: protobuf would fail later, and with a message about messages.
+    refuse_too_large(writer.nbytes + sum(map(field_bytes, sparse_initializers)))
     body = helper.make_graph(
         [*writer.nodes, *map(_node, graph)],
         "model",
         [_value(v) for v in graph.inputs],
         [_value(v) for v in graph.outputs],
         writer.initializers,
-        sparse_initializer=apart,
+        sparse_initializer=sparse_initializers,
     )
     model = helper.make_model(
         body,
@@ -99,16 +102,16 @@ def folded(
     values: str = "fp32",
     specs: Mapping[str, LayerSpec] | None = None,
 ) -> tuple[Graph, dict[str, SparseTensor]]:
-    """The graph without norms that a convolution can take over, and its parameters as they are stored.
+    """Folds norms into convolutions, and returns the graph with its parameters as they are stored.
 
     Args:
         graph: the computation.
         tensors: every parameter of the graph, by name.
-        values: `fp16` to round weights once, after folding.
-        specs: what the parameters are.
+        values: `fp16` rounds weights once, after folding.
+        specs: description of the parameters.
 
     Raises:
-        UsageError: another name, or a weight that float16 cannot hold.
+        UsageError: an unknown name of values, or a weight that float16 cannot hold.
     """
     dtype = np.dtype(graph.inputs[0].dtype)
     typed = {name: tensors[name] for name in graph.parameters}
@@ -123,19 +126,19 @@ def folded(
 def _add_weights(
     writer: NodeWriter, graph: Graph, tensors: Mapping[str, SparseTensor], encoding: str
 ) -> list[SparseTensorProto]:
-    """Write every parameter, and return those that stand apart, as sparse initializers."""
+    """Writes every parameter; returns those of `coo`, which are fields of the graph and not initializers."""
     dtype = graph.inputs[0].dtype
     sparse = {name: nonzero(tensors[name]) for name in graph.parameters if _is_sparse(tensors[name])}
     forms = {} if encoding == "coo" else choose(sparse, encoding, dtype)
-    apart = []
+    sparse_initializers = []
     for name in graph.parameters:
         if encoding == "coo" and name in sparse:
             stored = sparse[name].values.dtype.name
             alias = name if stored == dtype else writer.cast(FLOATS[dtype], name)
-            apart.append(coo(alias, sparse[name]))
+            sparse_initializers.append(coo(alias, sparse[name]))
         else:
             add_weight(writer, name, sparse.get(name, tensors[name]), forms.get(name, "dense"), dtype)
-    return apart
+    return sparse_initializers
 
 
 def _is_sparse(tensor: SparseTensor) -> bool:
@@ -148,7 +151,7 @@ def _names(graph: Graph) -> set[str]:
 
 
 def refuse_too_large(nbytes: int) -> None:
-    """Raise `UsageError` for weights of more bytes than one ONNX file can have."""
+    """Raises `UsageError` for more bytes than one ONNX file can have."""
     if nbytes > _MAX_BYTES:
         raise UsageError(
             f"the ONNX file would take {nbytes:,} bytes, more than the {_MAX_BYTES:,} that the format allows in one "
@@ -157,9 +160,9 @@ def refuse_too_large(nbytes: int) -> None:
 
 
 def _node(node: Node) -> NodeProto:
-    attributes: dict[str, Any] = {
-        name: node.attributes[name] for name in sorted(node.attributes) if node.attributes[name] != ()
-    }
+    # An empty list has no type in ONNX; for every attribute that graphs have, it means the same as none.
+    names = sorted(name for name, value in node.attributes.items() if value != ())
+    attributes: dict[str, Any] = {name: node.attributes[name] for name in names}
     return helper.make_node(node.op, node.inputs, node.outputs, **attributes)
 
 

@@ -1,1 +1,1 @@
-"""Verification: a file is run and compared with the model that it should hold."""
+"""Comparing a written file with its model: tensors bit for bit, outputs on random inputs."""

@@ -1,9 +1,10 @@
-"""What PyTorch computes on random inputs, and how far another runtime is from it."""
+"""Outputs on random inputs: those of PyTorch, and how far a file run by some runtime is from them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,19 +12,43 @@ from torch import nn
 
 from dsr_tool.errors import FormatError, UsageError, first_line
 from dsr_tool.graph.ir import Value
+from dsr_tool.sparse.capture import frozen_copy
 from dsr_tool.sparsity.tensor import Array
+from exporters.verify.result import Verification
 
-__all__ = ["largest_difference", "outputs_of", "random_inputs", "rounding_error"]
+__all__ = [
+    "RELATIVE_TOLERANCE",
+    "ROUNDING_FACTOR",
+    "Differing",
+    "Run",
+    "compare_outputs",
+    "largest_difference",
+    "largest_output",
+    "outputs_of",
+    "random_inputs",
+    "rounding_note",
+]
+
+Run = Callable[[Array], Array]
+"""Computes the output for one batch of inputs."""
+
+Differing = tuple[list[str], list[str]]
+"""Names of tensors whose masks differ, and of others whose values differ."""
+
+RELATIVE_TOLERANCE = 1e-5
+"""Allowed difference to PyTorch, as a fraction of the largest output."""
+ROUNDING_FACTOR = 4
+"""Multiples of PyTorch's own rounding error that are allowed on top; that error grows with the depth of a network."""
 
 _MOST_ENTRIES = 1 << 27
-"""Of one input: half a GiB in float32."""
+"""Largest number of entries of one random input: half a GiB in float32."""
 
 
 def random_inputs(value: Value, samples: int, seed: int) -> list[Array]:
-    """Random inputs: one alone, then a batch of `samples`.
+    """Returns two batches of random inputs: one input alone, then `samples` of them.
 
     Raises:
-        FormatError: the shape, which comes out of a file, is not one that can be filled.
+        FormatError: the shape, which comes from a file, is negative, empty or too large.
     """
     one = [1 if n is None else n for n in value.shape[1:]]
     if min(one, default=1) < 1 or math.prod(one) > _MOST_ENTRIES:
@@ -32,17 +57,8 @@ def random_inputs(value: Value, samples: int, seed: int) -> list[Array]:
     return [random.standard_normal((batch, *one)).astype(value.dtype) for batch in (1, samples)]
 
 
-def rounding_error(module: nn.Module, inputs: list[Array], reference: list[Array]) -> float:
-    """Largest rounding error of PyTorch's outputs; the module is of double precision afterwards."""
-    try:
-        exact = outputs_of(module.double(), [x.astype(np.float64) for x in inputs])
-    except UsageError:  # a type is written into its code
-        return 0.0
-    return largest_difference(exact, reference)
-
-
-def outputs_of(module: nn.Module, inputs: list[Array]) -> list[Array]:
-    """What PyTorch computes.
+def outputs_of(module: nn.Module, inputs: Sequence[Array]) -> list[Array]:
+    """Returns PyTorch's outputs.
 
     Raises:
         UsageError: the module cannot be run on such inputs (an embedding takes no random numbers).
@@ -50,7 +66,7 @@ def outputs_of(module: nn.Module, inputs: list[Array]) -> list[Array]:
     try:
         with torch.no_grad():
             outputs = [module(torch.from_numpy(x)) for x in inputs]
-    except Exception as error:  # whatever the code of a user's own network raises
+    except Exception as error:  # a network of the user's own may raise anything
         raise UsageError(
             f"the model cannot be verified: it fails on random inputs of {inputs[0].shape} ({first_line(error)}); "
             f"only models of continuous inputs can be exported."
@@ -58,10 +74,106 @@ def outputs_of(module: nn.Module, inputs: list[Array]) -> list[Array]:
     return [(y["out"] if isinstance(y, Mapping) else y).numpy() for y in outputs]
 
 
-def largest_difference(expected: list[Array], found: list[Array]) -> float:
-    """Largest absolute difference, NaN included; infinite where shapes differ."""
+def largest_difference(expected: Sequence[Array], found: Sequence[Array]) -> float:
+    """Returns the largest absolute difference, NaN included; infinity if shapes differ."""
     pairs = list(zip(expected, found, strict=True))
     if any(one.shape != other.shape for one, other in pairs):
         return float("inf")
     with np.errstate(invalid="ignore", over="ignore"):
         return float(np.max([np.abs(one - other).max(initial=0.0) for one, other in pairs]))
+
+
+def largest_output(outputs: Sequence[Array]) -> float:
+    """Returns the largest absolute output; NaN if one of them is."""
+    return float(np.max([np.abs(y).max(initial=0.0) for y in outputs]))
+
+
+def rounding_note(exact: Sequence[Array], rounded: Sequence[Array]) -> str:
+    """Says how far outputs move when weights are rounded to float16."""
+    return (
+        f"with weights rounded to float16, outputs differ by up to {largest_difference(exact, rounded):.3g} from those "
+        f"of the model as it was (largest output {largest_output(exact):.3g})"
+    )
+
+
+def compare_outputs(
+    path: Path,
+    kind: str,
+    module: nn.Module,
+    *,
+    runs: Mapping[str, Run],
+    value: Value,
+    samples: int,
+    seed: int,
+    differing: Differing,
+    problems: Sequence[str] = (),
+    notes: Sequence[str] = (),
+    rounded: Run | None = None,
+) -> Verification:
+    """Runs a file on random inputs and compares the outputs with those of PyTorch.
+
+    Args:
+        path: the file.
+        kind: name of its container.
+        module: the network that the file should compute.
+        runs: the file as some runtimes run it, by name of the runtime.
+        value: name, shape and type of the input.
+        samples: size of the second batch of inputs; the first has one.
+        seed: seed of the inputs.
+        differing: tensors that differ.
+        problems: other faults that were found.
+        notes: comparisons that were not possible, and remarks.
+        rounded: runs the model with its weights rounded as in the file, to compare with in place of PyTorch.
+    """
+    inputs = random_inputs(value, samples, seed)
+    frozen = frozen_copy(module)
+    reference = outputs_of(frozen, inputs)
+    if rounded is not None:
+        exact, reference = reference, [rounded(x) for x in inputs]
+        notes = [*notes, rounding_note(exact, reference)]
+    scale = largest_output(reference)
+    runtimes = {name: largest_difference(reference, [run(x) for x in inputs]) for name, run in runs.items()}
+    tolerance = RELATIVE_TOLERANCE * scale
+    if max(runtimes.values()) > tolerance and rounded is None:
+        # Double precision is slow, and needed only for networks that round more than most.
+        tolerance += ROUNDING_FACTOR * _rounding_error(frozen, inputs, reference)
+    masks, values = differing
+    faults = [
+        *(f"the zeros of {name!r} differ" for name in masks[:1]),
+        *(f"the values of {name!r} differ" for name in values[:1]),
+        *_output_faults(runtimes, scale, tolerance, "PyTorch" if rounded is None else _ROUNDED),
+    ]
+    dead = () if scale else ("every output is zero, so that only the weights were compared",)
+    return Verification(
+        path,
+        kind,
+        path.stat().st_size,
+        runtimes,
+        scale,
+        tolerance,
+        masks_equal=not masks,
+        weights_equal=not (masks or values),
+        problems=(*faults, *problems),
+        notes=(*notes, *dead),
+    )
+
+
+_ROUNDED = "the same rounded weights, stored dense,"
+
+
+def _output_faults(runtimes: Mapping[str, float], scale: float, tolerance: float, reference: str) -> list[str]:
+    faults = [] if np.isfinite(scale) else ["the outputs of the model itself are not finite numbers"]
+    return faults + [
+        f"{name} differs from {reference} by {difference:.3g} where {tolerance:.3g} is allowed"
+        for name, difference in runtimes.items()
+        if not difference <= tolerance  # written so that NaN counts as a difference
+    ]
+
+
+def _rounding_error(module: nn.Module, inputs: Sequence[Array], reference: Sequence[Array]) -> float:
+    """Returns the largest rounding error of PyTorch's outputs; the module is in double precision afterwards."""
+    try:
+        exact = outputs_of(module.double(), [x.astype(np.float64) for x in inputs])
+    except UsageError:  # the network's code asks for float32 by name
+        return 0.0
+    return largest_difference(exact, reference)

@@ -1,4 +1,4 @@
-"""What a comparison of a file with its model found."""
+"""The result of comparing a file with its model."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ __all__ = ["Verification", "require"]
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared between a file and its model, and what came out.
+    """The result of comparing a file with its model.
 
     Attributes:
         path: the file.
-        kind: `archive` or `onnx`.
-        file_bytes: its size on disk.
-        runtimes: largest absolute difference to PyTorch of each runtime that ran the file.
-        scale: largest absolute output of PyTorch.
+        kind: name of its container.
+        file_bytes: size on disk.
+        runtimes: largest absolute difference of outputs to the reference, for each runtime that ran the file.
+        scale: largest absolute output of the reference.
         tolerance: largest absolute difference allowed.
-        masks_equal: whether the same weights are zero.
-        weights_equal: whether every stored value is the same, bit for bit.
-        problems: everything that does not agree, in words; empty when the file passed.
-        notes: what could not be compared, and why.
+        masks_equal: True if the same weights are zero.
+        weights_equal: True if every stored value is the same, bit for bit.
+        problems: everything that does not agree, in words; empty if the file passed.
+        notes: comparisons that were not possible, with the reason, and remarks.
     """
 
     path: Path
@@ -42,16 +42,16 @@ class Verification:
 
     @property
     def largest_difference(self) -> float:
-        """Largest absolute difference of any runtime to PyTorch."""
+        """Largest absolute difference of any runtime to the reference."""
         return max(self.runtimes.values())
 
     @property
     def passed(self) -> bool:
-        """Whether everything agrees."""
+        """True if everything agrees."""
         return not self.problems
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Returns plain values for JSON."""
         return {
             **asdict(self),
             "path": str(self.path),
@@ -61,7 +61,11 @@ class Verification:
 
 
 def require(verification: Verification) -> Verification:
-    """The verification itself, or `CheckFailed` in one sentence when something does not agree."""
+    """Returns the verification if the file passed.
+
+    Raises:
+        CheckFailed: something does not agree; the message lists it all.
+    """
     if verification.problems:
         problems = "; ".join(verification.problems)
         raise CheckFailed(f"{verification.kind} file does not hold the model: {problems}.")

@@ -132,8 +132,8 @@ def test_outputs_that_exist_stay(run, folder, tmp_path):
         (["predict", "{archive}", "{nan}"], 2, "not finite"),
         (["report", "{missing}"], 1, "does not exist"),
         (["report", "{tmp}"], 1, "is not a model folder"),
-        (["report", "{text}"], 1, "is not a dsr archive"),
-        (["report", "{textonnx}"], 1, "is not an ONNX file"),
+        (["report", "{text}"], 1, "starts like no file that this dsr-tool reads"),
+        (["report", "{textonnx}"], 1, "starts like no file that this dsr-tool reads"),
         (["report", "{plain}"], 2, "safetensors file of plain weights"),
         (["verify", "{missing}", "--against", "{folder}"], 1, "does not exist"),
         (["verify", "{archive}", "--against", "{missing}"], 1, "does not exist"),
@@ -226,7 +226,7 @@ def test_a_disk_that_fills(run, folder, tmp_path, monkeypatch, name):
 
     for writer in (
         "dsr_tool.formats.archive_writer.save_file",
-        "exporters.csr.write_csr",
+        "dsr_tool.formats.csr_file.write_csr",
         "exporters.state_dict.save_file",
     ):
         monkeypatch.setattr(writer, full)

@@ -18,7 +18,7 @@ FILES = {"a.dsr": "archive", "a.onnx": "onnx", "a.npz": "csr", "a.safetensors": 
 @pytest.fixture
 def trace_once(monkeypatch, captured):
     """Lets exports and verifications use the graph that was captured already, which saves seconds for each."""
-    monkeypatch.setattr("exporters.verify.tensors.trace", lambda module, shape: captured)
+    monkeypatch.setattr("exporters.checked.trace", lambda module, shape: captured)
 
 
 @pytest.fixture(scope="module")

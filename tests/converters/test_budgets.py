@@ -128,7 +128,7 @@ def test_parameters_are_exact(name, position, options):
 
 
 def test_a_saved_model_exports_to_exactly_the_bytes_that_were_claimed(tmp_path):
-    from exporters.archive import export_archive
+    from exporters.export import export
 
     reached = []
     model = convert(
@@ -136,7 +136,7 @@ def test_a_saved_model_exports_to_exactly_the_bytes_that_were_claimed(tmp_path):
     )
     model.save(tmp_path / "model")
     loaded = load(tmp_path / "model")
-    export_archive(loaded, tmp_path / "model.dsr")
+    export(loaded, tmp_path / "model.dsr")
     nbytes = (tmp_path / "model.dsr").stat().st_size
     assert nbytes == reached[0].archive_bytes == archive_bytes(loaded)
     assert 0.98 * 700_000 <= nbytes <= 700_000

@@ -10,21 +10,20 @@ from converters.conversion import load
 from dsr_tool.errors import CheckFailed, UsageError
 from dsr_tool.formats.archive import open_archive
 from dsr_tool.runtime import Session
-from exporters.archive import export_archive
+from exporters.export import export, verify
 from exporters.verify.rounding import rounded_model
-from exporters.verify.tensors import verify
 
 pytestmark = pytest.mark.usefixtures("trace_once")
 
 
 @pytest.fixture
 def half(make_model, tmp_path):
-    export_archive(make_model(), tmp_path / "half.dsr", values="fp16")
+    export(make_model(), tmp_path / "half.dsr", values="fp16")
     return tmp_path / "half.dsr"
 
 
 def test_weights_are_stored_as_float16_and_nothing_else(make_model, half, tmp_path):
-    export_archive(make_model(), tmp_path / "whole.dsr")
+    export(make_model(), tmp_path / "whole.dsr")
     whole, rounded = open_archive(tmp_path / "whole.dsr"), open_archive(half)
     assert rounded.nbytes < whole.nbytes
     for name, entry in rounded.entries.items():
@@ -36,7 +35,7 @@ def test_weights_are_stored_as_float16_and_nothing_else(make_model, half, tmp_pa
 
 def test_verification_compares_with_the_rounded_model_and_says_what_rounding_did(make_model, tmp_path):
     model = make_model()
-    found = export_archive(model, tmp_path / "m.dsr", values="fp16")
+    found = export(model, tmp_path / "m.dsr", values="fp16")
     assert found.passed and found.weights_equal and found.masks_equal
     assert set(found.runtimes) == {"onnxruntime", "sparse"} and found.largest_difference <= found.tolerance
     measured = float(re.search(r"differ by up to (\S+) ", found.notes[0]).group(1))
@@ -45,7 +44,7 @@ def test_verification_compares_with_the_rounded_model_and_says_what_rounding_did
         moved = (model.module.eval()(x) - rounded_model(model).module(x)).abs().max().item()
     assert moved <= measured * 1.01 and 0 < measured < found.scale / 100
     assert verify(tmp_path / "m.dsr", make_model()).notes == found.notes
-    assert not export_archive(model, tmp_path / "whole.dsr").notes
+    assert not export(model, tmp_path / "whole.dsr").notes
 
 
 def test_a_model_that_rounds_otherwise_does_not_pass(make_model, half):
@@ -62,7 +61,7 @@ def test_it_loads_as_float32_and_exports_to_the_same_bytes(make_model, half, tmp
     assert {tensor.dtype for tensor in loaded.module.state_dict().values()} == {torch.float32, torch.int64}
     expected = rounded_model(make_model()).module.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.module.state_dict().items())
-    again = export_archive(loaded, tmp_path / "again.dsr", values="fp16")
+    again = export(loaded, tmp_path / "again.dsr", values="fp16")
     assert (tmp_path / "again.dsr").read_bytes() == half.read_bytes()
     assert again.notes[0].startswith("with weights rounded to float16, outputs differ by up to 0 from")
 
@@ -82,21 +81,21 @@ def test_a_weight_that_float16_cannot_hold_leaves_no_file(make_model, tmp_path, 
     with torch.no_grad():
         model.weights["8.weight"][model.masks["8.weight"]] = value
     with pytest.raises(UsageError, match="cannot hold weight '8.weight'"):
-        export_archive(model, tmp_path / "m.dsr", values="fp16")
+        export(model, tmp_path / "m.dsr", values="fp16")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_values_and_models_that_are_none_leave_no_file(make_model, tmp_path):
     with pytest.raises(UsageError, match="--values 'int8' is unknown"):
-        export_archive(make_model(), tmp_path / "m.dsr", values="int8")
+        export(make_model(), tmp_path / "m.dsr", values="int8")
     model = make_model()
     with torch.no_grad():
         model.weights["8.weight"].fill_(1)
     with pytest.raises(CheckFailed):
-        export_archive(model, tmp_path / "m.dsr", values="fp16")
+        export(model, tmp_path / "m.dsr", values="fp16")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("encoding", ["delta", "bitmask", "csr", "dense"])
 def test_every_encoding_holds_the_rounded_model(make_model, tmp_path, encoding):
-    assert export_archive(make_model(), tmp_path / "m.dsr", encoding=encoding, values="fp16").passed
+    assert export(make_model(), tmp_path / "m.dsr", encoding=encoding, values="fp16").passed

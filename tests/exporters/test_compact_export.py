@@ -22,12 +22,11 @@ from dsr_tool.sparse.sparsify import sparsify
 from dsr_tool.sparse.trace import trace
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.config import ModelConfig
-from exporters.archive import export_archive
-from exporters.export import export
+from exporters.export import export, verify
 from exporters.onnx.read import read_onnx
 from exporters.onnx.session import OnnxSession
 from exporters.onnx.write import to_onnx
-from exporters.verify.tensors import RELATIVE_TOLERANCE, ROUNDING_FACTOR, verify
+from exporters.verify.outputs import RELATIVE_TOLERANCE, ROUNDING_FACTOR
 
 pytestmark = pytest.mark.usefixtures("trace_once")
 
@@ -77,8 +76,8 @@ def channels(tensors) -> int:
 
 
 def test_a_compacted_archive_is_smaller_and_computes_the_same(model, tmp_path):
-    plain = export_archive(model, tmp_path / "plain.dsr")
-    small = export_archive(model, tmp_path / "small.dsr", compact=True)
+    plain = export(model, tmp_path / "plain.dsr")
+    small = export(model, tmp_path / "small.dsr", compact=True)
     assert small.passed
     assert small.masks_equal
     assert small.weights_equal
@@ -140,13 +139,13 @@ def test_the_report_says_what_compaction_saved(model, tmp_path):
 
 
 def test_a_compacted_archive_does_not_go_back_into_the_module(model, tmp_path):
-    export_archive(model, tmp_path / "small.dsr", compact=True)
+    export(model, tmp_path / "small.dsr", compact=True)
     with pytest.raises(UsageError, match="compacted for inference.*without --compact"):
         load(tmp_path / "small.dsr", model.module)
 
 
 def test_a_compacted_archive_of_another_model_is_found_out(model, make_model, tmp_path):
-    export_archive(model, tmp_path / "small.dsr", compact=True)
+    export(model, tmp_path / "small.dsr", compact=True)
     other = make_model(0.7)
     kill(other.module, 0.2, seed=1)
     with pytest.raises(CheckFailed):

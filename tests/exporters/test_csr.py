@@ -9,13 +9,12 @@ from torch.nn import functional
 import dsr_tool
 from dsr_tool.errors import CheckFailed, FormatError, UsageError
 from dsr_tool.formats.csr_file import write_csr
-from exporters.csr import export_csr
-from exporters.verify.tensors import verify
+from exporters.export import export, verify
 
 
 def test_every_layer_multiplies_as_in_pytorch(make_model, tmp_path):
     model = make_model()
-    verification = export_csr(model, tmp_path / "m.npz")
+    verification = export(model, tmp_path / "m.npz")
     assert verification.kind == "csr" and verification.passed and set(verification.runtimes) == {"pytorch"}
     layers = dsr_tool.load_csr(tmp_path / "m.npz")
     assert list(layers) == list(model.module.state_dict())
@@ -33,7 +32,7 @@ def test_every_layer_multiplies_as_in_pytorch(make_model, tmp_path):
 
 def test_a_convolution_is_a_product_with_the_flattened_weight(make_model, tmp_path):
     model = make_model()
-    export_csr(model, tmp_path / "m.npz")
+    export(model, tmp_path / "m.npz")
     weight = dsr_tool.load_csr(tmp_path / "m.npz")["0.weight"]
     x = torch.randn(1, 3, 16, 16)
     columns = functional.unfold(x, 3, padding=1)[0].numpy()
@@ -43,9 +42,9 @@ def test_a_convolution_is_a_product_with_the_flattened_weight(make_model, tmp_pa
 
 def test_weights_of_half_precision(make_model, tmp_path):
     model = make_model()
-    verification = export_csr(model, tmp_path / "m.npz", values="fp16")
+    verification = export(model, tmp_path / "m.npz", values="fp16")
     assert verification.passed and verification.weights_equal
-    assert (tmp_path / "m.npz").stat().st_size < export_csr(model, tmp_path / "n.npz").file_bytes
+    assert (tmp_path / "m.npz").stat().st_size < export(model, tmp_path / "n.npz").file_bytes
     with np.load(tmp_path / "m.npz") as file:
         assert file["8.weight:data"].dtype == np.float16 and file["3.weight"].dtype == np.float16
         assert file["8.bias"].dtype == file["1.weight"].dtype == np.float32
@@ -58,12 +57,12 @@ def test_weights_of_half_precision(make_model, tmp_path):
 
 def test_the_same_model_gives_the_same_bytes(make_model, tmp_path):
     for name in ("one.npz", "two.npz"):
-        export_csr(make_model(), tmp_path / name)
+        export(make_model(), tmp_path / name)
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
 
 
 def test_a_file_passes_against_its_model_and_no_other(make_model, tmp_path):
-    export_csr(make_model(), tmp_path / "m.npz")
+    export(make_model(), tmp_path / "m.npz")
     assert verify(tmp_path / "m.npz", make_model(), seed=3).passed
     assert not verify(tmp_path / "m.npz", make_model(0.7)).masks_equal
     changed = make_model()
@@ -86,17 +85,17 @@ def test_a_failed_verification_leaves_no_file(make_model, tmp_path, monkeypatch)
         tensors = {**tensors, "8.weight": type(weight)(weight.mask, weight.values * np.float32(1.01))}
         write_csr(path, tensors, *rest, **options)
 
-    monkeypatch.setattr("exporters.csr.write_csr", broken)
+    monkeypatch.setattr("dsr_tool.formats.csr_file.write_csr", broken)
     with pytest.raises(CheckFailed, match="'8.weight'"):
-        export_csr(make_model(), tmp_path / "m.npz")
+        export(make_model(), tmp_path / "m.npz")
     assert not list(tmp_path.iterdir())
 
 
 def test_wrong_usage(make_model, tmp_path):
-    with pytest.raises(UsageError, match="CSR encoding 'delta'"):
-        export_csr(make_model(), tmp_path / "m.npz", encoding="delta")
+    with pytest.raises(UsageError, match="'delta' does not exist in csr files"):
+        export(make_model(), tmp_path / "m.npz", encoding="delta")
     with pytest.raises(UsageError, match="fp16"):
-        export_csr(make_model(), tmp_path / "m.npz", values="fp8")
+        export(make_model(), tmp_path / "m.npz", values="fp8")
     with pytest.raises(UsageError, match="input shape"):
-        export_csr(make_model(input_shape=()), tmp_path / "m.npz")
+        export(make_model(input_shape=()), tmp_path / "m.npz")
     assert not list(tmp_path.iterdir())

@@ -9,8 +9,8 @@ import dsr_tool
 from converters.conversion import convert, load
 from dsr_tool.errors import FileError, UsageError
 from dsr_tool.sparse.trace import trace
-from exporters.containers import kind_of
-from exporters.export import CONTAINERS, densify_export, export
+from exporters.containers import CONTAINERS, container_of
+from exporters.export import densify_export, export
 
 FILES = {"m.dsr": "archive", "m.onnx": "onnx", "m.npz": "csr", "m.safetensors": "safetensors", "m.pth": "state-dict"}
 
@@ -20,7 +20,7 @@ FILES = {"m.dsr": "archive", "m.onnx": "onnx", "m.npz": "csr", "m.safetensors": 
 def test_the_ending_says_the_container_and_the_content_too(make_model, tmp_path, name):
     verification = export(make_model(), tmp_path / name)
     expected = FILES.get(name, "state-dict" if name == "m.pt" else "archive")
-    assert verification.passed and verification.kind == expected == kind_of(tmp_path / name)
+    assert verification.passed and verification.kind == expected == container_of(tmp_path / name).name
     assert verification.path == tmp_path / name and verification.file_bytes == (tmp_path / name).stat().st_size
 
 
@@ -28,7 +28,7 @@ def test_the_ending_says_the_container_and_the_content_too(make_model, tmp_path,
 @pytest.mark.parametrize(("to", "encoding"), [(to, e) for to, one in CONTAINERS.items() for e in one.encodings])
 def test_every_encoding_of_every_container(make_model, tmp_path, to, encoding):
     assert export(make_model(), tmp_path / "m", to=to, encoding=encoding).passed
-    assert kind_of(tmp_path / "m") == to
+    assert container_of(tmp_path / "m").name == to
 
 
 @pytest.mark.usefixtures("trace_once")
@@ -74,7 +74,7 @@ def test_nothing_is_replaced_without_force(make_model, tmp_path, name):
 
 def test_all_containers_from_a_folder_and_from_an_archive(tmp_path, monkeypatch):
     traced = functools.cache(lambda name, shape: trace(models.squeezenet1_1(num_classes=5), shape))
-    monkeypatch.setattr("exporters.verify.tensors.trace", lambda module, shape: traced(type(module).__name__, shape))
+    monkeypatch.setattr("exporters.checked.trace", lambda module, shape: traced(type(module).__name__, shape))
     convert("squeezenet1_1", sparsity=0.9, num_classes=5, input_size=64).save(tmp_path / "net")
     export(load(tmp_path / "net"), tmp_path / "net.dsr")
     for name in FILES:

@@ -7,8 +7,11 @@ from onnx import numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from dsr_tool.errors import CheckFailed, FileError, FormatError
-from exporters.onnx.container import densify, densify_file, export_onnx, read_onnx, to_onnx
+from exporters.export import densify_export, export
+from exporters.onnx.densify import densify
+from exporters.onnx.read import read_onnx
 from exporters.onnx.session import OnnxSession
+from exporters.onnx.write import to_onnx
 
 pytestmark = pytest.mark.usefixtures("trace_once")
 COMPACT = ("auto", "delta", "bitmask", "coo", "dense")
@@ -33,8 +36,8 @@ def test_densify_gives_plain_initializers(make_model, captured, encoding, values
 
 
 def test_densified_files_are_verified_and_quantize(make_model, tmp_path):
-    export_onnx(make_model(), tmp_path / "compact.onnx", values="fp16")
-    verification = densify_file(tmp_path / "compact.onnx", tmp_path / "dense.onnx")
+    export(make_model(), tmp_path / "compact.onnx", values="fp16")
+    verification = densify_export(tmp_path / "compact.onnx", tmp_path / "dense.onnx", encoding="dense")
     assert verification.passed and verification.weights_equal and verification.path == tmp_path / "dense.onnx"
     assert verification.file_bytes == (tmp_path / "dense.onnx").stat().st_size
     compact, dense = (read_onnx(tmp_path / name) for name in ("compact.onnx", "dense.onnx"))
@@ -55,14 +58,14 @@ def test_densified_files_are_verified_and_quantize(make_model, tmp_path):
 
 def test_what_cannot_be_made_dense(make_model, tmp_path, monkeypatch):
     with pytest.raises(FileError, match="does not exist"):
-        densify_file(tmp_path / "none.onnx", tmp_path / "dense.onnx")
+        densify_export(tmp_path / "none.onnx", tmp_path / "dense.onnx", encoding="dense")
     (tmp_path / "text.onnx").write_text("no model")
     with pytest.raises(FormatError):
-        densify_file(tmp_path / "text.onnx", tmp_path / "dense.onnx")
-    export_onnx(make_model(), tmp_path / "m.onnx")
+        densify_export(tmp_path / "text.onnx", tmp_path / "dense.onnx", encoding="dense")
+    export(make_model(), tmp_path / "m.onnx")
     with pytest.raises(FileError, match="exists already"):
-        densify_file(tmp_path / "m.onnx", tmp_path / "m.onnx")
+        densify_export(tmp_path / "m.onnx", tmp_path / "m.onnx", encoding="dense")
     monkeypatch.setattr("exporters.onnx.densify._RELATIVE_TOLERANCE", -1.0)
     with pytest.raises(CheckFailed, match="its outputs differ"):
-        densify_file(tmp_path / "m.onnx", tmp_path / "dense.onnx")
+        densify_export(tmp_path / "m.onnx", tmp_path / "dense.onnx", encoding="dense")
     assert not (tmp_path / "dense.onnx").exists()

@@ -15,8 +15,9 @@ from dsr_tool.formats.archive import open_archive
 from dsr_tool.sparse.sparsify import sparsify
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.config import ModelConfig
-from exporters.archive import export_archive
-from exporters.onnx.container import export_onnx, read_onnx, to_onnx
+from exporters.export import export
+from exporters.onnx.read import read_onnx
+from exporters.onnx.write import to_onnx
 
 pytestmark = pytest.mark.usefixtures("trace_once")
 COUNT = 864 + 1536 + 12288 + 640  # weights of the sparse layers; the depthwise one stays dense
@@ -65,7 +66,7 @@ def test_auto_is_never_larger_and_shrinks_with_the_density(make_model, captured)
 
 def test_export_and_read_back(make_model, tmp_path):
     model = make_model(0.9)
-    verification = export_onnx(model, tmp_path / "m.onnx", encoding="auto")
+    verification = export(model, tmp_path / "m.onnx", encoding="auto")
     assert verification.passed and verification.path == tmp_path / "m.onnx"
     assert verification.file_bytes == (tmp_path / "m.onnx").stat().st_size
     assert verification.masks_equal and verification.weights_equal and verification.notes == ()
@@ -89,13 +90,13 @@ def test_export_and_read_back(make_model, tmp_path):
 
 def test_the_same_model_gives_the_same_bytes(make_model, tmp_path):
     for name in ("one.onnx", "two.onnx"):
-        export_onnx(make_model(), tmp_path / name)
+        export(make_model(), tmp_path / name)
     assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "two.onnx").read_bytes()
 
 
 def test_an_archive_becomes_onnx_without_its_model(make_model, tmp_path):
     model = make_model()
-    verification = export_archive(model, tmp_path / "m.dsr")
+    verification = export(model, tmp_path / "m.dsr")
     assert set(verification.runtimes) == {"sparse", "onnxruntime"} and verification.passed
     archive = open_archive(tmp_path / "m.dsr")
     x = np.ones((2, 3, 16, 16), np.float32)
@@ -109,7 +110,7 @@ def test_half_precision_files_are_smaller_and_say_what_rounding_did(make_model, 
         sizes = {}
         for values in ("fp32", "fp16"):
             path = tmp_path / f"{encoding}-{values}.onnx"
-            verification = export_onnx(make_model(), path, encoding=encoding, values=values)
+            verification = export(make_model(), path, encoding=encoding, values=values)
             sizes[values] = verification.file_bytes
             assert verification.passed and verification.weights_equal
             assert bool(verification.notes) == (values == "fp16")
@@ -130,7 +131,7 @@ def test_half_precision_that_overflows_names_the_weight(make_model, tmp_path):
     with torch.no_grad():
         model.weights["8.weight"][model.masks["8.weight"]] = 1e5
     with pytest.raises(UsageError, match="'8.weight'"):
-        export_onnx(model, tmp_path / "m.onnx", values="fp16")
+        export(model, tmp_path / "m.onnx", values="fp16")
     assert not list(tmp_path.iterdir())
 
 
@@ -139,8 +140,8 @@ def test_compacted_files_compute_the_same(make_model, tmp_path):
     with torch.no_grad():
         model.weights["8.weight"][:40] = 0
         model.masks["8.weight"][:40] = False
-    plain = export_onnx(model, tmp_path / "plain.onnx")
-    small = export_onnx(model, tmp_path / "small.onnx", compact=True)
+    plain = export(model, tmp_path / "plain.onnx")
+    small = export(model, tmp_path / "small.onnx", compact=True)
     assert small.passed and small.file_bytes < plain.file_bytes
     file = read_onnx(tmp_path / "small.onnx")
     assert file.record["compacted"]["plain_bytes"] == plain.file_bytes
@@ -232,20 +233,20 @@ def test_weights_in_other_files_are_refused(tmp_path):
 
 def test_wrong_usage(make_model, tmp_path, monkeypatch, captured):
     with pytest.raises(UsageError, match="csr"):
-        export_onnx(make_model(), tmp_path / "m.onnx", encoding="csr")
+        export(make_model(), tmp_path / "m.onnx", encoding="csr")
     with pytest.raises(UsageError, match="delta"):
         to_onnx(captured, make_model().tensors(), encoding="delt")
     with pytest.raises(UsageError, match="zip"):
-        export_archive(make_model(), tmp_path / "m.dsr", encoding="zip")
-    for export in (export_onnx, export_archive):
+        export(make_model(), tmp_path / "m.dsr", encoding="zip")
+    for to in ("onnx", "archive"):
         with pytest.raises(UsageError, match="input shape"):
-            export(make_model(input_shape=()), tmp_path / "m")
+            export(make_model(input_shape=()), tmp_path / "m", to=to)
     monkeypatch.setattr("exporters.onnx.write._MAX_BYTES", 1000)
     with pytest.raises(UsageError, match="allows in one file"):
-        export_onnx(make_model(), tmp_path / "m.onnx")
+        export(make_model(), tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
     (tmp_path / "there").write_text("mine")
-    for export in (export_onnx, export_archive):
+    for to in ("onnx", "archive"):
         with pytest.raises(FileError, match="exists already"):
-            export(make_model(), tmp_path / "there")
+            export(make_model(), tmp_path / "there", to=to)
     assert (tmp_path / "there").read_text() == "mine"

@@ -12,7 +12,8 @@ from dsr_tool.errors import DsrError, FormatError
 from dsr_tool.graph.ir import Graph, Node, Value
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
-from exporters.onnx.container import read_onnx, to_onnx
+from exporters.onnx.read import read_onnx
+from exporters.onnx.write import to_onnx
 
 pytestmark = pytest.mark.usefixtures("trace_once")
 

@@ -5,15 +5,15 @@ import pytest
 
 import dsr_tool
 from dsr_tool.errors import FileError, FormatError, UsageError
-from exporters.onnx.container import export_onnx, onnx_session
-from exporters.onnx.session import PRESETS
+from exporters.export import export
+from exporters.onnx.session import PRESETS, onnx_session
 
 pytestmark = pytest.mark.usefixtures("trace_once")
 
 
 @pytest.mark.parametrize("values", ["fp32", "fp16"])
 def test_every_preset_computes_the_same(make_model, tmp_path, values):
-    export_onnx(make_model(), tmp_path / "m.onnx", values=values)
+    export(make_model(), tmp_path / "m.onnx", values=values)
     x = np.random.default_rng(0).standard_normal((2, 3, 16, 16)).astype(np.float32)
     outputs = [
         dsr_tool.onnx_session(tmp_path / "m.onnx", preset=preset, threads=1).run(None, {"input": x})[0]

@@ -10,14 +10,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from dsr_tool.errors import CheckFailed, FileError, FormatError, UsageError
 from dsr_tool.sparsity.tensor import SparseTensor
-from exporters.archive import export_archive
-from exporters.onnx.container import export_onnx
+from exporters.export import export, verify
 from exporters.onnx.decode import find
 from exporters.onnx.read import read_onnx
-from exporters.verify.tensors import require, verify
+from exporters.verify.result import require
 
 pytestmark = pytest.mark.usefixtures("trace_once")
-EXPORTS = {"m.dsr": export_archive, "m.onnx": export_onnx}
+NAMES = ("m.dsr", "m.onnx")
 
 
 def code_of(proto, name):
@@ -26,11 +25,11 @@ def code_of(proto, name):
     return arrays[find(name, {node.output[0]: node for node in proto.graph.node}, arrays).leaves["code"]]
 
 
-@pytest.mark.parametrize("name", EXPORTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_file_passes_against_its_model_and_no_other(make_model, tmp_path, name):
     model = make_model()
     path = tmp_path / name
-    EXPORTS[name](model, path)
+    export(model, path)
     assert verify(path, make_model(), samples=3, seed=5).passed
 
     with pytest.raises(CheckFailed, match="'10.weight' is of shape .10, 64. in the file and of shape .7, 64. in"):
@@ -48,7 +47,7 @@ def test_a_file_passes_against_its_model_and_no_other(make_model, tmp_path, name
 
 
 def test_a_wrong_computation_is_found_though_the_weights_agree(make_model, tmp_path):
-    export_onnx(make_model(), tmp_path / "m.onnx")
+    export(make_model(), tmp_path / "m.onnx")
     proto = onnx.load(tmp_path / "m.onnx")
     relu = next(node for node in proto.graph.node if node.op_type == "Relu")
     relu.op_type = "Abs"
@@ -58,7 +57,7 @@ def test_a_wrong_computation_is_found_though_the_weights_agree(make_model, tmp_p
 
 
 def test_decoding_that_is_left_is_found(make_model, tmp_path):
-    export_onnx(make_model(), tmp_path / "m.onnx")
+    export(make_model(), tmp_path / "m.onnx")
     proto = onnx.load(tmp_path / "m.onnx")
     # An initializer that a caller may replace is no constant.
     code = code_of(proto, "8.weight")
@@ -68,7 +67,7 @@ def test_decoding_that_is_left_is_found(make_model, tmp_path):
     assert any("at every inference" in problem for problem in left.problems)
 
 
-@pytest.mark.parametrize("name", EXPORTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_failed_verification_leaves_no_file(make_model, tmp_path, monkeypatch, name):
     model = make_model()
     tensors = model.tensors()
@@ -77,29 +76,29 @@ def test_a_failed_verification_leaves_no_file(make_model, tmp_path, monkeypatch,
     answers = iter([broken])  # what is written; verification asks again
     monkeypatch.setattr(model, "tensors", lambda: next(answers, tensors))
     with pytest.raises(CheckFailed, match="'8.weight'"):
-        EXPORTS[name](model, tmp_path / name)
+        export(model, tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", EXPORTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_weights_outside_the_masks_are_not_exported(make_model, tmp_path, name):
     model = make_model()
     with torch.no_grad():
         model.weights["8.weight"].fill_(1.0)
     with pytest.raises(CheckFailed, match="outside its mask"):
-        EXPORTS[name](model, tmp_path / name)
+        export(model, tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
 def test_force_replaces_only_after_the_verification(make_model, tmp_path, monkeypatch):
     path = tmp_path / "m.onnx"
     path.write_text("before")
-    monkeypatch.setattr("exporters.verify.tensors.RELATIVE_TOLERANCE", -1.0)
+    monkeypatch.setattr("exporters.verify.outputs.RELATIVE_TOLERANCE", -1.0)
     with pytest.raises(CheckFailed):
-        export_onnx(make_model(), path, force=True)
+        export(make_model(), path, force=True)
     assert path.read_text() == "before"
     monkeypatch.undo()
-    assert export_onnx(make_model(), path, force=True).file_bytes == path.stat().st_size
+    assert export(make_model(), path, force=True).file_bytes == path.stat().st_size
 
 
 def test_dead_outputs_are_said_to_be_dead(make_model, tmp_path):
@@ -107,7 +106,7 @@ def test_dead_outputs_are_said_to_be_dead(make_model, tmp_path):
     with torch.no_grad():
         model.module[10].weight.zero_()
         model.module[10].bias.zero_()
-    assert "every output is zero" in export_archive(model, tmp_path / "m.dsr").notes[0]
+    assert "every output is zero" in export(model, tmp_path / "m.dsr").notes[0]
 
 
 def test_outputs_that_are_no_numbers_do_not_pass(make_model, tmp_path):
@@ -115,11 +114,11 @@ def test_outputs_that_are_no_numbers_do_not_pass(make_model, tmp_path):
     with torch.no_grad():
         model.module[10].bias[0] = float("nan")
     with pytest.raises(CheckFailed, match="not finite"):
-        export_onnx(model, tmp_path / "m.onnx")
+        export(model, tmp_path / "m.onnx")
 
 
 def test_another_architecture(make_model, tmp_path):
-    export_archive(make_model(), tmp_path / "m.dsr")
+    export(make_model(), tmp_path / "m.dsr")
     other = make_model()
     other.module.append(torch.nn.Linear(10, 2))
     with pytest.raises(CheckFailed, match="'11.weight' is absent in the file and of shape .2, 10. in the model"):
@@ -131,7 +130,7 @@ def test_the_trained_flags_and_a_zero_that_grew_are_kept(make_model, tmp_path):
     model.module.train()
     with torch.no_grad():
         model.weights["8.weight"].view(-1)[model.masks["8.weight"].view(-1).nonzero()[0]] = 0.0
-    for name, export in EXPORTS.items():
+    for name in NAMES:
         assert export(model, tmp_path / name).passed
     assert all(child.training for child in model.module.modules())
     assert all(parameter.dtype == torch.float32 for parameter in model.module.parameters())
@@ -146,7 +145,7 @@ def test_files_that_are_neither(make_model, tmp_path):
 
 
 def test_a_damaged_initializer_is_a_format_error(make_model, tmp_path):
-    export_onnx(make_model(), tmp_path / "m.onnx", encoding="delta")
+    export(make_model(), tmp_path / "m.onnx", encoding="delta")
     proto = onnx.load(tmp_path / "m.onnx")
     part = code_of(proto, "8.weight")
     part.CopyFrom(numpy_helper.from_array(np.full(part.dims[0], 255, np.uint8), part.name))
@@ -156,7 +155,7 @@ def test_a_damaged_initializer_is_a_format_error(make_model, tmp_path):
 
 
 def test_verifications_are_plain_values(make_model, tmp_path):
-    verification = export_archive(make_model(), tmp_path / "m.dsr")
+    verification = export(make_model(), tmp_path / "m.dsr")
     data = verification.to_dict()
     assert data["passed"] is True and data["kind"] == "archive" and data["path"] == str(tmp_path / "m.dsr")
     assert replace(verification, problems=("x",)).passed is False
@@ -164,7 +163,7 @@ def test_verifications_are_plain_values(make_model, tmp_path):
 
 def test_an_archive_too_large_for_onnx_is_verified_by_our_runtime(make_model, tmp_path, monkeypatch):
     monkeypatch.setattr("exporters.onnx.write._MAX_BYTES", 1000)
-    verification = export_archive(make_model(), tmp_path / "a.dsr")
+    verification = export(make_model(), tmp_path / "a.dsr")
     assert verification.passed
     assert set(verification.runtimes) == {"sparse"}
     assert "onnxruntime cannot run it" in verification.notes[0]
@@ -174,7 +173,7 @@ def test_an_archive_too_large_for_onnx_is_verified_by_our_runtime(make_model, tm
 def test_weights_of_other_types_are_refused(make_model, tmp_path, dtype):
     model = make_model()
     model.to(dtype)
-    for name, export in EXPORTS.items():
+    for name in NAMES:
         with pytest.raises(UsageError, match="float32"):
             export(model, tmp_path / name)
     assert list(tmp_path.iterdir()) == []

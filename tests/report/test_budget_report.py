@@ -32,10 +32,10 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def archive(folder):
     from dsr_tool import load
-    from exporters.archive import export_archive
+    from exporters.export import export
 
     path = folder.with_suffix(".dsr")
-    export_archive(load(folder), path)
+    export(load(folder), path)
     return path
 
 

@@ -1,0 +1,178 @@
+"""The base class of containers: everything that is specific to one kind of file stands in one class.
+
+A new container is one file with a subclass of `Container`, and one line in `exporters/containers.py`. Modules with
+containers import torch, onnx and scipy inside functions: the runtime loads the table to open a file without them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from safetensors import SafetensorError, safe_open
+
+from dsr_tool.errors import FileError, FormatError, UsageError
+from exporters.values import VALUES
+
+if TYPE_CHECKING:
+    from dsr_tool.runtime.source import Model
+    from exporters.checked import CheckedModel
+    from exporters.contents import Contents
+    from exporters.verify.result import Verification
+
+__all__ = ["Container", "Draft", "ExportOptions", "Head"]
+
+_ZIP, _ZIP_HEADER_BYTES = b"PK\x03\x04", 30
+_HEAD_BYTES = _ZIP_HEADER_BYTES + (1 << 16)
+"""Bytes of a file that are read to recognise it: a zip header and the longest name that may follow it."""
+
+
+class Head:
+    """The beginning of a file, by which a container recognises it; the name of the file does not count.
+
+    Attributes:
+        path: the file.
+        start: its first bytes, 65,566 at most.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Reads the first bytes of a file.
+
+        Raises:
+            FileError: the file cannot be read.
+        """
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self.start = file.read(_HEAD_BYTES)
+        except OSError as error:
+            raise FileError(f"{str(path)!r} cannot be read: {error.strerror or error}.") from error
+
+    @property
+    def zip_member(self) -> bytes:
+        """Name of the first member of a zip archive; empty for any other file."""
+        if not self.start.startswith(_ZIP):
+            return b""
+        return self.start[_ZIP_HEADER_BYTES:][: int.from_bytes(self.start[26:28], "little")]
+
+    @property
+    def is_safetensors(self) -> bool:
+        """True for a file that begins as safetensors files do, even if the rest of its header is damaged."""
+        # Eight bytes are the length of the header, a JSON object. No header reaches 4 GiB, so four of them are zero;
+        # without that test, any file with a brace as its ninth byte would count.
+        return self.start[4:9] == b"\0\0\0\0{"
+
+    @cached_property
+    def safetensors_metadata(self) -> Mapping[str, str] | None:
+        """Metadata of a safetensors file; None if there is no header that can be read."""
+        if not self.is_safetensors:
+            return None
+        try:
+            with safe_open(self.path, framework="np") as file:
+                return dict(file.metadata() or {})
+        except (SafetensorError, OSError, ValueError):
+            return None
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Settings of one export; `export` has compared them with what the container offers.
+
+    Attributes:
+        encoding: name of one of the container's encodings.
+        values: `fp32` or `fp16`.
+        compact: True to remove channels that no active weight reaches.
+    """
+
+    encoding: str = "auto"
+    values: str = "fp32"
+    compact: bool = False
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A model that is encoded for a container but not yet written.
+
+    Attributes:
+        write: fills the file at a path.
+        notes: remarks for the user that belong to the export and not to its verification.
+    """
+
+    write: Callable[[Path], None]
+    notes: tuple[str, ...] = ()
+
+
+class Container(ABC):
+    """One kind of file that models are written to.
+
+    Attributes:
+        name: value of `--to`, and the `kind` in reports and verifications.
+        endings: endings of such files, the usual one first; a path with the ending of another container is refused.
+        encodings: values of `--encoding`, ways in which sparse weights can be stored.
+        values: values of `--values`, types in which weights can be stored.
+        compacts: True if the file holds a graph from which dead channels can be removed.
+        preprocesses: True if the file says how pictures become inputs.
+    """
+
+    name: ClassVar[str]
+    endings: ClassVar[tuple[str, ...]]
+    encodings: ClassVar[tuple[str, ...]]
+    values: ClassVar[tuple[str, ...]] = VALUES
+    compacts: ClassVar[bool] = False
+    preprocesses: ClassVar[bool] = False
+
+    @abstractmethod
+    def recognises(self, head: Head) -> bool:
+        """Tells from the beginning of a file whether it is one of this container."""
+
+    @abstractmethod
+    def encode(self, checked: CheckedModel, options: ExportOptions) -> Draft:
+        """Encodes a model; every check of the container's own runs here, before anything is written.
+
+        Raises:
+            UsageError: the container cannot hold the model with these options.
+        """
+
+    @abstractmethod
+    def verify(self, path: Path, checked: CheckedModel, *, samples: int, seed: int) -> Verification:
+        """Compares a file with its model: the weights bit for bit, and the outputs by running the file.
+
+        Args:
+            path: the file.
+            checked: the model.
+            samples: size of the second batch of random inputs; the first batch has one.
+            seed: seed of the inputs.
+
+        Raises:
+            CheckFailed: the file holds another architecture.
+            FormatError: the file is damaged.
+        """
+
+    def reader(self) -> Callable[[Path], Model]:
+        """Imports what opening a file takes, and returns the function that opens one for the runtime.
+
+        The function raises `DsrError` if a package is missing, and `FormatError` for a damaged file.
+        """
+        return self._refuse_to_run
+
+    def measure(self, path: Path) -> Contents:
+        """Decodes a file and counts the bytes of each part.
+
+        Raises:
+            FormatError: the file is damaged.
+            UsageError: such files do not say which weights are sparse.
+        """
+        raise UsageError(
+            f"PATH {str(path)!r} is a {self.name} file of plain weights, which does not say what is sparse; give the "
+            f"model folder that it was exported from, or a .dsr, .onnx or .npz file."
+        )
+
+    def _refuse_to_run(self, path: Path) -> Model:
+        raise FormatError(
+            f"{str(path)!r} is a {self.name} file, which holds weights and no computation; give an archive (.dsr) or "
+            f"an ONNX file of the model."
+        )
