@@ -1,4 +1,4 @@
-"""Convolution: im2col and a product with the weight matrix; depthwise by shifted multiply-adds."""
+"""Convolution: im2col and a matrix product with the weight; depthwise convolution by shifted multiply-adds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dsr_tool.sparsity.tensor import Array, SparseTensor, Weight, dense
 __all__ = ["COLUMN_BYTES", "FUNCTIONS", "prepare_conv"]
 
 COLUMN_BYTES = 4 << 20
-"""Of one im2col block; larger gains nothing and leaves the cache."""
+"""Bytes of one im2col block. Larger blocks are no faster and no longer fit in the cache."""
 
 
 def prepare_conv(
@@ -30,17 +30,17 @@ def prepare_conv(
     group: int = 1,
     auto_pad: str = "NOTSET",
 ) -> Multiply:
-    """The convolution with these weights, as a function of x (batch, channels, *size).
+    """Returns the convolution with these weights as a function of x, shape (batch, channels, *size).
 
     Args:
         weight: shape (out channels, channels / group, *kernel).
         bias: shape (out channels,).
-        kernel_shape: the kernel's size; that of the weight when empty.
-        strides: steps per axis.
-        pads: all begins, then all ends.
-        dilations: distances between kernel entries.
-        group: channels are cut into this many groups that do not see each other.
-        auto_pad: only `NOTSET` and `VALID`.
+        kernel_shape: size of the kernel; the weight's own if empty.
+        strides: distance between neighbouring outputs per axis.
+        pads: padding before each axis, then padding after each axis.
+        dilations: distance between neighbouring taps per axis.
+        group: number of groups of channels that are connected only among themselves.
+        auto_pad: `NOTSET` or `VALID`.
     """
     shape = weight.mask.shape if isinstance(weight, SparseTensor) else weight.shape
     window = Window.of(kernel_shape or shape[2:], strides, pads, dilations, auto_pad)
@@ -57,21 +57,23 @@ class _Convolution:
     bias: Array | None  # (out channels, 1)
 
     def __call__(self, x: Array) -> Array:
+        # Image by image: the im2col blocks of one image are all that is held besides input and output.
         return _joined([self._image(image) for image in x[:, None]], axis=0)
 
     def _image(self, x: Array) -> Array:
-        """One image (1, channels, *size) -> (1, out channels, *out)."""
+        """Computes one image: (1, channels, *size) -> (1, out channels, *out)."""
         out = self.window.output_size(x.shape[2:])
         padded = self.window.padded(x[0], out)
         taps = math.prod(self.window.kernel)
         row_bytes = taps * x.shape[1] * math.prod(out[1:]) * x.itemsize
+        # A kernel of one tap needs no copy of its input, so it needs no blocks either.
         rows = out[0] if taps == 1 else max(COLUMN_BYTES // max(row_bytes, 1), 1)
         claim((row_bytes * min(rows, out[0]),), np.uint8)
         blocks = [self._rows(padded, out, first, rows) for first in range(0, out[0], rows)]
         return _joined(blocks, axis=1).reshape(1, -1, *out)
 
     def _rows(self, padded: Array, out: Sizes, first: int, rows: int) -> Array:
-        """Output rows `first` to `first + rows` as a matrix (out channels, positions)."""
+        """Computes the output rows from `first` on as a matrix (out channels, positions)."""
         below = padded[:, first * self.window.strides[0] :]
         taps = list(self.window.taps(below, (min(rows, out[0] - first), *out[1:])))
         columns = taps[0] if len(taps) == 1 else np.stack(taps, axis=1)
@@ -91,7 +93,7 @@ class _Depthwise:
         return _joined([self._image(image) for image in x[:, None]], axis=0)
 
     def _image(self, x: Array) -> Array:
-        """One image (1, channels, *size) -> (1, out channels, *out)."""
+        """Computes one image: (1, channels, *size) -> (1, out channels, *out)."""
         out = self.window.output_size(x.shape[2:])
         padded = self.window.padded(x[0], out)[:, None]
         weight = self.weight.reshape(*self.weight.shape, *(1 for _ in out))
@@ -112,7 +114,7 @@ def _joined(parts: list[Array], axis: int) -> Array:
 
 
 def _conv(x: Array, weight: Array, bias: Array | None = None, **attributes: object) -> Array:
-    """Convolution with a weight that is computed on the way."""
+    """Computes a convolution whose weight is computed in the graph, as it is not known before."""
     result: Array = prepare_conv(weight, bias, **attributes)(x)  # type: ignore[arg-type]
     return result
 

@@ -1,4 +1,4 @@
-"""Operators that compute each entry of the output from one entry of each input."""
+"""Elementwise operators: each entry of the result is computed from one entry of each input."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dsr_tool.sparsity.tensor import Array
 
 __all__ = ["FUNCTIONS"]
 
-# TensorProto.DataType of the ONNX standard.
+# Keys are TensorProto.DataType of the ONNX standard; the runtime does not import onnx.
 _TYPES = {
     1: np.float32,
     2: np.uint8,
@@ -34,7 +34,7 @@ _TYPES = {
 
 
 def _broadcasting(function: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
-    """A function of two arrays that claims what they broadcast to."""
+    """Makes a function of two arrays claim the memory of the shape that they broadcast to."""
 
     def run(a: Array, b: Array) -> Array:
         if a.size > 1 and b.size > 1 and a.shape != b.shape:
@@ -73,6 +73,7 @@ def _gelu(x: Array, *, approximate: str = "none") -> Array:
         inner = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
     else:
         inner = special.erf(x * math.sqrt(0.5))
+    # In place: the input may be the largest value of a network, and each temporary is as large.
     inner += 1
     inner *= x
     inner *= 0.5
@@ -81,7 +82,7 @@ def _gelu(x: Array, *, approximate: str = "none") -> Array:
 
 def _div(a: Array, b: Array) -> Array:
     if np.issubdtype(a.dtype, np.integer):
-        # Integers are divided towards zero, unlike `//`.
+        # The standard rounds quotients of integers towards zero; `//` rounds down.
         return np.asarray(np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b)), a.dtype)
     return np.asarray(a / b)
 
@@ -100,7 +101,7 @@ def _min(*arrays: Array) -> Array:
 
 def _cast(x: Array, *, to: int) -> Array:
     if to not in _TYPES:
-        raise UsageError(f"Cast to type number {to} is not supported; known numbers: {sorted(_TYPES)}.")
+        raise UsageError(f"Cast to type number {to} is not supported; types {sorted(_TYPES)} are.")
     return x.astype(_TYPES[to])
 
 
@@ -126,6 +127,7 @@ def _leaky_relu(x: Array, *, alpha: float = 0.01) -> Array:
 
 
 def _elu(x: Array, *, alpha: float = 1.0) -> Array:
+    # np.where computes both sides, and expm1 of a large x would overflow.
     return np.where(x < 0, x.dtype.type(alpha) * np.expm1(np.minimum(x, 0)), x)
 
 

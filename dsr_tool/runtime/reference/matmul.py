@@ -1,4 +1,4 @@
-"""Matrix products: by a known weight, sparse where that pays, and of two computed arrays."""
+"""Matrix products: with a known weight, sparse if that is faster, and of two computed arrays."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ __all__ = ["FUNCTIONS", "prepare_gemm", "prepare_matmul"]
 
 
 def prepare_matmul(weight: Weight) -> Multiply:
-    """The product x @ weight, as a function of x (..., columns)."""
+    """Returns the product x @ weight as a function of x, shape (..., columns).
+
+    Args:
+        weight: shape (columns, rows), or any shape that `np.matmul` accepts.
+    """
     array = dense(weight)
     if array.ndim != 2:
         return lambda x: _matmul(x, array)
-    # x @ W is computed as (Wᵀ @ xᵀ)ᵀ, since a CSR matrix multiplies from the left.
+    # x @ W is computed as (Wᵀ @ xᵀ)ᵀ because scipy's CSR product has the sparse matrix on the left.
     multiply = multiplier(array.T)
 
     def run(x: Array) -> Array:
@@ -38,15 +42,15 @@ def prepare_gemm(
     transA: int = 0,  # noqa: N803 - the standard's name
     transB: int = 0,  # noqa: N803
 ) -> Multiply:
-    """The product alpha * x @ weight + beta * bias, each matrix transposed where asked, as a function of x.
+    """Returns alpha * x @ weight + beta * bias as a function of x, shape (batch, columns).
 
     Args:
         weight: shape (columns, rows), or (rows, columns) with `transB`.
-        bias: anything that broadcasts to (batch, rows).
+        bias: any shape that broadcasts to (batch, rows).
         alpha: factor of the product.
         beta: factor of the bias.
-        transA: x is given as (columns, batch).
-        transB: the weight is given as torch stores it.
+        transA: 1 if x has shape (columns, batch).
+        transB: 1 if the weight has shape (rows, columns), as torch stores it.
     """
     multiply = multiplier(weight if transB else dense(weight).T)
     addend = None if bias is None else dense(bias) * beta
@@ -69,7 +73,10 @@ def _matmul(a: Array, b: Array) -> Array:
 
 
 def _for_blas(x: Array) -> Array:
-    """`x` or a copy of which one of the last two axes is contiguous, as BLAS wants; numpy's own loop is slow."""
+    """Returns `x`, or a contiguous copy if neither of its last two axes is contiguous.
+
+    BLAS needs one of them to be; without it, numpy falls back to a slow loop of its own.
+    """
     return x if x.itemsize in x.strides[-2:] else np.ascontiguousarray(x)
 
 
@@ -97,7 +104,7 @@ def _einsum(*arrays: Array, equation: str) -> Array:
 
 
 def _einsum_shape(arrays: Sequence[Array], equation: str) -> list[int]:
-    """Shape of the result, or the sizes of all `arrays` where its labels do not stand in the equation."""
+    """Returns the shape of the result; for an equation with an implicit output, the sizes of all arrays instead."""
     terms, _, out = equation.replace(" ", "").partition("->")
     if not out.isalpha():
         return [array.size for array in arrays]

@@ -1,4 +1,4 @@
-"""Pools: the largest or the mean of what a window sees."""
+"""Pools: the largest entry or the mean of each window."""
 
 from __future__ import annotations
 
@@ -52,11 +52,12 @@ def _average_pool(
     out = window.output_size(size, ceil=bool(ceil_mode))
     result: Array = _sum_of_taps(window, x, out)
     if count_include_pad:
-        # The declared padding counts as input; what rounding up adds beyond it does not.
+        # The padding of the attribute counts as entries; what ceil_mode adds behind it does not.
         counted = [n + b + e for n, b, e in zip(size, window.begin, window.end, strict=True)]
         window = dataclasses.replace(window, begin=(0,) * len(size))
     else:
         counted = list(size)
+    # The same sum over ones gives the number of entries that each window counts.
     claim(counted, x.dtype)
     result /= _sum_of_taps(window, np.ones((1, 1, *counted), x.dtype), out)
     return result

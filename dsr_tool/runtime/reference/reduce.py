@@ -1,4 +1,4 @@
-"""Reductions and what normalises with them."""
+"""Reductions, and the normalisations that use them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["FUNCTIONS", "mean"]
 
 
 def _reduction(function: Callable[[Array, tuple[int, ...] | None, bool], Array]) -> NumpyFunction:
-    """An ONNX reduction from a function of an array, its axes (None for all) and whether to keep them."""
+    """Makes an ONNX reduction of a function of an array, its axes (None for all) and whether to keep them."""
 
     def run(x: Array, axes: Array | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Array:
         if axes is None or not axes.size:
-            # With no axes to reduce, what is done to each element still is.
+            # Without axes nothing is reduced, but ReduceL2 still returns absolute values.
             return function(x, () if noop_with_empty_axes else None, bool(keepdims))
         return function(x, tuple(int_list(axes)), bool(keepdims))
 
@@ -27,9 +27,13 @@ def _reduction(function: Callable[[Array, tuple[int, ...] | None, bool], Array])
 
 
 def mean(x: Array, axes: tuple[int, ...] | None, keep: bool) -> Array:
-    """The mean over some axes; `FormatError` where there is nothing to take it of."""
+    """Returns the mean over some axes, None for all.
+
+    Raises:
+        FormatError: the array is empty.
+    """
     if not x.size:
-        raise FormatError("the mean of an array without entries is no number.")
+        raise FormatError("cannot take the mean of an empty array.")
     return np.asarray(x.mean(axis=axes, keepdims=keep, dtype=x.dtype))
 
 
@@ -42,6 +46,7 @@ def _l2(x: Array, axes: tuple[int, ...] | None, keep: bool) -> Array:
 
 
 def _softmax(x: Array, *, axis: int = -1) -> Array:
+    # Less its maximum, as exp overflows float32 above 88.
     result: Array = np.exp(x - x.max(axis=axis, keepdims=True))
     result /= result.sum(axis=axis, keepdims=True)
     return result
@@ -70,7 +75,7 @@ def _batch_norm(
     if training_mode:
         raise UsageError("BatchNormalization in training mode cannot run; export the model in eval mode.")
     if not scale.shape == bias.shape == mean.shape == variance.shape == x.shape[1:2]:
-        raise FormatError(f"its {x.shape[1:2]} channels do not have one scale, bias, mean and variance each.")
+        raise FormatError(f"scale, bias, mean and variance must have shape {x.shape[1:2]}, one entry for each channel.")
     factor = scale / np.sqrt(variance + np.asarray(epsilon, variance.dtype))
     per_channel = (-1, *(1 for _ in x.shape[2:]))
     result: Array = x * factor.reshape(per_channel)

@@ -1,4 +1,4 @@
-"""Resize: each axis by itself, as a weighted sum of the entries near a coordinate."""
+"""Resize, axis by axis: each entry of the result is a weighted sum of the entries near its coordinate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ROUNDINGS: dict[str, Callable[[Array], Array]] = {
 
 def _resize(
     x: Array,
-    roi: Array | None = None,  # noqa: ARG001 - read by a coordinate mode that is refused
+    roi: Array | None = None,  # noqa: ARG001 - belongs to a coordinate mode that is not supported
     scales: Array | None = None,
     sizes: Array | None = None,
     *,
@@ -39,7 +39,7 @@ def _resize(
     keep_aspect_ratio_policy: str = "stretch",
     extrapolation_value: float = 0.0,  # noqa: ARG001 - as roi
 ) -> Array:
-    """Resize `x` to `sizes`, or by `scales`, along `axes` (all when empty)."""
+    """Resizes `x` to `sizes`, or by `scales`, along `axes`; all axes if that is empty."""
     if mode not in _MODES:
         raise unknown_name("mode of Resize", mode, _MODES)
     if coordinate_transformation_mode not in _COORDINATES:
@@ -47,7 +47,9 @@ def _resize(
     if nearest_mode not in _ROUNDINGS:
         raise unknown_name("nearest mode of Resize", nearest_mode, _ROUNDINGS)
     if antialias or exclude_outside or keep_aspect_ratio_policy != "stretch":
-        raise UsageError("Resize with antialias, exclude_outside or a kept aspect ratio is not supported; replace it.")
+        raise UsageError(
+            "Resize with antialias, exclude_outside or keep_aspect_ratio_policy is not supported; replace that layer."
+        )
     for i, axis in enumerate(axes or range(x.ndim)):
         n = x.shape[axis]
         if sizes is not None and sizes.size:
@@ -68,7 +70,7 @@ def _resize(
 
 
 def _coordinates(out: int, n: int, scale: float, mode: str) -> Array:
-    """Where in the input, of `n` entries, each of the `out` entries of the output lies."""
+    """Returns the coordinate in an axis of `n` entries for each of the `out` entries of the result."""
     at = np.arange(out, dtype=np.float64)
     if mode == "align_corners":
         return at * ((n - 1) / (out - 1)) if out > 1 else at
@@ -80,7 +82,10 @@ def _coordinates(out: int, n: int, scale: float, mode: str) -> Array:
 
 
 def _interpolated(x: Array, axis: int, at: Array, cubic: float | None) -> Array:
-    """Weighted sums of two neighbours along `axis`, or of four for a `cubic` coefficient; the border goes on."""
+    """Returns weighted sums of two neighbours along `axis`, or of four with a `cubic` coefficient.
+
+    Neighbours outside the array are its border entries.
+    """
     n = x.shape[axis]
     at = at if cubic is not None else np.clip(at, 0, n - 1)
     first = np.floor(at)
@@ -96,7 +101,12 @@ def _interpolated(x: Array, axis: int, at: Array, cubic: float | None) -> Array:
 
 
 def _cubic(t: Array, a: float) -> dict[int, Array]:
-    """Keys' cubic convolution (IEEE Trans. ASSP 29, 1981): factors of the four neighbours by their offset."""
+    """Returns the weights of the four neighbours by their offset: Keys' cubic convolution (IEEE Trans. ASSP 29, 1981).
+
+    Args:
+        t: distance from the neighbour at offset 0, in [0, 1).
+        a: coefficient; -0.75 in torch, -0.5 in Keys' paper.
+    """
 
     def near(d: Array) -> Array:
         return np.asarray(((a + 2) * d - (a + 3)) * d * d + 1)

@@ -1,4 +1,4 @@
-"""Operators that move, select or make entries without computing on them."""
+"""Operators that move, select or create entries without arithmetic."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _reshape(x: Array, shape: Array, *, allowzero: int = 0) -> Array:
 
 
 def _flatten(x: Array, *, axis: int = 1) -> Array:
-    # From the back it counts as in a slice; the rank itself is allowed too.
+    # A negative axis counts from the back, as in a slice, and axis may be the rank itself.
     return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
 
 
@@ -78,7 +78,7 @@ def _concat(*arrays: Array, axis: int) -> Array:
 def _split(x: Array, split: Array | None = None, *, axis: int = 0, num_outputs: int = 1) -> tuple[Array, ...]:
     if split is None:
         claim((num_outputs,), np.int64)
-        # Equal pieces, the last one smaller where they do not divide.
+        # Pieces of equal size; if the axis does not divide evenly, the last one is smaller.
         piece = -(-x.shape[axis] // num_outputs)
         bounds = [min(piece * i, x.shape[axis]) for i in range(1, num_outputs)]
     else:
@@ -91,7 +91,7 @@ def _slice(x: Array, starts: Array, ends: Array, axes: Array | None = None, step
     strides = [1] * len(starts) if steps is None else int_list(steps)
     parts = [slice(None)] * x.ndim
     for axis, start, end, step in zip(dimensions, int_list(starts), int_list(ends), strides, strict=True):
-        # Backwards from before the first entry means from the first entry, unlike in Python.
+        # A start before the first entry means the first entry, also backwards, where Python would select nothing.
         parts[axis] = slice(max(start, -x.shape[axis]), end, step)
     return x[tuple(parts)]
 
@@ -100,7 +100,7 @@ def _gather(x: Array, indices: Array, *, axis: int = 0) -> Array:
     axis %= x.ndim
     claim((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]), x.dtype)
     if indices.ndim == 0 and indices.dtype.kind in "iu":
-        # One entry is a view of the array.
+        # One entry: a view is enough, while `take` would copy.
         return np.asarray(x[(slice(None),) * axis + (int(indices),)])
     return np.take(x, indices, axis)
 
@@ -133,7 +133,7 @@ def _pad(
     parts = [slice(None)] * x.ndim
     for axis, begin, end in zip(dimensions, *(int_list(part) for part in pads.reshape(2, -1)), strict=True):
         width[axis] = (max(begin, 0), max(end, 0))
-        # Negative padding cuts.
+        # Negative padding removes entries.
         parts[axis] = slice(max(-begin, 0), x.shape[axis] - max(-end, 0))
     x = x[tuple(parts)]
     claim([begin + n + end for n, (begin, end) in zip(x.shape, width, strict=True)], x.dtype)
@@ -141,14 +141,14 @@ def _pad(
         return np.pad(x, width, constant_values=0 if value is None else value.item())
     if mode in ("reflect", "edge"):
         return np.pad(x, width, mode=mode)  # type: ignore[call-overload,no-any-return]
-    raise UsageError(f"mode {str(mode)[:40]!r} of Pad is not supported; constant, reflect and edge are.")
+    raise UsageError(f"mode {str(mode)[:40]!r} of Pad is not supported; constant, edge and reflect are.")
 
 
 def _expand(x: Array, shape: Array) -> Array:
     sizes = int_list(shape)
-    claim(sizes, x.dtype)  # numpy's own error for too many dimensions is of no class for values that do not fit
+    claim(sizes, x.dtype)  # numpy's error for too many dimensions would not name the node
     out = np.broadcast_shapes(x.shape, tuple(sizes))
-    claim(out, x.dtype)  # a view, but what reads it may copy it
+    claim(out, x.dtype)  # the result is a view, but its readers may copy it
     return np.broadcast_to(x, out)
 
 
