@@ -1,13 +1,13 @@
-"""Writing archives: every tensor by its codec, the manifest, the checksums.
+"""Writer of archives: encodes every tensor, and adds the graph, the manifest and the checksums.
 
-`docs/format.md` describes every byte; `dsr_tool.formats.archive` reads them back.
+`docs/format.md` describes every byte; `dsr_tool.formats.archive` is the reader.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.files import new_file
 from dsr_tool.formats.codecs import CODECS, Streams, encode_smallest
 from dsr_tool.formats.coding import encode_planes
+from dsr_tool.formats.documents import compress_document
 from dsr_tool.formats.manifest import (
     FORMAT_VERSION,
     GRAPH,
@@ -25,7 +26,6 @@ from dsr_tool.formats.manifest import (
     PACKED,
     Entry,
     crc32_of,
-    pack,
     packed_stream,
 )
 from dsr_tool.graph.ir import Graph
@@ -33,21 +33,22 @@ from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.tensor import Array, SparseTensor
 
-__all__ = ["ENCODINGS", "Encoded", "encode_archive", "write_archive"]
+__all__ = ["ENCODINGS", "EncodedArchive", "encode_archive", "write_archive"]
 
 ENCODINGS = ("auto", *CODECS)
+"""Values of `--encoding` for archives: the smallest codec for each layer, or one codec for all sparse weights."""
 
 
-class Encoded:
-    """A model encoded as an archive, not written yet."""
+class EncodedArchive:
+    """An archive in memory: its streams and its metadata."""
 
     def __init__(self, streams: Streams, header: Mapping[str, str]) -> None:
-        """Use `encode_archive`."""
+        """Holds the parts; `encode_archive` makes them."""
         self._streams, self._header = streams, header
 
     def save(self, path: Path) -> None:
-        """Write it to `path` as it is; see `new_file` for doing that safely."""
-        # One metadata entry, since the container's writer orders several at random.
+        """Writes the file to `path` directly; `new_file` gives a path that is renamed when the file is complete."""
+        # safetensors orders several metadata entries at random, so the archive has one, which is itself JSON.
         save_file(self._streams, path, metadata={METADATA: json.dumps(self._header)})
 
 
@@ -61,20 +62,20 @@ def write_archive(
     encoding: str = "auto",
     force: bool = False,
 ) -> None:
-    """Encode a model and write it into one file, beside the target first and renamed when whole.
+    """Encodes a model and writes it to a file, under a temporary name until it is complete.
 
     Args:
         path: the new file.
-        tensors: see `encode_archive` for this and what follows.
-        specs: what each of them is.
+        tensors: see `encode_archive` for this and the next arguments.
+        specs: name, shape and role of each tensor.
         graph: the computation.
-        config: what the model is.
+        config: description of the model.
         encoding: `auto` or the name of a codec.
-        force: replace an existing file.
+        force: whether to replace an existing file.
 
     Raises:
-        UsageError: unknown encoding, or a graph of another model.
-        FileError: the file exists, or the disk refuses it.
+        UsageError: the encoding is unknown, or the graph is of another model.
+        FileError: the file exists, or writing fails.
     """
     encoded = encode_archive(tensors, specs, graph, config, encoding=encoding)
     with new_file(path, force=force) as part:
@@ -89,61 +90,70 @@ def encode_archive(
     *,
     encoding: str = "auto",
     versions: Mapping[str, str] | None = None,
-) -> Encoded:
-    """Encode a model.
+) -> EncodedArchive:
+    """Encodes a model.
 
     Args:
-        tensors: every entry of the state_dict; full masks for those that are dense.
-        specs: what each of them is.
+        tensors: every entry of the state_dict, with full masks for dense ones.
+        specs: name, shape and role of each tensor.
         graph: the computation; its parameters are names of `tensors`.
-        config: what the model is.
-        encoding: `auto` for the smallest codec per layer, or the name of one.
-        versions: names and versions of what made the file, for the record.
+        config: description of the model.
+        encoding: `auto` for the smallest codec per layer, or the name of one for all sparse weights.
+        versions: names and versions of the packages that write the file, for the record.
 
     Raises:
-        UsageError: unknown encoding, or a graph of another model.
+        UsageError: the encoding is unknown, the graph is of another model, or a name collides with another stream.
     """
-    if encoding not in ENCODINGS:
-        raise unknown_name("encoding", encoding, ENCODINGS)
-    absent = [name for name in graph.parameters if name not in tensors]
-    if absent:
+    if encoding != "auto" and encoding not in CODECS:
+        raise unknown_name("encoding", encoding, ("auto", *CODECS))
+    if absent := [name for name in graph.parameters if name not in tensors]:
         raise UsageError(f"graph parameter {absent[0]!r} is not among the model's tensors; trace the same model.")
-    streams: Streams = {GRAPH: pack(graph.to_json())}
-    entries = []
+    entries: list[Entry] = []
+    streams: Streams = {}
     packed: dict[str, list[Array]] = {}
     for name, tensor in tensors.items():
         codec, parts = _encode(tensor, specs[name], encoding)
         dtype = tensor.values.dtype.name
         if codec == PACKED:
             packed.setdefault(dtype, []).append(tensor.values)
-        crc32 = {suffix: crc32_of(array) for suffix, array in parts.items()}
-        entry = Entry(specs[name], dtype, codec, tensor.mask.active, crc32)
+        entry = Entry(specs[name], dtype, codec, tensor.mask.active, {key: crc32_of(a) for key, a in parts.items()})
         entries.append(entry)
         for suffix, array in parts.items():
-            if entry.stream(suffix) in streams:
-                raise UsageError(f"tensor {name!r} would share the stream {entry.stream(suffix)!r}; rename the module.")
-            streams[entry.stream(suffix)] = array
-    # Norms that were never trained are constants, which code to nothing; a budget in bytes must not rest on that.
-    groups = {dtype: encode_planes(np.concatenate(arrays), mantissas=False) for dtype, arrays in packed.items()}
-    streams.update((packed_stream(dtype), group) for dtype, group in groups.items())
+            _add(streams, entry.stream(suffix), array, name)
+    for name, array in _shared_streams(graph, packed):
+        _add(streams, name, array, name)
     manifest = {
         "schema": "dsr-tool/archive/1",
         "versions": dict(versions or {}),
         "graph_crc32": crc32_of(streams[GRAPH]),
-        "packed_crc32": {dtype: crc32_of(group) for dtype, group in groups.items()},
+        "packed_crc32": {dtype: crc32_of(streams[packed_stream(dtype)]) for dtype in packed},
         "model": config.to_dict(),
         "tensors": [entry.to_dict() for entry in entries],
     }
-    streams[MANIFEST] = pack(json.dumps(manifest, separators=(",", ":"), allow_nan=False))
-    digest = hashlib.sha256(streams[MANIFEST].tobytes()).hexdigest()
-    header = {"version": ".".join(map(str, FORMAT_VERSION)), "manifest_sha256": digest}
-    return Encoded(streams, header)
+    document = compress_document(json.dumps(manifest, separators=(",", ":"), allow_nan=False))
+    _add(streams, MANIFEST, document, MANIFEST)
+    digest = hashlib.sha256(document.tobytes()).hexdigest()
+    return EncodedArchive(streams, {"version": ".".join(map(str, FORMAT_VERSION)), "manifest_sha256": digest})
 
 
 def _encode(tensor: SparseTensor, spec: LayerSpec, encoding: str) -> tuple[str, Streams]:
-    """Codec and streams of one tensor; none for those that `auto` packs: full, and no weight by type."""
+    """Returns codec and streams of one tensor. `auto` packs full tensors that are not weights by type: no streams."""
     if encoding == "auto":
         full = spec.role != "sparse" and not spec.weight and tensor.mask.active == tensor.mask.size
         return (PACKED, {}) if full else encode_smallest(tensor)
     codec = encoding if spec.role == "sparse" else "dense"
     return codec, CODECS[codec].encode(tensor)
+
+
+def _shared_streams(graph: Graph, packed: Mapping[str, list[Array]]) -> Iterator[tuple[str, Array]]:
+    """Yields the graph, and the values of all packed tensors of each dtype one after the other."""
+    yield GRAPH, compress_document(graph.to_json())
+    for dtype, values in packed.items():
+        # Untrained norms are constants that code to nothing, but a budget in bytes must hold after training as well.
+        yield packed_stream(dtype), encode_planes(np.concatenate(values), mantissas=False)
+
+
+def _add(streams: Streams, name: str, array: Array, tensor: str) -> None:
+    if name in streams:
+        raise UsageError(f"tensor {tensor!r} would share the stream {name!r}; rename the module.")
+    streams[name] = array

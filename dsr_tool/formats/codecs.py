@@ -1,6 +1,7 @@
-"""Codecs: a mask and its values to named arrays and back, pure functions with an exact inverse.
+"""The table of codecs: each turns a mask and its values into named arrays, and back, bit for bit.
 
-`docs/format.md` describes every byte. Sizes are exact: what `encode` returns is what lies in the file.
+A new codec is one entry of `CODECS`. The archive, its manifest, the `--encoding` option, the footprint and the report
+read the table. `docs/format.md` describes every byte.
 """
 
 from __future__ import annotations
@@ -18,35 +19,59 @@ from dsr_tool.sparsity.layers import matrix_shape
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import Array, SparseTensor
 
-__all__ = [
-    "CODECS",
-    "Codec",
-    "Streams",
-    "bitmask_bytes",
-    "csr_bytes",
-    "dense_bytes",
-    "encode_smallest",
-]
+__all__ = ["CODECS", "Codec", "Column", "Streams", "encode_smallest", "size_columns"]
 
 Streams = dict[str, Array]
+"""Arrays of one tensor by suffix. `""` and `values` hold values; every other suffix holds positions."""
+
+Decode = Callable[[Mapping[str, Array], tuple[int, ...], int, np.dtype[Any]], SparseTensor]
+
+
+@dataclass(frozen=True)
+class Column:
+    """How reports show the bytes that a codec needs for a model.
+
+    Attributes:
+        name: header in tables and, in lower case and followed by `_bytes`, the key in JSON.
+        label: the same for the reader of a page who does not know the codec.
+    """
+
+    name: str
+    label: str
+
+    @property
+    def key(self) -> str:
+        """Key in JSON, such as `csr_bytes`."""
+        return f"{self.name.lower()}_bytes"
 
 
 @dataclass(frozen=True)
 class Codec:
-    """How one parameter lies in a file.
+    """One way to store a tensor in a file.
 
     Attributes:
-        name: name in the manifest.
-        encode: sparse tensor -> named streams.
-        decode: streams, shape, active count, type -> sparse tensor; raises `FormatError` on any disagreement.
+        name: name in the manifest and of `--encoding`.
+        good_for: the tensors for which it is the smallest, as `docs/format.md` says it.
+        encode: returns the streams of a tensor.
+        decode: returns the tensor of streams, shape, number of active entries and dtype. Raises `FormatError` if they
+            disagree in any way: streams come from untrusted files.
+        size: returns the bytes of the streams without making them; None if only encoding tells.
+        column: column in reports; None if reports show it otherwise.
     """
 
     name: str
+    good_for: str
     encode: Callable[[SparseTensor], Streams]
-    decode: Callable[[Mapping[str, Array], tuple[int, ...], int, np.dtype[Any]], SparseTensor]
+    decode: Decode
+    size: Callable[[SparseTensor], int] | None = None
+    column: Column | None = None
+
+    def nbytes(self, tensor: SparseTensor) -> int:
+        """Returns the exact bytes of the streams that `encode` returns for a tensor."""
+        return self.size(tensor) if self.size else _nbytes(self.encode(tensor))
 
 
-# --- dense: every entry, zeros included; the mask beside it where some are inactive ----------------------
+# --- dense: every entry, and a bitmask beside it if some are inactive ------------------------------------
 
 
 def _encode_dense(tensor: SparseTensor) -> Streams:
@@ -57,27 +82,44 @@ def _encode_dense(tensor: SparseTensor) -> Streams:
 def _decode_dense(
     streams: Mapping[str, Array], shape: tuple[int, ...], active: int, dtype: np.dtype[Any]
 ) -> SparseTensor:
-    size = math.prod(shape)
-    array, *bits = _streams(streams, "", *(("mask",) if active < size else ()))
+    array, *bits = _streams(streams, "", *(("mask",) if active < math.prod(shape) else ()))
     if array.shape != shape:
-        raise FormatError(f"a dense parameter of shape {shape} came with shape {array.shape}; the file is damaged.")
+        raise FormatError(
+            f"a dense parameter of shape {shape} is stored with shape {array.shape}; the file is damaged."
+        )
     mask = Mask.from_bits(bits[0], shape) if bits else Mask.full(shape)
     tensor = SparseTensor.from_dense(array, mask)
+    # Readers that ignore the mask would compute with a stray value, so the archive would mean two models.
     if bits and np.count_nonzero(array) != np.count_nonzero(tensor.values):
-        raise FormatError("a dense parameter has values outside its mask; the file is damaged.")
+        raise FormatError("a dense parameter has non-zero values outside its mask; the file is damaged.")
     return _checked(mask, tensor.values, active, dtype)
 
 
-# --- bitmask: one bit an entry ---------------------------------------------------------------------------
+def _dense_size(tensor: SparseTensor) -> int:
+    mask = 0 if tensor.mask.active == tensor.mask.size else _bitmask_bytes(tensor)
+    return tensor.mask.size * tensor.values.dtype.itemsize + mask
+
+
+# --- bitmask: one bit per entry --------------------------------------------------------------------------
 
 
 def _encode_bitmask(tensor: SparseTensor) -> Streams:
     return {"mask": tensor.mask.bits, "values": tensor.values}
 
 
-def _decode_bitmask(streams: Mapping[str, Array], shape: tuple[int, ...], active: int, dtype: np.dtype) -> SparseTensor:
+def _decode_bitmask(
+    streams: Mapping[str, Array], shape: tuple[int, ...], active: int, dtype: np.dtype[Any]
+) -> SparseTensor:
     bits, values = _streams(streams, "mask", "values")
     return _checked(Mask.from_bits(bits, shape), values, active, dtype)
+
+
+def _bitmask_size(tensor: SparseTensor) -> int:
+    return _bitmask_bytes(tensor) + tensor.values.nbytes
+
+
+def _bitmask_bytes(tensor: SparseTensor) -> int:
+    return (tensor.mask.size + 7) // 8
 
 
 # --- CSR: row pointers and column indices of the matrix view ---------------------------------------------
@@ -91,21 +133,29 @@ def _encode_csr(tensor: SparseTensor) -> Streams:
     return {"indptr": indptr, "indices": column_of.astype(np.int32), "values": tensor.values}
 
 
-def _decode_csr(streams: Mapping[str, Array], shape: tuple[int, ...], active: int, dtype: np.dtype) -> SparseTensor:
+def _decode_csr(
+    streams: Mapping[str, Array], shape: tuple[int, ...], active: int, dtype: np.dtype[Any]
+) -> SparseTensor:
     indptr, indices, values = _streams(streams, "indptr", "indices", "values")
     rows, columns = matrix_shape(shape)
     if indptr.dtype != np.int32 or indptr.shape != (rows + 1,) or indices.dtype != np.int32 or indices.ndim != 1:
-        raise FormatError(f"CSR of {rows} rows takes int32 indptr of {rows + 1} entries and int32 indices.")
+        raise FormatError(f"CSR of {rows} rows needs {rows + 1} int32 row pointers and int32 column indices.")
+    # A difference of two int32 numbers can wrap around to a positive one, so subtract in int64.
     ends = indptr.astype(np.int64)
     counts = ends[1:] - ends[:-1]
     if indptr[0] != 0 or (counts < 0).any() or indptr[-1] != len(indices):
-        raise FormatError("CSR indptr does not rise from 0 to the number of indices; the file is damaged.")
+        raise FormatError("CSR row pointers do not rise from 0 to the number of indices; the file is damaged.")
     if len(indices) and not (indices.min() >= 0 and indices.max() < columns):
         raise FormatError(f"CSR has a column index outside 0 to {columns - 1}; the file is damaged.")
     positions = np.repeat(np.arange(rows, dtype=np.int64) * columns, counts) + indices
     if (np.diff(positions) <= 0).any():
         raise FormatError("CSR columns of a row are not strictly increasing; the file is damaged.")
     return _checked(Mask(shape, positions), values, active, dtype)
+
+
+def _csr_size(tensor: SparseTensor) -> int:
+    rows, _ = matrix_shape(tensor.mask.shape)
+    return 4 * (rows + 1) + 4 * tensor.mask.active + tensor.values.nbytes
 
 
 # --- delta: run lengths and byte planes, both Huffman-coded ----------------------------------------------
@@ -115,67 +165,86 @@ def _encode_delta(tensor: SparseTensor) -> Streams:
     return {"mask": encode_runs(tensor.mask), "values": encode_planes(tensor.values)}
 
 
-def _decode_delta(streams: Mapping[str, Array], shape: tuple[int, ...], active: int, dtype: np.dtype) -> SparseTensor:
-    coded, planes = _streams(streams, "mask", "values")
-    if coded.dtype != np.uint8 or planes.dtype != np.uint8 or coded.ndim != 1 or planes.ndim != 1:
-        raise FormatError("a delta-coded parameter has streams of bytes; the file is damaged.")
-    return _checked(decode_runs(coded, shape, active), decode_planes(planes, active, dtype), active, dtype)
+def _decode_delta(
+    streams: Mapping[str, Array], shape: tuple[int, ...], active: int, dtype: np.dtype[Any]
+) -> SparseTensor:
+    runs, planes = _streams(streams, "mask", "values")
+    if runs.dtype != np.uint8 or planes.dtype != np.uint8 or runs.ndim != 1 or planes.ndim != 1:
+        raise FormatError("the streams of a delta-coded parameter are not bytes; the file is damaged.")
+    return _checked(decode_runs(runs, shape, active), decode_planes(planes, active, dtype), active, dtype)
 
 
-# --- what they share -------------------------------------------------------------------------------------
+# --- the table -------------------------------------------------------------------------------------------
+
+CODECS: dict[str, Codec] = {
+    codec.name: codec
+    for codec in (
+        Codec("dense", "tensors with few zeros", _encode_dense, _decode_dense, _dense_size),
+        Codec(
+            "bitmask",
+            "weights that are about half zeros, with values that do not compress",
+            _encode_bitmask,
+            _decode_bitmask,
+            _bitmask_size,
+            Column("bitmask", "Bitmask"),
+        ),
+        Codec(
+            "csr",
+            "weights with very few active entries and few rows; scipy reads its arrays",
+            _encode_csr,
+            _decode_csr,
+            _csr_size,
+            Column("CSR", "CSR, 32-bit indices"),
+        ),
+        Codec(
+            "delta",
+            "most sparse weights: within 2 % of the entropy of the mask",
+            _encode_delta,
+            _decode_delta,
+            column=Column("coded", "Coded, as in an archive"),
+        ),
+    )
+}
+"""Codecs by name, from the simplest to the most elaborate: of two equally small ones the writer takes the earlier."""
+
+
+def encode_smallest(tensor: SparseTensor, codecs: Mapping[str, Codec] = CODECS) -> tuple[str, Streams]:
+    """Encodes a tensor with the codec that needs the fewest bytes; on a tie with the one that `codecs` lists first.
+
+    Returns:
+        Name of the codec, and the streams.
+    """
+    # A codec whose size only encoding tells is the slow one, so its streams are kept for the case that it wins.
+    encoded = {name: codec.encode(tensor) for name, codec in codecs.items() if codec.size is None}
+    sizes = {
+        name: _nbytes(encoded[name]) if name in encoded else codec.nbytes(tensor) for name, codec in codecs.items()
+    }
+    best = min(sizes, key=sizes.__getitem__)
+    return best, encoded[best] if best in encoded else codecs[best].encode(tensor)
+
+
+def size_columns(codecs: Mapping[str, Codec] = CODECS) -> dict[str, Column]:
+    """Returns the columns of reports by codec, sorted by the name of the column."""
+    columns = {name: codec.column for name, codec in codecs.items() if codec.column}
+    return dict(sorted(columns.items(), key=lambda item: item[1].name))
+
+
+def _nbytes(streams: Streams) -> int:
+    return sum(array.nbytes for array in streams.values())
 
 
 def _streams(streams: Mapping[str, Array], *names: str) -> list[Array]:
+    """Returns the streams of these names; raises `FormatError` if there are others, or one is missing."""
     if set(streams) != set(names):
         raise FormatError(f"streams {sorted(streams)} were found where {sorted(names)} were expected.")
     return [streams[name] for name in names]
 
 
 def _checked(mask: Mask, values: Array, active: int, dtype: np.dtype[Any]) -> SparseTensor:
+    """Returns a decoded tensor; raises `FormatError` unless it has the count and dtype that the manifest lists."""
     if mask.active != active or values.shape != (active,) or values.dtype != dtype:
         raise FormatError(
-            f"a parameter of {active} active {dtype} weights came with {mask.active} positions and "
+            f"a parameter of {active} active {dtype} weights is stored with {mask.active} positions and "
             f"{values.shape} {values.dtype} values; the file is damaged."
         )
     return SparseTensor(mask, values)
-
-
-CODECS: dict[str, Codec] = {
-    codec.name: codec
-    for codec in (
-        Codec("delta", _encode_delta, _decode_delta),
-        Codec("bitmask", _encode_bitmask, _decode_bitmask),
-        Codec("csr", _encode_csr, _decode_csr),
-        Codec("dense", _encode_dense, _decode_dense),
-    )
-}
-
-
-def encode_smallest(tensor: SparseTensor) -> tuple[str, Streams]:
-    """The name and streams of the codec that takes the fewest bytes for this tensor; ties go to the simpler."""
-    coded = _encode_delta(tensor)
-    sizes = {
-        "dense": dense_bytes(tensor),
-        "bitmask": bitmask_bytes(tensor),
-        "csr": csr_bytes(tensor),
-        "delta": sum(array.nbytes for array in coded.values()),
-    }
-    best = min(sizes, key=lambda name: sizes[name])
-    return best, coded if best == "delta" else CODECS[best].encode(tensor)
-
-
-def dense_bytes(tensor: SparseTensor) -> int:
-    """Exact bytes of the dense codec: every value, and one bit an entry where some are inactive."""
-    mask = 0 if tensor.mask.active == tensor.mask.size else (tensor.mask.size + 7) // 8
-    return tensor.mask.size * tensor.values.dtype.itemsize + mask
-
-
-def bitmask_bytes(tensor: SparseTensor) -> int:
-    """Exact bytes of the bitmask codec."""
-    return (tensor.mask.size + 7) // 8 + tensor.values.nbytes
-
-
-def csr_bytes(tensor: SparseTensor) -> int:
-    """Exact bytes of the CSR codec: int32 row pointers and column indices, and the values."""
-    rows, _ = matrix_shape(tensor.mask.shape)
-    return 4 * (rows + 1) + 4 * tensor.mask.active + tensor.values.nbytes

@@ -1,6 +1,6 @@
-"""The .npz of CSR matrices: every sparse weight ready for scipy, every other tensor as a plain array.
+"""Reader and writer of CSR files: a .npz with a scipy matrix for every sparse weight and arrays for the rest.
 
-`docs/format.md` describes it. Only numpy and scipy are needed, to read it with this module or without.
+`docs/format.md` describes the file. Reading needs only numpy and scipy, with this module or without it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from scipy.sparse import csr_matrix
 from dsr_tool.errors import FormatError, UsageError
 from dsr_tool.files import require_file
 from dsr_tool.formats.codecs import CODECS
-from dsr_tool.formats.manifest import Entry, check_claim
+from dsr_tool.formats.documents import parse_json
+from dsr_tool.formats.manifest import Entry, check_decoded_bytes
 from dsr_tool.formats.npz import NpzReader, write_npz
-from dsr_tool.formats.tensor_file import parse_json
 from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.sparsity.layers import LayerSpec, matrix_shape
 from dsr_tool.sparsity.mask import Mask
@@ -28,9 +28,16 @@ __all__ = ["CsrFile", "load_csr", "write_csr"]
 
 SCHEMA = "dsr-tool/csr/1"
 DESCRIPTION = ":description"
+"""Name of the array that holds the description, a JSON document."""
+
 _PARTS = ("data", "indices", "indptr", "shape")
+"""Arrays of one matrix, named like the arguments of `scipy.sparse.csr_matrix`."""
+
 _FREE_DESCRIPTION_BYTES, _MAX_DESCRIPTION_RATIO = 4 << 20, 64
-_MOST = 2**31 - 1
+"""The description may have this many bytes plus this many times its stored bytes, so small files fail fast."""
+
+_MAX_INDEX = 2**31 - 1
+"""Largest number of rows, columns or active entries: indices are int32."""
 
 
 def write_csr(
@@ -41,24 +48,24 @@ def write_csr(
     *,
     versions: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a model as CSR matrices and plain arrays; see `new_file` for doing that safely.
+    """Writes a model as CSR matrices and plain arrays to `path` directly; see `new_file` for a safe path.
 
     Args:
-        path: the file to fill.
-        tensors: every entry of the state_dict; full masks for those that are dense.
-        specs: what each of them is.
-        config: what the model is.
-        versions: names and versions of what made the file, for the record.
+        path: the file.
+        tensors: every entry of the state_dict, with full masks for dense ones.
+        specs: name, shape and role of each tensor.
+        config: description of the model.
+        versions: names and versions of the packages that write the file, for the record.
 
     Raises:
-        UsageError: a name or a size that such a file cannot have.
+        UsageError: a name cannot be a name in a .npz file, or a weight is too large for int32 indices.
     """
     arrays: dict[str, Array] = {}
     entries = []
     for name, tensor in tensors.items():
         entry = Entry(specs[name], tensor.values.dtype.name, _codec(specs[name]), tensor.mask.active, {})
         entries.append(entry)
-        _refuse_what_cannot_be_stored(entry, arrays)
+        _check_storable(entry, arrays)
         arrays |= _arrays(name, tensor) if entry.codec == "csr" else {name: tensor.to_dense()}
     document = {
         "schema": SCHEMA,
@@ -71,23 +78,23 @@ def write_csr(
 
 
 def load_csr(path: str | Path, *, max_decoded_bytes: int | None = None) -> CsrFile:
-    """Read a .npz of CSR matrices and check everything in it, so that scipy can be trusted with the matrices.
+    """Reads a CSR file and checks everything in it, since scipy trusts its arguments and a bad index can crash it.
 
         layers = load_csr("model.npz")
         y = layers["fc.weight"] @ x
 
     Args:
-        path: a file that `dsr-tool export --to csr` wrote.
-        max_decoded_bytes: refuse files that claim to hold more than this, decoded to dense tensors. When absent, 10,000
-            times the size of the file and 256 MiB, and no more than 16 GiB.
+        path: a file written by `dsr-tool export --to csr`.
+        max_decoded_bytes: largest size, decoded to dense tensors, that the file may claim. Default: 10,000 times the
+            size of the file plus 256 MiB, and at most 16 GiB.
 
     Returns:
-        The tensors by state_dict name: a `csr_matrix` with int32 indices, of shape (first size, product of the others),
-        for each sparse weight, an array for each of the others.
+        The tensors by state_dict name. A sparse weight is a `csr_matrix` with int32 indices and shape (first size,
+        product of the others); every other tensor is an array.
 
     Raises:
-        FileError: there is no such file.
-        FormatError: it is no such file, damaged, or claims too much.
+        FileError: the file does not exist.
+        FormatError: the file is not a CSR file, is damaged, or claims too much.
     """
     path = Path(path)
     require_file(path, "CSR file")
@@ -95,32 +102,33 @@ def load_csr(path: str | Path, *, max_decoded_bytes: int | None = None) -> CsrFi
 
 
 class CsrFile(Mapping[str, "csr_matrix[Any] | Array"]):
-    """The tensors of a read file by name; weights stored as float16 are float32 here, with the same values.
+    """The tensors of a CSR file by name. Weights stored as float16 are float32 here, with the same values.
 
     Attributes:
-        path: where it lies.
+        path: path of the file.
         nbytes: its size in bytes.
-        config: what the model is.
-        entries: what each tensor is and how it is stored.
-        versions: what made the file.
-        stored: for each tensor the bytes of its arrays in the file.
-        description_bytes: bytes of the description in the file.
-        container_bytes: bytes of the zip container.
+        config: description of the model.
+        entries: spec, dtype and codec of each tensor, in the order of the model.
+        versions: names and versions of the packages that wrote the file.
+        stored: stored bytes by tensor and name of the array.
+        description_bytes: stored bytes of the description.
+        container_bytes: bytes of the zip container that are not arrays.
     """
 
     def __init__(self, path: Path, max_decoded_bytes: int | None = None) -> None:
-        """Use `load_csr`."""
+        """Reads and checks the file; see `load_csr`."""
         self.path = path
         with NpzReader(path) as file:
             document = _document(file)
             try:
                 self.config = ModelConfig.from_dict(document["model"])
+                # A tensor needs an array at least; without this check a long list costs time before it is refused.
                 if len(document["tensors"]) > len(file.names):
                     raise ValueError("it lists more tensors than there are arrays")
                 entries = [Entry.from_dict(data) for data in document["tensors"]]
                 self.versions = {str(name): str(text) for name, text in document["versions"].items()}
             except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-                raise file.damaged(f"its description is not understood ({error})") from error
+                raise file.damaged(f"its description is invalid ({error})") from error
             self.entries = {entry.spec.name: entry for entry in entries}
             _check_entries(file, entries, max_decoded_bytes)
             self._tensors = {name: _read(file, entry) for name, entry in self.entries.items()}
@@ -141,11 +149,11 @@ class CsrFile(Mapping[str, "csr_matrix[Any] | Array"]):
         return len(self._tensors)
 
     def entry_bytes(self, name: str) -> int:
-        """Bytes of one tensor as stored."""
+        """Returns the stored bytes of one tensor."""
         return sum(self.stored[name].values())
 
     def tensor(self, name: str) -> SparseTensor:
-        """One tensor as mask and values, in the type that it has in the file."""
+        """Returns one tensor as mask and values, in the dtype that it has in the file."""
         entry, array = self.entries[name], self._tensors[name]
         if isinstance(array, np.ndarray):
             stored = array.astype(entry.dtype, copy=False)
@@ -159,31 +167,31 @@ def _codec(spec: LayerSpec) -> str:
 
 
 def _names(entry: Entry) -> list[str]:
-    """Names of the arrays that hold a tensor."""
+    """Returns the names of the arrays that hold a tensor."""
     name = entry.spec.name
     return [f"{name}:{part}" for part in _PARTS] if entry.codec == "csr" else [name]
 
 
-def _refuse_what_cannot_be_stored(entry: Entry, arrays: Mapping[str, Array]) -> None:
+def _check_storable(entry: Entry, arrays: Mapping[str, Array]) -> None:
     name = entry.spec.name
     if "/" in name or "\\" in name or any(array in arrays or array == DESCRIPTION for array in _names(entry)):
-        raise UsageError(f"tensor {name!r} has a name that a .npz file cannot keep apart; rename the module.")
-    if entry.codec == "csr" and max(entry.active, *entry.spec.matrix_shape) > _MOST:
+        raise UsageError(f"tensor {name!r} has a name that is not possible in a .npz file; rename the module.")
+    if entry.codec == "csr" and max(entry.active, *entry.spec.matrix_shape) > _MAX_INDEX:
         raise UsageError(f"weight {name!r} is too large for int32 indices; export an archive (.dsr) instead.")
 
 
 def _arrays(name: str, tensor: SparseTensor) -> dict[str, Array]:
-    """The arrays of one matrix, called as `csr_matrix` calls them."""
+    """Returns the arrays of one matrix by their names in the file."""
     streams = CODECS["csr"].encode(tensor)
     parts = {**streams, "data": streams["values"], "shape": np.array(matrix_shape(tensor.mask.shape), np.int64)}
     return {f"{name}:{part}": parts[part] for part in _PARTS}
 
 
 def _document(file: NpzReader) -> dict[str, Any]:
-    foreign = FormatError(f"{str(file.path)!r} is a .npz file but not one that dsr-tool exports.")
+    not_ours = FormatError(f"{str(file.path)!r} is a .npz file but not one that dsr-tool exports.")
     if DESCRIPTION not in file.names:
-        raise foreign
-    # So that a small file is quick to refuse, whatever it unpacks to.
+        raise not_ours
+    # Bounded by its stored bytes, so that a small file is refused fast, whatever it decompresses to.
     most = _FREE_DESCRIPTION_BYTES + _MAX_DESCRIPTION_RATIO * file.stored_bytes(DESCRIPTION)
     raw = file.read_bytes(DESCRIPTION, most)
     try:
@@ -191,7 +199,7 @@ def _document(file: NpzReader) -> dict[str, Any]:
     except FormatError as error:
         raise file.damaged(str(error)) from error
     if document.get("schema") != SCHEMA:
-        raise foreign
+        raise not_ours
     return document
 
 
@@ -202,10 +210,10 @@ def _check_entries(file: NpzReader, entries: list[Entry], max_decoded_bytes: int
     for entry in entries:
         rows, columns = entry.spec.matrix_shape
         if entry.codec != _codec(entry.spec) or (entry.codec == "dense" and entry.active != entry.spec.size):
-            raise file.damaged(f"tensor {entry.spec.name!r} is stored otherwise than its role says")
-        if entry.codec == "csr" and max(entry.active, rows, columns) > _MOST:
+            raise file.damaged(f"tensor {entry.spec.name!r} is not stored as its role requires")
+        if entry.codec == "csr" and max(entry.active, rows, columns) > _MAX_INDEX:
             raise file.damaged(f"weight {entry.spec.name!r} is too large for int32 indices")
-    check_claim(file.path, entries, file.nbytes, max_decoded_bytes)
+    check_decoded_bytes(file.path, entries, file.nbytes, max_decoded_bytes)
 
 
 def _read(file: NpzReader, entry: Entry) -> csr_matrix[Any] | Array:
@@ -215,16 +223,16 @@ def _read(file: NpzReader, entry: Entry) -> csr_matrix[Any] | Array:
 
 
 def _wide(values: Array, entry: Entry) -> Array:
-    """Values as float32 where a weight has float16, which scipy does not multiply with."""
+    """Returns float16 weights as float32, because scipy cannot multiply with float16."""
     return values.astype(np.float32) if entry.spec.weight and entry.dtype == "float16" else values
 
 
 def _matrix(file: NpzReader, entry: Entry) -> csr_matrix[Any]:
     name, (rows, columns) = entry.spec.name, entry.spec.matrix_shape
     if file.read(f"{name}:shape", np.int64, (2,)).tolist() != [rows, columns]:
-        raise file.damaged(f"weight {name!r} is not a matrix of {rows} x {columns}")
+        raise file.damaged(f"weight {name!r} is not a {rows} x {columns} matrix")
     indptr = file.read(f"{name}:indptr", np.int32, (rows + 1,))
-    # Compared, not subtracted as scipy does: a difference of int32 numbers can wrap around to a positive one.
+    # Compare the pointers; scipy subtracts them, and a difference of int32 numbers can wrap around to a positive one.
     if indptr[0] != 0 or (indptr[1:] < indptr[:-1]).any() or indptr[-1] != entry.active:
         raise file.damaged(f"the row pointers of {name!r} do not rise from 0 to {entry.active}")
     indices = file.read(f"{name}:indices", np.int32, (entry.active,))
@@ -233,7 +241,7 @@ def _matrix(file: NpzReader, entry: Entry) -> csr_matrix[Any]:
         matrix = csr_matrix((_wide(data, entry), indices, indptr), shape=(rows, columns))
         matrix.check_format(full_check=True)
     except ValueError as error:
-        raise file.damaged(f"weight {name!r} is no CSR matrix ({error})") from error
+        raise file.damaged(f"weight {name!r} is not a CSR matrix ({error})") from error
     if not matrix.has_canonical_format:
         raise file.damaged(f"the columns of a row of {name!r} are not strictly increasing")
     return matrix

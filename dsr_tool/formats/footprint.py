@@ -1,16 +1,16 @@
-"""Footprint: parameters, active weights, bytes per codec and multiply-adds, per layer and in all.
+"""Footprint: parameters, active weights, bytes per codec and multiply-adds, for each layer and for the model.
 
-Plain numbers, with units in their names: `_bytes`, `_macs`; sparsity is a fraction of zeros in [0, 1].
+All numbers carry their unit in the name: `_bytes`, `_macs`. Sparsity is the fraction of zeros, in [0, 1].
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-from dsr_tool.formats.codecs import CODECS, bitmask_bytes, csr_bytes
+from dsr_tool.formats.codecs import CODECS, size_columns
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.tensor import SparseTensor
 
@@ -19,48 +19,65 @@ __all__ = ["Footprint", "LayerFootprint", "Sizes", "footprint"]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What one tensor, or several, take and cost.
+    """Memory and computation of one tensor, or of several together.
 
     Attributes:
-        parameters: entries, zeros included.
-        active: entries that may differ from zero.
-        dense_bytes: every entry in its own type.
-        csr_bytes: int32 row pointers and column indices, and the active values.
-        bitmask_bytes: one bit an entry, and the active values.
-        coded_bytes: run lengths and byte planes, Huffman-coded, exactly as the archive's delta codec writes them.
-        bound_bytes: the entropy bound of the mask, log2 C(parameters, active) bits, and the raw active values.
-        dense_macs: multiply-adds for one input with every weight.
-        sparse_macs: multiply-adds for one input with the active weights alone.
+        parameters: number of entries, zeros included.
+        active: number of entries that may differ from zero.
+        dense_bytes: bytes of all entries in their own type, without a mask.
+        codec_bytes: exact bytes by name of the codec, for the codecs that have a column in reports.
+        bound_bytes: least bytes of an entropy-coded mask, log2 C(parameters, active) bits, and of raw active values.
+        dense_macs: multiply-adds for one input with all weights.
+        sparse_macs: multiply-adds for one input with the active weights.
     """
 
     parameters: int = 0
     active: int = 0
     dense_bytes: int = 0
-    csr_bytes: int = 0
-    bitmask_bytes: int = 0
-    coded_bytes: int = 0
+    codec_bytes: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(size_columns(), 0))
     bound_bytes: int = 0
     dense_macs: int = 0
     sparse_macs: int = 0
 
     def __add__(self, other: Sizes) -> Sizes:
-        return Sizes(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Sizes)))
+        return Sizes(
+            self.parameters + other.parameters,
+            self.active + other.active,
+            self.dense_bytes + other.dense_bytes,
+            {name: nbytes + other.codec_bytes[name] for name, nbytes in self.codec_bytes.items()},
+            self.bound_bytes + other.bound_bytes,
+            self.dense_macs + other.dense_macs,
+            self.sparse_macs + other.sparse_macs,
+        )
 
     @property
     def density(self) -> float:
-        """Active share, in [0, 1]."""
+        """Fraction of active entries, in [0, 1]."""
         return self.active / self.parameters if self.parameters else 0.0
+
+    def to_dict(self) -> dict[str, int | float]:
+        """Returns plain values for JSON, the bytes of each codec under the key of its column."""
+        return {
+            "parameters": self.parameters,
+            "active": self.active,
+            "dense_bytes": self.dense_bytes,
+            **{column.key: self.codec_bytes[name] for name, column in size_columns().items()},
+            "bound_bytes": self.bound_bytes,
+            "dense_macs": self.dense_macs,
+            "sparse_macs": self.sparse_macs,
+            "density": self.density,
+        }
 
 
 @dataclass(frozen=True)
 class LayerFootprint:
-    """One entry of the state_dict.
+    """Footprint of one entry of the state_dict.
 
     Attributes:
-        spec: what it is.
-        sizes: what it takes.
-        stored_bytes: bytes in the file at hand; None where the file does not tell.
-        codec: how it is stored there.
+        spec: name, shape and role of the entry.
+        sizes: its memory and computation.
+        stored_bytes: its bytes in the file that was read; None if the file does not tell them apart.
+        codec: codec that stores it there.
     """
 
     spec: LayerSpec
@@ -71,11 +88,11 @@ class LayerFootprint:
 
 @dataclass(frozen=True)
 class Footprint:
-    """A whole model.
+    """Footprint of a whole model.
 
     Attributes:
         layers: every parameter and buffer.
-        file_bytes: size on disk of what was read.
+        file_bytes: size on disk of the file or folder that was read.
         parts: bytes of that file by part; they add up to `file_bytes`.
     """
 
@@ -85,17 +102,17 @@ class Footprint:
 
     @property
     def prunable(self) -> Sizes:
-        """The sparse weights."""
+        """Sizes of the sparse weights."""
         return _total(layer for layer in self.layers if layer.spec.role == "sparse")
 
     @property
     def model(self) -> Sizes:
-        """All parameters, without buffers."""
+        """Sizes of all parameters, without buffers."""
         return _total(layer for layer in self.layers if layer.spec.role != "buffer")
 
     @property
     def everything(self) -> Sizes:
-        """All parameters and buffers, which is what files hold."""
+        """Sizes of all parameters and buffers, which is what files hold."""
         return _total(self.layers)
 
     @property
@@ -110,24 +127,24 @@ class Footprint:
 
     @property
     def computed_bytes(self) -> int:
-        """Sum of the parts."""
+        """Sum of the parts, to be compared with `file_bytes`."""
         return sum(self.parts.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Returns plain values for JSON."""
         return {
             "sparsity_of_prunable_weights": self.sparsity,
             "sparsity_of_whole_model": self.model_sparsity,
-            "prunable": _sizes(self.prunable),
-            "model": _sizes(self.model),
-            "with_buffers": _sizes(self.everything),
+            "prunable": self.prunable.to_dict(),
+            "model": self.model.to_dict(),
+            "with_buffers": self.everything.to_dict(),
             "file_bytes": self.file_bytes,
             "computed_bytes": self.computed_bytes,
             "parts_bytes": dict(self.parts),
             "layers": [
                 {
                     **layer.spec.to_dict(),
-                    **_sizes(layer.sizes),
+                    **layer.sizes.to_dict(),
                     "codec": layer.codec,
                     "stored_bytes": layer.stored_bytes,
                 }
@@ -144,15 +161,15 @@ def footprint(
     file_bytes: int = 0,
     parts: Mapping[str, int] | None = None,
 ) -> Footprint:
-    """Measure a model.
+    """Measures a model.
 
     Args:
-        tensors: every entry of the state_dict; full masks for dense ones. Taken one at a time, so a mapping that
-            decodes on demand keeps the memory low.
-        specs: what each of them is.
-        stored: codec and bytes of each in the file at hand.
+        tensors: every entry of the state_dict, with full masks for dense ones. They are read one at a time, so a
+            mapping that decodes on demand keeps the memory low.
+        specs: name, shape and role of each.
+        stored: codec and bytes of each in the file that was read.
         file_bytes: size of that file.
-        parts: its parts in bytes.
+        parts: bytes of that file by part.
     """
     layers = []
     for name, spec in specs.items():
@@ -164,18 +181,15 @@ def footprint(
 def _measure(tensor: SparseTensor, spec: LayerSpec) -> Sizes:
     size, active, width = tensor.mask.size, tensor.mask.active, tensor.values.dtype.itemsize
     dense = size * width
-    macs = {"dense_macs": round(size * spec.macs_per_weight), "sparse_macs": round(active * spec.macs_per_weight)}
-    if spec.role != "sparse":
-        return Sizes(size, active, *[dense] * 5, **macs)
-    csr, bitmask = csr_bytes(tensor), bitmask_bytes(tensor)
-    coded = sum(array.nbytes for array in CODECS["delta"].encode(tensor).values())
-    bound = math.ceil(tensor.mask.entropy_bound_bits / 8) + active * width
-    return Sizes(size, active, dense, csr, bitmask, coded, bound, **macs)
+    if spec.role == "sparse":
+        codecs = {name: CODECS[name].nbytes(tensor) for name in size_columns()}
+        bound = math.ceil(tensor.mask.entropy_bound_bits / 8) + active * width
+    else:
+        # The columns compare ways to store sparse weights; dense tensors are the same constant in each.
+        codecs, bound = dict.fromkeys(size_columns(), dense), dense
+    macs = round(size * spec.macs_per_weight), round(active * spec.macs_per_weight)
+    return Sizes(size, active, dense, codecs, bound, *macs)
 
 
 def _total(layers: Iterable[LayerFootprint]) -> Sizes:
     return sum((layer.sizes for layer in layers), Sizes())
-
-
-def _sizes(sizes: Sizes) -> dict[str, Any]:
-    return {**asdict(sizes), "density": sizes.density}

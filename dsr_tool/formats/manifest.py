@@ -1,4 +1,4 @@
-"""What an archive says about itself: names of streams, entries of the manifest, packed documents, checksums."""
+"""The manifest of an archive: one entry per tensor, the names of streams, checksums, and the limit on decoded bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from dsr_tool.errors import FormatError
 from dsr_tool.formats.codecs import CODECS
-from dsr_tool.formats.tensor_file import whole
+from dsr_tool.formats.documents import is_count
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.tensor import Array
 
@@ -23,22 +23,27 @@ __all__ = [
     "METADATA",
     "PACKED",
     "Entry",
-    "check_claim",
-    "container_header_bytes",
+    "check_decoded_bytes",
     "crc32_of",
     "most_decoded_bytes",
-    "pack",
     "packed_stream",
-    "unpack",
 ]
 
 FORMAT_VERSION = (1, 0)
-MANIFEST, GRAPH, METADATA = ":manifest", ":graph", "dsr_archive"
+"""Major and minor version of the archives that are written. Readers refuse other majors and accept other minors."""
+
+METADATA = "dsr_archive"
+"""Key in the metadata of a safetensors file by which an archive is known."""
+
+MANIFEST, GRAPH = ":manifest", ":graph"
+"""Names of the streams that hold the two documents."""
+
 PACKED = "packed"
-"""Codec of the many small tensors that share one stream per type: norms, biases and buffers."""
-_MAX_DOCUMENT_BYTES = 64 << 20
-_FREE_DOCUMENT_BYTES, _MAX_DOCUMENT_RATIO = 4 << 20, 256
+"""Codec name of small dense tensors (norms, biases, buffers), which share one stream per dtype."""
+
 _FREE_DECODED_BYTES, _MAX_DECODED_RATIO, _MAX_DECODED_BYTES = 256 << 20, 10_000, 16 << 30
+"""A file may claim to decode to this many bytes plus this many times its own bytes, and never more than 16 GiB."""
+
 _DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
 
 
@@ -47,11 +52,11 @@ class Entry:
     """One tensor of the state_dict, as the manifest lists it.
 
     Attributes:
-        spec: name, shape, role and reason.
-        dtype: numpy name of its type.
-        codec: how it is stored.
-        active: entries that are stored.
-        crc32: checksum of each stream, by suffix.
+        spec: name, shape, role and the reason for the role.
+        dtype: numpy name of the type of its values.
+        codec: name of the codec that stores it, or `PACKED`.
+        active: number of stored entries.
+        crc32: checksum of each of its streams, by suffix.
     """
 
     spec: LayerSpec
@@ -61,17 +66,17 @@ class Entry:
     crc32: Mapping[str, int]
 
     @property
-    def nbytes_decoded(self) -> int:
-        """Bytes of memory to decode it: the tensor, and unless all is active its positions and a bitmap."""
+    def decoded_bytes(self) -> int:
+        """Bytes of memory that decoding needs: the dense tensor and, if it is sparse, positions and a boolean mask."""
         sparse = 0 if self.active == self.spec.size else 8 * self.active + self.spec.size
         return self.spec.size * np.dtype(self.dtype).itemsize + sparse
 
     def stream(self, suffix: str) -> str:
-        """Name of one of its streams in the container."""
+        """Returns the name in the file of the stream with a suffix."""
         return f"{self.spec.name}:{suffix}" if suffix else self.spec.name
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Returns plain values for JSON."""
         return {
             **self.spec.to_dict(),
             "dtype": self.dtype,
@@ -82,10 +87,10 @@ class Entry:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Entry:
-        """The inverse of `to_dict`.
+        """Returns the entry of plain values, the inverse of `to_dict`.
 
         Raises:
-            FormatError: a type or codec of another version, or a count that cannot be.
+            FormatError: the dtype or codec is unknown, or a count or checksum is impossible.
         """
         data = dict(data)
         dtype, codec, active, crc32 = (data.pop(key) for key in ("dtype", "codec", "active", "crc32"))
@@ -95,62 +100,45 @@ class Entry:
                 f"tensor {spec.name!r} has type {dtype!r} and codec {codec!r}, which this version cannot read."
             )
         if spec.role == "sparse" and not dtype.startswith("float"):
-            raise FormatError(f"tensor {spec.name!r} is sparse and of type {dtype!r}; weights are of floating point.")
-        if not whole(active) or not 0 <= active <= spec.size:
+            raise FormatError(f"sparse tensor {spec.name!r} has type {dtype!r}, expected a floating-point type.")
+        if not is_count(active) or active > spec.size:
             raise FormatError(f"tensor {spec.name!r} claims {active!r} active of {spec.size} entries.")
-        if not all(map(whole, crc32.values())) or (codec == PACKED and (crc32 or active < spec.size)):
-            raise FormatError(f"tensor {spec.name!r} has checksums or a count that do not go with codec {codec!r}.")
+        if not all(map(is_count, crc32.values())) or (codec == PACKED and (crc32 or active < spec.size)):
+            raise FormatError(f"tensor {spec.name!r} has checksums or a count that codec {codec!r} cannot have.")
         return cls(spec, dtype, codec, active, dict(crc32))
 
 
-def check_claim(path: Path, entries: Iterable[Entry], file_bytes: int, most: int | None = None) -> None:
-    """Raise `FormatError` where a file claims more than `most` bytes decoded; by its size when absent."""
-    claimed = sum(entry.nbytes_decoded for entry in entries)
-    most = most_decoded_bytes(file_bytes) if most is None else most
-    if claimed > most:
+def check_decoded_bytes(path: Path, entries: Iterable[Entry], file_bytes: int, limit: int | None = None) -> None:
+    """Refuses a file that claims to decode to too much, before anything is decoded.
+
+    Args:
+        path: the file, for the message.
+        entries: all tensors that it lists.
+        file_bytes: its size.
+        limit: bytes allowed; None for `most_decoded_bytes(file_bytes)`.
+
+    Raises:
+        FormatError: the entries need more.
+    """
+    claimed = sum(entry.decoded_bytes for entry in entries)
+    limit = most_decoded_bytes(file_bytes) if limit is None else limit
+    if claimed > limit:
         raise FormatError(
-            f"{str(path)!r} claims {claimed:,} bytes of weights, more than the {most:,} allowed; raise "
+            f"{str(path)!r} claims {claimed:,} bytes of weights, more than the {limit:,} allowed; raise "
             f"max_decoded_bytes if you trust the file."
         )
 
 
 def most_decoded_bytes(file_bytes: int) -> int:
-    """What a file of so many bytes may claim to hold decoded."""
+    """Returns the bytes that a file of this size may decode to: 10,000 times its size plus 256 MiB, at most 16 GiB."""
     return min(_FREE_DECODED_BYTES + _MAX_DECODED_RATIO * file_bytes, _MAX_DECODED_BYTES)
 
 
 def packed_stream(dtype: str) -> str:
-    """Name of the stream that holds all packed tensors of one type."""
+    """Returns the name of the stream with all packed tensors of a dtype."""
     return f":{PACKED}:{dtype}"
 
 
-def container_header_bytes(path: Path) -> int:
-    """Bytes of a safetensors file that are no tensor data: the length of its table, and the table."""
-    with path.open("rb") as file:
-        return 8 + int.from_bytes(file.read(8), "little")
-
-
 def crc32_of(array: Array) -> int:
-    """Zlib's checksum of the bytes of an array."""
+    """Returns zlib's CRC-32 of the bytes of an array."""
     return zlib.crc32(np.ascontiguousarray(array).data)
-
-
-def pack(document: str) -> Array:
-    """A JSON document as compressed bytes."""
-    return np.frombuffer(zlib.compress(document.encode("utf-8"), 9), np.uint8)
-
-
-def unpack(packed: Array) -> bytes:
-    """The inverse of `pack`, not decoded; raises `FormatError` for damage and for documents without end.
-
-    A document may be 256 times as long as it is stored, or 4 MiB, so that small files are quick to refuse.
-    """
-    most = min(_FREE_DOCUMENT_BYTES + _MAX_DOCUMENT_RATIO * packed.nbytes, _MAX_DOCUMENT_BYTES)
-    coder = zlib.decompressobj()
-    try:
-        raw = coder.decompress(packed.tobytes(), most)
-    except zlib.error as error:
-        raise FormatError(f"a document of the archive cannot be decoded ({error}); the file is damaged.") from error
-    if not coder.eof or coder.unused_data:
-        raise FormatError(f"a document of the archive does not end within {most:,} bytes; the file is damaged.")
-    return raw

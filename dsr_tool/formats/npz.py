@@ -1,6 +1,6 @@
-"""NumPy's .npz container: the same bytes for the same arrays, and a reader that trusts nothing in a file.
+"""NumPy's .npz container: a deterministic writer, and a reader for untrusted files.
 
-A .npz is a zip archive with one .npy file for each array. Nothing is unpacked to disk.
+A .npz is a zip archive with one .npy file (a "member") per array. Nothing is unpacked to disk.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dsr_tool.errors import FormatError, UsageError, first_line
 from dsr_tool.sparsity.tensor import Array
@@ -24,31 +25,50 @@ from dsr_tool.sparsity.tensor import Array
 __all__ = ["NpzReader", "write_npz"]
 
 _LEVEL = 9
-"""The column indices of ResNet-50 at 0.9 are 11 % larger at level 6, which numpy takes, and 33 % larger at level 1."""
+"""Deflate level. Column indices of ResNet-50 at sparsity 0.9 are 11 % larger at numpy's level 6, 33 % at level 1."""
+
 _MAX_DIRECTORY_BYTES = 4 << 20
+"""Largest directory that is read: zipfile reads all of it, however large the file claims it to be."""
+
 _MAX_HEADER_BYTES = 1024
+"""Largest .npy header; numpy parses it as Python source, so its length is limited."""
+
 _MAX_RATIO = 1032
-"""No deflate stream holds more than so many times its own bytes."""
+"""Largest ratio of decompressed to compressed bytes that deflate can reach."""
+
 _END, _END_BYTES = b"PK\x05\x06", 22
+"""Signature and length of the record that ends a zip file, when it has no comment."""
+
 _LOCATOR64, _LOCATOR64_BYTES = b"PK\x06\x07", 20
+"""Signature and length of the record before it in a zip64 file."""
+
 _LOCAL_BYTES = 30
-_LONGEST_REASON = 300
+"""Fixed part of a member's local header; a name and an extra field follow, with their lengths in its last 4 bytes."""
+
+_MAX_REASON = 300
+"""Characters of a reason that an error quotes."""
+
 _ENCRYPTED = 1
 _BY_UNIX = 3
+"""Bit of a member's flags, and its creator system, as the zip format numbers them."""
 
 
 def write_npz(path: Path, arrays: Mapping[str, Array]) -> None:
-    """Write arrays as `numpy.savez_compressed` does, but smaller, and without a date.
+    """Writes arrays like `numpy.savez_compressed`, but smaller, and with the same bytes for the same arrays.
+
+    Args:
+        path: the file.
+        arrays: arrays by name.
 
     Raises:
-        UsageError: more than 65,535 arrays or 4 GiB, the limits of zip files that every reader knows.
+        UsageError: there are more than 65,535 arrays or 4 GiB, the limits of zip files without extensions.
     """
     try:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, allowZip64=False) as archive:
             for name, array in arrays.items():
                 file = io.BytesIO()
                 np.lib.format.write_array(file, array, version=(1, 0), allow_pickle=False)
-                # A member that is made like this is dated 1980, whenever it is written.
+                # A ZipInfo made by hand is dated 1980, so the time of writing does not change the bytes.
                 member = zipfile.ZipInfo(f"{name}.npy")
                 member.create_system, member.external_attr = _BY_UNIX, (stat.S_IFREG | 0o644) << 16
                 archive.writestr(member, file.getbuffer(), zipfile.ZIP_DEFLATED, _LEVEL)
@@ -59,23 +79,23 @@ def write_npz(path: Path, arrays: Mapping[str, Array]) -> None:
 
 
 class NpzReader:
-    """An open .npz file. Use it as a context manager.
+    """An open .npz file, to be used as a context manager.
 
     Attributes:
-        path: where it lies.
-        names: the arrays in it.
+        path: path of the file.
+        names: names of its arrays.
         nbytes: size of the file in bytes.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open a file and read its directory.
+        """Opens a file and checks its directory.
 
         Raises:
-            FormatError: it is no zip file, or has members that no .npz has.
+            FormatError: the file is not a zip file, or has members that a .npz file cannot have.
         """
         self.path = path
         with self._reading("it is not a .npz file, or it is cut off"):
-            self.nbytes = self._check_end()
+            self.nbytes = self._check_end_record()
             self._zip = zipfile.ZipFile(path)
         members = self._zip.infolist()
         self._members = {member.orig_filename.removesuffix(".npy"): member for member in members}
@@ -93,21 +113,26 @@ class NpzReader:
         self._zip.close()
 
     def stored_bytes(self, name: str) -> int:
-        """Bytes of one array as it lies in the file."""
+        """Returns the compressed bytes of one array."""
         return self._members[name].compress_size
 
     @property
     def container_bytes(self) -> int:
-        """Bytes of the zip file that are no arrays: a header for each, the directory and its end."""
+        """Bytes of the zip file that are not arrays: local headers, the directory and the record at its end."""
         directory = self.nbytes - self._zip.start_dir
         with self.path.open("rb") as file:
             return directory + sum(_local_header_bytes(file, member) for member in self._members.values())
 
-    def read(self, name: str, dtype: Any, shape: tuple[int, ...]) -> Array:
-        """One array, which must have this type and shape; no more of it is unpacked than they need.
+    def read(self, name: str, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> Array:
+        """Returns one array. Nothing beyond the bytes that `dtype` and `shape` need is decompressed.
+
+        Args:
+            name: name of the array.
+            dtype: the type that it must have.
+            shape: the shape that it must have.
 
         Raises:
-            FormatError: it has not, or it is damaged.
+            FormatError: it is missing, has another type or shape, or is damaged.
         """
         dtype, member = np.dtype(dtype), self._member(name)
         nbytes = math.prod(shape) * dtype.itemsize
@@ -115,28 +140,32 @@ class NpzReader:
             found = _read_header(file)
             if found != (shape, False, dtype):
                 raise self.damaged(f"array {name!r} is not of type {dtype} and shape {shape}")
-            # Equal, so that reading ends at the end of the member, where its checksum is looked at.
+            # Reading must end at the end of the member, because zipfile compares the checksum there.
             if member.file_size - file.tell() != nbytes:
-                raise self.damaged(f"array {name!r} does not have the {nbytes:,} bytes that its shape takes")
+                raise self.damaged(f"array {name!r} does not have the {nbytes:,} bytes that its shape needs")
             array: Array = np.frombuffer(file.read(nbytes), dtype).reshape(shape).copy()
         return array
 
-    def read_bytes(self, name: str, most: int) -> bytes:
-        """A one-dimensional array of bytes, whose length the file tells.
+    def read_bytes(self, name: str, limit: int) -> bytes:
+        """Returns a one-dimensional array of bytes, of the length that the file states.
+
+        Args:
+            name: name of the array.
+            limit: largest number of bytes of the member, its .npy header included.
 
         Raises:
-            FormatError: it is something else, longer than `most` bytes, or damaged.
+            FormatError: it is missing, of another type, longer than `limit`, or damaged.
         """
         member = self._member(name)
-        if member.file_size > most:
-            raise self.damaged(f"array {name!r} is larger than the {most:,} bytes allowed")
+        if member.file_size > limit:
+            raise self.damaged(f"array {name!r} is larger than the {limit:,} bytes allowed")
         with self._reading(f"array {name!r} cannot be read"), self._zip.open(member) as file:
             shape, _, _ = _read_header(file)
         return self.read(name, np.uint8, shape[:1]).tobytes()
 
     def damaged(self, what: str) -> FormatError:
-        """The error that says what is wrong with this file, cut where the file itself makes it long."""
-        shown = what if len(what) <= _LONGEST_REASON else f"{what[:_LONGEST_REASON]}..."
+        """Returns the error for a fault of this file; a reason that quotes long names is cut."""
+        shown = what if len(what) <= _MAX_REASON else f"{what[:_MAX_REASON]}..."
         return FormatError(f".npz file {str(self.path)!r} is damaged: {shown}; export it again or fetch a whole copy.")
 
     def _member(self, name: str) -> zipfile.ZipInfo:
@@ -144,8 +173,8 @@ class NpzReader:
             raise self.damaged(f"it has no array {name!r}")
         return self._members[name]
 
-    def _check_end(self) -> int:
-        """Look at the end of the file before zipfile does, which reads a directory of any size; returns the size."""
+    def _check_end_record(self) -> int:
+        """Returns the size of the file; raises unless it ends with a plain end record and a directory of fair size."""
         with self.path.open("rb") as file:
             size = file.seek(0, io.SEEK_END)
             file.seek(max(size - _END_BYTES - _LOCATOR64_BYTES, 0))
@@ -161,14 +190,14 @@ class NpzReader:
         for member in members:
             name = member.orig_filename
             if name != member.filename or not name.endswith(".npy") or "/" in name or "\\" in name:
-                raise self.damaged(f"member {name!r} is no array")
+                raise self.damaged(f"member {name!r} is not an array")
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or member.flag_bits & _ENCRYPTED:
                 raise self.damaged(f"array {name!r} is compressed by another method than deflate, or encrypted")
             if member.file_size > _MAX_RATIO * member.compress_size:
-                raise self.damaged(f"array {name!r} claims more bytes than its part of the file can hold")
+                raise self.damaged(f"array {name!r} claims more bytes than deflate can make of its part of the file")
         if len(self._members) != len(members):
-            raise self.damaged("two of its arrays have one name")
-        # So that what all of them unpack to is bounded by the size of the file.
+            raise self.damaged("two of its arrays have the same name")
+        # Members that share bytes could decompress to any multiple of the size of the file.
         if sum(member.compress_size for member in members) > self.nbytes:
             raise self.damaged("its arrays overlap or reach beyond its end")
 
@@ -184,18 +213,18 @@ class NpzReader:
             raise self.damaged(f"{what} ({first_line(error)})") from error
 
 
-def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether the order is Fortran's, and type of a .npy file, read up to its data."""
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Returns shape, whether the order is Fortran's, and dtype of a .npy file, and leaves `file` at its data."""
     version = np.lib.format.read_magic(file)
-    # Later versions may announce a header of 4 GiB, and only names of fields need them.
+    # Later versions allow headers of 4 GiB, and only structured arrays need them.
     if version != (1, 0):
-        raise ValueError(f"its .npy version is {version}")
+        raise ValueError(f"its .npy version is {version}, expected (1, 0)")
     header: tuple[tuple[int, ...], bool, np.dtype[Any]]
     header = np.lib.format.read_array_header_1_0(file, max_header_size=_MAX_HEADER_BYTES)
     return header
 
 
-def _local_header_bytes(file: Any, member: zipfile.ZipInfo) -> int:
+def _local_header_bytes(file: IO[bytes], member: zipfile.ZipInfo) -> int:
     file.seek(member.header_offset + _LOCAL_BYTES - 4)
     lengths = file.read(4)
     return _LOCAL_BYTES + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")

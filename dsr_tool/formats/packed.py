@@ -1,6 +1,6 @@
-"""Packed tensors: norms, biases and buffers, many and small, which share one stream per type.
+"""Reader of packed tensors: norms, biases and buffers, many and small, which share one stream per dtype.
 
-Alone, each would pay for a name in the container and for its own Huffman tables, more than its coding saves.
+Each alone would need a name in the header and Huffman tables of its own, which cost more than coding saves.
 """
 
 from __future__ import annotations
@@ -15,51 +15,51 @@ from dsr_tool.formats.manifest import PACKED, Entry
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import Array, SparseTensor
 
-__all__ = ["Packed"]
+__all__ = ["PackedTensors"]
 
 
-class Packed:
-    """Where each packed tensor lies among those of its type, which follow each other in the order of the manifest.
+class PackedTensors:
+    """The packed tensors of an archive. In the stream of their dtype they follow each other in manifest order.
 
     Attributes:
-        counts: entries of all packed tensors together, by type.
+        counts: number of entries of all packed tensors together, by dtype.
     """
 
     def __init__(self, entries: Mapping[str, Entry]) -> None:
-        """Place every packed one of `entries`."""
+        """Computes the offset of each packed tensor among `entries`, the tensors of the manifest."""
         self.counts: dict[str, int] = {}
         self._entries = {name: entry for name, entry in entries.items() if entry.codec == PACKED}
-        self._starts: dict[str, int] = {}
+        self._offsets: dict[str, int] = {}
         for name, entry in self._entries.items():
-            self._starts[name] = self.counts.get(entry.dtype, 0)
-            self.counts[entry.dtype] = self._starts[name] + entry.spec.size
-        self._groups: dict[str, Array] = {}
+            self._offsets[name] = self.counts.get(entry.dtype, 0)
+            self.counts[entry.dtype] = self._offsets[name] + entry.spec.size
+        self._decoded: dict[str, Array] = {}
 
-    def share(self, name: str, stored: int) -> int:
-        """The part of the `stored` bytes of its stream that goes to one tensor, by its entries.
+    def stored_bytes(self, name: str, stream_bytes: int) -> int:
+        """Returns the share of one tensor in the `stream_bytes` of its stream, in proportion to its entries.
 
-        Differences of rounded running sums, so that the shares add up to the stream.
+        Shares are differences of rounded running sums, so they add up to the stream exactly.
         """
-        entry, start = self._entries[name], self._starts[name]
+        entry, offset = self._entries[name], self._offsets[name]
         total = max(self.counts[entry.dtype], 1)
-        return stored * (start + entry.spec.size) // total - stored * start // total
+        return stream_bytes * (offset + entry.spec.size) // total - stream_bytes * offset // total
 
-    def tensor(self, name: str, stream: Callable[[str], Array]) -> SparseTensor:
-        """One tensor; the first of each type decodes all of them.
+    def tensor(self, name: str, read_stream: Callable[[str], Array]) -> SparseTensor:
+        """Returns one tensor. The first of each dtype decodes the whole stream; the others reuse it.
 
         Args:
-            name: of the tensor.
-            stream: gives the stream of a type.
+            name: name of the tensor.
+            read_stream: returns the stream of a dtype.
 
         Raises:
             FormatError: the stream is damaged.
         """
-        entry, start = self._entries[name], self._starts[name]
-        if entry.dtype not in self._groups:
-            coded = stream(entry.dtype)
-            if coded.dtype != np.uint8 or coded.ndim != 1:
-                raise FormatError("packed tensors have a stream of bytes; the file is damaged.")
-            self._groups[entry.dtype] = decode_planes(coded, self.counts[entry.dtype], np.dtype(entry.dtype))
-        # A copy, since whoever asks may write to it.
-        values = self._groups[entry.dtype][start : start + entry.spec.size].copy()
+        entry, offset = self._entries[name], self._offsets[name]
+        if entry.dtype not in self._decoded:
+            stream = read_stream(entry.dtype)
+            if stream.dtype != np.uint8 or stream.ndim != 1:
+                raise FormatError("the stream of packed tensors is not bytes; the file is damaged.")
+            self._decoded[entry.dtype] = decode_planes(stream, self.counts[entry.dtype], np.dtype(entry.dtype))
+        # A copy, because the caller may write to it.
+        values = self._decoded[entry.dtype][offset : offset + entry.spec.size].copy()
         return SparseTensor(Mask.full(entry.spec.shape), values)

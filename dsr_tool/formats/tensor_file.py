@@ -1,33 +1,44 @@
-"""The container of archives: a safetensors file, read strictly.
+"""Strict reader of safetensors files, which archives and mask files are.
 
-The format is safetensors', and so is the writer. Its reader takes duplicate names without a word and maps the file into
-memory, so that archives, which come from strangers and are decoded under a memory budget, are read here by plain reads.
+The format and the writer are those of the `safetensors` package. Its reader takes the last of two equal names silently
+and maps the file into memory. Archives come from strangers and are decoded within a memory limit, so they are read here
+with plain reads, and anything ambiguous is refused.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import threading
 import weakref
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from dsr_tool.errors import FormatError
+from dsr_tool.formats.documents import is_count, parse_json
 from dsr_tool.sparsity.mask import MAX_RANK
 from dsr_tool.sparsity.tensor import Array
 
-__all__ = ["Container", "Stream", "parse_json", "whole"]
+__all__ = ["Stream", "TensorFile", "header_bytes"]
+
+_LENGTH_BYTES = 8
+"""Bytes before the header; they hold its length."""
+
+_MIN_HEADER_BYTES = 2
+"""Bytes of the shortest JSON object."""
 
 _MAX_HEADER_BYTES = 64 << 20
-_LARGEST = 1 << 48
-_OTHERS = {b"PK\x03\x04": "a zip file, as .npz and .pth files are", b"\x08": "an ONNX file"}
-"""What files of other kinds start with, for those whose first bytes are the length of no header."""
+"""Largest header, in bytes; it is parsed as a whole, so its length must not be believed without a limit."""
+
+_MAX_ENTRIES = 1 << 48
+"""Largest number of entries of an array, which keeps products of sizes and itemsizes within int64."""
+
+_OTHER_FORMATS = {b"PK\x03\x04": "a zip file, as .npz and .pth files are", b"\x08": "an ONNX file"}
+"""First bytes of files that are opened by mistake, for the error message."""
+
 _TYPES = {
     "BOOL": "?",
     "U8": "u1",
@@ -43,10 +54,10 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Stream:
-    """One named array of the file.
+    """One named array of a file.
 
     Attributes:
-        dtype: its numpy type.
+        dtype: its numpy type, little-endian.
         shape: its shape.
         start: offset of its first byte in the file.
         nbytes: its length in bytes.
@@ -58,44 +69,48 @@ class Stream:
     nbytes: int
 
 
-class Container:
+class TensorFile:
     """An open safetensors file.
 
     Attributes:
-        streams: its arrays by name.
-        metadata: its texts by name.
+        streams: the arrays by name.
+        metadata: the texts of `__metadata__` by name.
         nbytes: size of the file in bytes.
-        header_bytes: bytes of it that are no array: the length of the header, and the header.
+        header_bytes: bytes before the first array: the length of the header, and the header.
     """
 
     def __init__(self, path: Path) -> None:
-        """Read and check the header.
+        """Reads and checks the header.
 
         Raises:
-            FormatError: it is no safetensors file, a name stands twice, or arrays overlap or leave gaps.
-            OSError: it cannot be read.
+            FormatError: the file is not a safetensors file, has a name twice, or its arrays overlap or leave gaps.
+            OSError: the file cannot be read.
         """
         self._file = path.open("rb", buffering=0)
         self._lock = threading.Lock()
-        # The file stays open as long as this object lives, so that it may be replaced meanwhile.
+        # The file stays open as long as this object, so decoding continues if the path is replaced meanwhile.
         weakref.finalize(self, self._file.close)
         self.nbytes = os.fstat(self._file.fileno()).st_size
-        start = self._file.read(8)
+        start = self._file.read(_LENGTH_BYTES)
         length = int.from_bytes(start, "little")
-        self.header_bytes = 8 + length
-        if length > _MAX_HEADER_BYTES or not 10 <= self.header_bytes <= self.nbytes:
-            other = next((kind for first, kind in _OTHERS.items() if start.startswith(first)), "")
+        self.header_bytes = _LENGTH_BYTES + length
+        if not _MIN_HEADER_BYTES <= length <= _MAX_HEADER_BYTES or self.header_bytes > self.nbytes:
+            other = next((kind for first, kind in _OTHER_FORMATS.items() if start.startswith(first)), "")
             raise FormatError(f"it looks like {other}" if other else f"its header claims {length:,} bytes")
-        header = parse_json(self._read(8, length).tobytes(), "its header")
+        header = parse_json(self._read(_LENGTH_BYTES, length).tobytes(), "its header")
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-            raise FormatError("its metadata are not texts")
+            raise FormatError("its metadata is not an object of strings")
         self.metadata: dict[str, str] = metadata
         self.streams = {name: self._stream(name, entry) for name, entry in header.items()}
-        self._check_cover()
+        self._check_layout()
 
     def get(self, name: str) -> Array:
-        """Read one array."""
+        """Reads one array.
+
+        Raises:
+            FormatError: the file has been cut since it was opened, or a truth value is neither 0 nor 1.
+        """
         stream = self.streams[name]
         raw = self._read(stream.start, stream.nbytes)
         if stream.dtype == np.bool_ and raw.max(initial=0) > 1:
@@ -104,69 +119,51 @@ class Container:
 
     def _read(self, start: int, nbytes: int) -> Array:
         array, done = np.empty(nbytes, np.uint8), 0
+        # Threads share one file position.
         with self._lock:
             self._file.seek(start)
             while done < nbytes:
                 count = self._file.readinto(memoryview(array)[done:])  # type: ignore[arg-type]
                 if not count:
-                    raise FormatError("it ends before its header says")
+                    raise FormatError("it ends before its last array does")
                 done += count
         return array
 
-    def _stream(self, name: str, entry: Any) -> Stream:
+    def _stream(self, name: str, entry: object) -> Stream:
+        """Returns the stream that an entry of the header describes; raises `FormatError` if it describes none."""
+        shown = f"stream {name[:80]!r}"
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-            raise FormatError(f"stream {name[:80]!r} is not described as a tensor")
+            raise FormatError(f"{shown} is not described by dtype, shape and data_offsets")
         kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(kind, str) or kind not in _TYPES:
-            raise FormatError(f"stream {name[:80]!r} is of type {str(kind)[:20]!r}, which archives do not have")
-        if not (_whole_numbers(shape) and _whole_numbers(offsets) and len(shape) <= MAX_RANK and len(offsets) == 2):
-            raise FormatError(f"stream {name[:80]!r} has a shape or place that is not understood")
-        if math.prod(n or 1 for n in shape) > _LARGEST:  # numpy counts so, even where one of them is 0
-            raise FormatError(f"stream {name[:80]!r} claims a shape that no array has")
+            raise FormatError(f"{shown} has type {str(kind)[:20]!r}; allowed are {', '.join(_TYPES)}")
+        if not (_are_counts(shape) and _are_counts(offsets) and len(shape) <= MAX_RANK and len(offsets) == 2):
+            raise FormatError(f"{shown} has a shape or offsets that are not lists of counts")
+        # A size of 0 does not make the others harmless: numpy multiplies them as well.
+        if math.prod(n or 1 for n in shape) > _MAX_ENTRIES:
+            raise FormatError(f"{shown} claims more than 2^48 entries")
         dtype = np.dtype(_TYPES[kind])
         nbytes = math.prod(shape) * dtype.itemsize
         if offsets[1] - offsets[0] != nbytes:
-            raise FormatError(f"stream {name[:80]!r} has a place that does not fit its shape")
+            raise FormatError(f"{shown} has {offsets[1] - offsets[0]:,} bytes, but its shape needs {nbytes:,}")
         return Stream(dtype, tuple(shape), self.header_bytes + offsets[0], nbytes)
 
-    def _check_cover(self) -> None:
-        """Raise unless the streams fill the file from the header to its end, one after the other."""
+    def _check_layout(self) -> None:
+        """Raises unless the streams fill the file from the header to its end, one after the other."""
         end = self.header_bytes
         for stream in sorted(self.streams.values(), key=lambda stream: (stream.start, stream.nbytes)):
             if stream.start != end:
                 raise FormatError("its streams overlap or leave gaps")
             end += stream.nbytes
         if end != self.nbytes:
-            raise FormatError(f"its streams take {end:,} bytes, but it has {self.nbytes:,}")
+            raise FormatError(f"its streams end at byte {end:,}, but it has {self.nbytes:,} bytes")
 
 
-def parse_json(raw: bytes, what: str) -> dict[str, Any]:
-    """A JSON object in UTF-8 that names nothing twice.
-
-    Raises:
-        FormatError: it is anything else; the message starts with `what`.
-    """
-    try:
-        document = json.loads(raw.decode("utf-8"), object_pairs_hook=_distinct)
-    except (RecursionError, ValueError) as error:
-        raise FormatError(f"{what} is not understood ({str(error)[:200]})") from error
-    if not isinstance(document, dict):
-        raise FormatError(f"{what} is not an object")
-    return document
+def header_bytes(path: Path) -> int:
+    """Returns the bytes of a safetensors file before its first array, without checking the file."""
+    with path.open("rb") as file:
+        return _LENGTH_BYTES + int.from_bytes(file.read(_LENGTH_BYTES), "little")
 
 
-def whole(value: Any) -> bool:
-    """Whether a value of a JSON document is a whole number of at least 0."""
-    return type(value) is int and value >= 0
-
-
-def _whole_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(map(whole, values))
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"{twice[:80]!r} stands twice in it")
-    return document
+def _are_counts(values: object) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(map(is_count, values))

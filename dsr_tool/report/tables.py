@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dsr_tool.formats.codecs import size_columns
 from dsr_tool.formats.footprint import Footprint, Sizes
 from dsr_tool.report.sources import Source
 
@@ -21,9 +22,7 @@ _COLUMNS = (
     "active",
     "density",
     "dense MB",
-    "CSR MB",
-    "bitmask MB",
-    "coded MB",
+    *(f"{column.name} MB" for column in size_columns().values()),
     "bound MB",
     "MMACs",
     "of",
@@ -90,7 +89,7 @@ def _layers(print_: Footprint) -> Table:
 
 def _numbers(sizes: Sizes) -> list[str]:
     macs = [f"{macs / 1e6:,.2f}" if sizes.dense_macs else "" for macs in (sizes.sparse_macs, sizes.dense_macs)]
-    sized = (sizes.dense_bytes, sizes.csr_bytes, sizes.bitmask_bytes, sizes.coded_bytes, sizes.bound_bytes)
+    sized = (sizes.dense_bytes, *(sizes.codec_bytes[codec] for codec in size_columns()), sizes.bound_bytes)
     counts = [f"{sizes.parameters:,}", f"{sizes.active:,}", f"{sizes.density:.4f}"]
     return [*counts, *(megabytes(nbytes) for nbytes in sized), *macs]
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file as save_tensors
 
 from dsr_tool.errors import FileError, FormatError
 from dsr_tool.files import new_folder, require_file, share
-from dsr_tool.formats.tensor_file import Container
+from dsr_tool.formats.tensor_file import TensorFile
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.config import ModelConfig, installed_versions
 from dsr_tool.sparsity.layers import LayerSpec
@@ -80,8 +80,8 @@ class Saved:
         path = self.file(MASKS)
         require_file(path, "masks")
         try:
-            container = Container(path)
-            bits = {name: container.get(name) for name in container.streams}
+            file = TensorFile(path)
+            bits = {name: file.get(name) for name in file.streams}
         except (FormatError, OSError) as error:
             raise FormatError(f"masks {str(path)!r} cannot be read ({error}); the file is damaged.") from error
         sparse = {name: spec for name, spec in self.specs.items() if spec.role == "sparse"}

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from dsr_tool.errors import FormatError
 from dsr_tool.formats.archive import open_archive
-from dsr_tool.formats.tensor_file import Container
+from dsr_tool.formats.tensor_file import TensorFile
 
 
 def test_every_flipped_byte_is_noticed(archive, tmp_path):
@@ -151,7 +151,7 @@ def test_headers_that_are_not_plain_are_refused(archive, change):
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 700), byte=st.integers(0, 255))
-def test_what_the_container_takes_its_own_library_takes_too(tmp_path, at, byte):
+def test_safetensors_reads_the_same_from_every_file_that_is_accepted(tmp_path, at, byte):
     path = tmp_path / "a"
     arrays = {"a": np.arange(6, dtype=np.float16).reshape(2, 3), "b": np.zeros((0, 4)), "c": np.array(True)}
     save_file(arrays, path, metadata={"x": "y"})
@@ -159,8 +159,8 @@ def test_what_the_container_takes_its_own_library_takes_too(tmp_path, at, byte):
     raw[at % len(raw)] = byte
     path.write_bytes(raw)
     try:
-        container = Container(path)
-        found = {name: container.get(name) for name in container.streams}
+        file = TensorFile(path)
+        found = {name: file.get(name) for name in file.streams}
     except FormatError:
         return
     expected = load_file(path)

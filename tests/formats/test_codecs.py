@@ -1,6 +1,7 @@
 import math
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsr_tool.errors import FormatError
-from dsr_tool.formats.codecs import CODECS, bitmask_bytes, csr_bytes, dense_bytes, encode_smallest
+from dsr_tool.formats.codecs import CODECS, encode_smallest
 from dsr_tool.sparsity.layers import matrix_shape
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
@@ -54,16 +55,16 @@ def test_special_values_keep_their_bits(name, special):
     np.testing.assert_array_equal(bits(decoded.values), bits(tensor.values))
 
 
-def test_csr_is_what_scipy_makes_of_the_matrix_view():
+def test_csr_streams_are_the_matrix_view_for_scipy():
     tensor = make((16, 8, 3, 3), 0.2, 1)
     streams = CODECS["csr"].encode(tensor)
-    referee = scipy.sparse.csr_matrix(tensor.to_dense().reshape(matrix_shape(tensor.mask.shape)))
-    referee.data[referee.data == 0] = 0
+    expected = scipy.sparse.csr_matrix(tensor.to_dense().reshape(matrix_shape(tensor.mask.shape)))
+    expected.data[expected.data == 0] = 0
     ours = scipy.sparse.csr_matrix(
         (streams["values"], streams["indices"], streams["indptr"]), shape=matrix_shape(tensor.mask.shape)
     )
     ours.check_format(full_check=True)
-    np.testing.assert_array_equal(ours.toarray(), referee.toarray())
+    np.testing.assert_array_equal(ours.toarray(), expected.toarray())
 
 
 @pytest.mark.parametrize("density", [0.02, 0.05, 0.1, 0.2])
@@ -73,12 +74,21 @@ def test_delta_masks_come_within_two_per_cent_of_the_entropy_bound(density):
     assert coded <= 1.02 * tensor.mask.entropy_bound_bits
 
 
-@given(st.sampled_from(SHAPES), st.sampled_from([0.0, 0.1, 1.0]), st.sampled_from([np.float16, np.float32]))
-def test_closed_forms_are_the_sizes_of_the_streams(shape, density, dtype):
+@pytest.mark.parametrize("name", CODECS)
+@given(
+    shape=st.sampled_from(SHAPES),
+    density=st.sampled_from([0.0, 0.1, 1.0]),
+    dtype=st.sampled_from([np.float16, np.float32]),
+)
+def test_a_codec_states_the_exact_size_of_its_streams(name, shape, density, dtype):
     tensor = make(shape, density, 0, dtype)
-    sizes = {"csr": csr_bytes(tensor), "bitmask": bitmask_bytes(tensor), "dense": dense_bytes(tensor)}
-    for name, size in sizes.items():
-        assert size == sum(array.nbytes for array in CODECS[name].encode(tensor).values())
+    assert CODECS[name].nbytes(tensor) == sum(array.nbytes for array in CODECS[name].encode(tensor).values())
+
+
+def test_the_document_says_what_each_codec_is_good_for():
+    document = Path("docs/format.md").read_text(encoding="utf-8")
+    for codec in CODECS.values():
+        assert f"| **{codec.name}** | {codec.good_for} |" in document
 
 
 @given(
@@ -86,7 +96,7 @@ def test_closed_forms_are_the_sizes_of_the_streams(shape, density, dtype):
     density=st.sampled_from([0.0, 0.001, 0.1, 0.5, 0.95, 1.0]),
     random_bits=st.booleans(),
 )
-def test_the_smallest_codec_is_chosen_by_exact_size_and_ties_go_to_the_simpler(shape, density, random_bits):
+def test_the_smallest_codec_is_chosen_by_exact_size_and_ties_go_to_the_first(shape, density, random_bits):
     tensor = make(shape, density, 3)
     if random_bits:  # so that no plane of the values shrinks
         bits = np.random.default_rng(0).integers(0, 1 << 32, tensor.mask.active, np.uint32)
@@ -103,7 +113,7 @@ def test_the_smallest_codec_is_chosen_by_exact_size_and_ties_go_to_the_simpler(s
 @pytest.mark.parametrize(
     "density, codec", [(0.0, "delta"), (0.002, "csr"), (0.1, "delta"), (0.5, "bitmask"), (1.0, "dense")]
 )
-def test_every_codec_has_a_layer_that_it_suits(density, codec):
+def test_every_codec_is_the_smallest_for_some_layer(density, codec):
     shape = (1, 1500) if codec == "csr" else (9, 9)
     mask = Mask.from_bool(np.random.default_rng(1).random(shape) < density)
     if codec == "delta":
@@ -211,7 +221,7 @@ def test_csr_that_scipy_would_trust_is_refused(change):
         CODECS["csr"].decode(streams, (2, 5), 3, np.dtype(np.float32))
 
 
-def test_a_dense_array_is_written_where_it_is_wanted():
+def test_to_dense_writes_into_the_array_that_it_is_given():
     tensor = make((6, 7), 0.4, 0)
     out = np.zeros(42, np.float32)
     assert np.shares_memory(tensor.to_dense(out), out)

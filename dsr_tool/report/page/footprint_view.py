@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dsr_tool.formats.codecs import size_columns
 from dsr_tool.report.page import numbers
 from dsr_tool.report.page.charts import bars
 from dsr_tool.report.page.layer_view import (
@@ -110,15 +111,13 @@ def _parts(source: Source, every: Sequence[Layer]) -> Figure:
 
 def _formats(source: Source) -> Figure:
     measured = source.footprint
-    fields = ("dense_bytes", "csr_bytes", "bitmask_bytes", "coded_bytes", "bound_bytes")
-    labels = (
-        "Dense",
-        "CSR, 32-bit indices",
-        "Bitmask",
-        "Coded, as in an archive",
-        "Bound: mask entropy, raw values",
-    )
-    whole = [(label, getattr(measured.everything, name)) for label, name in zip(labels, fields, strict=True)]
+    sums = [measured.everything, measured.prunable, measured.model]
+    bytes_by_label = {
+        "Dense": [sizes.dense_bytes for sizes in sums],
+        **{column.label: [sizes.codec_bytes[codec] for sizes in sums] for codec, column in size_columns().items()},
+        "Bound: mask entropy, raw values": [sizes.bound_bytes for sizes in sums],
+    }
+    whole = [(label, everything) for label, (everything, _, _) in bytes_by_label.items()]
     entries = [
         (label, numbers.byte_size(n), "bound" if i == len(whole) - 1 else "rest", float(n))
         for i, (label, n) in enumerate(whole)
@@ -130,14 +129,8 @@ def _formats(source: Source) -> Figure:
         float(measured.file_bytes),
     )
     rows = [
-        (
-            label,
-            *(
-                numbers.count(getattr(sizes, name))
-                for sizes in (measured.prunable, measured.model, measured.everything)
-            ),
-        )
-        for label, name in zip(labels, fields, strict=True)
+        (label, numbers.count(prunable), numbers.count(model), numbers.count(everything))
+        for label, (everything, prunable, model) in bytes_by_label.items()
     ]
     rows.append((here[0], "", "", numbers.count(measured.file_bytes)))
     headers = ("format", "prunable weights", "whole model", "with buffers")
