@@ -87,6 +87,7 @@ class _Folder:
             and conv.op == "Conv"
             and len(conv.inputs) > 1
             and conv.inputs[1] in self._tensors
+            # Another reader would see the scaled output or weight.
             and self._only_reader(conv.outputs[0])
             and self._only_reader(conv.inputs[1])
             and all(self._per_channel(name, conv) for name in (*filter(None, conv.inputs[2:]), *norm.inputs[1:]))

@@ -113,6 +113,7 @@ class Graph:
                 parameters=tuple(str(name) for name in data["parameters"]),
                 opset=int(data["opset"]),
             )
+        # RecursionError: JSON nested a thousand deep; AttributeError: a list where a mapping should be.
         except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise FormatError(f"the graph cannot be read ({repr(error)[:200]}); the file is damaged.") from error
         graph.check()
@@ -123,6 +124,7 @@ class Graph:
         if not self.inputs or not self.outputs:
             raise FormatError("the graph has no input or no output; the file is damaged.")
         self._check_values()
+        # Names come from files of unknown origin and may be of any length, so messages cut them.
         known = {value.name for value in self.inputs} | set(self.constants) | set(self.parameters)
         for node in self.nodes:
             if not all(_WORD.fullmatch(word) for word in (node.op, *node.attributes)) or not any(node.outputs):
@@ -193,6 +195,7 @@ def _node_from_dict(data: dict[str, Any]) -> Node:
 def _attribute(value: Any) -> Attribute:
     if isinstance(value, (int, float, str)):
         return value
+    # Anything that is not a list becomes a list that no type accepts, for one error message below.
     items: Sequence[Any] = value if isinstance(value, list) else [None]
     for kind in (int, float, str):
         if all(isinstance(item, kind) for item in items):

@@ -59,6 +59,7 @@ class Window:
         if math.prod(kernel) > _MAX_TAPS:
             raise FormatError(f"the kernel has {math.prod(kernel):,} entries, over the limit of {_MAX_TAPS:,}.")
         ones, zeros = (1,) * rank, (0,) * rank
+        # VALID means no padding, whatever pads says.
         pads = pads if pads and auto_pad == "NOTSET" else zeros + zeros
         return cls(kernel, strides or ones, dilations or ones, pads[:rank], pads[rank:])
 

@@ -27,6 +27,7 @@ def conv(survey: Survey, node: Node) -> bool:
 def gemm(survey: Survey, node: Node) -> bool:
     """Follows a linear layer on (batch, features)."""
     weight, attributes = node.inputs[1], node.attributes
+    # Factors would have to scale the constants too; exporters of models do not write them.
     plain = attributes.get("alpha", 1) == attributes.get("beta", 1) == 1 and not attributes.get("transA", 0)
     inputs_first = not attributes.get("transB", 0)
     if not survey.owns(weight) or not plain:
@@ -78,6 +79,7 @@ def _product(
     nonzero = (kernel != 0).any(axis=2)
     units = survey.units.fresh(outputs)
     if groups > 1 and per_group == 1:
+        # Depthwise: a filter cannot exist without its input, nor the input be removed without its filters.
         survey.units.join(units, np.repeat(source.units, outputs // groups))
     uniform = absorbs or axis == -1
     constant = _constant_outputs(kernel, nonzero, bias, source.constant, groups, uniform=uniform)
@@ -112,6 +114,7 @@ def _constant_outputs(
     rows, columns = np.flatnonzero(~varies), np.where(known, source, 0).reshape(groups, -1)
     for group in np.flatnonzero(columns.any(axis=1)):
         own_rows = rows[rows // (outputs // groups) == group]
+        # float64, as the result is rounded only once, with the bias that absorbs it.
         weights = kernel[np.ix_(own_rows, np.flatnonzero(columns[group]))].sum(axis=2, dtype=np.float64)
         result[own_rows] += weights @ columns[group][columns[group] != 0]
     result[varies | ~np.isfinite(result)] = np.nan

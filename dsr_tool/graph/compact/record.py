@@ -71,6 +71,7 @@ class Savings:
         """
         try:
             layers = []
+            # The record stands in a file of unknown origin: every value is checked, and nothing else is copied.
             for name, counts in data["layers"].items():
                 filters, kept_filters, inputs, kept_inputs = map(_count, counts)
                 layers.append(Removed(str(name), (filters, kept_filters), (inputs, kept_inputs)))

@@ -92,7 +92,6 @@ class _Rewriter:
         self._constants = dict(graph.constants)
         self._products = {product.node.outputs[0]: product for product in survey.products}
         self._names = {name for node in graph for name in (*node.inputs, *node.outputs)} | set(tensors)
-        self._readers = graph.users()
         self._removed: list[Removed] = []
 
     def result(self) -> Compacted:
@@ -133,6 +132,7 @@ class _Rewriter:
         if all(piece.all() for piece in pieces):
             return node
         sizes = self._constant(f"{node.outputs[0]}:sizes", np.array([piece.sum() for piece in pieces], np.int64))
+        # num_outputs asks for pieces of equal size, and may not stand beside explicit sizes.
         attributes = {name: value for name, value in node.attributes.items() if name != "num_outputs"}
         return replace(node, inputs=(node.inputs[0], sizes), attributes=attributes)
 
@@ -140,6 +140,7 @@ class _Rewriter:
         features = self._stays(self._survey.values[node.outputs[0]])
         if features.all():
             return [node]
+        # The old shape may have other readers, so the node gets a new one of the same batch and fewer features.
         batch, _ = self._survey.flat_shapes[node.inputs[1]]
         last = self._constant(f"{node.outputs[0]}:features", np.array([features.sum()], np.int64))
         shape = self._fresh(f"{node.outputs[0]}:shape")
@@ -188,6 +189,7 @@ class _Rewriter:
             values, rows = gone.reshape(product.groups, -1), np.arange(len(array)).reshape(product.groups, -1)
             for group in np.flatnonzero(values.any(axis=1)):
                 columns = np.flatnonzero(values[group])
+                # Without padding every tap reads the same constant, so a kernel contributes the sum of its taps.
                 weights = array[np.ix_(rows[group], columns)].reshape(rows.shape[1], len(columns), -1)
                 bias[rows[group]] += weights.sum(axis=2, dtype=np.float64) @ values[group][columns]
         return bias
@@ -201,6 +203,7 @@ class _Rewriter:
         if bias is None or not (product.node.inputs[2:] or bias[outputs].any()):
             return ()
         name = product.node.inputs[2] if product.node.inputs[2:] else ""
+        # A constant may be shared with other nodes; a parameter is this node's own, as the survey made sure.
         if name not in self._tensors:
             name = self._fresh(product.weight.removesuffix(".weight") + ".bias")
         values = bias[outputs].astype(self._tensors[product.weight].values.dtype)
@@ -236,6 +239,7 @@ def _anchored(array: Array, active: Bools, gone: Floats, product: Product) -> tu
     columns = np.flatnonzero(ratio)
     moved = np.tensordot(array[:, columns].astype(np.float64), ratio[columns], axes=(1, 0))
     array, active = array.copy(), active.copy()
+    # Behind padding this is exact as well: at the border the anchor is padded where the others would have been.
     array[:, anchor] += moved
     active[:, anchor] |= moved != 0
     return array, active
@@ -245,6 +249,7 @@ def _without(array: Array, outputs: Bools, inputs: Bools, groups: int) -> Array:
     """Returns the rows and columns of a weight that stay, group by group."""
     rows, columns = outputs.reshape(groups, -1), inputs.reshape(groups, -1)
     blocks = array.reshape(groups, -1, *array.shape[1:])
+    # A group without rows is a depthwise filter that goes; groups of other convolutions keep at least one row.
     kept = [blocks[group][np.ix_(rows[group], columns[group])] for group in range(groups) if rows[group].any()]
     return kept[0] if groups == 1 else np.concatenate(kept)
 

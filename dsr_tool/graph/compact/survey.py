@@ -98,6 +98,7 @@ class Survey:
         self.flat_shapes: dict[str, tuple[str, int]] = {}
         for value in graph.inputs:
             if len(value.shape) > 1 and value.shape[1] is not None:
+                # The caller gives the inputs, so all their channels stay.
                 rank = len(value.shape)
                 self.add(value.name, self.pinned_channels(value.shape[1], 1 if rank > 2 else -1, rank, batch=True))
 
