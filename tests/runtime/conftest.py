@@ -1,4 +1,4 @@
-"""One node or one small graph in onnxruntime, in the reference and in the compiled kernels."""
+"""Fixtures that compare one node or one small graph in ONNX Runtime, in the reference and on the compiled kernels."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ OPSET = 20
 def _onnxruntime(
     op: str, arrays: list[np.ndarray | None], outputs: int, attributes: Mapping[str, Any]
 ) -> list[np.ndarray]:
-    given = {f"i{i}": array for i, array in enumerate(arrays) if array is not None}
+    """Returns the outputs of one node in ONNX Runtime; None among the arrays stands for an absent optional input."""
+    feeds = {f"i{i}": array for i, array in enumerate(arrays) if array is not None}
     names = [f"i{i}" if array is not None else "" for i, array in enumerate(arrays)]
     results = [f"o{i}" for i in range(outputs)]
-    kinds = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in given.items()}
+    kinds = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in feeds.items()}
     graph = helper.make_graph(
         [helper.make_node(op, names, results, **attributes)],
         "one node",
-        [helper.make_tensor_value_info(name, kinds[name], array.shape) for name, array in given.items()],
+        [helper.make_tensor_value_info(name, kinds[name], array.shape) for name, array in feeds.items()],
         [helper.make_empty_tensor_value_info(name) for name in results],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
@@ -42,11 +43,14 @@ def _onnxruntime(
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
-    return list(session.run(None, given))
+    return list(session.run(None, feeds))
 
 
-def _plan(op: str, arrays: list[np.ndarray | None], outputs: int, attributes: Mapping[str, Any]) -> np.ndarray:
-    """The first output. The first array is the input, the others are constants or, where they are float, parameters."""
+def _interpret(op: str, arrays: list[np.ndarray | None], outputs: int, attributes: Mapping[str, Any]) -> np.ndarray:
+    """Returns the first output of a one-node graph in the reference.
+
+    The first array is the input of the graph; of the others, float32 arrays are weights and the rest are constants.
+    """
     others = {f"i{i}": array for i, array in enumerate(arrays) if array is not None and i > 0}
     names = tuple(f"i{i}" if array is not None else "" for i, array in enumerate(arrays))
     tensors = {
@@ -68,19 +72,22 @@ def _plan(op: str, arrays: list[np.ndarray | None], outputs: int, attributes: Ma
 
 @pytest.fixture(scope="session")
 def agree() -> Callable[..., None]:
-    """Assert that onnxruntime, the plan of a one-node graph and the bare operator give the same."""
+    """Asserts that the reference's function of an operator, and a graph of one such node, agree with ONNX Runtime."""
 
     def check(op: str, *arrays: np.ndarray | None, outputs: int = 1, rtol: float = 1e-5, **attributes: Any) -> None:
         inputs = [None if array is None else np.asarray(array) for array in arrays]
-        wanted = _onnxruntime(op, inputs, outputs, attributes)
+        expected = _onnxruntime(op, inputs, outputs, attributes)
         with np.errstate(all="ignore"):
             bare = FUNCTIONS[op](*inputs, **attributes)
         found = [np.asarray(array) for array in (bare if isinstance(bare, tuple) else (bare,))]
-        assert len(found) == len(wanted)
-        for ours, theirs in [*zip(found, wanted, strict=True), (_plan(op, inputs, outputs, attributes), wanted[0])]:
+        assert len(found) == len(expected)
+        for ours, theirs in [
+            *zip(found, expected, strict=True),
+            (_interpret(op, inputs, outputs, attributes), expected[0]),
+        ]:
             assert ours.shape == theirs.shape
             assert ours.dtype == theirs.dtype
-            # Of inputs as well: a sum that nearly cancels is as exact as its terms.
+            # The tolerance follows the inputs as well: a sum that nearly cancels is only as exact as its terms.
             floats = [array for array in (theirs, *inputs) if array is not None and array.dtype.kind == "f"]
             finite = (np.abs(array[np.isfinite(array)]).max(initial=0) for array in floats)
             scale = max(finite, default=0) if theirs.dtype.kind == "f" else 0
@@ -91,13 +98,13 @@ def agree() -> Callable[..., None]:
 
 @pytest.fixture(scope="session", params=[1, 3])
 def machine(request: pytest.FixtureRequest) -> Machine:
-    """What all cases share, so that each finds what the one before left: memory, and weights that were packed."""
+    """One machine for all tests, so that each finds in the arena what the one before left."""
     return Machine(library(), request.param)
 
 
 @pytest.fixture(scope="session")
 def sparse() -> Callable[..., SparseTensor]:
-    """Makes a weight with a share of its entries, at random places."""
+    """Returns a function that makes a weight with random active entries; `density` is their expected share."""
 
     def make(rng: np.random.Generator, shape: tuple[int, ...], density: float) -> SparseTensor:
         mask = rng.random(shape) < density

@@ -1,4 +1,4 @@
-"""What the kernels cannot take, or must not read: other forms, far windows, shapes that change, small arrays."""
+"""The limits of the compiler: forms that fall back, graphs that are refused, and memory that kernels must not read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def array(*shape: int) -> np.ndarray:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from((1, 3, 5)), st.tuples(*[st.integers(0, 3)] * 4), st.integers(5, 29))
-def test_what_another_plan_left_in_memory_is_not_seen(machine, both, sparse, seed, kernel, pads, size):
+def test_a_plan_does_not_read_what_another_left_in_the_arena(machine, both, sparse, seed, kernel, pads, size):
     rng = np.random.default_rng(seed)
     for k, border, n in ((kernel, pads, size), (5, (0, 0, 1, 0), 5)):
         x = rng.standard_normal((1, 6, n, n)).astype(np.float32)
@@ -33,7 +33,7 @@ def test_what_another_plan_left_in_memory_is_not_seen(machine, both, sparse, see
 
 
 @pytest.mark.parametrize("rows", [21, 42, 83])
-def test_odd_channel_counts(machine, both, sparse, rows):
+def test_channel_counts_that_fill_no_tile_are_computed(machine, both, sparse, rows):
     tensors = {"w": sparse(RNG, (rows, 5, 3, 3), 0.9), "v": sparse(RNG, (rows, rows, 3, 3), 0.2)}
     nodes = [Node("Conv", ("x", "w"), ("a",)), Node("Relu", ("a",), ("b",)), Node("Conv", ("b", "v"), ("y",))]
     both(machine, nodes, tensors, array(1, 5, 17, 13))
@@ -48,7 +48,7 @@ def test_odd_channel_counts(machine, both, sparse, rows):
         ((3, 2500), {"dilations": (900, 1), "pads": (900, 1, 900, 1)}),
     ],
 )
-def test_windows_that_reach_too_far_are_left_to_the_reference(machine, both, sparse, size, attributes):
+def test_windows_beyond_the_longest_offset_fall_back(machine, both, sparse, size, attributes):
     nodes = [
         Node("Conv", ("x", "w"), ("a",), attributes),
         Node("Relu", ("a",), ("b",)),
@@ -58,15 +58,14 @@ def test_windows_that_reach_too_far_are_left_to_the_reference(machine, both, spa
     both(machine, nodes, tensors, array(1, 2, *size), fallback=("Conv",))
 
 
-def test_large_pictures_have_kernels(machine, both, sparse):
+def test_large_pictures_run_on_kernels(machine, both, sparse):
     pads = {"pads": (1, 1, 1, 1), "strides": (2, 2)}
     nodes = [Node("Conv", ("x", "w"), ("a",), pads), Node("Conv", ("a", "v"), ("y",), pads)]
     tensors = {"w": sparse(RNG, (2, 1, 3, 3), 0.5), "v": sparse(RNG, (2, 2, 3, 3), 0.5)}
     both(machine, nodes, tensors, array(1, 1, 480, 480))
 
 
-def test_one_weight_in_several_forms(machine, both, sparse):
-    """What is packed for one use of a weight is not taken for another."""
+def test_a_weight_packed_for_one_use_is_not_taken_for_another(machine, both, sparse):
     tensors = {"w": sparse(RNG, (6, 6), 0.5), "k": sparse(RNG, (4, 2, 1, 1), 0.5)}
     nodes = [Node("Gemm", ("x", "w"), ("a",), {"transB": 1}), Node("MatMul", ("a", "w"), ("y",))]
     both(machine, nodes, tensors, array(5, 6))
@@ -79,8 +78,7 @@ def test_one_weight_in_several_forms(machine, both, sparse):
     both(machine, nodes, tensors, array(1, 4, 6, 6), constants, fallback=("Slice",))
 
 
-def test_values_beside_the_batch(machine, both, sparse):
-    """What is first in a shape may be something else than the batch."""
+def test_a_first_axis_that_is_not_the_batch_is_not_split(machine, both, sparse):
     constants = {"pairs": np.array([2, 4, 1, 1]), "row": np.array([-1])}
     tensors = {"w": sparse(RNG, (3, 4, 1, 1), 0.7)}
     nodes = [Node("Reshape", ("x", "pairs"), ("a",)), Node("Conv", ("a", "w"), ("y",))]
@@ -90,8 +88,8 @@ def test_values_beside_the_batch(machine, both, sparse):
     both(machine, [Node("MatMul", ("x", "m"), ("y",))], {"m": sparse(RNG, (4, 3), 0.7)}, array(4))
 
 
-def test_kernels_stay_inside_of_arrays_that_are_handed_on(machine, both, sparse):
-    """An activation reads whole vectors; five entries that the reference gets are not one."""
+def test_kernels_do_not_read_past_the_end_of_an_array_of_the_reference(machine, both, sparse):
+    """Activations read whole vectors, and the array of five entries that the reference needs is shorter than one."""
     nodes = [
         Node("Gemm", ("x", "w"), ("a",), {"transB": 1}),
         Node("Relu", ("a",), ("b",)),
@@ -102,7 +100,7 @@ def test_kernels_stay_inside_of_arrays_that_are_handed_on(machine, both, sparse)
 
 
 @pytest.mark.parametrize("attributes", [{"alpha": "text"}, {"alpha": 10**400}, {"alpha": (1, 2)}, {"gamma": 1.0}])
-def test_attributes_without_sense_are_errors_about_their_node(machine, attributes):
+def test_invalid_attributes_are_errors_that_name_the_operator(machine, attributes):
     graph = Graph(
         (Value("x", (1, 4)),), (Value("y", ()),), (Node("LeakyRelu", ("x",), ("y",), attributes),), {}, (), 20
     )
@@ -114,7 +112,7 @@ def test_attributes_without_sense_are_errors_about_their_node(machine, attribute
     "attributes",
     [{"group": 2.0}, {"dilations": (1.0, 1.0)}, {"pads": (0.0, 1.0, 0.0, 1.0)}, {"strides": (1.0, 1.0)}],
 )
-def test_fractions_where_whole_numbers_belong(machine, sparse, attributes):
+def test_floats_in_place_of_integers_fall_back_or_are_refused(machine, sparse, attributes):
     group = int(attributes.get("group", 1))
     nodes = (Node("Conv", ("x", "w"), ("y",), {"kernel_shape": (3, 3), **attributes}),)
     tensors = {"w": sparse(RNG, (4, 4 // group, 3, 3), 0.5)}
@@ -127,14 +125,14 @@ def test_fractions_where_whole_numbers_belong(machine, sparse, attributes):
 
 
 @pytest.mark.parametrize("sizes", [np.array([2.0, 2.0]), np.array([-2, -2]), np.array([-1, -1])])
-def test_sizes_that_no_array_has(machine, sizes):
+def test_impossible_sizes_are_refused(machine, sizes):
     nodes = (Node("Reshape", ("x", "s"), ("a",)), Node("Relu", ("a",), ("y",)))
     graph = Graph((Value("x", (1, 4)),), (Value("y", ()),), nodes, {"s": sizes}, (), 20)
     with pytest.raises(FormatError, match="Reshape"):
         FastPlan(graph, {}, (1, 4), machine)
 
 
-def test_limits_in_the_wrong_order(machine, both):
+def test_clip_with_swapped_limits_gives_the_upper_one(machine, both):
     pool = {"kernel_shape": (2, 2), "pads": (1, 1, 1, 1)}
     nodes = [Node("Clip", ("x", "low", "high"), ("a",)), Node("MaxPool", ("a",), ("y",), pool)]
     constants = {"low": np.float32([0])[0], "high": np.float32([-5])[0]}
@@ -143,7 +141,7 @@ def test_limits_in_the_wrong_order(machine, both):
 
 
 @pytest.mark.parametrize("op", ["Shape", "Transpose", "Sigmoid", "Identity", "Conv", "Reshape", "Add", "Softmax"])
-def test_operators_without_inputs_are_errors(machine, op):
+def test_operators_without_inputs_are_errors_that_name_the_operator(machine, op):
     nodes = (Node(op, (), ("a",)), Node("Mul", ("x", "a"), ("y",)))
     with pytest.raises((FormatError, UsageError), match=op):
         FastPlan(Graph((Value("x", (1, 4)),), (Value("y", ()),), nodes, {}, (), 20), {}, (1, 4), machine)
@@ -161,7 +159,7 @@ def test_old_operator_sets_are_refused(machine):
         FastPlan(graph, {}, (1, 4), machine)
 
 
-def test_shapes_that_depend_on_entries_are_refused_before_kernels_read(machine):
+def test_shapes_that_depend_on_values_are_refused_before_kernels_read(machine):
     nodes = (
         Node("Cast", ("x",), ("n",), {"to": 7}),
         Node("Add", ("n", "eight"), ("m",)),
@@ -175,8 +173,8 @@ def test_shapes_that_depend_on_entries_are_refused_before_kernels_read(machine):
         plan.run(np.full(1, -7, np.float32))
 
 
-def test_weights_too_large_for_their_numbers(machine, both):
-    """Positions of 33 bits: a file of some bytes has them."""
+def test_weights_whose_dense_size_exceeds_int32_fall_back(machine, both):
+    """Two active weights suffice for positions of 33 bits, so a small file can hold such a weight."""
     mask = Mask((70_000, 70_000), np.array([5, 70_000 * 69_999 + 69_999]))
     tensors = {"w": SparseTensor(mask, np.ones(2, np.float32))}
     nodes = [Node("Gemm", ("x", "w"), ("y",), {"transB": 1})]
@@ -185,7 +183,7 @@ def test_weights_too_large_for_their_numbers(machine, both):
 
 @pytest.mark.parametrize("density", [0.1, 0.9])
 @pytest.mark.parametrize("special", [np.nan, np.inf])
-def test_not_a_number_in_a_linear_layer(machine, both, sparse, density, special):
+def test_nan_and_inf_pass_through_a_linear_layer(machine, both, sparse, density, special):
     x = array(2, 40)
     x[1, 7] = special
     tensors = {"w": sparse(RNG, (9, 40), density)}

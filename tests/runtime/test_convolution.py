@@ -1,3 +1,5 @@
+"""The reference computes convolutions like ONNX Runtime, at any density and in blocks of rows."""
+
 from __future__ import annotations
 
 import tracemalloc
@@ -29,7 +31,7 @@ def random_sparse(rng: np.random.Generator, shape: tuple[int, ...], density: flo
     st.booleans(),
     st.data(),
 )
-def test_conv_agrees(agree, seed, rank, groups, density, with_bias, data):
+def test_conv_agrees_with_onnxruntime(agree, seed, rank, groups, density, with_bias, data):
     rng = np.random.default_rng(seed)
     group, out = groups
     sizes = st.tuples(*[st.integers(1, 3)] * rank)
@@ -43,28 +45,28 @@ def test_conv_agrees(agree, seed, rank, groups, density, with_bias, data):
     agree("Conv", *inputs, group=group, strides=strides, dilations=dilations, pads=pads)
 
 
-def test_conv_with_defaults_and_in_three_dimensions(agree):
+def test_conv_in_three_dimensions_with_default_attributes_agrees(agree):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 4, 5, 6, 7)).astype(np.float32)
     agree("Conv", x, random_sparse(rng, (3, 4, 2, 3, 1), 0.1), kernel_shape=(2, 3, 1), auto_pad="VALID")
 
 
 @pytest.mark.parametrize("density", [0.05, 0.9])
-def test_blocks_of_rows_give_the_same(agree, monkeypatch, density):
+def test_conv_in_blocks_of_rows_agrees(agree, monkeypatch, density):
     monkeypatch.setattr(convolution, "COLUMN_BYTES", 1 << 12)
     rng = np.random.default_rng(1)
     x = rng.standard_normal((2, 8, 23, 21)).astype(np.float32)
     agree("Conv", x, random_sparse(rng, (5, 8, 3, 3), density), pads=(1, 1, 1, 1), strides=(2, 1), dilations=(1, 2))
 
 
-def test_values_that_are_active_but_zero_count_as_weights():
+def test_active_weights_of_zero_are_kept():
     weight = SparseTensor(Mask((2, 3, 1, 1), np.array([1, 4])), np.array([0.0, 2.0], np.float32))
     x = np.arange(6, dtype=np.float32).reshape(1, 3, 2, 1)
     result = prepare_conv(weight)(x)
     np.testing.assert_array_equal(result, [[[[0], [0]], [[4], [6]]]])
 
 
-def test_working_memory_does_not_grow_with_the_picture():
+def test_memory_stays_below_a_quarter_of_all_columns():
     rng = np.random.default_rng(2)
     kernel = prepare_conv(random_sparse(rng, (4, 32, 3, 3), 0.1), pads=(1, 1, 1, 1))
     x = rng.standard_normal((1, 32, 256, 256)).astype(np.float32)

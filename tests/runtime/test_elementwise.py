@@ -1,3 +1,5 @@
+"""The reference computes elementwise operators like ONNX Runtime."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -43,13 +45,13 @@ DIVISORS = np.array([2, -2, -2, 2, 3, 5], np.int64)
         ("Tanh", {}),
     ],
 )
-def test_of_one_array(agree, op, attributes):
-    # To an absolute error of 2e-6 of the largest value, which the approximations of onnxruntime need.
+def test_operators_of_one_array_agree(agree, op, attributes):
+    # ONNX Runtime approximates some of these, with errors of up to 2e-6 of the largest value.
     values = X[np.abs(X) < 20]
     agree(op, values.reshape(1, -1), rtol=2e-6, **attributes)
 
 
-def test_extreme_values_stay_quiet(agree):
+def test_extreme_values_give_no_warning(agree):
     agree("Sigmoid", X)
     agree("Sqrt", np.abs(X))
     agree("Log", np.abs(X))
@@ -60,29 +62,29 @@ def test_extreme_values_stay_quiet(agree):
 @pytest.mark.parametrize(
     "op", ["Add", "Sub", "Mul", "Div", "Max", "Min", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"]
 )
-def test_of_two_arrays(agree, op):
+def test_operators_of_two_arrays_agree(agree, op):
     agree(op, X.reshape(2, -1), Y[: X.size // 2])
     agree(op, INTEGERS.reshape(2, 3), DIVISORS.reshape(2, 3))
     agree(op, np.float32(3).reshape(()), np.float32(-2).reshape(()))
 
 
 @pytest.mark.parametrize("op", ["And", "Or"])
-def test_of_two_truths(agree, op):
+def test_operators_of_two_booleans_agree(agree, op):
     agree(op, np.array([[True], [False]]), np.array([True, False]))
 
 
-def test_pow(agree):
+def test_pow_agrees(agree):
     agree("Pow", np.abs(X), np.float32(1.5).reshape(()))
     agree("Pow", X, np.float32(2).reshape(1))
     agree("Pow", X, np.array([3], np.int64))
 
 
-def test_max_and_min_of_many(agree):
+def test_max_and_min_of_three_arrays_agree(agree):
     agree("Max", X, Y, X - Y)
     agree("Min", X, Y, X - Y)
 
 
-def test_clip_with_any_of_its_limits(agree):
+def test_clip_agrees_with_each_set_of_limits(agree):
     low, high = np.float32(-1).reshape(()), np.float32(2).reshape(())
     agree("Clip", X)
     agree("Clip", X, low)
@@ -90,18 +92,18 @@ def test_clip_with_any_of_its_limits(agree):
     agree("Clip", X, low, high)
 
 
-def test_where_and_not(agree):
+def test_where_and_not_agree(agree):
     chosen = RNG.random((2, 5)) < 0.5
     agree("Not", chosen)
     agree("Where", chosen, X[:5], Y[:10].reshape(2, 5))
 
 
 @pytest.mark.parametrize("to", ["FLOAT", "DOUBLE", "FLOAT16", "INT32", "INT64", "INT8", "BOOL"])
-def test_cast(agree, to):
+def test_cast_agrees(agree, to):
     agree("Cast", np.array([-2.7, -0.5, 0, 0.5, 1, 100.9], np.float32), to=getattr(TensorProto, to))
 
 
-def test_cast_like(agree):
+def test_cast_like_agrees(agree):
     agree("CastLike", X[:5], np.zeros(1, np.int32))
 
 

@@ -1,3 +1,5 @@
+"""The interpreter folds, frees and limits values, and refuses graphs that it cannot compute."""
+
 from __future__ import annotations
 
 import tracemalloc
@@ -35,7 +37,7 @@ def sparse(shape: tuple[int, ...], density: float = 0.1) -> SparseTensor:
     return SparseTensor(mask, rng.standard_normal(mask.active).astype(np.float32))
 
 
-def test_what_depends_on_weights_alone_is_computed_once(monkeypatch):
+def test_values_of_weights_alone_are_computed_once(monkeypatch):
     weight = sparse((20, 8))
     nodes = (
         Node("Transpose", ("w",), ("t",), {"perm": (1, 0)}),
@@ -43,13 +45,13 @@ def test_what_depends_on_weights_alone_is_computed_once(monkeypatch):
         Node("MatMul", ("x", "s"), ("y",)),
     )
     constants = {name: np.array([n], np.int64) for name, n in (("starts", 5), ("ends", 15), ("axes", 1))}
-    made = []
+    matrices = []
     csr_array = scipy.sparse.csr_array
-    monkeypatch.setattr(scipy.sparse, "csr_array", lambda *a, **k: made.append(csr_array(*a, **k)) or made[-1])
+    monkeypatch.setattr(scipy.sparse, "csr_array", lambda *a, **k: matrices.append(csr_array(*a, **k)) or matrices[-1])
     plan = plan_of(*nodes, constants=constants, tensors={"w": weight})
-    assert [matrix.shape for matrix in made] == [(10, 8)], "the slice of a sparse weight multiplies as CSR"
+    assert [matrix.shape for matrix in matrices] == [(10, 8)], "the slice of a sparse weight multiplies as CSR"
     np.testing.assert_allclose(plan.run(X), X @ weight.to_dense().T[:, 5:15], rtol=1e-5, atol=1e-5)
-    assert len(made) == 1
+    assert len(matrices) == 1
 
 
 def test_values_are_freed_after_their_last_use():
@@ -63,7 +65,7 @@ def test_values_are_freed_after_their_last_use():
     assert peak < 3.5 * x.nbytes
 
 
-def test_the_input_is_left_alone_and_runs_are_independent():
+def test_runs_do_not_change_the_input_or_each_other():
     plan = plan_of(Node("Relu", ("x",), ("r",)), Node("Add", ("r", "x"), ("y",)))
     before = X.copy()
     np.testing.assert_array_equal(plan.run(X), plan.run(X))
@@ -75,7 +77,7 @@ def test_only_the_first_output_is_computed():
     np.testing.assert_array_equal(plan_of(*nodes, outputs=("y", "z")).run(X), -X)
 
 
-def test_an_output_that_depends_on_no_input_is_constant():
+def test_an_output_that_no_input_reaches_is_constant():
     plan = plan_of(Node("Neg", ("c",), ("y",)), constants={"c": np.ones(3, np.float32)})
     np.testing.assert_array_equal(plan.run(X), -np.ones(3))
 
@@ -88,7 +90,7 @@ def test_infinities_and_nan_pass_without_a_warning():
     assert np.isinf(plan.run(X)).all()
 
 
-def test_unused_pieces_of_a_split_may_have_no_name():
+def test_unused_outputs_of_a_split_may_have_no_name():
     plan = plan_of(Node("Split", ("x",), ("", "y", "z"), {"axis": 1, "num_outputs": 3}))
     np.testing.assert_array_equal(plan.run(X), X[:, 1:2])
 
@@ -98,7 +100,7 @@ def test_attributes_that_change_no_value_are_accepted():
     assert plan.run(X).shape == (2, 3, 7)
 
 
-def test_an_unknown_operator_is_named():
+def test_an_unknown_operator_is_named_in_the_error():
     with pytest.raises(UsageError, match=r"operator Unheard \(output 'y'\) is not known"):
         plan_of(Node("Unheard", ("x",), ("y",)))
 
@@ -135,7 +137,7 @@ def test_an_unsupported_form_of_an_operator_is_refused():
         Node("MaxPool", ("x",), ("y",), {"kernel_shape": (1 << 20,), "pads": (1 << 19, 1 << 19)}),
     ],
 )
-def test_graphs_that_do_not_fit_give_one_sentence(node):
+def test_invalid_graphs_give_an_error_of_one_line(node):
     with pytest.raises(FormatError, match=f"operator {node.op} .*cannot be computed.*does not fit"):
         plan_of(node, tensors={"w": sparse((5, 7, 3))}).run(X)
 
@@ -200,7 +202,7 @@ def test_a_wrong_number_of_inputs_is_refused(op, inputs, problem):
     ids=lambda nodes: nodes[-1].op,
 )
 @pytest.mark.parametrize("folded", [False, True])
-def test_values_without_end_are_refused_before_they_are_made(nodes, folded):
+def test_values_over_the_memory_limit_are_refused_before_they_are_allocated(nodes, folded):
     constants = {
         "n": np.array([1 << 30], np.int64),
         "n0": np.array(1 << 40, np.int64),
@@ -227,7 +229,7 @@ def test_values_without_end_are_refused_before_they_are_made(nodes, folded):
     assert peak < 600 << 20
 
 
-def test_room_is_given_back_when_values_are_freed():
+def test_freed_values_no_longer_count_toward_the_memory_limit():
     x = np.zeros(1 << 20, np.float32)
     nodes = [Node("Neg", (f"v{i}" if i else "x",), (f"v{i + 1}",)) for i in range(100)]
     with pytest.MonkeyPatch.context() as patch:
@@ -238,7 +240,7 @@ def test_room_is_given_back_when_values_are_freed():
             plan_of(*nodes[:2], Node("Max", ("v1", "v2", "x"), ("y",))).run(x)
 
 
-def test_a_part_of_a_weight_does_not_keep_the_whole():
+def test_a_slice_of_a_weight_does_not_keep_the_weight_alive():
     weight = SparseTensor(Mask.full((64, 1000)), np.ones(64_000, np.float32))
     nodes = [Node("Gather", ("w", "i"), (f"p{i}",)) for i in range(40)]
     sums = [Node("Add", ("x" if i == 0 else f"s{i - 1}", f"q{i}"), (f"s{i}" if i < 39 else "y",)) for i in range(40)]
@@ -253,7 +255,7 @@ def test_a_part_of_a_weight_does_not_keep_the_whole():
     np.testing.assert_allclose(plan.run(X), X + 40, rtol=1e-6)
 
 
-def test_the_caller_may_change_what_comes_out():
+def test_changing_a_result_does_not_change_the_next_one():
     weight = SparseTensor(Mask.full((3, 8)), np.ones(24, np.float32))
     plan = plan_of(Node("Gather", ("w", "i"), ("y",)), constants={"i": np.array(0)}, tensors={"w": weight})
     first = plan.run(X)

@@ -1,4 +1,4 @@
-"""The compiled kernels against the reference, one small graph at a time."""
+"""The compiled kernels agree with the reference on small graphs, and compute every node of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DENSITIES = st.sampled_from((0.0, 0.02, 0.1, 0.3, 0.6, 0.8, 1.0))
     st.integers(0, 2**32), st.sampled_from(((1, 1), (2, 2), (3, 3), (6, 6))), DENSITIES, st.booleans(),
     st.sampled_from(((1, 1), (3, 3), (2, 2), (5, 5), (3, 1), (1, 7))), st.integers(1, 3), st.integers(1, 2), st.data(),
 )  # fmt: skip
-def test_convolution(machine, both, sparse, seed, groups, density, with_bias, kernel, stride, dilation, data):
+def test_convolutions_agree(machine, both, sparse, seed, groups, density, with_bias, kernel, stride, dilation, data):
     rng = np.random.default_rng(seed)
     group, multiple = groups
     channels, rows = 6 * data.draw(st.integers(1, 3)), multiple * data.draw(st.integers(1, 4))
@@ -40,8 +40,8 @@ def test_convolution(machine, both, sparse, seed, groups, density, with_bias, ke
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(48, 70), st.integers(48, 70), DENSITIES, DENSITIES, st.integers(1, 2))
-def test_strides_after_each_other(machine, both, sparse, seed, height, width, first, second, batch):
-    """Several convolutions on one grid, where a value has a plane for each phase of the strides."""
+def test_chains_of_strided_convolutions_agree(machine, both, sparse, seed, height, width, first, second, batch):
+    """All values lie on one grid, on which those before a stride have one plane for each of its phases."""
     rng = np.random.default_rng(seed)
     tensors = {
         "a": sparse(rng, (5, 3, 3, 3), first), "b": sparse(rng, (6, 5, 3, 3), second),
@@ -64,7 +64,7 @@ def test_strides_after_each_other(machine, both, sparse, seed, height, width, fi
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 300), st.integers(1, 300), DENSITIES, st.booleans())
-def test_linear(machine, both, sparse, seed, batch, columns, rows, density, with_bias):
+def test_linear_layers_agree(machine, both, sparse, seed, batch, columns, rows, density, with_bias):
     rng = np.random.default_rng(seed)
     tensors = {"w": sparse(rng, (rows, columns), density)}
     if with_bias:
@@ -82,7 +82,7 @@ ACTIVATIONS = [
 
 @pytest.mark.parametrize(("op", "attributes"), ACTIVATIONS)
 @pytest.mark.parametrize("alone", [True, False])
-def test_activation(machine, both, sparse, op, attributes, alone):
+def test_activations_agree_fused_and_alone(machine, both, sparse, op, attributes, alone):
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((2, 4, 9, 11)) * 8).astype(np.float32)
     x[0, 0, 0, :6] = [0, -0.0, 100, -100, np.inf, -np.inf]
@@ -98,7 +98,7 @@ def test_activation(machine, both, sparse, op, attributes, alone):
     both(machine, nodes, tensors, x)
 
 
-def test_gates_become_one(machine, both, sparse):
+def test_a_gate_and_its_product_become_one_node(machine, both, sparse):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 4, 7, 7)).astype(np.float32)
     tensors = {"w": sparse(rng, (4, 4, 1, 1), 0.5)}
@@ -109,7 +109,7 @@ def test_gates_become_one(machine, both, sparse):
         assert both(machine, nodes, tensors, x).coverage.nodes == 2
 
 
-def test_squeeze_and_excite(machine, both, sparse):
+def test_squeeze_and_excite_agrees(machine, both, sparse):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((3, 8, 14, 13)).astype(np.float32)
     tensors = {
@@ -142,10 +142,10 @@ def windows_along(size: int, kernel: int, stride: int, pad: int, ceil: int) -> i
     st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2), st.booleans(), st.integers(0, 1),
     st.tuples(st.integers(4, 30), st.integers(4, 30)),
 )  # fmt: skip
-def test_max_pools_over_padding_need_values_that_are_not_negative(
+def test_max_pools_over_padding_fall_back_unless_values_are_nonnegative(
     machine, both, seed, kernel, stride, pad, positive, ceil, size
 ):
-    """Padding is zero in the strip layout, and the standard's is minus infinity: they agree from zero on."""
+    """Padding is zero in the strip layout and minus infinity in the standard: the same for values from zero on."""
     pad = min(pad, kernel - 1)
     x = np.random.default_rng(seed).standard_normal((2, 3, *size)).astype(np.float32)
     attributes = {"kernel_shape": (kernel,) * 2, "strides": (stride,) * 2, "pads": (pad,) * 4, "ceil_mode": ceil}
@@ -161,7 +161,9 @@ def test_max_pools_over_padding_need_values_that_are_not_negative(
     st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2), st.integers(0, 1),
     st.integers(0, 1), st.tuples(st.integers(4, 30), st.integers(4, 30)),
 )  # fmt: skip
-def test_average_pools_need_windows_of_one_divisor(machine, both, seed, kernel, stride, pad, ceil, include, size):
+def test_average_pools_fall_back_if_windows_have_several_divisors(
+    machine, both, seed, kernel, stride, pad, ceil, include, size
+):
     pad = min(pad, kernel - 1)
     x = np.random.default_rng(seed).standard_normal((2, 3, *size)).astype(np.float32)
     attributes = {
@@ -173,8 +175,8 @@ def test_average_pools_need_windows_of_one_divisor(machine, both, seed, kernel, 
     both(machine, [Node("AveragePool", ("x",), ("y",), attributes)], {}, x, fallback=fallback)
 
 
-def test_values_that_others_read_stay(machine, both, sparse):
-    """What is fused into the operation that makes a value must not change it for those who read it before that."""
+def test_fused_ops_do_not_change_a_value_that_others_read(machine, both, sparse):
+    """An op that is fused into the one before it changes that op's result, which other nodes may read too."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 4, 10, 10)).astype(np.float32)
     tensors = {"w": sparse(rng, (4, 4, 3, 3), 0.4), "v": sparse(rng, (4, 4, 1, 1), 0.4)}
@@ -193,7 +195,7 @@ def test_values_that_others_read_stay(machine, both, sparse):
 
 
 @pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_stays_where_it_is(machine, both, sparse, special):
+def test_nan_and_inf_spread_only_to_the_pixels_that_read_them(machine, both, sparse, special):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 3, 12, 12)).astype(np.float32)
     x[0, 1, 5, 6] = special
@@ -202,7 +204,7 @@ def test_what_is_not_finite_stays_where_it_is(machine, both, sparse, special):
     both(machine, nodes, tensors, x)
 
 
-def test_operators_without_a_kernel_run_in_between(machine, both, sparse):
+def test_fallbacks_run_between_kernels(machine, both, sparse):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 4, 8, 8)).astype(np.float32)
     tensors = {"w": sparse(rng, (4, 4, 3, 3), 0.4), "l": sparse(rng, (5, 4 * 8 * 8), 0.1)}
@@ -218,7 +220,7 @@ def test_operators_without_a_kernel_run_in_between(machine, both, sparse):
     both(machine, nodes, tensors, x, fallback=("Exp", "Transpose"))
 
 
-def test_the_same_for_any_number_of_threads(sparse):
+def test_results_are_bit_identical_for_any_number_of_threads(sparse):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 16, 31, 29)).astype(np.float32)
     tensors = {"w": sparse(rng, (33, 16, 3, 3), 0.2)}

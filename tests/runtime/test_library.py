@@ -1,4 +1,4 @@
-"""Which kernels are loaded: by processor, by environment, and never damaged ones."""
+"""The kernel library is chosen by processor and environment, and a damaged one is never loaded."""
 
 import ctypes
 import json
@@ -10,7 +10,7 @@ import pytest
 
 from dsr_tool.errors import UsageError
 from dsr_tool.runtime.kernels import cpu
-from dsr_tool.runtime.kernels import library as room
+from dsr_tool.runtime.kernels import library as library_module
 from dsr_tool.runtime.kernels.library import ABI, choose
 
 GXX = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(GXX is None, reason="needs a C++ compiler")
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
-    """Libraries that say nothing but their interface, by its number."""
+    """Returns a function that compiles a library with nothing but an ABI number; None for one without."""
     folder = tmp_path_factory.mktemp("libraries")
 
     def make(abi):
@@ -38,7 +38,7 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture
 def built(tmp_path, compiled):
-    """Copies of such libraries as those of levels, and their record."""
+    """Returns a function that copies such libraries under the names of levels, with their record of checksums."""
 
     def build(*levels, abi=ABI, record=True):
         import hashlib
@@ -59,35 +59,35 @@ def library_of(folder, level):
     return folder / f"_kernels_{level}{SUFFIX}"
 
 
-def test_the_fastest_that_runs_here_is_loaded(built, monkeypatch):
-    monkeypatch.setattr(room, "supported_levels", lambda: ("avx2", "baseline"))
+def test_the_fastest_supported_level_is_loaded(built, monkeypatch):
+    monkeypatch.setattr(library_module, "supported_levels", lambda: ("avx2", "baseline"))
     found = choose("", built("avx512", "avx2", "baseline"))
     assert isinstance(found.library, ctypes.CDLL)
     assert (found.level, found.built, found.problems) == ("avx2", ("avx512", "avx2", "baseline"), ())
 
 
-def test_one_is_chosen_by_its_name(built):
+def test_a_level_can_be_chosen_by_name(built):
     assert choose(LEVEL, built(LEVEL)).level == LEVEL
 
 
-def test_none_means_scipy(built):
+def test_none_disables_the_kernels(built):
     found = choose("none", built(LEVEL))
     assert (found.library, found.level, found.problems) == (None, None, ())
 
 
-def test_without_any_there_is_the_reason_and_the_remedy(tmp_path):
+def test_without_libraries_the_problem_says_how_to_build_them(tmp_path):
     found = choose("", tmp_path)
     assert found.library is None
     assert "make kernels" in found.problems[0]
 
 
-def test_a_library_of_another_interface_is_refused(built):
+def test_a_library_of_another_abi_is_refused(built):
     found = choose("", built(LEVEL, abi=ABI + 1))
     assert found.library is None
     assert f"has interface {ABI + 1}, and this version needs {ABI}" in found.problems[0]
 
 
-def test_a_library_of_something_else_is_refused(built):
+def test_a_library_without_kernels_is_refused(built):
     assert "holds no kernels" in choose("", built(LEVEL, abi=None)).problems[0]
 
 
@@ -100,8 +100,8 @@ def test_a_damaged_library_is_refused_before_it_is_mapped(built, damage):
     assert "is damaged" in found.problems[0]
 
 
-def test_the_next_one_is_taken_where_the_fastest_is_damaged(built, monkeypatch):
-    monkeypatch.setattr(room, "supported_levels", lambda: ("avx512", "avx2", "baseline"))
+def test_the_next_level_is_loaded_if_the_fastest_is_damaged(built, monkeypatch):
+    monkeypatch.setattr(library_module, "supported_levels", lambda: ("avx512", "avx2", "baseline"))
     folder = built("avx512", "avx2", "baseline")
     library_of(folder, "avx512").write_bytes(b"no library")
     found = choose("", folder)
@@ -109,7 +109,7 @@ def test_the_next_one_is_taken_where_the_fastest_is_damaged(built, monkeypatch):
     assert "_kernels_avx512" in found.problems[0]
 
 
-def test_a_file_that_is_no_library_is_refused_without_a_record_too(built):
+def test_a_file_that_is_no_library_is_refused_even_without_a_record(built):
     folder = built(LEVEL, record=False)
     library_of(folder, LEVEL).write_bytes(b"no library")
     assert "cannot be loaded" in choose("", folder).problems[0]
@@ -122,26 +122,26 @@ def test_a_damaged_record_does_not_crash(built, record):
     choose("", folder)
 
 
-def test_a_path_is_loaded_as_it_is(built):
+def test_a_path_is_loaded_as_a_custom_level(built):
     assert choose(str(library_of(built(LEVEL), LEVEL)), built(LEVEL)).level == "custom"
 
 
 @pytest.mark.parametrize(
-    ("wanted", "message"),
+    ("expected", "message"),
     [
         ("avx51", "did you mean avx512"),
         ("/nowhere/kernels" + SUFFIX, "cannot be used"),
         (LEVEL, "were not built"),
     ],
 )
-def test_wishes_that_cannot_be_met(tmp_path, wanted, message):
+def test_a_choice_that_cannot_be_loaded_is_refused(tmp_path, expected, message):
     with pytest.raises(UsageError, match=message):
-        choose(wanted, tmp_path)
+        choose(expected, tmp_path)
 
 
-def test_a_level_that_the_processor_lacks_is_named_with_what_it_lacks(built, monkeypatch):
-    monkeypatch.setattr(room, "supported_levels", lambda: ("baseline",))
-    monkeypatch.setattr(room, "missing_features", lambda level: ["avx512f"])
+def test_an_unsupported_level_is_refused_with_its_missing_features(built, monkeypatch):
+    monkeypatch.setattr(library_module, "supported_levels", lambda: ("baseline",))
+    monkeypatch.setattr(library_module, "missing_features", lambda level: ["avx512f"])
     with pytest.raises(UsageError, match="lacks avx512f"):
         choose("avx512", built("avx512"))
 
@@ -163,7 +163,7 @@ FLAGS = (
         (tuple(FLAGS.split()), ("baseline",)),
     ],
 )
-def test_levels_by_processor(tmp_path, monkeypatch, absent, levels):
+def test_levels_follow_the_cpu_flags(tmp_path, monkeypatch, absent, levels):
     path = tmp_path / "cpuinfo"
     flags = " ".join(flag for flag in FLAGS.split() if flag not in absent)
     path.write_text(f"processor\t: 0\nflags\t\t: fpu {flags} ht\nbogomips: 1\n\nprocessor\t: 1\nflags: fpu\n")
@@ -173,7 +173,7 @@ def test_levels_by_processor(tmp_path, monkeypatch, absent, levels):
     assert cpu.supported_levels() == levels
 
 
-def test_levels_where_nothing_is_known(monkeypatch):
+def test_levels_without_cpu_flags_follow_the_machine_type(monkeypatch):
     monkeypatch.setattr(cpu, "_cpu_flags", lambda _: frozenset())
     monkeypatch.setattr(cpu.sys, "platform", "win32")
     for machine, levels in (("AMD64", ("baseline",)), ("arm64", ("neon",)), ("riscv64", ("baseline",))):
@@ -181,13 +181,13 @@ def test_levels_where_nothing_is_known(monkeypatch):
         assert cpu.supported_levels() == levels
 
 
-def test_levels_on_macos(monkeypatch):
+def test_levels_on_macos_follow_sysctl(monkeypatch):
     monkeypatch.setattr(cpu.sys, "platform", "darwin")
     monkeypatch.setattr(cpu.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(cpu, "_sysctl", lambda name: "avx512" not in name)
     assert cpu.supported_levels() == ("avx2", "baseline")
 
 
-def test_loading_imports_no_torch():
+def test_loading_the_kernels_imports_no_torch():
     code = "import sys; from dsr_tool.runtime.kernels.library import level; level(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,3 +1,5 @@
+"""The reference computes matrix products like ONNX Runtime, and sparse ones like scipy."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -21,14 +23,14 @@ def random_sparse(seed: int, shape: tuple[int, ...], density: float) -> np.ndarr
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.lists(SIZES, max_size=3), SIZES, SIZES, DENSITIES)
-def test_matmul_by_a_matrix_agrees(agree, seed, lead, columns, rows, density):
+def test_matmul_with_a_matrix_agrees(agree, seed, lead, columns, rows, density):
     x = random_sparse(seed, (*lead, columns), 1.0)
     agree("MatMul", x, random_sparse(seed + 1, (columns, rows), density))
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32), SIZES, SIZES, SIZES)
-def test_matmul_of_stacks_agrees(agree, seed, rows, inner, columns):
+def test_batched_matmul_agrees(agree, seed, rows, inner, columns):
     a = random_sparse(seed, (2, 3, rows, inner), 1.0)
     agree("MatMul", a, random_sparse(seed + 1, (3, inner, columns), 1.0))
     # Neither of the last two axes is contiguous.
@@ -57,15 +59,15 @@ def test_einsum_agrees(agree, equation):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 4), SIZES, SIZES, SIZES, DENSITIES)
-def test_multiplier_is_the_block_diagonal_product_of_scipy(seed, groups, rows, columns, n, density):
+def test_grouped_products_equal_a_block_diagonal_product(seed, groups, rows, columns, n, density):
     weight = random_sparse(seed, (groups * rows, columns), density)
     x = random_sparse(seed + 1, (groups * columns, n), 1.0)
-    wanted = scipy.sparse.block_diag(np.split(weight, groups)).toarray() @ x
+    expected = scipy.sparse.block_diag(np.split(weight, groups)).toarray() @ x
     for form in (weight, SparseTensor.from_dense(weight, Mask.from_bool(weight != 0))):
-        np.testing.assert_allclose(multiplier(form, groups)(x), wanted, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(multiplier(form, groups)(x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_both_sides_of_the_threshold_give_the_same():
+def test_csr_and_dense_products_agree_around_the_threshold():
     x = random_sparse(0, (50, 7), 1.0)
     for density in (0.9 * MAX_CSR_DENSITY, 1.1 * MAX_CSR_DENSITY):
         weight = np.zeros(2000, np.float32)

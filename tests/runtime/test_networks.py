@@ -1,4 +1,4 @@
-"""Whole networks against PyTorch, through an archive."""
+"""Whole networks that go through an archive compute what PyTorch computes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from dsr_tool.formats.archive import write_archive
 from dsr_tool.runtime import Session
+from dsr_tool.runtime.kernels.library import library
 from dsr_tool.sparse.trace import trace
 from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.sparsity.layers import LayerSpec
@@ -19,7 +20,7 @@ from dsr_tool.sparsity.tensor import SparseTensor
 
 
 class Residual(nn.Module):
-    """Expand, depthwise, squeeze-and-excite, project, add: a block of MobileNetV3."""
+    """A block of MobileNetV3: expand, depthwise, squeeze-and-excite, project, add."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ def convolutional() -> nn.Module:
 
 
 class Encoder(nn.Module):
-    """Patches, a class token, two layers of attention: a vision transformer in small."""
+    """A small vision transformer: patches, a class token, two layers of attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +75,7 @@ class Encoder(nn.Module):
 
 
 def sparsified(module: nn.Module, density: float) -> dict[str, SparseTensor]:
-    """Mask every weight in place, make the norms uneven, and give all tensors."""
+    """Masks every weight in place, randomizes the norms, and returns all tensors by name."""
     tensors = {}
     with torch.no_grad():
         for layer in module.modules():
@@ -88,16 +89,26 @@ def sparsified(module: nn.Module, density: float) -> dict[str, SparseTensor]:
     return tensors
 
 
+FALLBACKS = {
+    convolutional: ["BatchNormalization", "GatherND", "MaxPool", "ReduceMean", *["Transpose"] * 2],
+    Encoder: [
+        "Concat", *["Gather"] * 7, *["MatMul"] * 4, *["Mul"] * 4, *["Reshape"] * 2, *["Squeeze"] * 2,
+        *["Transpose"] * 13, *["Unsqueeze"] * 2,
+    ],
+}  # fmt: skip
+"""Operators that no kernel computes, one entry for each node, for a batch of one; attention itself is among them."""
+
+
 @pytest.fixture(scope="module", params=[convolutional, Encoder])
 def network(request):
     torch.manual_seed(0)
     module = request.param().eval()
-    return module, trace(module, (3, 16, 16))
+    return module, trace(module, (3, 16, 16)), FALLBACKS[request.param]
 
 
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.3, 1.0])
-def test_network_computes_what_torch_computes(network, tmp_path: Path, density):
-    module, graph = network
+def test_networks_agree_with_torch(network, tmp_path: Path, density):
+    module, graph, fallbacks = network
     torch.manual_seed(1)
     for layer in module.modules():
         if layer is not module and hasattr(layer, "reset_parameters"):
@@ -108,11 +119,15 @@ def test_network_computes_what_torch_computes(network, tmp_path: Path, density):
         for name, tensor in tensors.items()
     }
     write_archive(tmp_path / "net.dsr", tensors, specs, graph, ModelConfig("module", "Net", 10, (3, 16, 16)))
+    if library() is not None:
+        coverage = Session(tmp_path / "net.dsr", runtime="native").coverage
+        assert sorted(entry.operator for entry in coverage.fallbacks) == fallbacks
+        assert not any(entry.failed for entry in coverage.fallbacks)
     session = Session(tmp_path / "net.dsr")
     for batch in (1, 3):
         x = torch.randn(batch, 3, 16, 16)
         with torch.no_grad():
-            wanted = module(x).numpy()
+            expected = module(x).numpy()
         found = session.run(x.numpy())
         assert found.dtype == np.float32
-        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * float(np.abs(wanted).max()))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * float(np.abs(expected).max()))

@@ -1,4 +1,4 @@
-"""Dense models in ONNX Runtime, and when a session hands them over."""
+"""Plans of ONNX Runtime, and the choice of a runtime by a session."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def graph(names: tuple[str, ...]) -> Graph:
 
 def tensors(density: float) -> dict[str, SparseTensor]:
     rng = np.random.default_rng(1)
-    made = {}
+    weights = {}
     for name, shape in {"w": (16, 4, 3, 3), "l": (5, 16)}.items():
         mask = rng.random(shape) < density
-        made[name] = SparseTensor(Mask.from_bool(mask), rng.standard_normal(int(mask.sum())).astype(np.float32))
-    return made
+        weights[name] = SparseTensor(Mask.from_bool(mask), rng.standard_normal(int(mask.sum())).astype(np.float32))
+    return weights
 
 
 def write(path: Path, density: float) -> Path:
@@ -53,14 +53,14 @@ def write(path: Path, density: float) -> Path:
     return path
 
 
-def test_the_model_by_hand_is_the_model():
+def test_the_serialized_model_computes_what_the_reference_computes():
     weights = tensors(1.0)
     plan = OnnxRuntimePlan.of(graph(tuple(weights)), weights, 1)
     assert plan is not None
     np.testing.assert_allclose(plan.run(X), Interpreter(graph(tuple(weights)), weights).run(X), rtol=1e-5, atol=1e-6)
 
 
-def test_without_onnxruntime_there_is_no_plan(monkeypatch):
+def test_there_is_no_plan_without_onnxruntime(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     weights = tensors(1.0)
     assert OnnxRuntimePlan.of(graph(tuple(weights)), weights, 1) is None
@@ -68,20 +68,20 @@ def test_without_onnxruntime_there_is_no_plan(monkeypatch):
 
 @KERNELS
 @pytest.mark.parametrize(("density", "runtime"), [(1.0, "onnxruntime"), (0.05, "native")])
-def test_auto_goes_by_density(tmp_path, density, runtime):
+def test_auto_picks_onnxruntime_for_dense_models(tmp_path, density, runtime):
     path = write(tmp_path / "net.dsr", density)
     session = Session(path)
     assert session.runtime == runtime
-    wanted = Session(path, runtime="scipy").run(X)
-    for given in (session, Session(path, runtime="native")):
-        np.testing.assert_allclose(given.run(X), wanted, rtol=1e-5, atol=1e-5 * float(np.abs(wanted).max()))
+    expected = Session(path, runtime="scipy").run(X)
+    for each in (session, Session(path, runtime="native")):
+        np.testing.assert_allclose(each.run(X), expected, rtol=1e-5, atol=1e-5 * float(np.abs(expected).max()))
 
 
-def test_scipy_can_be_asked_for(tmp_path):
+def test_scipy_can_be_requested(tmp_path):
     assert Session(write(tmp_path / "net.dsr", 0.05), runtime="scipy").runtime == "scipy"
 
 
-def test_without_kernels_native_is_refused(tmp_path, monkeypatch):
+def test_native_is_refused_without_kernels(tmp_path, monkeypatch):
     monkeypatch.setattr("dsr_tool.runtime.session.library", lambda: None)
     path = write(tmp_path / "net.dsr", 0.05)
     with pytest.raises(UsageError, match="no kernels here"):
@@ -93,20 +93,20 @@ def test_without_kernels_native_is_refused(tmp_path, monkeypatch):
     ("arguments", "message"),
     [({"threads": 0}, "threads 0"), ({"threads": 10**4}, "threads 10000"), ({"batch": 0}, "batch 0")],
 )
-def test_arguments_that_are_not_allowed(tmp_path, arguments, message):
+def test_invalid_arguments_are_refused(tmp_path, arguments, message):
     with pytest.raises(UsageError, match=message):
         Session(write(tmp_path / "net.dsr", 0.05), **arguments)
 
 
-def test_an_unknown_runtime_is_named(tmp_path):
+def test_an_unknown_runtime_is_refused_by_name(tmp_path):
     with pytest.raises(UsageError, match=str(unknown_name("runtime", "sicpy", ("auto", "native", "scipy")))[:20]):
         Session(write(tmp_path / "net.dsr", 0.05), runtime="sicpy")
 
 
 @KERNELS
-def test_a_session_for_a_batch_runs_any_other(tmp_path):
+def test_a_session_compiled_for_one_batch_runs_any_other(tmp_path):
     path = write(tmp_path / "net.dsr", 0.05)
     session = Session(path, threads=2, batch=2)
-    wanted = Session(path, runtime="scipy").run(X)
+    expected = Session(path, runtime="scipy").run(X)
     for n in (2, 3, 1, 3):
-        np.testing.assert_allclose(session.run(X[:n]), wanted[:n], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(session.run(X[:n]), expected[:n], rtol=1e-5, atol=1e-6)

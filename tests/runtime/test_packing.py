@@ -1,4 +1,4 @@
-"""Work records: their order, and what is refused."""
+"""Packed weights: the records of a weight, their order, and the weights that are refused."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from dsr_tool.sparsity.tensor import SparseTensor
 
 
 def matrix_of(pack: Pack, phase: int, shape: tuple[int, int], channel: int) -> np.ndarray:
-    """The weights of one phase (out channels, vectors of input), read as the kernels read them."""
+    """Returns the weights of one phase as (output channels, input vectors), read as the kernels read them."""
     result = np.zeros((shape[0] + 3, shape[1] * channel + 64), np.float64)
     for first, last, own, dense in pack.parts:
         for base, value, offset, entries, count in pack.blocks[first:last] if own == phase else ():
             values, offsets = value, offset
             for row, records in pack.entries[entries : entries + count]:
                 rows = 4 if dense else 1
-                made = pack.values[values : values + rows * records].reshape(records, rows)
+                block = pack.values[values : values + rows * records].reshape(records, rows)
                 where = base + 32 + pack.offsets[offsets : offsets + records].astype(int)
                 for r in range(rows):
-                    np.add.at(result[row + r], where, made[:, r])
+                    np.add.at(result[row + r], where, block[:, r])
                 values += rows * records
                 offsets += 0 if dense else records
     return result[: shape[0]]
@@ -35,7 +35,7 @@ def matrix_of(pack: Pack, phase: int, shape: tuple[int, int], channel: int) -> n
     st.integers(0, 2**32), st.integers(1, 9), st.integers(1, 12), st.sampled_from((0.0, 0.2, 1.0)), st.integers(1, 5),
     st.integers(1, 3), st.booleans(),
 )  # fmt: skip
-def test_records_are_the_weights(seed, rows, channels, density, per_block, split, dense):
+def test_records_hold_exactly_the_active_weights(seed, rows, channels, density, per_block, split, dense):
     rng = np.random.default_rng(seed)
     mask = rng.random((rows, channels, 1, 3)) < density
     weight = SparseTensor(Mask.from_bool(mask), rng.standard_normal(int(mask.sum())).astype(np.float32))
@@ -46,14 +46,14 @@ def test_records_are_the_weights(seed, rows, channels, density, per_block, split
         else pack_sparse(weight, 1, phases, per_block, split)
     )
     for phase, taps in enumerate(phases):
-        wanted = np.zeros((rows, channels * 11 + 64))
+        expected = np.zeros((rows, channels * 11 + 64))
         for c in range(channels):
             for tap, offset in enumerate(taps.offsets):
-                wanted[:, 32 + c * 11 + offset] += weight.to_dense()[:, c, 0, tap]
-        np.testing.assert_array_equal(matrix_of(pack, phase, (rows, channels), 11), wanted)
+                expected[:, 32 + c * 11 + offset] += weight.to_dense()[:, c, 0, tap]
+        np.testing.assert_array_equal(matrix_of(pack, phase, (rows, channels), 11), expected)
 
 
-def test_rows_of_a_block_come_by_their_number_of_records():
+def test_rows_of_a_block_are_sorted_by_their_number_of_records():
     rng = np.random.default_rng(0)
     mask = rng.random((64, 32, 1, 1)) < 0.3
     pack = pack_sparse(SparseTensor(Mask.from_bool(mask), np.ones(mask.sum(), np.float32)), 1, [Taps((0,), 4)], 8)
@@ -62,13 +62,13 @@ def test_rows_of_a_block_come_by_their_number_of_records():
 
 
 @pytest.mark.parametrize("positions", [[-1, 2], [0, 12], [3, 3], [5, 2]])
-def test_positions_outside_of_the_shape_are_refused(positions):
+def test_invalid_positions_are_refused(positions):
     weight = SparseTensor(Mask((3, 4, 1, 1), np.array(positions)), np.ones(2, np.float32))
     with pytest.raises(FormatError, match="active positions"):
         pack_sparse(weight, 1, [Taps((0,), 4)], 4)
 
 
-def test_offsets_that_do_not_fit_are_refused():
+def test_offsets_beyond_16_bits_are_refused():
     weight = SparseTensor(Mask.full((3, 4, 1, 1)), np.ones(12, np.float32))
     with pytest.raises(FormatError, match="farther"):
         pack_sparse(weight, 1, [Taps((0,), FARTHEST)], 4)

@@ -1,3 +1,5 @@
+"""Pictures are preprocessed like torchvision does, and files that are no input are refused."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -33,14 +35,15 @@ def picture(path: Path, width: int, height: int, mode: str = "RGB", seed: int = 
     return path
 
 
-def theirs(path: Path, what: Preprocessing, mode: str = "RGB", version: str = "v1") -> np.ndarray:
+def by_torchvision(path: Path, preprocessing: Preprocessing, mode: str = "RGB", version: str = "v1") -> np.ndarray:
+    """Returns a picture as torchvision preprocesses it, with its first or second API of transforms."""
     image = Image.open(path).convert(mode)
     package = transforms if version == "v1" else v2
     steps = [
-        *([package.Resize(what.resize, MODES[what.interpolation])] if what.resize else []),
-        *([package.CenterCrop(what.crop)] if what.crop else []),
+        *([package.Resize(preprocessing.resize, MODES[preprocessing.interpolation])] if preprocessing.resize else []),
+        *([package.CenterCrop(preprocessing.crop)] if preprocessing.crop else []),
         *([package.ToTensor()] if version == "v1" else [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]),
-        package.Normalize(what.mean, what.std),
+        package.Normalize(preprocessing.mean, preprocessing.std),
     ]
     return package.Compose(steps)(image).numpy()
 
@@ -54,56 +57,60 @@ def theirs(path: Path, what: Preprocessing, mode: str = "RGB", version: str = "v
     st.sampled_from(sorted(MODES)),
     st.sampled_from(("v1", "v2")),
 )
-def test_pictures_are_prepared_as_torchvision_does(tmp_path_factory, width, height, resize, crop, mode, version):
+def test_pictures_are_preprocessed_like_torchvision(tmp_path_factory, width, height, resize, crop, mode, version):
     path = picture(tmp_path_factory.mktemp("pictures") / "a.png", width, height)
-    what = config((3, crop, crop), resize=resize, crop=crop, interpolation=mode)
-    found = load_inputs([path], what)
+    model = config((3, crop, crop), resize=resize, crop=crop, interpolation=mode)
+    found = load_inputs([path], model)
     assert found.dtype == np.float32
     assert found.shape == (1, 3, crop, crop)
-    np.testing.assert_allclose(found[0], theirs(path, what.preprocessing, version=version), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        found[0], by_torchvision(path, model.preprocessing, version=version), rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("size", [(640, 427), (1000, 333), (333, 1000), (257, 256), (256, 256), (224, 300)])
 @pytest.mark.parametrize("resize", [256, 232])
-def test_the_sizes_of_photographs(tmp_path, size, resize):
+def test_common_photograph_sizes_are_preprocessed_like_torchvision(tmp_path, size, resize):
     path = picture(tmp_path / "a.png", *size)
-    what = config((3, 224, 224), resize=resize, crop=224)
-    np.testing.assert_allclose(load_inputs([path], what)[0], theirs(path, what.preprocessing), rtol=1e-6, atol=1e-6)
+    model = config((3, 224, 224), resize=resize, crop=224)
+    np.testing.assert_allclose(
+        load_inputs([path], model)[0], by_torchvision(path, model.preprocessing), rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pictures_of_any_mode_become_grey_or_colour(tmp_path, mode, channels):
+def test_pictures_of_any_mode_become_gray_or_rgb(tmp_path, mode, channels):
     path = picture(tmp_path / ("a.tiff" if mode == "CMYK" else "a.png"), 40, 30, mode)
     one = (0.3,) * channels
-    what = config((channels, 20, 20), mean=one, std=one)
-    wanted = theirs(path, what.preprocessing, "L" if channels == 1 else "RGB")
-    np.testing.assert_allclose(load_inputs([path], what)[0], wanted, rtol=1e-6, atol=1e-6)
+    model = config((channels, 20, 20), mean=one, std=one)
+    expected = by_torchvision(path, model.preprocessing, "L" if channels == 1 else "RGB")
+    np.testing.assert_allclose(load_inputs([path], model)[0], expected, rtol=1e-6, atol=1e-6)
 
 
-def test_without_resize_and_crop_pictures_stay_as_they_are(tmp_path):
+def test_without_resize_and_crop_the_size_stays(tmp_path):
     path = picture(tmp_path / "a.png", 28, 28, "L")
-    what = config((1, 28, 28), resize=0, crop=0, mean=(0.5,), std=(0.5,))
-    np.testing.assert_allclose(load_inputs([path], what)[0], theirs(path, what.preprocessing, "L"), rtol=1e-6)
+    model = config((1, 28, 28), resize=0, crop=0, mean=(0.5,), std=(0.5,))
+    np.testing.assert_allclose(load_inputs([path], model)[0], by_torchvision(path, model.preprocessing, "L"), rtol=1e-6)
 
 
-def test_but_are_resized_to_what_the_model_takes(tmp_path):
+def test_pictures_are_resized_to_the_input_shape_of_the_model(tmp_path):
     path = picture(tmp_path / "a.png", 50, 31)
     found = load_inputs([path], config((3, 16, 20), resize=0, crop=0))
     image = Image.open(path).resize((20, 16), Image.Resampling.BILINEAR)
-    wanted = (np.asarray(image) / 255 - Preprocessing().mean) / Preprocessing().std
-    np.testing.assert_allclose(found[0], wanted.transpose(2, 0, 1), rtol=1e-5, atol=1e-6)
+    expected = (np.asarray(image) / 255 - Preprocessing().mean) / Preprocessing().std
+    np.testing.assert_allclose(found[0], expected.transpose(2, 0, 1), rtol=1e-5, atol=1e-6)
 
 
-def test_a_model_of_unknown_size_takes_pictures_of_one_size(tmp_path):
+def test_a_model_without_input_shape_requires_pictures_of_one_size(tmp_path):
     paths = [picture(tmp_path / f"{i}.png", 30 + i // 2, 30, seed=i) for i in range(3)]
-    what = config((), resize=0, crop=0)
-    assert load_inputs(paths[:2], what).shape == (2, 3, 30, 30)
+    model = config((), resize=0, crop=0)
+    assert load_inputs(paths[:2], model).shape == (2, 3, 30, 30)
     with pytest.raises(UsageError, match=r"2\.png.*one shape"):
-        load_inputs(paths, what)
+        load_inputs(paths, model)
 
 
-def test_arrays_and_pictures_come_in_order(tmp_path):
+def test_arrays_and_pictures_keep_their_order(tmp_path):
     batch = np.random.default_rng(0).standard_normal((3, 3, 20, 20)).astype(np.float32)
     np.save(tmp_path / "one.npy", batch[0])
     np.save(tmp_path / "batch.npy", batch[1:])
@@ -126,7 +133,7 @@ def test_arrays_and_pictures_come_in_order(tmp_path):
 )
 def test_arrays_that_do_not_fit_are_refused(tmp_path, array):
     np.save(tmp_path / "a.npy", array)
-    with pytest.raises(UsageError, match=r"a\.npy.*takes float32 of shape \(3, 20, 20\)"):
+    with pytest.raises(UsageError, match=r"a\.npy.*expects float32 of shape \(3, 20, 20\)"):
         load_inputs([tmp_path / "a.npy"], config())
 
 
@@ -137,19 +144,19 @@ def test_arrays_of_objects_are_never_unpickled(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x93NUMPY\x01\x00", b"\x93NUMPY\x01\x00\x10\x00garbage garbage!"])
-def test_damaged_arrays_are_named(tmp_path, content):
+def test_damaged_arrays_are_refused_by_name(tmp_path, content):
     (tmp_path / "a.npy").write_bytes(content)
     with pytest.raises(FormatError, match=r"a\.npy"):
         load_inputs([tmp_path / "a.npy"], config())
 
 
-def test_files_that_are_no_pictures_are_named(tmp_path):
+def test_files_that_are_no_pictures_are_refused_by_name(tmp_path):
     (tmp_path / "a.png").write_bytes(b"not a picture")
     with pytest.raises(FormatError, match=r"a\.png.*not a picture"):
         load_inputs([tmp_path / "a.png"], config())
 
 
-def test_a_picture_that_is_cut_off_is_named(tmp_path):
+def test_a_truncated_picture_is_refused_by_name(tmp_path):
     path = picture(tmp_path / "a.jpg", 60, 60)
     path.write_bytes(path.read_bytes()[:1500])
     with pytest.raises(FileError, match=r"a\.jpg.*truncated"):
@@ -166,7 +173,7 @@ def test_missing_files_folders_and_no_files_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("what", "message"),
+    ("model", "message"),
     [
         (config((4, 20, 20)), "pictures do not have"),
         (config((784,)), "pictures do not have"),
@@ -174,6 +181,6 @@ def test_missing_files_folders_and_no_files_are_refused(tmp_path):
         (config(interpolation="lanczos"), "interpolation"),
     ],
 )
-def test_models_that_take_no_pictures_say_so(tmp_path, what, message):
+def test_pictures_are_refused_by_models_with_other_inputs(tmp_path, model, message):
     with pytest.raises(UsageError, match=message):
-        load_inputs([picture(tmp_path / "a.png", 30, 30)], what)
+        load_inputs([picture(tmp_path / "a.png", 30, 30)], model)

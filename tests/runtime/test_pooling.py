@@ -1,3 +1,5 @@
+"""The reference computes pools like ONNX Runtime, and like PyTorch in ceil mode."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -32,14 +34,14 @@ def test_max_pool_agrees(agree, pool, dilation, ceil):
 @given(pools(), st.booleans(), st.booleans())
 def test_average_pool_agrees(agree, pool, include, ceil):
     x, attributes = pool
-    # onnxruntime counts what rounding up adds as padding in old versions; torch is the referee of that below.
+    # Old versions of ONNX Runtime count the windows that ceil mode adds as padding; a test below asks torch instead.
     assume(not (include and ceil))
     agree("AveragePool", x, **attributes, count_include_pad=int(include), ceil_mode=int(ceil))
 
 
 @settings(max_examples=50, deadline=None)
 @given(pools(), st.booleans())
-def test_average_pool_rounded_up_agrees_with_torch(pool, include):
+def test_average_pool_in_ceil_mode_agrees_with_torch(pool, include):
     x, attributes = pool
     rank = len(attributes["kernel_shape"])
     theirs = (torch.nn.AvgPool1d, torch.nn.AvgPool2d, torch.nn.AvgPool3d)[rank - 1](
@@ -59,7 +61,7 @@ def test_max_pool_of_integers_agrees(agree, dtype):
     agree("MaxPool", x, kernel_shape=(3, 3), pads=(1, 1, 1, 1))
 
 
-def test_pads_that_differ_before_and_behind(agree):
+def test_pools_with_different_pads_before_and_after_agree(agree):
     x = np.random.default_rng(0).standard_normal((1, 2, 6, 7)).astype(np.float32)
     agree("AveragePool", x, kernel_shape=(3, 3), pads=(1, 0, 2, 1))
     agree("MaxPool", x, kernel_shape=(3, 3), pads=(1, 0, 2, 1), strides=(2, 2))

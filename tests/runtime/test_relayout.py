@@ -1,4 +1,4 @@
-"""Moves between layouts: by whole vectors and pixel by pixel, the same bits in the same places."""
+"""Relayout by whole vectors and pixel by pixel writes the same bits to the same places."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(library() is None, reason="no kernels were built
 
 
 def memory_of(machine: Machine, ops: list[Op], x: np.ndarray) -> np.ndarray:
-    """What lies where the last operation put its planes, and in the halo around them."""
+    """Runs ops and returns the memory of the last result, with the halo around its planes."""
     segment = Segment(machine.lanes, 1, list(ops), {"x": ops[0].source})
     native = Native(machine, segment, 1e9)
     address = machine.arena(0)
@@ -35,9 +35,9 @@ def memory_of(machine: Machine, ops: list[Op], x: np.ndarray) -> np.ndarray:
 
 def planes(shape: tuple[int, ...], factor: int, extra: int, lanes: int) -> Planes:
     _, _, height, width = shape
-    made = Planes(shape, Grid(-(-height // factor), -(-width // factor), 1 + extra, lanes), factor)
-    assert made.reach(made.grid.pitch + 1, made.grid.pitch + 1)
-    return made
+    result = Planes(shape, Grid(-(-height // factor), -(-width // factor), 1 + extra, lanes), factor)
+    assert result.reach(result.grid.pitch + 1, result.grid.pitch + 1)
+    return result
 
 
 @settings(max_examples=200, deadline=None)
@@ -48,27 +48,27 @@ def planes(shape: tuple[int, ...], factor: int, extra: int, lanes: int) -> Plane
     st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 70), st.integers(1, 70), st.sampled_from((1, 2, 4)),
     st.integers(0, 3), st.booleans(),
 )  # fmt: skip
-def test_whole_vectors_are_moved_as_single_pixels_are(machine, seed, channels, height, width, factor, extra, rows):
+def test_relayout_by_vectors_equals_relayout_by_pixels(machine, seed, channels, height, width, factor, extra, rows):
     shape = (1, channels, height, width)
     x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-    made = []
+    memories = []
     for most in (layouts._MOST_PLACES, 0):
         with mock.patch.object(layouts, "_MOST_PLACES", most):
             flat = Flat((1, x.size), machine.lanes, 1)  # its own shape does not count
             first, out = planes(shape, 1, 0, machine.lanes), planes(shape, factor, extra, machine.lanes)
             ops = [loaded(flat, out)] if rows else [loaded(flat, first), regridded(first, out, 1)]
         assert most or all(op.kind is Kind.GATHER for op in ops)
-        made.append(memory_of(machine, ops, x))
-    np.testing.assert_array_equal(*made)
+        memories.append(memory_of(machine, ops, x))
+    np.testing.assert_array_equal(*memories)
 
 
-def test_large_planes_are_moved_by_whole_vectors(machine):
+def test_large_planes_use_the_vector_kernel(machine):
     flat = Flat((1, 1, 56, 56), machine.lanes, 1)
     assert loaded(flat, planes(flat.shape, 2, 0, machine.lanes)).kind is Kind.REGRID
 
 
 @pytest.mark.parametrize(("size", "factor"), [(4, 1), (300, 1), (64, 8)])
-def test_other_planes_are_moved_pixel_by_pixel(machine, size, factor):
+def test_other_planes_use_the_pixel_kernel(machine, size, factor):
     flat = Flat((1, 1, size, size), machine.lanes, 1)
     op = loaded(flat, planes(flat.shape, factor, 0, machine.lanes))
     assert op.kind is (Kind.REGRID if (size, machine.lanes) == (4, 4) else Kind.GATHER)

@@ -1,3 +1,5 @@
+"""The reference resizes like ONNX Runtime and PyTorch."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -19,11 +21,11 @@ def picture(size: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 @settings(max_examples=40, deadline=None)
 @given(st.tuples(st.integers(2, 7), st.integers(2, 7)), SIZES, st.sampled_from(COORDINATES))
-def test_linear_and_nearest_agree(agree, before, after, coordinates):
+def test_linear_and_nearest_resize_agree(agree, before, after, coordinates):
     x, sizes = picture(before), np.array((2, 3, *after), np.int64)
     agree("Resize", x, None, None, sizes, mode="linear", coordinate_transformation_mode=coordinates)
     rounding = "floor" if coordinates == "asymmetric" else "round_prefer_floor"
-    # Where a coordinate falls between two entries to the last bit, rounding errors decide; such sizes are left out.
+    # If a coordinate lies exactly between two entries, rounding errors decide; such sizes are skipped.
     if all(m % n == 0 or n % m == 0 for n, m in zip(before, after, strict=True)) and coordinates == "asymmetric":
         agree(
             "Resize", x, None, None, sizes, mode="nearest", nearest_mode=rounding,
@@ -38,7 +40,7 @@ def test_linear_and_nearest_agree(agree, before, after, coordinates):
     st.sampled_from(("bilinear", "bicubic", "nearest")),
     st.booleans(),
 )
-def test_agrees_with_what_torch_interpolates(before, after, mode, align):
+def test_resize_agrees_with_torch(before, after, mode, align):
     x = picture(before)
     options = {} if mode == "nearest" else {"align_corners": align}
     theirs = torch.nn.functional.interpolate(torch.from_numpy(x), after, mode=mode, **options)
@@ -52,11 +54,11 @@ def test_agrees_with_what_torch_interpolates(before, after, mode, align):
 
 
 @pytest.mark.parametrize("mode", ["linear", "cubic", "nearest"])
-def test_scales_agree(agree, mode):
+def test_resize_by_scales_agrees(agree, mode):
     agree("Resize", picture((4, 5)), None, np.array([1, 1, 2, 3], np.float32), mode=mode)
 
 
-def test_volumes_agree(agree):
+def test_resize_of_volumes_agrees(agree):
     sizes = np.array((2, 3, 4, 5, 6), np.int64)
     agree("Resize", picture((2, 3, 4)), None, None, sizes, mode="linear")
 
@@ -70,6 +72,6 @@ def test_volumes_agree(agree):
         ({"antialias": 1}, "antialias"),
     ],
 )
-def test_what_is_not_known_is_refused(attributes, words):
+def test_unsupported_modes_are_refused(attributes, words):
     with pytest.raises(UsageError, match=words):
         FUNCTIONS["Resize"](picture((2, 2)), None, None, np.array((2, 3, 4, 4)), **attributes)

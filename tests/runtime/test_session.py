@@ -1,3 +1,5 @@
+"""A session runs an archive, describes its model, and refuses inputs that do not fit."""
+
 from __future__ import annotations
 
 import subprocess
@@ -55,15 +57,15 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("archive") / "net.dsr")
 
 
-def test_path_text_and_open_archive_give_the_same(archive):
-    wanted = Session(archive).run(X)
-    assert wanted.shape == (4, 6)
-    assert wanted.dtype == np.float32
+def test_a_path_a_string_and_an_open_archive_give_the_same_results(archive):
+    expected = Session(archive).run(X)
+    assert expected.shape == (4, 6)
+    assert expected.dtype == np.float32
     for source in (str(archive), open_archive(archive)):
-        np.testing.assert_array_equal(Session(source).run(X), wanted)
+        np.testing.assert_array_equal(Session(source).run(X), expected)
 
 
-def test_any_batch_gives_each_input_its_own_output(archive):
+def test_each_input_of_a_batch_gives_its_own_output(archive):
     session = Session(archive)
     together = session.run(X)
     for i in range(len(X)):
@@ -77,7 +79,7 @@ def test_threads_may_share_a_session(archive):
             np.testing.assert_array_equal(result, session.run(X))
 
 
-def test_it_says_what_the_model_is(archive):
+def test_a_session_describes_the_model(archive):
     session = Session(archive)
     assert session.config.architecture == "Net"
     assert session.input.shape == (None, 3, 8, 8)
@@ -106,7 +108,7 @@ def test_inputs_that_do_not_fit_are_refused(archive, x, message):
         Session(archive).run(x)
 
 
-def test_a_missing_archive_is_named(tmp_path):
+def test_a_missing_archive_is_refused_by_name(tmp_path):
     with pytest.raises(FileError, match=r"absent\.dsr"):
         Session(tmp_path / "absent.dsr")
 
@@ -130,7 +132,7 @@ print(*sorted({"torch", "torchvision", "onnx", "onnxscript", "onnxruntime"} & se
 """
 
 
-def test_core_and_runtime_import_no_framework(archive):
+def test_sessions_import_no_framework(archive):
     child = subprocess.run([sys.executable, "-c", _CHILD, str(archive)], capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr
     assert child.stdout.strip() == ""

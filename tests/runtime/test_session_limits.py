@@ -218,9 +218,9 @@ def test_cycles_and_undefined_values_are_refused(tmp_path, nodes, message):
 
 def test_strided_and_reversed_inputs_give_the_same_result(tmp_path):
     path = write(tmp_path / "net.dsr")
-    given = inputs(4)
-    expected = Session(path).run(np.ascontiguousarray(given[::-2, :, ::-1]))
-    for x in (given[::-2, :, ::-1], np.asfortranarray(given[::-2, :, ::-1])):
+    batch = inputs(4)
+    expected = Session(path).run(np.ascontiguousarray(batch[::-2, :, ::-1]))
+    for x in (batch[::-2, :, ::-1], np.asfortranarray(batch[::-2, :, ::-1])):
         np.testing.assert_array_equal(Session(path).run(x), expected)
     with pytest.raises(UsageError, match="type >f4"):
-        Session(path).run(given.astype(">f4"))
+        Session(path).run(batch.astype(">f4"))

@@ -1,3 +1,5 @@
+"""The reference computes operators on shapes and indices like ONNX Runtime."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -16,31 +18,31 @@ def int64(*values: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", [(6, -1), (0, 0, 20), (-1,), (0, -1, 2, 5), (1, 120)])
-def test_reshape(agree, shape):
+def test_reshape_agrees(agree, shape):
     agree("Reshape", X, int64(*shape))
 
 
-def test_reshape_to_zero(agree):
+def test_reshape_of_empty_arrays_agrees(agree):
     agree("Reshape", np.zeros((0, 4), np.float32), int64(4, 0), allowzero=1)
 
 
 @pytest.mark.parametrize("axis", range(-4, 5))
-def test_flatten(agree, axis):
+def test_flatten_agrees(agree, axis):
     agree("Flatten", X, axis=axis)
 
 
-def test_squeeze_and_unsqueeze(agree):
+def test_squeeze_and_unsqueeze_agree(agree):
     agree("Squeeze", X.reshape(1, 6, 1, 20))
     agree("Squeeze", X.reshape(1, 6, 1, 20), int64(-2))
     agree("Unsqueeze", X, int64(0, -1, 3))
 
 
-def test_transpose(agree):
+def test_transpose_agrees(agree):
     agree("Transpose", X)
     agree("Transpose", X, perm=(2, 0, 3, 1))
 
 
-def test_concat_and_split(agree):
+def test_concat_and_split_agree(agree):
     agree("Concat", X, X[:, :1], X, axis=-3)
     agree("Split", X, int64(1, 0, 4), axis=-1, outputs=3)
     agree("Split", X, axis=2, num_outputs=2, outputs=2)
@@ -49,23 +51,23 @@ def test_concat_and_split(agree):
 
 @settings(max_examples=80, deadline=None)
 @given(st.data())
-def test_slice(agree, data):
+def test_slice_agrees(agree, data):
     axes = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=4, unique=True))
     near = st.integers(-7, 7)
     starts = int64(*(data.draw(near | st.sampled_from((2**31 - 1, -(2**63)))) for _ in axes))
     steps = int64(*(data.draw(st.sampled_from((1, 2, 3, -1, -2))) for _ in axes))
-    # Backwards, onnxruntime takes the largest end for the smallest, which the standard does not say.
+    # With a negative step, ONNX Runtime takes the largest end for the smallest; the standard does not say so.
     far = [st.sampled_from((2**31 - 1, 2**63 - 1) if step > 0 else (-(2**63),)) for step in steps]
     ends = int64(*(data.draw(near | end) for end in far))
     agree("Slice", X, starts, ends, int64(*(axis - 4 * data.draw(st.booleans()) for axis in axes)), steps)
 
 
-def test_slice_with_defaults(agree):
+def test_slice_with_default_axes_and_steps_agrees(agree):
     agree("Slice", X, int64(1, 0), int64(2, -1))
 
 
 @pytest.mark.parametrize("indices", [int64(0, 2, -1), np.int64(1).reshape(()), int64(0, 1, 2, 0).reshape(2, 2)])
-def test_gather(agree, indices):
+def test_gather_agrees(agree, indices):
     agree("Gather", X, indices, axis=1)
     agree("Gather", X, indices.astype(np.int32), axis=-1)
 
@@ -80,52 +82,52 @@ def test_gather(agree, indices):
         (int64(2, 3, 0, 1, 1, 1, 2, 2).reshape(2, 2, 2), 1),
     ],
 )
-def test_gather_nd(agree, indices, batch_dims):
+def test_gather_nd_agrees(agree, indices, batch_dims):
     agree("GatherND", X, indices, batch_dims=batch_dims)
 
 
 @pytest.mark.parametrize("reduction", ["none", "add", "mul", "max", "min"])
-def test_scatter_nd(agree, reduction):
+def test_scatter_nd_agrees(agree, reduction):
     updates = np.arange(40, dtype=np.float32).reshape(2, 4, 5) - 30
     agree("ScatterND", X, int64(0, 1, 1, -1).reshape(2, 2), updates, reduction=reduction)
     if reduction != "none":
         agree("ScatterND", X, int64(0, 1, 0, 1).reshape(2, 2), updates, reduction=reduction)
 
 
-def test_scatter_nd_leaves_its_input_alone():
+def test_scatter_nd_does_not_change_its_input():
     before = X.copy()
     FUNCTIONS["ScatterND"](X, int64(0).reshape(1, 1), np.zeros((1, 3, 4, 5), np.float32))
     np.testing.assert_array_equal(X, before)
 
 
 @pytest.mark.parametrize("mode", ["constant", "reflect", "edge"])
-def test_pad(agree, mode):
+def test_pad_agrees(agree, mode):
     agree("Pad", X, int64(0, 0, 2, 1, 0, 0, 1, 3), mode=mode)
     agree("Pad", X, int64(2, 1, 1, 3), None, int64(-2, 3), mode=mode)
 
 
-def test_pad_with_a_value_and_negative_width(agree):
+def test_pad_with_a_value_and_negative_widths_agrees(agree):
     agree("Pad", X, int64(0, 0, -1, 1, 0, 1, -2, -3), np.float32(7).reshape(()))
 
 
-def test_expand(agree):
+def test_expand_agrees(agree):
     agree("Expand", X[:, :1], int64(2, 3, 4, 5))
     agree("Expand", X[:1, :1, :1, 0], int64(2, 1, 3))
     agree("Expand", X, int64(1))
 
 
 @pytest.mark.parametrize("limits", [{}, {"start": 1}, {"start": -3, "end": -1}, {"start": 0, "end": 9}, {"end": -9}])
-def test_shape(agree, limits):
+def test_shape_agrees(agree, limits):
     agree("Shape", X, **limits)
 
 
 @pytest.mark.parametrize("values", [(0, 7, 2), (5, -4, -3), (3, 3, 1)])
-def test_range(agree, values):
+def test_range_agrees(agree, values):
     agree("Range", *(np.array(value, np.int64) for value in values))
     agree("Range", *(np.array(value * 0.5, np.float32) for value in values))
 
 
-def test_constants():
+def test_constants_have_the_values_and_types_of_the_standard():
     agree_with = np.testing.assert_array_equal
     agree_with(FUNCTIONS["Constant"](value_ints=(1, 2)), int64(1, 2), strict=True)
     agree_with(FUNCTIONS["Constant"](value_int=3), np.array(3, np.int64), strict=True)
@@ -150,7 +152,7 @@ def test_gather_into_too_many_dimensions_is_refused():
 
 @pytest.mark.parametrize("count", [40, 1000])
 @pytest.mark.parametrize("op", ["Expand", "Reshape", "ConstantOfShape"])
-def test_more_sizes_than_a_value_has_dimensions(op, count):
+def test_more_dimensions_than_numpy_has_are_refused(op, count):
     sizes = np.ones(count, np.int64)
     with pytest.raises(FormatError, match="dimensions"):
         _ = FUNCTIONS[op](*((sizes,) if op == "ConstantOfShape" else (np.ones(1, np.float32), sizes)))
