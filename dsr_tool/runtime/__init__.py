@@ -1,4 +1,7 @@
-"""Sparse inference from an archive: compiled kernels, or numpy and scipy alone. No torch; ONNX files take onnx."""
+"""Runs archives and ONNX files on compiled sparse kernels, or on numpy and scipy alone.
+
+Nothing here imports torch; only ONNX files need the package onnx.
+"""
 
 from dsr_tool.runtime.pictures import load_inputs
 from dsr_tool.runtime.session import Session
