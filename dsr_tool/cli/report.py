@@ -57,8 +57,10 @@ def command(
     from dsr_tool.measure.memory.document import memory_document, wanted_memory
     from dsr_tool.measure.memory.text import memory_text
     from dsr_tool.report.budget import check_source
+    from dsr_tool.report.fallbacks import fallback_document
     from dsr_tool.report.sources import read
     from dsr_tool.report.tables import report_document, report_text
+    from dsr_tool.runtime.coverage import coverage_text
     from dsr_tool.sparsity.budget import Budget
 
     if html:
@@ -67,7 +69,8 @@ def command(
     wanted = wanted_memory(memory, maker=maker, **options)
     source = read(path)
     check = check_source(source, allowed, maker) if allowed else None
-    document = {**report_document(source), "budget": check.to_dict() if check else None}
+    fallback = fallback_document(source)
+    document = {**report_document(source), "budget": check.to_dict() if check else None, "fallback": fallback}
     if wanted:
         document["memory"] = memory_document(source, wanted)
     if html:
@@ -78,7 +81,7 @@ def command(
     if check or wanted:
         lines = [*([check.line] if check else []), *([memory_text(document["memory"])] if wanted else [])]
     else:
-        lines = [report_text(source)]
+        lines = [report_text(source), *([coverage_text(fallback)] if fallback else [])]
     emit(document, "\n".join(lines), as_json=as_json)
     if check and not check.fits:
         click.get_current_context().exit(CheckFailed.exit_code)

@@ -13,6 +13,7 @@ from PIL import Image
 import dsr_tool
 from dsr_tool.cli import _COMMANDS, cli
 from dsr_tool.methods import METHODS, make
+from dsr_tool.runtime.kernels.library import library
 
 
 def test_help_names_every_command_and_imports_none(python):
@@ -82,6 +83,22 @@ def test_reports_of_all_kinds_agree_about_the_model(run_json, folder, archive, o
     assert whole["sparsity_of_prunable_weights"] == pytest.approx(0.9, abs=1e-5)
     assert whole["sparsity_of_whole_model"] < whole["sparsity_of_prunable_weights"]
     assert packed["parts_bytes"]["sparse weights"] <= packed["prunable"]["coded_bytes"]
+
+
+def test_report_and_predict_name_the_nodes_that_no_kernel_computes(run_json, run, folder, archive, onnx_file, tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((3, 64, 64), np.float32))
+    expected = {"on_reference": 8, "operators": ["Concat"]} if library() else None
+    for path in (archive, onnx_file):
+        for done in (run_json("report", path), run_json("predict", path, tmp_path / "x.npy")):
+            if expected is None:
+                assert done["fallback"] is None
+            else:
+                assert {**done["fallback"], **expected} == done["fallback"]
+                assert done["fallback"]["nodes"] > 60
+    for runtime in ("scipy", "onnxruntime"):
+        assert run_json("predict", archive, tmp_path / "x.npy", "--runtime", runtime)["fallback"] is None
+    assert run_json("report", folder)["fallback"] is None
+    assert ("nodes run on the reference: Concat" in run("report", archive)[1]) == bool(library())
 
 
 def test_report_for_people(run, archive):
