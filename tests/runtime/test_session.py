@@ -14,6 +14,8 @@ from dsr_tool.errors import FileError, UsageError
 from dsr_tool.formats.archive import open_archive, write_archive
 from dsr_tool.graph.ir import Graph, Node, Value
 from dsr_tool.runtime import Session
+from dsr_tool.runtime.coverage import Coverage
+from dsr_tool.runtime.kernels.library import library
 from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.mask import Mask
@@ -84,6 +86,11 @@ def test_a_session_describes_the_model(archive):
     assert session.config.architecture == "Net"
     assert session.input.shape == (None, 3, 8, 8)
     assert session.output.shape == (None, 6)
+
+
+@pytest.mark.skipif(library() is None, reason="no kernels were built here")
+def test_every_node_of_the_network_runs_on_a_kernel(archive):
+    assert Session(archive, runtime="native").coverage == Coverage(4)
 
 
 def test_float16_weights_compute_in_float32(tmp_path, archive):
