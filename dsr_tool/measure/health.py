@@ -1,4 +1,4 @@
-"""What is installed, and what of it does not fit together."""
+"""The state of an installation: versions, devices, kernels, and problems with their remedies."""
 
 from __future__ import annotations
 
@@ -7,25 +7,55 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from packaging.requirements import Requirement
 
 from dsr_tool.errors import UsageError, first_line
 
-__all__ = ["doctor_document", "doctor_text"]
+__all__ = ["DoctorDocument", "doctor_document", "doctor_text"]
 
 
-def doctor_document() -> dict[str, Any]:
-    """Versions, devices and problems, schema `dsr-tool/doctor/1`."""
+class KernelState(TypedDict):
+    """The kernels by instruction set.
+
+    Attributes:
+        used: the one that runs predictions; None if the reference does.
+        built: those that are installed.
+        supported: those that this processor runs.
+        forced: the one that the environment variable DSR_TOOL_KERNELS asks for; None if it is not set.
+    """
+
+    used: str | None
+    built: list[str]
+    supported: list[str]
+    forced: str | None
+
+
+class DoctorDocument(TypedDict):
+    """The result of `dsr-tool doctor`, schema `dsr-tool/doctor/1`."""
+
+    schema: str
+    python: str
+    platform: str
+    cores: int | None
+    packages: dict[str, str | None]
+    devices: list[str]
+    kernels: KernelState
+    problems: list[str]
+
+
+def doctor_document() -> DoctorDocument:
+    """Looks for problems, and returns them with versions, devices and kernels."""
     problems: list[str] = []
     packages = _packages(problems)
     for name in ("torch", "torchvision", "onnxruntime", "onnxscript"):
         if packages.get(name):
-            _import(name, problems)
-    _own_packages(problems)
+            _check_import(name, problems)
+    _check_shadowing(problems)
+    # A broken package would fail here once more, with a worse message.
     if not problems:
-        _capture(packages, problems)
+        _check_tracing(packages, problems)
     kernels = _kernels(problems)
     return {
         "schema": "dsr-tool/doctor/1",
@@ -39,8 +69,8 @@ def doctor_document() -> dict[str, Any]:
     }
 
 
-def doctor_text(document: dict[str, Any]) -> str:
-    """The same for a terminal."""
+def doctor_text(document: DoctorDocument) -> str:
+    """Returns the document as text."""
     lines = [f"Python {document['python']} on {document['platform']}, {document['cores']} cores"]
     lines += [f"  {name} {number or 'not installed'}" for name, number in document["packages"].items()]
     lines += [f"device: {device}" for device in document["devices"]]
@@ -50,25 +80,26 @@ def doctor_text(document: dict[str, Any]) -> str:
 
 
 def _packages(problems: list[str]) -> dict[str, str | None]:
-    """Installed versions of what dsr-tool asks for, against the lower bounds it asks for."""
-    found: dict[str, str | None] = {}
+    """Returns the installed version of every requirement, and checks it against the requirement's bounds."""
+    installed: dict[str, str | None] = {}
     for text in requires("dsr-tool") or []:
-        wanted = Requirement(text)
-        if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
+        requirement = Requirement(text)
+        # Requirements of extras, and of other Pythons, do not apply here.
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
-        name, bound = wanted.name, wanted.specifier
+        name, bounds = requirement.name, requirement.specifier
         try:
-            found[name] = version(name)
+            number = installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-            problems.append(f"{name} is not installed; run: pip install '{name}{bound}'")
+            installed[name] = None
+            problems.append(f"{name} is not installed; run: pip install '{name}{bounds}'")
             continue
-        if not bound.contains(found[name] or "", prereleases=True):
-            problems.append(f"{name} {found[name]} is not {bound}; run: pip install --upgrade '{name}{bound}'")
-    return found
+        if not bounds.contains(number, prereleases=True):
+            problems.append(f"{name} {number} is not {bounds}; run: pip install --upgrade '{name}{bounds}'")
+    return installed
 
 
-def _import(name: str, problems: list[str]) -> None:
+def _check_import(name: str, problems: list[str]) -> None:
     try:
         importlib.import_module(name)
     except (ImportError, RuntimeError, OSError) as error:
@@ -78,8 +109,8 @@ def _import(name: str, problems: list[str]) -> None:
         problems.append(f"{name} cannot be imported ({first_line(error)}); {remedy}")
 
 
-def _own_packages(problems: list[str]) -> None:
-    """A stranger's `converters` or `exporters` earlier on the path would shadow ours."""
+def _check_shadowing(problems: list[str]) -> None:
+    """Checks that no other package named `converters` or `exporters` shadows ours from earlier on the path."""
     for name in ("converters", "exporters"):
         module = importlib.import_module(name)
         folder = Path(module.__file__ or "").parent
@@ -87,30 +118,30 @@ def _own_packages(problems: list[str]) -> None:
             problems.append(f"package {name} comes from {str(folder)!r}, which is not dsr-tool's; rename that folder")
 
 
-def _kernels(problems: list[str]) -> dict[str, Any]:
-    """Which kernels of the sparse runtime are there, and which are used; `used` is None for scipy."""
+def _kernels(problems: list[str]) -> KernelState:
+    """Returns the state of the sparse runtime's kernels."""
     from dsr_tool.runtime.kernels.cpu import supported_levels
     from dsr_tool.runtime.kernels.library import VARIABLE, kernels
 
-    document = {"used": None, "built": [], "supported": list(supported_levels()), "forced": os.environ.get(VARIABLE)}
+    supported, forced = list(supported_levels()), os.environ.get(VARIABLE)
     try:
         found = kernels()
     except UsageError as error:
         problems.append(str(error).rstrip("."))
-        return document
+        return {"used": None, "built": [], "supported": supported, "forced": forced}
     problems.extend(found.problems)
-    return {**document, "used": found.level, "built": list(found.built)}
+    return {"used": found.level, "built": list(found.built), "supported": supported, "forced": forced}
 
 
-def _kernels_text(kernels: dict[str, Any]) -> str:
+def _kernels_text(kernels: KernelState) -> str:
     used = f"{kernels['used']} is used" if kernels["used"] else "none is used, predictions run on scipy"
     forced = f" (DSR_TOOL_KERNELS={kernels['forced']})" if kernels["forced"] else ""
-    built, supported = (", ".join(kernels[name]) or "none" for name in ("built", "supported"))
+    built, supported = (", ".join(levels) or "none" for levels in (kernels["built"], kernels["supported"]))
     return f"{used}{forced}; built: {built}; this processor runs: {supported}"
 
 
-def _capture(packages: dict[str, str | None], problems: list[str]) -> None:
-    """Torch's exporter and onnxscript are released apart, and not every pair works."""
+def _check_tracing(packages: dict[str, str | None], problems: list[str]) -> None:
+    """Traces a tiny network: torch's exporter and onnxscript are released apart, and not every pair works."""
     from torch import nn
 
     from dsr_tool.sparse.trace import trace

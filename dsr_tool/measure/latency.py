@@ -1,9 +1,9 @@
-"""Latency, start and memory of the sparse runtime beside ONNX Runtime on the dense model, in one run.
+"""Latency, loading time and memory of the sparse runtime beside ONNX Runtime on the dense model.
 
-Both take turns in one process on the same input, and the ratio is of each pair, so that a drifting machine moves both.
-Each turn runs twice and times the second, so that neither finds its weights pushed out by the other's. Start and memory
-are of child processes that load and run one of them alone. Threads of ONNX Runtime do not spin when they wait,
-since they would take cores from the turn that is timed.
+Both take turns in one process on the same input, and ratios are computed pair by pair, so a machine that slows down
+slows both. Each turn runs twice and times the second run, because the other one's turn has pushed the weights out of
+the caches. Loading time and memory come from child processes that load and run one of the two alone. ONNX Runtime's
+threads do not spin while they wait, since they would take cores from the turn that is timed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -23,27 +23,95 @@ from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.files import require_file
 from dsr_tool.measure.memory.process import Measured, Request, can_measure, measure
 from dsr_tool.runtime import Session
+from dsr_tool.runtime.coverage import CoverageDocument
 from dsr_tool.runtime.kernels.library import level
 from dsr_tool.runtime.source import Model, open_model
 from dsr_tool.sparsity.tensor import Array
 
-__all__ = ["RUNTIMES", "Settings", "bench_document", "open_session", "paired", "spread"]
+__all__ = [
+    "RUNTIMES",
+    "BenchDocument",
+    "Latency",
+    "Outputs",
+    "Settings",
+    "bench_document",
+    "open_session",
+    "paired",
+    "spread",
+]
 
 RUNTIMES = ("sparse", "scipy")
+"""The runtimes that are measured against the dense model: the one that users run, and its reference alone."""
 
-_MOST_BATCH, _MOST_ROUNDS, _FEWEST_ROUNDS = 1024, 10_000, 4
-_WARM_UP, _CHILDREN = 2, 3
+_MAX_BATCH, _MAX_ROUNDS = 1024, 10_000
+
+_MIN_ROUNDS = 4
+"""Fewest pairs of runs that have quartiles."""
+
+_WARM_UP_ROUNDS = 2
+"""Rounds that are not counted, in which memory is allocated; each side begins one of them."""
+
+_CHILDREN = 3
+"""Child processes per side; the document has the median of each figure."""
+
+
+class Spread(TypedDict):
+    """The median and the quartiles of a series."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Latency(TypedDict):
+    """Seconds per run of both sides, and dense time / our time; `verdict` is `faster`, `slower` or `even`."""
+
+    ours_s: Spread
+    dense_s: Spread
+    ratio: Spread
+    verdict: str
+
+
+class Outputs(TypedDict):
+    """The largest difference of outputs and the largest output; None if some are not finite."""
+
+    largest_difference: float | None
+    scale: float | None
+
+
+class BenchDocument(TypedDict):
+    """The result of `dsr-tool bench`, schema `dsr-tool/bench/1`.
+
+    The last three map `ours` and `dense` to a figure of child processes, and are None where no memory can be measured.
+    """
+
+    schema: str
+    file: str
+    architecture: str
+    input_shape: list[int]
+    batch: int
+    threads: int
+    rounds: int
+    runtime: str
+    runs_on: str
+    kernels: str | None
+    fallback: CoverageDocument | None
+    latency: Latency
+    outputs: Outputs
+    load_s: dict[str, float] | None
+    loaded_bytes: dict[str, int] | None
+    peak_bytes: dict[str, int] | None
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure.
+    """The settings of a benchmark.
 
     Attributes:
         batch: inputs at once.
-        threads: of both.
-        rounds: pairs of timed runs.
-        runtime: of ours, `sparse` or `scipy`.
+        threads: number of worker threads of each side.
+        rounds: number of pairs of timed runs.
+        runtime: our side, one of `RUNTIMES`.
     """
 
     batch: int = 1
@@ -52,31 +120,31 @@ class Settings:
     runtime: str = "sparse"
 
     def check(self) -> None:
-        """Raise `UsageError` for a value that is not allowed."""
+        """Raises `UsageError` for a value that is not allowed."""
         cores = os.cpu_count() or 1
         if self.runtime not in RUNTIMES:
             raise unknown_name("--runtime", self.runtime, RUNTIMES)
         for name, value, least, most, unit in (
-            ("--batch", self.batch, 1, _MOST_BATCH, "inputs"),
-            ("--threads", self.threads, 1, cores, "threads, as many as there are cores"),
-            ("--rounds", self.rounds, _FEWEST_ROUNDS, _MOST_ROUNDS, "rounds"),
+            ("--batch", self.batch, 1, _MAX_BATCH, "inputs at once"),
+            ("--threads", self.threads, 1, cores, "threads, at most one per core"),
+            ("--rounds", self.rounds, _MIN_ROUNDS, _MAX_ROUNDS, "rounds"),
         ):
             if not least <= value <= most:
-                raise UsageError(f"{name} {value} is not allowed; give {least} to {most:,} {unit}.")
+                raise UsageError(f"{name} {value} is not in {least} to {most:,}; give the number of {unit}.")
 
 
-def bench_document(path: Path, settings: Settings, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Measure a file, schema `dsr-tool/bench/1`.
+def bench_document(path: Path, settings: Settings, say: Callable[[str], None] = lambda _: None) -> BenchDocument:
+    """Measures a file.
 
     Args:
         path: an archive or an ONNX file.
-        settings: what to measure.
-        say: is told what is going on.
+        settings: batch, threads, rounds and runtime.
+        say: is called with a note whenever a new stage begins.
 
     Raises:
-        FileError: there is no such file.
-        FormatError: it is damaged.
-        UsageError: a setting that is not allowed, or a model that one of the two does not run.
+        FileError: the file does not exist.
+        FormatError: the file is damaged.
+        UsageError: a setting is not allowed, or one of the two runtimes does not support the model.
     """
     settings.check()
     with tempfile.TemporaryDirectory(prefix="dsr-tool-bench-") as folder:
@@ -88,11 +156,11 @@ def bench_document(path: Path, settings: Settings, say: Callable[[str], None] = 
         say(f"running both, {settings.rounds} rounds")
         ours = open_session(model, settings.runtime, settings.batch, settings.threads)
         latency, outputs = _latency(ours, dense, x, settings)
-        children = {}
+        children: dict[str, Measured] = {}
         if can_measure():
             say("loading and running each in processes of its own")
             for name, kind, file in (("ours", settings.runtime, path), ("dense", "onnxruntime", dense)):
-                children[name] = _of_children(Request(kind, str(file), x.shape, threads=settings.threads))
+                children[name] = _child_medians(Request(kind, str(file), x.shape, threads=settings.threads))
         return {
             "schema": "dsr-tool/bench/1",
             "file": str(path),
@@ -104,6 +172,7 @@ def bench_document(path: Path, settings: Settings, say: Callable[[str], None] = 
             "runtime": settings.runtime,
             "runs_on": ours.runtime,
             "kernels": level() if ours.runtime == "native" else None,
+            "fallback": ours.coverage.to_json() if ours.coverage else None,
             "latency": latency,
             "outputs": outputs,
             "load_s": {name: child.load_s for name, child in children.items()} or None,
@@ -113,17 +182,25 @@ def bench_document(path: Path, settings: Settings, say: Callable[[str], None] = 
 
 
 def open_session(source: Model | str | Path, runtime: str, batch: int, threads: int) -> Session:
-    """A session of ours, by the name that the command line has for its runtime."""
+    """Opens a session of the sparse runtime.
+
+    Args:
+        source: an archive or ONNX file, or what `open_model` returned for one.
+        runtime: one of `RUNTIMES`.
+        batch: inputs at once.
+        threads: number of worker threads.
+    """
     return Session(source, threads=threads, batch=batch, runtime="scipy" if runtime == "scipy" else "auto")
 
 
 def _dense(model: Model, folder: Path) -> Path:
-    """The dense model as an ONNX file; one that is an ONNX file itself keeps its nodes as they are."""
+    """Writes the dense model as an ONNX file; an ONNX file keeps its nodes, and only its weights become dense."""
+    from exporters.containers import container_of
     from exporters.onnx.densify import densify
-    from exporters.onnx.write import to_onnx
     from exporters.onnx.read import read_onnx
+    from exporters.onnx.write import to_onnx
 
-    if model.path.suffix.lower() == ".onnx":
+    if container_of(model.path).name == "onnx":
         content = densify(read_onnx(model.path).model)
     else:
         tensors = {name: model.tensor(name) for name in model.graph.parameters}
@@ -134,74 +211,82 @@ def _dense(model: Model, folder: Path) -> Path:
 
 
 def _inputs(model: Model, batch: int) -> Array:
-    """Random numbers of the shape that the model takes.
+    """Returns standard normal inputs of the shape that the model takes, from a fixed seed.
 
     Raises:
-        UsageError: the model leaves a size open that is not the batch.
+        UsageError: a dimension other than the batch has no fixed size.
     """
     value = model.graph.inputs[0]
     if None in value.shape[1:] or 0 in value.shape[1:]:
-        raise UsageError(f"the model takes inputs of any size {value.shape[1:]}; bench needs one of a fixed size.")
+        raise UsageError(f"the model takes inputs of any size {value.shape[1:]}; export it with a fixed input size.")
     shape = [n for n in value.shape[1:] if n is not None]
     return np.random.default_rng(0).standard_normal((batch, *shape)).astype(value.dtype)
 
 
-def _latency(
-    ours: Session, dense: Path, x: Array, settings: Settings
-) -> tuple[dict[str, Any], dict[str, float | None]]:
-    """Both in turns: seconds and ratios, and how far their outputs are apart."""
+def _latency(ours: Session, dense: Path, x: Array, settings: Settings) -> tuple[Latency, Outputs]:
+    """Times both sides in turns and compares their outputs."""
     from exporters.onnx.session import OnnxSession
 
     theirs = OnnxSession(dense, threads=settings.threads, spinning=False)
-    found, expected = ours.run(x), theirs.run(x)
+    result, expected = ours.run(x), theirs.run(x)
     pairs = paired(lambda: ours.run(x), lambda: theirs.run(x), settings.rounds)
     ratios = [dense_s / ours_s for ours_s, dense_s in pairs]
-    latency = {
+    latency: Latency = {
         "ours_s": spread([ours_s for ours_s, _ in pairs]),
         "dense_s": spread([dense_s for _, dense_s in pairs]),
         "ratio": spread(ratios),
         "verdict": _verdict(spread(ratios)),
     }
-    return latency, _compared(found, expected)
+    return latency, _compare(result, expected)
 
 
-def _compared(found: Array, expected: Array) -> dict[str, float | None]:
-    """The largest difference of outputs, and the largest output; None where some are not finite."""
-    if not (np.isfinite(found).all() and np.isfinite(expected).all()):
+def _compare(result: Array, expected: Array) -> Outputs:
+    """Compares the outputs of both sides."""
+    if not (np.isfinite(result).all() and np.isfinite(expected).all()):
         return {"largest_difference": None, "scale": None}
-    difference = np.abs(found - expected).max(initial=0.0)
+    difference = np.abs(result - expected).max(initial=0.0)
     return {"largest_difference": float(difference), "scale": float(np.abs(expected).max(initial=0.0))}
 
 
 def paired(one: Callable[[], object], other: Callable[[], object], rounds: int) -> list[tuple[float, float]]:
-    """Seconds of two functions that take turns; which begins changes from round to round."""
+    """Times two functions that take turns.
+
+    Args:
+        one: the first function.
+        other: the second function.
+        rounds: number of pairs.
+
+    Returns:
+        Seconds of `one` and `other` in each round.
+    """
     pairs = []
-    for index in range(rounds + _WARM_UP):
+    for index in range(rounds + _WARM_UP_ROUNDS):
         seconds = {}
+        # The side that begins alternates, so neither always runs in the state that the other one leaves.
         for function in (one, other) if index % 2 else (other, one):
             function()
             start = time.perf_counter()
             function()
             seconds[function] = time.perf_counter() - start
         pairs.append((seconds[one], seconds[other]))
-    return pairs[_WARM_UP:]
+    return pairs[_WARM_UP_ROUNDS:]
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """The median and the quartiles."""
+def spread(values: Sequence[float]) -> Spread:
+    """Returns the median and the quartiles."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": median, "low": low, "high": high}
 
 
-def _verdict(ratio: dict[str, float]) -> str:
-    """`faster` or `slower` where both quartiles say so."""
+def _verdict(ratio: Spread) -> str:
+    """Returns `faster` or `slower` if both quartiles agree on it, else `even`."""
     if ratio["low"] > 1:
         return "faster"
     return "slower" if ratio["high"] < 1 else "even"
 
 
-def _of_children(request: Request) -> Measured:
-    """The median of each measure over some child processes."""
+def _child_medians(request: Request) -> Measured:
+    """Returns the median of each figure over several child processes."""
     results = [measure(request) for _ in range(_CHILDREN)]
     names = Measured.__dataclass_fields__
     medians = {name: statistics.median(getattr(result, name) for result in results) for name in names}

@@ -1,61 +1,75 @@
-"""What `dsr-tool bench` measured, as sentences and a table for a terminal."""
+"""The bench document as sentences and a table for a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dsr_tool.report.tables import megabytes, plain_table, render
+from dsr_tool.runtime.coverage import coverage_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dsr_tool.measure.latency import BenchDocument, Outputs
 
 __all__ = ["bench_text"]
 
 
-def bench_text(document: Mapping[str, Any]) -> str:
-    """The same for a terminal; says plainly when the dense model is as fast or faster."""
+def bench_text(document: BenchDocument) -> str:
+    """Returns the document as text, which says so if the dense model is as fast or faster."""
     size = "x".join(map(str, document["input_shape"]))
     threads = "1 thread" if document["threads"] == 1 else f"{document['threads']} threads"
     lines = [
         f"{document['architecture']}, {document['batch']} x {size}, {threads}, {document['rounds']} rounds; medians",
         render(_table(document)),
-        _latency(document),
-        _outputs(document["outputs"]),
+        _latency_line(document),
+        _outputs_line(document["outputs"]),
     ]
+    if document["fallback"]:
+        lines.append(coverage_text(document["fallback"]))
     if document["runs_on"] == "onnxruntime":
         lines.append("the model is too dense for sparse kernels, so onnxruntime ran both")
     if document["load_s"] is None:
-        lines.append("start and memory were not measured: that needs Linux, whose /proc says what a process holds")
+        lines.append(
+            "start and memory were not measured: that needs Linux, whose /proc tells how much memory a process holds"
+        )
     return "\n".join(lines)
 
 
-def _table(document: Mapping[str, Any]) -> Any:
+def _table(document: BenchDocument) -> Table:
     titles = ("latency ms", "quartiles ms", "load s", "loaded MB", "peak MB")
     table = plain_table("runtime", *titles, numbers=titles)
     kernels = f" ({document['kernels']})" if document["kernels"] else ""
-    for key, name in (("ours", f"{document['runtime']}{kernels}"), ("dense", "onnxruntime, dense")):
-        seconds = document["latency"][f"{key}_s"]
+    latency = document["latency"]
+    rows = (
+        ("ours", f"{document['runtime']}{kernels}", latency["ours_s"]),
+        ("dense", "onnxruntime, dense", latency["dense_s"]),
+    )
+    for side, name, seconds in rows:
         quartiles = f"{1e3 * seconds['low']:.2f}-{1e3 * seconds['high']:.2f}"
-        table.add_row(name, f"{1e3 * seconds['median']:.2f}", quartiles, *_child(document, key))
+        table.add_row(name, f"{1e3 * seconds['median']:.2f}", quartiles, *_child_cells(document, side))
     return table
 
 
-def _child(document: Mapping[str, Any], key: str) -> list[str]:
-    if document["load_s"] is None:
+def _child_cells(document: BenchDocument, side: str) -> list[str]:
+    """Returns the cells of one side's child processes; empty ones if there were none."""
+    load_s, loaded, peak = document["load_s"], document["loaded_bytes"], document["peak_bytes"]
+    if load_s is None or loaded is None or peak is None:
         return ["", "", ""]
-    sizes = [megabytes(document[name][key]) for name in ("loaded_bytes", "peak_bytes")]
-    return [f"{document['load_s'][key]:.2f}", *sizes]
+    return [f"{load_s[side]:.2f}", megabytes(loaded[side]), megabytes(peak[side])]
 
 
-def _latency(document: Mapping[str, Any]) -> str:
+def _latency_line(document: BenchDocument) -> str:
     ratio, verdict = document["latency"]["ratio"], document["latency"]["verdict"]
     figures = f"dense / {document['runtime']} {ratio['median']:.2f} (quartiles {ratio['low']:.2f}-{ratio['high']:.2f})"
     if verdict == "faster":
         return f"{figures}: {document['runtime']} is {ratio['median']:.2f} times as fast as dense"
     if verdict == "slower":
         return f"{figures}: dense is faster, by {1 / ratio['median']:.2f} times; run this model with onnxruntime"
-    return f"{figures}: the spread includes 1, so that neither is faster"
+    return f"{figures}: the spread includes 1, so neither is faster"
 
 
-def _outputs(outputs: Mapping[str, Any]) -> str:
+def _outputs_line(outputs: Outputs) -> str:
     if outputs["largest_difference"] is None:
-        return "outputs are not finite, and were not compared"
+        return "outputs contain NaN or infinity and were not compared"
     return f"outputs differ by {outputs['largest_difference']:.2g} at most, the largest being {outputs['scale']:.3g}"

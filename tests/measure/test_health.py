@@ -1,4 +1,4 @@
-"""What the doctor says of the kernels."""
+"""The doctor on kernels: used, not wanted, not there."""
 
 import pytest
 
@@ -9,8 +9,8 @@ from dsr_tool.runtime.kernels.library import VARIABLE, Kernels
 
 @pytest.fixture
 def says(monkeypatch):
-    """The document and the text of the doctor, with nothing looked at but the kernels."""
-    for name in ("_import", "_capture"):
+    """Returns document and text of the doctor, which looks at nothing but the kernels."""
+    for name in ("_check_import", "_check_tracing"):
         monkeypatch.setattr(doctor, name, lambda *_: None)
     monkeypatch.setattr(doctor, "_devices", list)
 
@@ -21,7 +21,7 @@ def says(monkeypatch):
     return call
 
 
-def test_kernels_in_use(says, monkeypatch):
+def test_the_kernels_in_use_are_named_with_their_problems(says, monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(library, "kernels", lambda: Kernels(None, "avx2", ("avx512", "avx2"), ("avx512 is damaged",)))
     document, text = says()
@@ -31,7 +31,7 @@ def test_kernels_in_use(says, monkeypatch):
     assert "kernels: avx2 is used; built: avx512, avx2; this processor runs: " in text
 
 
-def test_none_wanted_is_no_problem(says, monkeypatch):
+def test_switching_kernels_off_is_no_problem(says, monkeypatch):
     monkeypatch.setenv(VARIABLE, "none")
     document, text = says()
     assert document["kernels"]["used"] is None
@@ -39,7 +39,7 @@ def test_none_wanted_is_no_problem(says, monkeypatch):
     assert "predictions run on scipy (DSR_TOOL_KERNELS=none)" in text
 
 
-def test_a_wish_that_cannot_be_met_is_a_problem(says, monkeypatch):
+def test_an_unknown_instruction_set_is_a_problem(says, monkeypatch):
     monkeypatch.setenv(VARIABLE, "avx9")
     document, _ = says()
     assert "DSR_TOOL_KERNELS 'avx9' is unknown" in document["problems"][0]

@@ -1,4 +1,4 @@
-"""The measurement of a file against its dense model: what is paired, what is said, and what is refused."""
+"""The measurement of a file against its dense model: pairs of runs, claims, and settings that are refused."""
 
 import os
 
@@ -12,7 +12,7 @@ from dsr_tool.measure.latency_text import bench_text
 
 @pytest.fixture
 def timed(monkeypatch):
-    """A clock that functions move on as they run."""
+    """Replaces the clock by one that functions advance as they run."""
     now = [0.0]
     monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
 
@@ -34,7 +34,7 @@ def test_pairs_take_turns_and_the_first_run_of_each_is_not_timed(timed):
     assert log[:8] == [3, 3, 2, 2, 2, 2, 3, 3]
 
 
-def test_the_spread_is_of_the_pairs():
+def test_the_spread_is_the_median_and_the_quartiles():
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "low": 2.0, "high": 4.0}
 
 
@@ -50,6 +50,7 @@ def document(low, median, high, **changes):
         "runtime": "sparse",
         "runs_on": "native",
         "kernels": "avx2",
+        "fallback": {"nodes": 124, "on_reference": 2, "operators": ["Tile", "GridSample"]},
         "latency": {"ours_s": seconds, "dense_s": seconds, "ratio": ratio, "verdict": bench._verdict(ratio)},
         "outputs": {"largest_difference": 1e-7, "scale": 2.0},
         "load_s": {"ours": 0.1, "dense": 0.2},
@@ -64,44 +65,51 @@ def document(low, median, high, **changes):
     [
         ((1.5, 2.0, 2.5), "2.00 (quartiles 1.50-2.50): sparse is 2.00 times as fast as dense"),
         ((0.4, 0.5, 0.6), "dense is faster, by 2.00 times"),
-        ((0.9, 1.1, 1.3), "the spread includes 1, so that neither is faster"),
+        ((0.9, 1.1, 1.3), "the spread includes 1, so neither is faster"),
     ],
 )
-def test_no_gain_is_claimed_that_was_not_seen(ratio, words):
+def test_no_gain_is_claimed_that_was_not_measured(ratio, words):
     text = bench_text(document(*ratio))
     assert words in text
     assert "sparse (avx2)" in text
     assert "outputs differ by 1e-07" in text
 
 
-def test_what_was_not_measured_is_said():
+def test_nodes_that_no_kernel_computes_are_named():
+    assert "2 of 124 nodes run on the reference: Tile, GridSample" in bench_text(document(1, 1, 1))
+    all_on_kernels = {"nodes": 124, "on_reference": 0, "operators": []}
+    assert "all 124 nodes run on compiled kernels" in bench_text(document(1, 1, 1, fallback=all_on_kernels))
+    assert "nodes" not in bench_text(document(1, 1, 1, fallback=None))
+
+
+def test_figures_that_were_not_measured_are_named():
     empty = {"load_s": None, "loaded_bytes": None, "peak_bytes": None}
     text = bench_text(document(1, 1, 1, **empty, outputs={"largest_difference": None, "scale": None}))
     assert "start and memory were not measured" in text
-    assert "not finite" in text
+    assert "NaN or infinity" in text
 
 
 def test_outputs_that_are_not_finite_are_not_compared():
-    assert bench._compared(np.array([np.nan]), np.array([1.0]))["scale"] is None
-    assert bench._compared(np.array([1.0, 2.5]), np.array([1.0, 2.0])) == {"largest_difference": 0.5, "scale": 2.0}
+    assert bench._compare(np.array([np.nan]), np.array([1.0]))["scale"] is None
+    assert bench._compare(np.array([1.0, 2.5]), np.array([1.0, 2.0])) == {"largest_difference": 0.5, "scale": 2.0}
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (Settings(batch=0), "--batch 0 is not allowed; give 1 to 1,024 inputs"),
-        (Settings(threads=0), f"--threads 0 is not allowed; give 1 to {os.cpu_count()} threads"),
-        (Settings(threads=10**4), "--threads 10000 is not allowed"),
-        (Settings(rounds=1), "--rounds 1 is not allowed; give 4 to 10,000 rounds"),
+        (Settings(batch=0), "--batch 0 is not in 1 to 1,024; give the number of inputs at once"),
+        (Settings(threads=0), f"--threads 0 is not in 1 to {os.cpu_count()}; give the number of threads"),
+        (Settings(threads=10**4), "--threads 10000 is not in 1 to"),
+        (Settings(rounds=1), "--rounds 1 is not in 4 to 10,000; give the number of rounds"),
         (Settings(runtime="spares"), "did you mean sparse"),
     ],
 )
-def test_settings_that_are_not_allowed(tmp_path, settings, message):
+def test_settings_that_are_not_allowed_are_refused(tmp_path, settings, message):
     with pytest.raises(bench.UsageError, match=message):
         bench_document(tmp_path / "none.dsr", settings)
 
 
-def test_a_model_that_is_handed_over_says_so():
+def test_a_model_that_onnxruntime_runs_is_named():
     text = bench_text(document(0.98, 1.0, 1.02, runs_on="onnxruntime", kernels=None))
     assert "too dense for sparse kernels, so onnxruntime ran both" in text
     assert "so onnxruntime ran both" not in bench_text(document(0.98, 1.0, 1.02))

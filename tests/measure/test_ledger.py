@@ -151,7 +151,7 @@ def test_what_is_not_allowed_is_said(convolutions):
         training_ledger(convolutions, 1, optimizer="adm")
     with pytest.raises(UsageError, match="precision 'fp8' is unknown"):
         training_ledger(convolutions, 1, precision="fp8")
-    with pytest.raises(UsageError, match="batch 0 is not allowed"):
+    with pytest.raises(UsageError, match="batch 0 is not 1 or more"):
         inference_ledger(convolutions, 0)
-    with pytest.raises(UsageError, match=r"for batch 2 of input \[3, 4, 4\] cannot be computed"):
+    with pytest.raises(UsageError, match=r"for a batch of 2 inputs \[3, 4, 4\] cannot be computed"):
         inference_ledger(convolutions, 2, input_shape=(3, 4, 4))

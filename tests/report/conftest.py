@@ -107,6 +107,11 @@ def extras():
     """What a report says of a budget that is missed, and of memory: as in its JSON."""
     runtimes = [("PyTorch", _MEASURED), (HOSTILE, _COMPUTED)]
     sizes = {"weights_bytes": 400, "activations_bytes": 5000, "moment": "Conv -> a_name_without_any_place_to_break"}
+    unknown = dict.fromkeys(("weights_bytes", "activations_bytes", "moment", "computed_bytes", "difference"))
+    only_measured = [
+        {"runtime": "ONNX Runtime", **unknown, "measured_bytes": 7000, "load_peak_bytes": 8000},
+        {"runtime": "none", **unknown, "measured_bytes": None, "load_peak_bytes": None},
+    ]
     ledger = {"weights": 1000, "gradients": 1000, "masks": 500, "optimizer state": 2000}
     return {
         "budget": {
@@ -125,10 +130,10 @@ def extras():
             "activations": {
                 "in_order_bytes": 77_000,
                 "in_order_moment": "Relu -> relu_0",
-                "fused_bytes": 66_000,
-                "fused_moment": "MaxPool -> maxpool_0",
+                "fused_bytes": None,
+                "fused_moment": None,
             },
-            "inference": [{"runtime": name, **sizes, **measured} for name, measured in runtimes],
+            "inference": [*({"runtime": name, **sizes, **measured} for name, measured in runtimes), *only_measured],
             "training": {
                 "optimizer": "sgd",
                 "held_bytes": {**ledger, "saved activations": 300},

@@ -199,6 +199,9 @@ def test_memory_is_told_by_runtime_and_for_a_training_step(pages):
     running = rows(html, "Memory of running, by runtime")
     assert running[1][:7] == ["PyTorch", "400 B", "5.000 kB", "5.400 kB", "6.000 kB", "-10.0 %", "9.000 kB"]
     assert running[2][3:7] == ["1.234 kB", "\u2013", "\u2013", "\u2013"]
+    assert running[3][3:7] == ["\u2013", "7.000 kB", "\u2013", "8.000 kB"]
+    assert set(running[4][1:]) == {"\u2013"}
+    assert "ONNX Runtime, measured" in html  # the label of its bar
     step = {name: cells for name, *cells in rows(html, "Bytes of a training step")}
     assert step["activations"] == ["300", "250"]
     assert step["scratch"] == ["0", "600"]

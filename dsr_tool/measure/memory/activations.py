@@ -1,163 +1,218 @@
-"""The size of every value of a graph, by computing it: no rule of shapes can be wrong or missing."""
+"""Sizes of the values of a graph, and the most bytes of them that are alive at once.
+
+Sizes come from running every operator in the reference instead of from shape inference, so no shape rule can be wrong
+or missing. A value lives from the operator that computes it to the last one that reads it. Inputs and outputs belong to
+the caller: an input is alive throughout, an output from its operator on. A view takes no memory of its own; it shares
+the storage of the array that it looks into.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tracemalloc
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from dsr_tool.errors import DsrError, UsageError, first_line
-from dsr_tool.graph.ir import Graph, Node
-from dsr_tool.graph.windows import Window
-from dsr_tool.measure.memory.peak import Size, at_batch
-from dsr_tool.runtime.reference.convolution import COLUMN_BYTES
-from dsr_tool.runtime.reference.interpreter import INERT, OPERATORS
-from dsr_tool.sparsity.tensor import Array
+from dsr_tool.errors import FormatError, UsageError
+from dsr_tool.graph.ir import Graph
+from dsr_tool.graph.operators import operator_of
+from dsr_tool.runtime.reference.call import Call, bind, fold
+from dsr_tool.sparsity.tensor import Array, SparseTensor, Weight, dense
 
-__all__ = ["kernel_scratch", "value_sizes"]
+__all__ = ["Peak", "Size", "at_batch", "peak", "value_sizes"]
 
-# Arrays of the size of the result that our operators hold besides it.
-_TEMPORARIES = dict.fromkeys(("Clip", "Elu", "Gelu", "LayerNormalization", "LeakyRelu", "Softmax"), 1)
+
+@dataclass(frozen=True)
+class Size:
+    """The memory of one value.
+
+    Attributes:
+        shape: its dimensions, the batch first.
+        itemsize: bytes of one entry.
+        storage: name of the value whose memory holds it; its own name unless it is a view.
+        scratch_bytes: bytes that the reference allocates besides the value while it computes it.
+    """
+
+    shape: tuple[int, ...]
+    itemsize: int
+    storage: str
+    # Python's own small objects are traced too, and differ from run to run.
+    scratch_bytes: int = field(default=0, compare=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all entries."""
+        return math.prod(self.shape) * self.itemsize
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The largest number of bytes that are alive at once.
+
+    Attributes:
+        nbytes: inputs, values and scratch together.
+        moment: the operator that runs then, as `Conv -> conv_0`; `input` if nothing exceeds the inputs.
+    """
+
+    nbytes: int
+    moment: str
+
+
+def peak(graph: Graph, sizes: Mapping[str, Size], *, scratch: bool = False) -> Peak:
+    """Returns the largest sum of live bytes over the nodes, computed one after the other in the graph's order.
+
+    Args:
+        graph: the computation.
+        sizes: the size of every value that depends on the input; nodes without such a value cost nothing.
+        scratch: also count what the reference allocates besides the values.
+    """
+    nodes = [node for node in graph if any(name in sizes for name in node.outputs)]
+    touched = [_storages((*node.inputs, *node.outputs), sizes) for node in nodes]
+    last = {name: i for i, names in enumerate(touched) for name in names}
+    inputs, outputs = (_storages((v.name for v in values), sizes) for values in (graph.inputs, graph.outputs))
+    live = set(inputs)
+    best = Peak(sum(sizes[name].nbytes for name in live), "input")
+    for i, node in enumerate(nodes):
+        live.update(_storages(node.outputs, sizes))
+        now = sum(sizes[name].nbytes for name in live)
+        if scratch:
+            now += max(sizes[name].scratch_bytes for name in node.outputs if name in sizes)
+        if now > best.nbytes:
+            best = Peak(now, f"{node.op} -> {node.outputs[0]}")
+        live -= {name for name in touched[i] if last[name] == i} - {*inputs, *outputs}
+    return best
+
+
+def _storages(names: Iterable[str], sizes: Mapping[str, Size]) -> tuple[str, ...]:
+    """Returns the storages of those values that depend on the input, each once."""
+    return tuple(dict.fromkeys(sizes[name].storage for name in names if name in sizes))
 
 
 def value_sizes(
-    graph: Graph, weights: Callable[[str], Array], batch: int, input_shape: Sequence[int]
+    graph: Graph, tensors: Mapping[str, SparseTensor], batch: int, input_shape: Sequence[int]
 ) -> dict[str, Size]:
-    """Sizes of all values that depend on the input.
+    """Returns the size of every value that depends on the input.
 
     Args:
-        graph: one input, the batch first.
-        weights: the dense array of each parameter.
-        batch: number of inputs; at most two are computed with, since all dimensions are affine in it.
-        input_shape: of one input.
+        graph: a computation with one input, the batch first.
+        tensors: a tensor for each of its parameters.
+        batch: number of inputs. At most two are computed: every dimension is affine in the batch.
+        input_shape: shape of one input, without the batch.
 
     Raises:
-        UsageError: an operator that our runtime does not know, or an input that does not fit.
+        UsageError: the reference does not compute an operator, or the input does not fit the graph.
     """
     if batch < 1:
-        raise UsageError(f"--batch {batch} is not allowed; give 1 or more.")
-    fixed = graph.inputs[0].shape[0] if graph.inputs[0].shape else None
-    if fixed not in (None, batch):
-        raise UsageError(f"--batch {batch} does not fit; this file takes a batch of {fixed}.")
+        raise UsageError(f"--batch {batch} is not in 1, 2, ...; give the number of inputs at once.")
+    declared = graph.inputs[0].shape[0] if graph.inputs[0].shape else None
+    if declared not in (None, batch):
+        raise UsageError(f"--batch {batch} does not fit; this file takes a batch of {declared}.")
     dtype = np.dtype(graph.inputs[0].dtype)
-    runs = (1, 2) if batch > 2 and fixed is None else (batch,)
-    sizes = [_recorded(graph, weights, np.ones((n, *input_shape), dtype)) for n in runs]
-    return at_batch(sizes[0], sizes[1], batch) if len(sizes) > 1 else sizes[0]
+    batches = (1, 2) if batch > 2 and declared is None else (batch,)
+    try:
+        with _traced_allocations():
+            sizes = [_computed_sizes(graph, tensors, np.ones((n, *input_shape), dtype)) for n in batches]
+    except FormatError as error:
+        # The graph was checked when it was opened, so the input is what does not fit.
+        raise UsageError(f"the memory for an input of {list(input_shape)} cannot be computed: {error}") from error
+    return sizes[0] if len(sizes) == 1 else _joined(graph, sizes[0], at_batch(sizes[0], sizes[1], batch))
 
 
-def _recorded(graph: Graph, weights: Callable[[str], Array], x: Array) -> dict[str, Size]:
-    given = graph.inputs[0].name
-    values, sizes = {given: x}, {given: Size(x.shape, x.itemsize, given)}
-    known, parameters = dict(graph.constants), frozenset(graph.parameters)
+def at_batch(one: Mapping[str, Size], two: Mapping[str, Size], batch: int) -> dict[str, Size]:
+    """Returns the sizes at any batch from those at batches of one and two, by a straight line through both."""
+
+    def line(first: int, second: int) -> int:
+        return first + (second - first) * (batch - 1)
+
+    return {
+        name: Size(
+            tuple(map(line, size.shape, two[name].shape)),
+            size.itemsize,
+            size.storage,
+            max(line(size.scratch_bytes, two[name].scratch_bytes), 0),
+        )
+        for name, size in one.items()
+    }
+
+
+def _joined(graph: Graph, one: Mapping[str, Size], sizes: Mapping[str, Size]) -> dict[str, Size]:
+    """Corrects the scratch of convolutions, which is not affine in the batch.
+
+    The reference convolves image by image, with a padded copy and an im2col block of one image at a time, and joins the
+    results in the end. At that moment every result is there twice.
+
+    Args:
+        graph: the computation.
+        one: sizes at a batch of one.
+        sizes: sizes at the batch that is asked for.
+    """
+    convolutions = [node for node in graph if operator_of(node.op).windowed and operator_of(node.op).weights]
+    names = [node.outputs[0] for node in convolutions if node.outputs[0] in sizes]
+    return {
+        **sizes,
+        **{
+            name: replace(sizes[name], scratch_bytes=max(one[name].scratch_bytes, sizes[name].nbytes)) for name in names
+        },
+    }
+
+
+@contextmanager
+def _traced_allocations() -> Iterator[None]:
+    """Has Python trace numpy's allocations; leaves a trace running that somebody else has started."""
+    started = not tracemalloc.is_tracing()
+    if started:
+        tracemalloc.start()
+    try:
+        yield
+    finally:
+        if started:
+            tracemalloc.stop()
+
+
+def _computed_sizes(graph: Graph, tensors: Mapping[str, SparseTensor], x: Array) -> dict[str, Size]:
+    """Runs the graph on `x` and returns the sizes of its values."""
+    input_name = graph.inputs[0].name
+    values, sizes = {input_name: x}, {input_name: Size(x.shape, x.itemsize, input_name)}
+    known: dict[str, Weight] = {**graph.constants, **{name: tensors[name] for name in graph.parameters}}
     last = {name: i for i, node in enumerate(graph) for name in (*node.inputs, *node.outputs)}
     for i, node in enumerate(graph):
-        arguments = [_argument(name, values, known, parameters, weights) for name in node.inputs]
-        for name, array in zip(node.outputs, _computed(node, arguments), strict=False):
-            # What says a shape is small, and counts as known once the input's shape is.
-            if node.op == "Shape" or not any(read in sizes for read in node.inputs):
-                known[name] = array
-            elif name:
-                shared = [read for read in node.inputs if read in values and _base(values[read]) is _base(array)]
-                sizes[name] = Size(array.shape, array.itemsize, sizes[shared[0]].storage if shared else name)
-                values[name] = array
+        call = bind(node, known)
+        if all(name in known for name in call.inputs if name):
+            known.update(fold(call, known))
+            continue
+        outputs, scratch = _run(call, values, known)
+        # A shape is known as soon as the input's is: what is computed from it is a constant, not an activation.
+        if node.op == "Shape":
+            known.update(outputs)
+            continue
+        for name, array in outputs.items():
+            viewed = [read for read in node.inputs if read in values and _owner(values[read]) is _owner(array)]
+            storage = sizes[viewed[0]].storage if viewed else name
+            sizes[name] = Size(array.shape, array.itemsize, storage, scratch)
+        values.update(outputs)
         for name in (*node.inputs, *node.outputs):
             if last[name] == i:
                 values.pop(name, None)
     return sizes
 
 
-def _argument(
-    name: str,
-    values: Mapping[str, Array],
-    known: Mapping[str, Array],
-    parameters: frozenset[str],
-    weights: Callable[[str], Array],
-) -> Array | None:
-    if not name:
-        return None
-    if name in values:
-        return values[name]
-    return weights(name) if name in parameters else known[name]
+def _run(call: Call, values: Mapping[str, Array], known: Mapping[str, Weight]) -> tuple[dict[str, Array], int]:
+    """Runs one operator; returns its outputs and the most bytes that it had allocated besides them."""
+    arguments = [None if not name else values[name] if name in values else dense(known[name]) for name in call.inputs]
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    with np.errstate(all="ignore"):
+        outputs = call.compute(arguments)
+    after, most = tracemalloc.get_traced_memory()
+    return outputs, most - max(before, after)
 
 
-def _computed(node: Node, arguments: Sequence[Array | None]) -> list[Array]:
-    if node.op not in OPERATORS:
-        raise UsageError(f"operator {node.op} is not known to the sparse runtime, so its memory cannot be computed.")
-    attributes = {name: value for name, value in node.attributes.items() if name not in INERT}
-    with _explained(node), np.errstate(all="ignore"):
-        result = OPERATORS[node.op](*arguments, **attributes)
-        return [np.asarray(array) for array in (result if isinstance(result, tuple) else (result,))]
-
-
-@contextmanager
-def _explained(node: Node) -> Iterator[None]:
-    try:
-        yield
-    except DsrError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"the memory of operator {node.op} (which makes {node.outputs[0]!r}) cannot be computed: "
-            f"{first_line(error)}; the graph does not fit this input."
-        ) from error
-
-
-def _base(array: Array) -> Any:
-    base: Any = array
-    while isinstance(base, np.ndarray) and base.base is not None:
-        base = base.base
-    return base
-
-
-def kernel_scratch(node: Node, sizes: Mapping[str, Size], weight_shape: Sequence[int]) -> int:
-    """Bytes that an operator of our runtime takes besides its result.
-
-    Args:
-        node: the operator.
-        sizes: of all values.
-        weight_shape: of a convolution's weight; empty for other operators.
-    """
-    out = sizes[node.outputs[0]]
-    if node.op in _TEMPORARIES:
-        return _TEMPORARIES[node.op] * out.nbytes
-    if node.op not in ("Conv", "MaxPool", "AveragePool") or node.inputs[0] not in sizes:
-        return 0
-    x = sizes[node.inputs[0]]
-    window = _window(node, weight_shape)
-    if node.op != "Conv":
-        return _padded_bytes(window, x)
-    image = _image_bytes(node, window, x, out, weight_shape)
-    # Images are computed one by one and then joined.
-    return max(image, out.nbytes) if x.shape[0] > 1 else image
-
-
-def _image_bytes(node: Node, window: Window, x: Size, out: Size, weight_shape: Sequence[int]) -> int:
-    """Of one image: its padded copy, im2col blocks, and the rows computed so far."""
-    padded, image, taps = _padded_bytes(window, x) // x.shape[0], out.nbytes // out.shape[0], math.prod(window.kernel)
-    if node.attributes.get("group", 1) != 1 and weight_shape[1] == 1:
-        return padded + image
-    row = taps * x.shape[1] * math.prod(out.shape[3:]) * x.itemsize
-    rows = out.shape[2] if taps == 1 else max(COLUMN_BYTES // max(row, 1), 1)
-    plain = taps == 1 and set(window.strides) == {1}
-    columns = 0 if plain else row * min(rows, out.shape[2])
-    return padded + (columns if rows >= out.shape[2] else max(columns, image))
-
-
-def _window(node: Node, weight_shape: Sequence[int]) -> Window:
-    def of(name: str) -> tuple[int, ...]:
-        value = node.attributes.get(name, ())
-        return tuple(int(n) for n in value) if isinstance(value, tuple) else ()
-
-    kernel = of("kernel_shape") or tuple(weight_shape[2:])
-    auto_pad = str(node.attributes.get("auto_pad", "NOTSET"))
-    return Window.of(kernel, of("strides"), of("pads"), of("dilations"), auto_pad)
-
-
-def _padded_bytes(window: Window, x: Size) -> int:
-    if not any((*window.begin, *window.end)):
-        return 0
-    sides = zip(x.shape[2:], window.begin, window.end, strict=True)
-    return math.prod((*x.shape[:2], *(n + b + e for n, b, e in sides))) * x.itemsize
+def _owner(array: Array) -> object:
+    """Returns the object that owns the memory of an array: the array itself unless it is a view."""
+    owner: object = array
+    while isinstance(owner, np.ndarray) and owner.base is not None:
+        owner = owner.base
+    return owner

@@ -1,4 +1,8 @@
-"""The child process of a measurement: loads one model, runs or trains it, and prints what it held."""
+"""The child process of a measurement: loads one model, runs or trains it, and prints the memory that it took.
+
+Each kind of work first runs something tiny with the same libraries: code that is imported or generated at the first
+call would otherwise be counted as memory of the model.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +18,21 @@ from dsr_tool.measure.memory.process import Measured, Request, held_bytes, reset
 
 __all__ = ["KINDS"]
 
-_RUNS, _STEPS = 3, 4
+_RUNS = 3
+"""Inference runs per measurement: onnxruntime lays out its memory in the second run, after it has seen the first."""
 
-Make = Callable[[], Callable[[], object]]
-"""Loads a model and returns what runs it once."""
+_STEPS = 4
+"""Training steps per measurement: gradients and optimizer state exist from the second step on."""
+
+Load = Callable[[], Callable[[], object]]
+"""Loads a model and returns a function that runs it once."""
 
 
-def _measured(make: Make, repeats: int) -> Measured:
+def _measure(load: Load, repeats: int) -> Measured:
     gc.collect()
     reset_peak()
     base, start = held_bytes("VmRSS"), time.perf_counter()
-    run = make()
+    run = load()
     load_s = time.perf_counter() - start
     gc.collect()
     loading, loaded = held_bytes("VmHWM"), held_bytes("VmRSS")
@@ -42,7 +50,7 @@ def _pytorch(request: Request) -> Measured:
 
     _warm_torch()
 
-    def make() -> Callable[[], object]:
+    def load_model() -> Callable[[], object]:
         module = load(request.path, request.maker).module.eval()
         inputs = torch.zeros(request.shape)
 
@@ -52,7 +60,7 @@ def _pytorch(request: Request) -> Measured:
 
         return run
 
-    return _measured(make, _RUNS)
+    return _measure(load_model, _RUNS)
 
 
 def _training(request: Request) -> Measured:
@@ -65,7 +73,7 @@ def _training(request: Request) -> Measured:
 
     _warm_torch()
 
-    def make() -> Callable[[], object]:
+    def load_model() -> Callable[[], object]:
         model = load(request.path, request.maker)
         model.module.train()
         optimizer = make_optimizer(request.optimizer, model.module.parameters())
@@ -74,6 +82,7 @@ def _training(request: Request) -> Measured:
 
         def step() -> None:
             outputs = model(inputs)
+            # Networks with auxiliary heads return a tuple while they train.
             every = outputs if isinstance(outputs, tuple) else (outputs,)
             loss = sum(cross_entropy(output, labels) for output in every)
             optimizer.zero_grad()
@@ -82,11 +91,11 @@ def _training(request: Request) -> Measured:
 
         return step
 
-    return _measured(make, _STEPS)
+    return _measure(load_model, _STEPS)
 
 
 def _warm_torch() -> None:
-    """Forward, backward and a step of a few layers."""
+    """Runs a forward pass, a backward pass and an optimizer step of a few layers."""
     import torch
     from torch import nn, optim
 
@@ -109,26 +118,27 @@ def _onnxruntime(request: Request) -> Measured:
 
     OnnxSession(_tiny_onnx()).run(np.zeros((1, 16, 8, 8), np.float32))
 
-    def make() -> Callable[[], object]:
+    def load_model() -> Callable[[], object]:
         session = OnnxSession(Path(request.path), threads=request.threads)
         inputs = np.full(request.shape, 0.5, np.float32)
         return lambda: session.run(inputs)
 
-    return _measured(make, _RUNS)
+    return _measure(load_model, _RUNS)
 
 
 def _tiny_onnx() -> bytes:
+    """Returns an ONNX file of one convolution and one ReLU."""
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper
 
     weight = numpy_helper.from_array(np.zeros((16, 16, 3, 3), np.float32), "w")
     nodes = [helper.make_node("Conv", ["x", "w"], ["a"]), helper.make_node("Relu", ["a"], ["y"])]
-    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 16, 8, 8])
-    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 16, 6, 6])
-    graph = helper.make_graph(nodes, "tiny", [given], [result], [weight])
-    content: bytes = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8
-    ).SerializeToString()
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 16, 8, 8])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 16, 6, 6])
+    graph = helper.make_graph(nodes, "tiny", [x], [y], [weight])
+    # Old versions, so that every supported onnxruntime reads it.
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    content: bytes = model.SerializeToString()
     return content
 
 
@@ -137,18 +147,18 @@ def _sparse(request: Request) -> Measured:
     import scipy.sparse
 
     from dsr_tool.measure.latency import open_session
-    from dsr_tool.runtime.source import reader_of
+    from exporters.containers import reader_of
 
-    reader_of(Path(request.path))  # what it imports is no part of loading a file
+    reader_of(Path(request.path))  # imports what reading this kind of file needs
     np.asarray(scipy.sparse.csr_array(np.eye(8, dtype=np.float32)) @ np.ones((8, 8), np.float32))
     np.ones((64, 64), np.float32) @ np.ones((64, 64), np.float32)
 
-    def make() -> Callable[[], object]:
+    def load_model() -> Callable[[], object]:
         session = open_session(request.path, request.kind, request.shape[0], request.threads)
         inputs = np.full(request.shape, 0.5, np.float32)
         return lambda: session.run(inputs)
 
-    return _measured(make, _RUNS)
+    return _measure(load_model, _RUNS)
 
 
 KINDS: dict[str, Callable[[Request], Measured]] = {
@@ -158,7 +168,7 @@ KINDS: dict[str, Callable[[Request], Measured]] = {
     "sparse": _sparse,
     "scipy": _sparse,
 }
-"""What a child can do."""
+"""The work of a child by `Request.kind`."""
 
 
 def _main(arguments: Sequence[str]) -> None:

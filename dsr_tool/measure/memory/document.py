@@ -1,37 +1,101 @@
-"""Memory of running and of training a model: computed, and beside it measured."""
+"""The memory of running and of training a model: computed, and on request measured beside it."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.graph.ir import Graph
-from dsr_tool.measure.memory.inference import Running, folded
+from dsr_tool.measure.memory.inference import ComputedRow, computed_inference
 from dsr_tool.measure.memory.process import Measured, Request, can_measure, measure
 from dsr_tool.report.sources import Source
+from dsr_tool.runtime.source import Model, open_model
+from dsr_tool.sparsity.config import ModelConfig
+from dsr_tool.sparsity.tensor import SparseTensor
 
-__all__ = ["Wanted", "memory_document", "wanted_memory"]
+if TYPE_CHECKING:
+    from dsr_tool.sparse.model import SparseModel
 
-_MOST = 100_000  # inputs at once; the arena's pages are followed one by one
-_OF_METHOD = {"dst": 4, "tied": 12}
-"""Bytes that a method holds besides for each weight of a sparse layer: its dense value; its place, order and sign."""
-_NEEDS_LINUX = "nothing was measured: that needs Linux, whose /proc says how much memory a process holds"
+__all__ = ["MemoryDocument", "MemoryRequest", "RuntimeRow", "TrainingStep", "memory_document", "memory_request"]
+
+_MAX_BATCH = 100_000
+"""Largest batch; more is a typing error rather than a plan."""
+
+_NEEDS_LINUX = "nothing was measured: that needs Linux, whose /proc tells how much memory a process holds"
+_NEEDS_MEASURING = "the memory of ONNX Runtime depends on its allocator and is only measured; add --measure"
+
+
+class Comparison(TypedDict):
+    """A computed figure beside the measured one; None where it was not computed or not measured."""
+
+    computed_bytes: int | None
+    measured_bytes: int | None
+    difference: float | None
+    load_peak_bytes: int | None
+
+
+class RuntimeRow(Comparison):
+    """The memory of one runtime, at the moment when it is largest."""
+
+    runtime: str
+    weights_bytes: int | None
+    activations_bytes: int | None
+    moment: str | None
+
+
+class Activations(TypedDict):
+    """The activations that are alive at once; the `fused` keys belong to the schema and are always None."""
+
+    in_order_bytes: int
+    in_order_moment: str
+    fused_bytes: int | None
+    fused_moment: str | None
+
+
+class MethodMemory(TypedDict):
+    """The memory that a training method holds besides the ledger."""
+
+    name: str
+    bytes: int
+
+
+class TrainingStep(Comparison):
+    """The memory of a training step by kind: in full, and at the moment when the total is largest."""
+
+    optimizer: str
+    held_bytes: dict[str, int]
+    at_peak_bytes: dict[str, int]
+    moment: str
+    optimizer_state_bytes: dict[str, int]
+    method: MethodMemory | None
+
+
+class MemoryDocument(TypedDict):
+    """The memory of a model, as `dsr-tool report --memory --json` prints it."""
+
+    batch: int
+    input_shape: list[int]
+    activations: Activations
+    inference: list[RuntimeRow]
+    training: TrainingStep | None
+    training_note: str | None
+    measurement_note: str | None
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What to compute.
+class MemoryRequest:
+    """The settings of a memory report.
 
     Attributes:
         batch: inputs at once.
-        input_size: side of a square input in place of the model's own; for model folders.
-        optimizer: of the training ledger.
-        measured: whether to measure each figure in a child process too.
-        maker: for a folder with a network of the user's own, the `module:callable` that makes it.
+        input_size: side in pixels of a square input that replaces the model's own; for model folders.
+        optimizer: optimizer of the training step, one of `ledger.OPTIMIZERS`; None for the default.
+        measured: also measure each figure in a child process.
+        maker: `module:callable` that builds the network of a folder with a network of the user's own.
     """
 
     batch: int = 1
@@ -41,182 +105,237 @@ class Wanted:
     maker: str | None = None
 
     @property
+    def optimizer_or_default(self) -> str:
+        """The optimizer of the training step: SGD with momentum by default, as `dsr-tool train` has it."""
+        return self.optimizer or "sgd"
+
+    @property
     def measures(self) -> bool:
-        """Whether to measure, and this system can."""
+        """True if measurements were asked for and this system allows them."""
         return self.measured and can_measure()
 
+    def check(self, source: Source) -> None:
+        """Raises `UsageError` for a value that is not allowed, or does not fit the source."""
+        if not 1 <= self.batch <= _MAX_BATCH:
+            raise UsageError(f"--batch {self.batch} is not in 1 to {_MAX_BATCH:,}; give the number of inputs at once.")
+        if self.input_size is not None and self.input_size < 1:
+            raise UsageError(f"--input-size {self.input_size} is not 1 or more; give the side of the input in pixels.")
+        if source.kind not in ("model folder", "run folder", "archive", "onnx"):
+            raise UsageError(
+                f"--memory needs a computation, but {str(source.path)!r} ({source.kind}) holds weights alone; give a "
+                f"model folder, .dsr or .onnx file."
+            )
+        is_folder = "folder" in source.kind
+        if self.optimizer is not None and not is_folder:
+            raise UsageError(
+                f"--optimizer {self.optimizer} needs a model folder, but {str(source.path)!r} is a file for inference; "
+                f"leave it out."
+            )
+        if self.input_size is not None and not is_folder:
+            raise UsageError(
+                f"--input-size {self.input_size} needs a model folder, but the input size of {str(source.path)!r} is "
+                f"fixed; leave it out."
+            )
 
-def wanted_memory(
-    asked: bool,
+
+def memory_request(
+    enabled: bool,
     *,
     batch: int | None,
     input_size: int | None,
     optimizer: str | None,
     measured: bool,
     maker: str | None = None,
-) -> Wanted | None:
-    """The options of the command line; None where memory was not asked for.
+) -> MemoryRequest | None:
+    """Returns the request of a command line; None without `--memory`.
 
     Raises:
-        UsageError: an option that goes with `--memory`, without it.
+        UsageError: an option that needs `--memory` is given without it.
     """
-    if asked:
-        return Wanted(1 if batch is None else batch, input_size, optimizer, measured, maker)
+    if enabled:
+        return MemoryRequest(1 if batch is None else batch, input_size, optimizer, measured, maker)
     if measured or any(value is not None for value in (batch, input_size, optimizer)):
-        raise UsageError("--batch, --input-size, --optimizer and --measure go with --memory; add it.")
+        raise UsageError("--batch, --input-size, --optimizer and --measure need --memory; add it.")
     return None
 
 
-def memory_document(source: Source, wanted: Wanted) -> dict[str, Any]:
-    """The memory as plain values: `inference` by runtime and, for a folder, the ledger of `training`.
+@dataclass(frozen=True)
+class _Files:
+    """The files that child processes load for inference.
+
+    Attributes:
+        sparse: an archive or ONNX file for the sparse runtime.
+        onnx: an ONNX file for ONNX Runtime.
+    """
+
+    sparse: Path
+    onnx: Path
+
+
+@dataclass(frozen=True)
+class _TracedModel:
+    """A module as the runtime sees an opened file; see `runtime.source.Model`."""
+
+    path: Path
+    config: ModelConfig
+    graph: Graph
+    tensors: Mapping[str, SparseTensor]
+
+    def tensor(self, name: str) -> SparseTensor:
+        return self.tensors[name]
+
+
+def memory_document(source: Source, request: MemoryRequest) -> MemoryDocument:
+    """Returns the memory as plain values: of inference by runtime and, for a folder, of a training step.
 
     Raises:
-        UsageError: a source without a graph, or a value that is not allowed.
+        UsageError: the source has no graph, or a setting is not allowed.
     """
-    if not 1 <= wanted.batch <= _MOST:
-        raise UsageError(f"--batch {wanted.batch} is not allowed; give 1 to {_MOST:,} inputs.")
-    if wanted.input_size is not None and wanted.input_size < 1:
-        raise UsageError(f"--input-size {wanted.input_size} is not allowed; give the side in pixels, 1 or more.")
-    if source.kind not in ("model folder", "run folder", "archive", "onnx"):
+    request.check(source)
+    with tempfile.TemporaryDirectory(prefix="dsr-tool-memory-") as folder:
+        if "folder" in source.kind:
+            return _folder_document(source, request, Path(folder))
+        return _file_document(source, request, Path(folder))
+
+
+def _file_document(source: Source, request: MemoryRequest, folder: Path) -> MemoryDocument:
+    model = open_model(source.path)
+    shape = model.graph.inputs[0].shape[1:]
+    if None in shape:
         raise UsageError(
-            f"--memory needs a computation, and {str(source.path)!r} ({source.kind}) holds weights alone; give a model "
-            f"folder, .dsr or .onnx file."
+            f"--memory needs a fixed input size, but {str(source.path)!r} takes any size; export it with one."
         )
-    if wanted.optimizer is not None and "folder" not in source.kind:
-        raise UsageError("--optimizer goes with a model folder; a file is for inference alone.")
-    if wanted.input_size is not None and "folder" not in source.kind:
-        raise UsageError("--input-size goes with a model folder; a file takes inputs of the size it was made for.")
-    if source.kind == "onnx":
-        return _of_onnx(source, wanted)
-    return _of_archive(source, wanted) if source.kind == "archive" else _of_folder(source, wanted)
+    onnx = source.path
+    if request.measures and source.kind != "onnx":
+        onnx = folder / "model.onnx"
+        _write_onnx(model, onnx)
+    return _inference_document(model, tuple(n or 1 for n in shape), request, _Files(source.path, onnx))
 
 
-def _of_onnx(source: Source, wanted: Wanted) -> dict[str, Any]:
-    from exporters.onnx.graph import graph_of_onnx
-    from exporters.onnx.read import read_onnx
+def _write_onnx(model: Model, path: Path) -> None:
+    from exporters.onnx.write import to_onnx
 
-    file = read_onnx(source.path)
-    graph = graph_of_onnx(file)
-    if len(graph.inputs) != 1 or None in graph.inputs[0].shape[1:]:
-        raise UsageError("--memory needs a model with one input whose size, but for the batch, is fixed.")
-    running = Running(graph, file.array)
-    return _document(running, wanted, _shape(graph), {"ONNX Runtime": ("onnxruntime", source.path)})
+    tensors = {name: model.tensor(name) for name in model.graph.parameters}
+    path.write_bytes(to_onnx(model.graph, tensors).SerializeToString())
 
 
-def _of_archive(source: Source, wanted: Wanted) -> dict[str, Any]:
-    from dsr_tool.formats.archive import open_archive
-
-    archive = open_archive(source.path)
-    running = folded(archive.graph, source.tensors)
-    return _document(running, wanted, _shape(archive.graph), {"scipy runtime": ("scipy", source.path)})
-
-
-def _of_folder(source: Source, wanted: Wanted) -> dict[str, Any]:
+def _folder_document(source: Source, request: MemoryRequest, folder: Path) -> MemoryDocument:
     from converters.conversion import load
-    from dsr_tool.measure.memory.ledger import OPTIMIZERS, inference_ledger, optimizer_state_bytes, training_ledger
+    from dsr_tool.measure.memory.ledger import OPTIMIZERS
     from dsr_tool.sparse.trace import trace
 
-    optimizer = wanted.optimizer or "sgd"
-    if optimizer not in OPTIMIZERS:
-        raise unknown_name("--optimizer", optimizer, OPTIMIZERS)
-    model = load(source.path, wanted.maker)
-    own = model.config.input_shape
-    shape = (*own[:1], wanted.input_size, wanted.input_size) if wanted.input_size and own else own
-    running = folded(trace(model.module, shape), model.tensors())
-    with tempfile.TemporaryDirectory() as folder:
-        files: dict[str, tuple[str, Path]] = {}
-        if wanted.measures:
-            files = _exported(model, shape, Path(folder))
-        document = _document(running, wanted, shape, files)
-        torch_run = inference_ledger(model, wanted.batch, input_shape=shape)
-        measured = _measured("pytorch", source.path, wanted, shape)
-        weights = torch_run.held["weights"]
-        document["inference"].insert(
-            0, _row("PyTorch", weights, torch_run.peak_bytes - weights, torch_run.moment, measured)
-        )
+    if request.optimizer_or_default not in OPTIMIZERS:
+        raise unknown_name("--optimizer", request.optimizer_or_default, OPTIMIZERS)
+    model = load(source.path, request.maker)
+    shape = model.config.input_shape
+    if request.input_size and shape:
+        shape = (*shape[:1], request.input_size, request.input_size)
+    traced = _TracedModel(source.path, model.config, trace(model.module, shape), model.tensors())
+    files = _exported(model, shape, folder) if request.measures else _Files(source.path, source.path)
+    document = _inference_document(traced, shape, request, files)
+    document["inference"].insert(0, _pytorch_row(model, source, shape, request))
     try:
-        ledger = training_ledger(model, wanted.batch, input_shape=shape, optimizer=optimizer)
+        document["training"] = _training_step(model, source, shape, request)
     except UsageError as error:
-        # Running is possible where training is not, as with norms over a single value.
-        return {**document, "training_note": str(error)}
-    document["training"] = {
+        # A model may run where it cannot train, for example if a norm sees a single value.
+        document["training_note"] = str(error)
+    return document
+
+
+def _exported(model: SparseModel, shape: tuple[int, ...], folder: Path) -> _Files:
+    """Exports the model for inputs of this shape."""
+    from dsr_tool.sparse.model import SparseModel
+    from exporters.export import export
+
+    resized = SparseModel(model.module, model.specs, model.masks, replace(model.config, input_shape=shape))
+    files = _Files(folder / "model.dsr", folder / "model.onnx")
+    export(resized, files.sparse)
+    export(resized, files.onnx)
+    return files
+
+
+def _inference_document(model: Model, shape: tuple[int, ...], request: MemoryRequest, files: _Files) -> MemoryDocument:
+    in_order, sparse = computed_inference(model, request.batch, shape)
+    note = None if request.measured else _NEEDS_MEASURING
+    return {
+        "batch": request.batch,
+        "input_shape": list(shape),
+        "activations": {
+            "in_order_bytes": in_order.nbytes,
+            "in_order_moment": in_order.moment,
+            "fused_bytes": None,
+            "fused_moment": None,
+        },
+        "inference": [
+            _row(ComputedRow("ONNX Runtime"), _measured("onnxruntime", files.onnx, shape, request)),
+            _row(sparse, _measured("sparse", files.sparse, shape, request)),
+        ],
+        "training": None,
+        "training_note": None,
+        "measurement_note": _NEEDS_LINUX if request.measured and not can_measure() else note,
+    }
+
+
+def _pytorch_row(model: SparseModel, source: Source, shape: tuple[int, ...], request: MemoryRequest) -> RuntimeRow:
+    from dsr_tool.measure.memory.ledger import inference_ledger
+
+    ledger = inference_ledger(model, request.batch, input_shape=shape)
+    weights = ledger.held["weights"]
+    row = ComputedRow("PyTorch", weights, ledger.peak_bytes - weights, ledger.moment)
+    return _row(row, _measured("pytorch", source.path, shape, request))
+
+
+def _training_step(model: SparseModel, source: Source, shape: tuple[int, ...], request: MemoryRequest) -> TrainingStep:
+    from dsr_tool.measure.memory.ledger import OPTIMIZERS, optimizer_state_bytes, training_ledger
+
+    optimizer = request.optimizer_or_default
+    ledger = training_ledger(model, request.batch, input_shape=shape, optimizer=optimizer)
+    return {
         "optimizer": optimizer,
         "held_bytes": ledger.held,
         "at_peak_bytes": ledger.at_peak,
         "moment": ledger.moment,
         "optimizer_state_bytes": {name: optimizer_state_bytes(model, name) for name in OPTIMIZERS},
-        **_beside(ledger.peak_bytes, _measured("training", source.path, wanted, shape)),
-        "method": _of_method(source, model.prunable_weights),
-    }
-    return document
-
-
-def _of_method(source: Source, weights: int) -> dict[str, Any] | None:
-    """What the method of a run holds beside the ledger, which is that of the methods that move weights; or None."""
-    method = str(source.log.settings["method"]) if source.log else ""
-    return {"name": method, "bytes": _OF_METHOD[method] * weights} if method in _OF_METHOD else None
-
-
-def _exported(model: Any, shape: tuple[int, ...], folder: Path) -> dict[str, tuple[str, Path]]:
-    """The files that are measured, made for inputs of this shape."""
-    from dataclasses import replace
-
-    from dsr_tool.sparse.model import SparseModel
-    from exporters.export import export
-
-    resized = SparseModel(model.module, model.specs, model.masks, replace(model.config, input_shape=shape))
-    export(resized, folder / "model.dsr")
-    export(resized, folder / "model.onnx")
-    return {
-        "ONNX Runtime": ("onnxruntime", folder / "model.onnx"),
-        "scipy runtime": ("scipy", folder / "model.dsr"),
+        **_comparison(ledger.peak_bytes, _measured("training", source.path, shape, request)),
+        "method": _method_memory(source, model.prunable_weights),
     }
 
 
-def _shape(graph: Graph) -> tuple[int, ...]:
-    return tuple(n or 1 for n in graph.inputs[0].shape[1:])
+def _method_memory(source: Source, weights: int) -> MethodMemory | None:
+    """Returns the bytes that the method of a run holds besides the ledger; None if there are none."""
+    from dsr_tool.methods import METHODS
+
+    name = str(source.log.settings["method"]) if source.log else ""
+    # The ledger is that of a method of this package that reallocates; a plugin method does not say what it holds.
+    per_weight = METHODS[name].bytes_per_weight if name in METHODS else 0
+    return {"name": name, "bytes": per_weight * weights} if per_weight else None
 
 
-def _document(
-    running: Running, wanted: Wanted, shape: tuple[int, ...], files: Mapping[str, tuple[str, Path]]
-) -> dict[str, Any]:
-    activations, rows = running.computed(wanted.batch, shape)
-    return {
-        "batch": wanted.batch,
-        "input_shape": list(shape),
-        "activations": activations,
-        "inference": [
-            _row(name, *row, _measured(*files[name], wanted, shape) if name in files else None)
-            for name, row in rows.items()
-        ],
-        "training": None,
-        "training_note": None,
-        "measurement_note": _NEEDS_LINUX if wanted.measured and not can_measure() else None,
-    }
-
-
-def _measured(kind: str, path: Path, wanted: Wanted, shape: tuple[int, ...]) -> Measured | None:
-    if not wanted.measures:
+def _measured(kind: str, path: Path, shape: tuple[int, ...], request: MemoryRequest) -> Measured | None:
+    if not request.measures:
         return None
-    return measure(Request(kind, str(path), (wanted.batch, *shape), wanted.optimizer or "sgd", wanted.maker))
+    return measure(Request(kind, str(path), (request.batch, *shape), request.optimizer_or_default, request.maker))
 
 
-def _row(name: str, weights: int, activations: int, moment: str, measured: Measured | None) -> dict[str, Any]:
+def _row(row: ComputedRow, measured: Measured | None) -> RuntimeRow:
+    computed = None
+    if row.weights_bytes is not None and row.activations_bytes is not None:
+        computed = row.weights_bytes + row.activations_bytes
     return {
-        "runtime": name,
-        "weights_bytes": weights,
-        "activations_bytes": activations,
-        "moment": moment,
-        **_beside(weights + activations, measured),
+        "runtime": row.runtime,
+        "weights_bytes": row.weights_bytes,
+        "activations_bytes": row.activations_bytes,
+        "moment": row.moment,
+        **_comparison(computed, measured),
     }
 
 
-def _beside(computed: int, measured: Measured | None) -> dict[str, Any]:
+def _comparison(computed: int | None, measured: Measured | None) -> Comparison:
     if measured is None:
         return {"computed_bytes": computed, "measured_bytes": None, "difference": None, "load_peak_bytes": None}
     return {
         "computed_bytes": computed,
         "measured_bytes": measured.peak_bytes,
-        "difference": computed / max(measured.peak_bytes, 1) - 1,
+        "difference": None if computed is None else computed / max(measured.peak_bytes, 1) - 1,
         "load_peak_bytes": measured.load_peak_bytes,
     }

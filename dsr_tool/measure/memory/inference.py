@@ -1,94 +1,129 @@
-"""What running a graph takes in each runtime, computed."""
+"""The memory of running a model in the sparse runtime, computed.
+
+With kernels it is read from the compiler's plan, which fixes where every value lies before the first run. Without them
+the reference runs the model, and its memory follows from the sizes of the values. ONNX Runtime's memory depends on its
+allocator and on what its release fuses, so it is not computed but measured (`process.py`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from dsr_tool.graph.fold import fold_norms
-from dsr_tool.graph.ir import Graph, Node
-from dsr_tool.measure.memory.arena import arena_bytes
-from dsr_tool.measure.memory.peak import Size, csr_weight_bytes, fused_steps, in_order_steps, peak
-from dsr_tool.measure.memory.activations import kernel_scratch, value_sizes
+from dsr_tool.graph.ir import Graph
+from dsr_tool.graph.operators import operator_of
+from dsr_tool.measure.memory.activations import Peak, peak, value_sizes
+from dsr_tool.runtime import Session
+from dsr_tool.runtime.compiler.memory import PlanMemory
+from dsr_tool.runtime.kernels.library import level
 from dsr_tool.runtime.reference.matrices import MAX_CSR_DENSITY
-from dsr_tool.sparsity.tensor import Array, SparseTensor
+from dsr_tool.runtime.source import Model
+from dsr_tool.sparsity.layers import matrix_shape
+from dsr_tool.sparsity.tensor import SparseTensor
 
-__all__ = ["Row", "Running", "folded"]
+__all__ = ["ComputedRow", "computed_inference", "csr_weight_bytes"]
 
-_PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
-
-Row = tuple[int, int, str]
-"""Bytes of weights, bytes of activations with all that goes with them, and the operator at which they are most."""
+_INDEX_BYTES = np.dtype(np.int32).itemsize
+"""Bytes of one column index or row offset in the reference's CSR matrices."""
 
 
 @dataclass(frozen=True)
-class Running:
-    """A graph that is ready to be looked at.
+class ComputedRow:
+    """The computed memory of one runtime; None stands for what only a measurement tells.
 
     Attributes:
-        graph: norms folded.
-        weights: the dense array of each parameter.
-        tensors: the same sparse, for our runtime; none where it does not run the file.
+        runtime: its name, with the kernels that run where there are some.
+        weights_bytes: bytes that stay from run to run: weights, and the tables and tensors that go with them.
+        activations_bytes: bytes of the input, of all values alive at the worst moment, and of scratch.
+        moment: the operator that runs at that moment, as `Conv -> conv_0`; None where the peak is not one of liveness.
     """
 
-    graph: Graph
-    weights: Callable[[str], Array]
-    tensors: Mapping[str, SparseTensor] = field(default_factory=dict)
-
-    def computed(self, batch: int, shape: Sequence[int]) -> tuple[dict[str, Any], dict[str, Row]]:
-        """Activations by liveness, and a row for each runtime.
-
-        Raises:
-            UsageError: an operator that our runtime does not know, or an input that does not fit.
-        """
-        graph, sizes = self.graph, value_sizes(self.graph, self.weights, batch, shape)
-        in_order = peak(graph, in_order_steps(graph, sizes), sizes)
-        steps, shared = fused_steps(graph, sizes)
-        fused = peak(graph, steps, shared)
-        activations = {
-            "in_order_bytes": in_order.nbytes,
-            "in_order_moment": in_order.moment,
-            "fused_bytes": fused.nbytes,
-            "fused_moment": fused.moment,
-        }
-        dense = sum(self.weights(name).nbytes for name in graph.parameters)
-        given = sizes[graph.inputs[0].name].nbytes
-        rows = {"ONNX Runtime": (dense, given + arena_bytes(graph, steps, shared), fused.moment)}
-        if self.tensors:
-            ours = peak(graph, in_order_steps(graph, sizes, lambda node: self._scratch(node, sizes)), sizes)
-            rows["scipy runtime"] = (self._kept_bytes(), ours.nbytes, ours.moment)
-        return activations, rows
-
-    def _scratch(self, node: Node, sizes: Mapping[str, Size]) -> int:
-        weight = self.tensors.get(node.inputs[1]) if len(node.inputs) > 1 else None
-        return kernel_scratch(node, sizes, weight.mask.shape if weight is not None else ())
-
-    def _kept_bytes(self) -> int:
-        """Bytes of all weights as our runtime keeps them: those of products as CSR where they are sparse enough."""
-        products = [node for node in self.graph if node.op in _PRODUCTS and len(node.inputs) > 1]
-        multiplied = {node.inputs[1] for node in products if not self._depthwise(node)}
-        return sum(
-            csr_weight_bytes(tensor, max_density=MAX_CSR_DENSITY if name in multiplied else -1)
-            for name, tensor in self.tensors.items()
-        )
-
-    def _depthwise(self, node: Node) -> bool:
-        weight = self.tensors.get(node.inputs[1])
-        return node.attributes.get("group", 1) != 1 and weight is not None and weight.mask.shape[1] == 1
+    runtime: str
+    weights_bytes: int | None = None
+    activations_bytes: int | None = None
+    moment: str | None = None
 
 
-def folded(graph: Graph, tensors: Mapping[str, SparseTensor]) -> Running:
-    """With norms folded and weights in the type of the input, as both runtimes compute."""
-    dtype = graph.inputs[0].dtype
-    taken = {name: _as_type(tensors[name], dtype) for name in graph.parameters}
-    folded, ready = fold_norms(graph, taken)
-    return Running(folded, lambda name: ready[name].to_dense(), ready)
+def computed_inference(model: Model, batch: int, shape: Sequence[int]) -> tuple[Peak, ComputedRow]:
+    """Computes the largest sum of activations that are alive, and the memory of the sparse runtime as users run it.
+
+    Args:
+        model: an archive or ONNX file, or a traced module.
+        batch: inputs at once.
+        shape: shape of one input.
+
+    Returns:
+        The peak of the values, computed operator by operator, and the row of the sparse runtime.
+
+    Raises:
+        UsageError: the runtime does not know an operator, or the input does not fit.
+    """
+    dtype = model.graph.inputs[0].dtype
+    decoded = {name: _as_type(model.tensor(name), dtype) for name in model.graph.parameters}
+    graph, tensors = fold_norms(model.graph, decoded)
+    sizes = value_sizes(graph, tensors, batch, shape)
+    in_order = peak(graph, sizes)
+    session = Session(model, batch=batch)
+    if session.runtime == "scipy":
+        run = peak(graph, sizes, scratch=True)
+        row = ComputedRow("scipy runtime", _reference_weight_bytes(graph, tensors), run.nbytes, run.moment)
+    elif (memory := session.memory) and (coverage := session.coverage):
+        outputs = [fallback.output for fallback in coverage.fallbacks]
+        scratch = max((sizes[name].scratch_bytes for name in outputs if name in sizes), default=0)
+        row = _kernels_row(memory, tensors, sizes[graph.inputs[0].name].nbytes + scratch)
+    else:
+        # `auto` gave a dense model to ONNX Runtime, or the input is too large to be planned for in advance.
+        row = ComputedRow(f"sparse runtime ({session.runtime})")
+    return in_order, row
+
+
+def _kernels_row(memory: PlanMemory, tensors: Mapping[str, SparseTensor], other_bytes: int) -> ComputedRow:
+    """Returns the row of a plan.
+
+    Args:
+        memory: the plan's own account.
+        tensors: the tensors of its graph.
+        other_bytes: bytes of the input, and of scratch of nodes that run on the reference.
+    """
+    # A session keeps the decoded tensors beside the packed weights: an input of another shape needs another plan.
+    decoded = sum(tensor.values.nbytes + _position_bytes(tensor) for tensor in tensors.values())
+    weights = memory.weight_bytes + memory.table_bytes + memory.constant_bytes + decoded
+    return ComputedRow(f"sparse runtime ({level()})", weights, memory.arena_bytes + memory.array_bytes + other_bytes)
+
+
+def _position_bytes(tensor: SparseTensor) -> int:
+    return 0 if tensor.mask.stored is None else tensor.mask.stored.nbytes
+
+
+def _reference_weight_bytes(graph: Graph, tensors: Mapping[str, SparseTensor]) -> int:
+    """Returns the bytes of all weights as the reference keeps them: CSR where they multiply and are sparse enough."""
+    multiplied: set[str] = set()
+    for node in graph:
+        inputs = [node.inputs[i] for i in operator_of(node.op).weights if i < len(node.inputs)]
+        weights = [name for name in inputs if name in tensors]
+        # Where each channel has a filter of its own, the reference applies it densely, tap by tap.
+        depthwise = node.attributes.get("group", 1) != 1 and all(tensors[name].mask.shape[1] == 1 for name in weights)
+        multiplied.update([] if depthwise else weights)
+    return sum(
+        csr_weight_bytes(tensor, max_density=MAX_CSR_DENSITY if name in multiplied else -1)
+        for name, tensor in tensors.items()
+    )
+
+
+def csr_weight_bytes(tensor: SparseTensor, *, max_density: float) -> int:
+    """Returns the bytes of a weight as CSR with int32 indices up to a density, as a dense array above it."""
+    width = tensor.values.dtype.itemsize
+    if tensor.mask.density > max_density:
+        return tensor.mask.size * width
+    rows, _ = matrix_shape(tensor.mask.shape)
+    return tensor.mask.active * (width + _INDEX_BYTES) + (rows + 1) * _INDEX_BYTES
 
 
 def _as_type(tensor: SparseTensor, dtype: str) -> SparseTensor:
+    """Returns a weight in the type of the input, which is what sessions compute in."""
     if not np.issubdtype(tensor.values.dtype, np.floating):
         return tensor
     return SparseTensor(tensor.mask, tensor.values.astype(dtype, copy=False))

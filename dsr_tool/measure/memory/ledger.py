@@ -1,8 +1,8 @@
-"""What training and inference in PyTorch hold in memory, computed without computing anything.
+"""The memory of training and inference in PyTorch, computed without computing a single value.
 
-The real module, optimizer and MaskKeeper run on fake tensors, which have shapes and no contents, while every storage
-is followed from its making to its end. What kernels take besides is added by rule where it counts, which is in
-convolutions on a CPU: oneDNN works on copies in a blocked layout.
+The real module, optimizer and MaskKeeper run on fake tensors, which have shapes but no contents, while the lifetime of
+every storage is tracked. Scratch of kernels is added by rule where it matters, which is in convolutions on a CPU:
+oneDNN works on copies in a blocked layout.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn, optim
@@ -32,20 +31,23 @@ OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
     "adamw": lambda parameters: optim.AdamW(parameters, 1e-3),
     "rmsprop": lambda parameters: optim.RMSprop(parameters, 1e-3, momentum=0.9),
 }
-"""As `dsr-tool train` makes them by default: sgd and rmsprop with momentum; `sgd-plain` has none."""
+"""The optimizers of a training step, with the defaults of `dsr-tool train`: sgd and rmsprop with momentum 0.9;
+`sgd-plain` has none. The learning rate does not change the memory."""
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_STEPS = 2  # from the second on there are gradients and optimizer state before the forward pass
+
+_STEPS = 2
+"""Training steps that are tracked: from the second on, gradients and optimizer state exist before the forward pass."""
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Bytes held at the moment of the peak, by what they are, and what each kind takes in full.
+    """Bytes by kind: in full, and at the moment when their sum is largest.
 
     Attributes:
         held: bytes in full by kind: `weights`, `masks`, `optimizer state`, `gradients`, `saved activations`.
-        at_peak: bytes by kind at the moment at which all together are most; kernels' scratch among them.
-        moment: the operator that ran at that moment.
+        at_peak: bytes by kind at the moment of the peak; `scratch` of kernels is one of them.
+        moment: name of the operator that runs at that moment, such as `aten.convolution`.
     """
 
     held: dict[str, int]
@@ -54,15 +56,15 @@ class Ledger:
 
     @property
     def peak_bytes(self) -> int:
-        """Everything at the moment at which it is most."""
+        """Bytes of all kinds together at the moment of the peak."""
         return sum(self.at_peak.values())
 
 
 def make_optimizer(name: str, parameters: Iterable[nn.Parameter]) -> optim.Optimizer:
-    """An optimizer by name.
+    """Makes an optimizer by its name in `OPTIMIZERS`.
 
     Raises:
-        UsageError: nobody knows the name.
+        UsageError: the name is unknown.
     """
     if name not in OPTIMIZERS:
         raise unknown_name("--optimizer", name, OPTIMIZERS)
@@ -77,25 +79,25 @@ def training_ledger(
     optimizer: str = "sgd",
     precision: str = "fp32",
 ) -> Ledger:
-    """The memory of training a sparse model with a method attached, on the CPU, step after step.
+    """Computes the memory of training a sparse model with a method attached, on the CPU, step after step.
 
-    The order within a step is that of `dsr-tool train`: forward, gradients dropped, backward, optimizer.
+    A step runs in the order of `dsr-tool train`: forward pass, old gradients freed, backward pass, optimizer.
 
     Args:
-        model: stays as it is.
+        model: the model; it does not change.
         batch: inputs of one step.
-        input_shape: of one input; that of the model's description when empty.
+        input_shape: shape of one input; if empty, the one in the model's description.
         optimizer: one of `OPTIMIZERS`.
-        precision: of forward and backward, `fp32` or `bf16`; weights stay as they are.
+        precision: type of forward and backward pass, `fp32` or `bf16`; weights keep their type.
 
     Raises:
-        UsageError: a parameter with a value that is not allowed, or an input that the model cannot take.
+        UsageError: a parameter has a value that is not allowed, or the model does not accept the input.
     """
     if precision not in _PRECISIONS:
         raise unknown_name("precision", precision, _PRECISIONS)
     if optimizer not in OPTIMIZERS:
         raise unknown_name("--optimizer", optimizer, OPTIMIZERS)
-    with _explained(model, batch, input_shape) as shape:
+    with _batch_shape(model, batch, input_shape) as shape:
         twin = _Twin(model)
         twin.module.train()
         saved = _saved_bytes(twin, shape, precision)
@@ -109,12 +111,17 @@ def training_ledger(
 
 
 def inference_ledger(model: SparseModel, batch: int, *, input_shape: Sequence[int] = ()) -> Ledger:
-    """The memory of running the module in PyTorch on the CPU, in eval mode and without gradients.
+    """Computes the memory of running the module in PyTorch on the CPU, in eval mode and without gradients.
+
+    Args:
+        model: the model; it does not change.
+        batch: inputs at once.
+        input_shape: shape of one input; if empty, the one in the model's description.
 
     Raises:
-        UsageError: an input that the model cannot take.
+        UsageError: the model does not accept the input.
     """
-    with _explained(model, batch, input_shape) as shape:
+    with _batch_shape(model, batch, input_shape) as shape:
         twin = _Twin(model)
         twin.module.eval()
         watch = StorageWatch()
@@ -127,21 +134,22 @@ def inference_ledger(model: SparseModel, batch: int, *, input_shape: Sequence[in
 
 
 def optimizer_state_bytes(model: SparseModel, optimizer: str) -> int:
-    """Bytes of all tensors in the optimizer's state after a step.
+    """Returns the bytes of all tensors in the optimizer's state after a step.
 
     Raises:
-        UsageError: nobody knows the optimizer.
+        UsageError: the optimizer is unknown.
     """
     twin = _Twin(model)
     with twin.fake:
         for parameter in twin.module.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-    made = make_optimizer(optimizer, twin.module.parameters())
-    made.step()
-    return sum(tensor.nbytes for tensor in _state(made))
+    stepped = make_optimizer(optimizer, twin.module.parameters())
+    stepped.step()
+    return sum(tensor.nbytes for tensor in _state(stepped))
 
 
 def _lasting(watch: StorageWatch) -> dict[str, int]:
+    """Returns the bytes of the kinds that are still alive after a step."""
     return {kind: n for kind, n in watch.bytes_by_kind().items() if kind not in ("activations", "input")}
 
 
@@ -151,12 +159,22 @@ def _state(optimizer: optim.Optimizer) -> Iterator[torch.Tensor]:
 
 
 class _Twin:
-    """A copy of a sparse model whose tensors have no contents."""
+    """A copy of a sparse model whose tensors have shapes but no contents.
+
+    Attributes:
+        fake: mode in which such tensors are made.
+        module: the copied module.
+        model: the copy as a sparse model, with masks of its own.
+        dtype: type of the first floating-point parameter, which inputs are made in.
+    """
 
     def __init__(self, model: SparseModel) -> None:
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self.fake:
-            memo: dict[int, Any] = {id(p): nn.Parameter(_hollow(p), p.requires_grad) for p in model.module.parameters()}
+            # deepcopy takes what the memo holds for the copy, so no real weight is ever copied.
+            memo: dict[int, object] = {
+                id(p): nn.Parameter(_hollow(p), p.requires_grad) for p in model.module.parameters()
+            }
             memo |= {id(b): _hollow(b) for b in model.module.buffers()}
             self.module = copy.deepcopy(model.module, memo)
             masks = {name: torch.empty(mask.shape, dtype=torch.bool) for name, mask in model.masks.items()}
@@ -164,7 +182,7 @@ class _Twin:
         self.dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
 
     def register(self, watch: StorageWatch, *, masks: bool = True) -> None:
-        """Enter what is there before the first step."""
+        """Adds the tensors that exist before the first step."""
         watch.add("weights", [*self.module.parameters(), *self.module.buffers()])
         if masks:
             watch.add("masks", self.model.masks.values())
@@ -175,7 +193,7 @@ def _hollow(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _attached(twin: _Twin, name: str, watch: StorageWatch) -> optim.Optimizer:
-    """The optimizer with a MaskKeeper, whose integer masks are entered as they appear."""
+    """Makes the optimizer and attaches a MaskKeeper, whose integer masks count as masks."""
     optimizer = make_optimizer(name, twin.module.parameters())
     before = set(watch.live)
     with watch:
@@ -185,6 +203,7 @@ def _attached(twin: _Twin, name: str, watch: StorageWatch) -> optim.Optimizer:
 
 
 def _step(twin: _Twin, optimizer: optim.Optimizer, watch: StorageWatch, shape: Sequence[int], precision: str) -> None:
+    """Runs one training step under the watch."""
     with twin.fake, watch:
         inputs = torch.empty(tuple(shape), dtype=twin.dtype)
         watch.add("input", [inputs])
@@ -192,17 +211,18 @@ def _step(twin: _Twin, optimizer: optim.Optimizer, watch: StorageWatch, shape: S
         optimizer.zero_grad()
         loss.backward()
     watch.add("gradients", [p.grad for p in twin.module.parameters() if p.grad is not None])
-    # Outside the fake mode, so that step counters are real numbers that the optimizer can read.
+    # Outside the fake mode, so that step counters are real numbers: the optimizer computes with them.
     with watch:
         optimizer.step()
     watch.add("optimizer state", _state(optimizer))
 
 
 def _loss(module: nn.Module, inputs: torch.Tensor, precision: str) -> torch.Tensor:
+    """Returns the sum of the cross entropies of all outputs."""
     low = _PRECISIONS[precision]
     with torch.autocast("cpu", low) if low != torch.float32 else nullcontext():
         outputs = module(inputs)
-        # Auxiliary outputs come behind the main one, or beside it by name.
+        # Auxiliary heads return a tuple (GoogLeNet, Inception) or a dict (segmentation models).
         every = outputs.values() if isinstance(outputs, Mapping) else outputs
         losses = []
         for output in every if isinstance(every, Iterable) and not isinstance(every, torch.Tensor) else (every,):
@@ -213,7 +233,7 @@ def _loss(module: nn.Module, inputs: torch.Tensor, precision: str) -> torch.Tens
 
 
 def _saved_bytes(twin: _Twin, shape: Sequence[int], precision: str) -> int:
-    """Bytes that the forward pass keeps for the backward pass, without weights and buffers; shared ones once."""
+    """Returns the bytes that the forward pass saves for the backward pass, each storage once, without weights."""
     weights = {storage_key(tensor) for tensor in (*twin.module.parameters(), *twin.module.buffers())}
     saved: dict[int, torch.UntypedStorage] = {}
 
@@ -221,7 +241,7 @@ def _saved_bytes(twin: _Twin, shape: Sequence[int], precision: str) -> int:
         saved.setdefault(storage_key(tensor), tensor.untyped_storage())
 
     def unpack(_: None) -> torch.Tensor:
-        raise UsageError("nothing is kept to go backward with.")
+        raise AssertionError("no backward pass runs here")
 
     with twin.fake, torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         loss = _loss(twin.module, torch.empty(tuple(shape), dtype=twin.dtype), precision)
@@ -230,19 +250,19 @@ def _saved_bytes(twin: _Twin, shape: Sequence[int], precision: str) -> int:
 
 
 @contextmanager
-def _explained(model: SparseModel, batch: int, input_shape: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """The shape of a batch; whatever the module raises on it becomes one sentence."""
+def _batch_shape(model: SparseModel, batch: int, input_shape: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Gives the shape of a batch; whatever the module raises on it becomes one sentence."""
     one = tuple(input_shape or model.config.input_shape)
     if not one:
-        raise UsageError("the model's description has no input shape; convert it with one.")
+        raise UsageError("the model's description has no input shape; convert the model with one.")
     if batch < 1:
-        raise UsageError(f"batch {batch} is not allowed; give 1 or more.")
+        raise UsageError(f"batch {batch} is not 1 or more; give the number of inputs at once.")
     try:
         yield (batch, *one)
     except UsageError:
         raise
-    except Exception as error:  # a module may raise anything
+    except Exception as error:  # the module is the user's code, which may raise anything
         raise UsageError(
-            f"the memory of {type(model.module).__name__} for batch {batch} of input {list(one)} cannot be "
+            f"the memory of {type(model.module).__name__} for a batch of {batch} inputs {list(one)} cannot be "
             f"computed: {first_line(error)}; give another batch or input size."
         ) from error

@@ -1,9 +1,10 @@
-"""Memory as the system sees it: one model in a child process of its own, which runs or trains it.
+"""Memory as the system sees it: a child process loads one model, then runs or trains it.
 
-What is measured is `VmHWM`, the most resident memory, beside the resident memory from before the model was made;
-`ru_maxrss` would also count what the parent held. A tiny network goes first, so that a library's own code and caches
-are no part of it. One thread, and a fixed limit of glibc's malloc above which memory goes back to the system when
-it is freed: with its moving limit, freed blocks stay in the heap, and what is measured is its fragmentation.
+The figure is `VmHWM`, the most resident memory since the peak was last reset, above the resident memory from before
+the model was loaded; `ru_maxrss` would also count what the parent process held. A tiny network runs first, so that
+the code and caches of the libraries are not part of the figure. The child has one thread per library, and glibc's
+malloc has a fixed size above which freed memory goes back to the system: by default that size grows, freed blocks stay
+in the heap, and the figure would measure its fragmentation.
 """
 
 from __future__ import annotations
@@ -26,22 +27,23 @@ ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "65536",
 }
-"""Added to the environment of the child."""
+"""Variables that are added to the environment of the child."""
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the child does.
+    """The work of a child process.
 
     Attributes:
-        kind: `pytorch`, `training`, `onnxruntime`, `sparse` or `scipy`.
-        path: model folder for `pytorch` and `training`, ONNX file for `onnxruntime`, archive for the last two.
-        shape: of the whole batch.
-        optimizer: of `training`.
-        maker: for a folder with a network of the user's own, what makes it.
-        threads: of the last three.
+        kind: `pytorch`, `training`, `onnxruntime`, `sparse`, or `scipy` for the sparse runtime on its reference.
+        path: a model folder for `pytorch` and `training`, an ONNX file for `onnxruntime`, an archive or ONNX file for
+            the others.
+        shape: shape of the input, the batch first.
+        optimizer: name of the optimizer, for `training`.
+        maker: `module:callable` that builds the network of a folder with a network of the user's own.
+        threads: number of worker threads, for `onnxruntime`, `sparse` and `scipy`.
     """
 
     kind: str
@@ -54,15 +56,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Measured:
-    """Time of loading, and bytes above the resident memory from before the model.
+    """The loading time and memory of a child; all bytes but `base_bytes` are above `base_bytes`.
 
     Attributes:
-        base_bytes: that memory: interpreter and libraries.
-        load_peak_bytes: most while the model was loaded.
-        loaded_bytes: after that.
-        peak_bytes: most while it ran or trained, the model itself included.
-        ready_bytes: after that, what stays for the next run.
-        load_s: seconds from the path to a model that is ready.
+        base_bytes: resident memory before the model is loaded: interpreter and libraries.
+        load_peak_bytes: peak while the model is loaded.
+        loaded_bytes: resident memory once it is loaded.
+        peak_bytes: peak while it runs or trains, the model itself included.
+        ready_bytes: resident memory after that, which stays for the next run.
+        load_s: seconds from the path to a model that is ready to run.
     """
 
     base_bytes: int
@@ -74,20 +76,24 @@ class Measured:
 
 
 def can_measure() -> bool:
-    """Whether this system tells the most resident memory of a process (Linux does)."""
+    """Returns whether this system tells the peak of a process's resident memory; Linux does."""
     return _STATUS.is_file()
 
 
 def held_bytes(key: str) -> int:
-    """What this process holds: `VmRSS` now, `VmHWM` at most since the last `reset_peak`."""
+    """Returns the memory of this process.
+
+    Args:
+        key: `VmRSS` for the resident memory now, `VmHWM` for its peak since the last `reset_peak`.
+    """
     for line in _STATUS.read_text(encoding="ascii").splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
-    raise FormatError(f"{str(_STATUS)!r} has no line {key}.")
+    raise FormatError(f"{str(_STATUS)!r} has no line {key}; this kernel does not count it.")
 
 
 def reset_peak() -> None:
-    """Let VmHWM begin anew; where the system refuses, the peak of loading counts as one of running."""
+    """Starts `VmHWM` anew. Where the system refuses, the peak of loading counts as one of running."""
     try:
         _RESET.write_text("5", encoding="ascii")
     except OSError:
@@ -95,22 +101,23 @@ def reset_peak() -> None:
 
 
 def measure(request: Request) -> Measured:
-    """Run the request in a child process.
+    """Runs the request in a child process.
 
     Raises:
         UsageError: the system does not tell resident memory.
-        DsrError: the child failed, for want of memory for example.
+        DsrError: the child failed, for example because memory ran out.
     """
     if not can_measure():
-        raise UsageError("memory can be measured on Linux alone, whose /proc says what a process holds.")
-    done = subprocess.run(  # noqa: S603 - our own interpreter and our own module
+        raise UsageError("measuring memory needs Linux, whose /proc tells how much memory a process holds.")
+    child = subprocess.run(  # noqa: S603 - our own interpreter and our own module
         [sys.executable, "-m", "dsr_tool.measure.memory.child", json.dumps(asdict(request))],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, **ENVIRONMENT},
     )
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise DsrError(f"the measurement of {request.kind} for input {list(request.shape)} failed: {said[-1]}.")
-    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+    if child.returncode:
+        errors = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
+        raise DsrError(f"the measurement of {request.kind} for input {list(request.shape)} failed: {errors[-1]}.")
+    # Libraries may print while they are imported; the result is the last line.
+    return Measured(**json.loads(child.stdout.splitlines()[-1]))

@@ -1,22 +1,24 @@
-"""Every tensor storage from its making to its end, and the moment at which they are most together."""
+"""Tracks the lifetime of tensor storages and their peak total."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["StorageWatch", "storage_key"]
 
-_READ_PLAIN = 8  # channels; an input with fewer, as a picture, is read by oneDNN as it is
+_MIN_COPIED_CHANNELS = 8
+"""Fewest channels of a convolution's input that oneDNN copies into a blocked layout; a picture's three are read in
+place."""
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """What identifies the storage of a tensor while it lives."""
+    """Returns a number that identifies the storage of a tensor for as long as the storage lives."""
     return int(tensor.untyped_storage()._cdata)
 
 
@@ -27,13 +29,13 @@ class _Held:
 
 
 class StorageWatch(TorchDispatchMode):
-    """While entered, follows the storages of all results of operators, real or fake.
+    """Tracks, while it is entered, the storages of all results of operators, real or fake.
 
     Attributes:
-        live: bytes and kind of each storage that is there.
-        peak: most bytes so far, with what kernels take besides.
-        at_peak: these by kind.
-        moment: the operator that ran then.
+        live: bytes and kind of each storage that is alive, by `storage_key`.
+        peak: largest sum of bytes so far, the scratch of kernels included.
+        at_peak: the bytes of that moment by kind.
+        moment: name of the operator that ran at that moment.
     """
 
     def __init__(self) -> None:
@@ -45,50 +47,56 @@ class StorageWatch(TorchDispatchMode):
         self._now = 0
 
     def add(self, kind: str, tensors: Iterable[torch.Tensor]) -> None:
-        """Enter tensors under a kind, also those that are there already."""
+        """Tracks tensors under a kind; those that are tracked already change theirs."""
         for tensor in tensors:
-            self._enter(tensor, kind)
+            self._track(tensor, kind)
             self.live[storage_key(tensor)].kind = kind
-        self._look("")
+        self._update_peak("")
 
     def relabel(self, keys: Iterable[int], kind: str) -> None:
-        """Give storages another kind."""
+        """Gives storages another kind."""
         for key in keys:
             self.live[key].kind = kind
 
     def bytes_by_kind(self) -> dict[str, int]:
-        """What is there now."""
+        """Returns the bytes that are alive now by kind."""
         kinds: dict[str, int] = {}
         for held in self.live.values():
             kinds[held.kind] = kinds.get(held.kind, 0) + held.nbytes
         return kinds
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: OpOverload,
+        types: Collection[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         out = func(*args, **(kwargs or {}))
         for tensor in _tensors(out):
-            self._enter(tensor, "activations")
-        self._look(str(func._overloadpacket), _scratch(func, args, out))
+            self._track(tensor, "activations")
+        self._update_peak(str(func._overloadpacket), _scratch_bytes(func, args, out))
         return out
 
-    def _enter(self, tensor: torch.Tensor, kind: str) -> None:
+    def _track(self, tensor: torch.Tensor, kind: str) -> None:
         key, storage = storage_key(tensor), tensor.untyped_storage()
         if key not in self.live:
             self.live[key] = _Held(storage.nbytes(), kind)
             self._now += storage.nbytes()
-            weakref.finalize(storage, self._leave, key)
+            # A finalizer runs when the last tensor on the storage is gone, views and saved activations included.
+            weakref.finalize(storage, self._forget, key)
 
-    def _leave(self, key: int) -> None:
+    def _forget(self, key: int) -> None:
         self._now -= self.live.pop(key).nbytes
 
-    def _look(self, moment: str, scratch: int = 0) -> None:
+    def _update_peak(self, moment: str, scratch: int = 0) -> None:
         if self._now + scratch > self.peak:
             self.peak, self.moment = self._now + scratch, moment
             self.at_peak = {**self.bytes_by_kind(), "scratch": scratch}
 
 
-def _tensors(out: Any) -> Iterator[torch.Tensor]:
+def _tensors(out: object) -> Iterator[torch.Tensor]:
+    """Yields the tensors of an operator's result: one, or lists of them."""
     for item in out if isinstance(out, (tuple, list)) else (out,):
         if isinstance(item, torch.Tensor):
             yield item
@@ -96,19 +104,24 @@ def _tensors(out: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-def _scratch(func: Any, args: Sequence[Any], out: Any) -> int:
-    """Bytes that a kernel takes besides its results: oneDNN's copies in blocked layouts, as measured layer by layer."""
+def _scratch_bytes(func: OpOverload, args: Sequence[object], out: object) -> int:
+    """Returns the bytes that a kernel takes besides its results: oneDNN's copies in blocked layouts.
+
+    The rules were found by measuring convolutions layer by layer; docs/memory.md has how well the sums fit.
+    """
     if not torch.backends.mkldnn.is_available():
         return 0
     if func is torch.ops.aten.convolution.default:
-        # Input and result are copied one after the other, so that only the larger copy counts.
-        x, weight = args[:2]
-        return max(_copied(x), int(out.nbytes)) + int(weight.nbytes)
+        # Input and result are copied one after the other, so only the larger copy counts.
+        x, weight = _tensors(args[:2])
+        (result,) = _tensors(out)
+        return max(_copied_bytes(x), result.nbytes) + weight.nbytes
     if func is torch.ops.aten.convolution_backward.default:
-        gradient, x, weight = args[:3]
-        return max(_copied(x) + int(gradient.nbytes), int(weight.nbytes))
+        # The copies for the gradient of the input are freed before those for the gradient of the weight are made.
+        gradient, x, weight = _tensors(args[:3])
+        return max(_copied_bytes(x) + gradient.nbytes, weight.nbytes)
     return 0
 
 
-def _copied(x: torch.Tensor) -> int:
-    return int(x.nbytes) if x.shape[1] >= _READ_PLAIN else 0
+def _copied_bytes(x: torch.Tensor) -> int:
+    return x.nbytes if x.shape[1] >= _MIN_COPIED_CHANNELS else 0

@@ -80,10 +80,7 @@ def _compaction(saved: Savings, size: int) -> Section:
 
 def _memory(memory: Mapping[str, Any]) -> Section:
     peaks, training = memory["activations"], memory["training"]
-    rows = [
-        ("operator by operator", numbers.byte_size(peaks["in_order_bytes"]), peaks["in_order_moment"]),
-        ("fused and in place", numbers.byte_size(peaks["fused_bytes"]), peaks["fused_moment"]),
-    ]
+    rows = [("operator by operator", numbers.byte_size(peaks["in_order_bytes"]), peaks["in_order_moment"])]
     alive = Table("Activations alive at once", ("way of running", "bytes", "at the peak"), rows, frozenset({0, 2}))
     figures = [_running(memory["inference"]), Figure(alive.caption, Words(), alive, "The input is counted.")]
     figures += _training(training) if training else []
@@ -95,16 +92,20 @@ def _memory(memory: Mapping[str, Any]) -> Section:
 
 
 def _running(runtimes: Sequence[Mapping[str, Any]]) -> Figure:
-    entries = [
-        (row["runtime"], numbers.byte_size(row["computed_bytes"]), "values", float(row["computed_bytes"]))
-        for row in runtimes
-    ]
+    entries = []
+    for row in runtimes:
+        # Some runtimes are only measured; one that is neither computed nor measured has no bar.
+        measured_alone = row["computed_bytes"] is None
+        nbytes = row["measured_bytes"] if measured_alone else row["computed_bytes"]
+        if nbytes is not None:
+            label = f"{row['runtime']}, measured" if measured_alone else row["runtime"]
+            entries.append((label, numbers.byte_size(nbytes), "values", float(nbytes)))
     rows = [
         (
             row["runtime"],
-            *map(numbers.byte_size, (row["weights_bytes"], row["activations_bytes"], row["computed_bytes"])),
+            *map(_size, (row["weights_bytes"], row["activations_bytes"], row["computed_bytes"])),
             *_measured(row),
-            row["moment"],
+            row["moment"] or numbers.NONE,
         )
         for row in runtimes
     ]
@@ -119,15 +120,18 @@ def _running(runtimes: Sequence[Mapping[str, Any]]) -> Figure:
         "at the peak",
     )
     table = Table("Memory of running, by runtime", headers, rows, frozenset({0, 7}))
-    return Figure("Running: weights and activations, computed", Bars(bars(entries)), table)
+    return Figure("Running: weights and activations", Bars(bars(entries)), table)
 
 
 def _measured(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    """What a child process took, how far the computed figure is from it, and what loading took."""
-    if row["measured_bytes"] is None:
-        return (numbers.NONE,) * 3
-    size, loading = map(numbers.byte_size, (row["measured_bytes"], row["load_peak_bytes"]))
-    return size, f"{100 * row['difference']:+.1f}{numbers.GAP}%", loading
+    """Returns the memory of a child process, the difference of the computed figure from it, and that of loading."""
+    difference = numbers.NONE if row["difference"] is None else f"{100 * row['difference']:+.1f}{numbers.GAP}%"
+    return _size(row["measured_bytes"]), difference, _size(row["load_peak_bytes"])
+
+
+def _size(nbytes: int | None) -> str:
+    """Returns a size, or a dash if it is not known."""
+    return numbers.NONE if nbytes is None else numbers.byte_size(nbytes)
 
 
 _LEDGER = {
