@@ -54,7 +54,7 @@ def command(
     """
     from dsr_tool.errors import CheckFailed
     from dsr_tool.files import refuse_existing
-    from dsr_tool.measure.memory.document import memory_document, wanted_memory
+    from dsr_tool.measure.memory.document import memory_document, memory_request
     from dsr_tool.measure.memory.text import memory_text
     from dsr_tool.report.budget import check_source
     from dsr_tool.report.fallbacks import fallback_document
@@ -66,7 +66,7 @@ def command(
     if html:
         refuse_existing(html, force=force)
     allowed = Budget.parse(budget) if budget is not None else None
-    wanted = wanted_memory(memory, maker=maker, **options)
+    wanted = memory_request(memory, maker=maker, **options)
     source = read(path)
     check = check_source(source, allowed, maker) if allowed else None
     fallback = fallback_document(source)
