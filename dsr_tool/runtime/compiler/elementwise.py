@@ -8,7 +8,7 @@ from typing import Any
 
 from dsr_tool.graph.ir import Node
 from dsr_tool.runtime.compiler.layouts import Flat, Planes, Rows, Value
-from dsr_tool.runtime.compiler.linear import biased
+from dsr_tool.runtime.compiler.matmul import biased
 from dsr_tool.runtime.compiler.lowering import Lowering, Rule
 from dsr_tool.runtime.compiler.relayout import copied
 from dsr_tool.runtime.compiler.segment import Op

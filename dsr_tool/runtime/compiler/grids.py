@@ -11,7 +11,7 @@ from dsr_tool.graph.ir import Node
 from dsr_tool.graph.windows import Window
 from dsr_tool.runtime.compiler.layouts import Grid
 from dsr_tool.runtime.compiler.relayout import taps_of
-from dsr_tool.runtime.compiler.weights import Known
+from dsr_tool.runtime.compiler.constants import Known
 from dsr_tool.sparsity.tensor import SparseTensor, Weight
 
 __all__ = ["WINDOWED", "Grids", "shape_of"]

@@ -15,7 +15,7 @@ from dsr_tool.runtime.compiler.layouts import Flat, Grid, Planes, Rows, Value
 from dsr_tool.runtime.compiler.packing import Pack
 from dsr_tool.runtime.compiler.relayout import copied, loaded, regridded, rowwise
 from dsr_tool.runtime.compiler.segment import Op, Segment
-from dsr_tool.runtime.compiler.weights import Known
+from dsr_tool.runtime.compiler.constants import Known
 from dsr_tool.runtime.coverage import Fallback, describe_failure
 from dsr_tool.runtime.kernels.ops import Kind
 from dsr_tool.sparsity.tensor import SparseTensor, Weight

@@ -14,7 +14,7 @@ from dsr_tool.runtime.compiler.lowering import Lowering
 from dsr_tool.runtime.compiler.memory import PlanMemory, memory_of
 from dsr_tool.runtime.compiler.program import Machine, Native, Numpy
 from dsr_tool.runtime.compiler.rules import RULES
-from dsr_tool.runtime.compiler.weights import Known
+from dsr_tool.runtime.compiler.constants import Known
 from dsr_tool.runtime.coverage import Coverage, Fallback
 from dsr_tool.runtime.reference.call import bind, fold
 from dsr_tool.runtime.reference.interpreter import Folded, check_opset, dense_bytes, for_caller, live_nodes

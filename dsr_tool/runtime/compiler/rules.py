@@ -13,7 +13,7 @@ from dsr_tool.graph.limits import int_list
 from dsr_tool.runtime.compiler.convolution import average_pool, conv, placed
 from dsr_tool.runtime.compiler.elementwise import binary, clip, gelu, hard_swish, relu, shaped
 from dsr_tool.runtime.compiler.layouts import Flat, Planes, Rows
-from dsr_tool.runtime.compiler.linear import gemm, layer_norm, matmul, softmax
+from dsr_tool.runtime.compiler.matmul import gemm, layer_norm, matmul, softmax
 from dsr_tool.runtime.compiler.lowering import Lowering, Rule
 from dsr_tool.runtime.compiler.relayout import offsets_of, reach, taps_of
 from dsr_tool.runtime.compiler.segment import Op, address
