@@ -159,7 +159,7 @@ class Build:
 
     def _digest(self, level: str, version: str) -> str:
         digest = hashlib.sha256(json.dumps([self.command, version, self.flags(level)]).encode())
-        for path in sorted([*self.sources.glob("*.cpp"), *self.sources.glob("*.h")]):
+        for path in sorted(path for ending in ("cpp", "h", "def") for path in self.sources.glob(f"*.{ending}")):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
         return digest.hexdigest()
 

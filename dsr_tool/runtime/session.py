@@ -15,7 +15,7 @@ from dsr_tool.errors import FormatError, UsageError, unknown_name
 from dsr_tool.graph.fold import fold_norms
 from dsr_tool.graph.ir import Graph, Value
 from dsr_tool.runtime.compiler.memory import PlanMemory
-from dsr_tool.runtime.compiler.plan import FastPlan
+from dsr_tool.runtime.compiler.plan import Plan
 from dsr_tool.runtime.compiler.program import Machine
 from dsr_tool.runtime.coverage import Coverage
 from dsr_tool.runtime.kernels.library import library
@@ -138,7 +138,7 @@ class _PlanCache:
 
     def __init__(self, graph: Graph, tensors: Mapping[str, SparseTensor], machine: Machine) -> None:
         self._graph, self._tensors, self._machine = graph, tensors, machine
-        self._plans: OrderedDict[tuple[int, ...], FastPlan | Interpreter] = OrderedDict()
+        self._plans: OrderedDict[tuple[int, ...], Plan | Interpreter] = OrderedDict()
         self._reference: Interpreter | None = None
         self._dense: OnnxRuntimePlan | None = None
         # All plans compute in the same arena of the machine.
@@ -148,13 +148,13 @@ class _PlanCache:
     def coverage(self) -> Coverage | None:
         """Coverage of the plan used last; None if that is not a compiled one."""
         latest = next(reversed(self._plans.values()), None)
-        return latest.coverage if isinstance(latest, FastPlan) and self._dense is None else None
+        return latest.coverage if isinstance(latest, Plan) and self._dense is None else None
 
     @property
     def memory(self) -> PlanMemory | None:
         """Memory of the plan used last; None if that is not a compiled one."""
         latest = next(reversed(self._plans.values()), None)
-        return latest.memory() if isinstance(latest, FastPlan) and self._dense is None else None
+        return latest.memory() if isinstance(latest, Plan) and self._dense is None else None
 
     def compile_first(self, shape: tuple[int, ...], *, may_replace: bool, threads: int) -> str:
         """Compiles the plan for a shape, and hands the model to ONNX Runtime if that is allowed and faster.
@@ -163,7 +163,7 @@ class _PlanCache:
             The name of the runtime that will run: `native`, `scipy` or `onnxruntime`.
         """
         plan = self._plan_for(shape)
-        if not isinstance(plan, FastPlan):
+        if not isinstance(plan, Plan):
             return "scipy"
         if may_replace and plan.cost > _MAX_COST:
             self._dense = OnnxRuntimePlan.of(self._graph, self._tensors, threads)
@@ -185,7 +185,7 @@ class _PlanCache:
                 # A plan holds for one set of shapes inside the graph; the reference computes any.
                 return self._interpreter().run(x)
 
-    def _plan_for(self, shape: tuple[int, ...]) -> FastPlan | Interpreter:
+    def _plan_for(self, shape: tuple[int, ...]) -> Plan | Interpreter:
         """Returns the plan for an input shape, compiled if there is none, as the latest in the cache."""
         plan = self._plans.pop(shape, None) or self._compile(shape)
         self._plans[shape] = plan
@@ -193,10 +193,10 @@ class _PlanCache:
             self._plans.popitem(last=False)
         return plan
 
-    def _compile(self, shape: tuple[int, ...]) -> FastPlan | Interpreter:
+    def _compile(self, shape: tuple[int, ...]) -> Plan | Interpreter:
         folded: Folded = {}
         try:
-            return FastPlan(self._graph, self._tensors, shape, self._machine, folded)
+            return Plan(self._graph, self._tensors, shape, self._machine, folded)
         except (FormatError, MemoryError):
             # The reference supports more graphs, and raises the error that users see for the others. It does not
             # compute again what depends on weights alone.

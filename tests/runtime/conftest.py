@@ -12,7 +12,7 @@ import pytest
 from onnx import helper
 
 from dsr_tool.graph.ir import Graph, Node, Value
-from dsr_tool.runtime.compiler.plan import FastPlan
+from dsr_tool.runtime.compiler.plan import Plan
 from dsr_tool.runtime.compiler.program import Machine
 from dsr_tool.runtime.kernels.library import library
 from dsr_tool.runtime.reference.call import FUNCTIONS
@@ -114,7 +114,7 @@ def sparse() -> Callable[..., SparseTensor]:
 
 
 @pytest.fixture(scope="session")
-def both() -> Callable[..., FastPlan]:
+def both() -> Callable[..., Plan]:
     """Runs a graph on the kernels and on the reference, and asserts that the kernels ran and that both agree.
 
     Every node must run on a kernel, except for those whose operators `fallback` lists: one entry for each such node, in
@@ -132,13 +132,13 @@ def both() -> Callable[..., FastPlan]:
         constants: Mapping[str, np.ndarray] | None = None,
         *,
         fallback: Sequence[str] = (),
-    ) -> FastPlan:
+    ) -> Plan:
         last = nodes[-1].outputs[0]
         graph = Graph((Value("x", x.shape),), (Value(last, ()),), tuple(nodes), constants or {}, tuple(tensors), OPSET)
         expected = Interpreter(graph, tensors).run(x)
         # Packed weights are cached by name, and the previous test used the same names for other weights.
         machine.packs.clear()
-        plan = FastPlan(graph, tensors, x.shape, machine)
+        plan = Plan(graph, tensors, x.shape, machine)
         assert not [entry.reason for entry in plan.coverage.fallbacks if entry.failed]
         assert [entry.operator for entry in plan.coverage.fallbacks] == list(fallback)
         for _ in range(2):

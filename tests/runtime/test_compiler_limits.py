@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dsr_tool.errors import FormatError, UsageError
 from dsr_tool.graph.ir import Graph, Node, Value
-from dsr_tool.runtime.compiler.plan import FastPlan
+from dsr_tool.runtime.compiler.plan import Plan
 from dsr_tool.runtime.kernels.library import library
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
@@ -105,7 +105,7 @@ def test_invalid_attributes_are_errors_that_name_the_operator(machine, attribute
         (Value("x", (1, 4)),), (Value("y", ()),), (Node("LeakyRelu", ("x",), ("y",), attributes),), {}, (), 20
     )
     with pytest.raises(FormatError, match="LeakyRelu"):
-        FastPlan(graph, {}, (1, 4), machine)
+        Plan(graph, {}, (1, 4), machine)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_floats_in_place_of_integers_fall_back_or_are_refused(machine, sparse, a
     tensors = {"w": sparse(RNG, (4, 4 // group, 3, 3), 0.5)}
     graph = Graph((Value("x", (1, 4, 6, 6)),), (Value("y", ()),), nodes, {}, ("w",), 20)
     try:
-        fallbacks = FastPlan(graph, tensors, (1, 4, 6, 6), machine).coverage.fallbacks
+        fallbacks = Plan(graph, tensors, (1, 4, 6, 6), machine).coverage.fallbacks
         assert [entry.operator for entry in fallbacks] == ["Conv"]
     except FormatError as error:
         assert "Conv" in str(error)
@@ -129,7 +129,7 @@ def test_impossible_sizes_are_refused(machine, sizes):
     nodes = (Node("Reshape", ("x", "s"), ("a",)), Node("Relu", ("a",), ("y",)))
     graph = Graph((Value("x", (1, 4)),), (Value("y", ()),), nodes, {"s": sizes}, (), 20)
     with pytest.raises(FormatError, match="Reshape"):
-        FastPlan(graph, {}, (1, 4), machine)
+        Plan(graph, {}, (1, 4), machine)
 
 
 def test_clip_with_swapped_limits_gives_the_upper_one(machine, both):
@@ -144,19 +144,19 @@ def test_clip_with_swapped_limits_gives_the_upper_one(machine, both):
 def test_operators_without_inputs_are_errors_that_name_the_operator(machine, op):
     nodes = (Node(op, (), ("a",)), Node("Mul", ("x", "a"), ("y",)))
     with pytest.raises((FormatError, UsageError), match=op):
-        FastPlan(Graph((Value("x", (1, 4)),), (Value("y", ()),), nodes, {}, (), 20), {}, (1, 4), machine)
+        Plan(Graph((Value("x", (1, 4)),), (Value("y", ()),), nodes, {}, (), 20), {}, (1, 4), machine)
 
 
 def test_an_unknown_operator_is_named_with_its_node(machine):
     graph = Graph((Value("x", (1, 4)),), (Value("y", ()),), (Node("Frobnicate", ("x",), ("y",)),), {}, (), 20)
     with pytest.raises(UsageError, match=r"operator Frobnicate \(output 'y'\) is not known"):
-        FastPlan(graph, {}, (1, 4), machine)
+        Plan(graph, {}, (1, 4), machine)
 
 
 def test_old_operator_sets_are_refused(machine):
     graph = Graph((Value("x", (1, 4)),), (Value("y", ()),), (Node("Softmax", ("x",), ("y",)),), {}, (), 11)
     with pytest.raises(UsageError, match="operator set 11"):
-        FastPlan(graph, {}, (1, 4), machine)
+        Plan(graph, {}, (1, 4), machine)
 
 
 def test_shapes_that_depend_on_values_are_refused_before_kernels_read(machine):
@@ -167,7 +167,7 @@ def test_shapes_that_depend_on_values_are_refused_before_kernels_read(machine):
         Node("Relu", ("a",), ("y",)),
     )
     constants = {"eight": np.array([8]), "row": np.ones(1, np.float32)}
-    plan = FastPlan(Graph((Value("x", (1,)),), (Value("y", ()),), nodes, constants, (), 20), {}, (1,), machine)
+    plan = Plan(Graph((Value("x", (1,)),), (Value("y", ()),), nodes, constants, (), 20), {}, (1,), machine)
     assert plan.run(np.zeros(1, np.float32)).shape == (8,)
     with pytest.raises(FormatError, match="output shape of operator"):
         plan.run(np.full(1, -7, np.float32))

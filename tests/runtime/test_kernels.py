@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsr_tool.graph.ir import Graph, Node, Value
-from dsr_tool.runtime.compiler.plan import FastPlan
+from dsr_tool.runtime.compiler.plan import Plan
 from dsr_tool.runtime.compiler.program import Machine
 from dsr_tool.runtime.kernels.library import library
 
@@ -225,6 +225,6 @@ def test_results_are_bit_identical_for_any_number_of_threads(sparse):
     x = rng.standard_normal((1, 16, 31, 29)).astype(np.float32)
     tensors = {"w": sparse(rng, (33, 16, 3, 3), 0.2)}
     graph = Graph((Value("x", x.shape),), (Value("y", ()),), (Node("Conv", ("x", "w"), ("y",)),), {}, ("w",), 20)
-    results = [FastPlan(graph, tensors, x.shape, Machine(library(), threads)).run(x) for threads in (1, 2, 5)]
+    results = [Plan(graph, tensors, x.shape, Machine(library(), threads)).run(x) for threads in (1, 2, 5)]
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])

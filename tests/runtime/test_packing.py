@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsr_tool.errors import FormatError
-from dsr_tool.runtime.compiler.packing import FARTHEST, Pack, Taps, pack_dense, pack_sparse
+from dsr_tool.runtime.compiler.packing import MAX_OFFSET, Pack, Taps, pack_dense, pack_sparse
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
 
@@ -71,4 +71,4 @@ def test_invalid_positions_are_refused(positions):
 def test_offsets_beyond_16_bits_are_refused():
     weight = SparseTensor(Mask.full((3, 4, 1, 1)), np.ones(12, np.float32))
     with pytest.raises(FormatError, match="farther"):
-        pack_sparse(weight, 1, [Taps((0,), FARTHEST)], 4)
+        pack_sparse(weight, 1, [Taps((0,), MAX_OFFSET)], 4)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dsr_tool.graph.ir import Graph, Node, Value
-from dsr_tool.runtime.compiler.plan import FastPlan
+from dsr_tool.runtime.compiler.plan import Plan
 from dsr_tool.runtime.kernels.library import library
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no kernels were built here")
@@ -16,9 +16,9 @@ def test_packed_weights_of_a_linear_layer_are_counted_by_record(machine, sparse)
     weight = sparse(np.random.default_rng(0), (30, 40), 0.2)
     nodes = (Node("Gemm", ("x", "w"), ("y",), {"transB": 1}),)
     graph = Graph((Value("x", (1, 40)),), (Value("y", ()),), nodes, {}, ("w",), 20)
-    memory = FastPlan(graph, {"w": weight}, (1, 40), machine).memory()
+    memory = Plan(graph, {"w": weight}, (1, 40), machine).memory()
     # 6 bytes for each value and its offset, 2 spare offsets, 8 bytes an entry, 40 a block and 32 a part.
-    parts = min(machine.threads, 30)
+    parts = min(machine.target.threads, 30)
     assert memory.weight_bytes == 6 * weight.mask.active + 4 + 8 * 30 + 72 * parts
     assert memory.array_bytes == 4 * 30
     assert memory.constant_bytes == 0
@@ -33,7 +33,7 @@ def test_weights_that_two_ops_share_are_counted_once(machine, sparse):
     for nodes in (once, twice):
         output = Value(nodes[-1].outputs[0], ())
         graph = Graph((Value("x", (1, 4, 9, 9)),), (output,), nodes, {}, ("w",), 20)
-        sizes.append(FastPlan(graph, {"w": weight}, (1, 4, 9, 9), machine).memory().weight_bytes)
+        sizes.append(Plan(graph, {"w": weight}, (1, 4, 9, 9), machine).memory().weight_bytes)
     assert sizes[0] == sizes[1]
 
 
@@ -45,7 +45,7 @@ def test_arrays_between_segments_are_counted_while_they_are_alive(machine):
         Node("Exp", ("c",), ("y",)),
     )
     graph = Graph((Value("x", (1, 100)),), (Value("y", ()),), nodes, {}, (), 20)
-    memory = FastPlan(graph, {}, (1, 100), machine).memory()
+    memory = Plan(graph, {}, (1, 100), machine).memory()
     # A fallback releases its input after it made its output: b, c and y are alive together.
     assert memory.array_bytes == 3 * 400
     assert memory.arena_bytes > 0

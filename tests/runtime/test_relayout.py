@@ -10,11 +10,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dsr_tool.runtime.compiler import relayout as layouts
+from dsr_tool.runtime.compiler import relayout
 from dsr_tool.runtime.compiler.layouts import Flat, Grid, Planes
-from dsr_tool.runtime.compiler.program import Machine, Native
-from dsr_tool.runtime.compiler.relayout import loaded, regridded
-from dsr_tool.runtime.compiler.segment import Op, Segment
+from dsr_tool.runtime.compiler.op import Op
+from dsr_tool.runtime.compiler.program import KernelStep, Machine
+from dsr_tool.runtime.compiler.relayout import to_planes
+from dsr_tool.runtime.compiler.segment import Segment
 from dsr_tool.runtime.kernels.library import library
 from dsr_tool.runtime.kernels.ops import Kind
 
@@ -24,19 +25,19 @@ pytestmark = pytest.mark.skipif(library() is None, reason="no kernels were built
 def memory_of(machine: Machine, ops: list[Op], x: np.ndarray) -> np.ndarray:
     """Runs ops and returns the memory of the last result, with the halo around its planes."""
     segment = Segment(machine.lanes, 1, list(ops), {"x": ops[0].source})
-    native = Native(machine, segment, 1e9)
+    step = KernelStep(machine, segment, 1e9)
     address = machine.arena(0)
-    out = ops[-1].out
-    everything = np.ctypeslib.as_array((ctypes.c_float * (out.offset + out.size)).from_address(address))
+    out, offset = ops[-1].out, step.ops[len(ops) - 1].out_offset
+    everything = np.ctypeslib.as_array((ctypes.c_float * (offset + out.size)).from_address(address))
     everything[:] = np.nan
-    native.run({"x": x})
-    return everything[out.offset - out.lead :][: out.size].copy()
+    step.run({"x": x})
+    return everything[offset - out.lead :][: out.size].copy()
 
 
 def planes(shape: tuple[int, ...], factor: int, extra: int, lanes: int) -> Planes:
     _, _, height, width = shape
     result = Planes(shape, Grid(-(-height // factor), -(-width // factor), 1 + extra, lanes), factor)
-    assert result.reach(result.grid.pitch + 1, result.grid.pitch + 1)
+    assert result.extend_halo(result.grid.pitch + 1, result.grid.pitch + 1)
     return result
 
 
@@ -52,11 +53,11 @@ def test_relayout_by_vectors_equals_relayout_by_pixels(machine, seed, channels, 
     shape = (1, channels, height, width)
     x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
     memories = []
-    for most in (layouts._MOST_PLACES, 0):
-        with mock.patch.object(layouts, "_MOST_PLACES", most):
+    for most in (relayout._MAX_POSITIONS, 0):
+        with mock.patch.object(relayout, "_MAX_POSITIONS", most):
             flat = Flat((1, x.size), machine.lanes, 1)  # its own shape does not count
             first, out = planes(shape, 1, 0, machine.lanes), planes(shape, factor, extra, machine.lanes)
-            ops = [loaded(flat, out)] if rows else [loaded(flat, first), regridded(first, out, 1)]
+            ops = [to_planes(flat, out)] if rows else [to_planes(flat, first), to_planes(first, out)]
         assert most or all(op.kind is Kind.GATHER for op in ops)
         memories.append(memory_of(machine, ops, x))
     np.testing.assert_array_equal(*memories)
@@ -64,11 +65,11 @@ def test_relayout_by_vectors_equals_relayout_by_pixels(machine, seed, channels, 
 
 def test_large_planes_use_the_vector_kernel(machine):
     flat = Flat((1, 1, 56, 56), machine.lanes, 1)
-    assert loaded(flat, planes(flat.shape, 2, 0, machine.lanes)).kind is Kind.REGRID
+    assert to_planes(flat, planes(flat.shape, 2, 0, machine.lanes)).kind is Kind.RELAYOUT
 
 
 @pytest.mark.parametrize(("size", "factor"), [(4, 1), (300, 1), (64, 8)])
 def test_other_planes_use_the_pixel_kernel(machine, size, factor):
     flat = Flat((1, 1, size, size), machine.lanes, 1)
-    op = loaded(flat, planes(flat.shape, factor, 0, machine.lanes))
-    assert op.kind is (Kind.REGRID if (size, machine.lanes) == (4, 4) else Kind.GATHER)
+    op = to_planes(flat, planes(flat.shape, factor, 0, machine.lanes))
+    assert op.kind is (Kind.RELAYOUT if (size, machine.lanes) == (4, 4) else Kind.GATHER)

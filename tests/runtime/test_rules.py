@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from dsr_tool.graph.ir import Graph, Node, Value
-from dsr_tool.runtime.compiler.plan import FastPlan
-from dsr_tool.runtime.compiler.program import Machine, Native
+from dsr_tool.runtime.compiler.plan import Plan
+from dsr_tool.runtime.compiler.program import KernelStep, Machine
 from dsr_tool.runtime.compiler.rules import RULES
 from dsr_tool.runtime.coverage import Coverage, Fallback, coverage_text
 from dsr_tool.runtime.kernels.library import library
@@ -154,7 +154,7 @@ def test_a_missing_rule_is_noticed(machine, monkeypatch, case):
     without = {op: rule for op, rule in RULES.items() if op != case.operator}
     monkeypatch.setattr("dsr_tool.runtime.compiler.plan.RULES", without)
     machine.packs.clear()
-    plan = FastPlan(case.graph(), case.tensors(), case.shape, machine)
+    plan = Plan(case.graph(), case.tensors(), case.shape, machine)
     assert case.operator in [entry.operator for entry in plan.coverage.fallbacks]
     assert {entry.reason for entry in plan.coverage.fallbacks if entry.operator == case.operator} == {"no kernel"}
 
@@ -167,7 +167,7 @@ def test_a_rule_that_raises_is_a_fallback_that_names_the_error(machine, both, mo
 
     monkeypatch.setattr("dsr_tool.runtime.compiler.plan.RULES", {**RULES, "Tanh": broken})
     case = next(case for case in CASES if case.name == "Sub")
-    plan = FastPlan(case.graph(), {}, case.shape, machine)
+    plan = Plan(case.graph(), {}, case.shape, machine)
     (fallback,) = plan.coverage.fallbacks
     assert (fallback.operator, fallback.output, fallback.failed) == ("Tanh", "a", True)
     assert fallback.reason.startswith(f"failed: {error.__name__}: ")
@@ -184,9 +184,9 @@ def test_what_a_rule_adds_before_it_declines_is_removed(machine, monkeypatch):
 
     monkeypatch.setattr("dsr_tool.runtime.compiler.plan.RULES", {**RULES, "Tanh": declines})
     case = next(case for case in CASES if case.name == "Tanh")
-    plan = FastPlan(case.graph(), {}, case.shape, machine)
+    plan = Plan(case.graph(), {}, case.shape, machine)
     assert plan.coverage.fallbacks == (Fallback("Tanh", "y", "declined"),)
-    assert not any(isinstance(step, Native) for step in plan._steps)
+    assert not any(isinstance(step, KernelStep) for step in plan.steps)
 
 
 def test_every_kernel_is_reached():
@@ -194,13 +194,13 @@ def test_every_kernel_is_reached():
     machine = Machine(library(), 1)
     for case in CASES:
         machine.packs.clear()
-        plan = FastPlan(case.graph(), case.tensors(), case.shape, machine)
-        for step in plan._steps:
-            for op in step._operations if isinstance(step, Native) else ():
+        plan = Plan(case.graph(), case.tensors(), case.shape, machine)
+        for step in plan.steps:
+            for op in step.ops if isinstance(step, KernelStep) else ():
                 kinds.add(Kind(op.kind))
                 activations.add(Activation(op.activation))
-                if op.kind == Kind.COMBINE and op.other_space >= 0:
-                    combinations.add(Combination(op.flag))
+                if op.kind == Kind.COMBINE:
+                    combinations.add(Combination(op.combine.how))
     assert kinds == set(Kind)
     assert activations == set(Activation)
     assert combinations == set(Combination)

@@ -14,8 +14,8 @@ from dsr_tool.errors import FormatError, UsageError
 from dsr_tool.formats.archive import write_archive
 from dsr_tool.graph.ir import Graph, Node, Value
 from dsr_tool.runtime import Session
-from dsr_tool.runtime.compiler import segment as builder
-from dsr_tool.runtime.compiler.plan import FastPlan
+from dsr_tool.runtime.compiler import layouts
+from dsr_tool.runtime.compiler.plan import Plan
 from dsr_tool.runtime.compiler.program import Machine
 from dsr_tool.runtime.coverage import Coverage, Fallback
 from dsr_tool.runtime.kernels.library import library
@@ -59,7 +59,7 @@ def test_a_model_that_cannot_be_compiled_runs_on_scipy(tmp_path, monkeypatch):
         raise FormatError("too much")
 
     path = write(tmp_path / "net.dsr")
-    monkeypatch.setattr(FastPlan, "__init__", refused)
+    monkeypatch.setattr(Plan, "__init__", refused)
     session = Session(path)
     assert session.runtime == "scipy"
     assert session.coverage is None
@@ -142,16 +142,16 @@ def test_kernels_run_if_onnxruntime_fails(tmp_path, monkeypatch):
 @KERNELS
 def test_masks_are_freed_with_the_last_plan_that_uses_them(tmp_path):
     gc.collect()
-    before = len(builder._masks)
+    before = len(layouts._masks)
     paths = [write(tmp_path / f"{seed}.dsr", seed=seed) for seed in (1, 2)]
     sessions = [Session(paths[0])]
-    held = len(builder._masks)
+    held = len(layouts._masks)
     sessions.append(Session(paths[1]))
-    assert before < held == len(builder._masks)
+    assert before < held == len(layouts._masks)
     while sessions:
         sessions.pop().run(inputs(1))
     gc.collect()
-    assert len(builder._masks) == before
+    assert len(layouts._masks) == before
 
 
 @KERNELS

@@ -1,1 +1,1 @@
-"""The plan that runs on compiled kernels: from a graph to a list of operations on planes in one arena."""
+"""The compiler of the runtime: lowers a graph to ops on values in one arena, which compiled kernels run."""

@@ -1,43 +1,91 @@
-"""Weights and constants by name, with transposed ones that are made when somebody asks for their entries."""
+"""Values that are known before a graph runs: weights, constants, and what is computed from them alone."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Mapping
 
-from dsr_tool.sparsity.tensor import SparseTensor, Weight, dense
+import numpy as np
 
-__all__ = ["Known"]
+from dsr_tool.graph.ir import Node
+from dsr_tool.runtime.reference.interpreter import dense_bytes
+from dsr_tool.sparsity.mask import Mask
+from dsr_tool.sparsity.tensor import Array, SparseTensor, Weight, dense
+
+__all__ = ["Constants", "as_sparse", "is_packable", "shape_of"]
+
+_MAX_ENTRIES = 1 << 31
+"""Largest dense size of a weight: record keys are int32."""
 
 
-class Known(dict[str, Weight]):
-    """A dictionary in which some matrices are others with their axes swapped.
+class Constants:
+    """Known values by name. Some matrices are the transpose of another one, which is not computed until it is needed.
 
-    Linear layers are exported as products by a transposed weight, and the kernels take the weight as it is stored.
+    Exporters write a linear layer as a product with a transposed weight, while the kernels take the weight as it is
+    stored; `transposed_source` gives them that.
     """
 
-    def __init__(self, values: dict[str, Weight]) -> None:
-        super().__init__(values)
-        self._source: dict[str, str] = {}
+    def __init__(self, values: Mapping[str, Weight]) -> None:
+        self._values = dict(values)
+        self._transposes: dict[str, str] = {}
 
-    def swap(self, source: str, name: str) -> None:
-        """Let `name` be the matrix `source` with its axes swapped."""
-        self._source[name] = source
-        super().__setitem__(name, super().__getitem__(source))
+    def __contains__(self, name: object) -> bool:
+        return name in self._values or name in self._transposes
 
-    def swapped(self, name: str) -> SparseTensor | None:
-        """The matrix whose axes were swapped to make this one."""
-        weight = super().get(self._source.get(name, ""))
-        return weight if isinstance(weight, SparseTensor) else None
+    def get(self, name: str) -> Weight | None:
+        """Returns a value as the graph means it, sparse if it is stored so; None if it is not known."""
+        if name in self._transposes:
+            transpose: Array = dense(self._values[self._transposes[name]]).T
+            return transpose
+        return self._values.get(name)
 
-    def __getitem__(self, name: str) -> Weight:
-        if name not in self._source:
-            return super().__getitem__(name)
-        swapped: Weight = dense(super().__getitem__(self._source[name])).T
-        return swapped
+    def dense(self, name: str) -> Array:
+        """Returns a known value as an array, zeros included."""
+        value = self.get(name)
+        if value is None:
+            raise KeyError(name)
+        return dense(value)
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """The value of a name, or the default."""
-        try:
-            return self[name]
-        except KeyError:
-            return default
+    def transposed_source(self, name: str) -> SparseTensor | None:
+        """Returns the stored matrix of which `name` is the transpose; None if it is not one."""
+        source = self._values.get(self._transposes.get(name, ""))
+        return source if isinstance(source, SparseTensor) else None
+
+    def of_node(self, node: Node) -> dict[str, Weight]:
+        """Returns those inputs of a node that are known, by name."""
+        return {name: value for name in node.inputs if name and (value := self.get(name)) is not None}
+
+    def add(self, values: Mapping[str, Weight]) -> None:
+        """Adds values, such as the outputs of a node that was computed from known ones."""
+        self._values.update(values)
+
+    def add_transpose(self, name: str, source: str) -> bool:
+        """Adds a matrix as the transpose of a stored sparse one. Returns False if the source is not such a matrix."""
+        weight = self._values.get(source)
+        if not isinstance(weight, SparseTensor) or len(weight.mask.shape) != 2:
+            return False
+        self._transposes[name] = source
+        return True
+
+    @property
+    def nbytes(self) -> int:
+        """Returns the bytes of all stored values with their zeros."""
+        return sum(map(dense_bytes, self._values.values()))
+
+
+def shape_of(weight: Weight) -> tuple[int, ...]:
+    """Returns the shape of a weight, sparse or not."""
+    return weight.mask.shape if isinstance(weight, SparseTensor) else weight.shape
+
+
+def as_sparse(weight: Weight) -> SparseTensor:
+    """Returns a weight as a sparse tensor; of an array, the entries that are not zero are active."""
+    if isinstance(weight, SparseTensor):
+        return weight
+    return SparseTensor.from_dense(weight, Mask.from_bool(weight != 0))
+
+
+def is_packable(weight: Weight) -> bool:
+    """Returns whether the kernels can multiply by a weight: float32, not empty, and small enough for int32 keys."""
+    dtype = weight.values.dtype if isinstance(weight, SparseTensor) else weight.dtype
+    return dtype == np.float32 and 0 < math.prod(shape_of(weight)) < _MAX_ENTRIES

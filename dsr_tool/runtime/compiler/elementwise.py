@@ -1,179 +1,204 @@
-"""Activations, and sums and products of two values, joined with what makes the values where that is allowed."""
+"""Lowering rules of activations and of arithmetic on two values, fused into the op that makes a value if possible."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 from dsr_tool.graph.ir import Node
-from dsr_tool.runtime.compiler.layouts import Flat, Planes, Rows, Value
-from dsr_tool.runtime.compiler.matmul import biased
-from dsr_tool.runtime.compiler.lowering import Lowering, Rule
-from dsr_tool.runtime.compiler.relayout import copied
-from dsr_tool.runtime.compiler.segment import Op
+from dsr_tool.runtime.compiler.gemv import Gemv
+from dsr_tool.runtime.compiler.layouts import Flat, Planes, Rows, Value, same_layout
+from dsr_tool.runtime.compiler.lowering import Lowered, Lowering, Rule
+from dsr_tool.runtime.compiler.matmul import add_bias
+from dsr_tool.runtime.compiler.op import IDENTITY, Activate, Op, PackCache, Parameters
+from dsr_tool.runtime.compiler.relayout import Copy
+from dsr_tool.runtime.compiler.spmm import Spmm
 from dsr_tool.runtime.kernels.ops import Activation, Combination, Kind
-from dsr_tool.sparsity.tensor import dense
 
-__all__ = ["binary", "clip", "gelu", "hard_swish", "relu", "shaped"]
-
-
-def relu(into: Lowering, node: Node) -> Any:
-    """The larger of each entry and zero."""
-    return activation_of(into, node, Activation.CLIP, low=0.0)
+__all__ = ["Combine", "Scale", "activation", "arithmetic", "clip", "gelu", "relu"]
 
 
-def clip(into: Lowering, node: Node) -> Any:
-    """Entries kept between limits that are known."""
-    limits = []
-    for name in (*node.inputs[1:], "", "")[:2]:
-        if name and name not in into.known:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Combine(Op):
+    """Two values entry by entry, or one alone, and then an activation.
+
+    Attributes:
+        how: the function of two entries; FIRST for one value.
+    """
+
+    how: Combination
+
+    kind: ClassVar[Kind] = Kind.COMBINE
+    fuses: ClassVar[bool] = True
+
+    def parameters(self, packs: PackCache) -> Parameters:
+        """Returns the function."""
+        del packs
+        return Parameters({"how": self.how})
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Scale(Op):
+    """Planes times one computed factor per channel: the source times `other`."""
+
+    source: Planes
+    out: Planes
+    other: Flat
+
+    kind: ClassVar[Kind] = Kind.SCALE
+    fuses: ClassVar[bool] = True
+
+
+def activation(function: Activation, fields: dict[str, str] | None = None, **defaults: float) -> Rule:
+    """Returns the rule of an activation.
+
+    Args:
+        function: the activation.
+        fields: by attribute of the operator, the field of `Activate` that it sets.
+        defaults: values of the attributes where a node has none.
+    """
+
+    def rule(low: Lowering, node: Node, **attributes: float) -> Lowered | None:
+        if attributes.keys() - defaults.keys():
             return None
-        limits.append(dense(into.known[name]).item() if name else None)
+        parameters = {**defaults, **attributes}
+        names = fields or {}
+        return _activate(low, node, Activate(function, **{names[k]: float(v) for k, v in parameters.items()}))
+
+    return rule
+
+
+def relu(low: Lowering, node: Node) -> Lowered | None:
+    """Lowers max(x, 0)."""
+    return _activate(low, node, Activate(Activation.CLIP, low=0.0))
+
+
+def clip(low: Lowering, node: Node) -> Lowered | None:
+    """Lowers a clip with known limits."""
+    limits = []
+    for name, default in zip((*node.inputs[1:], "", "")[:2], (-math.inf, math.inf), strict=True):
+        if name and name not in low.constants:
+            return None
+        limits.append(float(low.constants.dense(name).item()) if name else default)
     least, most = limits
-    return activation_of(
-        into, node, Activation.CLIP, low=-math.inf if least is None else least, high=math.inf if most is None else most
-    )
+    return _activate(low, node, Activate(Activation.CLIP, low=least, high=most))
 
 
-def shaped(activation: Activation, **defaults: float) -> Rule:
-    """An activation whose parameters are the attributes of its node, with these defaults."""
-
-    def lower(into: Lowering, node: Node, **attributes: float) -> Any:
-        unknown = attributes.keys() - defaults.keys()
-        return None if unknown else activation_of(into, node, activation, **{**defaults, **attributes})
-
-    return lower
+def gelu(low: Lowering, node: Node, *, approximate: str = "none") -> Lowered | None:
+    """Lowers GELU, exact or by tanh."""
+    functions = {"none": Activation.GELU, "tanh": Activation.GELU_TANH}
+    return _activate(low, node, Activate(functions[approximate]))
 
 
-def hard_swish(into: Lowering, node: Node, *, alpha: float = 1 / 6, beta: float = 0.5) -> Any:
-    """X times its hard sigmoid."""
-    return activation_of(into, node, Activation.HARD_SWISH, alpha=alpha, beta=beta)
-
-
-def gelu(into: Lowering, node: Node, *, approximate: str = "none") -> Any:
-    """X times the share of a normal distribution below it."""
-    kinds = {"none": Activation.GELU, "tanh": Activation.GELU_TANH}
-    return activation_of(into, node, kinds[approximate])
-
-
-def activation_of(into: Lowering, node: Node, activation: Activation, **parameters: float) -> Any:
+def _activate(low: Lowering, node: Node, activate: Activate) -> Lowered | None:
+    """Lowers an activation: as part of the op that makes the value, or as an op of its own."""
     name = node.inputs[0]
-    value = into.value(name)
-    if value is None:
+    value = low.value(name)
+    if value is None or any(isinstance(x, float) and math.isnan(x) for x in dataclasses.astuple(activate)):
         return None
-    parameters = {key: float(given) for key, given in parameters.items()}
-    if any(map(math.isnan, parameters.values())):
-        return None
-    maker = into.segment.maker(value)
-    fusable = (Kind.PRODUCT, Kind.COMBINE, Kind.CHANNELWISE, Kind.ROWS)
-    if maker is not None and maker.kind in fusable and maker.plain and into.only_here(name):
-        _set(maker, activation, parameters)
-        return value, into.shapes[name]
-    value = plain(into, name)
-    op = Op(Kind.COMBINE, value, like(into, value, into.shapes[name]))
-    _set(op, activation, parameters)
-    return into.segment.add(op), into.shapes[name]
+    maker = low.segment.maker(value)
+    if maker is not None and maker.fuses and maker.activate == IDENTITY and low.only_reader(name):
+        low.segment.replace(maker, dataclasses.replace(maker, activate=activate))
+    else:
+        source = _whole_vectors(low, name)
+        value = _new_like(low, source, low.shapes[name])
+        low.add(Combine(source=source, out=value, how=Combination.FIRST, activate=activate))
+    if isinstance(value, Planes):
+        value.nonnegative = activate.nonnegative
+    return Lowered(value, low.shapes[name])
 
 
-def plain(into: Lowering, name: str) -> Value:
-    """A value that there is, in the arena, as planes where it has pixels."""
-    value = into.values[name] if name in into.values else into.array(name)
+def _whole_vectors(low: Lowering, name: str) -> Value:
+    """Returns a value that may be read and written in whole vectors; as planes if it has pixels."""
+    value = low.values[name] if name in low.values else low.array(name)
     if isinstance(value, Planes):
         return value
-    if len(into.shapes[name]) == 4 and math.prod(into.shapes[name][2:]) > 1:
-        planes = into.planes(name)
+    shape = low.shapes[name]
+    if len(shape) == 4 and math.prod(shape[2:]) > 1:
+        planes = low.planes(name)
         if planes is not None:
             return planes
-    if value in into.segment.inputs.values():
-        # Arrays of the caller end where they end; kernels work on whole vectors.
-        copy = Flat(into.shapes[name], into.lanes, into.batch)
-        into.segment.add(copied(value, copy))
-        into.values[name] = value = copy
+    if value in low.segment.inputs.values():
+        # Arrays of the caller end where they end.
+        copy = low.new_flat(shape)
+        low.add(Copy(source=value, out=copy))
+        low.values[name] = value = copy
     return value
 
 
-def like(into: Lowering, value: Value, shape: tuple[int, ...]) -> Value:
+def _new_like(low: Lowering, value: Value, shape: tuple[int, ...]) -> Value:
+    """Returns a new value in the layout of another one."""
     if isinstance(value, Rows):
         return Rows(value.shape, value.grid, 1)
-    return Planes(shape, value.grid, value.factor) if isinstance(value, Planes) else Flat(shape, into.lanes, into.batch)
+    return Planes(shape, value.grid, value.factor) if isinstance(value, Planes) else low.new_flat(shape)
 
 
-def _set(op: Op, activation: Activation, parameters: Mapping[str, float]) -> None:
-    op.activation = activation
-    for name, value in parameters.items():
-        setattr(op, name, value)
-    if isinstance(op.out, Planes):
-        op.out.positive = activation is Activation.SIGMOID or (activation is Activation.CLIP and 0 <= op.low <= op.high)
+_ARITHMETIC = {
+    "Add": Combination.ADD,
+    "Div": Combination.DIVIDE,
+    "Mul": Combination.MULTIPLY,
+    "Sub": Combination.SUBTRACT,
+}
 
 
-def binary(into: Lowering, node: Node) -> Any:
-    """Sum, difference, product or quotient of two values of one shape; a sum joins the product that made one."""
+def arithmetic(low: Lowering, node: Node) -> Lowered | None:
+    """Lowers a sum, difference, product or quotient of two values; a sum becomes part of the op that makes one."""
     first, second = node.inputs
-    how = {"Add": Combination.ADD, "Sub": Combination.SUBTRACT, "Mul": Combination.MULTIPLY, "Div": Combination.DIVIDE}[
-        node.op
-    ]
+    how = _ARITHMETIC[node.op]
     for name, vector in ((first, second), (second, first)):
-        if how is Combination.ADD and vector in into.known and name in into.shapes:
-            return biased(into, name, vector)
-    shape = into.shapes.get(first)
-    if shape is None or into.shapes.get(second) != shape or first == second:
-        return _scaled(into, node, how)
-    if into.value(first) is None or into.value(second) is None:
+        if how is Combination.ADD and vector in low.constants and name in low.shapes:
+            return add_bias(low, name, vector)
+    shape = low.shapes.get(first)
+    if shape is None or low.shapes.get(second) != shape or first == second:
+        return _scale(low, node) if how is Combination.MULTIPLY else None
+    if low.value(first) is None or low.value(second) is None:
         return None
-    a, b = plain(into, first), plain(into, second)
+    a, b = _whole_vectors(low, first), _whole_vectors(low, second)
     if isinstance(a, Rows) or isinstance(b, Rows):
-        one, two = into.rows(first), into.rows(second)
-        if one is None or two is None:
+        rows = low.rows(first), low.rows(second)
+        if rows[0] is None or rows[1] is None:
             return None
-        a, b = one, two
+        a, b = rows[0], rows[1]
     if how is Combination.ADD:
-        for made, other, name in ((a, b, first), (b, a, second)):
-            maker = into.segment.maker(made)
-            if maker is not None and _joins(into, maker, made, other, name):
-                maker.other = other
-                return made, shape
-    if isinstance(a, Planes) and isinstance(b, Planes) and not alike(a, b):
-        b = into.moved(b, a.grid, a.factor)
-    if not alike(a, b):
+        for value, other, name in ((a, b, first), (b, a, second)):
+            maker = low.segment.maker(value)
+            if maker is not None and _can_start_from(low, maker, other, name):
+                low.segment.replace(maker, dataclasses.replace(maker, other=other))
+                return Lowered(value, shape)
+    if isinstance(a, Planes) and isinstance(b, Planes) and not same_layout(a, b):
+        b = low.on_grid(b, a.grid, a.factor)
+    if not same_layout(a, b):
         return None
-    return into.segment.add(Op(Kind.COMBINE, a, like(into, a, shape), b, flag=how)), shape
+    return Lowered(low.add(Combine(source=a, out=_new_like(low, a, shape), other=b, how=how)), shape)
 
 
-def alike(a: Value, b: Value) -> bool:
-    """Whether the entries of two values of one shape lie in the same order."""
-    if isinstance(a, Planes) and isinstance(b, Planes):
-        return (a.grid, a.factor) == (b.grid, b.factor)
-    return isinstance(a, Flat) and isinstance(b, Flat)
-
-
-def _joins(into: Lowering, maker: Op, one: Value, other: Value, name: str) -> bool:
-    """Whether a sum can start from `other` where `maker` computes `one`."""
-    before = into.segment.ops[: into.segment.ops.index(maker)]
+def _can_start_from(low: Lowering, maker: Op, residual: Value, name: str) -> bool:
+    """Returns whether the sums of a product can start from a residual instead of zero."""
     return (
-        maker.kind in (Kind.PRODUCT, Kind.ROWS)
-        and maker.plain
+        isinstance(maker, Spmm | Gemv)
+        and maker.activate == IDENTITY
         and maker.other is None
-        and into.only_here(name)
-        and alike(one, other)
-        and any(op.out is other for op in before)
+        and low.only_reader(name)
+        and same_layout(maker.out, residual)
+        # The residual must be there when the product starts.
+        and low.segment.is_made_before(residual, maker)
     )
 
 
-def _scaled(into: Lowering, node: Node, how: Combination) -> Any:
-    """Planes times one number for each channel, which was computed."""
+def _scale(low: Lowering, node: Node) -> Lowered | None:
+    """Lowers the product of planes and one computed factor per channel."""
     first, second = node.inputs
-    if how is not Combination.MULTIPLY or first not in into.shapes or second not in into.shapes:
-        return None
-    shapes = into.shapes[first], into.shapes[second]
+    shapes = low.shapes.get(first, ()), low.shapes.get(second, ())
     if len(shapes[0]) != 4 or len(shapes[1]) != 4 or shapes[0][:2] != shapes[1][:2]:
         return None
     if shapes[0][2:] == (1, 1):
         first, second, shapes = second, first, shapes[::-1]
     if shapes[1][2:] != (1, 1):
         return None
-    planes, factors = into.planes(first), into.flat(second)
+    planes, factors = low.planes(first), low.flat(second)
     if planes is None or factors is None:
         return None
     out = Planes(shapes[0], planes.grid, planes.factor)
-    return into.segment.add(Op(Kind.CHANNELWISE, planes, out, factors)), shapes[0]
+    return Lowered(low.add(Scale(source=planes, out=out, other=factors)), shapes[0])

@@ -1,61 +1,94 @@
-"""Weights times one vector, and what all products share."""
+"""GEMV: weights times one vector."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from dsr_tool.runtime.compiler.grids import shape_of
-from dsr_tool.runtime.compiler.layouts import Flat, Value
-from dsr_tool.runtime.compiler.lowering import Lowering
-from dsr_tool.runtime.compiler.packing import Pack, Taps, pack_sparse
-from dsr_tool.runtime.compiler.segment import Op, address
-from dsr_tool.runtime.kernels.ops import Kind, Operation
+from dsr_tool.runtime.compiler.constants import as_sparse, shape_of
+from dsr_tool.runtime.compiler.layouts import Flat
+from dsr_tool.runtime.compiler.lowering import Lowered, Lowering
+from dsr_tool.runtime.compiler.op import Op, PackCache, Parameters
+from dsr_tool.runtime.compiler.packing import Pack, Taps, check_positions, pack_sparse
+from dsr_tool.runtime.kernels.ops import Kind
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import Array, SparseTensor, Weight, dense
 
-__all__ = ["mask_of", "one_row", "point_to"]
+__all__ = ["Gemv", "lower_gemv"]
 
-ROW_FLOATS = 8192
-"""Of one vector that a block of work reads."""
+BLOCK_FLOATS = 8192
+"""Floats of the input per block: 32 KiB, about a first-level cache."""
+MIN_DENSE = 0.4
+"""Density from which a plain dot product with the zeros is faster than one that looks up its inputs."""
 
 
-def one_row(into: Lowering, name: str, weight: Weight, bias: Weight | None, shape: tuple[int, ...]) -> Value | None:
-    """Weights (rows, columns, ...) times one vector, which makes a value of this shape."""
-    source = into.flat(name)
-    rows, columns = shape_of(weight)[0], math.prod(shape_of(weight)[1:])
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Gemv(Op):
+    """A linear layer on one row.
+
+    Attributes:
+        weight: shape (rows, columns).
+        bias: shape (rows,).
+        threads: number of threads that share the rows.
+    """
+
+    source: Flat
+    out: Flat
+    weight: SparseTensor
+    bias: Array
+    threads: int
+
+    kind: ClassVar[Kind] = Kind.GEMV
+    fuses: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
+
+    def parameters(self, packs: PackCache) -> Parameters:
+        """Returns the packed weight and the bias."""
+        del packs  # weights of one row are few, and packed anew for each plan
+        pack = self._pack_dense() if self.weight.mask.density > MIN_DENSE else self._pack_sparse()
+        fields = {"part_count": len(pack.parts), "rows": len(self.bias)}
+        return Parameters({**pack.fields, **fields, "bias": np.ascontiguousarray(self.bias, np.float32)}, pack)
+
+    def _pack_sparse(self) -> Pack:
+        mask = self.weight.mask
+        kernel = SparseTensor(Mask((*mask.shape, 1), mask.stored), self.weight.values)
+        return pack_sparse(kernel, 1, [Taps((0,), 1)], BLOCK_FLOATS, self.threads)
+
+    def _pack_dense(self) -> Pack:
+        """Returns all weights as one block; a row is one entry."""
+        check_positions(self.weight.mask)
+        rows, columns = self.weight.mask.shape
+        entries = np.array([(row, columns) for row in range(rows)], np.int32)
+        block, part = (0, 0, 0, 0, rows), (0, 1, 0, 1)
+        values = np.ascontiguousarray(dense(self.weight), np.float32).ravel()
+        offsets = np.zeros(0, np.uint16)
+        return Pack(values, offsets, entries, np.array([block], np.int64), np.array([part], np.int64))
+
+
+def lower_gemv(low: Lowering, name: str, weight: Weight, bias: Weight | None, shape: tuple[int, ...]) -> Lowered | None:
+    """Lowers a product with one vector.
+
+    Args:
+        low: the lowering.
+        name: the vector.
+        weight: shape (rows, columns, ...).
+        bias: shape (rows,).
+        shape: shape of the result.
+    """
+    source = low.flat(name)
     if source is None:
         return None
-    out = Flat(shape, into.lanes, into.batch)
-    addend = np.zeros(rows, np.float32) if bias is None else dense(bias)
-    tensor = weight if isinstance(weight, SparseTensor) else SparseTensor.from_dense(weight, mask_of(weight))
-
-    def finish(struct: Operation, kept: list[object]) -> None:
-        flat = SparseTensor(type(tensor.mask)((rows, columns, 1), tensor.mask.stored), tensor.values)
-        pack = pack_sparse(flat, 1, [Taps((0,), 1)], ROW_FLOATS, into.split)
-        if tensor.mask.density > 0.4:
-            pack = Pack(
-                dense(flat).ravel(),
-                pack.offsets[:0],
-                np.array([(r, columns) for r in range(rows)], np.int32),
-                np.array([(0, 0, 0, 0, rows)], np.int64),
-                np.array([(0, 1, 0, 1)], np.int64),
-            )
-        point_to(struct, pack, kept)
-        struct.channels = rows
-
-    return into.segment.add(Op(Kind.ROWS, source, out, bias=addend, finish=finish))
-
-
-def point_to(struct: Operation, pack: Pack, kept: list[object]) -> None:
-    """Let an operation use a pack."""
-    struct.count = len(pack.parts)
-    kept.append(pack)
-    for name in ("values", "offsets", "entries", "blocks", "parts"):
-        setattr(struct, name, address(getattr(pack, name), kept))
-
-
-def mask_of(array: Array) -> Mask:
-    """The mask of what is not zero."""
-    return Mask.from_bool(array != 0)
+    rows, columns = shape_of(weight)[0], math.prod(shape_of(weight)[1:])
+    tensor = as_sparse(weight)
+    matrix = SparseTensor(Mask((rows, columns), tensor.mask.stored), tensor.values)
+    op = Gemv(
+        source=source,
+        out=low.new_flat(shape),
+        weight=matrix,
+        bias=np.zeros(rows, np.float32) if bias is None else dense(bias),
+        threads=low.target.threads,
+    )
+    return Lowered(low.add(op), shape)

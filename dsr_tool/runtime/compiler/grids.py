@@ -1,76 +1,50 @@
-"""Which grid a value goes on: as coarse as is good for the strides that follow."""
+"""The grid of a value, found by looking ahead: as coarse as is good for the strides that follow."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Container, Sequence
 
-from dsr_tool.errors import DsrError
 from dsr_tool.graph.ir import Node
-from dsr_tool.graph.windows import Window
+from dsr_tool.graph.operators import operator_of
+from dsr_tool.runtime.compiler.constants import Constants
 from dsr_tool.runtime.compiler.layouts import Grid
-from dsr_tool.runtime.compiler.relayout import taps_of
-from dsr_tool.runtime.compiler.constants import Known
-from dsr_tool.sparsity.tensor import SparseTensor, Weight
+from dsr_tool.runtime.compiler.taps import taps_of, window_of
+from dsr_tool.sparsity.tensor import SparseTensor
 
-__all__ = ["WINDOWED", "Grids", "shape_of"]
+__all__ = ["Grids"]
 
-MIN_PLACES = 50
-"""Rows and columns of a grid: on a coarser one, more places are no pixels, and kernels read from more planes."""
+MIN_GRID = 50
+"""Fewest rows and columns of a grid that is coarser than its pixels: on a smaller one, more positions are padding, and
+kernels read from more planes."""
 MAX_COPIES = 1 << 19
-"""Work records that a finer value may cost, since each of its phases has its own."""
-_MOST_TAPS = 1024
-"""Entries of a kernel, each of which takes a step in Python for each phase."""
-_MOST_STRIDE, _FARTHEST_TAP = 64, 4096
-"""Of a window on a grid: each stride has planes of its own, and each row as many zeros as a window reaches past it."""
-
-WINDOWED = frozenset({"Conv", "MaxPool", "AveragePool"})
-_ELEMENTWISE = frozenset(
-    {
-        "Relu",
-        "Clip",
-        "Add",
-        "Mul",
-        "Sub",
-        "Div",
-        "BatchNormalization",
-        "HardSwish",
-        "HardSigmoid",
-        "Sigmoid",
-        "Silu",
-        "Elu",
-        "LeakyRelu",
-        "Tanh",
-        "Gelu",
-        "Concat",
-    }
-)
+"""Work records that a coarser grid may cost in a network: each phase of an output has records of its own."""
+FACTORS = (2, 4, 8, 16)
+"""Factors that are tried, from the finest grid on."""
 
 
 class Grids:
-    """The grids of a graph, found by looking ahead.
+    """The grids of a graph."""
 
-    Attributes:
-        nodes: of the graph, in order.
-        known: weights and constants.
-        lanes: floats in a vector of the kernels.
-        index: the node that is being put down.
-    """
+    def __init__(self, nodes: Sequence[Node], constants: Constants, lowered: Container[str], lanes: int) -> None:
+        """Begins without grids.
 
-    def __init__(self, nodes: Sequence[Node], known: Known, lanes: int) -> None:
-        """Begin at the first node."""
-        self.nodes, self.known, self.lanes, self.index = nodes, known, lanes, 0
+        Args:
+            nodes: the nodes of the graph, in order.
+            constants: known values.
+            lowered: operators that have a lowering rule; the layout of a value is lost at others.
+            lanes: floats in a vector of the kernels.
+        """
+        self._nodes, self._constants, self._lowered, self._lanes = nodes, constants, lowered, lanes
         self._grids: dict[tuple[int, int], list[Grid]] = {}
 
-    def grid_for(self, name: str, height: int, width: int) -> tuple[Grid, int]:
-        """The grid for a value, as coarse as is good for what comes after."""
-        best = (1, self.survey(name, 1)[0])
-        for factor in (2, 4, 8, 16):
-            if min(height, width) < factor * MIN_PLACES:
+    def choose(self, name: str, height: int, width: int, index: int) -> tuple[Grid, int]:
+        """Returns the grid for a value that nodes from `index` on read, and the value's factor on it."""
+        best = (1, self.survey(name, 1, index)[0])
+        for factor in FACTORS:
+            if min(height, width) < factor * MIN_GRID:
                 break
-            pad, copies = self.survey(name, factor)
-            if copies < 0:
+            pad, copies = self.survey(name, factor, index)
+            if copies is None:
                 break
             if copies <= MAX_COPIES:
                 best = (factor, pad)
@@ -78,67 +52,52 @@ class Grids:
         return self.grid(-(-height // factor), -(-width // factor), pad), factor
 
     def grid(self, rows: int, columns: int, pad: int) -> Grid:
-        """A grid; one that there is already where it has as much padding."""
-        known = self._grids.setdefault((rows, columns), [])
-        for grid in known:
+        """Returns a grid of this size; an existing one with as much padding if possible, so that values share it."""
+        grids = self._grids.setdefault((rows, columns), [])
+        for grid in grids:
             if grid.pad >= pad:
                 return grid
-        known.append(Grid(rows, columns, pad, self.lanes))
-        return known[-1]
+        grids.append(Grid(rows, columns, pad, self._lanes))
+        return grids[-1]
 
-    def survey(self, name: str, factor: int) -> tuple[int, int]:
-        """What a value held with this factor leads to: columns of padding, and work records of kernels.
+    def survey(self, name: str, factor: int, index: int) -> tuple[int, int | None]:
+        """Follows a value of this factor through the nodes that keep its grid.
 
-        The records are -1 where nothing that follows brings the factor down to one.
+        Args:
+            name: the value.
+            factor: its factor.
+            index: the first node that may read it.
+
+        Returns:
+            Columns of padding that windows need, and the work records of convolutions on phases; None for the records
+            if no strides bring the factor down to 1.
         """
-        finer = {name: factor}
+        factors = {name: factor}
         pad, copies, lowest = 0, 0, factor
-        for node in self.nodes[self.index :]:
-            source = next((name for name in node.inputs if name in finer), None)
-            if source is None:
+        for node in self._nodes[index:]:
+            source = next((name for name in node.inputs if name in factors), None)
+            row = operator_of(node.op)
+            if source is None or node.op not in self._lowered:
                 continue
-            if node.op in _ELEMENTWISE:
-                finer[node.outputs[0]] = finer[source]
-            elif node.op in WINDOWED and source == node.inputs[0]:
-                window = self.window(node)
-                if window is None or len(set(window.strides)) != 1 or finer[source] % window.strides[0]:
+            if row.elementwise:
+                factors[node.outputs[0]] = factors[source]
+            elif row.windowed and source == node.inputs[0]:
+                window = window_of(node, self._constants)
+                if window is None or len(set(window.strides)) != 1 or factors[source] % window.strides[0]:
                     continue
-                out = finer[source] // window.strides[0]
-                pad = max(pad, *(abs(dx) for _, dx, _ in taps_of(window, finer[source], out)))
-                weight = self.known.get(node.inputs[1]) if node.op == "Conv" else None
-                if weight is not None and max(window.kernel) > 1:
-                    copies += out * out * (weight.mask.active if isinstance(weight, SparseTensor) else weight.size)
-                finer[node.outputs[0]] = out
+                out = factors[source] // window.strides[0]
+                pad = max(pad, *(abs(dx) for _, dx, _ in taps_of(window, factors[source], out)))
+                if max(window.kernel) > 1:
+                    copies += out * out * self._records(node)
+                factors[node.outputs[0]] = out
                 lowest = min(lowest, out)
-        return pad, copies if lowest == 1 else -1
+        return pad, copies if lowest == 1 else None
 
-    def window(self, node: Node) -> Window | None:
-        """The window of a convolution or pool over two axes."""
-        a: Mapping[str, Any] = node.attributes
-        kernel = a.get("kernel_shape", ())
-        if node.op == "Conv" and not kernel:
-            weight = self.known.get(node.inputs[1])
-            if weight is None:
-                return None
-            kernel = shape_of(weight)[2:]
-        try:
-            window = Window.of(
-                kernel, a.get("strides", ()), a.get("pads", ()), a.get("dilations", ()), a.get("auto_pad", "NOTSET")
-            )
-        except (DsrError, TypeError, ValueError):
-            return None
-        sizes = (*window.kernel, *window.strides, *window.dilations, *window.begin, *window.end)
-        if len(window.kernel) != 2 or not all(isinstance(n, int) for n in sizes):
-            return None
-        far = max(d * (k - 1) for k, d in zip(window.kernel, window.dilations, strict=True))
-        fits = (
-            math.prod(window.kernel) <= _MOST_TAPS
-            and max(window.strides) <= _MOST_STRIDE
-            and max(far, *window.begin, *window.end) <= _FARTHEST_TAP
+    def _records(self, node: Node) -> int:
+        """Returns the active weights of a node."""
+        weights = [self._constants.get(node.inputs[i]) for i in operator_of(node.op).weights if i < len(node.inputs)]
+        return sum(
+            weight.mask.active if isinstance(weight, SparseTensor) else weight.size
+            for weight in weights
+            if weight is not None
         )
-        return window if fits else None
-
-
-def shape_of(weight: Weight) -> tuple[int, ...]:
-    """Shape of a weight, sparse or not."""
-    return weight.mask.shape if isinstance(weight, SparseTensor) else weight.shape

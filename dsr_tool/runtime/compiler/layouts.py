@@ -1,40 +1,45 @@
-"""Where the pixels of a value lie: planes on a grid, cut into strips, one strip a lane.
+"""How values lie in memory: entries in order, or planes of pixels in the strip layout.
 
-A grid has rows of `pitch` places: its columns, and some that stay zero, which a kernel reaches past either end of a
-row. The places of a grid, row after row, are cut into as many strips as a vector has lanes; vector i of a plane holds
-place i of every strip. A step to another pixel is then a step of whole vectors for all lanes at once.
+A grid has rows of `pitch` positions: its columns, and some that stay zero, which a kernel reaches when it steps past
+either end of a row. The positions of a grid, row after row, are cut into as many strips as a vector has lanes; vector i
+of a plane holds position i of every strip. A step to another pixel is then a step of whole vectors, for all lanes at
+once. docs/runtime.md has the picture.
 
-A value whose pixels are `factor` times as dense as the grid has factor x factor planes for each channel: plane (a, b)
-holds the pixels (factor * y + a, factor * x + b). A convolution with strides goes from a value of factor 2, say, to
-one of factor 1 on the same grid.
+A value whose pixels are `factor` times as dense as the grid has factor x factor phases, one plane each, for every
+channel: phase (a, b) holds the pixels (factor * y + a, factor * x + b). A convolution of stride 2 goes from a value of
+factor 2, say, to one of factor 1 on the same grid.
 """
 
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from dsr_tool.runtime.compiler.packing import FARTHEST
+from dsr_tool.runtime.compiler.packing import MAX_OFFSET
 
-__all__ = ["Flat", "Grid", "Planes", "Rows", "Value"]
+__all__ = ["Flat", "Grid", "Planes", "Rows", "Value", "same_layout"]
 
 _Int = npt.NDArray[np.int32]
 
-_MOST_FLOATS = 1 << 28
-"""Of one channel, whose places are counted in 32 bits."""
+_MAX_CHANNEL_FLOATS = 1 << 28
+"""Largest channel, in floats: the index tables of relayouts count its floats in int32."""
+
+_masks: weakref.WeakValueDictionary[tuple[object, ...], _Int] = weakref.WeakValueDictionary()
+"""Pixel masks by layout: all values that lie alike share one array, which lives as long as a plan uses it."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Rows and columns of places.
+    """Rows and columns of positions.
 
     Attributes:
-        rows: of places.
-        columns: of places that hold pixels.
-        pad: places that stay zero at the end of each row.
+        rows: number of rows.
+        columns: positions of a row that hold pixels.
+        pad: positions at the end of each row that stay zero.
         lanes: floats in a vector of the kernels.
     """
 
@@ -45,45 +50,37 @@ class Grid:
 
     @property
     def pitch(self) -> int:
-        """Places from one row to the next."""
+        """Returns the positions from one row to the next."""
         return self.columns + self.pad
 
     @property
     def length(self) -> int:
-        """Vectors in a plane."""
+        """Returns the vectors of a plane."""
         return -(-self.rows * self.pitch // self.lanes)
 
     def fits(self, height: int, width: int, factor: int) -> bool:
-        """Whether so many pixels have a place."""
+        """Returns whether height x width pixels fit at `factor` pixels per position in each direction."""
         return -(-height // factor) <= self.rows and -(-width // factor) <= self.columns
 
 
 @dataclass(eq=False)
 class Value:
-    """What one image has of a value, in the arena or in an array of the caller.
+    """A value of the graph, as one run of a segment sees it; where it lies is decided after all ops are known.
 
     Attributes:
-        shape: of the whole value, the batch first.
-        space: 0 for the arena, else the number of an array.
-        offset: floats from the start of the space.
-        first: index of the operation that makes it.
-        last: index of the last one that reads it.
+        shape: shape of the whole value, the batch first.
     """
 
     shape: tuple[int, ...]
-    space: int = field(default=0, init=False)
-    offset: int = field(default=0, init=False)
-    first: int = field(default=-1, init=False)
-    last: int = field(default=-1, init=False)
 
     @property
     def lead(self) -> int:
-        """Floats before what `offset` points to."""
+        """Returns the floats between the start of its part of the arena and its first entry: the first halo."""
         return 0
 
     @property
     def size(self) -> int:
-        """Floats in the arena."""
+        """Returns the floats that it needs in the arena."""
         raise NotImplementedError
 
 
@@ -93,7 +90,7 @@ class Flat(Value):
 
     Attributes:
         lanes: floats in a vector of the kernels.
-        batch: equal pieces that the value is computed in, one after the other.
+        batch: equal pieces that the value is computed in, one per run of the segment.
     """
 
     lanes: int
@@ -101,12 +98,12 @@ class Flat(Value):
 
     @property
     def entries(self) -> int:
-        """Floats of one piece."""
+        """Returns the floats of one piece."""
         return math.prod(self.shape) // self.batch
 
     @property
     def size(self) -> int:
-        """Floats in the arena: whole vectors."""
+        """Returns the floats that it needs in the arena: whole vectors."""
         return -(-self.entries // self.lanes) * self.lanes
 
 
@@ -114,76 +111,94 @@ class Flat(Value):
 class Planes(Value):
     """Channels of pixels on a grid; shape (batch, channels, height, width).
 
+    The last four attributes grow while later nodes are lowered, so strides are final only when the segment ends.
+
     Attributes:
-        grid: where its pixels lie.
-        factor: pixels per place in each direction.
-        before: vectors before each plane that kernels read.
-        after: vectors after each plane that kernels read.
-        positive: no entry is negative.
-        padded: places without a pixel have to be zero.
+        grid: the grid of its pixels.
+        factor: pixels per position in each direction.
+        halo_before: vectors before each plane that kernels read.
+        halo_after: vectors after each plane that kernels read.
+        nonnegative: no entry is negative.
+        zero_padded: some op relies on zeros at positions without a pixel.
     """
 
     grid: Grid
     factor: int
-    before: int = field(default=0, init=False)
-    after: int = field(default=0, init=False)
-    positive: bool = field(default=False, init=False)
-    padded: bool = field(default=False, init=False)
+    halo_before: int = field(default=0, init=False)
+    halo_after: int = field(default=0, init=False)
+    nonnegative: bool = field(default=False, init=False)
+    zero_padded: bool = field(default=False, init=False)
 
     @property
     def phases(self) -> int:
-        """Planes of one channel."""
+        """Returns the planes of one channel."""
         return self.factor * self.factor
 
     @property
     def channels(self) -> int:
-        """Number of channels."""
+        """Returns the number of channels."""
         return self.shape[1]
 
     @property
     def stride(self) -> int:
-        """Vectors from one plane to the next."""
-        return self.grid.length + self.before + self.after
+        """Returns the vectors from one plane to the next."""
+        return self.grid.length + self.halo_before + self.halo_after
+
+    @property
+    def channel_step(self) -> int:
+        """Returns the floats from one channel to the next."""
+        return self.phases * self.stride * self.grid.lanes
 
     @property
     def lead(self) -> int:
-        """Floats before the first vector of the first plane."""
-        return self.before * self.grid.lanes
+        """Returns the floats before the first vector of the first plane."""
+        return self.halo_before * self.grid.lanes
 
     @property
     def size(self) -> int:
-        """Floats in the arena."""
-        return self.channels * self.phases * self.stride * self.grid.lanes
+        """Returns the floats that it needs in the arena."""
+        return self.channels * self.channel_step
 
-    def reach(self, before: int, after: int) -> bool:
-        """Have at least so many vectors before and after each plane; False where that is farther than kernels reach."""
-        before, after = max(self.before, before), max(self.after, after)
+    def extend_halo(self, before: int, after: int) -> bool:
+        """Makes the halo at least this many vectors wide. Returns False if offsets would be out of range."""
+        before, after = max(self.halo_before, before), max(self.halo_after, after)
         stride = self.grid.length + before + after
-        # From the halo before the first plane to the one after the last.
-        if self.phases * stride - self.grid.length > FARTHEST or self.phases * stride * self.grid.lanes > _MOST_FLOATS:
+        # The longest offset goes from the halo before the first plane to the one after the last.
+        if (
+            self.phases * stride - self.grid.length > MAX_OFFSET
+            or self.phases * stride * self.grid.lanes > _MAX_CHANNEL_FLOATS
+        ):
             return False
-        self.before, self.after = before, after
+        self.halo_before, self.halo_after = before, after
         return True
 
-    def pixels(self) -> _Int:
-        """Which pixel is in each place, counted row by row, shape (phases, length, lanes); -1 where none is."""
+    def pixel_of_position(self) -> _Int:
+        """Returns the number of the pixel at each position, (phases, length, lanes); -1 where there is none."""
         grid, f = self.grid, self.factor
-        place = np.arange(grid.lanes * grid.length).reshape(grid.lanes, grid.length).T
-        row, column = np.divmod(place, grid.pitch)
+        position = np.arange(grid.lanes * grid.length).reshape(grid.lanes, grid.length).T
+        row, column = np.divmod(position, grid.pitch)
         a, b = np.divmod(np.arange(self.phases), f)
         y = row * f + a[:, None, None]
         x = column * f + b[:, None, None]
         inside = (y < self.shape[2]) & (x < self.shape[3]) & (column < grid.columns)
         return np.ascontiguousarray(np.where(inside, y * self.shape[3] + x, -1), np.int32)
 
-    def places(self) -> _Int:
-        """Where each pixel is, in floats from the channel's first vector, shape (height, width)."""
+    def offset_of_pixel(self) -> _Int:
+        """Returns the floats from the channel's first vector to each pixel, (height, width)."""
         y, x = np.ogrid[: self.shape[2], : self.shape[3]]
         f = self.factor
-        place = (y // f) * self.grid.pitch + x // f
+        position = (y // f) * self.grid.pitch + x // f
         plane = (y % f) * f + x % f
-        lane, vector = np.divmod(place, self.grid.length)
+        lane, vector = np.divmod(position, self.grid.length)
         return np.asarray((plane * self.stride + vector) * self.grid.lanes + lane, np.int32)
+
+    def mask(self) -> _Int:
+        """Returns -1 at positions with a pixel and 0 elsewhere, (phases, length, lanes); shared by equal layouts."""
+        key = (self.grid, self.factor, *self.shape[2:])
+        mask = _masks.get(key)
+        if mask is None:
+            _masks[key] = mask = -(self.pixel_of_position() >= 0).astype(np.int32)
+        return mask
 
 
 class Rows(Planes):
@@ -191,3 +206,10 @@ class Rows(Planes):
 
     Its shape is (1, features, 1, rows), whatever axes the rows have in the graph.
     """
+
+
+def same_layout(a: Value, b: Value) -> bool:
+    """Returns whether the entries of two values of one shape lie in the same order."""
+    if isinstance(a, Planes) and isinstance(b, Planes):
+        return (a.grid, a.factor) == (b.grid, b.factor)
+    return isinstance(a, Flat) and isinstance(b, Flat)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dsr_tool.runtime.compiler.program import Native, Numpy
+from dsr_tool.runtime.compiler.program import FallbackStep, KernelStep
 
 __all__ = ["PlanMemory", "memory_of"]
 
@@ -35,29 +36,29 @@ class PlanMemory:
         return self.arena_bytes + self.weight_bytes + self.table_bytes + self.constant_bytes + self.array_bytes
 
 
-def memory_of(steps: Sequence[Native | Numpy], given: Iterable[str]) -> PlanMemory:
+def memory_of(steps: Sequence[KernelStep | FallbackStep], given: Iterable[str]) -> PlanMemory:
     """Returns the memory of steps that run one after another.
 
     Args:
         steps: the segments and fallbacks of a plan, in order.
         given: names of arrays that belong to the caller.
     """
-    native = [step for step in steps if isinstance(step, Native)]
-    fallbacks = [step for step in steps if isinstance(step, Numpy)]
+    kernel_steps = [step for step in steps if isinstance(step, KernelStep)]
+    fallbacks = [step for step in steps if isinstance(step, FallbackStep)]
     # Ops that share a weight or a mask keep the same array, so arrays are counted by identity.
-    packs = {id(pack): pack.nbytes for step in native for pack in step.packs}
-    tables = {id(table): table.nbytes for step in native for table in step.tables}
+    packs = {id(pack): pack.nbytes for step in kernel_steps for pack in step.packs}
+    tables = {id(table): table.nbytes for step in kernel_steps for table in step.tables}
     constants = {id(array): array.nbytes for step in fallbacks for array in step.constants.values()}
     return PlanMemory(
-        arena_bytes=max((step.arena_bytes for step in native), default=0),
+        arena_bytes=max((step.arena_bytes for step in kernel_steps), default=0),
         weight_bytes=sum(packs.values()),
-        table_bytes=sum(tables.values()) + sum(step.op_bytes for step in native),
+        table_bytes=sum(tables.values()) + sum(ctypes.sizeof(step.ops) for step in kernel_steps),
         constant_bytes=sum(constants.values()),
         array_bytes=_peak(steps, frozenset(given)),
     )
 
 
-def _peak(steps: Sequence[Native | Numpy], given: frozenset[str]) -> int:
+def _peak(steps: Sequence[KernelStep | FallbackStep], given: frozenset[str]) -> int:
     """Returns the largest total of arrays that are alive at once."""
     alive: dict[str, int] = {}
     most = 0

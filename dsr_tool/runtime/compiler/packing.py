@@ -1,9 +1,9 @@
-"""Weights as work records, in the order in which the kernels use them.
+"""Weights as work records, in the order in which the kernels read them.
 
-A record is a value and the distance in vectors from the output to the input that it multiplies. Records are grouped
-by part (channels of one thread, one phase), block (input channels that fit in the cache together) and output channel;
-within a block the channels are sorted by their number of records, since the processor foresees a loop that runs as
-often as the one before.
+A record is a value and the distance, in vectors, from the output to the input that it multiplies. Records are grouped
+by part (output channels of one thread, one phase), block (input channels that fit in the cache together) and output
+channel. Within a block the channels are sorted by their number of records: a loop that runs as often as the one before
+is predicted by the processor.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ import numpy.typing as npt
 
 from dsr_tool.errors import FormatError
 from dsr_tool.graph.limits import claim
+from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
 
-__all__ = ["FARTHEST", "Pack", "Taps", "pack_dense", "pack_sparse"]
+__all__ = ["MAX_OFFSET", "Pack", "Taps", "check_positions", "pack_dense", "pack_sparse"]
 
 _Int = npt.NDArray[np.int64]
 
-FARTHEST = 65535
-"""Largest offset within a block: it is held in 16 bits."""
+MAX_OFFSET = 65535
+"""Largest offset within a block, in vectors: it is held in 16 bits."""
 
 
 @dataclass(frozen=True)
 class Taps:
-    """What the entries of a kernel mean in one output phase.
+    """The entries of a kernel in one output phase.
 
     Attributes:
-        offsets: vectors from an output to the input of each kernel entry in the first channel.
+        offsets: vectors from an output to the input of each kernel entry in the first input channel.
         channel: vectors from one input channel to the next.
     """
 
@@ -43,7 +44,15 @@ class Taps:
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """Arrays of one operation; `kernels/operation.h` says what their columns mean."""
+    """The packed weight of one op. The columns of the integer arrays are the fields of structs in ops.def, in order.
+
+    Attributes:
+        values: weights in the order of use, float32.
+        offsets: offset of each record in vectors, uint16, and two more that kernels may read.
+        entries: rows of the struct Entry in ops.def, int32 (entries, 2).
+        blocks: rows of the struct Block, int64 (blocks, 5).
+        parts: rows of the struct Part, int64 (parts, 4).
+    """
 
     values: npt.NDArray[np.float32]
     offsets: npt.NDArray[np.uint16]
@@ -52,19 +61,20 @@ class Pack:
     parts: _Int
 
     @property
-    def arrays(self) -> tuple[npt.NDArray[Any], ...]:
-        """Returns all arrays, in the order of the fields."""
-        return self.values, self.offsets, self.entries, self.blocks, self.parts
+    def fields(self) -> dict[str, npt.NDArray[Any]]:
+        """Returns all arrays by name; the structs of ops.def that use a pack have fields of these names."""
+        arrays = (self.values, self.offsets, self.entries, self.blocks, self.parts)
+        return dict(zip(("values", "offsets", "entries", "blocks", "parts"), arrays, strict=True))
 
     @property
     def nbytes(self) -> int:
         """Returns the bytes of all arrays."""
-        return sum(array.nbytes for array in self.arrays)
+        return sum(array.nbytes for array in self.fields.values())
 
 
 @dataclass
-class _Pile:
-    """Arrays that grow part by part."""
+class _Builder:
+    """The arrays of a pack while parts are added."""
 
     values: list[npt.NDArray[np.float32]] = field(default_factory=list)
     offsets: list[npt.NDArray[np.uint16]] = field(default_factory=list)
@@ -72,66 +82,71 @@ class _Pile:
     blocks: list[_Int] = field(default_factory=list)
     parts: list[tuple[int, int, int, int]] = field(default_factory=list)
 
-    def add(self, phase: int, dense: bool, *columns: _Int) -> None:
-        """A part of one phase, with these columns of its blocks."""
-        made = _length(self.blocks)
-        self.blocks.append(np.stack(np.broadcast_arrays(*columns), axis=1).astype(np.int64))
-        self.parts.append((made, made + len(self.blocks[-1]), phase, int(dense)))
+    def add_part(self, phase: int, dense: bool, *block_columns: _Int) -> None:
+        """Adds a part of one phase; the columns of its blocks are in the order of the struct Block."""
+        first = _length(self.blocks)
+        self.blocks.append(np.stack(np.broadcast_arrays(*block_columns), axis=1).astype(np.int64))
+        self.parts.append((first, first + len(self.blocks[-1]), phase, int(dense)))
 
-    def pack(self) -> Pack:
-        """All of them, joined."""
+    def build(self) -> Pack:
+        """Returns the pack of all parts."""
         values = np.concatenate([*self.values, np.zeros(0, np.float32)])
-        # Kernels look up to two offsets past the last one.
+        # Kernels read up to two offsets past the last record.
         offsets = np.concatenate([*self.offsets, np.zeros(2, np.uint16)])
         entries, blocks = np.concatenate(self.entries), np.concatenate(self.blocks)
         return Pack(values, offsets, entries, blocks, np.array(self.parts, np.int64))
 
 
 def pack_sparse(weight: SparseTensor, groups: int, phases: Sequence[Taps], per_block: int, split: int = 1) -> Pack:
-    """One record for each active weight and output phase.
+    """Packs one record for each active weight and output phase.
 
     Args:
         weight: shape (out channels, channels / groups, *kernel).
-        groups: of channels that do not see each other.
+        groups: number of groups of channels; an output channel sees the input channels of its group alone.
         phases: the taps of each output phase.
         per_block: input channels in a block.
-        split: parts that the output channels of ungrouped weights are cut into, of about equal work.
+        split: number of parts that the output channels of ungrouped weights are cut into, of about equal work.
+
+    Raises:
+        FormatError: active positions are out of range or not ascending, or a tap is out of the range of offsets.
     """
     rows, inner = weight.mask.shape[:2]
     kernel = len(phases[0].offsets)
-    _check(weight.mask.positions, weight.mask.size, phases, per_block)
+    check_positions(weight.mask)
+    _check_reach(phases, per_block)
     row, rest = np.divmod(weight.mask.positions.astype(np.int32), np.int32(max(inner * kernel, 1)))
     channel, tap = np.divmod(rest, np.int32(kernel))
     values = weight.values.astype(np.float32, copy=False)
-    pile = _Pile()
-    for low, high, first, last in _bounds(row, rows, inner, groups, per_block, split):
+    builder = _Builder()
+    for low, high, first, last in _part_bounds(row, rows, inner, groups, per_block, split):
         own = slice(*np.searchsorted(row, (low, high)))
         inside = channel[own] + ((row[own] - low) // np.int32(rows // groups) * np.int32(inner) if groups > 1 else 0)
         number = np.arange(max(-(-(last - first) // per_block), 1))
-        target, order, counts = _sorted(row[own] - low, inside // np.int32(per_block), high - low, len(number))
+        target, order, counts = _by_block(row[own] - low, inside // np.int32(per_block), high - low, len(number))
         starts = np.cumsum(counts.sum(axis=0)) - counts.sum(axis=0)
-        made, rows_made = _length(pile.values), _length(pile.entries)
-        pile.values.append(_moved(values[own], target))
-        pile.entries.append(np.stack((order.T.ravel() + low, counts.T.ravel()), axis=1).astype(np.int32))
-        known: dict[tuple[int, ...], int] = {}
+        first_value, first_entry = _length(builder.values), _length(builder.entries)
+        builder.values.append(_scattered(values[own], target))
+        builder.entries.append(np.stack((order.T.ravel() + low, counts.T.ravel()), axis=1).astype(np.int32))
+        packed_offsets: dict[tuple[int, ...], int] = {}
         for phase, taps in enumerate(phases):
             lowest = min(taps.offsets)
-            # Phases that differ by a shift alone share their offsets.
+            # Phases that differ by a shift alone share their offsets; the base of their blocks has the shift.
             shape = tuple(offset - lowest for offset in taps.offsets)
-            if shape not in known:
-                known[shape] = _length(pile.offsets)
+            if shape not in packed_offsets:
+                packed_offsets[shape] = _length(builder.offsets)
                 offset = inside % np.int32(per_block) * np.int32(taps.channel) + np.array(shape, np.int32)[tap[own]]
-                pile.offsets.append(_moved(offset.astype(np.uint16), target))
+                builder.offsets.append(_scattered(offset.astype(np.uint16), target))
             base = (first + number * per_block) * taps.channel + lowest
-            entries = rows_made + number * (high - low)
-            pile.add(phase, False, base, made + starts, known[shape] + starts, entries, np.array(high - low))
-    return pile.pack()
+            entries = first_entry + number * (high - low)
+            columns_of_blocks = (base, first_value + starts, packed_offsets[shape] + starts, entries)
+            builder.add_part(phase, False, *columns_of_blocks, np.array(high - low))
+    return builder.build()
 
 
-def _bounds(
+def _part_bounds(
     row: npt.NDArray[np.int32], rows: int, inner: int, groups: int, per_block: int, split: int
 ) -> list[tuple[int, int, int, int]]:
-    """Of each part: its rows, and the input channels that they read."""
+    """Returns for each part its first row, the row after its last, and the same of the input channels it reads."""
     if groups > 1:
         # As many groups as fill a block.
         at_once, size = max(per_block // max(inner, 1), 1), rows // groups
@@ -139,17 +154,18 @@ def _bounds(
         return [
             (i * size, min(i + at_once, groups) * size, i * inner, min(i + at_once, groups) * inner) for i in firsts
         ]
+    # One more for each row, since a row without records costs a load and a store too.
     work = np.cumsum(np.bincount(row, minlength=rows) + 1)
     cuts = [0, *(int(np.searchsorted(work, work[-1] * i / split)) for i in range(1, split)), rows]
     return [(low, high, 0, inner) for low, high in itertools.pairwise(cuts) if low < high]
 
 
-def _sorted(
+def _by_block(
     row: npt.NDArray[np.int32], block: npt.NDArray[np.int32], rows: int, blocks: int
 ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Where each record goes; and by rank and block, the row there and its number of records.
+    """Returns the new index of each record; and by rank and block, the row of that rank and its number of records.
 
-    Records come sorted by row, then block, so those that stay together are moved as one run.
+    Records come sorted by row, then block, so records that stay together are moved as one run.
     """
     claim((rows, blocks), np.int64)
     counts = np.bincount(row * np.int32(blocks) + block, minlength=rows * blocks).reshape(rows, blocks)
@@ -162,60 +178,73 @@ def _sorted(
     return np.arange(len(row)) + np.repeat(target.ravel() - source, counts.ravel()), order, ranked
 
 
-def _moved(array: npt.NDArray[Any], target: npt.NDArray[np.intp]) -> npt.NDArray[Any]:
+def _scattered(array: npt.NDArray[Any], target: npt.NDArray[np.intp]) -> npt.NDArray[Any]:
     result = np.empty_like(array)
     result[target] = array
     return result
 
 
 def pack_dense(weight: npt.NDArray[np.float32], phases: Sequence[Taps], per_block: int, split: int = 1) -> Pack:
-    """Groups of four output channels, whose records share one list of offsets in each block.
+    """Packs groups of four output channels, zeros included; their records share one list of offsets in each block.
 
     Args:
         weight: shape (out channels, channels, *kernel).
         phases: the taps of each output phase.
         per_block: input channels in a block.
-        split: parts that the groups are cut into.
+        split: number of parts that the groups are cut into.
+
+    Raises:
+        FormatError: a tap is out of the range of offsets.
     """
     rows, inner = weight.shape[:2]
     kernel = len(phases[0].offsets)
-    _check(np.zeros(0, np.int64), 0, phases, min(per_block, inner))
-    quads = -(-rows // 4)
     per_block = min(per_block, inner)
+    _check_reach(phases, per_block)
+    quads = -(-rows // 4)
     padded = np.zeros((quads * 4, inner * kernel), np.float32)
     padded[:rows] = weight.reshape(rows, -1)
-    # The kernel writes the last channel as often as it takes to make four.
+    # The kernel computes the last channel as often as it takes to make four.
     padded[rows:] = padded[rows - 1]
     bounds = sorted({quads * i // split for i in range(split + 1)})
-    pile = _Pile()
+    builder = _Builder()
     lows = np.arange(0, inner, per_block)
     counts = np.minimum(lows + per_block, inner) - lows
     for low, count in zip(lows, counts, strict=True):
         part = padded[:, low * kernel : (low + count) * kernel].reshape(quads, 4, -1)
-        pile.values.append(np.ascontiguousarray(part.transpose(0, 2, 1)).ravel())
-        pile.entries.append(np.stack((np.arange(quads) * 4, np.full(quads, count * kernel)), axis=1).astype(np.int32))
+        builder.values.append(np.ascontiguousarray(part.transpose(0, 2, 1)).ravel())
+        rows_and_counts = (np.arange(quads) * 4, np.full(quads, count * kernel))
+        builder.entries.append(np.stack(rows_and_counts, axis=1).astype(np.int32))
     number = np.arange(len(lows))
     firsts = []
     for taps in phases:
-        firsts.append(_length(pile.offsets))
+        firsts.append(_length(builder.offsets))
         offsets = np.arange(per_block)[:, None] * taps.channel + np.array(taps.offsets) - min(taps.offsets)
-        pile.offsets.append(offsets.astype(np.uint16).ravel())
+        builder.offsets.append(offsets.astype(np.uint16).ravel())
     for low, high in itertools.pairwise(bounds):
         for phase, taps in enumerate(phases):
             base = lows * taps.channel + min(taps.offsets)
             values = 4 * kernel * (quads * lows + low * counts)
             entries = number * quads + low
-            pile.add(phase, True, base, values, np.array(firsts[phase]), entries, np.array(high - low))
-    return pile.pack()
+            builder.add_part(phase, True, base, values, np.array(firsts[phase]), entries, np.array(high - low))
+    return builder.build()
 
 
-def _check(positions: _Int, size: int, phases: Sequence[Taps], per_block: int) -> None:
-    """Raise `FormatError` unless the kernels will stay inside of what they are given: they do not look again."""
-    if len(positions) and not (positions[0] >= 0 and positions[-1] < size and (np.diff(positions) > 0).all()):
-        raise FormatError("a weight has active positions that do not rise within its shape; the file is damaged.")
+def check_positions(mask: Mask) -> None:
+    """Raises `FormatError` unless active positions ascend within the shape: the kernels do not check them again."""
+    positions = mask.positions
+    if len(positions) and not (positions[0] >= 0 and positions[-1] < mask.size and (np.diff(positions) > 0).all()):
+        raise FormatError(
+            f"the active positions of a weight are not ascending within its shape {mask.shape}; the file is damaged."
+        )
+
+
+def _check_reach(phases: Sequence[Taps], per_block: int) -> None:
     farthest = max(max(taps.offsets) - min(taps.offsets) + (per_block - 1) * taps.channel for taps in phases)
-    if farthest > FARTHEST:
-        raise FormatError("a convolution reaches farther than its kernel can.")
+    if farthest > MAX_OFFSET:
+        raise FormatError(
+            f"a convolution reaches {farthest:,} vectors, farther than the {MAX_OFFSET:,} of an offset; use "
+            f"runtime 'scipy'."
+        )
 
 
 def _length(arrays: Sequence[npt.NDArray[Any]]) -> int:

@@ -1,4 +1,4 @@
-"""The plan of a graph for inputs of one shape: compiled kernels, and the reference's own where there is none."""
+"""The plan of a graph for inputs of one shape: ops for the kernels, and the reference where there is no kernel."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import numpy as np
 from dsr_tool.graph.fuse import fuse
 from dsr_tool.graph.ir import Graph, Node
 from dsr_tool.graph.limits import claim, folding_limit, memory_limit, running_limit
+from dsr_tool.runtime.compiler.constants import Constants
 from dsr_tool.runtime.compiler.lowering import Lowering
 from dsr_tool.runtime.compiler.memory import PlanMemory, memory_of
-from dsr_tool.runtime.compiler.program import Machine, Native, Numpy
+from dsr_tool.runtime.compiler.program import FallbackStep, KernelStep, Machine
 from dsr_tool.runtime.compiler.rules import RULES
-from dsr_tool.runtime.compiler.constants import Known
 from dsr_tool.runtime.coverage import Coverage, Fallback
 from dsr_tool.runtime.reference.call import bind, fold
-from dsr_tool.runtime.reference.interpreter import Folded, check_opset, dense_bytes, for_caller, live_nodes
-from dsr_tool.sparsity.tensor import Array, SparseTensor, dense
+from dsr_tool.runtime.reference.interpreter import Folded, check_opset, for_caller, live_nodes
+from dsr_tool.sparsity.tensor import Array, SparseTensor
 
-__all__ = ["FastPlan"]
+__all__ = ["Plan"]
 
 
-class FastPlan:
+class Plan:
     """The first output of a graph as a function of an input of one shape.
 
     Attributes:
-        cost: time of its products, as a share of what dense ones would take by rule of thumb.
-        coverage: how many nodes run on compiled kernels, and which do not.
+        steps: segments of ops and fallbacks, in order.
+        coverage: the number of nodes that run on compiled kernels, and the ones that do not.
     """
 
     def __init__(
@@ -39,124 +39,130 @@ class FastPlan:
         machine: Machine,
         folded: Folded | None = None,
     ) -> None:
-        """Put every operator down that the first output depends on, and run what has no kernel once, on zeros.
+        """Lowers every node that the first output depends on; fallbacks run once, on zeros, to learn their shapes.
 
         Args:
             graph: one input of float32.
-            tensors: a tensor for each of its parameters.
-            shape: of the input.
-            machine: what it runs on.
-            folded: gets what is computed from weights alone, for a plan of the reference where this one fails.
+            tensors: a tensor for each parameter of the graph.
+            shape: shape of the input.
+            machine: the kernels.
+            folded: receives the values that are computed from weights alone, so that the reference need not compute
+                them again if no plan can be made.
 
         Raises:
-            UsageError: an operator, or a form of one, that nothing here knows.
-            FormatError: the weights do not fit the graph, or what is computed takes too much memory.
+            UsageError: neither kernels nor the reference know an operator, or a form of it.
+            FormatError: the weights do not fit the graph, or values take too much memory.
         """
         check_opset(graph)
         self._input, self._output = graph.inputs[0].name, graph.outputs[0].name
         self._machine = machine
-        self._steps: list[Native | Numpy] = []
-        self._native, self._fallbacks = 0, list[Fallback]()
-        known = Known({**graph.constants, **{name: tensors[name] for name in graph.parameters}})
-        self._limits = (
-            folding_limit(sum(map(dense_bytes, known.values()))),
-            running_limit(4 * math.prod(shape)),
-        )
-        nodes = fuse([node for node, _ in live_nodes(graph.nodes, self._output)], known, self._output)
-        self._lowering = Lowering(nodes, known, machine.lanes, machine.threads, machine.packs, RULES)
-        self._lowering.begin(self._input, shape, self._output)
+        self.steps: list[KernelStep | FallbackStep] = []
+        constants = Constants({**graph.constants, **{name: tensors[name] for name in graph.parameters}})
+        self._folding_limit = folding_limit(constants.nbytes)
+        self._running_limit = running_limit(4 * math.prod(shape))
+        nodes = fuse([node for node, _ in live_nodes(graph.nodes, self._output)], constants, self._output)
+        self._low = Lowering(nodes, constants, machine.target, RULES)
+        self._low.begin(self._input, shape, self._output)
+        # The values of a first run, on zeros, which goes along with the lowering.
         self._samples: dict[str, Array] = {self._input: np.zeros(shape, np.float32)}
         with np.errstate(all="ignore"):
-            self._prepare(nodes, known, {} if folded is None else folded)
-        self.coverage = Coverage(self._native + len(self._fallbacks), tuple(self._fallbacks))
-        self.cost = self._lowering.work / max(self._lowering.dense_work, 1.0)
-        del self._samples, self._lowering
-        self._constant = dense(known[self._output]) if self._output in known else None
+            self.coverage = self._compile(nodes, constants, {} if folded is None else folded)
+        del self._samples, self._low
+        self._constant = constants.dense(self._output) if self._output in constants else None
 
-    def run(self, x: Array) -> Array:
-        """Compute the first output for an input of the plan's shape.
-
-        Raises:
-            FormatError: a value does not fit the operator that reads it, or values take too much memory.
-        """
-        values: dict[str, Array] = {self._input: x}
-        with memory_limit(self._limits[1]), np.errstate(all="ignore"):
-            for step in self._steps:
-                step.run(values)
-        result = values[self._output] if self._constant is None else self._constant
-        return for_caller(result, shared=self._constant is not None)
+    @property
+    def cost(self) -> float:
+        """Returns the estimated time of all products as a share of the time of dense ones."""
+        work = sum(step.work for step in self.steps)
+        return work / max(sum(step.dense_work for step in self.steps), 1.0)
 
     def memory(self) -> PlanMemory:
         """Returns the bytes that one run of this plan needs, computed from the plan, not measured.
 
         `measure/memory` builds its figures for this runtime from these.
         """
-        return memory_of(self._steps, (self._input,))
+        return memory_of(self.steps, (self._input,))
 
-    def _prepare(self, nodes: Sequence[Node], known: Known, done: Folded) -> None:
-        low, folded = self._lowering, 0
+    def run(self, x: Array) -> Array:
+        """Computes the first output for an input of the plan's shape.
+
+        Raises:
+            FormatError: a value does not fit the operator that reads it, or values take too much memory.
+        """
+        values: dict[str, Array] = {self._input: x}
+        with memory_limit(self._running_limit), np.errstate(all="ignore"):
+            for step in self.steps:
+                step.run(values)
+        result = values[self._output] if self._constant is None else self._constant
+        return for_caller(result, shared=self._constant is not None)
+
+    def _compile(self, nodes: Sequence[Node], constants: Constants, folded: Folded) -> Coverage:
+        """Folds, lowers or falls back, node by node."""
+        low, folded_bytes, lowered = self._low, 0, 0
+        fallbacks: list[Fallback] = []
         for i, node in enumerate(nodes):
             if node.op == "Shape" and node.inputs[:1] and node.inputs[0] in low.shapes:
-                # The kernel looks at the shape alone; no array has to be there.
-                known.update(bind(node, known).compute([np.broadcast_to(np.float32(0), low.shapes[node.inputs[0]])]))
-            elif node.op == "Transpose" and self._swapped(node):
-                known.swap(node.inputs[0], node.outputs[0])
-            elif all(name in known for name in node.inputs if name):
+                # The function looks at the shape alone, so an array without memory will do.
+                array = np.broadcast_to(np.float32(0), low.shapes[node.inputs[0]])
+                constants.add(bind(node, constants.of_node(node)).compute([array]))
+            elif _swaps_axes(node) and constants.add_transpose(node.outputs[0], node.inputs[0]):
+                pass
+            elif all(name in constants for name in node.inputs if name):
+                known = constants.of_node(node)
                 call = bind(node, known)
-                with memory_limit(self._limits[0]):
-                    made = done[node.outputs] = fold(call, known)
-                    folded += sum(array.nbytes for array in made.values())
-                    claim((folded,), np.uint8)
-                known.update(made)
+                with memory_limit(self._folding_limit):
+                    results = folded[node.outputs] = fold(call, known)
+                    folded_bytes += sum(array.nbytes for array in results.values())
+                    claim((folded_bytes,), np.uint8)
+                constants.add(results)
             elif fallback := self._lower(i):
-                self._fall_back(i, node, known)
-                self._fallbacks.append(fallback)
+                fallbacks.append(fallback)
+                self._fall_back(i, node, constants)
             else:
-                self._native += 1
-        if self._output not in known:
+                lowered += 1
+        if self._output not in constants:
             low.array(self._output)
-            self._close()
-
-    def _swapped(self, node: Node) -> bool:
-        """Whether a node swaps the axes of a matrix."""
-        known, inputs = self._lowering.known, node.inputs
-        return (
-            node.attributes.get("perm") == (1, 0) and len(inputs) == 1 and isinstance(known.get(*inputs), SparseTensor)
-        )
+            self._end_segment()
+        return Coverage(lowered + len(fallbacks), tuple(fallbacks))
 
     def _lower(self, index: int) -> Fallback | None:
         """Lowers a node, in a new segment if it splits the batch in another way than the ops before it."""
-        low = self._lowering
+        low = self._low
         batch = low.batch_of(index)
         if batch not in (None, low.batch):
             self._export(index)
             low.start(batch)
         return low.lower(index)
 
-    def _export(self, index: int) -> None:
-        """End the segment, with everything in arrays that nodes from `index` on read."""
-        for name in self._lowering.alive(index):
-            self._lowering.array(name)
-        self._close()
-
-    def _fall_back(self, index: int, node: Node, known: Known) -> None:
-        """End the segment, and let the reference compute a node."""
-        low = self._lowering
+    def _fall_back(self, index: int, node: Node, constants: Constants) -> None:
+        """Ends the segment, and lets the reference compute a node."""
+        low = self._low
         self._export(index)
-        call = bind(node, known)
-        constants = {name: dense(known[name]) for name in call.inputs if name in known}
-        step = Numpy(call, constants, low.finished(index))
+        call = bind(node, constants.of_node(node))
+        arrays = {name: constants.dense(name) for name in call.inputs if name in constants}
+        step = FallbackStep(call, arrays, low.last_read_by(index))
         self._add(step)
-        for name, (shape, dtype) in step.made.items():
+        for name, (shape, dtype) in step.results.items():
             low.shapes[name], low.types[name] = shape, dtype
 
-    def _close(self) -> None:
-        """Make a step of the segment, and begin another."""
-        if self._lowering.segment.ops:
-            self._add(Native(self._machine, self._lowering.segment, self._limits[1]))
-        self._lowering.start()
+    def _export(self, index: int) -> None:
+        """Ends the segment, with everything in arrays that nodes from `index` on read."""
+        for name in self._low.alive(index):
+            self._low.array(name)
+        self._end_segment()
 
-    def _add(self, step: Native | Numpy) -> None:
-        with memory_limit(self._limits[1]):
+    def _end_segment(self) -> None:
+        """Makes a step of the segment, and begins another one."""
+        if self._low.segment.ops:
+            self._add(KernelStep(self._machine, self._low.segment, self._running_limit))
+        self._low.start()
+
+    def _add(self, step: KernelStep | FallbackStep) -> None:
+        with memory_limit(self._running_limit):
             step.run(self._samples)
-        self._steps.append(step)
+        self.steps.append(step)
+
+
+def _swaps_axes(node: Node) -> bool:
+    """Returns whether a node is the transpose of a matrix."""
+    return node.op == "Transpose" and node.attributes.get("perm") == (1, 0) and len(node.inputs) == 1

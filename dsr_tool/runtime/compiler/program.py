@@ -1,4 +1,4 @@
-"""What a plan is made of: lists of operations that run in one call, and single operators of the reference."""
+"""The steps of a plan: segments of ops that run in one call, and fallbacks to the reference."""
 
 from __future__ import annotations
 
@@ -9,60 +9,67 @@ import mmap
 import os
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dsr_tool.errors import DsrError, FormatError
 from dsr_tool.graph.limits import claim, memory_limit
-from dsr_tool.runtime.compiler.packing import Pack
+from dsr_tool.runtime.compiler.arena import allocate
+from dsr_tool.runtime.compiler.encoding import encode
+from dsr_tool.runtime.compiler.op import PackCache, Target
 from dsr_tool.runtime.compiler.segment import Segment
-from dsr_tool.runtime.kernels.ops import Operation
+from dsr_tool.runtime.kernels.ops import LAYOUT, LIMITS, library_layout
 from dsr_tool.runtime.reference.call import Call
 from dsr_tool.sparsity.tensor import Array
 
-__all__ = ["Machine", "Native", "Numpy"]
+__all__ = ["FallbackStep", "KernelStep", "Machine"]
 
 _LARGE_PAGE = 2 << 20
-_MOST_ARRAYS = 256  # as in kernels/run.cpp
+"""Bytes of a large page of the system."""
 
 
 class Machine:
     """The kernels, their threads and their memory, which all plans of a session share.
 
     Attributes:
-        library: the kernels.
-        threads: that they run on.
-        lanes: floats in a vector of theirs.
-        packs: weights as they want them, by layer and layout.
+        library: the loaded library.
+        target: the properties of the kernels that the compiler asks for.
+        packs: packed weights that some plan uses.
+        pool: address of the threads; 0 or None for a single one.
     """
 
     def __init__(self, library: ctypes.CDLL, threads: int) -> None:
         _declare(library)
-        if library.dsr_operation_bytes() != ctypes.sizeof(Operation):
+        if library_layout(library) != LAYOUT:
             raise DsrError("the kernels were built from other sources than this version; install dsr-tool again.")
-        self.library, self.threads = library, threads
-        self.lanes: int = library.dsr_lanes()
-        # Only as long as a plan uses them.
-        self.packs: weakref.WeakValueDictionary[Any, Pack] = weakref.WeakValueDictionary()
-        self.pool = library.dsr_pool_new(threads)
+        self.library = library
+        self.target = Target(library.dsr_lanes(), threads, library.dsr_widest_tile(0), library.dsr_widest_tile(1))
+        # Weak, since a packed weight is needed as long as a plan uses it.
+        self.packs: PackCache = weakref.WeakValueDictionary()
+        self.pool: int | None = library.dsr_pool_new(threads)
         self._process = os.getpid()
         self._memory = np.zeros(0, np.float32)
 
     def __del__(self) -> None:
-        # A fork has none of the threads, and would wait for them for ever.
+        # A forked process has none of the threads, and would wait for them for ever.
         if hasattr(self, "_process") and self._process == os.getpid():
             self.library.dsr_pool_free(self.pool)
 
+    @property
+    def lanes(self) -> int:
+        """Returns the floats in a vector of the kernels."""
+        return self.target.lanes
+
     def arena(self, floats: int) -> int:
-        """Address of memory for so many floats, for the values of one run."""
+        """Returns the address of memory for the values of one run; runs use the same memory one after another."""
         if floats > self._memory.size:
             self._memory = _pages(floats * 4).view(np.float32)
         return self._memory.ctypes.data
 
 
 def _pages(nbytes: int) -> Array:
-    """Zeros at the start of a page; in large pages where the system has them, since planes lie far apart."""
+    """Returns zeros at the start of a page, in large pages if the system has them, since planes lie far apart."""
     size = -(-nbytes // _LARGE_PAGE) * _LARGE_PAGE + _LARGE_PAGE
     # Private, since shared memory seldom comes in large pages.
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
@@ -76,81 +83,86 @@ def _pages(nbytes: int) -> Array:
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    """Tell ctypes what the functions take."""
-    library.dsr_pool_new.restype = ctypes.c_void_p
-    library.dsr_pool_free.argtypes = (ctypes.c_void_p,)
-    library.dsr_pool_free.restype = None
-    library.dsr_operation_bytes.restype = ctypes.c_int64
+    """Tells ctypes the arguments and results of the library's functions."""
     pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.dsr_pool_new.restype = pointer
+    library.dsr_pool_free.argtypes = (pointer,)
+    library.dsr_pool_free.restype = None
     library.dsr_run.argtypes = (pointer, number, pointer, pointer, number, number, pointer)
     library.dsr_run.restype = None
 
 
-class Native:
+class KernelStep:
     """A segment that is ready to run.
 
     Attributes:
+        ops: the structs that the kernels read.
+        work: multiply-adds of its ops, as many as dense kernels would do in the same time.
+        dense_work: multiply-adds of dense kernels for the same ops.
         arena_bytes: bytes of the arena that its values take.
-        op_bytes: bytes of its array of ops.
         packs: packed weights, which other segments and plans may share.
         tables: biases, pixel masks and index tables.
         output_bytes: bytes of each array that it fills, by name.
-        release: values that nobody reads after it; a segment drops none.
+        release: values that no later step reads; a segment drops none.
     """
 
     def __init__(self, machine: Machine, segment: Segment, limit: float) -> None:
-        """Lay out the values and the weights of a segment.
+        """Allocates the values of a segment and packs its weights.
 
         Args:
-            machine: what it runs on.
-            segment: the operations.
+            machine: the kernels.
+            segment: the ops.
             limit: bytes that its values may take together.
 
         Raises:
-            FormatError: they take more.
+            FormatError: its values take more, or are too many.
         """
-        if len(segment.inputs) + len(segment.outputs) >= _MOST_ARRAYS:
-            raise FormatError(f"operators without a kernel read and make more than {_MOST_ARRAYS} values at once.")
+        arrays = len(segment.inputs) + len(segment.outputs)
+        if arrays >= LIMITS["MAX_BUFFERS"]:
+            raise FormatError(
+                f"{arrays} values are exchanged with operators that have no kernel, over the limit of "
+                f"{LIMITS['MAX_BUFFERS'] - 1}; use runtime 'scipy'."
+            )
         with memory_limit(limit):
-            self._floats = segment.place()
-            claim((self._floats,), np.float32)
+            arena = allocate(segment)
+            claim((arena.floats,), np.float32)
             for value in segment.outputs.values():
                 claim(value.shape, np.float32)
-            self._operations, self._kept = segment.finished()
+            encoded = encode(segment.ops, arena.addresses, machine.packs)
+        self.ops, self.packs, self.tables = encoded.structs, encoded.packs, encoded.tables
+        self.work = sum(op.work for op in segment.ops)
+        self.dense_work = sum(op.dense_work for op in segment.ops)
+        self.arena_bytes = 4 * arena.floats
+        self.release: tuple[str, ...] = ()
         self._machine, self._batch = machine, segment.batch
         self._inputs = tuple(segment.inputs)
         self._outputs = {name: value.shape for name, value in segment.outputs.items()}
-        values = [*segment.inputs.values(), *segment.outputs.values()]
-        self._steps = (ctypes.c_int64 * (len(values) + 1))(0, *(value.entries for value in values))
-        machine.arena(self._floats)
-        self.packs = [item for item in self._kept if isinstance(item, Pack)]
-        inside = {id(array) for pack in self.packs for array in pack.arrays}
-        self.tables = [item for item in self._kept if isinstance(item, np.ndarray) and id(item) not in inside]
-        self.arena_bytes = 4 * self._floats
-        self.op_bytes = ctypes.sizeof(self._operations)
         self.output_bytes = {name: 4 * math.prod(shape) for name, shape in self._outputs.items()}
-        self.release: tuple[str, ...] = ()
+        steps = [0, *(value.entries for value in segment.arrays)]
+        self._steps = (ctypes.c_int64 * len(steps))(*steps)
+        machine.arena(arena.floats)
 
     def run(self, values: dict[str, Array]) -> None:
-        """Read the inputs from `values` and put the outputs there."""
+        """Reads its inputs from `values` and adds its outputs."""
         outputs = {name: np.empty(shape, np.float32) for name, shape in self._outputs.items()}
         arrays = [*(np.ascontiguousarray(values[name], np.float32) for name in self._inputs), *outputs.values()]
-        machine, arena = self._machine, self._machine.arena(self._floats)
+        machine, arena = self._machine, self._machine.arena(self.arena_bytes // 4)
         starts = (ctypes.c_void_p * (len(arrays) + 1))(arena, *(array.ctypes.data for array in arrays))
-        machine.library.dsr_run(
-            self._operations, len(self._operations), starts, self._steps, len(starts), self._batch, machine.pool
-        )
+        machine.library.dsr_run(self.ops, len(self.ops), starts, self._steps, len(starts), self._batch, machine.pool)
         values.update(outputs)
 
 
-class Numpy:
-    """An operator that the reference computes.
+class FallbackStep:
+    """A node that the reference computes.
 
     Attributes:
-        made: shape and type of what it makes, as of its first run.
         constants: arrays that it reads in every run, by name.
-        release: values that nobody reads after it.
+        release: values that no later step reads.
+        results: shape and type of each output, known after the first run.
+        work, dense_work: 0; the cost of a plan is that of its kernels.
     """
+
+    work = dense_work = 0.0
 
     def __init__(self, call: Call, constants: Mapping[str, Array], release: Iterable[str]) -> None:
         """Keeps the node and its constants.
@@ -162,32 +174,34 @@ class Numpy:
         """
         self._call = call
         self.constants, self.release = constants, tuple(release)
-        self.made: dict[str, tuple[tuple[int, ...], Any]] = {}
+        self.results: dict[str, tuple[tuple[int, ...], npt.DTypeLike]] = {}
 
     @property
     def output_bytes(self) -> dict[str, int]:
         """Returns the bytes of each array that it makes, by name."""
-        return {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype) in self.made.items()}
+        return {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype) in self.results.items()}
 
     def run(self, values: dict[str, Array]) -> None:
-        """Read the inputs from `values` and put the outputs there.
+        """Reads its inputs from `values` and adds its outputs.
 
         Raises:
-            FormatError: a shape depends on more than the shape of the input.
+            FormatError: the shape of an output depends on the values of the inputs.
         """
         arguments = [
             None if not name else self.constants[name] if name in self.constants else values[name]
             for name in self._call.inputs
         ]
-        made = self._call.compute(arguments)
-        found = {name: (array.shape, array.dtype) for name, array in made.items()}
-        self.made = self.made or found
-        if found != self.made:
-            # The plan goes by shapes, and its kernels take them on trust.
+        outputs = self._call.compute(arguments)
+        results: dict[str, tuple[tuple[int, ...], npt.DTypeLike]] = {
+            name: (array.shape, array.dtype) for name, array in outputs.items()
+        }
+        self.results = self.results or results
+        if results != self.results:
+            # The plan was made for the first shapes, and its kernels do not check them.
             raise FormatError(
                 f"the output shape of operator {self._call.node.op} depends on the values of its input, which the "
                 f"kernels do not support; use runtime 'scipy'."
             )
-        values.update(made)
+        values.update(outputs)
         for name in self.release:
             values.pop(name, None)

@@ -6,25 +6,33 @@
 
 struct Pool;
 
-// Call f(context, i) for every i below n, on the threads of the pool; f for neighbouring i tends to stay on one.
+// One op in one run: where its buffers lie now, and the threads that share the work.
+struct Call {
+    const Op& op;
+    const float* source;
+    const float* other;  // null where the op has no second input
+    float* out;
+    Pool* pool;
+};
+
+// Each kind of op is computed by one function, named in its row of ops.def.
+#define OP(kind, number, function, line) void function(const Call& call);
+#include "ops.def"
+
+// Calls f(context, i) for every i below n on the threads of the pool; neighbouring i tend to stay on one thread.
 void parallel(Pool* pool, int64_t n, void (*f)(const void*, int64_t), const void* context);
 
-// Apply the activation of an operation to `count` vectors in place, and clear what lies outside of the mask.
-void activate_masked(const Operation& op, float* x, const int32_t* mask, int64_t count);
+// Calls f(call, i) for every i below `count`, in about 32 shares of neighbouring i.
+void in_shares(const Call& call, void (*f)(const Call&, int64_t), int64_t count);
 
-// Apply the activation of an operation to `count` floats in place.
-void activate(const Operation& op, float* x, int64_t count);
+// Applies the activation of an op to `count` vectors in place, and zeroes what lies outside of the mask.
+void activate_masked(const Op& op, float* x, const int32_t* mask, int64_t count);
 
-void product(const Operation& op, const float* in, const float* residual, float* out, Pool* pool);
-void max_pool(const Operation& op, const float* in, float* out, Pool* pool);
-void gather(const Operation& op, const float* in, float* out, Pool* pool);
-void regrid(const Operation& op, const float* in, float* out, Pool* pool);
-void combine(const Operation& op, const float* a, const float* b, float* out, Pool* pool);
-void channelwise(const Operation& op, const float* in, const float* factors, float* out, Pool* pool);
-void mean(const Operation& op, const float* in, float* out, Pool* pool);
-void rows(const Operation& op, const float* in, const float* residual, float* out, Pool* pool);
-void from_rows(const Operation& op, const float* in, float* out, Pool* pool);
-void to_rows(const Operation& op, const float* in, float* out, Pool* pool);
-void normalize(const Operation& op, const float* in, float* out, Pool* pool);
-void softmax(const Operation& op, const float* in, float* out, Pool* pool);
-void fill_halo(const Operation& op, float* out, Pool* pool);
+// Applies the activation of an op to `count` floats in place.
+void activate(const Op& op, float* x, int64_t count);
+
+// Fills the halo around each plane of the result.
+void fill_halo(const Call& call);
+
+// Widest tiles of spmm in vectors, for sparse and for dense parts.
+int widest_tile(bool dense);

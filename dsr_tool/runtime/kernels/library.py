@@ -19,11 +19,9 @@ from typing import Any
 
 from dsr_tool.errors import UsageError, first_line, unknown_name
 from dsr_tool.runtime.kernels.cpu import LEVELS, missing_features, supported_levels
+from dsr_tool.runtime.kernels.ops import ABI
 
 __all__ = ["ABI", "VARIABLE", "Kernels", "choose", "kernels", "level", "library"]
-
-ABI = 2
-"""What `dsr_kernels_abi` of the library must say; it changes with the arguments of its functions."""
 
 VARIABLE = "DSR_TOOL_KERNELS"
 

@@ -1,67 +1,48 @@
-// Operations that take each plane by itself: pools, activations, sums of two values, means, and moves between layouts.
+// Ops that take each plane by itself: MAX_POOL, COMBINE, SCALE and MEAN; and the halo of every result.
+//
+// All of them walk over the vectors of a plane in order and touch each float once or a few times, so memory is the
+// limit and arithmetic is free. Planes are independent, so threads share them.
 
 #include "kernels.h"
 
 namespace {
 
-constexpr int64_t ITEMS = 32;  // about as many pieces of work for all threads: enough to share, few to ask for
-
-struct Work {
-    const Operation& op;
-    const float *in, *other;
-    float* out;
-};
-
-using PerPlane = void (*)(const Work&, int64_t);
-
-struct Planes {
-    const Work& work;
-    PerPlane f;
-    int64_t count, at_once;
-};
-
-void run_some(const void* context, int64_t item) {
-    const Planes& planes = *(const Planes*)context;
-    const int64_t begin = item * planes.at_once, end = begin + planes.at_once;
-    for (int64_t i = begin; i < (end < planes.count ? end : planes.count); i++) planes.f(planes.work, i);
-}
-
-void each_plane(const Work& work, PerPlane f, int64_t count, Pool* pool) {
-    const Planes planes{work, f, count, count / ITEMS + 1};
-    parallel(pool, (count + planes.at_once - 1) / planes.at_once, run_some, &planes);
-}
-
-Vec activated(const Operation& op, Vec x) {
+Vec activated(const Op& op, Vec x) {
     switch (op.activation) {
         case SIGMOID: return sigmoid(x);
         case SILU: return x * sigmoid(x);
-        case HARD_SIGMOID: return clip(x * op.alpha + op.beta, splat(0), splat(1));
-        case HARD_SWISH: return x * clip(x * op.alpha + op.beta, splat(0), splat(1));
+        case HARD_SIGMOID: return clip(x * op.slope + op.shift, splat(0), splat(1));
+        case HARD_SWISH: return x * clip(x * op.slope + op.shift, splat(0), splat(1));
         case GELU: return 0.5f * x * (1.0f + error_function(x * 0.70710678f));
         case GELU_TANH: return 0.5f * x * (1.0f + hyperbolic_tangent(0.79788456f * (x + 0.044715f * x * x * x)));
         case TANH: return hyperbolic_tangent(x);
-        case ELU: return select(x < 0.0f, op.alpha * (exponential(clip(x, splat(-88), splat(0))) - 1.0f), x);
-        case LEAKY_RELU: return select(x < 0.0f, op.alpha * x, x);
+        case ELU: return select(x < 0.0f, op.negative_scale * (exponential(clip(x, splat(-88), splat(0))) - 1.0f), x);
+        case LEAKY_RELU: return select(x < 0.0f, op.negative_scale * x, x);
         default: return clip(x, splat(op.low), splat(op.high));
     }
 }
 
-Bits inside(const Operation& op, int64_t plane, int64_t i) {
+// Bits of the pixels in vector i of a plane. Places without a pixel must stay zero where a later op reads past the end
+// of a row of pixels; where none does, the plan has no mask and all entries count.
+Bits inside(const Op& op, int64_t plane, int64_t i) {
     if (!op.mask) return ~Bits{};
     Bits mask;
     std::memcpy(&mask, op.mask + (plane % op.phases * op.length + i) * LANES, sizeof mask);
     return mask;
 }
 
-void pool_plane(const Work& work, int64_t plane) {
-    const Operation& op = work.op;
-    const int64_t channel = plane / op.phases, phase = plane % op.phases;
-    const float* in = work.in + channel * op.inner * op.in_stride * LANES;
-    const int32_t* tap = op.index + phase * op.count;
-    float* out = work.out + plane * op.out_stride * LANES;
+// MAX_POOL. The taps of a window are vector offsets, as the records of spmm are: every tap is one aligned load for all
+// lanes. Border pixels meet zeros of the halo, so the plan uses this kernel for padded windows on inputs >= 0 only. NaN
+// wins over everything, as in numpy.
+void pool_plane(const Call& call, int64_t plane) {
+    const Op& op = call.op;
+    const int64_t channel = plane / op.phases, phase = plane % op.phases, taps = op.max_pool.taps_per_phase;
+    const float* in = call.source + channel * op.max_pool.source_phases * op.source_stride * LANES;
+    const int32_t* tap = op.max_pool.taps + phase * taps;
+    float* out = call.out + plane * op.out_stride * LANES;
     for (int64_t i = 0; i < op.length; i++) {
         Vec most = load(in + (tap[0] + i) * LANES);
-        for (int64_t k = 1; k < op.count; k++) {
+        for (int64_t k = 1; k < taps; k++) {
             const Vec x = load(in + (tap[k] + i) * LANES);
             most = select((x > most) | (x != x), x, most);
         }
@@ -69,42 +50,7 @@ void pool_plane(const Work& work, int64_t plane) {
     }
 }
 
-// A piece of every phase of one channel, since neighbouring pixels go to different phases: what was read for one is
-// still in the cache for the next.
-constexpr int64_t PIECE = 8 * LANES;
-
-void gather_channel(const Work& work, int64_t channel) {
-    const Operation& op = work.op;
-    const float* in = work.in + channel * op.in_stride;
-    for (int64_t begin = 0; begin < op.count; begin += PIECE) {
-        const int64_t end = begin + PIECE < op.count ? begin + PIECE : op.count;
-        for (int64_t phase = 0; phase < op.phases; phase++) {
-            const int32_t* index = op.index + phase * op.count;
-            float* out = work.out + (channel * op.phases + phase) * op.inner;
-            // Four at a time, since a compiler's own way of doing it, a gather instruction, is slower than single loads.
-            int64_t i = begin;
-            for (; i + 4 <= end; i += 4) {
-                const float a = in[index[i]], b = in[index[i + 1]], c = in[index[i + 2]], d = in[index[i + 3]];
-                out[i] = a, out[i + 1] = b, out[i + 2] = c, out[i + 3] = d;
-            }
-            for (; i < end; i++) out[i] = in[index[i]];
-            if (op.mask)
-                for (int64_t v = begin / LANES; v < end / LANES; v++)
-                    store(out + v * LANES, masked(inside(op, phase, v), load(out + v * LANES)));
-        }
-    }
-}
-
-// Without a table, one row of entries as it is.
-constexpr int64_t COPIED = 1 << 14;
-
-void copy_piece(const void* context, int64_t item) {
-    const Work& work = *(const Work*)context;
-    const int64_t begin = item * COPIED, count = work.op.count - begin < COPIED ? work.op.count - begin : COPIED;
-    std::memcpy(work.out + begin, work.in + begin, 4 * count);
-}
-
-Vec combined(int32_t how, Vec a, Vec b) {
+Vec combined(int64_t how, Vec a, Vec b) {
     switch (how) {
         case ADD: return a + b;
         case SUBTRACT: return a - b;
@@ -113,57 +59,62 @@ Vec combined(int32_t how, Vec a, Vec b) {
     }
 }
 
-void combine_plane(const Work& work, int64_t plane) {
-    const Operation& op = work.op;
-    const float* a = work.in + plane * op.in_stride * LANES;
-    const float* b = work.other + plane * op.other_stride * LANES;
-    float* out = work.out + plane * op.out_stride * LANES;
+// COMBINE. Two values whose entries lie alike, or one alone; then the activation. A value that is not planes counts as
+// one plane of whole vectors: its buffer is rounded up, so the last vector may be computed in full.
+void combine_plane(const Call& call, int64_t plane) {
+    const Op& op = call.op;
+    const float* a = call.source + plane * op.source_stride * LANES;
+    const float* b = call.other + plane * op.other_stride * LANES;
+    float* out = call.out + plane * op.out_stride * LANES;
     for (int64_t i = 0; i < op.length; i++) {
         Vec x = load(a + i * LANES);
-        if (work.other) x = combined(op.flag, x, load(b + i * LANES));
+        if (op.combine.how != FIRST) x = combined(op.combine.how, x, load(b + i * LANES));
         store(out + i * LANES, masked(inside(op, plane, i), activated(op, x)));
     }
 }
 
-void channel_plane(const Work& work, int64_t plane) {
-    const Operation& op = work.op;
-    const int64_t channel = plane / op.phases;
-    const Vec factor = splat(work.other ? work.other[channel] : op.values[channel]);
-    const Vec shift = splat(op.bias ? op.bias[channel] : 0);
-    const float* in = work.in + plane * op.in_stride * LANES;
-    float* out = work.out + plane * op.out_stride * LANES;
+// SCALE. The second input has one factor per channel, entry after entry, and was computed by the ops before.
+void scale_plane(const Call& call, int64_t plane) {
+    const Op& op = call.op;
+    const Vec factor = splat(call.other[plane / op.phases]);
+    const float* in = call.source + plane * op.source_stride * LANES;
+    float* out = call.out + plane * op.out_stride * LANES;
     for (int64_t i = 0; i < op.length; i++)
-        store(out + i * LANES, masked(inside(op, plane, i), activated(op, load(in + i * LANES) * factor + shift)));
+        store(out + i * LANES, masked(inside(op, plane, i), activated(op, load(in + i * LANES) * factor)));
 }
 
-void mean_channel(const Work& work, int64_t channel) {
-    const Operation& op = work.op;
+// MEAN. The sum over all vectors of a channel, over lanes at the end, times 1 / pixels; positions without a pixel are
+// zero.
+void mean_channel(const Call& call, int64_t channel) {
+    const Op& op = call.op;
+    const Mean& mean = op.mean;
     Vec total{};
-    for (int64_t phase = 0; phase < op.phases; phase++) {
-        const float* in = work.in + (channel * op.phases + phase) * op.in_stride * LANES;
-        // Sums of sums, which round less.
-        for (int64_t begin = 0; begin < op.length; begin += 64) {
+    for (int64_t phase = 0; phase < mean.source_phases; phase++) {
+        const float* in = call.source + (channel * mean.source_phases + phase) * op.source_stride * LANES;
+        // Sums of 64 vectors each, then the sum of those: a long chain of additions would round more.
+        for (int64_t begin = 0; begin < mean.source_length; begin += 64) {
             Vec part{};
-            for (int64_t i = begin; i < op.length && i < begin + 64; i++) part += load(in + i * LANES);
+            for (int64_t i = begin; i < mean.source_length && i < begin + 64; i++) part += load(in + i * LANES);
             total += part;
         }
     }
-    work.out[channel] = sum(total) * op.alpha;
+    call.out[channel] = sum(total) * mean.factor;
 }
 
-// Vector i before the plane is vector i + length one lane up, which may lie before the plane itself, and so on.
-void halo_plane(const Work& work, int64_t plane) {
-    const Operation& op = work.op;
+// The halo. Vector i before a plane is vector i + length, one lane up: the end of the strip before. That vector may lie
+// before the plane itself, so copies are made from the plane outwards.
+void halo_plane(const Call& call, int64_t plane) {
+    const Op& op = call.op;
     const int64_t length = op.length;
-    float* out = work.out + plane * op.out_stride * LANES;
-    for (int64_t i = -1; i >= -op.before; i--) store(out + i * LANES, raised(load(out + (i + length) * LANES)));
-    for (int64_t i = length; i < length + op.after; i++)
+    float* out = call.out + plane * op.out_stride * LANES;
+    for (int64_t i = -1; i >= -op.halo_before; i--) store(out + i * LANES, raised(load(out + (i + length) * LANES)));
+    for (int64_t i = length; i < length + op.halo_after; i++)
         store(out + i * LANES, lowered(load(out + (i - length) * LANES)));
 }
 
 }  // namespace
 
-void activate_masked(const Operation& op, float* x, const int32_t* mask, int64_t count) {
+void activate_masked(const Op& op, float* x, const int32_t* mask, int64_t count) {
     for (int64_t i = 0; i < count; i++) {
         Vec v = activated(op, load(x + i * LANES));
         if (mask) {
@@ -175,8 +126,9 @@ void activate_masked(const Operation& op, float* x, const int32_t* mask, int64_t
     }
 }
 
-void activate(const Operation& op, float* x, int64_t count) {
+void activate(const Op& op, float* x, int64_t count) {
     for (int64_t i = 0; i < count; i += LANES) {
+        // An array of the caller ends where it ends, so the last vector is read and written in part.
         const size_t bytes = 4 * (count - i < LANES ? count - i : LANES);
         Vec v{};
         std::memcpy(&v, x + i, bytes);
@@ -185,30 +137,15 @@ void activate(const Operation& op, float* x, int64_t count) {
     }
 }
 
-void max_pool(const Operation& op, const float* in, float* out, Pool* pool) {
-    each_plane({op, in, nullptr, out}, pool_plane, op.channels * op.phases, pool);
-}
+void max_pool(const Call& call) { in_shares(call, pool_plane, call.op.channels * call.op.phases); }
 
-void gather(const Operation& op, const float* in, float* out, Pool* pool) {
-    const Work work{op, in, nullptr, out};
-    if (op.index)
-        each_plane(work, gather_channel, op.channels, pool);
-    else
-        parallel(pool, (op.count + COPIED - 1) / COPIED, copy_piece, &work);
-}
+void combine(const Call& call) { in_shares(call, combine_plane, call.op.channels * call.op.phases); }
 
-void combine(const Operation& op, const float* a, const float* b, float* out, Pool* pool) {
-    each_plane({op, a, b, out}, combine_plane, op.channels * op.phases, pool);
-}
+void scale(const Call& call) { in_shares(call, scale_plane, call.op.channels * call.op.phases); }
 
-void channelwise(const Operation& op, const float* in, const float* factors, float* out, Pool* pool) {
-    each_plane({op, in, factors, out}, channel_plane, op.channels * op.phases, pool);
-}
+void mean(const Call& call) { in_shares(call, mean_channel, call.op.mean.channels); }
 
-void mean(const Operation& op, const float* in, float* out, Pool* pool) {
-    each_plane({op, in, nullptr, out}, mean_channel, op.channels, pool);
-}
-
-void fill_halo(const Operation& op, float* out, Pool* pool) {
-    if (op.before || op.after) each_plane({op, nullptr, nullptr, out}, halo_plane, op.channels * op.phases, pool);
+void fill_halo(const Call& call) {
+    const Op& op = call.op;
+    if (op.halo_before || op.halo_after) in_shares(call, halo_plane, op.channels * op.phases);
 }

@@ -1,31 +1,46 @@
-// Sparse weights times planes: every convolution, and products with matrices.
+// SPMM: sparse or dense weights times planes. Every convolution, linear layers on several rows, average pools.
 //
-// A work record is the value of one weight and the distance, in vectors, from the output vector to the input vector
-// that it multiplies. A tile of T neighbouring output vectors stays in registers while the records of one output
-// channel pass by: one load of the value and T multiply-adds with operands from the first-level cache.
+// What is computed. For each output channel r and each output vector i:
+//
+//     out[r][i] = activation(bias[r] + residual[r][i] + sum over records k of r: value[k] * in[base + offset[k] + i])
+//
+// A record is one weight and the distance, in vectors, from the output vector to the input vector that it multiplies.
+// In the strip layout that distance is the same for all pixels, so a 3 x 3 convolution is a sparse matrix times shifted
+// views of the input: no im2col and no unaligned load.
+//
+// How it walks memory. A tile of T neighbouring output vectors stays in registers while the records of one output
+// channel pass by: one broadcast of the value, then T multiply-adds whose operands come from the first-level cache. Two
+// loads a cycle are the limit, so a wide tile pays: the broadcast is shared by T multiply-adds. Channels that a tile
+// reads are cut into blocks that fit in the first-level cache; between blocks the sums are stored and loaded again.
+// Values and offsets are read once a run, front to back, so they are prefetched and cost bandwidth alone.
+//
+// Dense parts. From a density of 0.7 on it is quicker to multiply the zeros too: four output channels share one list of
+// offsets, and each load of the input serves four multiply-adds.
 
 #include <cmath>
+#include <utility>
 
 #include "kernels.h"
 
 namespace {
 
+// Accumulators, the broadcast value and, in dense tiles, four weights and an input have to fit in the registers.
 #if DSR_LANES == 16 || defined(__aarch64__)
 constexpr int WIDEST = 14, WIDEST_DENSE = 6;  // of 32 registers
 #else
 constexpr int WIDEST = 12, WIDEST_DENSE = 3;  // of 16 registers
 #endif
 
-// What does not change within one operation.
-struct Call {
-    const Operation& op;
+// What does not change within one op.
+struct Product {
+    const Op& op;
     const float *in, *residual;
     float* out;
-    bool clipped, rectified;
+    bool clipped, rectified;  // the two commonest activations are applied in registers
     Vec low, high;
 };
 
-// Where the tile of one part lies; of what it writes and adds, as it would for channel 0.
+// Where the tile of one part lies: what it writes and what it adds, as for channel 0.
 struct Place {
     float* out;
     const float* residual;
@@ -33,17 +48,18 @@ struct Place {
     const int32_t* mask;
     int64_t out_step, residual_step;  // floats from one channel to the next
 
-    Place(const Call& c, const Part& part, int64_t column)
-        : out(c.out + (part.phase * c.op.out_stride + column) * LANES),
-          residual(c.residual ? c.residual + (part.phase * c.op.other_stride + column) * LANES : nullptr),
-          bias(c.op.bias),
-          mask(c.op.mask ? c.op.mask + (part.phase * c.op.length + column) * LANES : nullptr),
-          out_step(c.op.phases * c.op.out_stride * LANES),
-          residual_step(c.op.phases * c.op.other_stride * LANES) {}
+    Place(const Product& p, const Part& part, int64_t column)
+        : out(p.out + (part.phase * p.op.out_stride + column) * LANES),
+          residual(p.residual ? p.residual + (part.phase * p.op.other_stride + column) * LANES : nullptr),
+          bias(p.op.spmm.bias),
+          mask(p.op.mask ? p.op.mask + (part.phase * p.op.length + column) * LANES : nullptr),
+          out_step(p.op.phases * p.op.out_stride * LANES),
+          residual_step(p.op.phases * p.op.other_stride * LANES) {}
 
-    // What the sums of one channel start from: in the first block its bias and what is added, later what they are.
+    // The sums of one channel start from its bias and residual in the first block, and from what they were later.
     template <int T>
     void start(Vec* sums, int64_t row, bool first) const {
+        // Without the pragmas gcc keeps the arrays of sums in memory.
         if (!first) {
 #pragma GCC unroll 16
             for (int t = 0; t < T; t++) sums[t] = load(out + row * out_step + t * LANES);
@@ -59,14 +75,15 @@ struct Place {
     }
 };
 
+// The end of a channel: activation, zeros where there is no pixel, store.
 template <int T>
-inline void finish(const Call& c, Vec* sums, const int32_t* mask, float* out) {
-    if (c.clipped) {
+inline void finish(const Product& p, Vec* sums, const int32_t* mask, float* out) {
+    if (p.clipped) {
 #pragma GCC unroll 16
-        for (int t = 0; t < T; t++) sums[t] = clip(sums[t], c.low, c.high);
-    } else if (c.rectified) {
+        for (int t = 0; t < T; t++) sums[t] = clip(sums[t], p.low, p.high);
+    } else if (p.rectified) {
 #pragma GCC unroll 16
-        for (int t = 0; t < T; t++) sums[t] = sums[t] < c.low ? c.low : sums[t];
+        for (int t = 0; t < T; t++) sums[t] = sums[t] < p.low ? p.low : sums[t];
     }
     if (mask) {
 #pragma GCC unroll 16
@@ -78,17 +95,17 @@ inline void finish(const Call& c, Vec* sums, const int32_t* mask, float* out) {
     }
 #pragma GCC unroll 16
     for (int t = 0; t < T; t++) store(out + t * LANES, sums[t]);
-    if (c.op.activation != CLIP) activate_masked(c.op, out, mask, T);
+    if (p.op.activation != CLIP) activate_masked(p.op, out, mask, T);
 }
 
 template <int T>
-void sparse_tile(const Call& c, const Part& part, int64_t column) {
-    const Operation& op = c.op;
-    const Place place(c, part, column);
+void sparse_tile(const Product& p, const Part& part, int64_t column) {
+    const Spmm& op = p.op.spmm;
+    const Place place(p, part, column);
     for (int64_t b = part.first; b < part.last; b++) {
         const Block& block = op.blocks[b];
         const bool first = b == part.first, last = b == part.last - 1;
-        const char* in = (const char*)(c.in + (block.base + column) * LANES);
+        const char* in = (const char*)(p.in + (block.base + column) * LANES);
         const float* value = op.values + block.values;
         const uint16_t* offset = op.offsets + block.offsets;
         const Entry* entry = op.entries + block.entries;
@@ -99,8 +116,8 @@ void sparse_tile(const Call& c, const Part& part, int64_t column) {
             // Weights are read once a run, so they come from far away.
             __builtin_prefetch(value + 512);
             __builtin_prefetch(offset + 1024);
-            // The address for the next record but one is made ahead: it waits for a load, which multiply-adds do not.
-            // Behind the last record lies that of another channel, or what the plan put there.
+            // Addresses are computed two records ahead: each waits for the load of its offset, multiply-adds need not.
+            // Offsets are padded by two, so reading offset[k + 2] is safe.
             const char* now = in + (uint64_t)offset[0] * VECTOR_BYTES;
             const char* next = in + (uint64_t)offset[1] * VECTOR_BYTES;
             for (int k = 0; k < count; k++) {
@@ -115,7 +132,7 @@ void sparse_tile(const Call& c, const Part& part, int64_t column) {
             offset += count;
             float* out = place.out + entry->row * place.out_step;
             if (last) {
-                finish<T>(c, sums, place.mask, out);
+                finish<T>(p, sums, place.mask, out);
             } else {
 #pragma GCC unroll 16
                 for (int t = 0; t < T; t++) store(out + t * LANES, sums[t]);
@@ -125,13 +142,13 @@ void sparse_tile(const Call& c, const Part& part, int64_t column) {
 }
 
 template <int T>
-void dense_tile(const Call& c, const Part& part, int64_t column) {
-    const Operation& op = c.op;
-    const Place place(c, part, column);
+void dense_tile(const Product& p, const Part& part, int64_t column) {
+    const Spmm& op = p.op.spmm;
+    const Place place(p, part, column);
     for (int64_t b = part.first; b < part.last; b++) {
         const Block& block = op.blocks[b];
         const bool first = b == part.first, last = b == part.last - 1;
-        const char* in = (const char*)(c.in + (block.base + column) * LANES);
+        const char* in = (const char*)(p.in + (block.base + column) * LANES);
         const uint16_t* offset = op.offsets + block.offsets;
         const float* value = op.values + block.values;
         for (int64_t e = block.entries; e < block.entries + block.count; e++) {
@@ -140,8 +157,8 @@ void dense_tile(const Call& c, const Part& part, int64_t column) {
             int64_t row[4];
 #pragma GCC unroll 4
             for (int r = 0; r < 4; r++) {
-                // The last group repeats its last channel where there are less than four.
-                row[r] = entry.row + r < op.channels ? entry.row + r : op.channels - 1;
+                // Where fewer than four channels are left, the last one is computed again and stored over itself.
+                row[r] = entry.row + r < p.op.channels ? entry.row + r : p.op.channels - 1;
                 place.template start<T>(sums[r], row[r], first);
             }
             for (int k = 0; k < entry.count; k++) {
@@ -161,7 +178,7 @@ void dense_tile(const Call& c, const Part& part, int64_t column) {
             for (int r = 0; r < 4; r++) {
                 float* out = place.out + row[r] * place.out_step;
                 if (last) {
-                    finish<T>(c, sums[r], place.mask, out);
+                    finish<T>(p, sums[r], place.mask, out);
                 } else {
 #pragma GCC unroll 16
                     for (int t = 0; t < T; t++) store(out + t * LANES, sums[r][t]);
@@ -171,40 +188,54 @@ void dense_tile(const Call& c, const Part& part, int64_t column) {
     }
 }
 
-using Tile = void (*)(const Call&, const Part&, int64_t);
+using Tile = void (*)(const Product&, const Part&, int64_t);
 
-constexpr Tile SPARSE[] = {nullptr,        sparse_tile<1>,  sparse_tile<2>,  sparse_tile<3>,  sparse_tile<4>,
-                           sparse_tile<5>, sparse_tile<6>,  sparse_tile<7>,  sparse_tile<8>,  sparse_tile<9>,
-                           sparse_tile<10>, sparse_tile<11>, sparse_tile<12>, sparse_tile<13>, sparse_tile<14>};
-constexpr Tile DENSE[] = {nullptr,       dense_tile<1>, dense_tile<2>, dense_tile<3>,
-                          dense_tile<4>, dense_tile<5>, dense_tile<6>};
+// The tile of each width from 1 on: the compiler asks for a width, and the last tiles of a plane may be narrower.
+template <int... T>
+Tile sparse_of(std::integer_sequence<int, T...>, int width) {
+    static constexpr Tile tiles[] = {sparse_tile<T + 1>...};
+    return tiles[width - 1];
+}
+
+template <int... T>
+Tile dense_of(std::integer_sequence<int, T...>, int width) {
+    static constexpr Tile tiles[] = {dense_tile<T + 1>...};
+    return tiles[width - 1];
+}
 
 struct Work {
-    const Call& call;
-    const Tile* tile;  // by width
-    int64_t tiles;     // of each part
+    const Product& product;
+    bool dense;
+    int64_t tiles;  // of each part
 };
 
-// Item i is one tile of one part. Parts that differ by their phase alone follow each other and read the same input,
-// so they take their turns with each tile.
+// Item i is one tile of one part. Parts that differ by their phase alone follow each other and read the same input, so
+// they take turns with each tile, while that input is in the cache.
 void run_item(const void* context, int64_t item) {
     const Work& work = *(const Work*)context;
-    const Operation& op = work.call.op;
+    const Op& op = work.product.op;
     const int64_t i = item / op.phases % work.tiles;
-    const Part& part = op.parts[item / (op.phases * work.tiles) * op.phases + item % op.phases];
-    // Tiles of nearly equal width: the wider ones first.
-    const int64_t width = op.length / work.tiles, wider = op.length % work.tiles;
-    work.tile[width + (i < wider)](work.call, part, i * width + (i < wider ? i : wider));
+    const Part& part = op.spmm.parts[item / (op.phases * work.tiles) * op.phases + item % op.phases];
+    // Tiles of nearly equal width, the wider ones first: one narrow tile at the end would waste its broadcasts.
+    const int64_t narrow = op.length / work.tiles, wider = op.length % work.tiles;
+    const int width = (int)(narrow + (i < wider));
+    const int64_t column = i * narrow + (i < wider ? i : wider);
+    const Tile tile = work.dense ? dense_of(std::make_integer_sequence<int, WIDEST_DENSE>(), width)
+                                 : sparse_of(std::make_integer_sequence<int, WIDEST>(), width);
+    tile(work.product, part, column);
 }
 
 }  // namespace
 
-void product(const Operation& op, const float* in, const float* residual, float* out, Pool* pool) {
-    const bool any = op.activation == CLIP, above = any && op.low == 0 && op.high == INFINITY;
-    const bool clipped = any && !above && (op.low != -INFINITY || op.high != INFINITY);
-    const Call call{op, in, residual, out, clipped, above, splat(op.low), splat(op.high)};
-    const bool dense = op.count && op.parts->dense;
-    const int64_t most = dense ? WIDEST_DENSE : WIDEST, widest = op.inner < most ? op.inner : most;
-    const Work work{call, dense ? DENSE : SPARSE, (op.length + widest - 1) / widest};
-    parallel(pool, op.count * work.tiles, run_item, &work);
+int widest_tile(bool dense) { return dense ? WIDEST_DENSE : WIDEST; }
+
+void spmm(const Call& call) {
+    const Op& op = call.op;
+    // ReLU takes one instruction where a general clip takes two.
+    const bool any = op.activation == CLIP, rectified = any && op.low == 0 && op.high == INFINITY;
+    const bool clipped = any && !rectified && (op.low != -INFINITY || op.high != INFINITY);
+    const Product product{op, call.source, call.other, call.out, clipped, rectified, splat(op.low), splat(op.high)};
+    const int64_t tile = op.spmm.tile;
+    const Work work{product, op.spmm.parts->dense != 0, (op.length + tile - 1) / tile};
+    parallel(call.pool, op.spmm.part_count * work.tiles, run_item, &work);
 }

@@ -1,7 +1,9 @@
-// Threads of our own. A run is many short rounds of items; workers spin for the next round and sleep between runs.
+// The threads that share the work of one op.
 //
-// Nobody waits for a thread that the system has taken off its core, unless it is in the middle of an item: whoever is
-// there takes the next one, and a round is over when all its items are done.
+// A run is many short rounds, one or two for each op, of items that any thread may take. OpenMP's barriers cost too
+// much for rounds as short as these, so workers spin for the next one and sleep between runs. A thread that the system
+// has taken off its core delays a round only if it is in the middle of an item: whoever is there takes the next one,
+// and a round is over when all its items are done.
 
 #include <pthread.h>
 #include <stdlib.h>
@@ -12,12 +14,12 @@
 
 namespace {
 
-constexpr int SPINS = 20000;  // some tens of microseconds: longer than the pause between two operations
+constexpr int SPINS = 20000;  // some tens of microseconds: longer than the pause between two ops
 
-// A ticket is the number of a round, its number of items, and the next item: all in one, so that a worker who comes
-// late never takes an item of one round for one of another.
+// A ticket is the number of a round, its number of items, and the next item, in one word of 64 bits: a worker that
+// comes late cannot take an item of one round for one of another.
 constexpr int BITS = 20;
-constexpr int64_t MOST_ITEMS = (int64_t(1) << BITS) - 4096;  // each thread may count past the end once
+constexpr int64_t MOST_ITEMS = (int64_t(1) << BITS) - 4096;  // each thread may count once past the end
 constexpr uint64_t FIELD = (uint64_t(1) << BITS) - 1;
 
 inline uint64_t next_of(uint64_t ticket) { return ticket & FIELD; }
@@ -43,7 +45,7 @@ struct Pool {
     std::atomic<int64_t> done;
     std::atomic<int> sleeping;
     std::atomic<bool> stop;
-    // Of the round that is going on; written while no item is in anybody's hands.
+    // The round that is going on; written only while no thread has an item.
     uint64_t round;
     int64_t first;
     void (*f)(const void*, int64_t);
@@ -53,7 +55,7 @@ struct Pool {
 namespace {
 
 void work(Pool* pool) {
-    // Looked at before it is counted up, so that workers without work leave the counter alone.
+    // Looked at before it is counted up: workers without work must not count the ticket into the next field.
     while (open(pool->ticket.load(std::memory_order_acquire))) {
         const uint64_t ticket = pool->ticket.fetch_add(1, std::memory_order_acq_rel);
         if (!open(ticket)) return;
@@ -113,9 +115,32 @@ void parallel(Pool* pool, int64_t n, void (*f)(const void*, int64_t), const void
         run_round(pool, first, n - first < MOST_ITEMS ? n - first : MOST_ITEMS, f, context);
 }
 
+namespace {
+
+constexpr int64_t SHARES = 32;  // enough to share evenly, few enough that asking for them costs nothing
+
+struct Shares {
+    const Call& call;
+    void (*f)(const Call&, int64_t);
+    int64_t count, at_once;
+};
+
+void run_share(const void* context, int64_t item) {
+    const Shares& shares = *(const Shares*)context;
+    const int64_t begin = item * shares.at_once, end = begin + shares.at_once;
+    for (int64_t i = begin; i < (end < shares.count ? end : shares.count); i++) shares.f(shares.call, i);
+}
+
+}  // namespace
+
+void in_shares(const Call& call, void (*f)(const Call&, int64_t), int64_t count) {
+    const Shares shares{call, f, count, count / SHARES + 1};
+    parallel(call.pool, (count + shares.at_once - 1) / shares.at_once, run_share, &shares);
+}
+
 extern "C" {
 
-// A pool of `threads` with the caller as one of them; null for one thread, or where the system has no more.
+// Makes a pool of `threads` with the caller as one of them; null for one thread, or where the system has no more.
 Pool* dsr_pool_new(int threads) {
     if (threads < 2) return nullptr;
     Pool* pool = (Pool*)calloc(1, sizeof(Pool));

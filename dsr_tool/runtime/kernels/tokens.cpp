@@ -1,4 +1,9 @@
-// What transformers need beside products: rows of features as planes and back, layer normalisation, softmax.
+// What transformers need beside products: FROM_ROWS, TO_ROWS, LAYER_NORM and SOFTMAX.
+//
+// Linear layers on tokens run as spmm on planes: features are channels, and the rows (tokens) lie in strips as pixels
+// do. FROM_ROWS and TO_ROWS are the transposition between rows of features and such planes. LAYER_NORM works on planes
+// too: the features of LANES rows pass by in vectors, so no sum over lanes is needed. SOFTMAX works on rows as they
+// lie, since attention's products are computed by numpy and hand over rows.
 
 #include <cmath>
 
@@ -6,42 +11,46 @@
 
 namespace {
 
-struct Work {
-    const Operation& op;
-    const float* in;
-    float* out;
-};
-
-// Row r of `inner` rows with `count` features is in lane r / length of vector r % length. Sixteen features at a time,
-// so that what is read and what is written stays in the cache.
+// Row r lies in lane r / length of vector r % length of every plane. Item i is vector i of all planes, 16 features at a
+// time: the rows that are read and the vectors that are written then stay in the cache together.
 constexpr int64_t FEATURES = 16;
 
-template <bool TO_PLANES>
-void transpose_vector(const void* context, int64_t i) {
-    const Work& work = *(const Work*)context;
-    const Operation& op = work.op;
-    const int64_t length = op.length, rows = op.inner, features = op.count;
+void from_rows_vector(const void* context, int64_t i) {
+    const Call& call = *(const Call*)context;
+    const int64_t rows = call.op.from_rows.rows, features = call.op.from_rows.features;
+    const int64_t length = call.op.length, stride = call.op.out_stride;
     for (int64_t first = 0; first < features; first += FEATURES) {
         const int64_t last = first + FEATURES < features ? first + FEATURES : features;
         for (int64_t lane = 0; lane < LANES; lane++) {
             const int64_t row = lane * length + i;
-            for (int64_t c = first; c < last; c++) {
-                if (TO_PLANES)
-                    work.out[(c * op.out_stride + i) * LANES + lane] = row < rows ? work.in[row * features + c] : 0;
-                else if (row < rows)
-                    work.out[row * features + c] = work.in[(c * op.in_stride + i) * LANES + lane];
-            }
+            for (int64_t c = first; c < last; c++)
+                call.out[(c * stride + i) * LANES + lane] = row < rows ? call.source[row * features + c] : 0;
         }
     }
 }
 
-// Mean and variance over the channels of each place, in two passes.
-void normalize_vector(const void* context, int64_t i) {
-    const Work& work = *(const Work*)context;
-    const Operation& op = work.op;
-    const float* in = work.in + i * LANES;
-    float* out = work.out + i * LANES;
-    const int64_t step = op.in_stride * LANES;
+void to_rows_vector(const void* context, int64_t i) {
+    const Call& call = *(const Call*)context;
+    const int64_t rows = call.op.to_rows.rows, features = call.op.to_rows.features;
+    const int64_t length = call.op.to_rows.source_length, stride = call.op.source_stride;
+    for (int64_t first = 0; first < features; first += FEATURES) {
+        const int64_t last = first + FEATURES < features ? first + FEATURES : features;
+        for (int64_t lane = 0; lane < LANES; lane++) {
+            const int64_t row = lane * length + i;
+            for (int64_t c = first; c < last && row < rows; c++)
+                call.out[row * features + c] = call.source[(c * stride + i) * LANES + lane];
+        }
+    }
+}
+
+// LAYER_NORM of the rows in vector i: the mean, the variance around it, and the result, in three passes over features.
+// Two passes for the variance, since the difference of two large sums would lose its digits.
+void norm_vector(const void* context, int64_t i) {
+    const Call& call = *(const Call*)context;
+    const Op& op = call.op;
+    const float* in = call.source + i * LANES;
+    float* out = call.out + i * LANES;
+    const int64_t step = op.source_stride * LANES;
     Vec total{}, squares{};
     for (int64_t c = 0; c < op.channels; c++) total += load(in + c * step);
     const Vec mean = total / (float)op.channels;
@@ -49,16 +58,19 @@ void normalize_vector(const void* context, int64_t i) {
         const Vec d = load(in + c * step) - mean;
         squares += d * d;
     }
-    Vec scale = squares / (float)op.channels + op.alpha;
+    Vec scale = squares / (float)op.channels + op.layer_norm.epsilon;
     for (int l = 0; l < LANES; l++) scale[l] = 1.0f / std::sqrt(scale[l]);
     for (int64_t c = 0; c < op.channels; c++)
-        store(out + c * op.out_stride * LANES, (load(in + c * step) - mean) * scale * op.values[c] + op.bias[c]);
+        store(out + c * op.out_stride * LANES,
+              (load(in + c * step) - mean) * scale * op.layer_norm.scale[c] + op.layer_norm.shift[c]);
 }
 
-void softmax_row(const Work& work, int64_t row) {
-    const int64_t n = work.op.count;
-    const float* in = work.in + row * n;
-    float* out = work.out + row * n;
+// SOFTMAX of one row: the largest entry (NaN wins), exponentials and their sum, the quotient. The
+// largest is subtracted so that no exponential overflows. What does not fill a vector is taken as one padded with -inf.
+void softmax_row(const Call& call, int64_t row) {
+    const int64_t n = call.op.softmax.columns;
+    const float* in = call.source + row * n;
+    float* out = call.out + row * n;
     Vec highest = splat(-INFINITY), total{};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
@@ -88,29 +100,19 @@ void softmax_row(const Work& work, int64_t row) {
 constexpr int64_t ROWS_AT_ONCE = 32;
 
 void softmax_rows(const void* context, int64_t item) {
-    const Work& work = *(const Work*)context;
-    const int64_t begin = item * ROWS_AT_ONCE, rest = work.op.inner - begin;
-    for (int64_t row = begin; row < begin + (rest < ROWS_AT_ONCE ? rest : ROWS_AT_ONCE); row++) softmax_row(work, row);
+    const Call& call = *(const Call*)context;
+    const int64_t begin = item * ROWS_AT_ONCE, rest = call.op.softmax.rows - begin;
+    for (int64_t row = begin; row < begin + (rest < ROWS_AT_ONCE ? rest : ROWS_AT_ONCE); row++) softmax_row(call, row);
 }
 
 }  // namespace
 
-void from_rows(const Operation& op, const float* in, float* out, Pool* pool) {
-    const Work work{op, in, out};
-    parallel(pool, op.length, transpose_vector<true>, &work);
-}
+void from_rows(const Call& call) { parallel(call.pool, call.op.length, from_rows_vector, &call); }
 
-void to_rows(const Operation& op, const float* in, float* out, Pool* pool) {
-    const Work work{op, in, out};
-    parallel(pool, op.length, transpose_vector<false>, &work);
-}
+void to_rows(const Call& call) { parallel(call.pool, call.op.to_rows.source_length, to_rows_vector, &call); }
 
-void normalize(const Operation& op, const float* in, float* out, Pool* pool) {
-    const Work work{op, in, out};
-    parallel(pool, op.length, normalize_vector, &work);
-}
+void layer_norm(const Call& call) { parallel(call.pool, call.op.length, norm_vector, &call); }
 
-void softmax(const Operation& op, const float* in, float* out, Pool* pool) {
-    const Work work{op, in, out};
-    parallel(pool, (op.inner + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, softmax_rows, &work);
+void softmax(const Call& call) {
+    parallel(call.pool, (call.op.softmax.rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, softmax_rows, &call);
 }

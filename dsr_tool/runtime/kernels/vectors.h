@@ -1,4 +1,7 @@
-// One vector of floats of the width that this build is for, and the functions of it that networks need.
+// A vector of floats, as wide as this build's registers, and the functions of it that networks need.
+//
+// Vectors are the compiler's own (vector_size), so one source serves AVX-512, AVX2, SSE2 and NEON. Their width must be
+// the processor's: gcc lowers wider ones badly.
 #pragma once
 
 #include <cstdint>
@@ -33,13 +36,13 @@ static inline Vec select(Bits mask, Vec a, Vec b) { return (Vec)((mask & (Bits)a
 
 static inline Vec masked(Bits mask, Vec a) { return (Vec)(mask & (Bits)a); }
 
-// Written so that NaN stays NaN.
+// Comparisons with NaN are false, so NaN stays NaN.
 static inline Vec clip(Vec x, Vec low, Vec high) {
     x = x < low ? low : x;
     return x > high ? high : x;
 }
 
-// Each lane to the one above or below; zero comes in.
+// Each lane moves to the one above or below, and zero comes in: how strips meet their neighbours in the halo.
 #if DSR_LANES == 16
 static inline Vec raised(Vec v) {
     const Vec o{};
@@ -69,7 +72,8 @@ static inline float largest(Vec v) {
     return most;
 }
 
-// e^x to two units in the last place: 2^n e^r with |r| <= ln 2 / 2, e^r by its Taylor series to degree 7.
+// e^x, wrong by at most two units in the last place: 2^n e^r with |r| <= ln 2 / 2, and e^r by its Taylor series to
+// degree 7.
 static inline Vec exponential(Vec x) {
     // Past these, the result is 0 or infinity in float.
     x = clip(x, splat(-87.3f), splat(88.7f));
@@ -85,7 +89,7 @@ static inline Vec exponential(Vec x) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    // Half of n twice, since 2^128 itself is no float.
+    // Half of n twice, since 2^128 itself is not a float.
     Bits whole = (Bits)shifted - (Bits)shifter;
     Bits half = whole >> 1;
     return p * (Vec)((half + 127) << 23) * (Vec)((whole - half + 127) << 23);
@@ -95,7 +99,7 @@ static inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exponential(-x)); }
 
 static inline Vec hyperbolic_tangent(Vec x) { return 1.0f - 2.0f / (1.0f + exponential(x + x)); }
 
-// The error function to 1.5e-7 (Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26).
+// The error function, wrong by at most 1.5e-7 (Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26).
 static inline Vec error_function(Vec x) {
     Bits sign = (Bits)x & INT32_MIN;
     Vec a = (Vec)((Bits)x & INT32_MAX);

@@ -1,0 +1,118 @@
+"""An op before buffers have addresses: what every kind has in common.
+
+Ops are immutable. Their fields are symbolic: they refer to values, whose halos may still grow while later nodes are
+lowered, so offsets and strides are asked for at the end alone (`parameters`). Fusing replaces an op by another one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from dsr_tool.runtime.compiler.layouts import Value
+from dsr_tool.runtime.compiler.packing import Pack
+from dsr_tool.runtime.kernels.ops import Activation, Kind
+from dsr_tool.sparsity.tensor import Array
+
+__all__ = ["IDENTITY", "Activate", "Op", "PackCache", "Parameters", "Target"]
+
+PackCache = MutableMapping[tuple[object, ...], Pack]
+"""Packed weights that plans of one session share, by weight, layout and blocks."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The properties of the kernels that the compiler asks for.
+
+    Attributes:
+        lanes: floats in a vector.
+        threads: number of threads that share an op.
+        widest_tile: most output vectors that sparse weights hold in registers.
+        widest_dense_tile: the same of weights with their zeros, for each of four output channels.
+    """
+
+    lanes: int
+    threads: int
+    widest_tile: int
+    widest_dense_tile: int
+
+
+@dataclass(frozen=True)
+class Activate:
+    """An activation with its parameters, as ops.def names them; those of other functions stay at their defaults."""
+
+    function: Activation = Activation.CLIP
+    low: float = -math.inf
+    high: float = math.inf
+    slope: float = 0.0
+    shift: float = 0.0
+    negative_scale: float = 0.0
+
+    @property
+    def nonnegative(self) -> bool:
+        """Returns whether no result is negative."""
+        clips_at_zero = self.function is Activation.CLIP and 0 <= self.low <= self.high
+        return clips_at_zero or self.function is Activation.SIGMOID
+
+
+IDENTITY = Activate()
+
+
+class Parameters(NamedTuple):
+    """The named parameters of an op.
+
+    Attributes:
+        fields: a number or an array for each field of the kind's struct in ops.def; arrays become addresses.
+        pack: the packed weight that holds some of the arrays.
+    """
+
+    fields: Mapping[str, int | float | Array]
+    pack: Pack | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Op:
+    """One entry of a plan.
+
+    Attributes:
+        source: the value that it reads.
+        out: the value that it makes.
+        other: a second value that it reads, such as a residual.
+        activate: the activation applied to its result.
+        kind: the row of ops.def.
+        fuses: an activation after it can become part of it.
+        exact: it reads and writes the entries of flat values and no more, so they may be arrays of the caller; others
+            use whole vectors.
+        masks: it writes zeros at positions without a pixel if told so by a mask.
+    """
+
+    source: Value
+    out: Value
+    other: Value | None = None
+    activate: Activate = IDENTITY
+
+    kind: ClassVar[Kind]
+    fuses: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
+    masks: ClassVar[bool] = True
+
+    @property
+    def work(self) -> float:
+        """Returns its multiply-adds, as many as a dense kernel would do in the same time; 0 if it has no weights."""
+        return 0.0
+
+    @property
+    def dense_work(self) -> float:
+        """Returns the multiply-adds of a dense kernel for the same op; 0 if it has no weights."""
+        return 0.0
+
+    def parameters(self, packs: PackCache) -> Parameters:
+        """Returns its named parameters; all halos must be final.
+
+        Args:
+            packs: packed weights that exist already; one that is packed here is added.
+        """
+        del packs
+        return Parameters({})

@@ -1,0 +1,173 @@
+"""SPMM: sparse or dense weights times planes, and how the work is cut into tiles, blocks and shares of threads."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from dsr_tool.graph.windows import Window
+from dsr_tool.runtime.compiler.layouts import Planes
+from dsr_tool.runtime.compiler.op import Op, PackCache, Parameters, Target
+from dsr_tool.runtime.compiler.packing import MAX_OFFSET, Pack, Taps, pack_dense, pack_sparse
+from dsr_tool.runtime.compiler.taps import offsets_of
+from dsr_tool.runtime.kernels.ops import Kind
+from dsr_tool.sparsity.tensor import Array, SparseTensor, dense
+
+__all__ = ["Spmm"]
+
+# The numbers below were measured with benchmarks/inference.py on Zen 3 and Zen 5.
+MIN_DENSE = 0.7
+"""Density from which four output channels at a time, zeros included, are faster than one channel without them."""
+SPARSE_COST = 1.6
+"""Time of a multiply-add in a sparse product, in units of one in a dense product."""
+
+CACHE_BYTES = 40 << 10
+"""Input bytes per block where inputs are read often. They must fit in the first-level cache next to the weights."""
+FAR_BYTES = 100 << 10
+"""Input bytes per block where inputs are read seldom: fewer blocks save more than a warm cache gives."""
+OFTEN = 0.12
+"""Mean records per pair of output and input channel above which inputs count as read often."""
+MIN_RECORDS = 20
+"""Fewest records of an output channel in a block that are worth loading and storing its sums once more."""
+DENSE_BYTES = 21 << 10
+"""Input bytes per block of a dense part."""
+
+POINT_BYTES = 36 << 10
+"""Input bytes per block of a 1 x 1 kernel."""
+POINT_DENSITY = 0.25
+"""Mean records per pair of channels from which the tiles of a 1 x 1 kernel are as wide as they can be."""
+POINT_RECORDS = 13
+"""Fewest records of an output channel in a block of a 1 x 1 kernel."""
+
+NARROW_TILE = 11
+"""Vectors of a tile where inputs are read seldom: a narrow tile leaves more of the cache to other channels."""
+MIN_SHARED_TILE = 5
+"""Fewest vectors of a tile that is narrowed to give each thread the same number of tiles."""
+MANY_TILES = 4
+"""Tiles per thread from which an uneven number of them is shared well enough as it is."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Spmm(Op):
+    """A convolution or a linear layer on several rows.
+
+    Attributes:
+        weight: shape (out channels, channels / groups, height, width).
+        bias: shape (out channels,).
+        window: the window that slides over the source.
+        groups: number of groups of channels.
+        weight_name: operator and name of the weight, under which the packed weight is shared between plans.
+        target: the kernels.
+    """
+
+    source: Planes
+    out: Planes
+    weight: SparseTensor
+    bias: Array
+    window: Window
+    groups: int
+    weight_name: tuple[str, str]
+    target: Target
+
+    kind: ClassVar[Kind] = Kind.SPMM
+    fuses: ClassVar[bool] = True
+
+    @property
+    def computes_zeros(self) -> bool:
+        """Returns whether the weight is so dense that it is multiplied with its zeros."""
+        return self.groups == 1 and self.weight.mask.density >= MIN_DENSE
+
+    @property
+    def work(self) -> float:
+        """Returns its multiply-adds, unused lanes included, as many as a dense kernel would do in the same time."""
+        mask = self.weight.mask
+        positions = self.out.grid.length * self.target.lanes * self.out.phases
+        return positions * (mask.size if self.computes_zeros else mask.active * SPARSE_COST)
+
+    @property
+    def dense_work(self) -> float:
+        """Returns the multiply-adds of a dense kernel for the same op."""
+        return math.prod(self.out.shape[2:]) * self.weight.mask.size
+
+    def parameters(self, packs: PackCache) -> Parameters:
+        """Returns the packed weight, the width of tiles and the bias."""
+        channel = self.source.phases * self.source.stride
+        phases = [Taps(offsets, channel) for offsets in offsets_of(self.window, self.source, self.out)]
+        tile, per_block = self._tiling(phases)
+        tile, split = shared_tile(self.target.threads, self.out.grid.length, tile, len(phases))
+        pack = self._pack(packs, phases, per_block, split)
+        bias = np.ascontiguousarray(self.bias, np.float32)
+        return Parameters({**pack.fields, "part_count": len(pack.parts), "tile": tile, "bias": bias}, pack)
+
+    def _pack(self, packs: PackCache, phases: Sequence[Taps], per_block: int, split: int) -> Pack:
+        key = (self.weight_name, self.weight.mask.shape, self.groups, tuple(phases), per_block, split)
+        pack = packs.get(key)
+        if pack is None:
+            pack = (
+                pack_dense(dense(self.weight), phases, per_block, split)
+                if self.computes_zeros
+                else pack_sparse(self.weight, self.groups, phases, per_block, split)
+            )
+            packs[key] = pack
+        return pack
+
+    def _tiling(self, phases: Sequence[Taps]) -> tuple[int, int]:
+        """Returns the vectors of a tile, and the input channels of a block.
+
+        A block keeps the inputs that it reads in the first-level cache, but it costs a load and a store of every
+        output vector. Where an input is read by few records, blocks are large and tiles small.
+        """
+        mask, length = self.weight.mask, self.source.grid.length
+        records = mask.active / max(mask.shape[0] * mask.shape[1], 1)
+        often, point = records >= OFTEN, max(self.window.kernel) == 1
+        widest, narrow = self.target.widest_tile, min(NARROW_TILE, self.target.widest_tile)
+        sparse_tile = widest if records >= (POINT_DENSITY if point else OFTEN) else narrow
+        tile = min(length, self.target.widest_dense_tile if self.computes_zeros else sparse_tile)
+        # All tiles of a plane are about equally wide.
+        width = -(-length // -(-length // tile))
+        vectors = max(_touched(taps.offsets, width) for taps in phases)
+        if point:
+            nbytes, least = POINT_BYTES, POINT_RECORDS
+        else:
+            nbytes, least = CACHE_BYTES if often else FAR_BYTES, MIN_RECORDS
+        if self.computes_zeros:
+            nbytes = DENSE_BYTES
+        channels = max(nbytes / (vectors * 4 * self.target.lanes), least / max(records, 1e-9))
+        # A block of a grouped convolution holds whole groups, so all channels of the source are counted.
+        inner = self.source.channels
+        blocks = max(round(inner / max(channels, 1)), 1)
+        reach = max(max(taps.offsets) - min(taps.offsets) for taps in phases)
+        most = (MAX_OFFSET - reach) // phases[0].channel
+        return tile, max(min(-(-inner // blocks), most), 1)
+
+
+def shared_tile(threads: int, length: int, tile: int, phases: int) -> tuple[int, int]:
+    """Returns the vectors of a tile and the parts of the output channels that give threads equal shares.
+
+    Each part reads the whole input again, so threads share the tiles of a plane where there are enough of them.
+
+    Args:
+        threads: number of threads.
+        length: vectors of a plane.
+        tile: vectors of a tile for one thread.
+        phases: phases of the output.
+    """
+    tiles = -(-length // tile) * phases
+    if threads == 1 or tiles % threads == 0:
+        return tile, 1
+    even = -(-tiles // threads) * threads
+    narrow = -(-length * phases // even)
+    if tiles > threads and narrow >= MIN_SHARED_TILE:
+        return narrow, 1
+    return tile, 1 if tiles >= MANY_TILES * threads else threads
+
+
+def _touched(offsets: Sequence[int], width: int) -> int:
+    """Returns the vectors of one channel that a tile of `width` vectors reads."""
+    ordered = sorted(set(offsets))
+    return width + sum(min(width, after - before) for before, after in itertools.pairwise(ordered))
