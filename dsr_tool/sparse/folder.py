@@ -1,53 +1,83 @@
-"""The model folder: config.json, model.safetensors with plain state_dict keys, masks.safetensors with packed bits."""
+"""The model folder: `config.json`, `model.safetensors` with the plain state_dict, `masks.safetensors` with packed bits.
+
+`docs/format.md` describes the three files.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
+from torch import nn
 
 from dsr_tool.errors import FileError, FormatError
 from dsr_tool.files import new_folder, require_file, share
 from dsr_tool.formats.tensor_file import TensorFile
-from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.config import ModelConfig, installed_versions
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.mask import Mask
 
-__all__ = ["CONFIG", "MASKS", "NEXT", "WEIGHTS", "Saved", "current", "read_folder", "save_folder", "write_model"]
+__all__ = [
+    "CONFIG",
+    "MASKS",
+    "NEXT",
+    "WEIGHTS",
+    "ModelFolder",
+    "current_file",
+    "read_folder",
+    "save_folder",
+    "write_model",
+]
 
 CONFIG, WEIGHTS, MASKS = "config.json", "model.safetensors", "masks.safetensors"
+"""Names of the three files."""
+
 NEXT = ".next"
-"""Folder of files that are about to replace those beside it; they count from the moment it has this name."""
+"""Sub-folder of files that are about to replace those beside it. A file in it counts as the current one."""
 
 SCHEMA = "dsr-tool/model/1"
 
 
-def current(folder: Path, name: str) -> Path:
-    """Path of a file in a folder whose files may just be replaced."""
+class Savable(Protocol):
+    """The parts of a `SparseModel` that a folder holds; see its attributes.
+
+    A protocol, because `SparseModel.save` calls this module.
+    """
+
+    module: nn.Module
+    specs: dict[str, LayerSpec]
+    masks: dict[str, torch.Tensor]
+    config: ModelConfig
+
+    def check(self) -> None:
+        """Raises `CheckFailed` if weights and masks disagree."""
+
+
+def current_file(folder: Path, name: str) -> Path:
+    """Returns the path of a file that counts in a folder whose files may be in the middle of a replacement."""
     replacing = folder / NEXT / name
     return replacing if replacing.exists() else folder / name
 
 
-class Saved:
-    """A model folder as read, before it meets a module.
+class ModelFolder:
+    """A model folder on disk. Weights and masks are read when they are asked for.
 
     Attributes:
-        path: the folder.
-        config: what the model is.
-        specs: one per state_dict entry.
-        versions: what wrote it.
+        path: path of the folder.
+        config: description of the model.
+        specs: one `LayerSpec` per state_dict entry, by name.
+        versions: names and versions of the packages that wrote it.
     """
 
     def __init__(self, path: Path) -> None:
-        """Read `config.json`; see `read_folder` for what is raised."""
+        """Reads `config.json`; see `read_folder`."""
         self.path = path
         document = _read_json(self.file(CONFIG))
         if document.get("schema") != SCHEMA:
@@ -59,15 +89,20 @@ class Saved:
             specs = [LayerSpec.from_dict(data) for data in document["layers"]]
             self.versions: dict[str, str] = dict(document["versions"])
         except (KeyError, TypeError, ValueError) as error:
-            raise FormatError(f"{str(path / CONFIG)!r} is not understood: {error}.") from error
+            raise FormatError(f"{str(path / CONFIG)!r} is invalid: {error}.") from error
         self.specs = {spec.name: spec for spec in specs}
 
     def file(self, name: str) -> Path:
-        """Path of one of the files, also while they are being replaced."""
-        return current(self.path, name)
+        """Returns the path of one of the files, also while they are being replaced."""
+        return current_file(self.path, name)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The state_dict."""
+        """Reads the state_dict.
+
+        Raises:
+            FileError: the file is missing.
+            FormatError: the file is damaged.
+        """
         path = self.file(WEIGHTS)
         require_file(path, "weights")
         try:
@@ -76,7 +111,12 @@ class Saved:
             raise FormatError(f"weights {str(path)!r} cannot be read ({error}); the file is damaged.") from error
 
     def masks(self) -> dict[str, Mask]:
-        """Masks of the sparse layers, checked against the shapes of the specs."""
+        """Reads the masks of the sparse weights by name.
+
+        Raises:
+            FileError: the file is missing.
+            FormatError: the file is damaged, or does not fit `specs`.
+        """
         path = self.file(MASKS)
         require_file(path, "masks")
         try:
@@ -94,35 +134,40 @@ class Saved:
             raise FormatError(f"masks {str(path)!r}: {error}") from error
 
 
-def read_folder(path: str | Path) -> Saved:
-    """Open a model folder.
+def read_folder(path: str | Path) -> ModelFolder:
+    """Opens a model folder.
 
     Raises:
-        FileError: there is no such folder, or it lacks a file.
-        FormatError: a file in it is damaged or of another version.
+        FileError: the folder does not exist, or has no `config.json`.
+        FormatError: `config.json` is damaged or of another version.
     """
     path = Path(path)
     if not path.exists():
         raise FileError(f"model folder {str(path)!r} does not exist; make one with `dsr-tool convert`.")
     if not (path / CONFIG).is_file():
         raise FileError(f"{str(path)!r} is not a model folder: it has no {CONFIG}; make one with `dsr-tool convert`.")
-    return Saved(path)
+    return ModelFolder(path)
 
 
-def save_folder(model: SparseModel, path: str | Path, *, force: bool = False) -> None:
-    """Write a model folder beside its place and move it there when it is whole.
+def save_folder(model: Savable, path: str | Path, *, force: bool = False) -> None:
+    """Writes a model folder under a temporary name and renames it when it is complete.
+
+    Args:
+        model: the model; it is checked first.
+        path: the new folder.
+        force: whether to replace an existing model folder.
 
     Raises:
         CheckFailed: weights and masks disagree.
-        FileError: the folder exists without `force`, or the disk refuses it.
+        FileError: the folder exists and may not be replaced, or writing fails.
     """
     model.check()
     with new_folder(Path(path), marker=CONFIG, force=force) as part:
         write_model(model, part)
 
 
-def write_model(model: SparseModel, folder: Path) -> None:
-    """Write the three files of a checked model into an existing folder."""
+def write_model(model: Savable, folder: Path) -> None:
+    """Writes the three files of a checked model into an existing folder."""
     document = {
         "schema": SCHEMA,
         "versions": installed_versions(),
@@ -130,14 +175,16 @@ def write_model(model: SparseModel, folder: Path) -> None:
         "layers": [spec.to_dict() for spec in model.specs.values()],
     }
     (folder / CONFIG).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    save_tensors(_plain(model.module.state_dict()), folder / WEIGHTS)
-    tensors = {name: Mask.from_bool(mask.cpu().contiguous().numpy()).bits for name, mask in model.masks.items()}
-    save_arrays(tensors, folder / MASKS)
+    save_tensors(_on_cpu(model.module.state_dict()), folder / WEIGHTS)
+    bits = {name: Mask.from_bool(mask.cpu().contiguous().numpy()).bits for name, mask in model.masks.items()}
+    save_arrays(bits, folder / MASKS)
+    # safetensors creates files that only their owner can read.
     for name in (WEIGHTS, MASKS):
         share(folder / name)
 
 
-def _plain(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _on_cpu(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    # safetensors refuses tensors that are not contiguous, as weights in channels_last are.
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 

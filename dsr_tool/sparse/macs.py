@@ -1,8 +1,8 @@
-"""Multiply-adds of every weight, counted by running the module on the meta device."""
+"""Counts the multiply-adds of every weight by running the module on the meta device."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,44 +17,54 @@ from dsr_tool.sparsity.layers import LayerSpec
 __all__ = ["output_shape", "with_macs"]
 
 _BATCH = 2
+"""Number of inputs of the run; counts are divided by it."""
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up what torch's own FLOP formulas say of each operator, for the parameter whose storage it reads."""
+    """Adds up torch's own FLOP formula of each operator, for the parameters whose storage the operator reads.
+
+    Attributes:
+        macs: multiply-adds of `_BATCH` inputs by parameter name.
+    """
 
     def __init__(self, owners: Mapping[int, str]) -> None:
+        """Takes the parameter name of each storage, by address."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.owners = owners
+        self._owners = owners
         self.macs: dict[str, int] = {}
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: torch._ops.OpOverload[..., Any],
+        types: Iterable[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             for name in self._weights(args):
-                # The formula counts a multiply-add as two.
+                # The formula counts a multiply-add as two operations.
                 self.macs[name] = self.macs.get(name, 0) + formula(*args, **(kwargs or {}), out_val=out) // 2
         return out
 
     def _weights(self, args: Sequence[Any]) -> list[str]:
         storages = [arg.untyped_storage()._cdata for arg in args if isinstance(arg, torch.Tensor)]
-        return [self.owners[storage] for storage in storages if storage in self.owners]
+        return [self._owners[storage] for storage in storages if storage in self._owners]
 
 
 def with_macs(module: nn.Module, specs: Mapping[str, LayerSpec], input_shape: tuple[int, ...]) -> dict[str, LayerSpec]:
-    """Fill in `macs_per_weight` for one input of `input_shape`; nothing is computed or copied.
+    """Returns the specs with `macs_per_weight` for one input. On the meta device, nothing is computed or copied.
 
     Args:
         module: the network.
-        specs: what `discover` found in it.
-        input_shape: shape of one input without the batch dimension.
+        specs: the specs that `discover` returned for it.
+        input_shape: shape of one input, without the batch dimension.
 
     Raises:
-        UsageError: the network cannot take such an input.
+        UsageError: the network does not accept such an input.
     """
-    state = _without_values(module)
+    state = _meta_state(module)
     counter = _Counter({state[name].untyped_storage()._cdata: name for name, spec in specs.items() if spec.weight})
     with counter:
         _run(module, state, input_shape)
@@ -67,33 +77,38 @@ def with_macs(module: nn.Module, specs: Mapping[str, LayerSpec], input_shape: tu
 
 
 def output_shape(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of what the network makes of one input, or of its entry `out`; empty where that is no tensor.
+    """Returns the shape of the output for one input, without the batch dimension.
+
+    If the module returns a mapping, this is the shape of its entry `out`. It is empty if the output is not a tensor.
 
     Raises:
-        UsageError: the network cannot take such an input.
+        UsageError: the network does not accept such an input.
     """
-    output = _run(module, _without_values(module), input_shape)
-    output = output.get("out") if isinstance(output, Mapping) else output
+    output = _run(module, _meta_state(module), input_shape)
+    if isinstance(output, Mapping):
+        output = output.get("out")
     return tuple(output.shape[1:]) if isinstance(output, torch.Tensor) else ()
 
 
-def _without_values(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer on the meta device."""
+def _meta_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns every parameter and buffer on the meta device, without values."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
 
 
-def _run(module: nn.Module, state: dict[str, torch.Tensor], input_shape: tuple[int, ...]) -> Any:
-    """The output for `_BATCH` inputs in eval mode; nothing is computed, and the module stays as it is."""
+def _run(module: nn.Module, state: dict[str, torch.Tensor], input_shape: tuple[int, ...]) -> object:
+    """Returns the output for `_BATCH` inputs in eval mode. The module itself stays as it is."""
     training = {child: child.training for child in module.modules()}
     dtype = next((t.dtype for t in module.parameters() if t.is_floating_point()), torch.float32)
     example = torch.empty((_BATCH, *input_shape), dtype=dtype, device="meta")
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one fused operator would hide the projections
+    # The fused attention of eval mode would hide the products with the projections.
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         module.eval()
         with torch.no_grad():
-            return torch.func.functional_call(module, state, (example,))
+            output: object = torch.func.functional_call(module, state, (example,))
+            return output
     except Exception as error:  # a module may raise anything
         raise UsageError(
             f"input shape {list(input_shape)} does not fit {type(module).__name__}: {first_line(error)}; "

@@ -1,4 +1,4 @@
-"""SparseModel: a module, what its parameters are, and which weights are active."""
+"""SparseModel: a module, the role of each of its parameters, and which weights are active."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dsr_tool.errors import CheckFailed, FormatError, UsageError
+from dsr_tool.sparse.folder import save_folder
 from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.sparsity.granularity import GRANULARITIES
 from dsr_tool.sparsity.layers import LayerSpec
@@ -20,16 +21,16 @@ __all__ = ["SparseModel"]
 
 
 class SparseModel:
-    """A plain module whose inactive weights are exact zeros, with the masks kept beside it.
+    """A plain module whose inactive weights are exact zeros, with the masks beside it.
 
-    The module is the one that was given: its parameters keep their names and types, so optimizers, `state_dict`,
+    The module is the user's own: its parameters keep their names and types, so optimizers, `state_dict`,
     `torch.compile` and DistributedDataParallel see an ordinary network.
 
     Attributes:
         module: the network.
-        specs: one `LayerSpec` per state_dict entry.
-        masks: boolean tensors by parameter name, True where active, for the sparse weights.
-        config: what the model is.
+        specs: one `LayerSpec` per state_dict entry, by name.
+        masks: a boolean tensor for each sparse weight, by parameter name, with the shape of the weight; True is active.
+        config: description of the model.
     """
 
     def __init__(
@@ -39,14 +40,14 @@ class SparseModel:
         masks: Mapping[str, torch.Tensor],
         config: ModelConfig,
     ) -> None:
-        """Hold the parts as they are; `check()` says whether they agree."""
+        """Holds the parts as they are; `check()` compares them."""
         self.module = module
         self.specs = dict(specs)
         self.masks = dict(masks)
         self.config = config
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module."""
+        """Runs the module."""
         return self.module(*args, **kwargs)
 
     @property
@@ -57,15 +58,15 @@ class SparseModel:
 
     @property
     def trained(self) -> list[str]:
-        """Names of the sparse weights that are not frozen (`requires_grad`); methods move no others."""
+        """Names of the sparse weights that are not frozen (`requires_grad`); methods leave the others alone."""
         return [name for name, weight in self.weights.items() if weight.requires_grad]
 
     @property
     def granularity(self) -> str:
-        """What is active or inactive as a whole: `weight` or `kernel`.
+        """Unit that is active or inactive as a whole: `weight` or `kernel`.
 
         Raises:
-            FormatError: the description says something else.
+            FormatError: the description of the model has another one.
         """
         granularity = self.config.conversion.get("granularity", "weight")
         if granularity not in GRANULARITIES:
@@ -74,17 +75,17 @@ class SparseModel:
 
     @property
     def active_weights(self) -> int:
-        """Active weights of all sparse layers."""
+        """Number of active weights in all sparse layers."""
         return sum(int(torch.count_nonzero(mask)) for mask in self.masks.values())
 
     @property
     def prunable_weights(self) -> int:
-        """Weights of all sparse layers, active or not."""
+        """Number of weights in all sparse layers, active or not."""
         return sum(mask.numel() for mask in self.masks.values())
 
     @property
     def parameters(self) -> int:
-        """Parameters of the whole model, zeros included."""
+        """Number of parameters of the whole model, zeros included."""
         return sum(parameter.numel() for parameter in self.module.parameters())
 
     @property
@@ -98,13 +99,13 @@ class SparseModel:
         return (self.prunable_weights - self.active_weights) / self.parameters if self.parameters else 0.0
 
     def to(self, *args: Any, **kwargs: Any) -> SparseModel:
-        """Move the module as `nn.Module.to` does, and the masks after it, in the memory format of their weights."""
+        """Moves the module as `nn.Module.to` does, then the masks, in the memory format of their weights."""
         self.module.to(*args, **kwargs)
         self.align_masks()
         return self
 
     def align_masks(self) -> None:
-        """Bring masks to the device and memory format of their weights, for a module that was moved by itself."""
+        """Moves masks to the device and memory format of their weights, for a module that was moved by itself."""
         for name, weight in self.weights.items():
             mask = self.masks[name]
             if mask.shape == weight.shape and (mask.device != weight.device or mask.stride() != weight.stride()):
@@ -112,24 +113,24 @@ class SparseModel:
 
     @torch.no_grad()
     def apply_masks(self) -> None:
-        """Set every inactive weight to (positive) zero."""
+        """Sets every inactive weight to +0."""
         self.align_masks()
         for name, weight in self.weights.items():
             weight.masked_fill_(~self.masks[name], 0.0)
 
     @torch.no_grad()
     def check(self) -> None:
-        """Raise `CheckFailed` unless every mask fits its weight and every inactive weight is exactly zero.
+        """Raises `CheckFailed` unless every mask fits its weight and every inactive weight is exactly zero.
 
-        Loading a dense state_dict into the module undoes its sparsity without a word, so this runs before every
-        save and export.
+        Loading a dense state_dict into the module undoes its sparsity silently, so this runs before every save and
+        export.
         """
         parameters = dict(self.module.named_parameters())
         if self.masks.keys() <= parameters.keys():
             self.align_masks()
         for name, mask in self.masks.items():
             if name not in parameters or parameters[name].shape != mask.shape:
-                found = tuple(parameters[name].shape) if name in parameters else "nothing"
+                found = f"shape {tuple(parameters[name].shape)}" if name in parameters else "no such parameter"
                 raise CheckFailed(f"mask {name!r} of shape {tuple(mask.shape)} fits no weight; the model has {found}.")
             outside = int(torch.count_nonzero(parameters[name].masked_fill(mask, 0.0)))
             if outside:
@@ -140,12 +141,16 @@ class SparseModel:
 
     @torch.no_grad()
     def tensors(self) -> dict[str, SparseTensor]:
-        """Every entry of the state_dict as numpy values under a mask; full masks for those that are dense."""
+        """Returns every entry of the state_dict as numpy values under a mask, a full one for dense entries.
+
+        Raises:
+            UsageError: an entry has a type that numpy lacks.
+        """
         tensors = {}
         for name, value in self.module.state_dict().items():
             if value.dtype in (torch.bfloat16, torch.complex64, torch.complex128):
                 raise UsageError(
-                    f"{name!r} is of {value.dtype}, which no file holds; call model.to(torch.float32) first."
+                    f"{name!r} has type {value.dtype}, which files cannot hold; call model.to(torch.float32) first."
                 )
             array = value.detach().cpu().contiguous().numpy()
             if name in self.masks:
@@ -156,16 +161,14 @@ class SparseModel:
         return tensors
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
-        """Write a model folder: plain weights, packed masks and a description.
+        """Writes a model folder: plain weights, packed masks and a description.
 
         Args:
             folder: the new folder.
-            force: replace an existing one.
+            force: whether to replace an existing model folder.
 
         Raises:
             CheckFailed: weights and masks disagree.
-            FileError: the folder exists, or the disk refuses it.
+            FileError: the folder exists and may not be replaced, or writing fails.
         """
-        from dsr_tool.sparse.folder import save_folder
-
         save_folder(self, folder, force=force)

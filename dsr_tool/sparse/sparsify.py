@@ -1,4 +1,4 @@
-"""From a module to a SparseModel: layers, exact counts, and which weights are active."""
+"""Makes a module sparse: finds its layers, computes exact counts, and chooses which weights are active."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ from dsr_tool.sparsity.distribution import DISTRIBUTIONS, by_magnitude, erk, lar
 from dsr_tool.sparsity.granularity import GRANULARITIES, unit_size, whole_units
 from dsr_tool.sparsity.layers import LayerSpec
 
-__all__ = ["POSITIONS", "Plan", "sparsify"]
+__all__ = ["POSITIONS", "Sparsifier", "sparsify"]
 
 POSITIONS = ("magnitude", "random")
+"""Ways to choose the active weights of a layer: the largest, or any."""
 
 
-class Plan:
-    """A module that is about to become sparse, and the masks that any number of active weights would give it.
+class Sparsifier:
+    """A dense module, and the masks that any number of active weights gives it.
 
-    Nothing is changed before `finish`, so that several numbers can be tried. The same number gives the same masks, and
-    with random positions those of a smaller number lie within those of a larger one, where the distribution allows.
+    The module does not change before `apply`, so several numbers can be previewed. The same number always gives the
+    same masks. With random positions, the masks of a smaller number lie within those of a larger one if each layer gets
+    at least as many weights with the larger one.
 
     Attributes:
         module: the network, with all its weights.
-        specs: one `LayerSpec` per state_dict entry; with multiply-adds where the input shape is known.
-        config: what the model is.
-        sparse: the specs of the sparse layers alone.
-        units: weights of each sparse layer that are active or inactive together.
+        specs: one `LayerSpec` per state_dict entry, by name; with multiply-adds if the input shape is known.
+        config: description of the model.
+        sparse: the specs of the sparse layers.
+        units: for each sparse layer, the number of weights that are active or inactive together.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class Plan:
         rules: Rules | None = None,
         seed: int = 0,
     ) -> None:
-        """Find the layers; see `sparsify` for the arguments and what is raised."""
+        """Finds the layers; see `sparsify` for the arguments and errors."""
         if distribution not in DISTRIBUTIONS:
             raise unknown_name("distribution", distribution, DISTRIBUTIONS)
         if positions not in POSITIONS:
@@ -66,24 +68,24 @@ class Plan:
 
     @property
     def prunable(self) -> int:
-        """Weights of all sparse layers: the most that can be active."""
+        """Number of weights in all sparse layers: the largest number of active weights."""
         return sum(spec.size for spec in self.sparse)
 
     @property
     def least(self) -> int:
-        """The fewest weights that can be active: one weight or kernel per sparse layer."""
+        """Smallest number of active weights: one weight or kernel per sparse layer."""
         return sum(self.units)
 
-    def exact(self, budget: Budget) -> int:
-        """The number of active weights that a sparsity or a number of parameters means here.
+    def active_weights(self, budget: Budget) -> int:
+        """Returns the number of active weights that a sparsity or a number of parameters allows.
 
         Raises:
-            UsageError: nobody can meet it.
+            UsageError: the model cannot meet the budget.
         """
         if not self.sparse and budget.sparsity:
             raise UsageError(
-                f"sparsity {float(budget.sparsity):g} cannot be reached: no layer of this model is left to be sparse, "
-                f"so the highest reachable sparsity is 0; keep fewer layers dense."
+                f"sparsity {float(budget.sparsity):g} cannot be reached: this model has no sparse layer, so the "
+                f"highest reachable sparsity is 0; keep fewer layers dense."
             )
         other = count(self.specs)["parameters"] - self.prunable
         total = budget.active_weights(self.prunable, other, len(self.sparse))
@@ -96,7 +98,10 @@ class Plan:
 
     @torch.no_grad()
     def counts(self, total: int) -> dict[str, int]:
-        """Active weights per sparse layer, `total` in all, or the nearest from below that whole kernels can make."""
+        """Returns the active weights of each sparse layer by name.
+
+        They sum to `total`, or at kernel granularity to the nearest number below that whole kernels can make.
+        """
         if not self.sparse:
             return {}
         if self._distribution == "magnitude":
@@ -106,13 +111,18 @@ class Plan:
         else:
             counts = (uniform if self._distribution == "uniform" else erk)(total, [spec.shape for spec in self.sparse])
         if any(unit > 1 for unit in self.units):
-            whole = whole_units(counts, [spec.size for spec in self.sparse], self.units)
-            counts = [count * unit for count, unit in zip(whole, self.units, strict=True)]
+            units = whole_units(counts, [spec.size for spec in self.sparse], self.units)
+            counts = [number * unit for number, unit in zip(units, self.units, strict=True)]
         return {spec.name: active for spec, active in zip(self.sparse, counts, strict=True)}
 
     @torch.no_grad()
-    def tried(self, total: int, budget: Budget) -> SparseModel:
-        """The model with `total` active weights, but with the values of the others still in place."""
+    def preview(self, total: int, budget: Budget) -> SparseModel:
+        """Returns the model with masks for `total` active weights; the values outside of them are not zeroed.
+
+        Args:
+            total: number of active weights.
+            budget: the budget that it comes from, for the record in the model's description.
+        """
         generator = torch.Generator().manual_seed(self._seed)
         parameters = dict(self.module.named_parameters())
         counts = self.counts(total)
@@ -131,9 +141,14 @@ class Plan:
         }
         return SparseModel(self.module, self.specs, masks, replace(self.config, conversion=conversion))
 
-    def finish(self, total: int, budget: Budget) -> SparseModel:
-        """The model with `total` active weights; all others become zero in the module, so that this is the end."""
-        model = self.tried(total, budget)
+    def apply(self, total: int, budget: Budget) -> SparseModel:
+        """Returns the model with `total` active weights and zeroes all others in the module, which cannot be undone.
+
+        Args:
+            total: number of active weights.
+            budget: the budget that it comes from, for the record in the model's description.
+        """
+        model = self.preview(total, budget)
         model.apply_masks()
         return model
 
@@ -149,23 +164,23 @@ def sparsify(
     rules: Rules | None = None,
     seed: int = 0,
 ) -> SparseModel:
-    """Make a module sparse in place: exactly as many active weights as the budget says.
+    """Makes a module sparse in place, with exactly as many active weights as the budget allows.
 
     Args:
-        module: the network; weights that become inactive are set to zero.
-        config: what it is; with an `input_shape`, multiply-adds are counted.
-        budget: how many weights may be active, as a sparsity or a number of parameters.
-        distribution: `uniform`, `erk` or `magnitude`.
+        module: the network; its inactive weights are set to zero.
+        config: description of the model; with an `input_shape`, multiply-adds are counted.
+        budget: number of active weights, as a sparsity or a number of parameters.
+        distribution: spread over the layers: `uniform`, `erk` or `magnitude`.
         positions: `magnitude` keeps the largest weights of each layer, `random` any.
-        granularity: `weight`, or `kernel` for masks made of whole kernels in convolutions; the number of active weights
-            is then the nearest from below that whole kernels can make.
-        rules: which layers stay dense.
-        seed: of the random positions.
+        granularity: `weight`, or `kernel` for convolutions whose kernels are active or inactive as a whole; the number
+            of active weights is then the nearest below that whole kernels can make.
+        rules: layers that stay dense.
+        seed: seed of the random positions.
 
     Raises:
-        UsageError: an option nobody knows, a budget nobody can meet, or weights that are not float.
+        UsageError: an option is unknown, the model cannot meet the budget, or a weight is not finite or not real.
     """
-    plan = Plan(
+    sparsifier = Sparsifier(
         module,
         config,
         distribution=distribution,
@@ -174,7 +189,7 @@ def sparsify(
         rules=rules,
         seed=seed,
     )
-    return plan.finish(plan.exact(budget), budget)
+    return sparsifier.apply(sparsifier.active_weights(budget), budget)
 
 
 def _check_values(module: nn.Module, specs: Mapping[str, LayerSpec]) -> None:
@@ -182,14 +197,15 @@ def _check_values(module: nn.Module, specs: Mapping[str, LayerSpec]) -> None:
         if specs[name].role != "sparse":
             continue
         if not weight.is_floating_point():
-            raise UsageError(f"weight {name!r} is of {weight.dtype}; only real floating-point weights can be sparse.")
+            raise UsageError(f"weight {name!r} has type {weight.dtype}; only real floating-point ones can be sparse.")
         if not torch.isfinite(weight).all():
-            raise UsageError(f"weight {name!r} holds values that are not finite; take weights from before that.")
+            raise UsageError(f"weight {name!r} contains NaN or inf; use an earlier checkpoint.")
 
 
 def _choose(weight: torch.Tensor, active: int, unit: int, positions: str, generator: torch.Generator) -> torch.Tensor:
-    """A mask with exactly `active` entries in whole units, in the memory format of the weight."""
+    """Returns a mask with exactly `active` entries in whole units, in the memory format of the weight."""
     if positions == "random":
+        # A permutation of all units, not a sample of `active`: smaller samples are then part of larger ones.
         chosen = torch.randperm(weight.numel() // unit, generator=generator)[: active // unit]
     else:
         magnitude = weight.detach().float().abs().reshape(-1, unit).mean(1).cpu().numpy()
