@@ -12,14 +12,15 @@ from onnx import NodeProto, SparseTensorProto, TensorProto, numpy_helper
 from dsr_tool.errors import FormatError
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import Array, SparseTensor
-from exporters.onnx.forms import FLOATS, LARGEST, SHARED, Form, expression, nonzero
+from exporters.onnx.forms import FLOATS, LARGEST, SHARED, STEP_BITS, Form, expression, nonzero
 from exporters.onnx.nodes import match
 
 __all__ = ["CompactWeight", "decode", "find", "from_coo", "from_dense", "shape_of", "to_array"]
 
 _MOST_DIMENSIONS = 32
 """Largest number of dimensions of a weight: that of numpy before version 2."""
-_FORMS = (Form("delta"), Form("bitmask"), Form("bitmask", cut=True))
+_FORMS = (Form("delta", STEP_BITS[0]), Form("bitmask", 1), Form("bitmask", 1, cut=True))
+"""One form for each computation; the size of delta's steps changes nothing but the tables."""
 _SHARED_LEAVES = {*SHARED, "flags", "steps", "zero"}
 
 
@@ -29,7 +30,7 @@ class CompactWeight:
 
     Attributes:
         name: name of the value that is the weight.
-        form: the form in which it is stored.
+        form: the form in which it is stored, apart from the size of steps, which is in the tables.
         cast: numpy name of its type if its values are stored in another type, else empty.
         leaves: name of the initializer of each leaf of the form's expression.
         steps: names of all values that its nodes make.
@@ -81,7 +82,7 @@ def decode(found: CompactWeight, arrays: Mapping[str, TensorProto]) -> SparseTen
     """Decodes a compact weight, without entries that are zero; values keep the type that is stored.
 
     Raises:
-        FormatError: the numbers do not fit each other, or steps have another size than one byte.
+        FormatError: the numbers do not fit each other, or steps have 2 bits.
     """
     name, shape = found.name, shape_of(found, arrays)
     parts = {leaf: to_array(arrays[source]) for leaf, source in found.leaves.items()}
@@ -158,12 +159,8 @@ def _delta_mask(name: str, shape: tuple[int, ...], code: Array, parts: Mapping[s
 
 def _check_constants(name: str, form: Form, parts: Mapping[str, Array], size: int) -> None:
     """Raises `FormatError` unless the constants and tables that all weights of a form share are those of the form."""
-    if form.codec == "delta" and parts["flags"].shape in ((256, 2), (256, 4)):
-        # Development versions before 0.1.0 wrote such files.
-        raise FormatError(
-            f"weight {name!r} is stored in steps of {8 // parts['flags'].shape[1]} bits, which this dsr-tool does not "
-            f"read; export the model again."
-        )
+    if form.codec == "delta":
+        form = Form("delta", _step_bits(name, parts["flags"]))
     expected: dict[str, Array] = {
         **SHARED,
         **form.tables,
@@ -177,6 +174,18 @@ def _check_constants(name: str, form: Form, parts: Mapping[str, Array], size: in
     zero = parts.get("zero", np.zeros(1, np.float32))
     if zero.shape != (1,) or zero.dtype.kind != "f" or zero.any():
         raise _disagree(name)
+
+
+def _step_bits(name: str, flags: Array) -> int:
+    """Returns the size of a step, which the width of its tables tells."""
+    bits = 8 // flags.shape[1] if flags.shape in ((256, 1), (256, 2), (256, 4)) else 0
+    if bits == 2:  # development versions before 0.1.0 wrote such files
+        raise FormatError(
+            f"weight {name!r} is stored in steps of 2 bits, which this dsr-tool does not read; export the model again."
+        )
+    if bits not in STEP_BITS:
+        raise _disagree(name)
+    return bits
 
 
 def _disagree(name: str) -> FormatError:

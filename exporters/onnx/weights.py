@@ -21,19 +21,18 @@ _PENALTY = 1 << 50
 def choose(tensors: Mapping[str, SparseTensor], encoding: str, dtype: str) -> dict[str, str]:
     """Chooses a form for each weight so that all of them together take the fewest bytes.
 
-    The tables of a form stand in a file once, so every set of forms is compared as a whole: with two compact forms
-    there are four sets.
+    The tables of a form stand in a file once, so every set of forms is compared as a whole: with three compact forms
+    there are eight sets.
 
     Args:
         tensors: sparse weights without active zeros; their values have the type that is stored.
-        encoding: `auto` for any form, `dense` for that one, `delta` or `bitmask` for that one wherever it is possible.
+        encoding: `auto` for any form, `dense` for that one, `delta` or `bitmask` for those wherever they are possible.
         dtype: type that the weights are computed in.
 
     Returns:
         A form for `add_weight` for each weight.
     """
-    compact = {"auto": tuple(COMPACT_FORMS), "dense": ()}.get(encoding, (encoding,))
-    forms = ("dense", *compact)
+    forms = ["dense", *(form for form in COMPACT_FORMS if encoding == "auto" or form.startswith(encoding))]
     sizes = np.array([[_own_bytes(name, tensor, form, dtype) for form in forms] for name, tensor in tensors.items()])
     if not len(sizes):
         return {}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from converters.conversion import load
+from converters.loading import load
 from dsr_tool.errors import CheckFailed, UsageError
 from dsr_tool.formats.archive import open_archive
 from dsr_tool.runtime import Session

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from converters.conversion import load
+from converters.loading import load
 from dsr_tool.errors import CheckFailed, FormatError, UsageError
 from dsr_tool.formats.archive import open_archive
 from dsr_tool.graph.compact.record import COMPACTED, Savings

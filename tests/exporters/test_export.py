@@ -6,7 +6,8 @@ import pytest
 from torchvision import models
 
 import dsr_tool
-from converters.conversion import convert, load
+from converters.conversion import convert
+from converters.loading import load
 from dsr_tool.errors import FileError, UsageError
 from dsr_tool.sparse.trace import trace
 from exporters.containers import CONTAINERS, container_of

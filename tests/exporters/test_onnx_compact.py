@@ -15,7 +15,7 @@ from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
 from exporters.onnx.decode import decode, find
-from exporters.onnx.forms import COMPACT_FORMS, nonzero
+from exporters.onnx.forms import COMPACT_FORMS, bitmask_form, delta_form, nonzero
 from exporters.onnx.write import to_onnx
 
 COMPACT = ("auto", "delta", "bitmask")
@@ -118,27 +118,38 @@ def test_openvino_gives_the_weights_back():
                 assert np.array_equal(results[f"y_w{i}"], tensor.to_dense())
 
 
-def test_gaps_of_255_entries_and_more_are_crossed_by_several_steps():
-    own = COMPACT_FORMS["delta"](tensor_of((2000,), [0, 255, 511, 1245])).own
-    assert own["code"].tolist() == [0, 254, 255, 0, 255, 255, 223]
-    assert own["values"].tolist() == [0, 1, 2, 3, 4]
+@pytest.mark.parametrize(("bits", "code"), [(8, [0, 254, 255, 0, 255, 255, 223]), (4, None)])
+def test_steps_fill_whole_bytes_and_gaps_take_several(bits, code):
+    own = delta_form(tensor_of((2000,), [0, 255, 511, 1245]), bits).own
+    assert code is None or own["code"].tolist() == code
+    fillers = len(own["values"]) - 1 - 4
+    assert 0 <= fillers < 8 // bits and own["values"][0] == 0
+    assert np.count_nonzero(own["values"]) == 4
+
+
+def test_weights_in_which_no_step_can_be_split():
+    assert delta_form(tensor_of((4,), range(3)), 4) is not None  # one more entry may follow
+    assert delta_form(tensor_of((4,), [0, 1, 3]), 4) is not None  # the last step can be split
+    assert delta_form(SparseTensor(Mask((3,), np.arange(3)), np.ones(3, np.float32)), 4) is None
+    assert delta_form(tensor_of((0, 3), []), 8) is None
 
 
 def test_weights_without_entries():
-    own = COMPACT_FORMS["delta"](tensor_of((3,), [])).own
+    own = delta_form(tensor_of((3,), []), 8).own
     assert own["code"].tolist() == [0] and own["values"].tolist() == [0, 0]
-    assert COMPACT_FORMS["delta"](tensor_of((0, 3), [])) is None
-    assert COMPACT_FORMS["bitmask"](tensor_of((3,), [1])).own["code"].tolist() == [0b01000000]
 
 
-@pytest.mark.parametrize("bits", [4, 2])
-def test_steps_of_other_sizes_are_refused_in_one_sentence(bits):
-    """Development versions wrote them, with tables of several steps in a byte."""
+def test_the_first_entry_is_the_highest_bit():
+    assert bitmask_form(tensor_of((3,), [1])).own["code"].tolist() == [0b01000000]
+
+
+def test_steps_of_2_bits_are_refused_in_one_sentence():
+    """Development versions wrote them, with tables of four steps in a byte."""
     nodes, arrays = parts_of(model_of(tensor_of((8,), [2, 5])))
     found = find("w0", nodes, arrays)
     for leaf in ("flags", "steps"):
-        arrays[found.leaves[leaf]] = numpy_helper.from_array(np.ones((256, 8 // bits), np.uint8), leaf)
-    with pytest.raises(FormatError, match=f"'w0' is stored in steps of {bits} bits.*; export the model again"):
+        arrays[found.leaves[leaf]] = numpy_helper.from_array(np.ones((256, 4), np.uint8), leaf)
+    with pytest.raises(FormatError, match=r"^weight 'w0' is stored in steps of 2 bits.*; export the model again\.$"):
         decode(found, arrays)
 
 
@@ -202,6 +213,6 @@ def test_numbers_that_do_not_fit_are_a_format_error(codec, leaf, array):
 
 def test_the_example_of_the_documentation():
     # docs/format.md, section ONNX.
-    own = COMPACT_FORMS["delta"](tensor_of((20, 30), [1, 2, 9, 300])).own
-    assert own["code"].tolist() == [0x01, 0x00, 0x06, 0xFF, 0x23]
+    own = delta_form(tensor_of((4, 5), [1, 2, 9, 19]), 4).own
+    assert own["code"].tolist() == [0x10, 0x69]
     assert own["values"].tolist() == [0, 1, 2, 3, 4]
