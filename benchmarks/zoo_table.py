@@ -31,52 +31,52 @@ _HEAD = (
 _OPENING = """\
 # The zoo: every torchvision classifier through the whole chain
 
-Each row is one model, converted at sparsity 0.9 of the prunable weights (random weights, seed 0), written as an
-archive, loaded back, written as a compact ONNX file, and run by PyTorch, by ONNX Runtime and by our own runtime. Made
-by one command,
+Each row is one model. It is converted at sparsity 0.9 of the prunable weights (random weights, seed 0), written as an
+archive, loaded back, written as a compact ONNX file, and run by PyTorch, by ONNX Runtime and by our own runtime. One
+command,
 
     python benchmarks/zoo.py
 
-which measures each model in a process of its own, keeps finished rows in `build/zoo.jsonl`, goes on where it was
-interrupted, and writes this file.
+measures each model in a process of its own, stores finished rows in `build/zoo.jsonl`, continues after an
+interruption, and writes this file.
 
 {machine}
 
-How to read it:
+The columns:
 
-- **input**: channels, height, width (video: channels, frames, height, width). Small where the model allows it; vision
-  transformers and MaxViT have position tables of one size. Files hardly depend on it, peak memory and seconds do.
-- **zeros of all**: zeros as a fraction of all parameters. What may become sparse is **prunable**; depthwise and tiny
-  layers, norms and biases stay dense, so small mobile networks have fewer zeros.
-- **dense**: the state_dict as it is. **archive**: the `.dsr` file, encoding `auto`, exact float32 values. **÷ bound**
-  is the archive divided by log2 C(n, active) bits for each mask plus raw values plus the raw dense rest; below 1
-  since values compress too.
-- **ONNX**: the compact file, encoding `auto`. It holds less than an archive where a model has auxiliary heads for
-  training (GoogLeNet, Inception), which its output does not depend on.
+- **input**: channels, height, width (video: channels, frames, height, width). It is small if the model allows it;
+  vision transformers and MaxViT have position tables of one size. It hardly changes the sizes of files, but peak
+  memory and seconds depend on it.
+- **zeros of all**: zeros as a fraction of all parameters. **prunable**: weights that may become sparse. Depthwise
+  and tiny layers, norms and biases stay dense, so small mobile networks have fewer zeros.
+- **dense**: the state_dict as it is. **archive**: the `.dsr` file, encoding `auto`, exact float32 values. **÷ bound**:
+  the archive divided by a bound, the sum of log2 C(n, active) bits for each mask, the raw values and the raw dense
+  parameters. It is below 1 because values are compressed too.
+- **ONNX**: the compact file, encoding `auto`. It is smaller than an archive if a model has auxiliary heads for
+  training (GoogLeNet, Inception), because its output does not depend on them.
 - **ONNX Runtime**, **own runtime**: the largest difference to PyTorch, as a fraction of the largest output, on a
-  batch of one and a batch of three random inputs. ONNX Runtime ran both files where it could; the worse one counts.
-  At most {limit:g} is asked for. Batch norms set from a batch, see below, make the deepest networks amplify rounding,
-  so that a few rows are above it; there, as in every export, the difference is within 1e-5 and four times PyTorch's
-  own distance from double precision. With norms as they start, efficientnet_b6, efficientnet_v2_l and resnet152
-  agreed within 1.2e-6.
-- **bit for bit**: whether every tensor and every mask that `converters.conversion.load` gives back has the bits of the
-  model.
-- **peak**: most memory that the process had resident, PyTorch (about 0.7 GB by itself) and all the checking included.
+  batch of one and a batch of three random inputs. ONNX Runtime ran both files if it could; the larger difference
+  is shown. The limit is {limit:g}. Batch norms with the statistics of a batch, see below, make the deepest networks
+  amplify rounding, so a few rows are above it. There the difference is within 1e-5 plus four times PyTorch's own
+  distance from double precision, which is the rule for every export. With norms as they are initialised,
+  efficientnet_b6, efficientnet_v2_l and resnet152 agreed within 1.2e-6.
+- **bit for bit**: yes if every tensor and every mask that `converters.loading.load` returns has the bits of the model.
+- **peak**: peak resident memory of the process, including PyTorch (about 0.7 GB by itself) and all checks.
 
-Fresh networks hide their layers: layer scale starts at 1e-6, heads of transformers at zero, norms do nothing, and
-signals fade at this sparsity. So that a mistake in any layer reaches the output, weights are scaled by the inverse
-root of their density after the conversion, all other parameters get noise, and batch norms take the statistics of one
-batch. Two random inputs then differ in their outputs by at least {spread:.1%} of the largest output, for every model
+A new network hides errors in its layers: layer scale starts at 1e-6, heads of transformers at zero, norms do nothing,
+and signals fade at this sparsity. So that an error in any layer reaches the output, weights are divided by the square
+root of their density after the conversion, all other parameters get noise, and batch norms get the statistics of one
+batch. The outputs for two random inputs then differ by at least {spread:.1%} of the largest output, for every model
 here."""
 
 
 def table(rows: Mapping[str, Row], order: Sequence[str], beyond: Iterable[str]) -> str:
-    """The document.
+    """Returns the document.
 
     Args:
-        rows: what was measured, by model.
-        order: every model that belongs here, in the order of the tables.
-        beyond: those of them that are no classifiers.
+        rows: measurements by model.
+        order: names of all models, in the order of the tables.
+        beyond: names of those that are not classifiers.
     """
     beyond = set(beyond)
     groups = [[name for name in order if name not in beyond], [name for name in order if name in beyond]]
@@ -94,7 +94,7 @@ def table(rows: Mapping[str, Row], order: Sequence[str], beyond: Iterable[str]) 
 
 
 def passed(row: Row) -> bool:
-    """Whether a model came back and both runtimes agree with PyTorch."""
+    """Returns whether a model came back unchanged and both runtimes agree with PyTorch."""
     ours, theirs = _differences(row)
     return bool(row["bit_for_bit"]) and ours is not None and theirs is not None and max(ours, theirs) <= _LIMIT
 
@@ -111,7 +111,7 @@ def _summary(names: Sequence[str], done: Mapping[str, Row]) -> str:
     minutes = sum(row["seconds"] for row in rows) / 60
     ratios = sorted(row["archive_bytes"] / row["bound_bytes"] for row in rows)
     return _wrapped(
-        f"{good} of {len(names)} models pass all of it. Largest difference: ONNX Runtime {theirs:.1e}, own runtime "
+        f"{good} of {len(names)} models pass every check. Largest difference: ONNX Runtime {theirs:.1e}, own runtime "
         f"{ours:.1e}. Together {dense / 1e9:.2f} GB dense and {archive / 1e9:.2f} GB as archives, which are "
         f"{ratios[0]:.2f} to {ratios[-1]:.2f} times the bound; {minutes:.0f} minutes in all."
     )
@@ -144,14 +144,14 @@ def _cells(row: Row) -> list[str]:
 
 
 def _differences(row: Row) -> tuple[float | None, float | None]:
-    """Of our runtime and of ONNX Runtime."""
+    """Returns the differences of our runtime and of ONNX Runtime; None for one that was not run."""
     both = [row["relative"][key] for key in ("archive in onnxruntime", "onnx in onnxruntime")]
     ran = [value for value in both if value is not None]
     return row["relative"]["archive in the sparse runtime"], max(ran, default=None)
 
 
 def _machine(rows: Iterable[Row]) -> str:
-    """Versions and hardware, as the rows recorded them."""
+    """Returns versions and hardware, as the rows recorded them."""
     texts = dict.fromkeys(row["machine"] for row in rows)
     return _wrapped("Measured with " + "; and with ".join(texts) + ", one thread a model.") if texts else ""
 
