@@ -176,8 +176,9 @@ class DST(Method):
     def _control(self, density: float, step: int) -> None:
         """Sets alpha in proportion to the log-density error, on a scale that adapts slowly."""
         error = min(max(math.log(max(density, 1e-9) / self.target(step)), -1.0), 1.0)
-        elapsed = (step - self._controlled) / self.final_step
-        self._scale = min(self._scale * math.exp(_LEARN * error * elapsed), _MOST)
+        # In this order of operations: another one rounds differently, and seeded runs must keep their bits.
+        grown = math.exp(_LEARN * error * (step - self._controlled) / self.final_step)
+        self._scale = min(self._scale * grown, _MOST)
         self._controlled = step
         self._alpha = self._scale * min(max(1 + _GAIN * error, -_LARGEST), _LARGEST)
 
