@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from dsr_tool.cli.common import emit, examples, model_option, output_options
+from dsr_tool.cli.method_help import MethodsCommand, TableOption, method_names, option_help, stop_help
 
 __all__ = ["command"]
 
@@ -27,6 +28,7 @@ def _parse_numbers(
 
 @click.command(
     "train",
+    cls=MethodsCommand,
     epilog=examples(
         "dsr-tool train resnet18-90 -o run --data digits --epochs 10 --batch-size 64",
         "dsr-tool train resnet18-90 -o quick --data fake:256 --method static --epochs 1",
@@ -54,10 +56,7 @@ def _parse_numbers(
     metavar="KEY=VALUE",
     help="Change one value of the recipe, or without a recipe any setting or option of the method; repeatable.",
 )
-@click.option(
-    "--method",
-    help="dsr (default), static, dense, set, deepr, rigl, gmp, dst, tied, neuron-set, or a plugin method.",
-)
+@click.option("--method", cls=TableOption, describe=method_names)
 @click.option("--epochs", type=int, help="Passes over the training images; default 30.")
 @click.option("--batch-size", type=int, help="Images per step; default 128.")
 @click.option("--lr", type=float, help="Peak learning rate; default 0.1 for sgd, 0.001 for the others.")
@@ -81,27 +80,38 @@ def _parse_numbers(
 @click.option("--seed", type=int, help="Seed of order, augmentation and random positions; default 0.")
 @click.option("--every", type=int, help="Steps between updates of the method, at first; default: the method's.")
 @click.option("--doubling", callback=_parse_numbers, help="Epochs at which --every doubles; default: the method's.")
+@click.option("--stop", type=float, cls=TableOption, describe=stop_help)
 @click.option(
-    "--stop",
+    "--target",
     type=float,
-    help="Fraction of the training after which masks stay; default 0.95, for rigl, gmp and dst 0.75.",
+    cls=TableOption,
+    describe=option_help("target", "weights to move per update, a number or a fraction of the active ones"),
 )
-@click.option("--target", type=float, help="dsr: weights to move per update, a number or a fraction; default 0.15.")
-@click.option("--tolerance", type=float, help="dsr: accepted deviation from the target; default 0.1.")
-@click.option("--threshold", type=float, help="dsr: initial magnitude below which weights are pruned; default 0.001.")
+@click.option(
+    "--tolerance", type=float, cls=TableOption, describe=option_help("tolerance", "accepted deviation from the target")
+)
+@click.option(
+    "--threshold",
+    type=float,
+    cls=TableOption,
+    describe=option_help("threshold", "magnitude below which weights are pruned at first"),
+)
 @click.option(
     "--drop-fraction",
     type=float,
-    help="set, neuron-set, rigl: fraction of a layer to move per update; default 0.14, rigl 0.3 (decaying).",
+    cls=TableOption,
+    describe=option_help("drop_fraction", "fraction of each layer to move per update"),
 )
 @click.option(
     "--unit-threshold",
     type=float,
-    help="neuron-set: hidden units weaker than this fraction of their layer's mean are removed; default 0.5.",
+    cls=TableOption,
+    describe=option_help("unit_threshold", "hidden units weaker than this fraction of their layer's mean are removed"),
 )
 @click.option(
     "--final-sparsity",
-    help="gmp, dst: fraction of zeros at the end, for a model converted with sparsity 0; tied: 1 - values / weights.",
+    cls=TableOption,
+    describe=option_help("final_sparsity", "fraction of zeros at the end, or for tied 1 - values / weights"),
 )
 @click.option(
     "--option",
@@ -150,7 +160,7 @@ def command(
     On several processes: torchrun --nproc-per-node 2 --no-python dsr-tool train ...; they share each batch.
     """
     started = time.monotonic()
-    from converters.conversion import load
+    from converters.loading import load
     from dsr_tool.errors import UsageError
     from dsr_tool.recipes.apply import require_model, resolve_training, training_arguments
     from dsr_tool.report.budget import check_trained, too_large

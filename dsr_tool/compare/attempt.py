@@ -12,15 +12,17 @@ from typing import Any
 
 import torch
 
-from converters.conversion import convert, load
+from converters.conversion import convert
+from converters.loading import load
 from dsr_tool.compare.cells import ARCHIVE, Cell, Comparison
 from dsr_tool.errors import DsrError, FormatError, first_line
 from dsr_tool.measure.memory.process import can_measure, held_bytes, reset_peak
-from dsr_tool.recipes.apply import conversion_options, settings
+from dsr_tool.recipes.apply import conversion_options, training_arguments
+from dsr_tool.recipes.keys import to_parameters
 from dsr_tool.report.sources import read
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.config import installed_versions
-from dsr_tool.train import EpochRecord, RunFolder, TrainResult, TrainSettings, load_data, train
+from dsr_tool.train import RunFolder, TrainResult, TrainSettings, load_data, train_in_folder
 from dsr_tool.train.checkpoint import CHECKPOINT
 from exporters.export import export
 
@@ -57,19 +59,15 @@ def _run(cell: Cell, comparison: Comparison, data: str, deadline: float, before:
     stopped = run.stopped
     model = load(run.path) if stopped else _start(cell, comparison)
     images = load_data(data, model.config)
-    told = TrainSettings(**settings(cell.recipe), seed=cell.seed)
-    plan = (stopped.settings(settings(cell.recipe)) if stopped else told).resolve(images.dataset.augment)
-    plan.require_update(plan.epochs * images.steps(plan.batch_size))
-    run.facts = {"model": cell.recipe.name, "data": data.partition(":")[0], **images.sizes}
-    run.facts |= {"recipe": cell.recipe.name, "cell": cell.name, "settings": plan.to_dict()}
+    given = {**training_arguments(cell.recipe), "seed": cell.seed}
+    facts = {
+        "model": cell.recipe.name,
+        "data": data.partition(":")[0],
+        "recipe": cell.recipe.name,
+        "cell": cell.name,
+    }
     run.files["recipe.toml"] = cell.recipe.to_toml()
-    done = stopped.epochs if stopped else ()
-    more: tuple[EpochRecord, ...] = ()
-    if len(done) < plan.epochs:  # otherwise it was stopped between training and export
-        with run:
-            state = stopped.state if stopped else None
-            more = train(model, images, plan, [run], state=state, deadline=deadline).epochs
-    result = TrainResult((*done, *more))
+    plan, result = train_in_folder(run, model, images, given, facts=facts, quiet=True, deadline=deadline)
     peak = _peak_bytes(plan, before)
     if len(result.epochs) < plan.epochs:
         return {"status": "paused", "epochs": len(result.epochs), "of_epochs": plan.epochs, "peak_memory_bytes": peak}
@@ -98,9 +96,8 @@ def _start(cell: Cell, comparison: Comparison) -> SparseModel:
     if needed is not None and "from" in cell.recipe.model:
         return load(needed)
     # A structure has the seed that its run was converted with, and fresh weights one that follows from it.
-    told = conversion_options(cell.recipe) | ({"seed": cell.seed} if needed is None else {"structure": needed})
-    told["sparsify_patterns"] = told.pop("sparsify", ())
-    return convert(told.pop("arch"), **told)
+    options = conversion_options(cell.recipe) | ({"seed": cell.seed} if needed is None else {"structure": needed})
+    return convert(**to_parameters(options))
 
 
 def _accuracy(result: TrainResult) -> dict[str, Any]:

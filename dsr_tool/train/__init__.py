@@ -1,9 +1,10 @@
-"""Training: data, settings, the loop, and the folder that a run leaves behind."""
+"""Training: data, settings, the loop, and the run folder that it writes."""
 
 from __future__ import annotations
 
 from dsr_tool.train.data import Data, load_data
 from dsr_tool.train.evaluation import evaluate
+from dsr_tool.train.launch import train_in_folder
 from dsr_tool.train.loop import train
 from dsr_tool.train.progress import Progress
 from dsr_tool.train.ranks import Follower, Ranks, joined
@@ -25,4 +26,5 @@ __all__ = [
     "joined",
     "load_data",
     "train",
+    "train_in_folder",
 ]

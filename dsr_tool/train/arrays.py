@@ -1,4 +1,4 @@
-"""Images and labels from array files: numpy's .npz, and the IDX files of MNIST and its kin."""
+"""Images and labels from array files: numpy's .npz, and the IDX files of MNIST and Fashion-MNIST."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 def read_npz(path: Path) -> tuple[InMemory, InMemory, tuple[str, ...]]:
-    """Training images, test images and class names (`classes`, may be absent) of a .npz file.
+    """Reads training images, test images and class names (array `classes`, may be absent) of a .npz file.
 
     Raises:
         FileError: no such file.
-        FormatError: damaged, an array is missing, or has a shape, type or values of another kind.
+        FormatError: the file is damaged, or an array is missing or has a shape, type or values that are not allowed.
     """
     require_file(path, "array file")
     try:
-        # Opened here, since numpy leaves it open where it is no archive.
+        # Opened here, since numpy leaves a file open that is not an archive.
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {key: file[key] for key in (*_KEYS, "classes") if key in file}
     except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
@@ -39,13 +39,16 @@ def read_npz(path: Path) -> tuple[InMemory, InMemory, tuple[str, ...]]:
         raise FormatError(f"array file {str(path)!r} has no {absent[0]!r}; it needs {', '.join(_KEYS)}.")
     train, test = (_checked(path, arrays[f"x_{part}"], arrays[f"y_{part}"], part) for part in ("train", "test"))
     if train.images.shape[1] != test.images.shape[1]:
-        raise FormatError(f"array file {str(path)!r}: x_train and x_test differ in their channels; they must agree.")
+        raise FormatError(
+            f"array file {str(path)!r}: x_train has {train.images.shape[1]} channels and x_test has "
+            f"{test.images.shape[1]}; give both the same number."
+        )
     return train, test, tuple(str(name) for name in np.atleast_1d(arrays.get("classes", np.array([], str))))
 
 
 def _checked(path: Path, x: npt.NDArray[np.generic], y: npt.NDArray[np.generic], part: str) -> InMemory:
-    """Checked arrays as tensors; images may be NHW, NHWC or NCHW."""
-    what = f"array file {str(path)!r}: x_{part} of shape {x.shape} and type {x.dtype} is not understood"
+    """Checks arrays and returns them as tensors; images may be NHW, NHWC or NCHW."""
+    what = f"array file {str(path)!r}: x_{part} has shape {x.shape} and type {x.dtype}"
     if x.ndim == 3:
         x = x[:, None]
     elif x.ndim == 4 and x.shape[-1] in (1, 3):
@@ -58,38 +61,38 @@ def _checked(path: Path, x: npt.NDArray[np.generic], y: npt.NDArray[np.generic],
         x = x.astype(np.float32)
     if y.shape != (len(x),) or y.dtype.kind not in "iu" or y.min() < 0:
         raise FormatError(
-            f"array file {str(path)!r}: y_{part} of shape {y.shape} and type {y.dtype} does not label {len(x):,} "
-            f"images; give one class number from 0 on for each."
+            f"array file {str(path)!r}: y_{part} has shape {y.shape} and type {y.dtype}; give one class number, 0 or "
+            f"more, for each of the {len(x):,} images."
         )
     return InMemory(torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(y.astype(np.int64)))
 
 
 def read_idx(folder: Path, part: str) -> InMemory:
-    """Images and labels of one part (`train` or `t10k`), packed with gzip or not.
+    """Reads images and labels of one part (`train` or `t10k`), compressed with gzip or not.
 
     Raises:
         FileError: a file is missing.
-        FormatError: damaged, of another kind, or the two do not belong together.
+        FormatError: a file is damaged or of another kind, or the two do not belong together.
     """
     images = _idx(folder, f"{part}-images-idx3-ubyte", 3).unsqueeze(1)
     labels = _idx(folder, f"{part}-labels-idx1-ubyte", 1).long()
     if not len(labels) or len(images) != len(labels) or int(labels.max()) > 9:
         raise FormatError(
-            f"data files {part} in {str(folder)!r} do not belong together: {len(images):,} images, {len(labels):,} "
-            f"labels; they need one label from 0 to 9 each."
+            f"data files {part} in {str(folder)!r} do not belong together: {len(images):,} images and {len(labels):,} "
+            f"labels; each image needs a label from 0 to 9, so download both again."
         )
     return InMemory(images, labels)
 
 
 def _idx(folder: Path, name: str, dimensions: int) -> torch.Tensor:
-    """One file of unsigned bytes in the IDX format: magic, big-endian sizes, data."""
+    """Reads one file of unsigned bytes in the IDX format: magic, big-endian sizes, data."""
     plain, packed = folder / name, folder / f"{name}.gz"
     path = plain if plain.exists() else packed
     require_file(path, "data file")
     try:
         data = gzip.decompress(path.read_bytes()) if path == packed else path.read_bytes()
         if data[:4] != bytes([0, 0, 8, dimensions]):
-            raise ValueError(f"no IDX file of {dimensions}-D bytes")
+            raise ValueError(f"not an IDX file of {dimensions}-D bytes")
         shape = np.frombuffer(data, ">i4", dimensions, offset=4)
         return torch.from_numpy(np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy())
     except (OSError, EOFError, ValueError, zlib.error) as error:

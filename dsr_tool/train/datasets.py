@@ -1,10 +1,9 @@
-"""The data sets behind `--data`: what they hold, before anything is fitted to a model."""
+"""The data sets that `--data` can name, as they are before they are fitted to a model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,16 +20,16 @@ _DIGITS = tuple(str(digit) for digit in range(10))
 
 
 def open_dataset(spec: str, input_shape: tuple[int, ...]) -> DataSet:
-    """Open the data set that `--data` names.
+    """Opens the data set that `--data` names.
 
     Args:
-        spec: a name of `DATASETS`, and behind a colon where it lies or how large it is.
+        spec: a name in `DATASETS`, followed by a colon and its path or size if it has one.
         input_shape: channels, height and width of random images.
 
     Raises:
-        UsageError: no such data set, or its part behind the colon is missing or not allowed.
-        FileError: nothing there.
-        FormatError: what is there is damaged or of the wrong kind.
+        UsageError: no such data set, or the part after the colon is missing or not allowed.
+        FileError: the path holds no such data set.
+        FormatError: a file is damaged or of the wrong kind.
     """
     name, _, rest = spec.partition(":")
     if name not in DATASETS:
@@ -53,7 +52,7 @@ def _digits() -> DataSet:
     digits = load_digits()
     images = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
     labels = torch.from_numpy(digits.target.astype(np.int64))
-    # Every fifth image of each class is held out: stratified, and the same everywhere.
+    # Every fifth image of each class is for testing: stratified, and the same on every machine.
     rank = torch.nn.functional.one_hot(labels).cumsum(0).gather(1, labels[:, None]).squeeze(1)
     held = rank % 5 == 0
     return DataSet(
@@ -70,25 +69,25 @@ def _fashion_mnist(root: Path) -> DataSet:
 
 
 def _idx_files(root: Path, folder: str, classes: tuple[str, ...], augment: str) -> DataSet:
-    """The four original files, packed or not, in torchvision's place for them or in ROOT itself; nothing is written."""
-    places = [root / folder / "raw", root / "raw", root]
-    raw = next((place for place in places if list(place.glob("train-images-idx3-ubyte*"))), None)
+    """Reads the four original files, gzipped or not, from torchvision's folder for them or from ROOT itself."""
+    folders = [root / folder / "raw", root / "raw", root]
+    raw = next((place for place in folders if list(place.glob("train-images-idx3-ubyte*"))), None)
     if raw is None:
         raise FileError(
-            f"{folder} folder {str(root)!r} holds no train-images-idx3-ubyte or .gz of it, neither there nor in "
-            f"{folder}/raw; download the four files from the data set's site."
+            f"{folder} folder {str(root)!r} has no train-images-idx3-ubyte(.gz), neither directly nor in {folder}/raw; "
+            f"download the four files from the site of the data set."
         )
     train, test = (read_idx(raw, part) for part in ("train", "t10k"))
     return DataSet(train, test, 10, classes, augment)
 
 
-def _cifar(root: Path, kind: Callable[..., Any]) -> DataSet:
+def _cifar(root: Path, kind: type[tv.CIFAR10]) -> DataSet:
     try:
         parts = [kind(root, train=train, download=False) for train in (True, False)]
     except RuntimeError as error:
         raise FileError(
-            f"{kind.__name__} folder {str(root)!r} does not hold the official {kind.base_folder}, unpacked and "  # type: ignore[attr-defined]
-            f"whole; download it from the data set's site, or give its images as arrays:FILE.npz."
+            f"{kind.__name__} folder {str(root)!r} does not hold the official {kind.base_folder}, complete and "
+            f"unpacked; download it from the site of the data set, or give its images as arrays:FILE.npz."
         ) from error
     train, test = (
         InMemory(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
@@ -110,7 +109,7 @@ def _images(root: Path) -> DataSet:
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))[0]
         raise FormatError(
-            f"images folder {str(root)!r}: class {odd!r} is not in both train/ and val/; give it to both."
+            f"images folder {str(root)!r}: class {odd!r} is only in one of train/ and val/; give it to both."
         )
     on_disk = [OnDisk([path for path, _ in part.samples], torch.tensor(part.targets)) for part in (train, test)]
     return DataSet(on_disk[0], on_disk[1], len(train.classes), tuple(train.classes), augment="imagenet")
@@ -134,9 +133,9 @@ def _arrays(path: Path) -> DataSet:
 
 
 def _fake(rest: str, input_shape: tuple[int, ...]) -> DataSet:
-    """Random images of the model's own size, the same each time; nothing can be learnt from them."""
+    """Returns random images of the model's input shape, always the same. Nothing can be learnt from them."""
     if not rest.isdecimal() or not 2 <= int(rest) <= 10**7:
-        raise UsageError(f"--data 'fake:{rest}' is not allowed; give how many training images, 2 or more.")
+        raise UsageError(f"--data 'fake:{rest}' is not allowed; give a number of training images from 2 to 10,000,000.")
     generator = torch.Generator().manual_seed(0)
     train, test = (
         InMemory(
@@ -158,4 +157,4 @@ DATASETS: dict[str, tuple[str, Callable[..., DataSet]]] = {
     "arrays": ("FILE.npz", _arrays),
     "fake": ("N", _fake),
 }
-"""What stands behind the colon of each data set, and how it is opened."""
+"""Text after the colon that each data set needs (empty for none), and the function that opens it."""

@@ -1,4 +1,4 @@
-"""What a device wants: how the model is compiled for it, and the switches that are set while a training runs."""
+"""Compilation for a device, and the switches of torch that are set while a training runs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["compiled", "on_device"]
 
 
 def compiled(module: nn.Module, settings: TrainSettings) -> nn.Module:
-    """The module, or what `torch.compile` makes of it where the settings say so.
+    """Returns the module, compiled with `torch.compile` if the settings ask for it.
 
-    On a GPU it is replayed as CUDA graphs, since a small network's step is shorter than the launches of its kernels.
-    Masks, weights and optimizer state are changed in place by everyone, which is what graphs need.
+    On a GPU it is replayed as CUDA graphs, since a small network computes faster than its kernels are launched. Graphs
+    need tensors that stay where they are: masks, weights and optimizer state are only ever changed in place.
     """
     if not settings.compile:
         return module
@@ -29,16 +29,17 @@ def compiled(module: nn.Module, settings: TrainSettings) -> nn.Module:
 
 @contextmanager
 def on_device(settings: TrainSettings) -> Iterator[None]:
-    """Choose convolutions by trial on a GPU, whose shapes stay the same; let go of what was compiled at the end."""
+    """Lets cuDNN choose convolutions by trial on a GPU, and frees compiled code at the end."""
+    # Trials pay off because all batches of a training have one shape.
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = before or settings.torch_device.type == "cuda"
     try:
         with warnings.catch_warnings():
-            # Advice to give up precision, which is for whoever chose fp32 to decide.
+            # torch advises TF32 here; whoever chose fp32 has decided about that.
             warnings.filterwarnings("ignore", "TensorFloat32")
             yield
     finally:
         torch.backends.cudnn.benchmark = before
         if settings.compile:
-            # Code and graphs of one model are of no use to the next, and there is a limit to how many are kept.
+            # Code and graphs of one model are useless to the next, and torch keeps only a limited number.
             torch.compiler.reset()

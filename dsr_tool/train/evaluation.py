@@ -1,8 +1,6 @@
-"""What a model is judged by: the loss of a training step, and loss and accuracy on all test images."""
+"""The loss of a training step, and loss and accuracy on all test images."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -16,42 +14,42 @@ from dsr_tool.train.settings import TrainSettings
 __all__ = ["AUXILIARY_WEIGHT", "evaluate", "training_loss"]
 
 AUXILIARY_WEIGHT = 0.3
-"""Weight of each auxiliary classifier's loss (Szegedy et al., Going deeper with convolutions, section 5)."""
+"""Factor on the loss of each auxiliary classifier (Szegedy et al., Going deeper with convolutions, section 5)."""
 
 
 def training_loss(
-    outputs: Any, labels: torch.Tensor, classes: int, settings: TrainSettings
+    outputs: object, labels: torch.Tensor, classes: int, settings: TrainSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of a batch, and the scores that its accuracy is counted by.
+    """Returns the loss of a batch, and the scores by which its accuracy is counted, shape (batch, classes).
 
     Args:
-        outputs: what the model gave; GoogLeNet and Inception give auxiliary outputs behind the main one.
+        outputs: outputs of the model; GoogLeNet and Inception return auxiliary outputs after the main one.
         labels: class numbers, shape (batch,).
-        classes: how many there are.
+        classes: number of classes of the data.
         settings: for the smoothing of labels.
 
     Raises:
-        UsageError: the outputs are no scores.
+        UsageError: the outputs are not scores.
     """
     every = outputs if isinstance(outputs, tuple) else (outputs,)
-    require_scores(every[0], classes)
+    scores = require_scores(every[0], classes)
     main, *auxiliary = (
         cross_entropy(output.float(), labels, label_smoothing=settings.label_smoothing)
         for output in every
         if output is not None
     )
-    return main + AUXILIARY_WEIGHT * sum(auxiliary), every[0]
+    return main + AUXILIARY_WEIGHT * sum(auxiliary), scores
 
 
 @torch.no_grad()
 def evaluate(model: SparseModel, data: Data, settings: TrainSettings) -> tuple[float, float]:
-    """Mean loss and fraction right over all test images, in fp32; in a distributed run, all ranks must call it."""
+    """Returns mean loss and accuracy over all test images, in fp32. In a distributed run, all ranks must call it."""
     model.module.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=settings.torch_device)
     for inputs, labels in data.test_batches(settings):
         outputs = model(inputs)
         loss = cross_entropy(outputs, labels, reduction="sum")
         totals += torch.stack([loss, (outputs.argmax(1) == labels).sum()])
-    loss_sum, right = Ranks.current().total(totals).tolist()
+    loss_sum, correct = Ranks.current().total(totals).tolist()
     count = len(data.dataset.test.labels)
-    return loss_sum / count, right / count
+    return loss_sum / count, correct / count

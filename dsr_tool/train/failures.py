@@ -1,4 +1,4 @@
-"""What goes wrong in a training step, as one sentence that says what to do."""
+"""Checks of a training, and errors that say what went wrong and what to do."""
 
 from __future__ import annotations
 
@@ -12,49 +12,51 @@ from dsr_tool.errors import CheckFailed, DsrError, UsageError, first_line
 from dsr_tool.methods import Attached
 from dsr_tool.train.settings import TrainSettings
 
-__all__ = ["diverged", "explained", "first_bad", "require_budget", "require_end", "require_scores", "stepped_off"]
+__all__ = ["diverged", "explained", "first_bad", "first_bad_step", "require_budget", "require_end", "require_scores"]
 
 
-def require_scores(outputs: Any, classes: int) -> None:
-    """Raise `UsageError` unless a model gives one score per class and image."""
-    if not isinstance(outputs, torch.Tensor) or outputs.ndim != 2 or outputs.shape[1] < classes:
-        found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-        raise UsageError(
-            f"the model gives outputs of {found}, where training needs a score for each of the {classes} classes of "
-            f"the data, (batch, classes); give a classification model with as many outputs."
-        )
+def require_scores(outputs: object, classes: int) -> torch.Tensor:
+    """Returns a model's outputs; raises `UsageError` unless they are one score per image and class."""
+    if isinstance(outputs, torch.Tensor) and outputs.ndim == 2 and outputs.shape[1] >= classes:
+        return outputs
+    found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, torch.Tensor) else f"type {type(outputs).__name__}"
+    raise UsageError(
+        f"the model's outputs have {found}, but training needs (batch, classes), a score for each of the {classes} "
+        f"classes of the data; give a classification model with as many outputs."
+    )
 
 
 def require_budget(active: int, budget: int, epoch: int) -> None:
-    """Raise `CheckFailed` when there are more or fewer active weights than the method's moves left."""
+    """Raises `CheckFailed` if the number of active weights is not what the method's updates left."""
     if active != budget:
         raise CheckFailed(
-            f"the model has {active:,} active weights after epoch {epoch}, not {budget:,}; something outside the "
-            f"method changed its masks."
+            f"the model has {active:,} active weights after epoch {epoch}, expected {budget:,}; something other than "
+            f"the method changed its masks."
         )
 
 
 def require_end(attached: Attached, steps: int) -> None:
-    """Raise `CheckFailed` when a method that ends at a final sparsity has not come there in all steps of a training."""
-    last = getattr(attached.method, "last", 0)
-    if attached.step < last:
+    """Raises `CheckFailed` if the method did not reach its final sparsity in all `steps` of the training."""
+    final_step = attached.method.final_step
+    if attached.step < final_step:
         raise CheckFailed(
-            f"method {attached.method.name} reaches its final sparsity at step {last}, but {steps - attached.step} of "
-            f"{steps} steps overflowed in fp16 and were left out; lower --stop, or give --precision bf16."
+            f"method {attached.method_name} reaches its final sparsity at step {final_step}, but "
+            f"{steps - attached.step} of {steps} steps overflowed in fp16 and were skipped; lower --stop, or give "
+            f"--precision bf16."
         )
 
 
-def stepped_off(losses: torch.Tensor, first: int) -> int | None:
-    """The first step whose loss is not finite, where `losses` begin with that of step `first`; None for none."""
+def first_bad_step(losses: torch.Tensor, first: int) -> int | None:
+    """Returns the first step whose loss is NaN or inf, or None; `losses` begin with that of step `first`."""
     bad = (~losses.isfinite()).nonzero()
     return first + int(bad[0]) if len(bad) else None
 
 
 def explained(error: RuntimeError, settings: TrainSettings) -> DsrError | None:
-    """What torch ran into, where the user can do something about it."""
+    """Returns torch's error as one that says what to do, or None if the user can do nothing about it."""
     if isinstance(error, torch.OutOfMemoryError):
         return DsrError(
-            f"the GPU's memory ran out at batch size {settings.batch_size}; lower --batch-size, or give "
+            f"the GPU ran out of memory at batch size {settings.batch_size}; lower --batch-size, or give "
             f"--precision bf16."
         )
     if any(words in str(error) for words in ("Output size is too small", "Kernel size can't be greater")):
@@ -66,43 +68,42 @@ def explained(error: RuntimeError, settings: TrainSettings) -> DsrError | None:
     return None
 
 
-def diverged(when: str, blame: str, kept: int) -> DsrError:
-    """The error to raise when a loss is no longer finite.
+def diverged(when: str, blame: str, saved: int) -> DsrError:
+    """Returns the error for a loss that is NaN or inf.
 
     Args:
-        when: `at step 12`, say.
-        blame: from `first_bad`.
-        kept: the last epoch whose state lies on the disk; 0 for none.
+        when: the moment, as in `at step 12`.
+        blame: what `first_bad` returned.
+        saved: the last epoch whose state is on disk; 0 for none.
     """
     where = f" ({blame})" if blame else ""
-    saved = f"; the state after epoch {kept} is kept" if kept else ""
-    return DsrError(f"the loss is no longer finite {when}{where}{saved}; lower --lr, or give --warmup-epochs.")
+    kept = f"; the state after epoch {saved} is kept" if saved else ""
+    return DsrError(f"the loss is NaN or inf {when}{where}{kept}; lower --lr, or give --warmup-epochs.")
 
 
 @torch.no_grad()
 def first_bad(module: nn.Module, inputs: torch.Tensor) -> str:
-    """Run a network once more, and tell the first layer where something is not finite.
+    """Runs a network again and names the first place where a value is NaN or inf.
 
-    Layers come in the order in which they run. Of each, what enters it is looked at first, then its weights, then what
-    it makes of them.
+    Layers are checked in the order in which they run; in each, first its inputs, then its weights, then its outputs.
 
     Returns:
-        A few words; none when all is finite.
+        A few words; empty if all values are finite.
     """
     found: list[str] = []
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def look(layer: nn.Module, entered: tuple[Any, ...], made: Any) -> None:
+        def check(layer: nn.Module, inputs: tuple[Any, ...], outputs: object) -> None:
             if not found:
-                found.extend(_blame(name, layer, entered, made))
+                found.extend(_blame(name, layer, inputs, outputs))
 
-        return look
+        return check
 
-    layers = {name: layer for name, layer in module.named_modules() if not any(layer.children()) or _own(layer)}
+    layers = {name: layer for name, layer in module.named_modules() if not any(layer.children()) or _tensors(layer)}
     hooks = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
     try:
         module(inputs)
-    except RuntimeError:  # what was found until then counts
+    except RuntimeError:  # what was found until then is still true
         pass
     finally:
         for handle in hooks:
@@ -110,25 +111,25 @@ def first_bad(module: nn.Module, inputs: torch.Tensor) -> str:
     return found[0] if found else ""
 
 
-def _blame(name: str, layer: nn.Module, entered: tuple[Any, ...], made: Any) -> Iterator[str]:
-    """What is not finite about a layer that has just run."""
+def _blame(name: str, layer: nn.Module, inputs: object, outputs: object) -> Iterator[str]:
+    """Yields what is NaN or inf in a layer that has just run."""
     kind = type(layer).__name__
-    if not _finite(entered):
-        yield f"what enters {kind} {name!r} is not finite"
-    for own, tensor in _own(layer).items():
+    if not _finite(inputs):
+        yield f"an input of {kind} {name!r} is NaN or inf"
+    for own, tensor in _tensors(layer).items():
         if not _finite(tensor):
-            yield f"{own} of {kind} {name!r} is not finite"
-    if not _finite(made):
-        yield f"{kind} {name!r} is the first layer whose output is not finite"
+            yield f"{own} of {kind} {name!r} is NaN or inf"
+    if not _finite(outputs):
+        yield f"{kind} {name!r} is the first layer with an output that is NaN or inf"
 
 
-def _own(layer: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters of a layer itself, and what it has counted where that takes part."""
+def _tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the parameters of a layer itself, and its buffers if they take part, which is in evaluation."""
     own: dict[str, torch.Tensor] = dict(layer.named_parameters(recurse=False))
     return own if layer.training else own | dict(layer.named_buffers(recurse=False))
 
 
-def _finite(value: Any) -> bool:
+def _finite(value: object) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_finite, value))
     return not isinstance(value, torch.Tensor) or bool(value.isfinite().all())

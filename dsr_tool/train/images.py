@@ -1,4 +1,4 @@
-"""What a data set holds: images in memory or on disk, to train on and held out."""
+"""A data set: training and test images, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["DataSet", "InMemory", "OnDisk"]
 
 @dataclass(frozen=True)
 class InMemory:
-    """Images held as one tensor.
+    """Images in one tensor.
 
     Attributes:
         images: uint8, or float32 in [0, 1]; shape (images, channels, height, width).
@@ -28,10 +28,10 @@ class InMemory:
 
 @dataclass(frozen=True)
 class OnDisk:
-    """Images read when they are needed.
+    """Images that are read when they are needed.
 
     Attributes:
-        paths: of the image files.
+        paths: paths of the image files.
         labels: int64 class numbers, shape (images,).
     """
 
@@ -39,10 +39,10 @@ class OnDisk:
     labels: torch.Tensor
 
     def read(self, index: int, mode: str) -> Image.Image:
-        """One picture in PIL's `mode`.
+        """Reads one picture and converts it to PIL's `mode`.
 
         Raises:
-            FormatError: the file is no picture, or damaged.
+            FormatError: the file is damaged or not a picture.
         """
         try:
             with Image.open(self.paths[index]) as image:
@@ -56,14 +56,14 @@ class OnDisk:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Images to train on, and images that are held out.
+    """Images to train on and images to test on.
 
     Attributes:
-        train: what the model learns from.
-        test: what it is evaluated on.
-        num_classes: one more than the largest label.
-        classes: their names, or none.
-        augment: the augmentation that suits the data.
+        train: images that the model is trained on.
+        test: images that it is evaluated on.
+        num_classes: number of classes: one more than the largest label.
+        classes: names of the classes; empty if unknown.
+        augment: name of the augmentation that suits the data.
     """
 
     train: InMemory | OnDisk

@@ -1,4 +1,4 @@
-"""One training at a time in a run folder."""
+"""A lock that allows one training at a time in a run folder."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from pathlib import Path
 
 from dsr_tool.errors import FileError
 
-if sys.platform != "win32":  # there nobody is kept out
+if sys.platform != "win32":  # without fcntl, Windows has no lock
     import fcntl
 
 __all__ = ["Lock"]
 
 
 class Lock:
-    """Holds a file of a run until it is released or forgotten, or the process ends, however that happens.
+    """Locks a file until it is released or garbage-collected, or until the process ends in any way.
 
     Attributes:
-        release: gives it back.
+        release: function that releases the lock.
     """
 
     def __init__(self, path: Path) -> None:
-        """Take it.
+        """Locks the file at `path`.
 
         Raises:
-            FileError: another process holds it, or it cannot be read.
+            FileError: another process holds the lock, or the file cannot be read.
         """
         try:
             file = os.open(path, os.O_RDONLY)
@@ -35,14 +35,14 @@ class Lock:
         self.release = weakref.finalize(self, os.close, file)
         if sys.platform == "win32":
             return
-        # Processes that load data may outlive a killed parent for seconds, and must not hold the run meanwhile.
+        # Data-loading workers outlive a killed parent for seconds; they must not hold the lock meanwhile.
         os.register_at_fork(after_in_child=self.release)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self.release()
             raise FileError(
-                f"{str(path.parent)!r} is being trained by another process; wait for its end, or give another folder."
+                f"another process is training in {str(path.parent)!r}; wait for its end, or give another folder."
             ) from error
         except OSError:
-            return  # a file system without locks: better trained unguarded than not at all
+            return  # some network file systems have no locks, and training must still be possible there

@@ -1,33 +1,31 @@
-"""The training loop: the same on CPU and GPU, and nothing in a step that a dense step would not do."""
+"""The training loop. It is the same on CPU and GPU, and a sparse step does nothing that a dense step would not do."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import optim
 
-from dsr_tool.errors import DsrError, FormatError, first_line
-from dsr_tool.methods import Attached, Reallocation
+from dsr_tool.errors import DsrError, FormatError
+from dsr_tool.methods import Reallocation
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.train.data import Data
-from dsr_tool.train.device import compiled, on_device
-from dsr_tool.train.evaluation import evaluate, training_loss
-from dsr_tool.train.failures import diverged, explained, first_bad, require_budget, require_end, stepped_off
-from dsr_tool.train.optimizers import load_optimizer, lr_factor, make_optimizer
+from dsr_tool.train.device import on_device
+from dsr_tool.train.evaluation import evaluate
+from dsr_tool.train.failures import diverged, explained, first_bad, first_bad_step, require_budget, require_end
 from dsr_tool.train.ranks import Ranks
 from dsr_tool.train.records import EpochRecord, Moved, Observer, TrainResult
-from dsr_tool.train.settings import PRECISIONS, TrainSettings
+from dsr_tool.train.settings import TrainSettings
+from dsr_tool.train.step import NonFiniteLossError, Stepper
 
 __all__ = ["train"]
 
-_LOOK_EVERY = {"cpu": 100, "cuda": 1000}
-"""Steps between looks at the losses, for which the host must wait for a GPU."""
+_CHECK_EVERY = {"cpu": 100, "cuda": 1000}
+"""Steps between checks of the losses by device, since reading them makes the host wait for a GPU."""
 
 
 def train(
@@ -39,78 +37,81 @@ def train(
     state: Mapping[str, Any] | None = None,
     deadline: float = math.inf,
 ) -> TrainResult:
-    """Train a model in place, at an unchanged number of active weights.
+    """Trains a model in place, at the number of active weights that its method prescribes.
 
-    On a GPU, fp32 is what torch calls so: products of matrices in fp32, convolutions in TF32 where the GPU has it.
+    On a GPU, fp32 means what torch means by it: matmuls in fp32, convolutions in TF32 where the GPU has it.
 
     Args:
-        model: what to train; it is moved to the device, and its description takes on the data's preprocessing.
-        data: what to train on, opened for this model.
-        settings: how.
-        observers: who is told.
-        state: what `Observer.on_state` was given when an earlier training with the same data and settings left this
-            model; it goes on from there, on the CPU to the same bits.
-        deadline: reading of `time.monotonic()` by which to stop: no epoch is begun, but for the first of this call,
+        model: the model; moved to the device, and its config gets the preprocessing of the data.
+        data: the data, opened for this model.
+        settings: all settings; checked first.
+        observers: observers to notify of steps and epochs; on several processes, only those of rank 0.
+        state: what `Observer.on_state` received at the end of an epoch of the same training, to resume from there; on
+            the CPU, the result is the same to the last bit.
+        deadline: reading of `time.monotonic()` by which to stop. After the first epoch of this call, no epoch starts
             that would end later if it took as long as the one before.
 
     Returns:
         The epochs of this call.
 
     Raises:
-        UsageError: settings that are not allowed.
-        FormatError: a state of another model or training.
-        DsrError: the loss is no longer finite, the GPU's memory ran out, or the model cannot be compiled.
-        CheckFailed: the number of active weights changed, or the method did not come to its final sparsity.
+        UsageError: a setting is not allowed, or the model or data do not fit it.
+        FormatError: the state is from another model or training.
+        DsrError: the loss is NaN or inf, the GPU's memory ran out, or the model cannot be compiled.
+        CheckFailed: something else changed the masks, or the method did not reach its final sparsity.
     """
     settings.check()
     model.config = data.describe(model.config)
     device = settings.torch_device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), on_device(settings):
-        run = _Run(model, data, settings, observers)
+        training = _Training(model, data, settings, observers)
         try:
             if state is not None:
-                run.restore(state)
-            return TrainResult(tuple(run.epochs(deadline)))
+                training.load_state(state)
+            return TrainResult(tuple(training.epochs(deadline)))
         except RuntimeError as error:
             if known := explained(error, settings):
                 raise known from error
             raise
         finally:
-            run.attached.remove()
-            run.optimizer.zero_grad()
+            training.stepper.close()
             model.module.eval()
 
 
-class _Run:
-    """One training: optimizer, schedule and method, made after the model is on its device."""
+class _Training:
+    """One training: its epochs, and who is notified of them."""
 
     def __init__(self, model: SparseModel, data: Data, settings: TrainSettings, observers: Sequence[Observer]) -> None:
         self.model, self.data, self.settings = model, data, settings
         self.ranks = Ranks.current()
-        self.ranks.part(min(settings.batch_size, len(data.dataset.train.labels)))
+        self.ranks.part(min(settings.batch_size, len(data.dataset.train.labels)))  # refuses uneven shares
         self.observers = observers if self.ranks.first else ()
-        device = settings.torch_device
-        model.to(device, memory_format=settings.memory_format)
         self.steps = data.steps(settings.batch_size)
-        self.optimizer = make_optimizer(model.module, settings)
-        self.scheduler = optim.lr_scheduler.LambdaLR(self.optimizer, lr_factor(settings, self.steps))
-        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
-        self.forward: Callable[[torch.Tensor], Any] = compiled(model.module, settings)
-        total = self.steps * settings.epochs
-        method = settings.make_method(total)
-        self.attached = Attached(model, self.optimizer, method, seed=settings.seed, on_reallocation=self._on_move)
+        classes = data.dataset.num_classes
+        self.stepper = Stepper(
+            model, settings, classes=classes, steps_per_epoch=self.steps, on_reallocation=self._on_reallocation
+        )
+        self.attached = self.stepper.attached
         self.moved = Moved.nothing(model)
         self.done = 0
         self.budget = model.active_weights
         for observer in self.observers:
-            observer.on_start(model, total)
+            observer.on_start(model, self.steps * settings.epochs)
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.stepper.load_state(state)
+        try:
+            self.done = int(state["epoch"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError("the checkpoint does not say its epoch; train again in another folder.") from error
 
     def epochs(self, deadline: float) -> Iterator[EpochRecord]:
-        """Train for all epochs that are left, as far as there is time."""
+        """Trains for the remaining epochs, as many as fit before the deadline."""
         for number in range(self.done + 1, self.settings.epochs + 1):
             start = time.monotonic()
             yield self.epoch(number)
             now = time.monotonic()
+            # Clocks differ between processes, and all must stop after the same epoch.
             late = self.ranks.first_says(2 * now - start > deadline, self.settings.torch_device)
             if late and number < self.settings.epochs:
                 for observer in self.observers:
@@ -118,7 +119,7 @@ class _Run:
                 return
 
     def epoch(self, number: int) -> EpochRecord:
-        """Train for one epoch, evaluate, and tell the observers."""
+        """Trains for one epoch, evaluates, checks the result, and notifies the observers."""
         start = time.perf_counter()
         self.moved = Moved.nothing(self.model)
         train_loss, train_accuracy = self._train(number)
@@ -128,7 +129,7 @@ class _Run:
         if not math.isfinite(test_loss):
             inputs, _ = next(iter(self.data.test_batches(self.settings)))
             raise self._diverged(f"on the test images after epoch {number}", inputs)
-        active = _active(self.model)
+        active = _active_by_layer(self.model)
         require_budget(sum(active.values()), self.budget, number)
         if number == self.settings.epochs:
             require_end(self.attached, self.steps * number)
@@ -139,7 +140,7 @@ class _Run:
             train_accuracy=train_accuracy,
             test_loss=test_loss,
             test_accuracy=test_accuracy,
-            lr=self.optimizer.param_groups[0]["lr"],
+            lr=self.stepper.lr,
             time_s=time.perf_counter() - start,
             active_weights=self.budget,
             density={name: count / self.model.masks[name].numel() for name, count in active.items()},
@@ -151,103 +152,51 @@ class _Run:
         self.done = number
         for observer in self.observers:
             observer.on_epoch(self.model, record)
-            observer.on_state(self.model, self.state())
+            observer.on_state(self.model, {"epoch": number, **self.stepper.state()})
         return record
 
-    def state(self) -> dict[str, Any]:
-        """All that the next epoch depends on, beside the model."""
-        return {
-            "epoch": self.done,
-            "trained": _trained(self.model),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "method": self.attached.state_dict(),
-        }
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state`."""
-        try:
-            if state["trained"] != _trained(self.model):
-                raise ValueError("other parameters are frozen")
-            load_optimizer(self.optimizer, state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
-            self.scaler.load_state_dict(state["scaler"])
-            self.attached.load_state_dict(state["method"])
-            self.done = int(state["epoch"])
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise FormatError(
-                f"the saved state of the training does not fit this model ({first_line(error)})."
-            ) from error
-
     def _train(self, number: int) -> tuple[float, float]:
-        """All steps of an epoch; mean loss and fraction right, which stay on the device until the end."""
+        """Takes all steps of an epoch. Returns mean loss and accuracy, which stay on the device until the end."""
         device = self.settings.torch_device
-        # Whatever the model draws (dropout) depends on seed, epoch and rank alone.
+        # What the model draws, as for dropout, depends on seed, epoch and rank alone, so a resumed run draws the same.
         drawn = [self.settings.seed, number, *([self.ranks.rank] if self.ranks.rank else [])]
         torch.manual_seed(int(np.random.SeedSequence(drawn).generate_state(1)[0]))
         self.model.module.train()
         losses = torch.zeros(self.steps, device=device)
-        right = torch.zeros((), dtype=torch.int64, device=device)
-        seen = 0
+        correct = torch.zeros((), dtype=torch.int64, device=device)
+        seen, first = 0, (number - 1) * self.steps + 1
         for index, (inputs, labels) in enumerate(self.data.train_batches(self.settings, number)):
-            loss, outputs = self._step(inputs, labels)
+            try:
+                loss, scores = self.stepper.step(inputs, labels)
+            except NonFiniteLossError:
+                raise self._diverged(f"at step {self.attached.step + 1}", inputs) from None
             losses[index] = loss
-            right += (outputs.argmax(1) == labels).sum()
+            correct += (scores.argmax(1) == labels).sum()
             seen += len(labels)
-            if (index + 1) % _LOOK_EVERY[device.type] == 0 or index + 1 == self.steps:
-                every = self.ranks.total(losses[: index + 1])
-                step = stepped_off(every, first=(number - 1) * self.steps + 1)
+            if (index + 1) % _CHECK_EVERY[device.type] == 0 or index + 1 == self.steps:
+                totals = self.ranks.total(losses[: index + 1])
+                step = first_bad_step(totals, first)
                 if step is not None:
-                    seen_at = (number - 1) * self.steps + index + 1
-                    raise self._diverged(f"at step {step}, as seen at step {seen_at}", inputs)
+                    raise self._diverged(f"at step {step}, as seen at step {first + index}", inputs)
             for observer in self.observers:
-                observer.on_step((number - 1) * self.steps + index + 1)
+                observer.on_step(first + index)
         ranks = self.ranks.count
-        return every.mean().item() / ranks, self.ranks.total(right).item() / (seen * ranks)
-
-    def _step(self, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimizer step; the loss and the main outputs, detached."""
-        precision = PRECISIONS[self.settings.precision]
-        mixed = torch.autocast(inputs.device.type, precision) if precision != torch.float32 else nullcontext()
-        # Before the forward, which may be a CUDA graph that writes where the last gradients lie.
-        self.optimizer.zero_grad()
-        if self.settings.compile:
-            torch.compiler.cudagraph_mark_step_begin()
-        with mixed:
-            outputs = self.forward(inputs)
-            loss, scores = training_loss(outputs, labels, self.data.dataset.num_classes, self.settings)
-            # Before the step spreads it to all weights; a GPU would have to be waited for, so there it is seen later.
-            if loss.device.type == "cpu" and self.ranks.count == 1 and not math.isfinite(loss.item()):
-                raise self._diverged(f"at step {self.attached.step + 1}", inputs)
-        self.scaler.scale(loss).backward()
-        self.ranks.average_gradients(self.model.module.parameters())
-        before = self.attached.step
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        # The scaler leaves out steps whose gradients overflowed.
-        if self.attached.step > before:
-            self.scheduler.step()
-        return loss.detach(), scores.detach()
+        return totals.mean().item() / ranks, self.ranks.total(correct).item() / (seen * ranks)
 
     def _diverged(self, when: str, inputs: torch.Tensor) -> DsrError:
         saves = any(type(observer).on_state is not Observer.on_state for observer in self.observers)
         return diverged(when, first_bad(self.model.module, inputs), self.done if saves else 0)
 
-    def _on_move(self, step: int, moved: Reallocation) -> None:
+    def _on_reallocation(self, step: int, moved: Reallocation) -> None:
         self.moved.add(moved)
         self.budget += len(moved.grown.flat) - len(moved.dropped.flat)
+        # A method that updates at every step would fill the log; its epoch records have the totals.
         for observer in () if self.attached.method.continuous else self.observers:
             observer.on_reallocation(step, moved)
 
 
-def _trained(model: SparseModel) -> list[str]:
-    """Names of the parameters that are not frozen, which no file holds."""
-    return [name for name, parameter in model.module.named_parameters() if parameter.requires_grad]
-
-
-def _active(model: SparseModel) -> dict[str, int]:
-    """Active weights by layer, with one trip to the host."""
+def _active_by_layer(model: SparseModel) -> dict[str, int]:
+    """Counts the active weights of each layer, in one transfer to the host."""
     if not model.masks:
         return {}
     counts: list[int] = torch.stack([mask.count_nonzero() for mask in model.masks.values()]).tolist()

@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate, as the settings say."""
+"""The optimizer and its learning rate schedule, from the settings."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["load_optimizer", "lr_factor", "make_optimizer"]
 
 
 def make_optimizer(module: nn.Module, settings: TrainSettings) -> optim.Optimizer:
-    """An optimizer of all parameters of a module, at the peak learning rate."""
+    """Returns an optimizer of all parameters of a module, at the peak learning rate."""
     parameters, lr, decay = list(module.parameters()), settings.learning_rate, settings.weight_decay
     fused = True if _can_be_fused(parameters, settings) else None
-    momentum = settings.inertia or 0.0
+    momentum = settings.resolved_momentum or 0.0
     if settings.optimizer == "sgd":
         return optim.SGD(parameters, lr, momentum=momentum, nesterov=momentum > 0, weight_decay=decay, fused=fused)
     if settings.optimizer == "rmsprop":
@@ -28,29 +28,29 @@ def make_optimizer(module: nn.Module, settings: TrainSettings) -> optim.Optimize
 
 
 def _can_be_fused(parameters: list[nn.Parameter], settings: TrainSettings) -> bool:
-    """Whether one kernel may step many parameters: a fraction of the launches, and of a CPU's passes over memory."""
-    if settings.precision == "fp16":  # it would unscale gradients and leave out steps where no hook sees it
+    """Whether torch's fused kernels may be used, which step many parameters at once with fewer passes over memory."""
+    if settings.precision == "fp16":  # fused steps unscale gradients and skip overflows inside, unseen by the hooks
         return False
-    # On a CPU it walks through memory blindly, so that parameter and gradient must be laid out alike.
+    # A fused CPU step walks through memory linearly, so parameter and gradient must have one memory format.
     return settings.torch_device.type == "cuda" or all(parameter.is_contiguous() for parameter in parameters)
 
 
 def load_optimizer(optimizer: optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Take back a state that was read from a file: keys of parameters are text, and all tensors are row-major.
+    """Loads a state that was read from a file, where parameter numbers are text and all tensors are row-major.
 
     Raises:
-        KeyError, TypeError, ValueError: it is no state of this optimizer.
+        KeyError, TypeError, ValueError: the state is from another optimizer.
     """
     optimizer.load_state_dict({**state, "state": {int(index): values for index, values in state["state"].items()}})
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                # Fused steps need state and parameter in one memory format.
+                # Fused steps need state and parameter in one memory format, such as channels last.
                 values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def lr_factor(settings: TrainSettings, steps_per_epoch: int) -> Callable[[int], float]:
-    """The learning rate after so many steps, as a fraction of its peak."""
+    """Returns the learning rate after a number of steps, as a fraction of its peak: warmup, then cosine or steps."""
     warmup = round(settings.warmup_epochs * steps_per_epoch)
     total = settings.epochs * steps_per_epoch
     milestones = settings.milestones or tuple(settings.epochs * part for part in (0.3, 0.6, 0.8))

@@ -15,16 +15,16 @@ __all__ = ["Progress", "summary"]
 
 
 class Progress(Observer):
-    """Shows where a training is; use it as a context manager, so that the terminal is left in order."""
+    """Shows the progress of a training. Use it as a context manager, so that the terminal is restored at the end."""
 
     def __init__(self, epochs: int, *, done: int = 0, quiet: bool = False, console: Console | None = None) -> None:
-        """Nothing is shown before the training starts.
+        """Prepares the bar; nothing is shown before the training starts.
 
         Args:
-            epochs: of the whole training.
+            epochs: epochs of the whole training.
             done: epochs that an earlier call completed.
             quiet: show nothing at all.
-            console: where to; stderr when absent.
+            console: console to write to; None for stderr.
         """
         self._epochs = epochs
         self._console = console or Console(
@@ -38,7 +38,7 @@ class Progress(Observer):
             console=self._console,
             transient=True,
         )
-        # Off a terminal a bar would be repeated in every log file.
+        # In a log file, every update of the bar would be a line of its own.
         self._shown = self._console.is_terminal and not quiet
         self._task = self._bar.add_task(f"epoch {min(done + 1, epochs)}", start=False)
 
@@ -54,22 +54,22 @@ class Progress(Observer):
             self._bar.stop()
 
     def on_start(self, model: SparseModel, total_steps: int) -> None:  # noqa: ARG002 - the observer's signature
-        """Start the clock."""
+        """Starts the bar's clock."""
         self._bar.start_task(self._task)
         self._bar.update(self._task, total=total_steps)
 
     def on_step(self, step: int) -> None:
-        """Move the bar."""
+        """Advances the bar."""
         self._bar.update(self._task, completed=step)
 
     def on_epoch(self, model: SparseModel, record: EpochRecord) -> None:  # noqa: ARG002
-        """Print the epoch's line above the bar."""
+        """Prints the epoch's line above the bar."""
         self._console.print(summary(record, self._epochs))
         self._bar.update(self._task, description=f"epoch {min(record.epoch + 1, self._epochs)}")
 
 
 def summary(record: EpochRecord, epochs: int) -> str:
-    """One line: accuracy, losses, seconds, and the layers whose number of weights changed most."""
+    """Returns one line: accuracy, losses, seconds, and the layers whose number of weights changed most."""
     line = (
         f"epoch {record.epoch:>{len(str(epochs))}}/{epochs}  accuracy {record.test_accuracy:.4f}  "
         f"loss {record.train_loss:.4f} (test {record.test_loss:.4f})  {record.time_s:.1f} s"
@@ -77,11 +77,11 @@ def summary(record: EpochRecord, epochs: int) -> str:
     moved = sum(record.dropped.values())
     if not moved:
         return line
-    return f"{line}  moved {moved:,}{_shift(record)}"
+    return f"{line}  moved {moved:,}{_largest_changes(record)}"
 
 
-def _shift(record: EpochRecord, most: int = 3) -> str:
-    """The layers that gained and lost most, as `: +layer1.conv 1,200 -fc 800`."""
+def _largest_changes(record: EpochRecord, most: int = 3) -> str:
+    """Returns the layers that gained and lost most weights, as `: +layer1.conv 1,200 -fc 800`."""
     net = {name: grown - record.dropped[name] for name, grown in record.grown.items()}
     ranked = sorted(net, key=net.__getitem__)
     gained = [name for name in ranked[::-1][:most] if net[name] > 0]

@@ -1,8 +1,8 @@
-"""Several processes that train one model, each on its share of every batch; torchrun starts them.
+"""Several processes, started by torchrun, train one model, each on its share of every batch.
 
-Gradients are averaged while they are still dense, so that every rank takes the same steps; a method's generator is
-seeded alike everywhere, so that every rank moves the same weights. Statistics of batch normalisation are those of a
-rank's own share; after each epoch all go on with those of rank 0, which also writes the files.
+Gradients are averaged while they are still dense, so every rank takes the same steps. A method's generator has the
+same seed on every rank, so every rank prunes and grows the same weights. Batch normalisation uses the statistics of a
+rank's own share; after each epoch all ranks take those of rank 0, which also writes the files.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ __all__ = ["Follower", "Ranks", "joined"]
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which of how many processes this one is; all methods do nothing where it is alone.
+    """This process among those of the run. Alone, all methods do nothing.
 
     Attributes:
-        rank: its number; rank 0 is told, and writes.
-        count: how many there are.
+        rank: number of this process; rank 0 notifies observers and writes files.
+        count: number of processes.
     """
 
     rank: int = 0
@@ -39,38 +39,39 @@ class Ranks:
 
     @classmethod
     def current(cls) -> Ranks:
-        """What torch's default process group says."""
+        """Returns the rank in torch's default process group."""
         if distributed.is_available() and distributed.is_initialized():
             return cls(distributed.get_rank(), distributed.get_world_size())
         return cls()
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes."""
+        """Whether this is the rank that writes files."""
         return self.rank == 0
 
     def part(self, batch_size: int) -> int:
-        """This rank's images of a batch.
+        """Returns the number of images of a batch that this rank gets.
 
         Raises:
-            UsageError: the batch cannot be shared out evenly, or leaves a rank a single image.
+            UsageError: the batch cannot be divided evenly, or leaves a rank a single image, from which batch
+                normalisation learns nothing.
         """
         if self.count > 1 and (batch_size % self.count or batch_size < 2 * self.count):
             raise UsageError(
-                f"a batch of {batch_size} images cannot be shared by {self.count} processes; give a --batch-size that "
-                f"is a multiple of {self.count} and leaves each 2 or more."
+                f"a batch of {batch_size} images cannot be divided among {self.count} processes; give a --batch-size "
+                f"that is a multiple of {self.count} and at least {2 * self.count}."
             )
         return batch_size // self.count
 
     def share(self, order: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, int]:
-        """This rank's part of every batch, and how many images that is.
+        """Returns this rank's part of every batch, and its number of images per batch.
 
         Args:
-            order: what batches are cut from, shape (batches * batch_size,), or shorter for a single batch.
+            order: image numbers of all batches, shape (batches * batch_size,), or shorter for a single batch.
             batch_size: images of all ranks per step.
 
         Raises:
-            UsageError: as `part` says.
+            UsageError: see `part`.
         """
         if self.count == 1:
             return order, batch_size
@@ -79,66 +80,68 @@ class Ranks:
 
     @torch.no_grad()
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace all gradients by their mean over the ranks, bit for bit the same on each."""
+        """Replaces all gradients by their mean over the ranks, the same on each to the last bit."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if self.count == 1 or not gradients:
             return
+        # One message for all: a small network has many gradients of few values.
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         distributed.all_reduce(flat)
         pieces = flat.div_(self.count).split([gradient.numel() for gradient in gradients])
         torch._foreach_copy_(gradients, [p.view(g.shape) for p, g in zip(pieces, gradients, strict=True)])
 
     def wait(self) -> None:
-        """Go on when all ranks are here."""
+        """Waits until all ranks have called it."""
         if self.count > 1:
             distributed.barrier()
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over the ranks."""
+        """Returns the sum of a tensor over the ranks."""
         if self.count > 1:
             tensor = tensor.clone()
             distributed.all_reduce(tensor)
         return tensor
 
     def follow_first(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Take on the values that tensors have on rank 0, in place."""
+        """Overwrites tensors with their values on rank 0, in place."""
         for tensor in tensors if self.count > 1 else ():
             distributed.broadcast(tensor, 0)
 
     def first_says(self, answer: bool, device: torch.device) -> bool:
-        """What rank 0 answers, for questions that clocks decide."""
-        told = torch.tensor(int(answer), device=device)
-        self.follow_first([told])
-        return bool(told)
+        """Returns the answer of rank 0, for questions that its clock decides."""
+        shared = torch.tensor(int(answer), device=device)
+        self.follow_first([shared])
+        return bool(shared)
 
     @torch.no_grad()
     def require_equal(self, module: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
-        """Raise `CheckFailed` when weights or masks are not the same on all ranks."""
+        """Raises `CheckFailed` if weights or masks differ between ranks."""
         if self.count == 1:
             return
-        bits = [value.view(torch.uint8).sum(dtype=torch.int64) for value in map(_row_major, module.parameters())]
-        places = [mask.reshape(-1).nonzero().square().sum() for mask in masks.values()]
-        sums = torch.stack([*bits, *places])
+        # One checksum per tensor: two small messages instead of all weights.
+        bits = [value.view(torch.uint8).sum(dtype=torch.int64) for value in map(_flat, module.parameters())]
+        positions = [mask.reshape(-1).nonzero().square().sum() for mask in masks.values()]
+        sums = torch.stack([*bits, *positions])
         least, most = sums.clone(), sums.clone()
         distributed.all_reduce(least, distributed.ReduceOp.MIN)
         distributed.all_reduce(most, distributed.ReduceOp.MAX)
         if not torch.equal(least, most):
             raise CheckFailed(
-                "weights or masks are no longer the same on all processes; does the model draw random numbers of its "
-                "own, or do the machines differ?"
+                "weights or masks differ between the processes; check that the model uses torch's random numbers only, "
+                "and that all machines have the same software."
             )
 
 
-def _row_major(parameter: nn.Parameter) -> torch.Tensor:
+def _flat(parameter: nn.Parameter) -> torch.Tensor:
     return parameter.detach().reshape(-1)
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
-    """Join the other processes where torchrun started this one; rank i uses GPU i of its machine.
+    """Joins the other processes if torchrun started this one. Local rank i uses GPU i of its machine.
 
     Raises:
-        DsrError: one of the others ended too early.
+        DsrError: another process ended too early.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
         yield Ranks()
@@ -151,14 +154,22 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     except RuntimeError as error:
         if "closed by peer" not in str(error) and "reset by peer" not in str(error):
             raise
-        raise DsrError("another process of this run has ended; what it said itself tells why.") from error
+        raise DsrError("another process of this run has ended; see its own message for the reason.") from error
     finally:
         distributed.destroy_process_group()
 
 
 @dataclass
 class Follower(Observer):
-    """Stands where rank 0 has its `RunFolder`: reads what is resumed, and writes nothing."""
+    """The counterpart of `RunFolder` on ranks other than 0: reads the run to resume, and writes nothing.
+
+    Attributes:
+        path: path of the run folder.
+        resume: resume the run in it.
+        facts: as in `RunFolder`; ignored.
+        files: as in `RunFolder`; ignored.
+        stopped: the run to resume; None for a training from the start.
+    """
 
     path: str | Path
     resume: bool = False
@@ -174,4 +185,4 @@ class Follower(Observer):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing was begun that needs an end."""
+        """Does nothing: rank 0 alone writes."""

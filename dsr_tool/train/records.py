@@ -1,4 +1,4 @@
-"""What a training tells: a record per epoch, and who listens."""
+"""What a training reports: a record per epoch, the result, and the observer that is notified on the way."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ __all__ = ["EpochRecord", "Moved", "Observer", "TrainResult"]
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """What one epoch came to.
+    """Figures of one epoch.
 
     Attributes:
-        epoch: its number, the first being 1.
+        epoch: number of the epoch, from 1.
         step: optimizer steps since the start, without those that overflowed in fp16.
-        train_loss: mean over its steps, auxiliary losses included.
-        train_accuracy: fraction right, as the images went by.
-        test_loss: mean over all test images.
-        test_accuracy: fraction right of all test images.
-        lr: learning rate at its end.
-        time_s: its seconds, evaluation included.
-        active_weights: of all sparse layers.
+        train_loss: mean loss over the steps, auxiliary losses included.
+        train_accuracy: fraction of training images classified correctly while the weights changed.
+        test_loss: mean loss over all test images.
+        test_accuracy: fraction of all test images classified correctly.
+        lr: learning rate at the end.
+        time_s: duration in seconds, evaluation included.
+        active_weights: active weights of all sparse layers.
         density: fraction of active weights by layer.
-        dropped: weights dropped in this epoch by layer.
-        grown: weights grown in this epoch by layer.
-        threshold: the method's threshold at its last reallocation, where it has one.
-        facts: all that the method stated at its last update, by name.
+        dropped: number of weights pruned in this epoch by layer.
+        grown: number of weights grown in this epoch by layer.
+        threshold: threshold of the method at its last reallocation; None for methods without one.
+        facts: figures of the method's last update by name.
     """
 
     epoch: int
@@ -51,7 +51,13 @@ class EpochRecord:
 
 @dataclass
 class Moved:
-    """What reallocations of one epoch moved, per layer, and what the method stated at the last of them."""
+    """Totals of the reallocations of one epoch.
+
+    Attributes:
+        dropped: number of weights pruned per sparse layer.
+        grown: number of weights grown per sparse layer.
+        facts: figures of the last reallocation by name.
+    """
 
     dropped: list[int]
     grown: list[int]
@@ -59,11 +65,11 @@ class Moved:
 
     @classmethod
     def nothing(cls, model: SparseModel) -> Moved:
-        """The beginning of an epoch."""
+        """Returns the totals at the beginning of an epoch."""
         return cls([0] * len(model.trained), [0] * len(model.trained))
 
     def add(self, moved: Reallocation) -> None:
-        """One more reallocation."""
+        """Adds one reallocation."""
         self.dropped = [a + b for a, b in zip(self.dropped, moved.dropped.counts, strict=True)]
         self.grown = [a + b for a, b in zip(self.grown, moved.grown.counts, strict=True)]
         self.facts = moved.facts
@@ -71,38 +77,42 @@ class Moved:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """All epochs of a training."""
+    """All epochs of a training.
+
+    Attributes:
+        epochs: the records, in order; at least one.
+    """
 
     epochs: tuple[EpochRecord, ...]
 
     @property
     def last(self) -> EpochRecord:
-        """The last epoch, whose state the model is in."""
+        """The last epoch, whose weights the model has."""
         return self.epochs[-1]
 
     @property
     def best(self) -> EpochRecord:
-        """The first epoch of the highest test accuracy."""
+        """The first epoch with the highest test accuracy."""
         return max(self.epochs, key=lambda record: record.test_accuracy)
 
 
 class Observer:
-    """What is told while a training runs; by itself it does nothing."""
+    """Base class of what is notified while a training runs; each method does nothing by default."""
 
     def on_start(self, model: SparseModel, total_steps: int) -> None:
-        """Before the first step, with the model in its initial state."""
+        """Called before the first step, with the model in its initial state."""
 
     def on_step(self, step: int) -> None:
-        """After each optimizer step; results are still on their way on a GPU."""
+        """Called after each optimizer step, which a GPU may still be computing."""
 
     def on_reallocation(self, step: int, moved: Reallocation) -> None:
-        """After each reallocation."""
+        """Called after each reallocation, except for methods that update at every step."""
 
     def on_epoch(self, model: SparseModel, record: EpochRecord) -> None:
-        """After each epoch, evaluated and checked."""
+        """Called after each epoch, when it has been evaluated and checked."""
 
     def on_state(self, model: SparseModel, state: Mapping[str, Any]) -> None:
-        """After that, with all that the training needs to go on from here, for `train(..., state=...)`."""
+        """Called after `on_epoch` with the state from which `train(..., state=...)` resumes."""
 
     def on_pause(self, epoch: int) -> None:
-        """At the end, where time was up after this epoch and more are left."""
+        """Called at the end if the deadline leaves no time for the epochs after this one."""

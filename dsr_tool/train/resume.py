@@ -1,4 +1,4 @@
-"""What a stopped training left, as far as it is needed to go on."""
+"""What a stopped training left in its run folder, as far as resuming needs it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dsr_tool.errors import FileError, FormatError, UsageError
-from dsr_tool.sparse.folder import current
+from dsr_tool.sparse.folder import current_file
 from dsr_tool.train.checkpoint import CHECKPOINT, read_state
 from dsr_tool.train.records import EpochRecord
 from dsr_tool.train.settings import LEARNING_RATES, MOMENTA, TrainSettings
@@ -20,8 +20,8 @@ __all__ = ["LOG", "SETTINGS", "Stopped", "find_stopped"]
 
 LOG, SETTINGS = "log.jsonl", "settings.json"
 
-_FREE = ("device", "workers")
-"""Settings that may differ from those of the start: where, not what, is computed."""
+_MAY_DIFFER = ("device", "workers")
+"""Settings that may be changed when a run resumes: they say where it is computed, not what."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Stopped:
 
     Attributes:
         path: its run folder.
-        facts: its `settings.json`.
-        started: the settings in there.
-        epochs: the complete epochs.
-        state: for `train(..., state=...)`.
-        log_bytes: length of its log at the end of the last of them.
-        explored: weights that were active at any time until then, as `Exploration.bits` gave them.
+        facts: content of its `settings.json`.
+        started: settings that it was started with.
+        epochs: records of the complete epochs.
+        state: state to pass to `train`.
+        log_bytes: length of its log at the end of the last complete epoch.
+        explored: packed bits of the weights that were ever active until then, as `Exploration.bits` returns them.
     """
 
     path: Path
@@ -47,79 +47,93 @@ class Stopped:
     explored: Mapping[str, torch.Tensor]
 
     def settings(self, given: Mapping[str, Any]) -> TrainSettings:
-        """The settings of the run, after a look at those that are given again.
+        """Returns the settings of the run.
+
+        Args:
+            given: arguments of `TrainSettings` that the user gives again.
 
         Raises:
             UsageError: one of them differs from the run's.
         """
         lists = {name: getattr(self.started, name) for name in ("milestones", "doubling")}
-        own = {**self.started.to_dict(), **lists, **self.started.options}
-        asked = {**given, **given.get("options", {})}
-        for name, value in asked.items():
-            if name in ("options", *_FREE) or own.get(name) == value:
+        known = {**self.started.to_dict(), **lists, **self.started.options}
+        for name, value in {**given, **given.get("options", {})}.items():
+            if name in ("options", *_MAY_DIFFER) or known.get(name) == value:
                 continue
-            was = f"differs from the {own[name]} that" if name in own else "was not given when"
-            raise UsageError(
-                f"--{name.replace('_', '-')} {value} {was} {str(self.path)!r} was started{' with' * (name in own)}; "
-                f"leave it out to resume, or give another folder to train anew."
+            option = f"--{name.replace('_', '-')} {value}"
+            difference = (
+                f"{option} differs from the {known[name]} that {str(self.path)!r} was started with"
+                if name in known
+                else f"{option} was not given when {str(self.path)!r} was started"
             )
-        return replace(self.started, **{name: given[name] for name in _FREE if name in given})
+            raise UsageError(f"{difference}; leave it out to resume, or give another folder to train from the start.")
+        return replace(self.started, **{name: given[name] for name in _MAY_DIFFER if name in given})
 
     def require(self, facts: Mapping[str, Any]) -> None:
-        """Raise `UsageError` when model or data are not what the run was started with."""
+        """Raises `UsageError` if model or data are not those that the run was started with."""
         for name, value in facts.items():
             if self.facts.get(name) != value:
                 raise UsageError(
                     f"{str(self.path)!r} was started with {name} {self.facts.get(name)!r}, not {value!r}; give the "
-                    f"same model and --data to resume, or another folder to train anew."
+                    f"same model and --data to resume, or another folder to train from the start."
                 )
 
 
 def find_stopped(path: Path) -> Stopped | None:
-    """The run in a folder; None where no training completed an epoch.
+    """Returns the run in a folder, or None if no training in it completed an epoch.
 
     Raises:
-        FileError: the folder holds something, but no run.
+        FileError: the folder holds something, but not a run.
         FormatError: the run is damaged.
     """
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return None
     if not (path / LOG).is_file():
-        raise FileError(f"{str(path)!r} is no run that could be resumed: it has no {LOG}; give the folder of a run.")
-    file = current(path, CHECKPOINT)
+        raise FileError(f"{str(path)!r} is not a run that could be resumed: it has no {LOG}; give a run folder.")
+    file = current_file(path, CHECKPOINT)
     if not file.is_file():
-        # A run may have been stopped between logging its first epoch and saving it; one that came further lost a file.
+        # A run may be killed between logging its first epoch and saving it. A longer log means that the file was lost.
         log = (path / LOG).read_bytes()
         if log.count(b'{"kind": "epoch"') > 1 or b'{"kind": "end"' in log:
-            raise FileError(f"{str(path)!r} has no {CHECKPOINT}, without which it cannot be resumed; train anew.")
+            raise FileError(
+                f"{str(path)!r} has no {CHECKPOINT}, so it cannot be resumed; train again in another folder."
+            )
         return None
     state = read_state(file)
     try:
-        log = (path / LOG).read_bytes()[: state["log_bytes"]]
-        if len(log) < state["log_bytes"]:
-            raise ValueError(f"{LOG} is cut off")
-        lines = [json.loads(line) for line in log.splitlines()]
-        epochs = tuple(_record(line) for line in lines if line["kind"] == "epoch")
-        if [record.epoch for record in epochs] != list(range(1, state["training"]["epoch"] + 1)):
-            raise ValueError(f"{LOG} does not hold the epochs of {CHECKPOINT}")
+        epochs = _complete_epochs(path, state)
         facts = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
         explored = {name: bits for name, bits in state["explored"].items() if isinstance(bits, torch.Tensor)}
-        started = _settings(facts["settings"])
+        started = _parse_settings(facts["settings"])
         return Stopped(path, dict(facts), started, epochs, state["training"], state["log_bytes"], explored)
     except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise FormatError(f"run {str(path)!r} cannot be resumed ({error}); it is damaged, so train anew.") from error
+        raise FormatError(
+            f"run {str(path)!r} is damaged and cannot be resumed ({error}); train again in another folder."
+        ) from error
 
 
-def _record(line: Mapping[str, Any]) -> EpochRecord:
-    return EpochRecord(**{name: value for name, value in line.items() if name not in ("kind", "explored")})
+def _complete_epochs(path: Path, state: Mapping[str, Any]) -> tuple[EpochRecord, ...]:
+    """Reads the records of the epochs in a checkpoint from the log; raises `ValueError` if they disagree."""
+    log = (path / LOG).read_bytes()[: state["log_bytes"]]
+    if len(log) < state["log_bytes"]:
+        raise ValueError(f"{LOG} is shorter than {CHECKPOINT} says")
+    lines = [json.loads(line) for line in log.splitlines()]
+    epochs = tuple(
+        EpochRecord(**{name: value for name, value in line.items() if name not in ("kind", "explored")})
+        for line in lines
+        if line["kind"] == "epoch"
+    )
+    if [record.epoch for record in epochs] != list(range(1, state["training"]["epoch"] + 1)):
+        raise ValueError(f"{LOG} does not hold the epochs of {CHECKPOINT}")
+    return epochs
 
 
-def _settings(values: Mapping[str, Any]) -> TrainSettings:
-    """The settings of a run, looked at but for what depends on the machine."""
+def _parse_settings(values: Mapping[str, Any]) -> TrainSettings:
+    """Returns the settings of a run, checked except for what depends on the machine."""
     known = {field.name for field in fields(TrainSettings)}
     given = {name: value for name, value in values.items() if name in known}
     if given.get("optimizer") in LEARNING_RATES.keys() - MOMENTA:
-        given["momentum"] = None  # runs once recorded one that their optimizer never had
+        given["momentum"] = None  # old runs recorded a momentum even for optimizers that have none
     settings = TrainSettings(**given)
     settings = replace(settings, milestones=tuple(settings.milestones), doubling=tuple(settings.doubling))
     replace(settings, device="cpu", precision="fp32").check()

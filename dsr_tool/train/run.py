@@ -1,4 +1,4 @@
-"""RunFolder: what a training leaves on disk, loadable at every moment."""
+"""RunFolder: the folder that a training writes, which can be loaded at every moment."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -16,10 +16,10 @@ from typing import Any
 from dsr_tool.errors import FileError
 from dsr_tool.files import new_folder, refuse_existing, writing
 from dsr_tool.methods import Reallocation
-from dsr_tool.sparse.folder import CONFIG, NEXT, save_folder, write_model
+from dsr_tool.sparse.folder import CONFIG, save_folder, write_model
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.config import installed_versions
-from dsr_tool.train.checkpoint import CHECKPOINT, write_state
+from dsr_tool.train.checkpoint import PART, finish_replacing, replace_model, sync
 from dsr_tool.train.exploration import Exploration
 from dsr_tool.train.lock import Lock
 from dsr_tool.train.records import EpochRecord, Observer
@@ -27,42 +27,41 @@ from dsr_tool.train.resume import LOG, SETTINGS, Stopped, find_stopped
 
 __all__ = ["LOG", "SETTINGS", "RunFolder"]
 
-_BEST, _PART = "best", ".part."
-_KEPT = "what was saved before is whole"
+_BEST = "best"
+_KEPT = "what was saved before is complete"
 
 
 class RunFolder(Observer):
-    """A model folder of the last complete epoch, with `log.jsonl`, `settings.json` and `best/` beside it.
+    """A model folder of the last complete epoch, with `log.jsonl`, `settings.json` and `best/` in it.
 
-    It is made whole before the first step, with the model as it is then, and removed again when no epoch was completed.
-    The state of the training is replaced together with the model, so that a run that was stopped at any moment can
-    be resumed from its last complete epoch.
+    The folder is created before the first step, with the model as it is then, and removed if no epoch completes. Model
+    and checkpoint are replaced together, so a run that was killed at any moment resumes from its last complete epoch.
 
     Attributes:
-        path: the folder.
-        facts: plain values for `settings.json` and the log, set before the training starts: its settings, where
-            model and data came from.
-        files: further texts that are written beside them, by name.
-        stopped: what is resumed; None for a training from the start.
+        path: path of the folder.
+        facts: plain values for `settings.json` and the log, set before the training starts: settings, and where model
+            and data came from.
+        files: texts of further files by name, set before the training starts.
+        stopped: the run to resume; None for a training from the start.
     """
 
     def __init__(self, path: str | Path, *, force: bool = False, resume: bool = False) -> None:
-        """Check that the folder can be made; nothing is written yet.
+        """Checks that the folder can be created; nothing is written yet.
 
         Args:
             path: the new folder.
-            force: replace an existing folder.
-            resume: go on where the run in it stopped; from the start where it has no complete epoch, or is not there.
+            force: replace an existing run folder.
+            resume: resume the run in it; start anew if the folder does not exist or has no complete epoch.
 
         Raises:
-            FileError: it exists and is not empty, without `force` or with something else in it, cannot be made, or is
-                being trained by another process.
+            FileError: the folder exists and is not empty without `force`, holds something else, cannot be created, or
+                another process is training in it.
             FormatError: the run to resume is damaged.
         """
         self.path = Path(path)
         self.facts: dict[str, Any] = {}
         self.files: dict[str, str] = {}
-        # Before anything is read, since a training that goes on replaces it.
+        # Locked before anything is read, since a training in another process replaces the files.
         self._lock: Lock | None = None
         if (force or resume) and (self.path / LOG).is_file():
             self._lock = Lock(self.path / LOG)
@@ -88,28 +87,13 @@ class RunFolder(Observer):
             if self._lock is not None:
                 self._lock.release()
 
-    def _end(self, kind: type[BaseException] | None) -> None:
-        if kind is not None and not self._done:
-            self._undo()
-            return
-        if not self._started:
-            return
-        ended = "paused" if self._paused else "complete"
-        status = ended if kind is None else "interrupted" if kind is KeyboardInterrupt else "failed"
-        try:
-            self._log("end", status=status, epochs=self._done, best_accuracy=self._best)
-        except FileError:
-            # What went wrong before is the error to show.
-            if kind is None:
-                raise
-
     def on_start(self, model: SparseModel, total_steps: int) -> None:
-        """Make the folder, or take the one that is there back to its last complete epoch."""
+        """Creates the folder, or restores the existing one to its last complete epoch."""
         model.check()
         self._names = model.trained
         self._explored = Exploration(model, self.stopped.explored if self.stopped else None)
         if self.stopped is not None:
-            self._go_on(self.stopped)
+            self._restore(self.stopped)
             return
         start = {
             **self.facts,
@@ -120,12 +104,7 @@ class RunFolder(Observer):
             "active_weights": model.active_weights,
         }
         if self.path.is_dir() and any(self.path.iterdir()):
-            # Kept until an epoch is complete: a run that learns nothing must not cost an older one.
-            with writing(self.path):
-                aside = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.replaced.", dir=self.path.absolute().parent))
-                self._replaced = self.path.rename(aside / self.path.name)
-            if self._resume:  # the run that was there has not learnt anything either
-                self._forget_replaced()
+            self._move_aside()
         with new_folder(self.path, marker=CONFIG) as part:
             write_model(model, part)
             (part / SETTINGS).write_text(json.dumps(self.facts, indent=1) + "\n", encoding="utf-8")
@@ -135,32 +114,17 @@ class RunFolder(Observer):
         self._started = True
         self._lock = Lock(self.path / LOG)
 
-    def _go_on(self, stopped: Stopped) -> None:
-        stopped.require({name: value for name, value in self.facts.items() if name != "settings"})
-        with writing(self.path, _KEPT):
-            _move_out(self.path / NEXT)
-            if not (self.path / _BEST).exists():  # it was just being replaced
-                for old in self.path.glob(f".{_BEST}.*.old/{_BEST}"):
-                    old.rename(self.path / _BEST)
-            for pattern in (f"{_PART}*", f".{_BEST}.*"):
-                for part in self.path.glob(pattern):
-                    shutil.rmtree(part, ignore_errors=True)
-            os.truncate(self.path / LOG, stopped.log_bytes)
-        self._best = max(record.test_accuracy for record in stopped.epochs)
-        self._done = len(stopped.epochs)
-        self._started = True
-
     def on_step(self, step: int) -> None:  # noqa: ARG002 - the observer's signature
-        """Note which weights are active now; a method may move them at every step."""
+        """Records which weights are active; a method may change that at every step."""
         if self._explored is not None:
             self._explored.look()
 
     def on_pause(self, epoch: int) -> None:  # noqa: ARG002
-        """Note it for the end."""
+        """Marks the run as paused, for the last line of the log."""
         self._paused = True
 
     def on_reallocation(self, step: int, moved: Reallocation) -> None:
-        """Log it."""
+        """Logs the reallocation."""
         self._log(
             "reallocation",
             step=step,
@@ -170,7 +134,7 @@ class RunFolder(Observer):
         )
 
     def on_epoch(self, model: SparseModel, record: EpochRecord) -> None:
-        """Log the epoch; what is logged but not saved yet is cut off again when the run is resumed."""
+        """Logs the epoch and saves the best model. A log line without a checkpoint is cut off when the run resumes."""
         explored = self._explored.counts() if self._explored else {}
         self._log("epoch", **asdict(record), explored=explored)
         if self._best is None or record.test_accuracy > self._best:
@@ -179,30 +143,67 @@ class RunFolder(Observer):
             self._best = record.test_accuracy
 
     def on_state(self, model: SparseModel, state: Mapping[str, Any]) -> None:
-        """Save model and training together."""
+        """Saves model and checkpoint together."""
         model.check()
         with writing(self.path, _KEPT):
-            _sync([self.path / LOG])
+            # The checkpoint states the length of the log, which must be on the disk before it.
+            sync([self.path / LOG])
             more = {
                 "log_bytes": (self.path / LOG).stat().st_size,
                 "explored": self._explored.bits() if self._explored else {},
             }
-            _replace_model(model, {"training": state, **more}, self.path)
+            replace_model(model, {"training": state, **more}, self.path)
         self._done = int(state["epoch"])
-        self._forget_replaced()
+        self._delete_replaced()
 
-    def _forget_replaced(self) -> None:
+    def _restore(self, stopped: Stopped) -> None:
+        """Removes what a killed process left half done, and cuts the log to the last complete epoch."""
+        stopped.require({name: value for name, value in self.facts.items() if name != "settings"})
+        with writing(self.path, _KEPT):
+            finish_replacing(self.path)
+            if not (self.path / _BEST).exists():  # the process was killed while it replaced this folder
+                for old in self.path.glob(f".{_BEST}.*.old/{_BEST}"):
+                    old.rename(self.path / _BEST)
+            for pattern in (f"{PART}*", f".{_BEST}.*"):
+                for part in self.path.glob(pattern):
+                    shutil.rmtree(part, ignore_errors=True)
+            os.truncate(self.path / LOG, stopped.log_bytes)
+        self._best = max(record.test_accuracy for record in stopped.epochs)
+        self._done = len(stopped.epochs)
+        self._started = True
+
+    def _move_aside(self) -> None:
+        """Keeps the run to replace until an epoch completes: a failed run must not cost an older one."""
+        with writing(self.path):
+            aside = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.replaced.", dir=self.path.absolute().parent))
+            self._replaced = self.path.rename(aside / self.path.name)
+        if self._resume:  # the older run has no complete epoch either, so nothing would be lost
+            self._delete_replaced()
+
+    def _delete_replaced(self) -> None:
         if self._replaced is not None:
             shutil.rmtree(self._replaced.parent, ignore_errors=True)
             self._replaced = None
 
-    def _undo(self) -> None:
-        """Remove a run in which nothing was learnt, and put back what it replaced."""
-        if self._started:
-            shutil.rmtree(self.path, ignore_errors=True)
-        if self._replaced is not None:
-            self._replaced.rename(self.path)
-            self._replaced.parent.rmdir()
+    def _end(self, kind: type[BaseException] | None) -> None:
+        """Logs how the run ended, or removes it if no epoch completed."""
+        if kind is not None and not self._done:
+            if self._started:
+                shutil.rmtree(self.path, ignore_errors=True)
+            if self._replaced is not None:
+                self._replaced.rename(self.path)
+                self._replaced.parent.rmdir()
+            return
+        if not self._started:
+            return
+        ended = "paused" if self._paused else "complete"
+        status = ended if kind is None else "interrupted" if kind is KeyboardInterrupt else "failed"
+        try:
+            self._log("end", status=status, epochs=self._done, best_accuracy=self._best)
+        except FileError:
+            # If something else went wrong before, that is the error to show.
+            if kind is None:
+                raise
 
     def _log(self, kind: str, **values: Any) -> None:
         with writing(self.path, _KEPT), (self.path / LOG).open("a", encoding="utf-8") as file:
@@ -210,47 +211,12 @@ class RunFolder(Observer):
 
 
 def _line(kind: str, values: Mapping[str, Any]) -> str:
-    return json.dumps({"kind": kind, **_finite(values)}, allow_nan=False) + "\n"
+    entry = {"kind": kind, **{name: _without_nan(value) for name, value in values.items()}}
+    return json.dumps(entry, allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
-    """The same without numbers that JSON does not know; what a method states may hold some, too."""
+def _without_nan(value: object) -> object:
+    """Replaces NaN and inf by None, since JSON has neither; the facts of a method may contain them."""
     if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: _without_nan(entry) for key, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _replace_model(model: SparseModel, state: Mapping[str, Any], folder: Path) -> None:
-    """Put the files of a model and its training in the place of those in `folder`, all of them or none.
-
-    They are written into a folder of their own, whose renaming to `.next` decides: from then on what lies there
-    counts before what lies beside it.
-    """
-    part = Path(tempfile.mkdtemp(prefix=_PART, dir=folder))
-    try:
-        write_model(model, part)
-        write_state(part / CHECKPOINT, state)
-        _sync(part.iterdir())
-        part.rename(folder / NEXT)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    try:
-        _move_out(folder / NEXT)
-    except KeyboardInterrupt:
-        _move_out(folder / NEXT)
-        raise
-
-
-def _sync(files: Iterable[Path]) -> None:
-    """Have the disk take files before others rely on them: a power cut must not leave new names on no bytes."""
-    for file in files:
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-
-
-def _move_out(folder: Path) -> None:
-    """Move all files of a folder to the folder around it."""
-    if folder.exists():
-        for file in folder.iterdir():
-            file.replace(folder.parent / file.name)
-        folder.rmdir()

@@ -1,4 +1,4 @@
-"""TrainSettings: everything a training is told, checked as a whole before it starts."""
+"""TrainSettings: all settings of a training, checked together before it starts."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from dsr_tool.train.augment import AUGMENTATIONS
 __all__ = ["LEARNING_RATES", "MOMENTA", "PRECISIONS", "SCHEDULES", "TrainSettings"]
 
 LEARNING_RATES = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3}
-"""The optimizers there are, and the learning rate of each when none is given."""
+"""Default peak learning rate of each optimizer; its keys are the optimizers there are."""
 MOMENTA = {"sgd": 0.9, "rmsprop": 0.9}
-"""The optimizers that have a momentum, and that of each when none is given."""
+"""Default momentum of each optimizer that has one."""
 SCHEDULES = ("cosine", "step")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DEVICES = ("auto", "cpu", "cuda")
@@ -27,31 +27,31 @@ _DEVICES = ("auto", "cpu", "cuda")
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train; the defaults are those of the paper's CIFAR-10 runs where it has them, with a cosine schedule.
+    """All settings of a training; defaults are those of the paper's CIFAR-10 runs if it has them, cosine aside.
 
     Attributes:
         method: name of a training method.
         epochs: passes over the training images.
         batch_size: images per optimizer step.
-        lr: peak learning rate; None for the usual one of the optimizer.
-        schedule: `cosine` to zero, or `step` by `gamma` at each milestone.
-        milestones: epochs at which `step` lowers the rate; none: at 30, 60 and 80 % as in the paper.
-        gamma: factor of each of these.
-        warmup_epochs: epochs of linear rise to `lr`; may be a fraction.
+        lr: peak learning rate; None for the default of the optimizer.
+        schedule: `cosine` to zero, or `step`, which multiplies by `gamma` at each milestone.
+        milestones: epochs at which `step` lowers the rate; empty for 30, 60 and 80 % of the epochs, as in the paper.
+        gamma: factor in (0, 1] at each milestone.
+        warmup_epochs: number of epochs, or a fraction of one, in which the rate rises linearly to `lr`.
         optimizer: `sgd` (Nesterov when there is momentum), `adam`, `adamw` or `rmsprop`.
-        momentum: of `sgd` and `rmsprop`, which the others have none of; None for the usual one.
-        weight_decay: on all parameters.
-        label_smoothing: fraction of each label spread over all classes.
+        momentum: momentum of `sgd` and `rmsprop`, the only ones with one; None for the default of the optimizer.
+        weight_decay: factor of the L2 penalty on all parameters.
+        label_smoothing: fraction of each label that is spread over all classes.
         augment: name of an augmentation; None for the one that suits the data.
-        device: `auto` takes CUDA where there is one.
-        precision: of forward and backward; weights and evaluation stay fp32.
-        compile: whether to run the model through `torch.compile`.
-        workers: processes that load images; None for none in memory and a few on disk.
-        seed: of order, augmentation, dropout and random positions.
-        every: optimizer steps between updates of the method (at first); None for its own.
-        stop: fraction of the training after which nothing moves; None for the method's own.
-        doubling: epochs at which `every` doubles; none: the method's own.
-        options: the method's own options by name.
+        device: `cpu`, `cuda`, or `auto` for CUDA if there is a GPU.
+        precision: precision of forward and backward pass; weights and evaluation are always fp32.
+        compile: whether to compile the model with `torch.compile`.
+        workers: number of processes that load images; None for 0 if they are in memory, up to 4 if they are on disk.
+        seed: seed of order, augmentation, dropout and random positions.
+        every: optimizer steps between updates of the method at first; None for the method's default.
+        stop: fraction of the training after which the masks stay; None for the method's default.
+        doubling: epochs at which `every` doubles; empty for the method's default.
+        options: options of the method by name.
     """
 
     method: str = "dsr"
@@ -78,15 +78,15 @@ class TrainSettings:
     options: Mapping[str, float | str] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raise one `UsageError` that lists every value that is not allowed, each with what is."""
+        """Raises one `UsageError` that lists every value that is not allowed, each with what is allowed."""
         if errors := self.problems():
             raise UsageError(" ".join(errors))
 
     def problems(self) -> list[str]:
-        """A sentence for every value that is not allowed, which names it as an option of the command line."""
-        return [*self._unknown(), *self._out_of_range(), *self._at_odds(), *self._method()]
+        """Returns a sentence for every value that is not allowed, named as an option of the command line."""
+        return [*self._unknown_names(), *self._out_of_range(), *self._conflicts(), *self._method_problems()]
 
-    def _unknown(self) -> Iterator[str]:
+    def _unknown_names(self) -> Iterator[str]:
         for name, known in (
             ("method", names()),
             ("schedule", SCHEDULES),
@@ -116,11 +116,11 @@ class TrainSettings:
             ("stop", 0, 1, "a fraction of the training in [0, 1]"),
         ):
             value = getattr(self, name)
-            # Written so that NaN is refused; infinity never is of use.
+            # Written so that NaN is refused too, which compares false with everything.
             if value is not None and not (low <= value <= high and math.isfinite(value)):
                 yield f"--{name.replace('_', '-')} {value} is not allowed; give {allowed}."
 
-    def _method(self) -> Iterator[str]:
+    def _method_problems(self) -> Iterator[str]:
         if (
             self.method in names()
             and (self.stop is None or 0 <= self.stop <= 1)
@@ -128,14 +128,15 @@ class TrainSettings:
             and all(map(math.isfinite, self.doubling))
         ):
             try:
+                # The length is not known before the data is; a schedule of 10^6 steps shows everything else.
                 self.require_update(10**6)
             except UsageError as error:
                 yield str(error)
             except TypeError:
-                told = ", ".join(f"{name} {value!r}" for name, value in self.options.items())
-                yield f"an option of {self.method} has a value of the wrong type ({told}); give numbers."
+                options = ", ".join(f"{name} {value!r}" for name, value in self.options.items())
+                yield f"an option of method {self.method} has a value of the wrong type ({options}); give numbers."
 
-    def _at_odds(self) -> Iterator[str]:
+    def _conflicts(self) -> Iterator[str]:
         for name in ("milestones", "doubling"):
             epochs = getattr(self, name)
             if not all(earlier < later for earlier, later in pairwise((0, *epochs, math.inf))):
@@ -143,26 +144,26 @@ class TrainSettings:
             elif epochs and 1 <= self.epochs <= epochs[-1]:
                 yield f"--{name} {list(epochs)} ends after the training; give epochs before the last of {self.epochs}."
         if self.milestones and self.schedule == "cosine":
-            yield "--milestones goes with --schedule step; cosine has none."
+            yield "--milestones needs --schedule step; cosine has none."
         if self.momentum and self.optimizer in LEARNING_RATES.keys() - MOMENTA:
-            has = " or ".join(MOMENTA)
-            yield f"--momentum {self.momentum} goes with --optimizer {has}; {self.optimizer} has none, so leave it out."
+            known = " or ".join(MOMENTA)
+            yield f"--momentum {self.momentum} needs --optimizer {known}; {self.optimizer} has none, so leave it out."
         if 1 <= self.epochs <= self.warmup_epochs:
             yield f"--warmup-epochs {self.warmup_epochs} is not allowed; give fewer than the {self.epochs} epochs."
         if self.device == "cuda" and not torch.cuda.is_available():
-            yield "--device 'cuda' is not there: torch finds no GPU; give cpu, or auto."
+            yield "--device 'cuda' is not available: torch finds no GPU; give cpu or auto."
         if self.precision == "fp16" and self.torch_device.type == "cpu":
             yield "--precision 'fp16' needs a GPU; give bf16 or fp32 on a CPU."
 
     @property
     def torch_device(self) -> torch.device:
-        """The device that `device` means here."""
+        """The device that `device` means on this machine."""
         name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         return torch.device(name if name in _DEVICES else "cpu")
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """How images and weights lie: channels last where convolutions are faster for it, on a GPU and in bf16."""
+        """Memory format of images and weights: channels last on a GPU and in bf16, where convolutions are faster so."""
         last = self.torch_device.type == "cuda" or self.precision != "fp32"
         return torch.channels_last if last else torch.preserve_format
 
@@ -172,17 +173,17 @@ class TrainSettings:
         return self.lr if self.lr is not None else LEARNING_RATES[self.optimizer]
 
     @property
-    def inertia(self) -> float | None:
-        """The momentum, for an optimizer that has one."""
+    def resolved_momentum(self) -> float | None:
+        """The momentum, or None for an optimizer that has none."""
         return self.momentum if self.momentum is not None else MOMENTA.get(self.optimizer)
 
     def make_method(self, total_steps: int) -> Method:
-        """The method, for a training of so many optimizer steps."""
+        """Returns the method for a training of `total_steps` optimizer steps."""
         doubling = tuple(epoch / max(self.epochs, 1) for epoch in self.doubling)
         return make(self.method, total_steps, every=self.every, stop=self.stop, doubling=doubling, **self.options)
 
     def require_update(self, total_steps: int) -> None:
-        """Raise `UsageError` where `every` is so long that the schedule ends before the method's first update."""
+        """Raises `UsageError` if `every` is so long that the schedule ends before the method's first update."""
         schedule = getattr(self.make_method(total_steps), "schedule", None)
         asked = self.every is not None and self.stop != 0
         if asked and isinstance(schedule, ReallocationSchedule) and not schedule.last:
@@ -192,15 +193,15 @@ class TrainSettings:
             )
 
     def resolve(self, augment: str) -> TrainSettings:
-        """The same settings with every default that depends on something filled in, for the record.
+        """Returns the settings with every None that stands for a default filled in, as they are logged.
 
         Args:
             augment: the augmentation that suits the data.
         """
-        rates = replace(self, lr=self.learning_rate, momentum=self.inertia)
+        rates = replace(self, lr=self.learning_rate, momentum=self.resolved_momentum)
         return replace(rates, augment=self.augment or augment, device=self.torch_device.type)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Returns plain values for JSON."""
         lists = {name: list(getattr(self, name)) for name in ("milestones", "doubling")}
         return {**asdict(self), **lists, "options": dict(self.options)}

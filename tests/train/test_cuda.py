@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dsr_tool
-from converters.conversion import load
+from converters.loading import load
 from dsr_tool.methods import METHODS
 from dsr_tool.train import Observer, RunFolder, evaluate, load_data, train
 

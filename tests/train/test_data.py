@@ -127,9 +127,9 @@ def test_class_names_are_those_of_the_data():
 @pytest.mark.parametrize(
     ("spec", "model", "message"),
     [
-        ("digits", config(classes=4), "data has 10 classes but the model has 4 outputs; .* --num-classes 10"),
-        ("digits", ModelConfig("module", "Net"), "is not that of an image"),
-        ("digits", ModelConfig("module", "Net", 10, (3, 8, 16)), "only squares are resized"),
+        ("digits", config(classes=4), "data has 10 classes, but the model has 4 outputs; .* --num-classes 10"),
+        ("digits", ModelConfig("module", "Net"), "is not .channels, height, width."),
+        ("digits", ModelConfig("module", "Net", 10, (3, 8, 16)), "only square inputs are resized to"),
     ],
 )
 def test_data_that_do_not_fit_the_model_are_refused(spec, model, message):
@@ -138,7 +138,7 @@ def test_data_that_do_not_fit_the_model_are_refused(spec, model, message):
 
 
 def test_colours_do_not_fit_a_grey_model(tmp_path, arrays):
-    with pytest.raises(UsageError, match="data has 3 channels but the model takes 1"):
+    with pytest.raises(UsageError, match="data has 3 channels, but the model has 1"):
         load_data(f"arrays:{arrays(tmp_path / 'a.npz')}", config(channels=1))
 
 

@@ -53,5 +53,5 @@ def test_masks_that_are_replaced_count_too(tiny):
 
 @pytest.mark.parametrize("bits", [{"other": torch.zeros(3, dtype=torch.uint8)}, {"head.weight": torch.zeros(3)}])
 def test_the_record_of_another_model_is_refused(tiny, bits):
-    with pytest.raises(FormatError, match="ever active does not fit"):
+    with pytest.raises(FormatError, match="record of active weights does not fit"):
         Exploration(tiny.model(), bits)

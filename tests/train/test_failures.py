@@ -6,7 +6,7 @@ from torch import nn
 
 from dsr_tool.errors import CheckFailed, DsrError
 from dsr_tool.train import Observer, train
-from dsr_tool.train.failures import diverged, first_bad, stepped_off
+from dsr_tool.train.failures import diverged, first_bad, first_bad_step
 
 
 def network():
@@ -25,11 +25,11 @@ def test_a_sound_network_is_not_blamed():
 @pytest.mark.parametrize(
     ("spoil", "blame"),
     [
-        (lambda net: net[2][1].weight.data.fill_(torch.nan), "weight of Conv2d '2.1' is not finite"),
-        (lambda net: net[4].bias.data.fill_(torch.inf), "bias of Linear '4' is not finite"),
-        (lambda net: net[4].weight.data.fill_(3e38), "Linear '4' is the first layer whose output is not finite"),
-        (lambda net: net.eval()[1].running_var.fill_(torch.inf), "running_var of BatchNorm2d '1' is not finite"),
-        (lambda net: net[0].weight.data.fill_(torch.nan), "weight of Conv2d '0' is not finite"),
+        (lambda net: net[2][1].weight.data.fill_(torch.nan), "weight of Conv2d '2.1' is NaN or inf"),
+        (lambda net: net[4].bias.data.fill_(torch.inf), "bias of Linear '4' is NaN or inf"),
+        (lambda net: net[4].weight.data.fill_(3e38), "Linear '4' is the first layer with an output that is NaN or inf"),
+        (lambda net: net.eval()[1].running_var.fill_(torch.inf), "running_var of BatchNorm2d '1' is NaN or inf"),
+        (lambda net: net[0].weight.data.fill_(torch.nan), "weight of Conv2d '0' is NaN or inf"),
     ],
 )
 def test_the_first_layer_in_the_order_of_the_forward_is_blamed(spoil, blame):
@@ -48,19 +48,19 @@ def test_what_happens_between_layers_is_told_from_what_enters_the_next():
         def forward(self, x):
             return self.two(self.one(x) / 0)
 
-    assert first_bad(Divides(), torch.ones(1, 4)) == "what enters Linear 'two' is not finite"
-    assert first_bad(network(), PICTURES * torch.nan) == "what enters Conv2d '0' is not finite"
+    assert first_bad(Divides(), torch.ones(1, 4)) == "an input of Linear 'two' is NaN or inf"
+    assert first_bad(network(), PICTURES * torch.nan) == "an input of Conv2d '0' is NaN or inf"
 
 
 def test_the_first_loss_that_is_not_finite():
-    assert stepped_off(torch.tensor([1.0, 2.0]), 11) is None
-    assert stepped_off(torch.tensor([1.0, torch.nan, torch.inf]), 11) == 12
+    assert first_bad_step(torch.tensor([1.0, 2.0]), 11) is None
+    assert first_bad_step(torch.tensor([1.0, torch.nan, torch.inf]), 11) == 12
 
 
 def test_only_what_was_saved_is_said_to_be_kept():
     assert "kept" not in str(diverged("at step 3", "", 0))
-    assert "at step 3 (x is not finite); the state after epoch 7 is kept; lower" in str(
-        diverged("at step 3", "x is not finite", 7)
+    assert "at step 3 (x is NaN or inf); the state after epoch 7 is kept; lower" in str(
+        diverged("at step 3", "x is NaN or inf", 7)
     )
 
 
@@ -88,7 +88,7 @@ def test_a_training_names_step_layer_and_what_is_left(tiny, at, kept):
     with pytest.raises(DsrError) as caught:
         train(tiny.model(), tiny.data(), tiny.settings(epochs=3), [Saver(), Spoiler(at)])
     assert str(caught.value) == (
-        f"the loss is no longer finite at step {at + 1} (weight of Conv2d 'second' is not finite){kept}; lower --lr, "
+        f"the loss is NaN or inf at step {at + 1} (weight of Conv2d 'second' is NaN or inf){kept}; lower --lr, "
         f"or give --warmup-epochs."
     )
 
@@ -101,7 +101,7 @@ def test_without_anyone_who_saves_nothing_is_said_to_be_kept(tiny):
 
 def test_a_loss_on_the_test_images_that_is_not_finite(tiny):
     data, settings = tiny.data(), tiny.settings(epochs=2)
-    with pytest.raises(DsrError, match=r"on the test images after epoch 1 \(weight of Conv2d 'second' is not finite\)"):
+    with pytest.raises(DsrError, match=r"on the test images after epoch 1 \(weight of Conv2d 'second' is NaN or inf\)"):
         train(tiny.model(), data, settings, [Spoiler(data.steps(settings.batch_size))])
 
 

@@ -131,7 +131,7 @@ def test_auxiliary_outputs_count_three_tenths(tiny):
 
 def test_a_loss_that_is_not_finite_stops_the_training(tiny):
     listener = Listener()
-    with pytest.raises(DsrError, match=r"no longer finite at step \d+ \(.*\); lower --lr"):
+    with pytest.raises(DsrError, match=r"NaN or inf at step \d+ \(.*\); lower --lr"):
         train(tiny.model(), tiny.data(), tiny.settings(lr=1e30, epochs=5), [listener])
     assert len(listener.active) < 5
 

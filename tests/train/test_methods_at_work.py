@@ -40,6 +40,9 @@ def test_kernels_are_logged_in_weights(tiny, tmp_path):
 
 def test_a_method_that_cannot_move_kernels_makes_no_run(tiny, tmp_path):
     model = convert(tiny.module(), sparsity=0.8, input_shape=(3, 8, 8), granularity="kernel")
-    with pytest.raises(UsageError, match="method rigl prunes and grows single weights"), RunFolder(tmp_path / "run") as folder:
+    with (
+        pytest.raises(UsageError, match="method rigl prunes and grows single weights"),
+        RunFolder(tmp_path / "run") as folder,
+    ):
         train(model, tiny.data(), tiny.settings(method="rigl"), [folder])
     assert not (tmp_path / "run").exists()

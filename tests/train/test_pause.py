@@ -7,7 +7,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from converters.conversion import convert, load
+from converters.conversion import convert
+from converters.loading import load
 from dsr_tool.cli.train import command
 from dsr_tool.errors import UsageError
 from dsr_tool.train import Observer, RunFolder, train
@@ -56,7 +57,7 @@ def test_the_command_says_that_it_is_not_finished(tmp_path):
     line = [tmp_path / "model", "-o", tmp_path / "run", "--data", "fake:40", "--batch-size", 20, "--epochs", 2]
     line = [*map(str, line), "--method", "static", "--device", "cpu", "--max-time", "0.001", "--resume", "-q"]
     first = CliRunner().invoke(command, line, catch_exceptions=False)
-    assert first.exit_code == 0 and "paused after epoch 1 of 2" in first.stdout
+    assert first.exit_code == 0 and "paused by --max-time after epoch 1 of 2" in first.stdout
     second = CliRunner().invoke(command, [*line, "--json"], catch_exceptions=False)
     document = json.loads(second.stdout)
     assert second.exit_code == 0 and document["finished"] is True and document["last"]["epoch"] == 2

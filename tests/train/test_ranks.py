@@ -20,7 +20,8 @@ import json
 import sys
 import torch
 from torch import nn
-from converters.convert import convert, load
+from converters.conversion import convert
+from converters.loading import load
 from dsr_tool.train import Follower, RunFolder, TrainSettings, joined, load_data, train
 
 torch.set_num_threads(1)
@@ -111,7 +112,7 @@ def test_the_command_runs_under_torchrun(tmp_path):
     document = json.loads(done.stdout)
     assert document["finished"] and document["steps"] == 4
     odd = torchrun(program, "train", tmp_path / "model", "-o", tmp_path / "odd", *options, "--batch-size", 39)
-    assert odd.returncode != 0 and "cannot be shared by 2 processes" in odd.stderr
+    assert odd.returncode != 0 and "cannot be divided among 2 processes" in odd.stderr
     assert not (tmp_path / "odd").exists()
 
 
@@ -127,5 +128,5 @@ def test_every_rank_takes_its_part_of_each_batch():
 
 @pytest.mark.parametrize(("batch", "count"), [(5, 2), (2, 2), (100, 5)])
 def test_batches_that_cannot_be_shared_are_refused(batch, count):
-    with pytest.raises(UsageError, match=f"cannot be shared by {count} processes"):
+    with pytest.raises(UsageError, match=f"cannot be divided among {count} processes"):
         Ranks(0, count).share(torch.arange(24), batch)

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+import dsr_tool.train.checkpoint as checkpoint_module
 import dsr_tool.train.run as run_module
-from converters.conversion import convert, load
+from converters.conversion import convert
+from converters.loading import load
 from dsr_tool.errors import FileError, FormatError, UsageError
 from dsr_tool.methods import METHODS, attach
 from dsr_tool.methods.hidden_units import hidden_units
@@ -107,8 +109,12 @@ def kill_at(monkeypatch, moment):
     class Step(Observer):
         on_step = strike
 
-    for name in ("write_model", "write_state", "save_folder", "_move_out", "_sync"):
-        monkeypatch.setattr(run_module, name, struck(getattr(run_module, name)))
+    for module, names in (
+        (run_module, ("write_model", "save_folder", "finish_replacing", "sync")),
+        (checkpoint_module, ("write_model", "write_state", "finish_replacing", "sync")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, struck(getattr(module, name)))
     monkeypatch.setattr(run_module.RunFolder, "_log", struck(run_module.RunFolder._log))
     monkeypatch.setattr(run_module.Path, "rename", struck(run_module.Path.rename))
     monkeypatch.setattr(run_module.Path, "replace", struck(run_module.Path.replace))
@@ -205,7 +211,7 @@ def test_a_run_that_another_process_trains_is_refused(tiny, tmp_path):
     go_on(tiny, tmp_path / "run")
     holder = RunFolder(tmp_path / "run", resume=True)
     for options in ({"resume": True}, {"force": True}):
-        with pytest.raises(FileError, match="being trained by another process"):
+        with pytest.raises(FileError, match="another process is training in"):
             RunFolder(tmp_path / "run", **options)
     with holder:
         pass
@@ -215,7 +221,7 @@ def test_a_run_that_another_process_trains_is_refused(tiny, tmp_path):
 def test_a_complete_run_without_its_state_is_kept(tiny, tmp_path):
     go_on(tiny, tmp_path / "run", epochs=1)
     (tmp_path / "run" / "training.safetensors").unlink()
-    with pytest.raises(FileError, match="without which it cannot be resumed"):
+    with pytest.raises(FileError, match="so it cannot be resumed; train again"):
         RunFolder(tmp_path / "run", resume=True)
 
 
@@ -276,7 +282,7 @@ def test_on_another_kind_of_device_random_numbers_begin_anew(tiny):
 
 def test_what_is_no_run_is_refused(tiny, tmp_path):
     tiny.model().save(tmp_path / "model")
-    with pytest.raises(FileError, match="no run that could be resumed"):
+    with pytest.raises(FileError, match="not a run that could be resumed"):
         RunFolder(tmp_path / "model", resume=True)
     assert RunFolder(tmp_path / "absent", resume=True).stopped is None
 
@@ -286,11 +292,11 @@ def test_a_damaged_run_is_said_to_be(tiny, tmp_path, name):
     go_on(tiny, tmp_path / "run")
     path = tmp_path / "run" / name
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(FormatError, match=r"cannot be (read|resumed)"):
+    with pytest.raises(FormatError, match=r"(cannot be read|is damaged and cannot be resumed)"):
         RunFolder(tmp_path / "run", resume=True)
     (tmp_path / "run" / "training.safetensors").unlink()
     if name == "settings.json":
-        with pytest.raises(FileError, match="without which it cannot be resumed"):
+        with pytest.raises(FileError, match="so it cannot be resumed; train again"):
             RunFolder(tmp_path / "run", resume=True)
 
 

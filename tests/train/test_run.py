@@ -5,11 +5,12 @@ import resource
 import pytest
 import torch
 
-from converters.conversion import load
+from converters.loading import load
 from dsr_tool.errors import DsrError, FileError
 from dsr_tool.methods import ReallocationSchedule
 from dsr_tool.train import Observer, RunFolder, train
 from dsr_tool.train import run as run_module
+from dsr_tool.train.checkpoint import replace_model
 
 
 def lines(folder):
@@ -142,7 +143,7 @@ def test_an_interrupt_between_two_files_still_moves_both(tiny, tmp_path, monkeyp
 
     monkeypatch.setattr(run_module.Path, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_module._replace_model(model, {"epoch": 1}, folder)
+        replace_model(model, {"epoch": 1}, folder)
     assert same(state(folder, tiny), model)
     assert sorted(path.name for path in folder.iterdir()) == [
         "config.json",
@@ -159,7 +160,7 @@ def test_a_full_disk_leaves_what_was_saved_before(tiny, tmp_path):
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with pytest.raises(FileError, match="could not be written: .*; what was saved before is whole"):
+        with pytest.raises(FileError, match="could not be written: .*; what was saved before is complete"):
             start(tiny, tmp_path / "run", Fill(), epochs=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -6,7 +6,8 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from converters.conversion import convert, load
+from converters.conversion import convert
+from converters.loading import load
 from dsr_tool import cli
 from dsr_tool.cli.train import command
 from dsr_tool.train import EpochRecord, Progress
@@ -49,8 +50,8 @@ def test_quiet_says_nothing_beside_the_result(model_dir, tmp_path):
         (["--data", "fake:40", "--epochs", "0", "--lr", "-1"], 2, "--epochs 0 is not allowed; give 1 or more. --lr -1"),
         (["--data", "cifar"], 2, "did you mean cifar"),
         (["--data", "fake:40", "--milestones", "a,b", "--schedule", "step"], 2, "not a list of numbers"),
-        (["--data", "mnist:nowhere"], 1, "holds no train-images"),
-        (["--data", "fake:40", "--lr", "1e30", "--epochs", "3", "--batch-size", "8"], 1, "no longer finite at step"),
+        (["--data", "mnist:nowhere"], 1, "has no train-images"),
+        (["--data", "fake:40", "--lr", "1e30", "--epochs", "3", "--batch-size", "8"], 1, "is NaN or inf at step"),
     ],
 )
 def test_mistakes_are_one_sentence_and_an_exit_code(model_dir, tmp_path, monkeypatch, capsys, arguments, code, message):

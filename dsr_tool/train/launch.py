@@ -1,0 +1,58 @@
+"""Starts or resumes a training in a run folder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dsr_tool.sparse.model import SparseModel
+from dsr_tool.train.data import Data
+from dsr_tool.train.loop import train
+from dsr_tool.train.progress import Progress
+from dsr_tool.train.ranks import Follower, Ranks
+from dsr_tool.train.records import TrainResult
+from dsr_tool.train.run import RunFolder
+from dsr_tool.train.settings import TrainSettings
+
+__all__ = ["train_in_folder"]
+
+
+def train_in_folder(
+    run: RunFolder | Follower,
+    model: SparseModel,
+    data: Data,
+    given: Mapping[str, Any],
+    *,
+    facts: Mapping[str, Any],
+    quiet: bool = False,
+    deadline: float = math.inf,
+) -> tuple[TrainSettings, TrainResult]:
+    """Trains a model and leaves the run in a folder.
+
+    Args:
+        run: the run folder, or its `Follower` on ranks other than 0.
+        model: the model to train; when `run` resumes, the one loaded from the folder.
+        data: the data, opened for this model.
+        given: arguments of `TrainSettings`; when `run` resumes, they must agree with those of the start.
+        facts: plain values for `settings.json` and the log: where model and data came from.
+        quiet: show no progress.
+        deadline: reading of `time.monotonic()` by which to stop, see `train`.
+
+    Returns:
+        The settings with all defaults filled in, and all epochs of the run, those of earlier calls included.
+
+    Raises:
+        UsageError: a setting is not allowed, or differs from those of the run to resume.
+        DsrError: see `train`.
+    """
+    stopped = run.stopped
+    settings = (stopped.settings(given) if stopped else TrainSettings(**given)).resolve(data.dataset.augment)
+    settings.require_update(settings.epochs * data.steps(settings.batch_size))
+    run.facts = {**facts, **data.sizes, "settings": settings.to_dict()}
+    before = stopped.epochs if stopped else ()
+    Ranks.current().wait()  # until every rank has read the files that rank 0 changes from here on
+    with run, Progress(settings.epochs, done=len(before), quiet=quiet) as progress:
+        state = stopped.state if stopped else None
+        result = train(model, data, settings, [run, progress], state=state, deadline=deadline)
+    return settings, TrainResult((*before, *result.epochs))

@@ -1,0 +1,146 @@
+"""One optimizer step, and everything that it changes beside the model: optimizer, schedule, loss scale, method."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import optim
+
+from dsr_tool.errors import FormatError, first_line
+from dsr_tool.methods import Attached, Reallocation
+from dsr_tool.sparse.model import SparseModel
+from dsr_tool.train.device import compiled
+from dsr_tool.train.evaluation import training_loss
+from dsr_tool.train.optimizers import load_optimizer, lr_factor, make_optimizer
+from dsr_tool.train.ranks import Ranks
+from dsr_tool.train.settings import PRECISIONS, TrainSettings
+
+__all__ = ["NonFiniteLossError", "Stepper"]
+
+
+class NonFiniteLossError(ArithmeticError):
+    """Signals that the loss of a batch is NaN or inf, before it reached any weight."""
+
+
+class Stepper:
+    """Takes the optimizer steps of one training.
+
+    Attributes:
+        model: the sparse model, on its device.
+        optimizer: optimizer of all parameters.
+        attached: the method, attached to the optimizer.
+    """
+
+    def __init__(
+        self,
+        model: SparseModel,
+        settings: TrainSettings,
+        *,
+        classes: int,
+        steps_per_epoch: int,
+        on_reallocation: Callable[[int, Reallocation], None],
+    ) -> None:
+        """Moves the model to its device, and makes what trains it there.
+
+        Args:
+            model: the sparse model; changed in place.
+            settings: checked settings.
+            classes: number of classes of the data.
+            steps_per_epoch: optimizer steps per epoch, from which learning rate and method take their schedules.
+            on_reallocation: called with the step and the reallocation after each update of the method.
+
+        Raises:
+            UsageError: the model or the settings do not fit the method.
+        """
+        self.model = model
+        self._settings, self._classes = settings, classes
+        self._ranks = Ranks.current()
+        device = settings.torch_device
+        # First of all: the optimizer must see the parameters that are on the device.
+        model.to(device, memory_format=settings.memory_format)
+        self.optimizer = make_optimizer(model.module, settings)
+        self._scheduler = optim.lr_scheduler.LambdaLR(self.optimizer, lr_factor(settings, steps_per_epoch))
+        self._scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+        self._forward: Callable[[torch.Tensor], object] = compiled(model.module, settings)
+        method = settings.make_method(steps_per_epoch * settings.epochs)
+        self.attached = Attached(model, self.optimizer, method, seed=settings.seed, on_reallocation=on_reallocation)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        lr: float = self.optimizer.param_groups[0]["lr"]
+        return lr
+
+    def step(self, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes one optimizer step.
+
+        Args:
+            inputs: the batch, shape (batch, *input_shape).
+            labels: class numbers, shape (batch,).
+
+        Returns:
+            The loss, and the scores (batch, classes), both detached and on the device.
+
+        Raises:
+            NonFiniteLossError: on one CPU process, the loss is NaN or inf; nothing was changed.
+            UsageError: the model's outputs are not scores.
+        """
+        precision = PRECISIONS[self._settings.precision]
+        mixed = torch.autocast(inputs.device.type, precision) if precision != torch.float32 else nullcontext()
+        # Before the forward pass: a CUDA graph may write its outputs where the last gradients lie.
+        self.optimizer.zero_grad()
+        if self._settings.compile:
+            torch.compiler.cudagraph_mark_step_begin()
+        with mixed:
+            loss, scores = training_loss(self._forward(inputs), labels, self._classes, self._settings)
+        # Stop before the step spreads it to all weights. Reading the loss would stall a GPU, so there the loop looks at
+        # many losses at once, later.
+        if loss.device.type == "cpu" and self._ranks.count == 1 and not math.isfinite(loss.item()):
+            raise NonFiniteLossError
+        self._scaler.scale(loss).backward()
+        self._ranks.average_gradients(self.model.module.parameters())
+        before = self.attached.step
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        # GradScaler skips steps whose gradients overflowed; the schedule must not advance then.
+        if self.attached.step > before:
+            self._scheduler.step()
+        return loss.detach(), scores.detach()
+
+    def state(self) -> dict[str, Any]:
+        """Returns all that the next step depends on, beside the model."""
+        return {
+            "trained": self._trained_names(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self._scheduler.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "method": self.attached.state_dict(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Loads what `state` returned; raises `FormatError` if it is from another model or training."""
+        try:
+            if state["trained"] != self._trained_names():
+                raise ValueError("other parameters are frozen")
+            load_optimizer(self.optimizer, state["optimizer"])
+            self._scheduler.load_state_dict(state["scheduler"])
+            self._scaler.load_state_dict(state["scaler"])
+            self.attached.load_state_dict(state["method"])
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise FormatError(
+                f"the checkpoint does not fit this model ({first_line(error)}); resume with the model of the run, or "
+                f"train again in another folder."
+            ) from error
+
+    def close(self) -> None:
+        """Detaches the method and frees the gradients."""
+        self.attached.remove()
+        self.optimizer.zero_grad()
+
+    def _trained_names(self) -> list[str]:
+        """Names of the parameters that are not frozen. A model folder does not say which are."""
+        return [name for name, parameter in self.model.module.named_parameters() if parameter.requires_grad]
