@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import click
@@ -52,7 +52,7 @@ def examples(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def emit(document: dict[str, Any], text: str, *, as_json: bool) -> None:
+def emit(document: Mapping[str, object], text: str, *, as_json: bool) -> None:
     """Print the result: the document, or the text for people."""
     stdout = click.get_current_context().meta[_STDOUT]
     click.echo(json.dumps(document, indent=1, allow_nan=False) if as_json else text, file=stdout)

@@ -1,15 +1,18 @@
-"""dsr-tool compare: methods side by side at one budget."""
+"""dsr-tool compare: train methods side by side at one budget."""
 
 from __future__ import annotations
 
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dsr_tool.cli.common import emit, examples, note, output_options
+
+if TYPE_CHECKING:
+    from dsr_tool.compare.cells import Grid
 
 __all__ = ["command"]
 
@@ -22,21 +25,23 @@ __all__ = ["command"]
     ),
 )
 @click.argument("grid", required=False, type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder of the comparison.")
-@click.option("--recipe", metavar="FAMILY", help="A family of recipes, as `dsr-tool recipes` lists them, or its file.")
-@click.option("--methods", metavar="A,B", help="Which of its methods; those that they start from are added.")
-@click.option("--sparsity", metavar="S,T", help="Fractions of zeros; default: those of the recipe.")
-@click.option("--seeds", metavar="0-4", help="A range or list of seeds; default: 0.")
-@click.option("--data", metavar="SPEC", help="As for `dsr-tool train`.")
-@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change a setting of all cells; repeatable.")
-@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, of one thread each.")
-@click.option("--max-time", type=float, metavar="S", help="Stop after so many seconds; the same command goes on.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The comparison's folder.")
+@click.option("--recipe", metavar="FAMILY", help="Family of recipes: one that `dsr-tool recipes` lists, or a file.")
+@click.option("--methods", metavar="A,B", help="Methods of the family; those that they start from are added.")
+@click.option("--sparsity", metavar="S,T", help="Fractions of zeros; default: those of the family.")
+@click.option("--seeds", metavar="0-4", help="Range or list of seeds; default: 0.")
+@click.option("--data", metavar="SPEC", help="Data set, as for `dsr-tool train`.")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change a setting of every cell; repeatable.")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, with one thread each."
+)
+@click.option("--max-time", type=float, metavar="S", help="Stop after this many seconds; the same command continues.")
 @click.option(
     "--keep",
     type=click.Choice(["light", "all"]),
     default="light",
     show_default=True,
-    help="light: of complete runs without their checkpoint and best epoch.",
+    help="light: delete checkpoint and best epoch of complete runs; all: keep them.",
 )
 @output_options
 def command(
@@ -52,15 +57,14 @@ def command(
     quiet: bool,
     **options: str | None,
 ) -> int:
-    """Train every method at every sparsity with every seed, and compare what comes of it.
+    """Train every method at every sparsity with every seed, and compare the results.
 
-    What is to be run stands in the file GRID or in the options, which win. Each cell is converted, trained and exported
-    as its recipe says, in a run folder of its own. Cells that are complete are kept, those that were cut off go on, and
-    those that failed are tried again; several such commands may work on one folder. Without GRID and options, all that
-    the folder has is gone on with.
+    The file GRID says what to run; options replace its entries. Each cell is converted, trained and exported by its
+    recipe, in its own run folder. Complete cells are skipped, interrupted ones resume, and failed ones are tried again.
+    Several such commands may work on one folder. Without GRID and options, the cells that the folder has are run.
 
-    The folder has the table as table.txt, table.csv and table.json, page.html with charts, and runs/ with a run folder
-    for each cell. Exit code 3 if a cell failed; the others are run all the same.
+    The folder gets the table as table.txt, table.csv and table.json, page.html with charts, and runs/ with the run
+    folder of each cell. Exit code 3 if a cell failed; the others are run nevertheless.
     """
     from dsr_tool.compare.cells import Comparison
     from dsr_tool.compare.grid import make_grid
@@ -70,11 +74,11 @@ def command(
 
     since, started = time.time(), time.monotonic()
     if max_time is not None and not 0 < max_time < math.inf:
-        raise UsageError(f"--max-time {max_time} is not allowed; give seconds, more than 0.")
+        raise UsageError(f"--max-time {max_time} is not allowed; give a positive number of seconds.")
     comparison = Comparison(output)
-    tables, given = _tables(grid, options), _given(sparsity, seeds, sets)
+    tables, given = _read_tables(grid, options), _parse_overrides(sparsity, seeds, sets)
     asked = make_grid(tables, str(grid or "compare"), given) if tables or given else comparison.plan()
-    _open_data(asked)
+    _require_data(asked)
     whole = comparison.add(asked)
     deadline = started + max_time if max_time is not None else math.inf
     order = Order(str(output), tuple(cell.name for cell in asked.cells), since, deadline, light=keep == "light")
@@ -90,8 +94,8 @@ def command(
     return CheckFailed.exit_code if document["counts"]["failed"] else 0
 
 
-def _tables(grid: Path | None, options: dict[str, str | None]) -> dict[str, Any]:
-    """The grid's file, with the options in the place of what stands at its top."""
+def _read_tables(grid: Path | None, options: dict[str, str | None]) -> dict[str, Any]:
+    """Returns the tables of the file GRID, with options in place of its top-level entries."""
     from dsr_tool.recipes.files import read_toml
 
     tables = read_toml(grid, "GRID") if grid else {}
@@ -101,18 +105,18 @@ def _tables(grid: Path | None, options: dict[str, str | None]) -> dict[str, Any]
     return tables
 
 
-def _given(sparsity: str | None, seeds: str | None, sets: tuple[str, ...]) -> dict[str, Any]:
-    """Options that win over the tables of single methods as well."""
+def _parse_overrides(sparsity: str | None, seeds: str | None, sets: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the options that replace entries of the tables of single methods too."""
     from dsr_tool.compare.grid import numbers
-    from dsr_tool.recipes.apply import pair
+    from dsr_tool.recipes.apply import parse_assignment
 
-    told: dict[str, Any] = {"seeds": seeds, "set": dict(pair(text) for text in sets) or None}
-    told["sparsity"] = numbers(sparsity) if sparsity is not None else None
-    return {key: value for key, value in told.items() if value is not None}
+    overrides: dict[str, Any] = {"seeds": seeds, "set": dict(parse_assignment(text) for text in sets) or None}
+    overrides["sparsity"] = numbers(sparsity) if sparsity is not None else None
+    return {key: value for key, value in overrides.items() if value is not None}
 
 
-def _open_data(grid: Any) -> None:
-    """Find out that the data is not there before any cell fails for it."""
+def _require_data(grid: Grid) -> None:
+    """Opens the data, so that missing data is one error before the first cell, not one in every cell."""
     from dsr_tool.train.datasets import open_dataset
 
     open_dataset(grid.data, (3, 32, 32))

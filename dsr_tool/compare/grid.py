@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from dsr_tool.compare.cells import Cell, Grid
 from dsr_tool.errors import DsrError, UsageError, unknown_name
-from dsr_tool.recipes.apply import changed
+from dsr_tool.recipes.apply import override
 from dsr_tool.recipes.files import find_family
 from dsr_tool.recipes.recipe import Family, toml_value
 
@@ -168,7 +168,7 @@ class _Asked:
         """The cells of one method; everything that is wrong with them is added to the errors."""
         sets = self.sets(method)
         wanted = {key: value for layer in self._layers(method) for key, value in layer.items()}
-        takes = self.family.takes_sparsity(method)
+        takes = self.family.has_sparsities(method)
         chosen = self._checked("seed", method, lambda: seeds(wanted.get("seeds", 1)))
         sparsities: Sequence[float | None] = [None]
         if takes:
@@ -176,7 +176,7 @@ class _Asked:
         # Settings are looked at even where no sparsity is left to run them at.
         for sparsity in sparsities or self.family.sparsities[:1]:
             try:
-                recipe = changed(self.family.row(method, sparsity), sets)
+                recipe = override(self.family.row(method, sparsity), sets)
             except DsrError as error:
                 self.errors.append(str(error))
                 continue
@@ -217,13 +217,13 @@ def _add_needed(cell: Cell, cells: dict[str, Cell], asked: _Asked) -> None:
     if start not in asked.family.methods:
         asked.errors.append(f"method {cell.method} starts from {start!r}, which the recipe does not have.")
         return
-    sparsity = cell.sparsity if asked.family.takes_sparsity(start) else None
+    sparsity = cell.sparsity if asked.family.has_sparsities(start) else None
     name = _name(start, sparsity, cell.seed)
     cells[cell.name] = replace(cell, needs=name)
     if name in cells:
         return
     try:
-        recipe = changed(asked.family.row(start, sparsity), asked.sets(start))
+        recipe = override(asked.family.row(start, sparsity), asked.sets(start))
         cells[name] = Cell(name, start, sparsity, cell.seed, recipe)
     except DsrError as error:
         asked.errors.append(str(error))

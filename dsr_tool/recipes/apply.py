@@ -1,4 +1,7 @@
-"""A recipe against what there is to be told: options of `convert`, of a training, and of its method."""
+"""A recipe and the command line combined into arguments of `convert` and `TrainSettings`.
+
+What the command line gives wins over `--set`, and that wins over the recipe.
+"""
 
 from __future__ import annotations
 
@@ -7,94 +10,191 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dsr_tool.errors import FormatError, UsageError, unknown_name
+from dsr_tool.errors import FormatError, UsageError
 from dsr_tool.recipes.files import find_recipe, parse_toml
-from dsr_tool.recipes.keys import MODEL_KEYS, OPTION_KEYS, TRAIN_KEYS, wrong_values
+from dsr_tool.recipes.keys import TRAIN_KEYS, find_key, value_errors
 from dsr_tool.recipes.recipe import TABLES, Recipe
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.train.settings import LEARNING_RATES, MOMENTA, TrainSettings
 
 __all__ = [
-    "as_run",
-    "changed",
-    "conversion",
     "conversion_options",
-    "own_options",
-    "pair",
+    "override",
+    "parse_assignment",
     "require_model",
-    "settings",
+    "resolve_conversion",
+    "resolve_training",
+    "training_arguments",
 ]
 
-_KEYS = {"train": TRAIN_KEYS, "model": MODEL_KEYS, "options": OPTION_KEYS}
 _LINKS = ("from", "structure")
-"""Names of methods whose runs are needed; where those lie is the user's to say."""
+"""Keys of `[model]` that name the method whose run is needed; the user says where that run is."""
 
 
-def as_run(name: str | None, sets: Sequence[str], given: Mapping[str, Any]) -> Recipe:
-    """The recipe of a name or file, as it is run: what is `given` on the command line wins over `sets`, those over it.
+def resolve_training(
+    name: str | None, sets: Sequence[str], given: Mapping[str, Any], method_options: Sequence[str] = ()
+) -> Recipe:
+    """Returns a recipe with everything that the command line changes in it.
 
     Args:
-        name: of the recipe; None for an empty one.
-        sets: see `changed`.
-        given: settings and options of methods.
+        name: name or file of the recipe; None to start from the defaults.
+        sets: texts of `--set`, see `override`.
+        given: settings and options of the method, by name with underscores.
+        method_options: texts `key=value` of `--option`, for any option of the method.
 
     Raises:
-        UsageError: no such recipe, or one with values that are not allowed; all of them are listed.
+        UsageError: the recipe does not exist, or has values that are not allowed; all of them are listed.
     """
     recipe = find_recipe(name) if name is not None else Recipe("")
-    own = {key: value for key, value in given.items() if key in TRAIN_KEYS}
-    recipe = replace(recipe, train=_kept(recipe.train, own))
-    if "method" in own:  # before --set, which knows the options of one method
-        recipe = replace(recipe, train={**recipe.train, "method": own["method"]})
+    settings = {key: value for key, value in given.items() if key in TRAIN_KEYS}
+    recipe = replace(recipe, train=_without_momentum(recipe.train, settings))
+    if "method" in settings:  # before --set, since the method decides which options --set may change
+        recipe = replace(recipe, train={**recipe.train, "method": settings["method"]})
     if name is not None or sets:
-        recipe = changed(recipe, sets)
+        recipe = override(recipe, sets)
     options = {key: value for key, value in given.items() if key not in TRAIN_KEYS}
-    return replace(recipe, train={**recipe.train, **own}, options={**recipe.options, **options})
+    pairs = (parse_assignment(text, "--option") for text in method_options)
+    options |= {key.replace("-", "_"): value for key, value in pairs}
+    return replace(recipe, train={**recipe.train, **settings}, options={**recipe.options, **options})
 
 
-def changed(recipe: Recipe, sets: Sequence[str] = ()) -> Recipe:
-    """The recipe with some values replaced, and all of it checked.
+def override(recipe: Recipe, sets: Sequence[str] = ()) -> Recipe:
+    """Returns the recipe with some values replaced, and checks all of it.
 
     Args:
-        recipe: to begin with.
-        sets: `key=value` each; the key as in the file, with its table (`train.epochs`) or without, the value as in
-            TOML, where text needs no quotes.
+        recipe: the recipe to change.
+        sets: `key=value` each: a key of the file with its table (`train.epochs`) or without, and a value as in TOML,
+            where a text needs no quotes.
 
     Raises:
-        UsageError: something that is no `key=value`, keys that do not exist and values that are not allowed; all of
-            them are listed.
+        UsageError: a text is not `key=value`, a key does not exist or a value is not allowed; all of them are listed.
     """
-    given: dict[str, dict[str, Any]] = {table: {} for table in TABLES}
+    changes: dict[str, dict[str, Any]] = {table: {} for table in TABLES}
     errors = []
-    # The method first, since it decides which options there are.
-    for text in sorted(sets, key=lambda text: not text.startswith(("method=", "train.method="))):
+    for text in sets:
         try:
-            key, value = pair(text)
-            table, name = _place(key)
-            given[table][name] = value
+            key, value = parse_assignment(text)
+            table, name = find_key(key)
+            changes[table][name] = value
         except UsageError as error:
             errors.append(str(error))
-    model, options = ({**getattr(recipe, table), **given[table]} for table in ("model", "options"))
-    train = {**_kept(recipe.train, given["train"]), **given["train"]}
-    made = replace(recipe, model=model, train=train, options=options)
-    if problems := [*errors, *_problems(made)]:
+    model, options = ({**getattr(recipe, table), **changes[table]} for table in ("model", "options"))
+    train = {**_without_momentum(recipe.train, changes["train"]), **changes["train"]}
+    changed = replace(recipe, model=model, train=train, options=options)
+    if problems := [*errors, *_problems(changed)]:
         where = f"recipe {recipe.origin or recipe.name!r}: " if recipe.name else ""
         raise UsageError(f"{where}{' '.join(problems)}")
-    return made
+    return changed
 
 
-def _kept(train: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's settings where others are given: its momentum goes with its optimizer, when the other has none."""
-    without = [name for name in LEARNING_RATES if name not in MOMENTA]
-    left = ("momentum",) if given.get("optimizer") in without else ()
-    return {key: value for key, value in train.items() if key not in left}
+def resolve_conversion(name: str, sets: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of `dsr-tool convert` that a recipe and the command line ask for; `arch` is the architecture.
+
+    Args:
+        name: name or file of the recipe.
+        sets: texts of `--set`, see `override`.
+        given: options on the command line, by name with underscores.
+
+    Raises:
+        UsageError: the recipe does not exist, has values that are not allowed, is for another architecture than the
+            one given, or starts from a run.
+    """
+    recipe = override(find_recipe(name), sets)
+    if start := recipe.model.get("from"):
+        raise UsageError(
+            f"recipe {recipe.name!r} starts from the trained model of method {start!r}; train that first, then train "
+            f"its run folder with `dsr-tool train RUN --recipe {recipe.name}`."
+        )
+    if "structure" in recipe.model and "structure" not in given:
+        raise UsageError(
+            f"recipe {recipe.name!r} needs the masks of a run of method {recipe.model['structure']!r}; give its folder "
+            f"as --structure RUN."
+        )
+    options = conversion_options(recipe)
+    if given.get("arch", options.get("arch")) != options.get("arch"):
+        raise UsageError(
+            f"ARCH {given['arch']!r} is not the {options.get('arch')!r} of recipe {recipe.name!r}; leave it out, or "
+            f"change the recipe with --set arch={given['arch']}."
+        )
+    # Exactly one of the two is allowed, and the command line wins.
+    for one, other in (("budget", "sparsity"), ("sparsity", "budget")):
+        if one in given:
+            options.pop(other, None)
+    return {**options, **given}
+
+
+def conversion_options(recipe: Recipe) -> dict[str, Any]:
+    """Returns the `[model]` of a recipe as options of `dsr-tool convert`, without those that a mode excludes.
+
+    Masks of another run replace every option but `arch` and `init`, and a thin model has no masks to distribute.
+    """
+    model = {key: value for key, value in recipe.model.items() if key not in _LINKS}
+    if "structure" in recipe.model:
+        return {key: value for key, value in model.items() if key in ("arch", "init")}
+    if model.get("thin"):
+        return {key: value for key, value in model.items() if key not in ("distribution", "positions", "granularity")}
+    return model
+
+
+def training_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Returns the `[train]` and `[options]` of a recipe as arguments of `TrainSettings`."""
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in recipe.train.items()}
+    return {**settings, "options": dict(recipe.options)} if recipe.options else settings
+
+
+def require_model(recipe: Recipe, model: SparseModel, where: str) -> None:
+    """Raises `UsageError`, which lists all differences, if a recipe is for another model than the one at `where`."""
+    config = model.config
+    thin = config.conversion.get("thin")  # describes the sparse model that has as many parameters
+    actual: dict[str, Any] = {**config.conversion, "arch": config.architecture, "thin": thin is not None}
+    if isinstance(thin, Mapping):
+        actual["sparsity"] = thin.get("sparsity")
+    elif model.prunable_weights:
+        actual["sparsity"] = round(model.sparsity, 4)
+    differences = [
+        f"{name} {actual[name]!r} instead of {wanted!r}"
+        for name, wanted in conversion_options(recipe).items()
+        if name in actual and not _nearly_equal(actual[name], wanted)
+    ]
+    if differences:
+        raise UsageError(
+            f"recipe {recipe.name!r} is for another model than {where!r}, which has {', '.join(differences)}; convert "
+            f"one with --recipe {recipe.name}, or change the recipe with --set."
+        )
+
+
+def parse_assignment(text: str, option: str = "--set") -> tuple[str, Any]:
+    """Returns key and value of a text `key=value`; raises `UsageError`, which names the option, for any other text."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"{option} {text!r} is not an assignment; write it as key=value.")
+    return key.strip(), _parse_value(value.strip())
+
+
+def _parse_value(text: str) -> object:
+    """Parses a value as TOML, else as a number that TOML does not allow, such as .5, else as a text without quotes."""
+    try:
+        value: object = parse_toml(f"value = {text}", "--set")["value"]
+        return value
+    except FormatError:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+
+def _without_momentum(train: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Drops the recipe's momentum if the optimizer is replaced by one that has none."""
+    has_none = given.get("optimizer") in LEARNING_RATES.keys() - MOMENTA
+    return {key: value for key, value in train.items() if not (has_none and key == "momentum")}
 
 
 def _problems(recipe: Recipe) -> Iterator[str]:
-    """A sentence for everything in a recipe that is not allowed."""
-    wrong = dict(wrong_values(recipe))
+    """Yields a sentence for everything in a recipe that is not allowed."""
+    wrong = dict(value_errors(recipe))
     yield from wrong.values()
+    # Values of the wrong type are reported above; the rest must still be checked together.
     good = replace(
         recipe,
         train={key: value for key, value in recipe.train.items() if f"train.{key}" not in wrong},
@@ -105,131 +205,25 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             Budget.of_sparsity(recipe.model["sparsity"])
         except UsageError as error:
             yield f"model.{error}"
-    # A recipe may be meant for another machine.
-    here = replace(TrainSettings(**settings(good)), device="auto", precision="fp32")
-    yield from map(_as_key, here.problems())
+    # A recipe may be meant for another machine, so whether this one has a GPU does not matter here.
+    settings = replace(TrainSettings(**training_arguments(good)), device="auto", precision="fp32")
+    yield from map(_name_key, settings.problems())
 
 
-def own_options(texts: Sequence[str]) -> dict[str, Any]:
-    """Options of a method, whichever it has, from `key=value` texts; raises `UsageError` for anything else."""
-    return {key.replace("-", "_"): value for key, value in (pair(text, "--option") for text in texts)}
-
-
-def settings(recipe: Recipe) -> dict[str, Any]:
-    """Arguments of `TrainSettings`."""
-    told = {name: tuple(value) if isinstance(value, list) else value for name, value in recipe.train.items()}
-    return {**told, "options": dict(recipe.options)} if recipe.options else told
-
-
-def conversion(name: str, sets: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a recipe tells `convert`, by the names of its options; `arch` is the source.
-
-    Args:
-        name: of the recipe, or its file.
-        sets: see `changed`.
-        given: what is given on the command line, and wins.
-
-    Raises:
-        UsageError: no such recipe, or one with values that are not allowed; or it is for another architecture than
-            the one given, or starts from a run.
-    """
-    recipe = changed(find_recipe(name), sets)
-    if start := recipe.model.get("from"):
-        raise UsageError(
-            f"recipe {recipe.name!r} starts from the trained model of method {start!r}; train that first, and then its "
-            f"run folder with `dsr-tool train RUN --recipe {recipe.name}`."
-        )
-    told = conversion_options(recipe)
-    if "structure" in recipe.model and "structure" not in given:
-        raise UsageError(
-            f"recipe {recipe.name!r} takes the masks of a run of method {recipe.model['structure']!r}; give its folder "
-            f"as --structure RUN."
-        )
-    if given.get("arch", told.get("arch")) != told.get("arch"):
-        raise UsageError(
-            f"ARCH {given['arch']!r} is not the {told.get('arch')!r} of recipe {recipe.name!r}; leave it out, or "
-            f"change the recipe with --set arch={given['arch']}."
-        )
-    for one, other in (("budget", "sparsity"), ("sparsity", "budget")):
-        if one in given:
-            told.pop(other, None)
-    return {**told, **given}
-
-
-def conversion_options(recipe: Recipe) -> dict[str, Any]:
-    """The model of a recipe by the names of `convert`'s options, without those that others leave no room for."""
-    model = {key: value for key, value in recipe.model.items() if key not in _LINKS}
-    if "structure" in recipe.model:
-        return {key: value for key, value in model.items() if key in ("arch", "init")}
-    if model.get("thin"):
-        return {key: value for key, value in model.items() if key not in ("distribution", "positions", "granularity")}
-    return model
-
-
-def require_model(recipe: Recipe, model: SparseModel, where: str) -> None:
-    """Raise `UsageError` when a model is not the one that a recipe is for; all differences are listed."""
-    config = model.config
-    beside = config.conversion.get("thin")  # the sparse model that a thin one has as many parameters as
-    has: dict[str, Any] = {**config.conversion, "arch": config.architecture, "thin": beside is not None}
-    if isinstance(beside, Mapping):
-        has["sparsity"] = beside.get("sparsity")
-    elif model.prunable_weights:
-        has["sparsity"] = round(model.sparsity, 4)
-    wanted = conversion_options(recipe)
-    differing = [
-        f"{name} {has[name]!r} instead of {want!r}"
-        for name, want in wanted.items()
-        if name in has and not _same(has[name], want)
-    ]
-    if differing:
-        raise UsageError(
-            f"recipe {recipe.name!r} is for another model than {where!r}, which has {', '.join(differing)}; convert "
-            f"one with --recipe {recipe.name}, or change the recipe with --set."
-        )
-
-
-def _same(has: Any, want: Any) -> bool:
-    if isinstance(has, (int, float)) and isinstance(want, (int, float)):
-        # Counts are whole, so that the sparsity that was asked for is met only nearly.
-        return abs(has - want) <= 2e-3 * max(1 - want, 1e-3) + 1e-3 * (want < 0.5)
-    return list(has) == list(want) if isinstance(want, (list, tuple)) else bool(has == want)
-
-
-def pair(text: str, option: str = "--set") -> tuple[str, Any]:
-    """Key and value of `key=value`; raises `UsageError`, which names the option, for anything else."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise UsageError(f"{option} {text!r} is not understood; write it as key=value.")
-    return key.strip(), _value(value.strip())
-
-
-def _place(key: str) -> tuple[str, str]:
-    """The table that a key belongs to, and its name there; raises `UsageError` where none has it."""
-    table, _, name = key.rpartition(".")
-    found = next((known for known, names in _KEYS.items() if name in names and table in ("", known)), "")
-    # A method from elsewhere may have options of any name; those of ours are looked at together with the method.
-    if not found and table == "options" and name:
-        return table, name
-    if not found:
-        raise unknown_name("--set", key, [*MODEL_KEYS, *TRAIN_KEYS, *OPTION_KEYS])
-    return found, name
-
-
-def _value(text: str) -> Any:
-    """A value as TOML, or else as a number such as .5, or else the text itself."""
-    try:
-        return parse_toml(f"value = {text}", "--set")["value"]
-    except FormatError:
-        try:
-            return float(text)
-        except ValueError:
-            return text
-
-
-def _as_key(text: str) -> str:
-    """A sentence about an option of the command line as one about a key of a file."""
-    told = re.match(r"(?P<method>[a-z-]+ )?--(?P<name>[a-z-]+) ", text)
-    if told is None or (told["method"] or "").startswith("-"):
+def _name_key(text: str) -> str:
+    """Rewrites a sentence about an option, `--stop 2 is not ...`, as one about a key, `train.stop 2 is not ...`."""
+    option = re.match(r"(?P<method>[a-z-]+ )?--(?P<name>[a-z-]+) ", text)
+    if option is None or (option["method"] or "").startswith("-"):
         return text
-    table = "options" if told["method"] else "train"
-    return f"{table}.{told['name'].replace('-', '_')} {text[told.end() :]}"
+    table = "options" if option["method"] else "train"
+    return f"{table}.{option['name'].replace('-', '_')} {text[option.end() :]}"
+
+
+def _nearly_equal(actual: object, wanted: object) -> bool:
+    """Whether a model has a value that a recipe asks for; numbers only nearly."""
+    if isinstance(actual, (int, float)) and isinstance(wanted, (int, float)):
+        # Counts are whole, so a sparsity is only nearly met: within 0.2 % of the density, plus 0.001 below 0.5.
+        return abs(actual - wanted) <= 2e-3 * max(1 - wanted, 1e-3) + 1e-3 * (wanted < 0.5)
+    if isinstance(wanted, (list, tuple)):
+        return isinstance(actual, (list, tuple)) and list(actual) == list(wanted)
+    return actual == wanted

@@ -1,73 +1,104 @@
-"""The keys that a recipe may have, and the type of each: parameters of `convert`, of a training, and of its method."""
+"""Keys that a recipe may have, and their types.
+
+Each is read where it is defined: the parameters of `convert`, the fields of `TrainSettings`, the options of methods.
+"""
 
 from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from converters.conversion import convert
 from dsr_tool.errors import closest, unknown_name
-from dsr_tool.methods import OPTIONS
+from dsr_tool.methods import METHODS, option_names
 from dsr_tool.recipes.recipe import Recipe
 from dsr_tool.train.settings import TrainSettings
 
-__all__ = ["MODEL_KEYS", "OPTION_KEYS", "TRAIN_KEYS", "wrong_values"]
+__all__ = ["MODEL_KEYS", "TRAIN_KEYS", "find_key", "to_parameters", "value_errors"]
 
-_RENAMED = {"source": "arch", "sparsify_patterns": "sparsify"}
+_PARAMETERS = {"arch": "source", "sparsify": "sparsify_patterns"}
+"""Parameters of `convert` whose option has another name, by the name of the option."""
 _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
-def _conversion_hints() -> dict[str, Any]:
-    """The type of each parameter of `convert` that a file can hold, by its name there."""
+def _model_keys() -> dict[str, Any]:
+    """Returns the annotation of each parameter of `convert` that a file can hold, by option name."""
     hints = get_type_hints(convert)
-    names = [name for name in inspect.signature(convert).parameters if not name.startswith("on_")]
-    return {_RENAMED.get(name, name): hints[name] for name in names} | {"source": str, "arch": str, "from": str}
+    options = {parameter: option for option, parameter in _PARAMETERS.items()}
+    names = [name for name in inspect.signature(convert).parameters if not name.startswith("on_") and name != "seed"]
+    # A file can name an architecture, but not hold a module; and it names the method whose run it starts from.
+    return {options.get(name, name): hints[name] for name in names} | {"arch": str, "from": str}
 
 
-MODEL_KEYS = {name: hint for name, hint in _conversion_hints().items() if name not in ("source", "seed")}
+MODEL_KEYS = _model_keys()
+"""Annotations of the keys of `[model]`."""
 TRAIN_KEYS = {f.name: get_type_hints(TrainSettings)[f.name] for f in fields(TrainSettings) if f.name != "options"}
-OPTION_KEYS = sorted({name for names in OPTIONS.values() for name in names})
+"""Annotations of the keys of `[train]`."""
 
 
-def wrong_values(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Keys that do not exist or have values of another type, each with a sentence."""
+def to_parameters(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns options of `dsr-tool convert` as keyword arguments of `convert`."""
+    return {_PARAMETERS.get(name, name): value for name, value in options.items()}
+
+
+def find_key(key: str) -> tuple[str, str]:
+    """Returns the table of a key, which may be written before it as in `train.epochs`, and its name there.
+
+    Raises:
+        UsageError: no table has this key.
+    """
+    table, _, name = key.rpartition(".")
+    known = {"train": TRAIN_KEYS, "model": MODEL_KEYS, "options": option_names()}
+    found = next((other for other, names in known.items() if name in names and table in ("", other)), "")
+    # A plugin method may have options of any name; `value_errors` checks those of our methods once the method is known.
+    if not found and table == "options" and name:
+        return table, name
+    if not found:
+        raise unknown_name("--set", key, [name for names in known.values() for name in names])
+    return found, name
+
+
+def value_errors(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yields each key that does not exist or has a value of the wrong type, with a sentence."""
     for table, hints in (("model", MODEL_KEYS), ("train", TRAIN_KEYS)):
         for key, value in getattr(recipe, table).items():
+            where = f"{table}.{key}"
             if key not in hints:
-                known = [f"{table}.{name}" for name in hints]
-                yield f"{table}.{key}", str(unknown_name("key", f"{table}.{key}", known))
-            elif not _is_a(value, hints[key]):
-                yield f"{table}.{key}", f"{table}.{key} is {value!r}, and should be {_described(hints[key])}."
-    method = str(recipe.train.get("method", "dsr"))
-    own = OPTIONS.get(method, ())
+                yield where, str(unknown_name("key", where, [f"{table}.{name}" for name in hints]))
+            elif not _matches(value, hints[key]):
+                yield where, f"{where} is {value!r}, expected {_describe(hints[key])}."
+    name = str(recipe.train.get("method", TrainSettings.method))
+    method = METHODS.get(name)  # None for a plugin method, which checks its options itself
     for key, value in recipe.options.items():
-        if method in OPTIONS and key not in own:
-            close = closest(key, own)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(own) or 'none'}."
-            yield f"options.{key}", f"options.{key} {value!r} is no option of method {method}; {hint}"
+        where = f"options.{key}"
+        if method is not None and key not in (known := method.option_defaults()):
+            close = closest(key, known)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(known) or 'none'}."
+            yield where, f"{where} {value!r} is not an option of method {name}; {hint}"
         elif not isinstance(value, (str, int, float)):
-            yield f"options.{key}", f"options.{key} is {value!r}, and should be a number or a text."
+            yield where, f"{where} is {value!r}, expected a number or a text."
 
 
-def _is_a(value: Any, hint: Any) -> bool:
+def _matches(value: object, hint: Any) -> bool:
     """Whether a plain value fits an annotation."""
     if get_origin(hint) in (Union, types.UnionType):
-        return any(_is_a(value, one) for one in get_args(hint))
+        return any(_matches(value, one) for one in get_args(hint))
     if get_origin(hint) in (tuple, Sequence):
-        return isinstance(value, (list, tuple)) and all(_is_a(one, get_args(hint)[0]) for one in value)
-    if hint is float:
+        return isinstance(value, (list, tuple)) and all(_matches(one, get_args(hint)[0]) for one in value)
+    if hint is float:  # TOML writes 1 for 1.0, and True is an int in Python
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return hint in (str, bool) and isinstance(value, hint)
 
 
-def _described(hint: Any) -> str:
+def _describe(hint: Any) -> str:
+    """Returns the words for an annotation; empty for types that no file can hold, such as a path."""
     if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(text for one in get_args(hint) if (text := _described(one))))
+        return " or ".join(dict.fromkeys(text for one in get_args(hint) if (text := _describe(one))))
     if get_origin(hint) in (tuple, Sequence):
-        return f"a list, each {_described(get_args(hint)[0])}"
+        return f"a list, each {_describe(get_args(hint)[0])}"
     return _KINDS.get(hint, "")

@@ -76,14 +76,14 @@ def test_what_was_published_is_given_as_fractions(family):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("wrn-28-2", "is a family of rows; name one of them, such as wrn-28-2/dense"),
+        ("wrn-28-2", "is a family of rows; give one of its rows, such as wrn-28-2/dense"),
         ("wrn-28-3/dsr@0.9", "did you mean wrn-28-2"),
         ("nothing/dsr@0.9", "'nothing' is unknown"),
         ("wrn-28-2/dsrr@0.9", "did you mean dsr"),
         ("wrn-28-2/dsr", "needs a sparsity; write wrn-28-2/dsr@0.9"),
         ("wrn-28-2/dense@0.9", "has no sparsity; write wrn-28-2/dense."),
-        ("wrn-28-2/set@0.93", "has no values for sparsity 0.93; take one of 0.5, 0.6"),
-        ("wrn-28-2/dsr@1.5", "sparsity '1.5' that is not allowed"),
+        ("wrn-28-2/set@0.93", "has no values for sparsity 0.93; give one of 0.5, 0.6"),
+        ("wrn-28-2/dsr@1.5", "sparsity '1.5' is not in .0, 1."),
         ("none.toml", "recipe 'none.toml' does not exist"),
     ],
 )
@@ -121,7 +121,7 @@ def test_everything_wrong_in_a_file_is_said_at_once(tmp_path):
     with pytest.raises(UsageError) as caught:
         find_family(str(path))
     message = str(caught.value)
-    assert "key 'titel' is unknown; did you mean title" in message and "data is 3, and should be a text" in message
+    assert "key 'titel' is unknown; did you mean title" in message and "data is 3, expected a text" in message
     path.write_text("sparsities = [1.5]\n[methods.dsr]\ntrian = {}\nabout = 1\n[methods.dsr.at]\n'2' = {}\n")
     with pytest.raises(UsageError) as caught:
         find_family(str(path))
@@ -138,9 +138,9 @@ def test_everything_wrong_in_a_file_is_said_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("text", "kind", "message"),
     [
-        ("a = ", FormatError, "not understood as TOML"),
+        ("a = ", FormatError, "is not valid TOML"),
         ('schema = "dsr-tool/recipes/1"', UsageError, "describes a family"),
-        ("model = 3", UsageError, "model is 3, and should be a table"),
+        ("model = 3", UsageError, "model is 3, expected a table"),
         ("[trian]", UsageError, "did you mean train"),
     ],
 )

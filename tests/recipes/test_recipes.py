@@ -4,10 +4,19 @@ import types
 from importlib.metadata import EntryPoint
 
 import pytest
+from torch import nn
 
+from converters.conversion import convert
 from dsr_tool.errors import UsageError
 from dsr_tool.methods import Static, plugins
-from dsr_tool.recipes.apply import as_run, changed, conversion, own_options, pair, require_model, settings
+from dsr_tool.recipes.apply import (
+    override,
+    parse_assignment,
+    require_model,
+    resolve_conversion,
+    resolve_training,
+    training_arguments,
+)
 from dsr_tool.recipes.files import families, find_recipe
 from dsr_tool.recipes.recipe import Recipe
 from dsr_tool.train import TrainSettings
@@ -31,51 +40,51 @@ QUICK = (
 @pytest.mark.parametrize("family", families())
 def test_every_shipped_row_is_allowed(family):
     for row in families()[family].rows():
-        changed(row)
-        TrainSettings(**settings(row)).check()
+        override(row)
+        TrainSettings(**training_arguments(row)).check()
 
 
 def test_the_schedules_of_the_paper_come_out():
     steps = 500 * 200
-    method = TrainSettings(**settings(find_recipe("wrn-28-2/dsr@0.9"))).make_method(steps)
+    method = TrainSettings(**training_arguments(find_recipe("wrn-28-2/dsr@0.9"))).make_method(steps)
     assert method.schedule.periods == ((0, 100), (25 * 500, 200), (80 * 500, 400), (140 * 500, 800))
     assert method.schedule.stop == 190 * 500 and method.target == 20000
     steps = 5004 * 100
-    method = TrainSettings(**settings(find_recipe("resnet50/set@0.9"))).make_method(steps)
+    method = TrainSettings(**training_arguments(find_recipe("resnet50/set@0.9"))).make_method(steps)
     assert method.schedule.periods == tuple((5004 * e, 1000 * 2**i) for i, e in enumerate((0, 25, 50, 75)))
-    prunes = TrainSettings(**settings(find_recipe("wrn-28-2/gmp@0.9"))).make_method(500 * 50)
-    assert sum(map(prunes.due, range(1, 500 * 50 + 1))) == 20 and prunes.last == 40 * 500
+    prunes = TrainSettings(**training_arguments(find_recipe("wrn-28-2/gmp@0.9"))).make_method(500 * 50)
+    assert sum(map(prunes.due, range(1, 500 * 50 + 1))) == 20 and prunes.final_step == 40 * 500
 
 
 def test_the_command_line_wins_over_set_over_the_recipe():
-    row = as_run(ROW, ["epochs=7", "target=.5", "lr=0.3"], {"lr": 0.2, "threshold": 0.01})
+    row = resolve_training(ROW, ["epochs=7", "target=.5", "lr=0.3"], {"lr": 0.2, "threshold": 0.01})
     assert row.train["epochs"] == 7 and row.train["lr"] == 0.2 and row.train["batch_size"] == 100
     assert row.options == {"target": 0.5, "threshold": 0.01}
 
 
 def test_a_recipes_momentum_goes_with_its_optimizer_and_no_others_does():
     assert find_recipe(ROW).train["momentum"] == 0.9
-    for row in (as_run(ROW, ["optimizer=adam"], {}), as_run(ROW, [], {"optimizer": "adam"})):
+    for row in (resolve_training(ROW, ["optimizer=adam"], {}), resolve_training(ROW, [], {"optimizer": "adam"})):
         assert "momentum" not in row.train and row.train["optimizer"] == "adam"
-    assert as_run(ROW, ["optimizer=rmsprop"], {}).train["momentum"] == 0.9
-    with pytest.raises(UsageError, match="train.momentum 0.5 goes with --optimizer sgd or rmsprop; adamw has none"):
-        as_run(ROW, ["optimizer=adamw", "momentum=0.5"], {})
-    with pytest.raises(UsageError, match="'mine.toml': train.momentum 0.9 goes with --optimizer sgd or rmsprop"):
-        changed(Recipe("mine", train={"optimizer": "adam", "momentum": 0.9}, origin="mine.toml"))
+    assert resolve_training(ROW, ["optimizer=rmsprop"], {}).train["momentum"] == 0.9
+    with pytest.raises(UsageError, match="train.momentum 0.5 needs --optimizer sgd or rmsprop; adamw has none"):
+        resolve_training(ROW, ["optimizer=adamw", "momentum=0.5"], {})
+    with pytest.raises(UsageError, match="'mine.toml': train.momentum 0.9 needs --optimizer sgd or rmsprop"):
+        override(Recipe("mine", train={"optimizer": "adam", "momentum": 0.9}, origin="mine.toml"))
     for row in (
-        as_run(ROW, ["momentum=0.5"], {"optimizer": "adam"}),
-        as_run(ROW, ["optimizer=adam"], {"momentum": 0.5}),
-        as_run(None, [], {"optimizer": "adam", "momentum": 0.5}),
+        resolve_training(ROW, ["momentum=0.5"], {"optimizer": "adam"}),
+        resolve_training(ROW, ["optimizer=adam"], {"momentum": 0.5}),
+        resolve_training(None, [], {"optimizer": "adam", "momentum": 0.5}),
     ):
-        with pytest.raises(UsageError, match="--momentum 0.5 goes with --optimizer sgd or rmsprop; adam has none"):
-            TrainSettings(**settings(row)).check()
+        with pytest.raises(UsageError, match="--momentum 0.5 needs --optimizer sgd or rmsprop; adam has none"):
+            TrainSettings(**training_arguments(row)).check()
 
 
 def test_set_works_without_a_recipe():
-    row = as_run(None, ["drop_fraction=0.2"], {"method": "set"})
-    assert settings(row) == {"method": "set", "options": {"drop_fraction": 0.2}}
+    row = resolve_training(None, ["drop_fraction=0.2"], {"method": "set"})
+    assert training_arguments(row) == {"method": "set", "options": {"drop_fraction": 0.2}}
     with pytest.raises(UsageError, match="^--set 'epoch' is unknown; did you mean epochs"):
-        as_run(None, ["epoch=2"], {})
+        resolve_training(None, ["epoch=2"], {})
 
 
 def test_a_method_from_elsewhere_has_options_of_any_name(monkeypatch):
@@ -83,35 +92,40 @@ def test_a_method_from_elsewhere_has_options_of_any_name(monkeypatch):
     monkeypatch.setattr(plugins, "entry_points", lambda group: [point] if group == plugins.GROUP else [])
     monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__, types.ModuleType(__name__)))
     monkeypatch.setattr(sys.modules[__name__], "_static", lambda timing, share: Static(), raising=False)
-    row = as_run(None, ["options.share=0.2", "method=shake"], {})
-    assert settings(row) == {"method": "shake", "options": {"share": 0.2}}
-    with pytest.raises(UsageError, match="options.share 0.2 is no option of method dsr; it has target"):
-        as_run(None, ["options.share=0.2"], {})
+    row = resolve_training(None, ["options.share=0.2", "method=shake"], {})
+    assert training_arguments(row) == {"method": "shake", "options": {"share": 0.2}}
+    with pytest.raises(UsageError, match="options.share 0.2 is not an option of method dsr; it has target"):
+        resolve_training(None, ["options.share=0.2"], {})
     with pytest.raises(UsageError, match="'share' is unknown"):
-        as_run(None, ["share=0.2", "method=shake"], {})
+        resolve_training(None, ["share=0.2", "method=shake"], {})
 
 
 def test_texts_that_set_something_are_read_alike():
-    assert own_options(["cross-layer = false", "eta=.5"]) == {"cross_layer": False, "eta": 0.5}
-    assert pair("epochs=3") == ("epochs", 3) and pair("scope=global") == ("scope", "global")
-    for call in (lambda: pair("=3"), lambda: pair("epochs"), lambda: own_options(["eta"])):
-        with pytest.raises(UsageError, match="^--(set|option) .* is not understood; write it as key=value"):
+    row = resolve_training(None, [], {"target": 3}, ["cross-layer = false", "eta=.5"])
+    assert row.options == {"target": 3, "cross_layer": False, "eta": 0.5}
+    assert parse_assignment("epochs=3") == ("epochs", 3) and parse_assignment("scope=global") == ("scope", "global")
+    for call in (
+        lambda: parse_assignment("=3"),
+        lambda: parse_assignment("epochs"),
+        lambda: resolve_training(None, [], {}, ["eta"]),
+    ):
+        with pytest.raises(UsageError, match="^--(set|option) .* is not an assignment; write it as key=value"):
             call()
 
 
 def test_everything_wrong_is_said_at_once_with_key_value_and_close_names():
     sets = ["epochs=ten", "lr=-1", "weights=3", "sparsity=1.2", "epoch=3", "nothing", "target=0"]
     with pytest.raises(UsageError) as caught:
-        changed(find_recipe(ROW), sets)
+        override(find_recipe(ROW), sets)
     message = str(caught.value)
     for part in (
         "lenet-300-100.toml",
-        "train.epochs is 'ten', and should be a whole number.",
+        "train.epochs is 'ten', expected a whole number.",
         "train.lr -1 is not allowed; give a positive number.",
-        "model.weights is 3, and should be a text.",
-        "model.sparsity 1.2 is not allowed",
+        "model.weights is 3, expected a text.",
+        "model.sparsity 1.2 is not in [0, 1)",
         "--set 'epoch' is unknown; did you mean epochs",
-        "--set 'nothing' is not understood; write it as key=value.",
+        "--set 'nothing' is not an assignment; write it as key=value.",
         "options.target 0 is not allowed",
     ):
         assert part in message
@@ -120,24 +134,24 @@ def test_everything_wrong_is_said_at_once_with_key_value_and_close_names():
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        (["method=set", "target=600"], "options.target 600 is no option of method set; it has drop_fraction"),
+        (["method=set", "target=600"], "options.target 600 is not an option of method set; it has drop_fraction"),
         (["epochs=5", "schedule=step", "milestones=[2, 9]"], "milestones .* ends after the training"),
-        (["milestones=[3, 9]"], "goes with --schedule step"),
+        (["milestones=[3, 9]"], "needs --schedule step"),
         (["warmup_epochs=50"], "train.warmup_epochs 50 is not allowed; give fewer than the 40 epochs"),
         (["every=1000000", "stop=0.5"], "leaves dsr no update before its schedule ends"),
-        (["target=many"], "an option of dsr has a value of the wrong type"),
-        (["milestones=3"], "should be a list, each a number"),
+        (["target=many"], "an option of method dsr has a value of the wrong type"),
+        (["milestones=3"], "expected a list, each a number"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(sets, message):
     with pytest.raises(UsageError, match=message):
-        changed(find_recipe(ROW), sets)
+        override(find_recipe(ROW), sets)
 
 
 def test_unknown_keys_of_a_file_are_named():
     recipe = Recipe("mine", model={"arhc": "x"}, train={"epohcs": 3}, options={"target": [1]}, origin="mine.toml")
     with pytest.raises(UsageError) as caught:
-        changed(recipe)
+        override(recipe)
     for part in (
         "'mine.toml': key 'model.arhc'",
         "did you mean model.arch",
@@ -148,18 +162,21 @@ def test_unknown_keys_of_a_file_are_named():
 
 
 def test_a_recipe_tells_convert_what_to_do():
-    told = conversion("wrn-28-2/dsr@0.9", ["seed=3"], {"keep_dense": ("a",)})
+    told = resolve_conversion("wrn-28-2/dsr@0.9", ["seed=3"], {"keep_dense": ("a",)})
     assert told["arch"] == "wrn-28-2" and told["sparsity"] == 0.9 and told["keep_dense"] == ("a",)
-    told = conversion("wrn-28-2/dsr@0.9", [], {"budget": "1MB"})
+    told = resolve_conversion("wrn-28-2/dsr@0.9", [], {"budget": "1MB"})
     assert "sparsity" not in told and told["budget"] == "1MB"
     with pytest.raises(UsageError, match="starts from the trained model of method 'dense'"):
-        conversion("wrn-28-2/gmp@0.9", [], {})
+        resolve_conversion("wrn-28-2/gmp@0.9", [], {})
     with pytest.raises(UsageError, match="ARCH 'resnet18' is not the 'wrn-28-2' of recipe"):
-        conversion("wrn-28-2/dsr@0.9", [], {"arch": "resnet18"})
+        resolve_conversion("wrn-28-2/dsr@0.9", [], {"arch": "resnet18"})
 
 
-def test_a_model_of_another_recipe_is_refused_with_all_differences(tiny):
-    model = tiny.model(0.8)
+def test_a_model_of_another_recipe_is_refused_with_all_differences():
+    class Tiny(nn.Linear):
+        pass
+
+    model = convert(Tiny(40, 30), sparsity=0.8, positions="random")
     recipe = find_recipe("wrn-28-2/dsr@0.9")
     with pytest.raises(UsageError) as caught:
         require_model(recipe, model, "net")
@@ -222,7 +239,7 @@ def test_a_ticket_is_converted_with_the_run_that_it_takes_its_masks_from(run, tm
     assert run("convert", "--recipe", ROW, "-o", tmp_path / "net", "--quiet")[0] == 0
     ticket = "lenet-300-100/ticket-original@0.99"
     code, _, err = run("convert", "--recipe", ticket, "-o", tmp_path / "ticket")
-    assert code == 2 and "takes the masks of a run of method 'dsr'; give its folder as --structure RUN" in err
+    assert code == 2 and "needs the masks of a run of method 'dsr'; give its folder as --structure RUN" in err
     assert run("convert", "--recipe", ticket, "--structure", tmp_path / "net", "-o", tmp_path / "ticket", "-q")[0] == 0
     code, _, err = run("train", tmp_path / "ticket", "--recipe", ticket, "-o", tmp_path / "run", *QUICK[:4], "-q")
     assert code == 0, err
