@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from converters.conversion import convert, load
+from converters.conversion import convert
+from converters.loading import load
 from dsr_tool.formats.archive import open_archive
 from dsr_tool.measure.latency import open_session, spread
 from dsr_tool.measure.memory.process import Measured, Request, measure

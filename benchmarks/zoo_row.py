@@ -25,7 +25,8 @@ from unittest import mock
 import torch
 from torch import nn
 
-from converters.conversion import convert, load
+from converters.conversion import convert
+from converters.loading import load
 from dsr_tool.errors import DsrError
 from dsr_tool.measure.memory.process import held_bytes
 from dsr_tool.runtime.kernels.library import level

@@ -1,4 +1,4 @@
-"""Budgets in bytes and in multiply-adds: which number of active weights meets them, found by trying."""
+"""Budgets in bytes and in multiply-adds: a search for the number of active weights that meets them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dsr_tool.files import writing
 from dsr_tool.formats.archive import encode_archive
 from dsr_tool.graph.ir import Graph
 from dsr_tool.sparse.model import SparseModel
-from dsr_tool.sparse.sparsify import Plan
+from dsr_tool.sparse.sparsify import Sparsifier
 from dsr_tool.sparse.trace import trace
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.config import installed_versions
@@ -28,8 +28,8 @@ __all__ = [
     "LEAST_BYTES",
     "LEAST_MACS",
     "MARGIN",
+    "Bracket",
     "Fitted",
-    "Found",
     "archive_bytes",
     "fit",
     "search",
@@ -37,18 +37,21 @@ __all__ = [
 ]
 
 LEAST_BYTES = 0.98
-"""An archive takes at least this part of a budget in bytes, where the model is large enough."""
+"""Smallest fraction of a budget in bytes that an archive takes, if the model is large enough."""
 MARGIN = 0.019
-"""Part of a budget in bytes that stays free at the start, since values compress less well once they are trained.
+"""Fraction of a budget in bytes that stays free before a training, since trained values compress less well.
 
 Archives grew by 0.0 to 1.7 % in static and dsr trainings of ResNets and MobileNets, by 2.4 % with ShuffleNet, and
-shrank where many grown weights stayed zero; see `docs/decisions/0006-budgets-in-bytes.md`.
+shrank if many grown weights stayed zero; see `docs/decisions/0006-budgets-in-bytes.md`.
 """
 LEAST_MACS = 0.99
-"""Multiply-adds come to at least this part of their budget."""
+"""Smallest fraction of a budget in multiply-adds that a model takes."""
 _CLOSE = 0.999
-_BYTES_PER_WEIGHT = 4  # as a first guess
-_RECORD = 32  # bytes by which an archive may grow with the digits of the budget that is noted in it
+"""Fraction of a limit at which a search stops if its sizes are cheap."""
+_BYTES_PER_WEIGHT = 4
+"""Bytes per active weight of an archive, for the first guess of a search."""
+_RECORD = 32
+"""Bytes by which an archive may grow with the digits of the budget that is recorded in it."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Fitted:
 
     Attributes:
         model: the sparse model.
-        budget: what was asked.
+        budget: the budget that was asked for.
         archive_bytes: size of the archive that it exports to; None unless the budget is in bytes.
     """
 
@@ -66,42 +69,46 @@ class Fitted:
     archive_bytes: int | None = None
 
 
-def fit(plan: Plan, budget: Budget) -> Fitted:
-    """Make a planned model sparse so that it meets a budget of any kind.
+def fit(sparsifier: Sparsifier, budget: Budget) -> Fitted:
+    """Makes a model sparse so that it meets a budget of any kind.
 
-    Sparsity and parameters are met exactly. An archive has at most the bytes of its budget, less a margin for what
-    training does to it, and multiply-adds are at most those allowed; both as near below as `LEAST_BYTES` and
-    `LEAST_MACS` say, or as near as one weight more or less lets them be.
+    Sparsity and parameters are met exactly. An archive has at most the bytes of its budget, less a margin for its
+    growth in training, and multiply-adds are at most those allowed. Both are at least `LEAST_BYTES` and `LEAST_MACS` of
+    the budget, or as close to it as whole weights allow.
+
+    Args:
+        sparsifier: the model with the options of its conversion; applied here.
+        budget: the budget.
 
     Raises:
         UsageError: the budget is out of the model's reach, its multiply-adds are unknown, or it cannot be captured.
     """
     if budget.kind == "bytes":
-        return _fit_bytes(plan, budget)
-    total = _solve_macs(plan, budget) if budget.kind == "macs" else plan.exact(budget)
-    return Fitted(plan.finish(total, budget), budget)
+        return _fit_bytes(sparsifier, budget)
+    total = _solve_macs(sparsifier, budget) if budget.kind == "macs" else sparsifier.active_weights(budget)
+    return Fitted(sparsifier.apply(total, budget), budget)
 
 
 def archive_bytes(model: SparseModel, graph: Graph | None = None) -> int:
-    """Exact size of the archive that a model exports to, smallest encodings and fp32 values.
+    """Returns the exact size in bytes of the archive that a model exports to: smallest encodings, fp32 values.
 
     Args:
         model: the model; its weights outside the masks do not matter.
-        graph: its graph, where it was captured already.
+        graph: its graph; captured here when absent.
 
     Raises:
-        UsageError: it cannot be captured, or not all of its parameters are float32.
+        UsageError: the model cannot be captured, or not all of its parameters are float32.
     """
     return _encoded_bytes(model, model.tensors(), graph or _graph(model.module, model.config.input_shape))
 
 
 def smallest_sparsity(model: SparseModel, limit: int) -> float | None:
-    """The smallest sparsity at which the archive of a model has at most `limit` bytes.
+    """Returns the smallest sparsity at which the archive of a model has at most `limit` bytes.
 
-    Found by leaving out the smallest weights of the whole network, those that the model has now.
+    It is estimated by pruning the smallest weights of the whole network, with the values that the model has now.
 
     Returns:
-        Fraction of zeros among the prunable weights, rounded up to four digits; None where none is small enough.
+        Fraction of zeros among the prunable weights, rounded up to four digits; None if no sparsity is enough.
     """
     graph, tensors = _graph(model.module, model.config.input_shape), model.tensors()
     sparse = {name: tensors[name] for name in model.masks}
@@ -118,22 +125,23 @@ def smallest_sparsity(model: SparseModel, limit: int) -> float | None:
     return math.ceil((1 - found.below[0] / model.prunable_weights) * 1e4) / 1e4
 
 
-def _fit_bytes(plan: Plan, budget: Budget) -> Fitted:
-    graph = _graph(plan.module, plan.config.input_shape)
+def _fit_bytes(sparsifier: Sparsifier, budget: Budget) -> Fitted:
+    graph = _graph(sparsifier.module, sparsifier.config.input_shape)
 
     def size(total: int) -> int:
-        return archive_bytes(plan.tried(total, budget), graph)
+        return archive_bytes(sparsifier.preview(total, budget), graph)
 
+    # The search aims below the limit by the margin; `_nearest` allows the whole limit if that leaves too little.
     limit, enough = budget.amount, math.ceil(LEAST_BYTES * budget.amount)
     guess = limit // _BYTES_PER_WEIGHT
-    found = search(size, plan.least, plan.prunable, guess, enough, math.floor(limit * (1 - MARGIN)))
-    total, nbytes = _nearest(found, size, budget, enough, plan.least, plan.prunable)
-    return Fitted(plan.finish(total, budget), budget, nbytes)
+    found = search(size, sparsifier.least, sparsifier.prunable, guess, enough, math.floor(limit * (1 - MARGIN)))
+    total, nbytes = _nearest(found, size, budget, enough, sparsifier.least, sparsifier.prunable)
+    return Fitted(sparsifier.apply(total, budget), budget, nbytes)
 
 
-def _solve_macs(plan: Plan, budget: Budget) -> int:
-    """The number of active weights whose multiply-adds come nearest to the budget from below."""
-    specs = [spec for spec in plan.specs.values() if spec.macs_per_weight]
+def _solve_macs(sparsifier: Sparsifier, budget: Budget) -> int:
+    """Returns the number of active weights whose multiply-adds are nearest to the budget from below."""
+    specs = [spec for spec in sparsifier.specs.values() if spec.macs_per_weight]
     if not specs:
         raise UsageError(
             f"budget {budget.show()} cannot be met, since this model's multiply-adds are unknown; give an input shape, "
@@ -141,33 +149,46 @@ def _solve_macs(plan: Plan, budget: Budget) -> int:
         )
 
     def macs(total: int) -> int:
-        counts = plan.counts(total)
+        counts = sparsifier.counts(total)
         return sum(round(counts.get(spec.name, spec.size) * spec.macs_per_weight) for spec in specs)
 
-    limit, least, most = budget.amount, plan.least, plan.prunable
+    limit, least, most = budget.amount, sparsifier.least, sparsifier.prunable
     guess = round(most * limit / max(macs(most), 1))
     found = search(macs, least, most, guess, math.ceil(_CLOSE * limit), limit)
     return _nearest(found, macs, budget, math.ceil(LEAST_MACS * limit), least, most)[0]
 
 
 @dataclass
-class Found:
-    """The two numbers that a search ended between, each with its size; None where there is none."""
+class Bracket:
+    """The two numbers that a search ended between.
+
+    Attributes:
+        below: (number, size) with a size of at most the limit; None if even the least number exceeds it.
+        above: (number, size) with a size above the limit; None if there is none.
+    """
 
     below: tuple[int, int] | None
     above: tuple[int, int] | None
 
 
-def search(size: Callable[[int], int], least: int, most: int, guess: int, enough: int, limit: int) -> Found:
-    """Look for a number in [least, most] with `enough` <= size <= `limit`, where sizes rise with numbers.
+def search(size: Callable[[int], int], least: int, most: int, guess: int, enough: int, limit: int) -> Bracket:
+    """Searches for a number in [least, most] with `enough` <= size <= `limit`, for sizes that rise with numbers.
 
-    Sizes are costly, so the next number to try is where a line through the two nearest sizes meets the middle of what
-    is wanted; every third time it is half-way between them, so that a bent curve cannot hold the search up. What is
-    found below never exceeds the limit, however sizes waver.
+    Sizes are expensive (an archive is encoded for each), so the next number is where a line through the two nearest
+    sizes meets the middle of the wanted range. Every third time it is the midpoint instead, so that a bent curve cannot
+    slow the search down. The size of `below` never exceeds the limit, even if sizes do not rise everywhere.
+
+    Args:
+        size: returns the size of a number.
+        least: smallest number.
+        most: largest number.
+        guess: first number to try after `least`.
+        enough: smallest size at which the search stops.
+        limit: largest allowed size.
     """
     below, above = (least, size(least)), None
     if below[1] > limit:
-        return Found(None, below)
+        return Bracket(None, below)
     start, aim, tries = below, (enough + limit) // 2, 0
     while below[1] < enough and below[0] < (most if above is None else above[0] - 1):
         number = min(max(guess, below[0] + 1), most if above is None else above[0] - 1)
@@ -181,19 +202,23 @@ def search(size: Callable[[int], int], least: int, most: int, guess: int, enough
             guess = (below[0] + above[0]) // 2
         else:
             guess = _on_line(*((start, below) if above is None else (below, above)), aim)
-    return Found(below, above)
+    return Bracket(below, above)
 
 
 def _on_line(one: tuple[int, int], other: tuple[int, int], size: int) -> int:
-    """The number at which a line through two points has a size; far away where the line does not rise."""
+    """Returns the number at which a line through two points has a size; a distant one if the line does not rise."""
     rise = other[1] - one[1]
     return one[0] + (other[0] - one[0]) * (size - one[1]) // rise if rise > 0 else 2 * other[0]
 
 
 def _nearest(
-    found: Found, size: Callable[[int], int], budget: Budget, enough: int, least: int, most: int
+    found: Bracket, size: Callable[[int], int], budget: Budget, enough: int, least: int, most: int
 ) -> tuple[int, int]:
-    """The number to take and its size: below the limit of the search or, where that is too little, of the budget."""
+    """Returns the chosen number and its size: below the limit of the search or, if that is too little, of the budget.
+
+    Raises:
+        UsageError: no number meets the budget.
+    """
     points = [point for point in (found.below, found.above) if point is not None and point[1] <= budget.amount]
     if not points:
         raise budget.out_of_reach(size(least) + _RECORD * (budget.kind == "bytes"), size(most))
@@ -209,13 +234,15 @@ def _graph(module: torch.nn.Module, input_shape: tuple[int, ...]) -> Graph:
     other = next((p.dtype for p in module.parameters() if p.dtype != torch.float32), None)
     if other is not None:
         raise UsageError(
-            f"weights of {other} have no archive, which the budget is of; call model.to(torch.float32) first."
+            f"a budget in bytes needs float32 weights, since archives hold no {other}; call model.to(torch.float32) "
+            f"first."
         )
     return trace(module, input_shape)
 
 
 def _encoded_bytes(model: SparseModel, tensors: dict[str, SparseTensor], graph: Graph) -> int:
-    """Size of the file, as its writer makes it."""
+    """Returns the size of the archive, written to a temporary folder."""
+    # Written, not estimated: a budget in bytes must hold to the byte, with all headers and alignment.
     encoded = encode_archive(tensors, model.specs, graph, model.config, versions=installed_versions())
     with tempfile.TemporaryDirectory() as folder, writing(Path(folder)):
         path = Path(folder) / "size.dsr"
@@ -224,6 +251,6 @@ def _encoded_bytes(model: SparseModel, tensors: dict[str, SparseTensor], graph: 
 
 
 def _largest_of(tensor: SparseTensor, count: int) -> SparseTensor:
-    """A tensor with its largest values alone."""
+    """Returns a tensor with only its `count` largest values."""
     kept = np.sort(largest(np.abs(tensor.values), count))
     return SparseTensor(Mask(tensor.mask.shape, tensor.mask.positions[kept]), tensor.values[kept])

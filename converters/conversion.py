@@ -1,36 +1,25 @@
-"""convert: any source to a SparseModel, and back from a folder or an archive."""
+"""convert: any source of models to a SparseModel, in one of three ways: to a budget, thin, or from a structure."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
-from converters import callables
 from converters.budgets import Fitted, fit
-from converters.presets import rules_of
-from converters.sources import fresh, named
-from converters.state_dicts import fill
-from converters.thin import thin as thin_model
-from converters.tickets import CHECKSUM, checksum, ticket
-from dsr_tool.errors import FormatError, UsageError
-from dsr_tool.formats.archive import Archive, open_archive
-from dsr_tool.graph.compact.record import COMPACTED
-from dsr_tool.sparse.discover import discover
-from dsr_tool.sparse.folder import read_folder
+from converters.presets import make_rules
+from converters.sources import find_source, load_network
+from converters.thin import fit_thin
+from converters.tickets import CHECKSUM, checksum, make_ticket
+from dsr_tool.errors import UsageError
 from dsr_tool.sparse.model import SparseModel
-from dsr_tool.sparse.sparsify import Plan
+from dsr_tool.sparse.sparsify import Sparsifier
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.config import LONGEST_SIDE, ModelConfig
-from dsr_tool.sparsity.layers import LayerSpec
-from dsr_tool.sparsity.mask import Mask
 
-__all__ = ["convert", "load"]
+__all__ = ["convert"]
 
 
 def convert(
@@ -54,7 +43,7 @@ def convert(
     init: str | None = None,
     on_fitted: Callable[[Fitted], None] | None = None,
 ) -> SparseModel:
-    """Convert a model to an exact sparse budget.
+    """Converts a model to an exact sparse budget.
 
     Args:
         source: a torchvision model name, a paper's network (`lenet-300-100`, `wrn-22-2`, `wrn-28-2`),
@@ -64,7 +53,7 @@ def convert(
             (`12MB`, `12MiB`) or its multiply-adds for one input (`0.8GMACs`).
         weights: for a name, torchvision enum name or state_dict file; random when absent. For others, a state_dict
             file.
-        num_classes: for a name, outputs of a new head.
+        num_classes: for a name, number of outputs of a new head.
         input_size: for a name, side of the square input in pixels.
         input_shape: shape of one input: channels, frames for video, height, width. A callable needs it, a module for
             multiply-adds and exports; a name has its own.
@@ -76,162 +65,159 @@ def convert(
         preset: `paper` keeps dense what the paper's code kept dense, and nothing else.
         keep_dense: patterns of weights to keep dense.
         sparsify_patterns: patterns of weights to make sparse against the defaults.
-        seed: of random weights and random positions; when absent, 0, or with a structure another than it had.
+        seed: seed of random weights and random positions; when absent, 0, or with a structure another than it had.
         thin: instead of a sparse model, a dense one with fewer channels that has as many parameters.
-        structure: instead of a budget, a model or run folder of the same architecture, whose masks are taken as they
-            are.
+        structure: instead of a budget, a model or run folder of the same architecture, whose masks are used unchanged.
         init: with a structure, `fresh` for random weights (default) or `original` for those that its model had before
             it was converted.
-        on_fitted: told what the budget came to.
+        on_fitted: called with the model and the budget that it meets.
 
     Raises:
-        UsageError: a parameter with a value that is not allowed.
-        FileError: a file or folder is not there.
+        UsageError: a parameter has a value that is not allowed.
+        FileError: a file or folder does not exist.
         FormatError: the weights file or the structure cannot be read.
-        CheckFailed: original weights that cannot be made again.
+        CheckFailed: the original weights cannot be made again.
     """
     if seed is not None and not 0 <= seed < 1 << 63:
         raise UsageError(f"seed {seed} is not allowed; give a whole number from 0 to 2^63 - 1.")
+    network = _Network(source, weights, num_classes, input_size, input_shape, seed or 0)
+    selection = _Selection(preset, keep_dense, sparsify_patterns, distribution, positions, granularity)
     if structure is not None:
-        spread = {"distribution": distribution, "positions": positions, "granularity": granularity}
-        layers = {"preset": preset, "keep_dense": keep_dense, "sparsify": sparsify_patterns}
-        shapes = {"num_classes": num_classes, "input_size": input_size, "input_shape": input_shape}
-        given = {"sparsity": sparsity, "budget": budget, "weights": weights, "thin": thin}
-        _leave_out("--structure", **given, **shapes, **layers, **spread)
-        return _told(ticket(source, structure, init or "fresh", seed), on_fitted)
-    if init is not None:
-        raise UsageError("--init goes with --structure, the folder whose masks to take; leave it out.")
-    if thin:
-        _leave_out("--thin", weights=weights)
-    wanted, seed = _budget(sparsity, budget), seed or 0
-    shape = _shape(source, input_shape, input_size)
-    if isinstance(source, str):
-        module, config = named(
-            source, weights, num_classes=num_classes, input_size=input_size, input_shape=shape, seed=seed
+        _refuse_with(
+            "--structure",
+            sparsity=sparsity,
+            budget=budget,
+            weights=weights,
+            thin=thin,
+            num_classes=num_classes,
+            input_size=input_size,
+            input_shape=input_shape,
+            preset=preset,
+            keep_dense=keep_dense,
+            sparsify=sparsify_patterns,
+            distribution=distribution,
+            positions=positions,
+            granularity=granularity,
         )
-        trained = weights is not None
-        own = config.source == "callable"
+        fitted = make_ticket(source, structure, init or "fresh", seed)
+    elif init is not None:
+        raise UsageError("--init goes with --structure, the folder whose masks to use; leave it out.")
+    elif thin:
+        _refuse_with("--thin", weights=weights)
+        fitted = _to_thin(network, selection, _parse_budget(sparsity, budget))
     else:
-        if weights is not None or num_classes is not None:
-            raise UsageError("weights, num_classes and input_size go with a model name; a module has its own.")
-        module, trained, own = source, False, True
-        config = ModelConfig("module", type(source).__name__, 0, shape)
-    record = {"preset": preset, "keep_dense": list(keep_dense), "sparsify": list(sparsify_patterns)}
-    record[CHECKSUM] = checksum(module)
-    plan = Plan(
-        module,
-        replace(config, conversion={**config.conversion, **record}),
-        distribution=("magnitude" if trained else "uniform") if distribution is None else distribution,
-        positions=("magnitude" if trained or own else "random") if positions is None else positions,
-        granularity=granularity or "weight",
-        rules=rules_of(module, preset=preset, keep_dense=tuple(keep_dense), sparsify=tuple(sparsify_patterns)),
-        seed=seed,
-    )
-    return _told(thin_model(plan, wanted, seed) if thin else fit(plan, wanted), on_fitted)
-
-
-def load(path: str | Path, module: nn.Module | str | None = None) -> SparseModel:
-    """Load a model folder or an archive, bit for bit what was saved.
-
-    Args:
-        path: a folder that `SparseModel.save`, `dsr-tool convert` or `dsr-tool train` wrote, or a `.dsr` file.
-        module: for models that have no name, a fresh module of the same architecture, or
-            `module:callable` that returns one.
-
-    Raises:
-        FileError: nothing there.
-        FormatError: damaged, or not for this module.
-        UsageError: the model has no name and no module is given, or the callable fails.
-        CheckFailed: weights and masks disagree.
-    """
-    path = Path(path)
-    if isinstance(module, str):
-        module = callables.build(module)
-    model = _from_archive(open_archive(path), module) if path.is_file() else _from_folder(path, module)
-    model.check()
-    return model
-
-
-def _from_folder(path: Path, module: nn.Module | None) -> SparseModel:
-    saved = read_folder(path)
-    state, masks = saved.weights(), saved.masks()
-    return _assemble(module or fresh(saved.config), saved.config, saved.specs, state, masks, str(path))
-
-
-def _from_archive(archive: Archive, module: nn.Module | None) -> SparseModel:
-    if COMPACTED in archive.config.conversion:
-        raise UsageError(
-            f"{str(archive.path)!r} is compacted for inference: its layers are smaller than those of "
-            f"{archive.config.architecture}; export without --compact to go back to PyTorch."
-        )
-    module = module or fresh(archive.config)
-    specs = {name: entry.spec for name, entry in archive.entries.items()}
-    state, masks = {}, {}
-    for name, tensor in archive:
-        array = tensor.to_dense()
-        # Weights that were rounded to float16 are float32 again in the module; every float16 is one exactly.
-        rounded = array.dtype == np.float16 and specs[name].weight
-        state[name] = torch.from_numpy(array.astype(np.float32) if rounded else array)
-        if specs[name].role == "sparse":
-            masks[name] = tensor.mask
-    return _assemble(module, archive.config, specs, state, masks, str(archive.path))
-
-
-def _told(fitted: Fitted, on_fitted: Callable[[Fitted], None] | None) -> SparseModel:
+        fitted = _to_budget(network, selection, _parse_budget(sparsity, budget))
     if on_fitted is not None:
         on_fitted(fitted)
     return fitted.model
 
 
-def _leave_out(option: str, **others: Any) -> None:
-    """Raise `UsageError` where an option was given that another one leaves no room for."""
-    given = [
-        name for name, value in others.items() if value is not None and value is not False and value not in ((), [])
-    ]
-    if given:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise UsageError(f"{option} leaves nothing for {names} to say; leave that out.")
+@dataclass(frozen=True)
+class _Network:
+    """The options of `convert` that say what the network is; see there."""
+
+    source: str | nn.Module
+    weights: str | None
+    num_classes: int | None
+    input_size: int | None
+    input_shape: Sequence[int]
+    seed: int
 
 
-def _shape(source: str | nn.Module, shape: Sequence[int], size: int | None) -> tuple[int, ...]:
-    """The input shape that was asked for, checked; empty for none."""
-    shape = tuple(int(n) for n in shape)
+@dataclass(frozen=True)
+class _Selection:
+    """The options of `convert` that say which weights are active; see there."""
+
+    preset: str | None
+    keep_dense: Sequence[str]
+    sparsify: Sequence[str]
+    distribution: str | None
+    positions: str | None
+    granularity: str | None
+
+
+def _to_budget(network: _Network, selection: _Selection, budget: Budget) -> Fitted:
+    """Converts to a sparse model that meets a budget."""
+    return fit(_sparsifier(network, selection), budget)
+
+
+def _to_thin(network: _Network, selection: _Selection, budget: Budget) -> Fitted:
+    """Converts to the thin dense model that has as many parameters as the sparse one."""
+    return fit_thin(_sparsifier(network, selection), budget, network.seed)
+
+
+def _sparsifier(network: _Network, selection: _Selection) -> Sparsifier:
+    """Builds the network, and prepares its conversion."""
+    module, config, may_be_trained = _build(network)
+    trained = network.weights is not None
+    record = {
+        "preset": selection.preset,
+        "keep_dense": list(selection.keep_dense),
+        "sparsify": list(selection.sparsify),
+        # Before anything becomes zero, so that a ticket can check that it has the original weights again.
+        CHECKSUM: checksum(module),
+    }
+    # The largest of random weights are no better than others, so their positions are random by default. Magnitudes may
+    # mean something in a network of the user's own, but they are compared between layers only if it is known.
+    default_distribution = "magnitude" if trained else "uniform"
+    default_positions = "magnitude" if trained or may_be_trained else "random"
+    return Sparsifier(
+        module,
+        replace(config, conversion={**config.conversion, **record}),
+        distribution=default_distribution if selection.distribution is None else selection.distribution,
+        positions=default_positions if selection.positions is None else selection.positions,
+        granularity=selection.granularity or "weight",
+        rules=make_rules(
+            module,
+            preset=selection.preset,
+            keep_dense=tuple(selection.keep_dense),
+            sparsify=tuple(selection.sparsify),
+        ),
+        seed=network.seed,
+    )
+
+
+def _build(network: _Network) -> tuple[nn.Module, ModelConfig, bool]:
+    """Returns the network, its description, and whether its weights may be trained."""
+    source, shape = network.source, _checked_shape(network)
+    if isinstance(source, str):
+        module, config = load_network(
+            source,
+            network.weights,
+            num_classes=network.num_classes,
+            input_size=network.input_size,
+            input_shape=shape,
+            seed=network.seed,
+        )
+        return module, config, find_source(source).may_be_trained
+    if network.weights is not None or network.num_classes is not None:
+        raise UsageError("weights, num_classes and input_size go with a model name; a module has its own.")
+    return source, ModelConfig("module", type(source).__name__, 0, shape), True
+
+
+def _checked_shape(network: _Network) -> tuple[int, ...]:
+    """Returns the input shape that was given; empty for none."""
+    shape, size = tuple(int(n) for n in network.input_shape), network.input_size
     if any(not 1 <= n < LONGEST_SIDE for n in shape):
         raise UsageError(f"--input-shape {list(shape)} is not allowed; give numbers from 1 to {LONGEST_SIDE - 1:,}.")
     if shape and size is not None:
         raise UsageError("--input-size and --input-shape exclude each other; give one of the two.")
-    if size is not None and not isinstance(source, str):
+    if size is not None and not isinstance(network.source, str):
         raise UsageError("weights, num_classes and input_size go with a model name; a module has its own.")
     return shape
 
 
-def _assemble(
-    module: nn.Module,
-    config: ModelConfig,
-    specs: dict[str, LayerSpec],
-    state: dict[str, torch.Tensor],
-    masks: dict[str, Mask],
-    where: str,
-) -> SparseModel:
-    own = {name: spec.shape for name, spec in discover(module).items()}
-    if {name: tuple(tensor.shape) for name, tensor in state.items()} != own or set(specs) != set(own):
-        differing = [
-            name for name in {**own, **state} if name not in state or own.get(name) != tuple(state[name].shape)
-        ]
-        first = differing[0] if differing else min(set(specs) ^ set(own))
-        raise FormatError(
-            f"{where!r} holds {config.architecture} and disagrees about {first!r} with the {type(module).__name__} to "
-            f"be filled; give the model that it was made from, or a whole copy if it is damaged."
-        )
-    for name, value in module.state_dict().items():
-        if value.dtype != state[name].dtype:
-            raise FormatError(f"{where!r} holds {name!r} as {state[name].dtype}, where the model has {value.dtype}.")
-    fill(module, state)
-    active = {name: torch.from_numpy(mask.to_bool()) for name, mask in masks.items()}
-    return SparseModel(module, specs, active, config)
-
-
-def _budget(sparsity: float | str | None, budget: str | None) -> Budget:
+def _parse_budget(sparsity: float | str | None, budget: str | None) -> Budget:
     if (sparsity is None) == (budget is None):
         raise UsageError("exactly one of --sparsity and --budget is needed; give one of the two.")
     return Budget.parse(budget) if budget is not None else Budget.of_sparsity(sparsity if sparsity is not None else 0)
+
+
+def _refuse_with(option: str, **others: object) -> None:
+    """Raises `UsageError` if one of the other options is given."""
+    # `is not False`, since 0 == False: --sparsity 0 is given.
+    given = [name for name, value in others.items() if value is not False and value not in (None, (), [])]
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        pronoun = "it" if len(given) == 1 else "them"
+        raise UsageError(f"{option} cannot be combined with {names}; leave {pronoun} out.")

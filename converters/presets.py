@@ -1,27 +1,27 @@
-"""What published work kept dense, as rules for the layers of a module."""
+"""Presets: what published work kept dense, as rules for the layers of a module."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from torch import nn
-from torchvision.models.regnet import ResBottleneckBlock
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from converters.paper_models import WideBlock, WideResNet
+from converters.sources import SOURCES
 from dsr_tool.errors import unknown_name
 from dsr_tool.sparse.discover import Rules
 
-__all__ = ["PRESETS", "rules_of"]
+__all__ = ["PRESETS", "make_rules"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def rules_of(module: nn.Module, *, preset: str | None, keep_dense: tuple[str, ...], sparsify: tuple[str, ...]) -> Rules:
-    """Which layers of a module are sparse, as a user says it; see `converters.conversion.convert`.
+def make_rules(
+    module: nn.Module, *, preset: str | None, keep_dense: tuple[str, ...], sparsify: tuple[str, ...]
+) -> Rules:
+    """Returns the rules for which layers of a module become sparse; for the arguments see `convert`.
 
     Raises:
-        UsageError: nobody knows the preset.
+        UsageError: the preset is unknown.
     """
     if preset is not None and preset not in PRESETS:
         raise unknown_name("--preset", preset, PRESETS)
@@ -34,31 +34,23 @@ def rules_of(module: nn.Module, *, preset: str | None, keep_dense: tuple[str, ..
 
 
 def _paper(module: nn.Module) -> dict[str, str]:
-    """Mostafa & Wang 2019, as in their code: the first convolution and those on shortcuts stay dense.
+    """Returns the weights that the code of Mostafa & Wang (2019) kept dense, each with the reason.
 
-    Everything else that is a weight is sparse, the classifier included, but for that of wide residual networks.
+    These are the first convolution, convolutions on shortcuts, and the classifier of wide residual networks. All other
+    weights are sparse there, other classifiers included.
     """
     names = {id(child): path for path, child in module.named_modules()}
     first = next((child for child in module.modules() if isinstance(child, _CONVOLUTIONS)), None)
-    kept = {f"{names[id(first)]}.weight": "preset paper: first convolution"} if first is not None else {}
+    dense = {f"{names[id(first)]}.weight": "preset paper: first convolution"} if first is not None else {}
+    # Every block is shown to every source, since a network of the user's own may be made of torchvision's blocks.
     for block in module.modules():
-        shortcut = _shortcut(block)
-        for child in shortcut.modules() if shortcut is not None else ():
-            if isinstance(child, _CONVOLUTIONS):
-                kept[f"{names[id(child)]}.weight"] = "preset paper: convolution on a shortcut"
-        if isinstance(block, WideResNet):
-            kept[f"{names[id(block.fc)]}.weight"] = "preset paper: classifier of a wide residual network"
-    return kept
-
-
-def _shortcut(block: nn.Module) -> nn.Module | None:
-    """The projection beside a residual block, in the families that have one."""
-    if isinstance(block, (BasicBlock, Bottleneck)):
-        shortcut: nn.Module | None = block.downsample
-        return shortcut
-    if isinstance(block, WideBlock):
-        return block.shortcut
-    return block.proj if isinstance(block, ResBottleneckBlock) else None
+        for layer, reason in (found for source in SOURCES for found in source.preset_dense(block)):
+            # A shortcut may be a convolution with its normalisation.
+            for child in layer.modules():
+                if isinstance(child, (*_CONVOLUTIONS, nn.Linear)):
+                    dense[f"{names[id(child)]}.weight"] = f"preset paper: {reason}"
+    return dense
 
 
 PRESETS: dict[str, Callable[[nn.Module], dict[str, str]]] = {"paper": _paper}
+"""Presets by name: from a module to its weights that stay dense, each with the reason."""

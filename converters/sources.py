@@ -1,18 +1,47 @@
-"""Which source a name belongs to: a network built from a name, or built again for a file."""
+"""The table of sources of models, and the two things asked of it: a network from a name, and one for a file."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from torch import nn
 
 from converters import callables, paper_models, torchvision_models
-from dsr_tool.errors import UsageError
+from converters.base import Source
+from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.sparsity.config import MOST_CLASSES, ModelConfig
 
-__all__ = ["fresh", "named"]
+__all__ = ["SOURCES", "build_structure", "find_source", "load_network"]
+
+SOURCES: tuple[Source, ...] = (callables.SOURCE, paper_models.SOURCE, torchvision_models.SOURCE)
+"""All sources. The first that recognises a name builds it."""
 
 
-def named(
-    source: str,
+def find_source(name: str) -> Source:
+    """Returns the source of a name.
+
+    Raises:
+        UsageError: no source recognises it; the message says why if one knows it, and suggests close names otherwise.
+    """
+    for source in SOURCES:
+        if source.recognises(name):
+            return source
+    for source in SOURCES:
+        if reason := source.reason(name):
+            raise UsageError(
+                f"ARCH {name!r} is {reason}; give a torchvision model for classification, segmentation or video, or "
+                f"module:callable for a network of your own."
+            )
+    if name and ("/" in name or Path(name).suffix or Path(name).exists()):
+        raise UsageError(
+            f"ARCH {name!r} is a path; give the name of a torchvision model, such as resnet18, or module:callable for "
+            f"a network of your own, and a file of its values as --weights."
+        )
+    raise unknown_name("ARCH", name, [known for source in SOURCES for known in source.names()])
+
+
+def load_network(
+    name: str,
     weights: str | None = None,
     *,
     num_classes: int | None = None,
@@ -21,38 +50,34 @@ def named(
     width: float = 1.0,
     seed: int = 0,
 ) -> tuple[nn.Module, ModelConfig]:
-    """The network of a name: torchvision's, a paper's, or `module:callable`.
+    """Builds the network of a name, and describes it.
 
     Args:
-        source: the name.
+        name: a torchvision model, a paper's network, or `module:callable`.
         weights: torchvision enum name or state_dict file; random when absent.
-        num_classes: outputs of a new head; not for callables.
+        num_classes: number of outputs of a new head; not for callables.
         input_size: side of the square input in pixels; not for callables.
-        input_shape: instead, the whole shape of one input; callables need it.
-        width: factor on the channels of an architecture that has a width.
-        seed: of random weights.
+        input_shape: instead of a size, the shape of one input without the batch; callables need it.
+        width: factor on the channels, for architectures that can be built narrower.
+        seed: seed of random weights.
 
     Raises:
-        UsageError: a name, weights or a value that is not allowed.
-        FileError: there is no such file of weights.
-        FormatError: it cannot be read.
+        UsageError: a name, weights or another value that is not allowed.
+        FileError: the file of weights does not exist.
+        FormatError: the file of weights cannot be read.
     """
-    if ":" in source:
-        if num_classes is not None or input_size is not None:
-            raise UsageError(
-                f"--num-classes and --input-size go with names of models; let {source!r} make the head that you need, "
-                f"and give --input-shape."
-            )
-        if not input_shape:
-            raise UsageError(f"{source!r} needs --input-shape, the shape of one input, such as 3,224,224.")
-        return callables.load(source, weights, input_shape=input_shape, seed=seed)
+    source = find_source(name)
+    if not source.has_options and (num_classes is not None or input_size is not None):
+        raise UsageError(
+            f"--num-classes and --input-size go with names of models; let {name!r} make the head that you need, and "
+            f"give --input-shape."
+        )
     if num_classes is not None and not 1 <= num_classes <= MOST_CLASSES:
         raise UsageError(f"--num-classes {num_classes} is not allowed; give 1 to {MOST_CLASSES:,}.")
     if input_size is not None and input_size < 1:
         raise UsageError(f"--input-size {input_size} is not allowed; give pixels, 1 or more.")
-    load = paper_models.load if source in paper_models.MODELS else torchvision_models.load
-    return load(
-        source,
+    return source.load(
+        name,
         weights,
         num_classes=num_classes,
         input_size=input_size,
@@ -62,22 +87,15 @@ def named(
     )
 
 
-def fresh(config: ModelConfig) -> nn.Module:
-    """The network that a description is of, to be filled; on the meta device where that is possible.
+def build_structure(config: ModelConfig) -> nn.Module:
+    """Builds the network of a description without values, on the meta device if possible.
 
     Raises:
-        UsageError: only the user can make it.
+        UsageError: no source can build it.
     """
-    if config.source == "callable":
-        # The name came out of a file, so that only the user may say that it is to be imported.
+    source = next((source for source in SOURCES if source.name == config.source), None)
+    if source is None:
         raise UsageError(
-            f"the model was made by {config.architecture!r}, code that no file may name to be run; if you trust it, "
-            f"say --model {config.architecture} (in Python: load(path, {config.architecture!r}))."
+            f"dsr-tool cannot build architecture {config.architecture!r}; give load() a module of that class."
         )
-    if config.source == "paper" and config.architecture in paper_models.MODELS:
-        return paper_models.structure(config)
-    if config.source != "torchvision":
-        raise UsageError(
-            f"architecture {config.architecture!r} is none that dsr-tool can build; give load() a module of that class."
-        )
-    return torchvision_models.structure(config.architecture, config.num_classes, config.width)
+    return source.structure(config)

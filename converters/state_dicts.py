@@ -1,4 +1,4 @@
-"""state_dict files: pickles read as data and safetensors, and loading them into a module strictly."""
+"""state_dict files: reading pickles (as data) and safetensors, and loading them into a module strictly."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -19,21 +18,21 @@ __all__ = ["fill", "is_state_file", "load_strictly", "read_state"]
 
 
 def is_state_file(weights: str) -> bool:
-    """Whether `--weights` means a file, by its ending or because there is one."""
+    """Returns whether `--weights` means a file: by its ending, or because the file exists."""
     return bool(weights) and (Path(weights).suffix in (".pth", ".pt", ".safetensors", ".bin") or Path(weights).exists())
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """The state_dict that a file holds, by itself or under the key `state_dict` of a checkpoint.
+    """Reads a state_dict, alone in its file or under the key `state_dict` of a checkpoint.
 
     Raises:
-        FileError: there is no such file.
-        FormatError: it is damaged, or holds something else.
+        FileError: the file does not exist.
+        FormatError: the file is damaged, or holds something else.
     """
     require_file(path, "--weights file")
     try:
         state = _read(path)
-    except Exception as error:  # a damaged pickle or zip ends in whatever the reader trips over
+    except Exception as error:  # a damaged pickle or zip may raise anything in its reader
         raise FormatError(
             f"--weights file {str(path)!r} cannot be read as a state_dict: it is damaged, or was written neither by "
             f"torch.save nor by safetensors."
@@ -44,18 +43,18 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
         raise FormatError(f"--weights file {str(path)!r} holds no state_dict of tensors.")
-    # DataParallel writes every name behind this prefix.
+    # DataParallel prefixes every name with this.
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
-def load_strictly(module: nn.Module, name: str, state: Mapping[str, torch.Tensor], what: str) -> None:
-    """Fill a module, which may live on the meta device, with exactly its own entries.
+def load_strictly(module: nn.Module, name: str, state: Mapping[str, torch.Tensor], origin: str) -> None:
+    """Fills a module, which may be on the meta device, with exactly its own entries.
 
     Args:
-        module: changed in place; its types stay.
-        name: what to call it.
+        module: the module, changed in place; its dtypes stay.
+        name: name of the module, for messages.
         state: every entry of its state_dict.
-        what: where the state comes from.
+        origin: where the state is from, for messages.
 
     Raises:
         UsageError: names are missing or unknown, or shapes differ.
@@ -68,26 +67,26 @@ def load_strictly(module: nn.Module, name: str, state: Mapping[str, torch.Tensor
     unknown = sorted(set(state) - set(own))
     differing = sorted(key for key in set(own) & set(state) if own[key].shape != state[key].shape)
     if missing or unknown or differing:
-        first = (missing or unknown or differing)[0][:80]
+        first = (missing or unknown or differing)[0][:80]  # the file decides how long a name is
         raise UsageError(
-            f"--weights {what!r} is no state_dict of {name}: {len(missing)} names missing, {len(unknown)} unknown, "
+            f"--weights {origin!r} is no state_dict of {name}: {len(missing)} names missing, {len(unknown)} unknown, "
             f"{len(differing)} of another shape (first: {first!r}); give the architecture that the file was made for."
         )
     fill(module, {key: value.to(own[key].dtype, copy=True) for key, value in state.items()})
 
 
 def fill(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Put these tensors into a module, which may live on the meta device; they have its own names and shapes."""
-    # The versions of the layouts travel beside the tensors, and some models (MNASNet) ask for theirs.
+    """Assigns tensors with a module's own names and shapes to it; the module may be on the meta device."""
+    # torch keeps the versions of the layers beside the tensors, and some models (MNASNet) read theirs when they load.
     versioned = OrderedDict(state)
     versioned._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
     module.load_state_dict(versioned, assign=True)
 
 
-def _read(path: Path) -> Any:
-    """What a file holds; pickles are read as data, never run."""
+def _read(path: Path) -> object:
+    """Returns the content of a file; pickles are read as data and cannot run code."""
     if path.suffix == ".safetensors":
         return load_file(path)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about unusual pickles, which fail below if they are no state_dict
+        warnings.simplefilter("ignore")  # about unusual pickles, which `read_state` refuses if they are no state_dict
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,6 +1,7 @@
 """Thin dense models: as many parameters as a sparse model has, in fewer channels and without zeros.
 
-The baseline that Mostafa & Wang (ICML 2019, section 4) call thin dense: whether sparsity is worth more than narrowness.
+Mostafa & Wang (ICML 2019, section 4) call this baseline thin dense. It shows whether a sparse network is better than a
+narrow one of the same size.
 """
 
 from __future__ import annotations
@@ -8,87 +9,87 @@ from __future__ import annotations
 from dataclasses import replace
 
 from converters.budgets import Fitted, search
-from converters.paper_models import MODELS
-from converters.sources import fresh, named
+from converters.sources import SOURCES, build_structure, load_network
 from converters.tickets import CHECKSUM, checksum
-from converters.widths import WIDTHS
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.discover import count
-from dsr_tool.sparse.sparsify import Plan
+from dsr_tool.sparse.sparsify import Sparsifier
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.config import ModelConfig
 
-__all__ = ["STEPS", "nearest_width", "thin"]
+__all__ = ["STEPS", "fit_thin", "nearest_width"]
 
 STEPS = 10_000
-"""Widths are tried to the fourth digit; a channel more is a larger step in every network that has one."""
+"""Steps between width 0 and 1. One more channel is a larger step than 1e-4 in every network with a width."""
 
 
-def thin(plan: Plan, budget: Budget, seed: int = 0) -> Fitted:
-    """The thin dense model beside a sparse one, with random weights.
+def fit_thin(sparsifier: Sparsifier, budget: Budget, seed: int = 0) -> Fitted:
+    """Returns the thin dense model that has as many parameters as a sparse one, with random weights.
 
-    All weights of its sparse layers are active, so that every training method that starts dense takes it.
+    All weights of its sparse layers are active, so that every training method that starts dense can train it.
 
     Args:
-        plan: of the sparse model, with all its options; its module has the architecture's own width.
-        budget: of the sparse model, a sparsity or a number of parameters.
-        seed: of the weights.
+        sparsifier: the sparse model with all its options, not applied; its module has the architecture's own width.
+        budget: budget of the sparse model, a sparsity or a number of parameters.
+        seed: seed of the weights.
 
     Raises:
-        UsageError: the architecture has no width, the budget is of another kind or out of reach, or not even the
-            narrowest model is small enough.
+        UsageError: the architecture has no width, the budget is of another kind or out of reach, or even the narrowest
+            model is too large.
     """
-    config = plan.config
+    config = sparsifier.config
     _require_width(config)
     if budget.kind not in ("sparsity", "parameters"):
         raise UsageError(
             f"--budget {budget.show()} does not go with --thin, which matches parameters; give --sparsity or a budget "
             f"such as 1Mparams."
         )
-    whole = count(plan.specs)["parameters"]
-    target = whole - plan.prunable + sum(plan.counts(plan.exact(budget)).values())
-    width = nearest_width(config, whole, target)
-    module, narrow = named(
+    parameters = count(sparsifier.specs)["parameters"]
+    target = parameters - sparsifier.prunable + sum(sparsifier.counts(sparsifier.active_weights(budget)).values())
+    width = nearest_width(config, parameters, target)
+    module, narrow = load_network(
         config.architecture, num_classes=config.num_classes, input_shape=config.input_shape, width=width, seed=seed
     )
     record = {"weights": None, "thin": budget.to_record(), CHECKSUM: checksum(module)}
-    dense = Plan(module, replace(narrow, conversion=record), seed=seed)
+    dense = Sparsifier(module, replace(narrow, conversion=record), seed=seed)
     limit = Budget(parameters=target, unit="params")
-    return Fitted(dense.finish(dense.prunable, limit), limit)
+    return Fitted(dense.apply(dense.prunable, limit), limit)
 
 
-def nearest_width(config: ModelConfig, whole: int, target: int) -> float:
-    """The width at which a dense model has as many parameters as a number allows.
+def nearest_width(config: ModelConfig, parameters: int, target: int) -> float:
+    """Returns the largest width at which a dense model has at most `target` parameters.
 
     Args:
-        config: the model at its full width.
-        whole: its parameters.
-        target: the most that there may be.
+        config: description of the model at its full width.
+        parameters: its number of parameters.
+        target: the largest number of parameters that is allowed.
 
     Returns:
-        A factor on the architecture's own width, in (0, 1].
+        A factor on the architecture's own width, in (0, 1], a multiple of 1 / `STEPS`.
 
     Raises:
-        UsageError: not even the narrowest model is small enough.
+        UsageError: even the narrowest model is too large.
     """
 
-    def parameters(step: int) -> int:
-        return sum(p.numel() for p in fresh(replace(config, width=step / STEPS)).parameters())
+    def size(step: int) -> int:
+        return sum(p.numel() for p in build_structure(replace(config, width=step / STEPS)).parameters())
 
-    guess = round(STEPS * (target / whole) ** 0.5)  # most layers are narrower on both sides
-    found = search(parameters, 1, STEPS, guess, target, target)
+    # Most layers are narrower on both sides, so parameters fall with the square of the width.
+    guess = round(STEPS * (target / parameters) ** 0.5)
+    found = search(size, 1, STEPS, guess, target, target)
     if found.below is None:
         raise UsageError(
-            f"a thin {config.architecture} cannot have {target:,} parameters: the narrowest has {parameters(1):,}; "
-            f"give a lower sparsity or a larger budget."
+            f"a thin {config.architecture} cannot have {target:,} parameters: the narrowest has {size(1):,}; give a "
+            f"lower sparsity or a larger budget."
         )
     return found.below[0] / STEPS
 
 
 def _require_width(config: ModelConfig) -> None:
-    known = {"paper": [*MODELS], "torchvision": [*WIDTHS]}.get(config.source, [])
-    if config.architecture not in known:
+    widths = {source.name: source.widths for source in SOURCES}
+    if config.architecture not in widths.get(config.source, ()):
+        known = ", ".join(name for names in widths.values() for name in names)
         raise UsageError(
-            f"--thin needs an architecture with a width, which {config.architecture} has not; give one of "
-            f"{', '.join([*MODELS, *WIDTHS])}."
+            f"--thin needs an architecture that can be built narrower, which {config.architecture} cannot; give one of "
+            f"{known}."
         )

@@ -1,22 +1,23 @@
-"""The structure that a training found, to be trained again from new weights or from those that it started with.
+"""Tickets: the structure of a trained model, to be trained again from new weights or from its original ones.
 
-What Mostafa & Wang (ICML 2019, section 5) and Frankle & Carbin (ICLR 2019) ask: is it the final structure that counts,
-or the way there? A checksum of the starting weights is noted at every conversion, so that "the same" is checked.
+Mostafa & Wang (ICML 2019, section 5) and Frankle & Carbin (ICLR 2019) ask whether the final structure is enough, or
+whether a training needs the way there. Every conversion records a checksum of the weights before it, so that "the
+original weights" is checked.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from converters.budgets import Fitted
-from converters.sources import named
+from converters.sources import find_source, load_network
 from dsr_tool.errors import CheckFailed, FileError, FormatError, UsageError, unknown_name
 from dsr_tool.sparse.discover import discover
 from dsr_tool.sparse.folder import read_folder
@@ -24,20 +25,35 @@ from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.config import ModelConfig
 
-__all__ = ["CHECKSUM", "INITS", "checksum", "ticket"]
+__all__ = ["CHECKSUM", "INITS", "checksum", "make_ticket"]
 
 CHECKSUM = "starting_weights_sha256"
-"""Where the record of a conversion has the checksum."""
+"""Key of the checksum in the record of a conversion."""
 INITS = ("fresh", "original")
+"""Values of `--init`."""
 
-_APART = 1_000_000
-"""From the seed of the other model's weights to that of fresh ones, where none is given."""
-_RULES = ("preset", "keep_dense", "sparsify", "granularity")  # what of a record says where zeros may be
+_SEED_DISTANCE = 1_000_000
+"""Distance from the seed of the other model's weights to that of fresh ones, if none is given."""
+_RULES = ("preset", "keep_dense", "sparsify", "granularity")
+"""Keys of a record that say which weights may be zero; a ticket copies them."""
+
+
+@dataclass(frozen=True)
+class _Start:
+    """The weights that a ticket starts from.
+
+    Attributes:
+        weights: torchvision enum name or state_dict file; None for random weights.
+        seed: seed of random weights.
+    """
+
+    weights: str | None
+    seed: int
 
 
 @torch.no_grad()
 def checksum(module: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of a state_dict, in its order."""
+    """Returns the SHA-256 of names, dtypes, shapes and bytes of a state_dict, in its order."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
@@ -45,20 +61,20 @@ def checksum(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def ticket(source: str | nn.Module, folder: str | Path, init: str = "fresh", seed: int | None = None) -> Fitted:
-    """A model with exactly the masks of another, before it is trained.
+def make_ticket(source: str | nn.Module, folder: str | Path, init: str = "fresh", seed: int | None = None) -> Fitted:
+    """Returns a model with exactly the masks of another one, before it is trained.
 
     Args:
-        source: the architecture of the other, by its name, or a module of it, which is changed in place.
-        folder: the other: a model or run folder.
-        init: `fresh` for random weights, or the module's own; `original` for those that the other had when it was
-            converted, before anything was made zero.
-        seed: of fresh weights; when absent, one that is far from that of the other's.
+        source: the architecture of the other model, by its name, or a module of it, which is changed in place.
+        folder: model or run folder of the other model.
+        init: `fresh` for random weights, or the module's own; `original` for the weights that the other model had
+            before its conversion.
+        seed: seed of fresh weights; when absent, one far from that of the other model.
 
     Raises:
-        UsageError: the architecture is not that of the folder, an option that does not fit, or fresh weights that are
+        UsageError: the architecture is not that of the folder, an option does not fit, or fresh weights are equal to
             the original ones.
-        FileError: there is no such folder, or the file of the original weights is gone.
+        FileError: the folder, or the file of the original weights, does not exist.
         FormatError: the folder is damaged.
         CheckFailed: the original weights cannot be made again bit for bit.
     """
@@ -72,18 +88,18 @@ def ticket(source: str | nn.Module, folder: str | Path, init: str = "fresh", see
             f"--structure {str(folder)!r} holds {saved.config.architecture}; give that as ARCH, not {source}."
         )
     record = saved.config.conversion
-    start: dict[str, Any] = _recorded(record, folder) if init == "original" else _fresh(record, seed)
-    module, config = _built(source, saved.config, start, folder)
-    start[CHECKSUM] = checksum(module)
-    if init == "original" and start[CHECKSUM] != record[CHECKSUM]:
+    start = _recorded_start(record, folder) if init == "original" else _fresh_start(record, seed)
+    module, config = _build(source, saved.config, start, folder)
+    digest = checksum(module)
+    if init == "original" and digest != record[CHECKSUM]:
         raise CheckFailed(
-            f"the starting weights of {str(folder)!r} cannot be made again: {config.architecture} with weights "
-            f"{start['weights']!r} and seed {start['seed']} comes out otherwise, since that file, the code or torch "
-            f"has changed; give --init fresh."
+            f"the original weights of {str(folder)!r} cannot be made again: {config.architecture} with weights "
+            f"{start.weights!r} and seed {start.seed} has other values now, since that file, the code or torch has "
+            f"changed; give --init fresh."
         )
-    if init == "fresh" and isinstance(source, str) and start[CHECKSUM] == record.get(CHECKSUM):
+    if init == "fresh" and isinstance(source, str) and digest == record.get(CHECKSUM):
         raise UsageError(
-            f"--init fresh with seed {start['seed']} gives exactly the weights that {str(folder)!r} started with; give "
+            f"--init fresh with seed {start.seed} gives exactly the weights that {str(folder)!r} started with; give "
             f"another --seed, or --init original."
         )
     _require_shapes(module, {name: spec.shape for name, spec in saved.specs.items()}, folder)
@@ -92,49 +108,64 @@ def ticket(source: str | nn.Module, folder: str | Path, init: str = "fresh", see
     model.apply_masks()
     active, prunable = model.active_weights, model.prunable_weights
     budget = Budget(sparsity=Fraction(prunable - active, prunable or 1))
-    kept = {name: record[name] for name in _RULES if name in record}
-    made = {"structure": str(folder), "init": init, **budget.to_record(), "active_weights": active}
-    model.config = replace(config, conversion={**start, **kept, **made})
+    model.config = replace(
+        config,
+        conversion={
+            "weights": start.weights,
+            "seed": start.seed,
+            CHECKSUM: digest,
+            **{name: record[name] for name in _RULES if name in record},
+            "structure": str(folder),
+            "init": init,
+            **budget.to_record(),
+            "active_weights": active,
+        },
+    )
     return Fitted(model, budget)
 
 
-def _fresh(record: dict[str, Any], seed: int | None) -> dict[str, Any]:
-    """Weights and seed of fresh weights, of which the seed may be absent."""
-    other = record.get("seed")
-    apart = other + _APART if type(other) is int and 0 <= other < (1 << 63) - _APART else 0
-    return {"weights": None, "seed": apart if seed is None else seed}
+def _fresh_start(record: Mapping[str, object], seed: int | None) -> _Start:
+    """Returns the start of random weights, with a seed far from the recorded one if none is given."""
+    if seed is not None:
+        return _Start(None, seed)
+    # The record is from a file and may hold anything; a seed close to 2^63 would overflow, and True is an int too.
+    recorded = record.get("seed")
+    if isinstance(recorded, int) and not isinstance(recorded, bool) and 0 <= recorded < (1 << 63) - _SEED_DISTANCE:
+        return _Start(None, recorded + _SEED_DISTANCE)
+    return _Start(None, 0)
 
 
-def _recorded(record: dict[str, Any], folder: str | Path) -> dict[str, Any]:
-    """Weights and seed that a model was converted from, out of a file that may hold anything."""
+def _recorded_start(record: Mapping[str, object], folder: str | Path) -> _Start:
+    """Returns the start that a model was converted from; its record is from a file and may hold anything."""
     weights, seed = record.get("weights"), record.get("seed")
     if not isinstance(record.get(CHECKSUM), str):
         raise UsageError(
-            f"{str(folder)!r} does not say what its weights were before its conversion, which older versions did not "
-            f"note; give --init fresh."
+            f"{str(folder)!r} does not record its weights before the conversion, as older versions did not; give "
+            f"--init fresh."
         )
-    if not isinstance(weights, str | None) or type(seed) is not int or not 0 <= seed < 1 << 63:
-        raise FormatError(f"{str(folder)!r}: weights {weights!r} and seed {seed!r} are not understood; it is damaged.")
-    return {"weights": weights, "seed": seed}
+    is_seed = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 1 << 63
+    if not isinstance(weights, str | None) or not isinstance(seed, int) or not is_seed:
+        raise FormatError(f"{str(folder)!r} records weights {weights!r} and seed {seed!r}; it is damaged.")
+    return _Start(weights, seed)
 
 
-def _built(
-    source: str | nn.Module, config: ModelConfig, start: dict[str, Any], folder: str | Path
+def _build(
+    source: str | nn.Module, config: ModelConfig, start: _Start, folder: str | Path
 ) -> tuple[nn.Module, ModelConfig]:
-    """The network of a description, with weights to start from, and its own description."""
+    """Returns the network of a description with the weights to start from, and its own description."""
     if not isinstance(source, str):
         return source, ModelConfig("module", type(source).__name__, 0, config.input_shape)
     try:
-        return named(
+        return load_network(
             source,
-            start["weights"],
-            num_classes=None if config.source == "callable" else config.num_classes,
+            start.weights,
+            num_classes=config.num_classes if find_source(source).has_options else None,
             input_shape=config.input_shape,
             width=config.width,
-            seed=start["seed"],
+            seed=start.seed,
         )
     except FileError as error:
-        raise FileError(f"the starting weights of {str(folder)!r} cannot be made again: {error}") from error
+        raise FileError(f"the original weights of {str(folder)!r} cannot be made again: {error}") from error
 
 
 def _require_shapes(module: nn.Module, shapes: dict[str, tuple[int, ...]], folder: str | Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from converters.conversion import convert as convert
-    from converters.conversion import load as load
+    from converters.loading import load as load
     from dsr_tool.formats.archive import open_archive as open_archive
     from dsr_tool.formats.csr_file import load_csr as load_csr
     from dsr_tool.methods import attach as attach
@@ -28,7 +28,7 @@ _PUBLIC = {
     "convert": "converters.conversion",
     "export": "exporters.export",
     "footprint": "dsr_tool.report.footprints",
-    "load": "converters.conversion",
+    "load": "converters.loading",
     "load_csr": "dsr_tool.formats.csr_file",
     "onnx_session": "exporters.onnx.session",
     "open_archive": "dsr_tool.formats.archive",

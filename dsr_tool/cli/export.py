@@ -63,7 +63,7 @@ def command(source: Path, output: Path, maker: str | None, as_json: bool, **opti
     if source.is_file() and container_of(source, "MODEL_DIR").name == "onnx":
         verification = densify_export(source, output, **options)
     else:
-        from converters.conversion import load
+        from converters.loading import load
 
         model = load(source, maker)
         verification = export(model, output, **options)

@@ -24,7 +24,7 @@ __all__ = ["command"]
 @result_options
 def command(file: Path, against: Path, maker: str | None, as_json: bool) -> int:
     """Compare FILE, of any kind that `export` writes, with the model it came from; exit code 3 when they differ."""
-    from converters.conversion import load
+    from converters.loading import load
     from dsr_tool.errors import CheckFailed, FormatError
     from dsr_tool.files import require_file
     from dsr_tool.report.verification import verification_document, verification_text

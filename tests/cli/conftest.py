@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def archive(folder):
-    from converters.conversion import load
+    from converters.loading import load
     from exporters.export import export
 
     path = folder.with_suffix(".dsr")
@@ -47,7 +47,7 @@ def archive(folder):
 
 @pytest.fixture(scope="session")
 def onnx_file(folder):
-    from converters.conversion import load
+    from converters.loading import load
     from exporters.export import export
 
     path = folder.with_suffix(".onnx")

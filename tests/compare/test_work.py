@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from converters.conversion import load
+from converters.loading import load
 from dsr_tool.compare.attempt import attempt
 from dsr_tool.compare.cells import Comparison
 from dsr_tool.compare.grid import make_grid

@@ -12,12 +12,13 @@ from torch import nn
 
 import converters.budgets
 from converters.budgets import LEAST_BYTES, LEAST_MACS, archive_bytes, fit, search, smallest_sparsity
-from converters.conversion import convert, load
+from converters.conversion import convert
+from converters.loading import load
 from dsr_tool.errors import UsageError
 from dsr_tool.formats.archive import encode_archive, open_archive
 from dsr_tool.formats.footprint import footprint
 from dsr_tool.sparse.discover import Rules
-from dsr_tool.sparse.sparsify import Plan
+from dsr_tool.sparse.sparsify import Sparsifier
 from dsr_tool.sparse.trace import trace
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.config import ModelConfig, installed_versions
@@ -59,7 +60,7 @@ def trace_once(monkeypatch, graphs):
 
 def planned(name, **options):
     torch.manual_seed(0)
-    return Plan(NETWORKS[name](), ModelConfig("module", name, 0, SHAPE), **options)
+    return Sparsifier(NETWORKS[name](), ModelConfig("module", name, 0, SHAPE), **options)
 
 
 def written(model, graph, path):
@@ -89,14 +90,15 @@ options = st.fixed_dictionaries(
 def test_an_archive_has_at_most_its_budget_and_98_percent_of_it(graphs, tmp_path_factory, name, position, options):
     if name == "perceptron":
         options = {**options, "rules": Rules()}
-    plan = planned(name, **options)
+    sparsifier = planned(name, **options)
     path = tmp_path_factory.mktemp("budget") / "a.dsr"
     anything = Budget.parse("1B")
     least, most = (
-        archive_bytes(plan.tried(total, anything), graphs[name]) for total in (len(plan.sparse), plan.prunable)
+        archive_bytes(sparsifier.preview(total, anything), graphs[name])
+        for total in (len(sparsifier.sparse), sparsifier.prunable)
     )
     budget = Budget(bytes=least + 200 + (most - least - 200) * position // 10**6, unit="kB")
-    fitted = fit(plan, budget)
+    fitted = fit(sparsifier, budget)
     fitted.model.check()
     assert fitted.archive_bytes == written(fitted.model, graphs[name], path)
     assert LEAST_BYTES * budget.bytes <= fitted.archive_bytes <= budget.bytes
@@ -107,10 +109,12 @@ def test_an_archive_has_at_most_its_budget_and_98_percent_of_it(graphs, tmp_path
 def test_multiply_adds_are_within_one_percent(name, position, options):
     if name == "perceptron":
         options = {**options, "rules": Rules()}
-    plan = planned(name, **options)
-    least, most = (macs(plan.tried(total, Budget.parse("1MAC"))) for total in (len(plan.sparse), plan.prunable))
+    sparsifier = planned(name, **options)
+    least, most = (
+        macs(sparsifier.preview(total, Budget.parse("1MAC"))) for total in (len(sparsifier.sparse), sparsifier.prunable)
+    )
     budget = Budget(macs=round(least + position * (most - least)), unit="MMACs")
-    found = macs(fit(plan, budget).model)
+    found = macs(fit(sparsifier, budget).model)
     assert LEAST_MACS * budget.macs <= found <= budget.macs
 
 
@@ -119,12 +123,12 @@ def test_multiply_adds_are_within_one_percent(name, position, options):
 def test_parameters_are_exact(name, position, options):
     if name == "perceptron":
         options = {**options, "rules": Rules()}
-    plan = planned(name, **options)
-    parameters = sum(parameter.numel() for parameter in plan.module.parameters())
-    least = parameters - plan.prunable + len(plan.sparse)
+    sparsifier = planned(name, **options)
+    parameters = sum(parameter.numel() for parameter in sparsifier.module.parameters())
+    least = parameters - sparsifier.prunable + len(sparsifier.sparse)
     budget = Budget(parameters=least + int(position * (parameters - least)))
-    model = fit(plan, budget).model
-    assert parameters - plan.prunable + model.active_weights == budget.parameters
+    model = fit(sparsifier, budget).model
+    assert parameters - sparsifier.prunable + model.active_weights == budget.parameters
 
 
 def test_a_saved_model_exports_to_exactly_the_bytes_that_were_claimed(tmp_path):
@@ -175,7 +179,7 @@ def test_a_network_without_a_sparse_layer_has_one_size():
 
 @pytest.mark.usefixtures("trace_once")
 def test_the_smallest_sparsity_of_trained_weights_fits_and_a_smaller_one_does_not(graphs, tmp_path):
-    model = planned("convolutions").finish(30_000, Budget.of_sparsity(0))
+    model = planned("convolutions").apply(30_000, Budget.of_sparsity(0))
     before = archive_bytes(model, graphs["convolutions"])
     limit = round(0.8 * before)
     sparsity = smallest_sparsity(model, limit)
@@ -191,7 +195,7 @@ def test_the_smallest_sparsity_of_trained_weights_fits_and_a_smaller_one_does_no
 
 @pytest.mark.usefixtures("trace_once")
 def test_no_sparsity_makes_a_model_smaller_than_its_dense_rest():
-    assert smallest_sparsity(planned("convolutions").finish(30_000, Budget.of_sparsity(0)), 1000) is None
+    assert smallest_sparsity(planned("convolutions").apply(30_000, Budget.of_sparsity(0)), 1000) is None
 
 
 curve = st.sampled_from(

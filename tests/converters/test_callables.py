@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from converters.callables import build, is_callable_name
-from converters.conversion import convert, load
+from converters.conversion import convert
+from converters.loading import load
 from dsr_tool.errors import CheckFailed, FormatError, UsageError
 from dsr_tool.formats.archive import open_archive
 
@@ -104,7 +105,7 @@ def test_weights_come_from_a_file(nets, tmp_path):
         ("Nett", {"input_shape": (1, 8, 8)}, "closest.*Net|'Nett' is unknown"),
         ("needs", {"input_shape": (1, 8, 8)}, "failed when it was called without arguments"),
         ("number", {"input_shape": (1, 8, 8)}, "returned int"),
-        ("net", {"input_shape": (1, 8, 8)}, "not a function or class"),
+        ("net", {"input_shape": (1, 8, 8)}, "is Linear, expected a function or class"),
         ("1", {"input_shape": (1, 8, 8)}, "not written as module:callable"),
     ],
 )

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from converters.conversion import convert, load
-from converters.paper_models import Perceptron, WideResNet, build
+from converters.conversion import convert
+from converters.loading import load
+from converters.paper_models import build
+from converters.paper_networks import Perceptron, WideResNet
 from dsr_tool.errors import FormatError, UsageError
 from dsr_tool.runtime import Session
 from dsr_tool.sparsity.config import ModelConfig

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.conversion import convert, load
+from converters.conversion import convert
+from converters.loading import load
 from converters.paper_models import build
 from converters.thin import STEPS
 from converters.torchvision_models import architectures, structure
@@ -90,18 +91,22 @@ def test_all_of_it_is_the_model_itself():
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("resnet18", {"sparsity": 0.9}, "needs an architecture with a width, which resnet18 has not.*resnet50"),
+        (
+            "resnet18",
+            {"sparsity": 0.9},
+            "that can be built narrower, which resnet18 cannot.*resnet50",
+        ),
         ("resnet50", {"sparsity": 0.99}, "cannot have .* parameters: the narrowest has"),
         ("lenet-300-100", {"budget": "1MB"}, "1.000 MB does not go with --thin"),
         ("lenet-300-100", {"budget": "1Gparams"}, "cannot be met"),
-        ("lenet-300-100", {"sparsity": 0.5, "weights": "w.pth"}, "--thin leaves nothing for --weights"),
+        ("lenet-300-100", {"sparsity": 0.5, "weights": "w.pth"}, "--thin cannot be combined with --weights"),
         ("lenet-300-100", {}, "exactly one of"),
     ],
 )
 def test_what_cannot_be_says_so(name, options, words):
     with pytest.raises(UsageError, match=words):
         convert(name, thin=True, **options)
-    with pytest.raises(UsageError, match="which Linear has not"):
+    with pytest.raises(UsageError, match="which Linear cannot"):
         convert(torch.nn.Linear(4, 4), sparsity=0.5, thin=True)
 
 

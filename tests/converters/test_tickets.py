@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from converters.conversion import convert, load
+from converters.conversion import convert
+from converters.loading import load
 from converters.paper_models import build
 from converters.tickets import CHECKSUM, checksum
 from dsr_tool.errors import CheckFailed, FileError, FormatError, UsageError
@@ -146,9 +147,17 @@ def test_modules_are_taken_as_they_are_and_checked(tmp_path):
         ("wrn-28-2", {}, "holds lenet-300-100; give that as ARCH"),
         ("lenet-300-100", {"init": "orginal"}, "did you mean original"),
         ("lenet-300-100", {"init": "original", "seed": 0}, "--seed goes with --init fresh"),
-        ("lenet-300-100", {"sparsity": 0}, "--structure leaves nothing for --sparsity"),
-        ("lenet-300-100", {"num_classes": 4, "thin": True}, "nothing for --thin, --num-classes"),
-        ("lenet-300-100", {"keep_dense": ["fc1"], "positions": "random"}, "nothing for --keep-dense, --positions"),
+        ("lenet-300-100", {"sparsity": 0}, "--structure cannot be combined with --sparsity; leave it out"),
+        (
+            "lenet-300-100",
+            {"num_classes": 4, "thin": True},
+            "combined with --thin, --num-classes; leave them out",
+        ),
+        (
+            "lenet-300-100",
+            {"keep_dense": ["fc1"], "positions": "random"},
+            "combined with --keep-dense, --positions",
+        ),
     ],
 )
 def test_what_does_not_go_together_says_so(run_folder, arch, options, words):

@@ -118,7 +118,7 @@ def _folder(name: str) -> Reader:
     def reader(scratch: Path) -> tuple[Callable[[], Any], Path]:
         from network import Network
 
-        from converters.conversion import load
+        from converters.loading import load
 
         return lambda: load(scratch / "folder", module=Network()), scratch / "folder" / name
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn, optim
 
-from converters.conversion import convert, load
+from converters.conversion import convert
+from converters.loading import load
 from dsr_tool.errors import FormatError, UsageError
 from dsr_tool.methods import DSR, SET, ReallocationSchedule, attach, make
 from dsr_tool.sparse.active import gather

@@ -67,7 +67,7 @@ def _epoch(number, names, moved):
 @pytest.fixture(scope="session")
 def exported(model_folder):
     """The archive, ONNX and .npz files of the model, by kind."""
-    from converters.conversion import load
+    from converters.loading import load
     from exporters.export import export
 
     files = {"archive": "net.dsr", "onnx": "net.onnx", "csr": "net.npz"}

@@ -46,7 +46,7 @@ def _measure(load: Load, repeats: int) -> Measured:
 def _pytorch(request: Request) -> Measured:
     import torch
 
-    from converters.conversion import load
+    from converters.loading import load
 
     _warm_torch()
 
@@ -67,7 +67,7 @@ def _training(request: Request) -> Measured:
     import torch
     from torch.nn.functional import cross_entropy
 
-    from converters.conversion import load
+    from converters.loading import load
     from dsr_tool.measure.memory.ledger import make_optimizer
     from dsr_tool.methods import attach
 

@@ -220,7 +220,7 @@ def _write_onnx(model: Model, path: Path) -> None:
 
 
 def _folder_document(source: Source, request: MemoryRequest, folder: Path) -> MemoryDocument:
-    from converters.conversion import load
+    from converters.loading import load
     from dsr_tool.measure.memory.ledger import OPTIMIZERS
     from dsr_tool.sparse.trace import trace
 
