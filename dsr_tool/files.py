@@ -1,4 +1,4 @@
-"""Writing without leaving half a file: beside the target first, then renamed over it."""
+"""Writes files and folders atomically: under a temporary name beside the target, which is renamed when complete."""
 
 from __future__ import annotations
 
@@ -18,21 +18,24 @@ __all__ = ["new_file", "new_folder", "refuse_existing", "require_file", "share",
 
 
 def refuse_existing(path: Path, *, force: bool, marker: str = "") -> None:
-    """Raise `FileError` when `path` must not be replaced, or when its parent cannot hold it.
+    """Checks before a long computation that an output can be written.
 
     Args:
-        path: the output.
-        force: whether an existing one may be replaced.
-        marker: for a folder, the JSON file whose `schema` says it is one of ours: no other folder is replaced, unless
-            it is empty.
+        path: path of the output.
+        force: whether an existing output may be replaced.
+        marker: for a folder, the name of the JSON file in it whose `schema` shows that dsr-tool wrote the folder.
+            Folders without it are never replaced, unless they are empty.
+
+    Raises:
+        FileError: the output exists and must not be replaced, or its parent is not a folder.
     """
     holds_something = path.exists() and not (marker and path.is_dir() and not any(path.iterdir()))
     if holds_something and not force:
         raise FileError(f"output {str(path)!r} exists already; give another path, or --force to replace it.")
     if holds_something and marker and path.is_dir() and not _is_ours(path / marker):
         raise FileError(
-            f"output {str(path)!r} is a folder of something else (it has no {marker} of ours), which --force does not "
-            f"replace; give another path."
+            f"output {str(path)!r} is a folder of something else (it has no {marker} of dsr-tool), which --force does "
+            f"not replace; give another path."
         )
     parent = path.absolute().parent
     existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
@@ -41,6 +44,7 @@ def refuse_existing(path: Path, *, force: bool, marker: str = "") -> None:
 
 
 def _is_ours(marker: Path) -> bool:
+    """Returns whether a file is JSON with one of dsr-tool's schemas."""
     try:
         document = json.loads(marker.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -49,7 +53,7 @@ def _is_ours(marker: Path) -> bool:
 
 
 def require_file(path: Path, what: str) -> None:
-    """Raise `FileError` unless `path` is a readable file; `what` says what it should have been."""
+    """Raises `FileError` unless `path` is a file; the message calls it `what`."""
     if not path.exists():
         raise FileError(f"{what} {str(path)!r} does not exist; check the path.")
     if not path.is_file():
@@ -58,10 +62,14 @@ def require_file(path: Path, what: str) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success rename it to `path`, else remove it.
+    """Yields a temporary path beside `path`. On success it is renamed to `path`, otherwise removed.
+
+    Args:
+        path: path of the new file.
+        force: whether to replace an existing file.
 
     Raises:
-        FileError: `path` exists without `force`, or the disk refuses the write.
+        FileError: `path` exists and may not be replaced, or writing fails.
     """
     refuse_existing(path, force=force)
     if path.is_dir():
@@ -81,10 +89,15 @@ def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(path: Path, *, marker: str, force: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success it takes the place of `path`, else it is removed.
+    """Yields a temporary folder beside `path`. On success it replaces `path`, otherwise it is removed.
+
+    Args:
+        path: path of the new folder.
+        marker: see `refuse_existing`.
+        force: whether to replace an existing folder that dsr-tool wrote.
 
     Raises:
-        FileError: `path` exists without `force` or is none of ours, or the disk refuses the write.
+        FileError: `path` exists and may not be replaced, or writing fails.
     """
     refuse_existing(path, force=force, marker=marker)
     if path.exists() and not path.is_dir():
@@ -101,12 +114,12 @@ def new_folder(path: Path, *, marker: str, force: bool = False) -> Iterator[Path
 
 
 def share(path: Path) -> None:
-    """Give a file the permissions of a new one: temporary files and safetensors' are for their owner alone."""
+    """Gives a file the permissions of a new one: only the owner can read temporary files and those of safetensors."""
     path.chmod(0o666 & ~_umask())
 
 
 def _swap(part: Path, path: Path) -> None:
-    """Put `part` in the place of `path`, which keeps its old content until the new one stands."""
+    """Renames folder `part` to `path`. An old folder is moved aside first, and moved back if that fails."""
     if not path.exists():
         part.replace(path)
         return
@@ -123,7 +136,12 @@ def _swap(part: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path, left: str = "nothing was left") -> Iterator[None]:
-    """Turn the system's errors while writing `path` into one sentence that ends with what is `left`."""
+    """Turns errors of the system and of safetensors into a `FileError`.
+
+    Args:
+        path: the output that is written within.
+        left: end of the message, the state of the output after the error.
+    """
     try:
         yield
     except FileError:
@@ -134,6 +152,7 @@ def writing(path: Path, left: str = "nothing was left") -> Iterator[None]:
 
 
 def _umask() -> int:
+    """Returns the process's umask, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

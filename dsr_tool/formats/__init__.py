@@ -1,1 +1,1 @@
-"""What lies in files: codecs, the archive, CSR in .npz, safetensors read strictly, and the footprint of each."""
+"""File formats without torch: codecs, archives, CSR files, a strict safetensors reader, and footprints."""

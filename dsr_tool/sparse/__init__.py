@@ -1,1 +1,1 @@
-"""The torch side of the nouns: a module, what its parameters are, and which weights are active."""
+"""Sparse models in torch: a module, the role of each parameter, its masks, and model folders."""

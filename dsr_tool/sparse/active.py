@@ -1,7 +1,7 @@
-"""The active weights of a whole network as one flat vector, which is all that methods see.
+"""The active weights of a whole network as one flat vector: the view of the model that methods get.
 
-Positions are global: all sparse layers lie behind each other, each in row-major order. Whole-network vectors need
-one trip to the host for the counts of all layers, where layer by layer it would be one each.
+Positions are global: the sparse layers follow each other, each in row-major order. One vector for the network needs one
+synchronisation with the device for the counts of all layers; layer by layer it would be one each.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ __all__ = ["ActiveWeights", "Positions", "gather", "put_", "segment_counts"]
 
 
 def segment_counts(flat: torch.Tensor, sizes: Sequence[int]) -> list[int]:
-    """How many of the sorted integers `flat` lie in each of consecutive segments of `sizes`; one trip to the host."""
+    """Counts how many of the sorted integers `flat` lie in each of the consecutive segments of `sizes`.
+
+    This is one synchronisation with the device.
+    """
     edges = torch.tensor([0, *accumulate(sizes)], device=flat.device)
     counts: list[int] = torch.diff(torch.searchsorted(flat, edges)).tolist()
     return counts
@@ -27,11 +30,11 @@ def segment_counts(flat: torch.Tensor, sizes: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Positions:
-    """Some positions of a network's sparse weights.
+    """A set of positions in the sparse weights of a network.
 
     Attributes:
-        sizes: weights per layer.
-        counts: how many of the positions lie in each layer.
+        sizes: number of weights per layer.
+        counts: number of positions per layer.
         flat: int64 global positions, strictly increasing, shape (sum of counts,).
     """
 
@@ -41,17 +44,21 @@ class Positions:
 
     @classmethod
     def of(cls, flat: torch.Tensor, sizes: Sequence[int]) -> Positions:
-        """Count sorted global positions per layer; one trip to the host."""
+        """Returns sorted global positions with their counts per layer; one synchronisation with the device."""
         return cls(tuple(sizes), tuple(segment_counts(flat, sizes)), flat)
 
     def per_layer(self) -> list[torch.Tensor]:
-        """The positions within each layer."""
+        """Returns the positions within each layer, each counted from the start of the layer."""
         starts = [0, *accumulate(self.sizes)]
         pieces = self.flat.split(list(self.counts))
         return [piece - start for piece, start in zip(pieces, starts, strict=False)]
 
     def weights_of(self, units: Sequence[int]) -> Positions:
-        """Positions of units as those of all weights in them, `units[i]` consecutive ones in layer i; no host trip."""
+        """Expands positions of units to the positions of their weights, without synchronising with the device.
+
+        Args:
+            units: number of weights per unit, by layer; the weights of a unit are consecutive.
+        """
         starts = accumulate((size * unit for size, unit in zip(self.sizes, units, strict=True)), initial=0)
         layers = zip(self.per_layer(), starts, units, strict=False)
         flat = [_within(local, unit) + start for local, start, unit in layers]
@@ -62,17 +69,17 @@ class Positions:
 
 @dataclass(frozen=True)
 class ActiveWeights:
-    """What a method may look at: where the active weights are and what their values are.
+    """Positions and values of the active weights of a network.
 
-    At kernel granularity whole kernels take the place of weights: sizes, counts and positions are in kernels, and the
-    value of a kernel is the mean magnitude of its weights, as in the code of Mostafa & Wang 2019.
+    At kernel granularity, kernels take the place of weights: sizes, counts and positions are in kernels, and the value
+    of a kernel is the mean magnitude of its weights, as in the code of Mostafa & Wang 2019.
 
     Attributes:
-        positions: the active positions.
+        positions: active positions.
         values: their values in float32, shape (active,), in the same order.
-        gradients: for methods that ask for them, the gradient of each layer at all of its positions, flat and in
-            row-major order; held for one update only.
-        units: weights behind each entry, by layer: kernel sizes, or 1; none where all are 1.
+        gradients: gradient of each layer at all of its positions, flat and in row-major order, valid for one update;
+            None unless the method asks for gradients.
+        units: number of weights per entry, by layer: kernel sizes, or 1; empty if all are 1.
     """
 
     positions: Positions
@@ -82,32 +89,32 @@ class ActiveWeights:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Weights per layer."""
+        """Number of weights per layer."""
         return self.positions.sizes
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Active weights per layer."""
+        """Number of active weights per layer."""
         return self.positions.counts
 
     @property
     def free(self) -> list[int]:
-        """Inactive positions per layer."""
+        """Number of inactive positions per layer."""
         return [size - count for size, count in zip(self.sizes, self.counts, strict=True)]
 
     @property
     def groups(self) -> list[list[int]]:
-        """Numbers of the layers between which entries can move while the number of weights stays the same."""
+        """Indices of layers with units of one size: within a group, entries can be exchanged one for one."""
         return groups(self.units or [1] * len(self.sizes))
 
 
 @torch.no_grad()
 def gather(model: SparseModel, names: Sequence[str] | None = None) -> ActiveWeights:
-    """The active weights of a model, or its active kernels, at O(weights) and without a sort.
+    """Returns the active weights of a model, or its active kernels, in O(weights) and without a sort.
 
     Args:
         model: the model.
-        names: the sparse layers to look at, all that are not frozen when absent.
+        names: sparse weights to read; default: all that are not frozen.
     """
     names = model.trained if names is None else names
     parameters = model.weights
@@ -122,29 +129,30 @@ def gather(model: SparseModel, names: Sequence[str] | None = None) -> ActiveWeig
 
 
 def _of_units(mask: torch.Tensor, unit: int) -> torch.Tensor:
-    """A layer's mask with one entry per unit, flat."""
+    """Returns the mask of a layer with one entry per unit, flat; the weights of a unit share their state."""
     return mask.reshape(-1) if unit == 1 else mask.flatten(2)[..., 0].reshape(-1)
 
 
 def _within(units: torch.Tensor, unit: int) -> torch.Tensor:
-    """Flat positions of all weights in some units of a layer."""
+    """Returns the flat positions of all weights in some units of a layer."""
     return units if unit == 1 else (units[:, None] * unit + torch.arange(unit, device=units.device)).reshape(-1)
 
 
 def _values(weight: torch.Tensor, units: torch.Tensor, unit: int) -> torch.Tensor:
-    """Values of single weights, or mean magnitudes of kernels."""
+    """Returns the values of single weights, or the mean magnitudes of kernels."""
     values = weight.take(_within(units, unit)).float()
     return values if unit == 1 else values.abs().reshape(-1, unit).mean(1)
 
 
 def put_(tensor: torch.Tensor, positions: torch.Tensor, values: float | torch.Tensor) -> None:
-    """Write one value, or one for each, at flat positions of a tensor of any memory format, in place."""
+    """Writes one value, or one for each position, at flat positions of a tensor of any memory format, in place."""
     if isinstance(values, torch.Tensor):
         values = values.to(tensor.dtype)
     else:
         values = torch.full_like(positions, values, dtype=tensor.dtype)
     if torch.are_deterministic_algorithms_enabled():
-        # Positions are distinct, so either way gives the same; torch knows that of this one, which is slower.
+        # `put_` counts as nondeterministic because positions may repeat. These do not, so the results are the same, but
+        # torch accepts only the slower indexing.
         tensor[torch.unravel_index(positions, tensor.shape)] = values
     else:
         tensor.put_(positions, values)

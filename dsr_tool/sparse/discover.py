@@ -1,6 +1,6 @@
-"""Which parameters of a module are weights, and which of those become sparse.
+"""Finds the weights of a module, and decides which of them become sparse.
 
-Weights are found by the type of the module that owns them, never by name. Normalisation, biases, class tokens,
+A parameter is a weight by the type of the module that owns it, never by its name. Normalisation, biases, class tokens,
 position embeddings, layer scale and relative-position tables belong to other types and stay dense.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from torch import nn
 
@@ -35,23 +36,23 @@ _NORMS = (
 )
 
 TINY_WEIGHTS, TINY_FRACTION = 1024, 0.01
-"""A layer with fewer weights than the first and a smaller part of all weights than the second stays dense.
+"""Number of weights, and fraction of all weights, below both of which a layer stays dense.
 
-Sparse at 0.9 it would keep fewer than a hundred weights and save less than four kilobytes, while such layers are
+At sparsity 0.9 such a layer would keep fewer than 103 weights and save less than 4 kB, while these layers are
 bottlenecks that everything passes: 3-channel stems of small networks, the squeeze of squeeze-and-excitation. The
-second bound keeps small networks, where every layer counts, out of this rule.
+fraction exempts small networks, where every layer counts.
 """
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What the user says about layers; patterns match full names or module paths, `*` and `?` allowed.
+    """Rules of the user for layers. Patterns match full names or module paths; `*` and `?` are wildcards.
 
     Attributes:
         keep_dense: patterns of weights that stay dense.
-        sparsify: patterns of weights that become sparse against the defaults; stronger than `keep_dense`.
-        preset_dense: names kept dense by a preset, with the reason.
-        small_layers: whether depthwise and tiny layers stay dense (the default).
+        sparsify: patterns of weights that become sparse against the defaults; they override `keep_dense`.
+        preset_dense: reason for each weight that a preset keeps dense, by name.
+        small_layers: whether depthwise and tiny layers stay dense.
     """
 
     keep_dense: Sequence[str] = ()
@@ -61,37 +62,47 @@ class Rules:
 
 
 def discover(module: nn.Module, rules: Rules | None = None) -> dict[str, LayerSpec]:
-    """Say for every entry of the state_dict what it is: sparse, dense or buffer, and why.
+    """Decides for every entry of the state_dict whether it is sparse, dense or a buffer, and why.
 
     Args:
-        module: any network; its weights are not read, so it may live on the meta device.
-        rules: what the user asked for beyond the defaults.
+        module: any network; its weights are not read, so it may be on the meta device.
+        rules: rules that override the defaults.
 
     Returns:
-        One spec per state_dict entry, in its order; `macs_per_weight` is filled in by `with_macs`.
+        One spec per state_dict entry, in its order. `with_macs` adds `macs_per_weight`.
 
     Raises:
         UsageError: a pattern matches no weight, two names share one tensor, or a layer has no shape yet.
     """
     rules = rules or Rules()
-    owners = _owners(module)
-    specs = {name: _by_type(name, *owners[name]) for name in module.state_dict() if name in owners}
+    entries = _entries(module)
+    # A state_dict may have entries that are no tensors of the module, and leaves out buffers that are not persistent.
+    specs = {name: _by_type(name, entries[name]) for name in module.state_dict() if name in entries}
     _check_patterns(rules, [name for name, spec in specs.items() if spec.weight])
     tiny_below = min(TINY_WEIGHTS, TINY_FRACTION * sum(spec.size for spec in specs.values() if spec.weight))
     return {
-        name: _by_rules(spec, owners[name][0], rules, tiny_below) if spec.weight else spec
+        name: _by_rules(spec, entries[name].owner, rules, tiny_below) if spec.weight else spec
         for name, spec in specs.items()
     }
 
 
-def _owners(module: nn.Module) -> dict[str, tuple[nn.Module, str, tuple[int, ...], bool]]:
-    """For each entry of the state_dict: owning module, local name, shape, whether it is a parameter."""
-    owners: dict[str, tuple[nn.Module, str, tuple[int, ...], bool]] = {}
+class _Entry(NamedTuple):
+    """One entry of the state_dict: its module, its name there, its shape, and whether it is a parameter or a buffer."""
+
+    owner: nn.Module
+    local: str
+    shape: tuple[int, ...]
+    is_parameter: bool
+
+
+def _entries(module: nn.Module) -> dict[str, _Entry]:
+    """Returns every parameter and buffer by full name."""
+    found: dict[str, _Entry] = {}
     seen: dict[int, str] = {}
     for path, owner in module.named_modules(remove_duplicate=False):
-        entries = [(n, t, True) for n, t in owner._parameters.items()]
-        entries += [(n, t, False) for n, t in owner._buffers.items()]
-        for local, tensor, is_parameter in entries:
+        tensors = [(n, t, True) for n, t in owner._parameters.items()]
+        tensors += [(n, t, False) for n, t in owner._buffers.items()]
+        for local, tensor, is_parameter in tensors:
             if tensor is None:
                 continue
             name = f"{path}.{local}" if path else local
@@ -99,15 +110,17 @@ def _owners(module: nn.Module) -> dict[str, tuple[nn.Module, str, tuple[int, ...
                 raise UsageError(f"parameter {name!r} has no shape yet; run one input through the model first.")
             if id(tensor) in seen:
                 raise UsageError(
-                    f"entries {seen[id(tensor)]!r} and {name!r} are one shared tensor, which cannot be converted; "
+                    f"entries {seen[id(tensor)]!r} and {name!r} are one shared tensor, which cannot be made sparse; "
                     f"give each layer its own weights."
                 )
             seen[id(tensor)] = name
-            owners[name] = (owner, local, tuple(tensor.shape), is_parameter)
-    return owners
+            found[name] = _Entry(owner, local, tuple(tensor.shape), is_parameter)
+    return found
 
 
-def _by_type(name: str, owner: nn.Module, local: str, shape: tuple[int, ...], is_parameter: bool) -> LayerSpec:
+def _by_type(name: str, entry: _Entry) -> LayerSpec:
+    """Returns the spec of an entry by the type of its module alone."""
+    owner, local, shape, is_parameter = entry
     kind = type(owner).__name__
     weight = is_parameter and (
         (isinstance(owner, _WEIGHT_LAYERS) and local == "weight")
@@ -127,6 +140,7 @@ def _by_type(name: str, owner: nn.Module, local: str, shape: tuple[int, ...], is
 
 
 def _by_rules(spec: LayerSpec, owner: nn.Module, rules: Rules, tiny_below: float) -> LayerSpec:
+    """Returns the spec of a weight after patterns, preset and defaults; the first that applies decides."""
     if pattern := _match(spec.name, rules.sparsify):
         return replace(spec, reason=f"{spec.reason}, sparse by pattern {pattern!r}")
     if pattern := _match(spec.name, rules.keep_dense):
@@ -141,19 +155,23 @@ def _by_rules(spec: LayerSpec, owner: nn.Module, rules: Rules, tiny_below: float
 
 
 def _is_depthwise(owner: nn.Module) -> bool:
-    """One input channel per filter: at 0.9 a third of all 3x3 filters would be empty and their channels dead."""
+    """Returns whether a convolution has one input channel per filter.
+
+    At sparsity 0.9 more than a third of its 3x3 filters would be empty, and their channels dead.
+    """
     if not isinstance(owner, _CONVOLUTIONS):
         return False
     return owner.groups > 1 and owner.groups == owner.in_channels
 
 
 def _match(name: str, patterns: Sequence[str]) -> str | None:
-    """The first pattern that matches the full name or the path of the module that owns it."""
+    """Returns the first pattern that matches a full name or the path of the module that owns it."""
     path = name.rpartition(".")[0]
     return next((p for p in patterns if fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(path, p)), None)
 
 
 def _check_patterns(rules: Rules, weights: Sequence[str]) -> None:
+    """Raises `UsageError` for a pattern that matches no weight, which is a typing error most of the time."""
     for parameter, patterns in (("--keep-dense", rules.keep_dense), ("--sparsify", rules.sparsify)):
         for pattern in patterns:
             if not any(_match(name, [pattern]) for name in weights):
@@ -162,10 +180,11 @@ def _check_patterns(rules: Rules, weights: Sequence[str]) -> None:
 
 
 def count(specs: Mapping[str, LayerSpec]) -> dict[str, int]:
-    """Parameters by role.
+    """Counts parameters by role.
 
     Returns:
-        `parameters`: all trainable entries; `weights`: those that are weights by type; `prunable`: those made sparse.
+        `parameters`: entries of all parameters; `weights`: those of weights by type; `prunable`: those of sparse
+        weights; `sparse_layers`: number of sparse weights.
     """
     trainable = [spec for spec in specs.values() if spec.role != "buffer"]
     return {

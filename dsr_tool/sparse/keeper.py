@@ -1,4 +1,4 @@
-"""MaskKeeper: keeps gradients, weights and optimizer state inside the masks, for any torch optimizer."""
+"""MaskKeeper: zeroes gradients, weights and optimizer state outside the masks, for any torch optimizer."""
 
 from __future__ import annotations
 
@@ -17,20 +17,26 @@ from dsr_tool.sparse.model import SparseModel
 __all__ = ["MaskKeeper"]
 
 _ZERO_STAYS_ZERO = (optim.SGD, optim.Adam, optim.AdamW, optim.RMSprop)
-"""Given zero gradient, weight and state, these leave all three at zero, unless eps is zero."""
+"""Optimizers that keep weight and state at zero if gradient, weight and state are zero and eps is not."""
 
-_KEPT: WeakSet[optim.Optimizer] = WeakSet()
-
+_ATTACHED: WeakSet[optim.Optimizer] = WeakSet()
+"""Optimizers that have a keeper: two of them would undo each other's updates."""
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integer type by bytes per weight, to view floating-point values as bits."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """A sparse weight, its mask, and the mask once more as all-ones or all-zeros integers of the weight's width.
+    """A sparse weight, its mask, and the same mask as bits: all ones or all zeros in the width of the weight.
 
-    A bitwise "and" clears three times as fast as filling under a boolean mask does on a CPU, and unlike a product it
-    makes zeros of infinities. Its price is as much memory as the weight takes.
+    On a CPU, a bitwise "and" clears three times as fast as `masked_fill_`, and unlike a product it turns inf into zero.
+    It costs as much memory as the weight.
+
+    Attributes:
+        weight: the parameter.
+        mask: boolean tensor of its shape, True where active; the model's own.
+        bits: integer tensor of its shape, -1 where active, else 0.
     """
 
     weight: nn.Parameter
@@ -39,14 +45,15 @@ class _Layer:
 
     @classmethod
     def of(cls, weight: nn.Parameter, mask: torch.Tensor) -> _Layer:
+        """Returns the layer of a weight and its mask."""
         return cls(weight, mask, mask.to(_INTEGERS[weight.element_size()]).neg_())
 
     def fits(self, tensor: torch.Tensor) -> bool:
-        """Whether the values of a tensor are as wide as the bits."""
+        """Returns whether the values of a tensor have the width of the bits; state may have another dtype."""
         return tensor.element_size() == self.bits.element_size()
 
     def clear(self, tensor: torch.Tensor) -> None:
-        """Set everything outside the mask to (positive) zero, in place."""
+        """Sets everything outside the mask to +0, in place."""
         if self.fits(tensor):
             tensor.view(self.bits.dtype).bitwise_and_(self.bits)
         else:
@@ -56,33 +63,38 @@ class _Layer:
 class MaskKeeper:
     """Hooks on an optimizer that keep everything outside the masks at exactly zero after every step.
 
-    Before a step the gradients are masked. Weights, momentum and second moments then stay zero by themselves in
-    the optimizers listed above; in all others, and after a step with a closure, they are masked as well.
+    Gradients are masked before each step. In SGD, Adam, AdamW and RMSprop, weights, momentum and second moments then
+    stay zero by themselves. In all other optimizers, and after a step with a closure, they are masked after the step.
+
+    Attributes:
+        model: the sparse model.
+        optimizer: the optimizer with the hooks.
+        names: names of the weights that it masks: all sparse ones that are not frozen.
     """
 
     def __init__(
         self, model: SparseModel, optimizer: optim.Optimizer, *, before_masking: Callable[[], None] | None = None
     ) -> None:
-        """Mask what is there and hook into the steps to come.
+        """Masks weights and state now, and installs the hooks.
 
         Args:
             model: the sparse model, already on its device.
-            optimizer: any torch optimizer; state tensors of a weight's shape are taken as one value per weight.
+            optimizer: any torch optimizer. State tensors with the shape of a weight count as one value per weight.
             before_masking: called each time before gradients are masked, while they are still dense.
 
         Raises:
-            UsageError: a sparse weight is not among the optimizer's parameters.
+            UsageError: a sparse weight is not among the optimizer's parameters, or the optimizer has a keeper already.
         """
-        if optimizer in _KEPT:
+        if optimizer in _ATTACHED:
             raise UsageError("a method is attached to this optimizer already; call remove() on what attach returned.")
         model.align_masks()
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         weights = model.weights
         self.names = model.trained
-        strangers = [name for name in self.names if id(weights[name]) not in held]
-        if strangers:
+        absent = [name for name in self.names if id(weights[name]) not in optimized]
+        if absent:
             raise UsageError(
-                f"weight {strangers[0]!r} is not among the optimizer's parameters; make the optimizer from "
+                f"weight {absent[0]!r} is not among the optimizer's parameters; make the optimizer from "
                 f"model.module.parameters() after the model was moved to its device."
             )
         self.model = model
@@ -95,17 +107,17 @@ class MaskKeeper:
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_load_state_dict_post_hook(lambda _: self._zero_outside()),
         ]
-        _KEPT.add(optimizer)
+        _ATTACHED.add(optimizer)
 
     def remove(self) -> None:
-        """Take the hooks off the optimizer."""
+        """Removes the hooks from the optimizer."""
         for hook in self._hooks:
             hook.remove()
-        _KEPT.discard(self.optimizer)
+        _ATTACHED.discard(self.optimizer)
 
     @torch.no_grad()
     def move(self, dropped: Positions, grown: Positions) -> None:
-        """Deactivate and activate weights; both start over with weight, gradient and optimizer state at zero.
+        """Deactivates and activates weights, and sets weight, gradient and optimizer state of both to zero.
 
         Args:
             dropped: active positions that become inactive.
@@ -122,13 +134,18 @@ class MaskKeeper:
 
     @torch.no_grad()
     def write(self, active: Positions, values: torch.Tensor) -> None:
-        """Give active weights new values, in the order of their positions; gradients and states stay as they are."""
+        """Writes values to active weights; gradients and optimizer state stay as they are.
+
+        Args:
+            active: positions of the weights.
+            values: their new values, in the order of the positions.
+        """
         pieces = zip(self._layers, active.per_layer(), values.split(list(active.counts)), strict=True)
         for layer, positions, piece in pieces:
             put_(layer.weight.data, positions, piece)
 
     def _tensors(self, weight: nn.Parameter) -> Iterator[torch.Tensor]:
-        """The weight, its gradient, and every state tensor that holds one value per weight."""
+        """Yields the weight, its gradient, and every state tensor that holds one value per weight."""
         yield weight.data
         if weight.grad is not None:
             yield weight.grad
@@ -138,25 +155,29 @@ class MaskKeeper:
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
-        """Zero all gradients outside the masks, as happens before each step anyway.
+        """Sets all gradients outside the masks to zero. This happens before each step anyway.
 
         Raises:
-            UsageError: the model was moved since, or a layer makes sparse gradients.
+            UsageError: the model was moved to another device since, or a layer has sparse gradients.
         """
         if self._before_masking is not None:
             self._before_masking()
         _clear_all([(self._layers[index], gradient) for index, gradient in self._gradients()])
 
     def _gradients(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """The gradient of each layer that has one, by the layer's number."""
+        """Yields the index of each layer that has a gradient, and the gradient."""
         for index, (name, layer) in enumerate(zip(self.names, self._layers, strict=True)):
             if self.model.masks[name] is not layer.mask:
-                raise UsageError(f"the mask of {name!r} was replaced since; attach after the model was moved.")
+                raise UsageError(
+                    f"the mask of {name!r} was replaced; attach after moving the model."
+                )
             gradient = layer.weight.grad
             if gradient is None:
                 continue
             if gradient.is_sparse:
-                raise UsageError(f"{name!r} makes sparse gradients, which cannot be masked; make it with sparse=False.")
+                raise UsageError(
+                    f"{name!r} has sparse gradients, which cannot be masked; create its layer with sparse=False."
+                )
             yield index, gradient
 
     def _before_step(self, _: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -168,12 +189,11 @@ class MaskKeeper:
     def _refuse_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _has_closure(args, kwargs):
             raise UsageError(
-                "this method looks at the gradients before each step; call backward() first, and step() without a "
-                "closure."
+                "this method reads the gradients before each step; call backward() first, and step() without a closure."
             )
 
     def _after_step(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # A closure computes gradients inside the step, where no hook can mask them.
+        # A closure computes gradients inside the step, after the hook masked them. With eps = 0, Adam divides 0 by 0.
         closure = _has_closure(args, kwargs)
         divides_by_zero = any(group.get("eps", 1) <= 0 for group in optimizer.param_groups)
         if closure or divides_by_zero or type(optimizer) not in _ZERO_STAYS_ZERO:
@@ -187,10 +207,10 @@ class MaskKeeper:
 
 
 def _clear_all(tensors: Sequence[tuple[_Layer, torch.Tensor]]) -> None:
-    """Set everything outside the masks to (positive) zero: layer by layer on a CPU, all at once on a GPU."""
+    """Sets everything outside the masks to +0: layer by layer on a CPU, with one launch for all layers on a GPU."""
     on_gpu = [(layer, tensor) for layer, tensor in tensors if tensor.is_cuda and layer.fits(tensor)]
     if on_gpu:
-        # There is no "and" for lists. As integers, times -1 or 0 and negated, every value stays what it is or vanishes.
+        # torch has no `_foreach` for "and". As integers, a value times -1 (active) or 0, negated, is itself or zero.
         views = [tensor.view(layer.bits.dtype) for layer, tensor in on_gpu]
         torch._foreach_mul_(views, [layer.bits for layer, _ in on_gpu])
         torch._foreach_neg_(views)
@@ -200,4 +220,4 @@ def _clear_all(tensors: Sequence[tuple[_Layer, torch.Tensor]]) -> None:
 
 
 def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return any(given is not None for given in (*args[1:], kwargs.get("closure")))
+    return any(argument is not None for argument in (*args[1:], kwargs.get("closure")))

@@ -1,1 +1,1 @@
-"""The nouns of sparsity, with numpy alone: masks, layers, budgets, distributions, sparse tensors, configurations."""
+"""Sparsity without torch: masks, layers, budgets, distributions, sparse tensors and the description of a model."""

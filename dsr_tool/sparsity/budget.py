@@ -1,4 +1,4 @@
-"""What the user allows: a sparsity, or parameters, bytes or multiply-adds; and exact integer shares of a number."""
+"""Budget: a sparsity, parameters, bytes or multiply-adds that a user allows. Also exact integer shares of a number."""
 
 from __future__ import annotations
 
@@ -15,29 +15,31 @@ from dsr_tool.errors import UsageError
 __all__ = ["FORMS", "Budget", "apportion"]
 
 FORMS = "5.1Mparams, 12MB, 12MiB, 300kB or 0.8GMACs"
-"""How a budget is written, for messages."""
+"""Examples of budgets, for messages."""
 
 _PREFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 _BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+# Field of a budget and factor, for each unit: `Mparams` is 10^6 parameters, `MiB` 2^20 bytes.
 _UNITS = {
     **{f"{prefix}params": ("parameters", factor) for prefix, factor in _PREFIXES.items()},
     **{f"{prefix}B": ("bytes", factor) for prefix, factor in (_PREFIXES | _BINARY).items()},
     **{f"{prefix}MACs": ("macs", factor) for prefix, factor in _PREFIXES.items()},
 }
-_WRITTEN = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([A-Za-z]+)")
+_BUDGET = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([A-Za-z]+)")
 _SHOWN_DIGITS = 4
+"""Significant digits of an amount in messages."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much a model may be. Exactly one of the first four fields is set.
+    """Limit on the size of a model. Exactly one of the first four fields is set.
 
     Attributes:
         sparsity: fraction of zeros among the prunable weights, in [0, 1).
-        parameters: non-zero parameters of the whole model, dense ones included.
-        bytes: size of the exported archive, with the smallest encodings and exact fp32 values.
+        parameters: number of non-zero parameters of the whole model, dense ones included.
+        bytes: size of the exported archive in bytes, with the smallest encodings and exact fp32 values.
         macs: multiply-adds of the whole model for one input, dense layers included.
-        unit: what the number was given in (`MB`, `Mparams`), for messages; empty for single ones.
+        unit: unit in which the user gave the number (`MB`, `Mparams`), for messages; empty for the unit 1.
     """
 
     sparsity: Fraction | None = None
@@ -48,7 +50,7 @@ class Budget:
 
     @classmethod
     def of_sparsity(cls, sparsity: float | str) -> Budget:
-        """A budget given as a fraction of zeros; decimal digits are taken as written (0.9 is 9/10).
+        """Returns the budget of a fraction of zeros. Decimal digits count as written: 0.9 is exactly 9/10.
 
         Raises:
             UsageError: `sparsity` is not a number in [0, 1).
@@ -58,35 +60,34 @@ class Budget:
         except (ValueError, ZeroDivisionError):
             value = Fraction(-1)
         if not 0 <= value < 1:
-            raise UsageError(
-                f"sparsity {sparsity} is not allowed; give the fraction of zeros, from 0 up to but not including 1."
-            )
+            raise UsageError(f"sparsity {sparsity} is not in [0, 1); give the fraction of zeros, e.g. 0.9.")
         return cls(sparsity=value)
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """A budget as written on the command line; a fraction of a byte, parameter or multiply-add is cut off.
+        """Parses a budget of the command line. A fraction of a byte, parameter or multiply-add is cut off.
 
         Raises:
             UsageError: the text is not a number above 0 with one of the units.
         """
-        match = _WRITTEN.fullmatch(text.strip())
+        match = _BUDGET.fullmatch(text.strip())
         unit = match[2] if match else ""
         unit = f"{unit}s" if unit.endswith("MAC") else unit
         if match is None or unit not in _UNITS:
+            # mb may mean MB or Mb, so a unit in another case is suggested, not accepted.
             near = [name for name in _UNITS if name.lower() in (unit.lower(), f"{unit}s".lower())]
             if match and near:
-                raise UsageError(f"budget {text[:80]!r} is not understood; did you mean {match[1]}{near[0]}?")
-            raise UsageError(f"budget {text[:80]!r} is not understood; write a number and its unit, as in {FORMS}.")
+                raise UsageError(f"budget {text[:80]!r} has no known unit; did you mean {match[1]}{near[0]}?")
+            raise UsageError(f"budget {text[:80]!r} is not a number with a unit; write it like {FORMS}.")
         kind, factor = _UNITS[unit]
         amounts = {kind: math.floor(Fraction(match[1]) * factor)}
         if not amounts[kind]:
-            raise UsageError(f"budget {text[:80]!r} allows nothing; write a larger number, as in {FORMS}.")
+            raise UsageError(f"budget {text[:80]!r} allows nothing; write a larger number, like {FORMS}.")
         return cls(None, amounts.get("parameters"), amounts.get("bytes"), amounts.get("macs"), unit)
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Budget | None:
-        """The budget that `to_record` noted, where it was one in bytes; None for anything else."""
+        """Returns the budget of a `to_record`, if it was one in bytes; None for anything else."""
         nbytes, unit = record.get("budget_bytes"), record.get("budget_unit")
         # The record comes from a file, which may hold anything.
         if type(nbytes) is not int or nbytes < 0 or not isinstance(unit, str) or _UNITS.get(unit, [""])[0] != "bytes":
@@ -94,23 +95,28 @@ class Budget:
         return cls(bytes=nbytes, unit=unit)
 
     def to_record(self) -> dict[str, float | int | str]:
-        """Plain values for the description of a model."""
+        """Returns plain values for the description of a model."""
         if self.sparsity is not None:
             return {"sparsity": float(self.sparsity)}
         return {f"budget_{self.kind}": self.amount, "budget_unit": self.unit}
 
     @property
     def kind(self) -> str:
-        """The name of the field that is set."""
+        """Name of the field that is set."""
         return next(name for name in ("sparsity", "parameters", "bytes", "macs") if getattr(self, name) is not None)
 
     @property
     def amount(self) -> int:
-        """Parameters, bytes or multiply-adds, whichever is limited; 0 for a sparsity."""
+        """Number of parameters, bytes or multiply-adds, whichever is limited; 0 for a sparsity."""
         return self.parameters or self.bytes or self.macs or 0
 
     def show(self, amount: int | None = None, rounding: str = decimal.ROUND_HALF_EVEN) -> str:
-        """An amount, or the budget itself, in the budget's unit with four digits or more: `11.84 MB`."""
+        """Formats an amount in the budget's unit with at least four digits, such as `11.84 MB`.
+
+        Args:
+            amount: number of parameters, bytes or multiply-adds; default: the budget itself.
+            rounding: a rounding mode of `decimal`.
+        """
         amount = self.amount if amount is None else amount
         unit = self.unit or {"parameters": "params", "bytes": "B", "macs": "MACs"}[self.kind]
         factor = _UNITS[unit][1]
@@ -123,11 +129,16 @@ class Budget:
         return f"{number:,.{places}f} {unit}"
 
     def out_of_reach(self, least: int, most: int) -> UsageError:
-        """The error for a model that can only be `least` to `most` of what is limited; the range is rounded inwards."""
+        """Returns the error for a model that cannot meet the budget.
+
+        Args:
+            least: smallest amount that the model can have.
+            most: largest one. The message rounds the range inwards, so every budget that it names can be met.
+        """
         low, high = self._legible(least, decimal.ROUND_CEILING), self._legible(most, decimal.ROUND_FLOOR)
         if least >= most:
             return UsageError(
-                f"budget {self.show()} cannot be met: no layer of this model is left to be sparse, so that it always "
+                f"budget {self.show()} cannot be met: no layer of this model is left to be sparse, so it always "
                 f"has {self._legible(most)}; keep fewer layers dense."
             )
         if self.amount > most:
@@ -141,7 +152,7 @@ class Budget:
         )
 
     def _legible(self, amount: int, rounding: str = decimal.ROUND_HALF_EVEN) -> str:
-        """An amount in whichever unit, of the kind that the budget is in, leaves digits before the point."""
+        """Formats an amount in the largest unit of the budget's kind that leaves digits before the point."""
         binary = "i" in self.unit
         units = {name: factor for name, (kind, factor) in _UNITS.items() if kind == self.kind}
         family = [name for name, factor in units.items() if factor == 1 or ("i" in name) == binary]
@@ -150,18 +161,18 @@ class Budget:
         return replace(self, unit=unit).show(amount, rounding)
 
     def active_weights(self, prunable: int, other: int, layers: int) -> int:
-        """The exact number of active prunable weights, for a sparsity or a number of parameters.
+        """Returns the exact number of active weights for a sparsity or a number of parameters.
 
         Args:
             prunable: number of prunable weights.
-            other: parameters of the model that stay dense.
-            layers: sparse layers; each keeps at least one weight.
+            other: number of parameters that stay dense.
+            layers: number of sparse layers; each keeps at least one weight.
 
         Returns:
-            Active weights, rounded half to even where the sparsity asks for a fraction of a weight.
+            Number of active weights. If the sparsity asks for a fraction of a weight, it is rounded half to even.
 
         Raises:
-            UsageError: no assignment of zeros can meet the budget, or it is of another kind.
+            UsageError: no assignment of zeros meets the budget, or the budget is in bytes or multiply-adds.
         """
         if self.sparsity is not None:
             count = round(prunable * (1 - self.sparsity))
@@ -185,24 +196,24 @@ class Budget:
 
 
 def _rounded_down(value: Fraction) -> float:
-    """`value` cut, not rounded, after nine digits, so that what is printed can be reached."""
+    """Returns `value` cut after nine digits. Rounding up would print a sparsity that cannot be reached."""
     return math.floor(value * 10**9) / 10**9
 
 
 def apportion(
     total: int, shares: Sequence[int | float], caps: Sequence[int], floors: Sequence[int] | None = None
 ) -> list[int]:
-    """Split `total` into integers in proportion to `shares`, each within its floor and cap, exactly.
+    """Splits `total` into integers in proportion to `shares`, each within its floor and cap, exactly.
 
-    Entries that would pass their cap are held there and what they leave is poured into the others in
-    proportion (likewise for floors); what is left after rounding down goes to the largest remainders, the
-    earlier entry first on a tie. Arithmetic is rational, so the sum is `total` at every size.
+    An entry over its cap is set to the cap, and the surplus goes to the others in proportion; floors likewise. What
+    rounding down leaves goes to the largest remainders, on a tie to the earlier entry. Arithmetic is rational, so the
+    sum is `total` at every size.
 
     Args:
-        total: what to split.
+        total: number to split.
         shares: non-negative weights; entries with share 0 get only what the others cannot hold.
         caps: largest value per entry.
-        floors: smallest value per entry, zero when absent.
+        floors: smallest value per entry; default: zero.
 
     Returns:
         One integer per entry; they sum to `total`.
@@ -219,12 +230,12 @@ def apportion(
 
 
 def _fill(total: int, shares: Sequence[Fraction], caps: Sequence[int], floors: Sequence[int]) -> list[Fraction]:
-    """Proportional parts within floors and caps, before rounding."""
+    """Returns proportional parts within floors and caps, before rounding."""
     fixed: dict[int, Fraction] = {}
     while len(fixed) < len(shares):
         free = [i for i in range(len(shares)) if i not in fixed]
         left = total - sum(fixed.values())
-        # Where nobody has a share left, room decides.
+        # If all free entries have share 0, split by their caps.
         weights = shares if any(shares[i] for i in free) else [Fraction(cap) for cap in caps]
         whole = sum(weights[i] for i in free) or Fraction(1)
         parts = {i: left * weights[i] / whole for i in free}
@@ -232,7 +243,7 @@ def _fill(total: int, shares: Sequence[Fraction], caps: Sequence[int], floors: S
         under = {i: floors[i] - parts[i] for i in free if parts[i] < floors[i]}
         if not over and not under:
             fixed.update(parts)
-        # Hold the side that is violated more: the other side may resolve itself once this is poured out.
+        # Fix the side that is violated more: redistributing its surplus may resolve the other side.
         elif sum(over.values()) >= sum(under.values()):
             fixed.update({i: Fraction(caps[i]) for i in over})
         else:
@@ -241,6 +252,7 @@ def _fill(total: int, shares: Sequence[Fraction], caps: Sequence[int], floors: S
 
 
 def _round_by_remainder(total: int, parts: Sequence[Fraction]) -> list[int]:
+    """Rounds parts that sum to `total` to integers with the same sum, by largest remainder."""
     counts = [math.floor(part) for part in parts]
     by_remainder = sorted(range(len(parts)), key=lambda i: (counts[i] - parts[i], i))
     for i in by_remainder[: total - sum(counts)]:

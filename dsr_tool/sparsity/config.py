@@ -1,4 +1,4 @@
-"""What a model is, beside its weights: the architecture, what it takes as input, how it was converted."""
+"""Description of a model beside its weights: architecture, input, preprocessing, and how it was converted."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from dsr_tool.errors import FormatError
 __all__ = ["LONGEST_SIDE", "MOST_CLASSES", "ModelConfig", "Preprocessing", "installed_versions"]
 
 MOST_CLASSES, LONGEST_SIDE = 10**6, 1 << 20
+"""Largest number of classes, and largest size of an input dimension, that a file may claim."""
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of what makes a file, for the record in it."""
+    """Returns the versions of the packages that write a file, for the record in it."""
     return {name: version(name) for name in ("dsr-tool", "torch", "torchvision")}
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a picture becomes an input: resize the short side, crop the centre, scale to [0, 1], normalise.
+    """Steps from a picture to an input: resize the short side, crop the centre, scale to [0, 1], normalise.
 
     Attributes:
-        resize: length of the short side in pixels; 0 to leave the size as it is.
-        crop: side of the centred square in pixels; 0 for none.
-        mean: per channel, of values in [0, 1].
-        std: per channel, of values in [0, 1].
+        resize: length of the short side in pixels; 0 skips the step.
+        crop: side of the centred square in pixels; 0 skips the step.
+        mean: mean per channel that is subtracted, of values in [0, 1].
+        std: standard deviation per channel by which is divided.
         interpolation: `bilinear`, `bicubic` or `nearest`.
     """
 
@@ -39,17 +40,17 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The part of a model folder or archive that says what the model is.
+    """Description of a model, as model folders and archives hold it.
 
     Attributes:
-        source: `torchvision`, `paper` for a network of the papers', `callable` for one that a function of the user's
-            own returns, or `module` for one that was given as it is.
+        source: origin of the network: `torchvision`, `paper` (a network of a paper), `callable` (a function of the
+            user) or `module` (a module that the user passed).
         architecture: name of the model, `module:callable`, or the class name of the module.
         num_classes: length of the output.
-        input_shape: channels, frames for video, height, width of one input; empty while unknown.
-        preprocessing: how pictures become inputs.
-        labels: class names, or none.
-        conversion: how the model was converted: budget, distribution, seed, for the record.
+        input_shape: shape of one input (channels, frames for video, height, width); empty if unknown.
+        preprocessing: steps from a picture to an input.
+        labels: names of the classes; may be empty.
+        conversion: options of the conversion (budget, distribution, seed), for the record.
         width: factor on the channels of the architecture, in (0, 1]; below 1 for a thin model.
     """
 
@@ -63,15 +64,15 @@ class ModelConfig:
     width: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Returns plain values for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
-        """The inverse of `to_dict`.
+        """Returns the description of plain values, the inverse of `to_dict`. Unknown fields are ignored.
 
         Raises:
-            FormatError: a field is missing, unknown or of the wrong type.
+            FormatError: a field is missing, of the wrong type or out of range.
         """
         try:
             picture = data["preprocessing"]
@@ -89,10 +90,10 @@ class ModelConfig:
                 ),
                 labels=tuple(_text(label) for label in data["labels"]),
                 conversion=dict(data["conversion"]),
-                width=float(data.get("width", 1)),  # older files have none
+                width=float(data.get("width", 1)),  # older files have no width
             )
         except (ArithmeticError, KeyError, TypeError, ValueError) as error:
-            raise FormatError(f"the model's description is not understood: {error!r}; the file is damaged.") from error
+            raise FormatError(f"the model's description is invalid: {error!r}; the file is damaged.") from error
         shape_allowed = all(0 < n < LONGEST_SIDE for n in config.input_shape)
         if not (0 <= config.num_classes <= MOST_CLASSES and shape_allowed and 0 < config.width <= 1):
             raise FormatError(
@@ -102,7 +103,7 @@ class ModelConfig:
         return config
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not a text")
+        raise TypeError(f"{value!r} is not a string")
     return value

@@ -1,4 +1,4 @@
-"""How a budget is spread over the layers at the start."""
+"""Distributions: the number of active weights of each layer at the start, for a total of the network."""
 
 from __future__ import annotations
 
@@ -13,51 +13,53 @@ from dsr_tool.sparsity.budget import apportion
 __all__ = ["DISTRIBUTIONS", "by_magnitude", "erk", "largest", "uniform"]
 
 DISTRIBUTIONS = ("uniform", "erk", "magnitude")
+"""Values of `--distribution`."""
 
 
 def uniform(total: int, shapes: Sequence[tuple[int, ...]]) -> list[int]:
-    """Every layer at the same density (Mostafa & Wang 2019, section 3: all sparse tensors start alike).
+    """Gives every layer the same density (Mostafa & Wang 2019, section 3: all sparse tensors start alike).
 
     Args:
-        total: active weights in all.
+        total: number of active weights of the network.
         shapes: shapes of the sparse weights.
 
     Returns:
-        Active weights per layer, at least one each; they sum to `total`.
+        Number of active weights per layer, at least one each; they sum to `total`.
     """
     sizes = [math.prod(shape) for shape in shapes]
     return apportion(total, sizes, sizes, [1] * len(sizes))
 
 
 def erk(total: int, shapes: Sequence[tuple[int, ...]]) -> list[int]:
-    """Erdős-Rényi-Kernel: density in proportion to (sum of dimensions) / (product of dimensions).
+    """Gives every layer a density in proportion to (sum of dimensions) / (product of dimensions).
 
-    Evci et al. 2020 (RigL), section 3. Layers that this would make denser than dense are full, and what they
-    cannot hold goes to the others in proportion.
+    This is Erdős-Rényi-Kernel of Evci et al. 2020 (RigL), section 3. A layer with a density above 1 becomes dense, and
+    the surplus goes to the others in proportion.
 
     Args:
-        total: active weights in all.
+        total: number of active weights of the network.
         shapes: shapes of the sparse weights, kernel dimensions included.
 
     Returns:
-        Active weights per layer, at least one each; they sum to `total`.
+        Number of active weights per layer, at least one each; they sum to `total`.
     """
     sizes = [math.prod(shape) for shape in shapes]
     return apportion(total, [sum(shape) for shape in shapes], sizes, [1] * len(sizes))
 
 
 def by_magnitude(total: int, weights: Sequence[npt.NDArray[np.floating]]) -> list[int]:
-    """The counts that keep the `total` largest magnitudes of the whole network.
+    """Gives every layer the weights that are among the `total` largest magnitudes of the network.
 
     Args:
-        total: active weights in all.
-        weights: the sparse weights, any shape.
+        total: number of active weights of the network.
+        weights: the sparse weights, arrays of any shape.
 
     Returns:
-        Active weights per layer, at least one each; they sum to `total`. Ties at the cut go to the earlier layer.
+        Number of active weights per layer, at least one each; they sum to `total`. Of equal magnitudes, earlier
+        layers get theirs.
     """
     magnitudes = [np.abs(weight).reshape(-1) for weight in weights]
-    # The largest of each layer is kept whatever its rank, so it takes no part in the contest.
+    # The largest of each layer is kept whatever its rank, because no layer may be empty.
     for magnitude in magnitudes:
         magnitude[np.argmax(magnitude)] = np.inf
     everything = np.concatenate(magnitudes)
@@ -74,11 +76,11 @@ def by_magnitude(total: int, weights: Sequence[npt.NDArray[np.floating]]) -> lis
 
 
 def largest(magnitudes: npt.NDArray[np.floating], active: int) -> npt.NDArray[np.int64]:
-    """Positions of the largest entries of one layer, exactly `active` of them; of equal ones the earlier.
+    """Returns the flat positions of the `active` largest entries of one layer; of equal entries the earlier ones.
 
     Args:
-        magnitudes: non-negative, flat.
-        active: how many, at least 1.
+        magnitudes: non-negative values, shape (n,).
+        active: number of positions, at least 1.
     """
     if active >= magnitudes.size:
         return np.arange(magnitudes.size)

@@ -1,4 +1,4 @@
-"""Which parameter: its name, shape and matrix view, and why it is sparse or kept dense."""
+"""LayerSpec: name, shape and role of a parameter, and the reason why it is sparse or dense."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dsr_tool.sparsity.mask import MAX_RANK
 __all__ = ["LayerSpec", "matrix_shape"]
 
 _LARGEST = 1 << 40
-"""No file of ours has a tensor of more entries, and none a weight with more multiply-adds."""
+"""Upper bound of the entries of a tensor and of the multiply-adds of a weight that a file may claim."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class LayerSpec:
         shape: its shape.
         kind: type of the module that owns it (`Conv2d`, `MultiheadAttention`).
         role: `sparse`, `dense` (a weight or another parameter that stays dense) or `buffer`.
-        weight: whether it is a weight by type: convolution, linear, embedding or attention projection.
-        reason: why it has this role, in a few words for the reader of a report.
-        macs_per_weight: multiply-adds that each weight takes part in for one input; 0 where it is no weight.
+        weight: whether it is a weight by type: of a convolution, linear layer, embedding or attention projection.
+        reason: reason for the role, in a few words for reports.
+        macs_per_weight: multiply-adds per weight for one input; 0 if it is not a weight or not known.
     """
 
     name: str
@@ -44,22 +44,22 @@ class LayerSpec:
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """Rows and columns of the matrix view: first dimension by the product of all others."""
+        """Rows and columns of the matrix view: the first dimension by the product of the others."""
         return matrix_shape(self.shape)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Returns plain values for JSON."""
         return {**asdict(self), "shape": list(self.shape)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LayerSpec:
-        """The inverse of `to_dict`.
+        """Returns the spec of plain values, the inverse of `to_dict`.
 
         Raises:
-            FormatError: a field is missing, unknown, or of the wrong type.
+            FormatError: a field is missing, of the wrong type or out of range.
         """
         try:
-            # Fields that a newer version adds are left aside.
+            # Ignore fields that a newer minor version adds.
             known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
             spec = cls(**{**known, "shape": tuple(int(n) for n in data["shape"])})
             well_typed = (
@@ -70,17 +70,18 @@ class LayerSpec:
                 and 0 <= spec.macs_per_weight < _LARGEST
                 and len(spec.shape) <= MAX_RANK
                 and all(n >= (spec.role == "sparse") for n in spec.shape)
-                and math.prod(n or 1 for n in spec.shape) < _LARGEST  # numpy counts so, even where one of them is 0
+                # A size of 0 does not make the others harmless: numpy multiplies them as well.
+                and math.prod(n or 1 for n in spec.shape) < _LARGEST
             )
         except (ArithmeticError, TypeError, ValueError, KeyError) as error:
-            raise FormatError(f"layer entry {str(data)[:80]!r} is not understood: {error}.") from error
+            raise FormatError(f"layer entry {str(data)[:80]!r} is invalid: {error}.") from error
         if not well_typed:
             raise FormatError(f"layer entry {str(data)[:80]!r} has a value of the wrong type or range.")
         return spec
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of the matrix view of a shape; vectors and scalars are one row."""
+    """Returns rows and columns of the matrix view of a shape; vectors and scalars have one row."""
     if len(shape) < 2:
         return 1, math.prod(shape)
     return shape[0], math.prod(shape[1:])

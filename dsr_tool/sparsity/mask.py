@@ -1,4 +1,4 @@
-"""Which entries of one parameter are active: bits, count, positions."""
+"""Mask: the active entries of one parameter, as bits or positions."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from dsr_tool.errors import FormatError
 __all__ = ["MAX_RANK", "Mask", "entropy_bound_bits"]
 
 MAX_RANK = 32
-"""Largest number of dimensions of a tensor, the limit of numpy before 2.0."""
+"""Largest number of dimensions of a tensor: the limit of numpy before version 2.0."""
 
 
 def entropy_bound_bits(size: int, active: int) -> float:
-    """log2 C(size, active): bits that any code needs for a mask of which only the count is known."""
+    """Returns log2 C(size, active): the bits that any code needs for a mask if only its count is known."""
     lgamma = math.lgamma
     nats = lgamma(size + 1) - lgamma(active + 1) - lgamma(size - active + 1)
     return max(nats / math.log(2), 0.0)
@@ -28,12 +28,12 @@ def entropy_bound_bits(size: int, active: int) -> float:
 class Mask:
     """The active entries of one parameter, as sorted flat positions in row-major order.
 
-    A grown weight starts at zero, so a mask says more than which weights differ from zero.
+    A grown weight starts at zero, so the mask cannot be computed from the weights.
 
     Attributes:
         shape: shape of the parameter.
-        stored: strictly increasing int64 flat positions of the active entries, shape (active,); None for all, so that
-            dense parameters cost nothing.
+        stored: strictly increasing int64 flat positions of the active entries, shape (active,); None if all entries are
+            active, so that masks of dense parameters need no memory.
     """
 
     shape: tuple[int, ...]
@@ -41,30 +41,30 @@ class Mask:
 
     @classmethod
     def from_bool(cls, active: npt.NDArray[np.bool_]) -> Mask:
-        """The mask of a boolean array, True where active."""
+        """Returns the mask of a boolean array that is True where active."""
         return cls(active.shape, None if active.all() else np.flatnonzero(active).astype(np.int64, copy=False))
 
     @classmethod
     def full(cls, shape: tuple[int, ...]) -> Mask:
-        """The mask of a dense parameter: everything is active."""
+        """Returns the mask of a dense parameter: all entries are active."""
         return cls(shape)
 
     @classmethod
     def from_bits(cls, bits: npt.NDArray[np.uint8], shape: tuple[int, ...]) -> Mask:
-        """The mask stored as packed bits, first entry in the highest bit of the first byte.
+        """Returns the mask of packed bits, with the first entry in the highest bit of the first byte.
 
         Raises:
-            FormatError: the bytes do not fit the shape, or a padding bit is set.
+            FormatError: the number of bytes does not fit the shape, or a padding bit is set.
         """
         size = math.prod(shape)
         if bits.dtype != np.uint8 or bits.shape != ((size + 7) // 8,):
             raise FormatError(
-                f"a mask of shape {shape} takes {(size + 7) // 8} bytes, but {bits.shape} of {bits.dtype} were given; "
-                f"the file was written for another model or is damaged."
+                f"a mask of shape {shape} needs {(size + 7) // 8} bytes, but has {bits.shape} of {bits.dtype}; the "
+                f"file was written for another model or is damaged."
             )
         unpacked = np.unpackbits(bits)
         if unpacked[size:].any():
-            raise FormatError(f"a mask of shape {shape} has bits set past its end; the file is damaged.")
+            raise FormatError(f"a mask of shape {shape} has bits set after its last entry; the file is damaged.")
         return cls.from_bool(unpacked[:size].reshape(shape).view(np.bool_))
 
     @property
@@ -93,13 +93,13 @@ class Mask:
         return np.packbits(self.to_bool().reshape(-1))
 
     def equals(self, other: Mask) -> bool:
-        """Whether the same entries of the same shape are active."""
+        """Returns whether both masks have the same shape and the same active entries."""
         if self.shape != other.shape or self.active != other.active:
             return False
         return self.active == self.size or np.array_equal(self.positions, other.positions)
 
     def to_bool(self) -> npt.NDArray[np.bool_]:
-        """Boolean array of `shape`, True where active."""
+        """Returns a boolean array of `shape` that is True where active."""
         if self.stored is None:
             return np.ones(self.shape, dtype=np.bool_)
         flat = np.zeros(self.size, dtype=np.bool_)
@@ -108,5 +108,5 @@ class Mask:
 
     @property
     def entropy_bound_bits(self) -> float:
-        """log2 C(size, active), the bits that this mask needs at least."""
+        """Lower bound of the bits of an encoded mask: log2 C(size, active)."""
         return entropy_bound_bits(self.size, self.active)

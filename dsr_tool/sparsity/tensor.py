@@ -1,4 +1,4 @@
-"""A parameter as its mask and the values at the active positions."""
+"""SparseTensor: a parameter as its mask and the values of the active entries."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Array: TypeAlias = npt.NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class SparseTensor:
-    """A parameter as its mask and the values at the active positions.
+    """A parameter as its mask and the values of the active entries.
 
     Attributes:
-        mask: the active positions.
-        values: shape (mask.active,), in the order of the positions.
+        mask: active entries.
+        values: their values, shape (mask.active,), in the order of the positions.
     """
 
     mask: Mask
@@ -29,15 +29,15 @@ class SparseTensor:
 
     @classmethod
     def from_dense(cls, array: Array, mask: Mask) -> SparseTensor:
-        """Gather the values of `array` under `mask`; under a full one they share its memory."""
+        """Gathers the values of `array` under `mask`. With a full mask they share the memory of `array`."""
         flat = array.reshape(-1)
         return cls(mask, flat if mask.stored is None else flat[mask.stored])
 
     def to_dense(self, out: Array | None = None) -> Array:
-        """The parameter with exact (positive) zeros outside the mask; under a full one it shares memory.
+        """Returns the parameter with +0 outside the mask. With a full mask and no `out`, it shares memory.
 
         Args:
-            out: zeros to write into, shape (size,); a new array when absent.
+            out: array of zeros, shape (size,), to write to; default: a new array.
         """
         if self.mask.stored is None:
             if out is None:
@@ -54,7 +54,7 @@ Weight: TypeAlias = Array | SparseTensor
 
 
 def dense(weight: Weight) -> Array:
-    """The weight with its zeros."""
+    """Returns a weight as an array with its zeros."""
     if not isinstance(weight, SparseTensor):
         return weight
     if weight.mask.active == weight.mask.size:

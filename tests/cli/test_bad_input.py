@@ -26,8 +26,8 @@ def bad(run, folder, *arguments):
     ("arguments", "code", "says"),
     [
         (["resnet81", "--sparsity", "0.9"], 2, "did you mean resnet18"),
-        (["resnet18", "--sparsity", "1"], 2, "from 0 up to but not including 1"),
-        (["resnet18", "--sparsity", "-0.1"], 2, "from 0 up to but not including 1"),
+        (["resnet18", "--sparsity", "1"], 2, "is not in [0, 1)"),
+        (["resnet18", "--sparsity", "-0.1"], 2, "is not in [0, 1)"),
         (["resnet18", "--sparsity", "ninety"], 2, "fraction of zeros"),
         (["resnet18"], 2, "exactly one of --sparsity and --budget"),
         (["resnet18", "--sparsity", "0.9", "--budget", "1Mparams"], 2, "exactly one"),

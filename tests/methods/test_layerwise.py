@@ -223,7 +223,7 @@ def test_gmp_on_a_sparse_model_is_refused_before_the_first_step():
         ("set", {"drop_fraction": 0}, "set --drop-fraction 0 is not"),
         ("rigl", {"drop_fraction": 1.5}, "rigl --drop-fraction 1.5 is not"),
         ("gmp", {}, "needs a final sparsity"),
-        ("gmp", {"final_sparsity": 1}, "gmp --final-sparsity 1 is not allowed"),
+        ("gmp", {"final_sparsity": 1}, "gmp --final-sparsity 1 is not in .0, 1."),
         ("gmp", {"final_sparsity": 0.5, "scope": "globl"}, "did you mean global"),
         ("static", {"threshold": 1}, "goes with method dsr, not with static"),
         ("dsr", {"drop_fraction": 0.5}, "goes with method set, rigl or neuron-set, not with dsr"),
