@@ -1,4 +1,4 @@
-"""A reader written from docs/format.md alone, with numpy, zlib and json, on frozen files and a fresh one."""
+"""A reader written from docs/format.md alone, with numpy, zlib and json, reads frozen files and fresh ones."""
 
 import hashlib
 import importlib.util
@@ -134,6 +134,19 @@ def test_frozen_archives_stay_readable(recipe, file):
         np.testing.assert_array_equal(tensor.mask.positions, recipe.active(name))
         assert tensor.values.tobytes() == recipe.values(name, file).tobytes()
     np.testing.assert_array_equal(archive.graph.constants["k"], [1, -2])
+
+
+def test_the_writer_writes_the_frozen_bytes(recipe, tmp_path):
+    recipe.main(tmp_path)
+    for file in FILES:
+        (_, frozen), (_, fresh) = container(GOLDEN / f"{file}.dsr"), container(tmp_path / f"{file}.dsr")
+        assert frozen.keys() == fresh.keys()
+        for name in frozen.keys() - {":manifest"}:
+            assert fresh[name].tobytes() == frozen[name].tobytes()
+        # The description has gained a field since the files were frozen.
+        old, new = (json.loads(zlib.decompress(streams[":manifest"])) for streams in (frozen, fresh))
+        assert new["model"].pop("width") == 1
+        assert new == old
 
 
 def test_frozen_archives_hold_every_codec():

@@ -1,4 +1,4 @@
-"""A small model and its archive, and a way to change what an archive says."""
+"""A small model, its archive, and a function that edits the manifest of an archive."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from dsr_tool.sparsity.tensor import SparseTensor
 
 @pytest.fixture
 def small_model():
-    """Tensors, specs, graph and description of one layer with a bias and a buffer."""
+    """Returns tensors, specs, graph and description of one layer with a bias and a buffer."""
     rng = np.random.default_rng(0)
     mask = Mask.from_bool(rng.random((8, 40)) < 0.2)
     full = Mask((8,), np.arange(8))
@@ -40,7 +40,7 @@ def small_model():
 
 @pytest.fixture
 def archive(tmp_path, small_model):
-    """The path of an archive of it."""
+    """Returns the path of its archive."""
     path = tmp_path / "net.dsr"
     write_archive(path, *small_model)
     return path
@@ -48,7 +48,7 @@ def archive(tmp_path, small_model):
 
 @pytest.fixture
 def rewrite():
-    """Changes the manifest of an archive, other streams and metadata, and makes its checksum match again."""
+    """Returns a function that changes manifest, streams and metadata of an archive and updates the checksum."""
 
     def rewritten(path, change, metadata=None, streams=None):
         with safe_open(path, framework="np") as file:

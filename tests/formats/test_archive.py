@@ -17,7 +17,7 @@ from dsr_tool.sparsity.tensor import SparseTensor
 
 
 @pytest.mark.parametrize("encoding", ["auto", *CODECS])
-def test_every_bit_comes_back(tmp_path, encoding, small_model):
+def test_an_archive_round_trips_bit_for_bit(tmp_path, encoding, small_model):
     tensors, specs, graph, config = small_model
     write_archive(tmp_path / "a.dsr", tensors, specs, graph, config, encoding=encoding)
     archive = open_archive(tmp_path / "a.dsr")
@@ -33,7 +33,7 @@ def test_every_bit_comes_back(tmp_path, encoding, small_model):
 @pytest.mark.parametrize("encoding", ["auto", "dense"])
 @pytest.mark.parametrize("shape", [(), (0,), (5, 0), (0, 5, 2)])
 @pytest.mark.parametrize("role", ["dense", "buffer"])
-def test_tensors_of_one_entry_or_none_come_back(tmp_path, encoding, shape, role, small_model):
+def test_tensors_with_one_or_no_entry_round_trip(tmp_path, encoding, shape, role, small_model):
     tensors, specs, graph, config = small_model
     mask = Mask.full(shape)
     for name, dtype, weight in (("a.odd", np.float32, True), ("b.odd", np.float32, False), ("c.odd", np.int64, False)):
@@ -97,7 +97,7 @@ def test_other_majors_are_refused(archive, version, rewrite):
         open_archive(archive)
 
 
-def test_files_of_another_kind_are_refused(tmp_path):
+def test_files_that_are_not_archives_are_refused(tmp_path):
     save_file({"a": np.zeros(3, np.float32)}, tmp_path / "plain.safetensors")
     with pytest.raises(FormatError, match="not a dsr archive"):
         open_archive(tmp_path / "plain.safetensors")
@@ -118,7 +118,7 @@ def test_a_tensor_name_that_would_hide_a_stream_is_refused(tmp_path, small_model
         write_archive(tmp_path / "a.dsr", tensors, specs, graph, config, encoding="bitmask")
 
 
-def test_everything_at_once_is_each_alone(archive, small_model):
+def test_dense_equals_each_tensor_decoded_by_itself(archive, small_model):
     tensors, *_ = small_model
     dense = open_archive(archive).dense()
     assert list(dense) == list(tensors)

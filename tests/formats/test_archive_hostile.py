@@ -1,4 +1,4 @@
-"""Archives that somebody damaged or made up: a clear error, and never much memory or time."""
+"""Damaged and hostile archives: each is refused with a FormatError, without much memory or time."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from dsr_tool.formats.archive import open_archive
 from dsr_tool.formats.tensor_file import TensorFile
 
 
-def test_every_flipped_byte_is_noticed(archive, tmp_path):
+def test_every_flipped_byte_is_detected(archive, tmp_path):
     reference = {name: tensor.values.tobytes() for name, tensor in open_archive(archive)}
     raw, damaged = archive.read_bytes(), tmp_path / "damaged.dsr"
     for at in range(0, len(raw), 3):
@@ -25,7 +25,7 @@ def test_every_flipped_byte_is_noticed(archive, tmp_path):
     assert {name: tensor.values.tobytes() for name, tensor in open_archive(archive)} == reference
 
 
-def test_every_truncation_is_noticed(archive, tmp_path):
+def test_every_truncation_is_detected(archive, tmp_path):
     raw, cut = archive.read_bytes(), tmp_path / "cut.dsr"
     for length in range(0, len(raw), 7):
         cut.write_bytes(raw[:length])
@@ -33,7 +33,7 @@ def test_every_truncation_is_noticed(archive, tmp_path):
             open_archive(cut).check()
 
 
-def test_a_claim_of_terabytes_is_refused_before_anything_is_made(archive, rewrite):
+def test_a_claim_of_terabytes_is_refused_before_anything_is_allocated(archive, rewrite):
     rewrite(archive, lambda manifest: manifest["tensors"][0].update(shape=[1 << 20, 1 << 19], active=0))
     with pytest.raises(FormatError, match="claims 2,7"):
         open_archive(archive)
@@ -95,7 +95,7 @@ def test_manifests_that_disagree_with_the_file_are_refused(archive, change, rewr
 
 
 def parse(path):
-    """Header and data of a safetensors file."""
+    """Returns header and data of a safetensors file."""
     raw = path.read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
     return json.loads(raw[8:start]), raw[start:]
@@ -141,7 +141,7 @@ def twice(header):
         lambda h: b"\xff" * 20,
     ],
 )
-def test_headers_that_are_not_plain_are_refused(archive, change):
+def test_malformed_headers_are_refused(archive, change):
     header, data = parse(archive)
     changed = change(header)
     build(archive, changed if isinstance(changed, bytes) else header, data)
@@ -175,7 +175,7 @@ def test_safetensors_reads_the_same_from_every_file_that_is_accepted(tmp_path, a
 
 @pytest.mark.parametrize("stream", [":manifest", ":graph"])
 @pytest.mark.parametrize("text", [b" " * (80 << 20), b"[" * (3 << 20), b"\xff", b"[]", b"{}"])
-def test_documents_without_end_or_sense_are_refused(archive, stream, text, rewrite):
+def test_documents_that_are_too_long_or_malformed_are_refused(archive, stream, text, rewrite):
     packed = np.frombuffer(zlib.compress(text, 9), np.uint8)
     if stream == ":graph":
         rewrite(archive, lambda manifest: manifest.update(graph_crc32=zlib.crc32(packed)), streams={stream: packed})

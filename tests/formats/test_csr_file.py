@@ -1,4 +1,4 @@
-"""The .npz of CSR matrices: what scipy and numpy make of it, and what is refused before scipy sees it."""
+"""CSR files: scipy and numpy read them, and invalid ones are refused before scipy gets them."""
 
 import json
 import math
@@ -44,14 +44,14 @@ def write(path, weights, rest=None):
 
 @pytest.fixture
 def small(tmp_path):
-    """A file with one weight of 4 x 6 with 2, 0, 3 and 1 active entries in its rows, and a bias."""
+    """Returns a file with a bias and a 4 x 6 weight whose rows have 2, 0, 3 and 1 active entries."""
     mask = Mask((4, 6), np.array([1, 4, 12, 14, 17, 23]))
     weights = {"fc.weight": SparseTensor(mask, np.arange(1, 7, dtype=np.float32))}
     return write(tmp_path / "small.npz", weights, {"fc.bias": np.ones(4, np.float32)})
 
 
 def resave(path, change):
-    """The file as numpy itself writes it after `change` has had its arrays and its description."""
+    """Lets `change` edit the arrays and the description of a file, and writes it again with numpy."""
     with np.load(path) as file:
         arrays = dict(file)
     document = json.loads(arrays.pop(":description").tobytes())
@@ -111,7 +111,7 @@ def test_equal_models_make_equal_bytes_and_every_byte_is_accounted_for(tmp_path)
     assert parts == file.nbytes == one.stat().st_size
 
 
-def test_what_numpy_saves_again_is_read(small):
+def test_a_file_saved_again_by_numpy_is_read(small):
     resave(small, lambda arrays, document: None)
     assert load_csr(small)["fc.weight"].nnz == 6
 
@@ -178,7 +178,7 @@ DOCUMENTS = {
 
 
 @pytest.mark.parametrize("change", [*MATRICES.values(), *DOCUMENTS.values()], ids=[*MATRICES, *DOCUMENTS])
-def test_what_does_not_fit_is_a_format_error(small, change):
+def test_arrays_that_disagree_with_the_description_are_refused(small, change):
     resave(small, change)
     with pytest.raises(FormatError, match="small.npz"):
         load_csr(small)
@@ -198,13 +198,13 @@ def test_row_pointers_without_columns_are_checked_too(tmp_path):
 @pytest.mark.parametrize(
     "text", [b"", b"{", b"[]", b"\xff", b"[" * 20000, b'{"schema": "dsr-tool/csr/2"}', b'{"a":1,"a":1}']
 )
-def test_descriptions_that_are_none(tmp_path, text):
+def test_malformed_descriptions_are_refused(tmp_path, text):
     np.savez(tmp_path / "m.npz", **{":description": np.frombuffer(text, np.uint8)})
     with pytest.raises(FormatError, match="m.npz"):
         load_csr(tmp_path / "m.npz")
 
 
-def test_files_of_others_are_told_apart_from_damaged_ones(tmp_path):
+def test_other_npz_files_are_distinguished_from_damaged_ones(tmp_path):
     np.savez(tmp_path / "data.npz", x=np.zeros(3))
     scipy.sparse.save_npz(tmp_path / "matrix.npz", scipy.sparse.eye(3, format="csr"))
     for name in ("data.npz", "matrix.npz"):
@@ -220,14 +220,14 @@ def test_a_file_that_claims_too_much_is_refused(small):
 
 
 @pytest.mark.parametrize("name", ["a/b", "a\\b", ":description", "w:data"])
-def test_names_that_cannot_be_kept_apart(tmp_path, name):
+def test_names_that_collide_in_a_npz_file_are_refused(tmp_path, name):
     with pytest.raises(UsageError, match="rename the module"):
         write(tmp_path / "m.npz", {"w": sparse((3, 4), 0.5, 0)}, {name: np.zeros(3)})
 
 
 @settings(max_examples=300, deadline=None)
 @given(at=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
-def test_a_flipped_byte_is_noticed_or_changes_nothing(tmp_path_factory, at, flip):
+def test_a_flipped_byte_is_detected_or_harmless(tmp_path_factory, at, flip):
     folder = tmp_path_factory.getbasetemp() / "flips"
     folder.mkdir(exist_ok=True)
     path = folder / "m.npz"

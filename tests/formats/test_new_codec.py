@@ -1,4 +1,4 @@
-"""A codec is one entry of the table: archive, manifest, footprint and report take up a new one by themselves."""
+"""A codec is one entry of the table: archive, manifest, footprint and report use a new one without further edits."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def decode(streams, shape, active, dtype):
 
 @pytest.fixture
 def toy(monkeypatch):
-    """16-bit positions, in a copy of the table."""
+    """Returns a codec with 16-bit positions, which is in the table during the test."""
     codec = Codec("toy", "small weights", encode, decode, column=Column("toy", "Toy, 16-bit positions"))
     monkeypatch.setitem(CODECS, "toy", codec)
     return codec
@@ -59,7 +59,7 @@ def test_a_new_codec_has_its_column_in_footprint_and_report(toy, small_model):
     assert codecs.size_columns()["toy"].label == "Toy, 16-bit positions"
 
 
-def test_without_it_such_a_file_is_refused(tmp_path, small_model, monkeypatch):
+def test_a_file_with_an_unknown_codec_is_refused(tmp_path, small_model, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(CODECS, "toy", Codec("toy", "small weights", encode, decode))
         write_archive(tmp_path / "a.dsr", *small_model, encoding="toy")

@@ -103,7 +103,7 @@ def test_methods_without_a_bounded_reader_are_refused(tmp_path, method):
 
 
 def patched(path, offset, data, *, directory):
-    """Overwrite part of the first directory entry, or of the end of the directory."""
+    """Overwrites part of the first directory entry, or of the end record."""
     raw = bytearray(path.read_bytes())
     at = raw.index(b"PK\x01\x02") if directory else raw.rindex(b"PK\x05\x06")
     raw[at + offset : at + offset + len(data)] = data

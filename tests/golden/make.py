@@ -1,4 +1,4 @@
-"""Writes the frozen archives that every later version must read; run once per format version."""
+"""Writes the frozen archives that every later version must read. Run once per format version."""
 
 from pathlib import Path
 
@@ -28,14 +28,14 @@ FILES = ("delta", "bitmask", "csr", "dense", "auto", "fp16")
 
 
 def active(name: str) -> np.ndarray:
-    """Which entries are active, by arithmetic alone."""
+    """Returns the positions of the active entries, by arithmetic alone."""
     i = np.arange(int(np.prod(SHAPES[name])))
     rule = {"conv": i % 7 == 3, "far": i % 601 == 600, "most": i % 3 != 1, "rows": i * i % 5 == 1}
     return np.flatnonzero(rule.get(name, i >= 0))
 
 
 def values(name: str, file: str) -> np.ndarray:
-    """Their values, exact in float16, with a negative zero."""
+    """Returns their values, exact in float16, with a negative zero."""
     if name == "steps":
         return np.array([70_000], np.int64)
     if name == "flags":
@@ -45,8 +45,8 @@ def values(name: str, file: str) -> np.ndarray:
     return found.astype(np.float16) if file == "fp16" and name in WEIGHTS else found
 
 
-def main() -> None:
-    """Write the files beside this script."""
+def main(folder: Path = Path(__file__).parent) -> None:
+    """Writes the files to a folder."""
     roles = {"fc": "dense", "kept": "dense", "shift": "dense", "scale": "dense", "steps": "buffer", "flags": "buffer"}
     specs = {
         name: LayerSpec(name, shape, "Linear", roles.get(name, "sparse"), name in WEIGHTS, "golden", 1.0)
@@ -64,12 +64,11 @@ def main() -> None:
     for file in FILES:
         tensors = {name: SparseTensor(mask(name), values(name, file)) for name in SHAPES}
         encoding = "auto" if file == "fp16" else file
-        path = Path(__file__).with_name(f"{file}.dsr")
-        write_archive(path, tensors, specs, graph, config, encoding=encoding, force=True)
+        write_archive(folder / f"{file}.dsr", tensors, specs, graph, config, encoding=encoding, force=True)
 
 
 def mask(name: str) -> Mask:
-    """The mask of one tensor."""
+    """Returns the mask of one tensor."""
     full = len(active(name)) == np.prod(SHAPES[name])
     return Mask(SHAPES[name], None if full else active(name))
 

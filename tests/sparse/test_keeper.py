@@ -1,4 +1,4 @@
-"""Whatever the optimizer: outside the masks everything is exactly zero after every step, and the count is exact."""
+"""After every step of any optimizer, everything outside the masks is exactly zero and the count is exact."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def outside_is_zero(model, optimizer):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_everything_outside_stays_zero_while_weights_move(name, memory_format):
+def test_weights_gradients_and_state_outside_the_masks_stay_zero_during_reallocation(name, memory_format):
     model = network(memory_format)
     optimizer = OPTIMIZERS[name](model.module.parameters())
     method = DSR(ReallocationSchedule(((0, 2),), 100), target=0.2, threshold=0.02)
@@ -81,7 +81,7 @@ def test_everything_outside_stays_zero_while_weights_move(name, memory_format):
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.8])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_other_methods_leave_nothing_outside_either(name, sparsity):
+def test_no_method_leaves_values_outside_the_masks(name, sparsity):
     model = network(sparsity=sparsity)
     optimizer = OPTIMIZERS[name](model.module.parameters())
     schedule = ReallocationSchedule(((0, 2),), 6)
@@ -93,7 +93,7 @@ def test_other_methods_leave_nothing_outside_either(name, sparsity):
     model.check()
 
 
-def test_moved_weights_start_over():
+def test_reallocated_weights_start_at_zero_with_zero_state():
     model = network()
     optimizer = OPTIMIZERS["adam"](model.module.parameters())
     seen = {}
@@ -128,7 +128,7 @@ def test_a_dense_step_and_a_full_mask_agree_bit_for_bit():
         assert torch.equal(a, b)
 
 
-def test_infinite_gradients_outside_the_mask_do_no_harm():
+def test_infinite_gradients_outside_the_mask_are_zeroed():
     model = network()
     optimizer = OPTIMIZERS["sgd-momentum"](model.module.parameters())
     attach(model, optimizer, "static", total_steps=1)
@@ -140,7 +140,7 @@ def test_infinite_gradients_outside_the_mask_do_no_harm():
     assert all(torch.isfinite(weight).all() for weight in model.module.parameters())
 
 
-def test_steps_with_a_closure_are_masked_too():
+def test_a_step_with_a_closure_leaves_nothing_outside_the_masks():
     model = network()
     optimizer = optim.LBFGS(model.module.parameters(), max_iter=2)
     attach(model, optimizer, "static", total_steps=1)
@@ -161,7 +161,7 @@ def test_an_optimizer_of_other_parameters_is_refused():
         attach(model, optim.SGD([nn.Parameter(torch.ones(1))], lr=1), "static", total_steps=1)
 
 
-def test_hooks_come_off():
+def test_remove_takes_the_hooks_off_the_optimizer():
     model = network()
     optimizer = OPTIMIZERS["sgd"](model.module.parameters())
     attached = attach(model, optimizer, "dsr", total_steps=100)
@@ -175,7 +175,7 @@ def momentum(model):
     return OPTIMIZERS["sgd-momentum"](model.module.parameters())
 
 
-def test_moving_to_where_it_is_keeps_the_masks():
+def test_moving_a_model_to_its_own_device_keeps_the_mask_tensors():
     model = network()
     optimizer = momentum(model)
     attach(model, optimizer, DSR(ReallocationSchedule(((0, 1),), 100), target=0.2, threshold=0.1))
@@ -184,7 +184,7 @@ def test_moving_to_where_it_is_keeps_the_masks():
     model.check()
 
 
-def test_a_module_moved_by_itself_takes_its_masks_along():
+def test_masks_follow_a_module_that_is_moved_by_itself():
     model = network()
     model.module.to(memory_format=torch.channels_last)
     optimizer = momentum(model)
@@ -193,7 +193,7 @@ def test_a_module_moved_by_itself_takes_its_masks_along():
     train(model, optimizer, 2, lambda: outside_is_zero(model, optimizer))
 
 
-def test_masks_replaced_after_attaching_are_noticed():
+def test_masks_replaced_after_attaching_are_refused():
     model = network()
     optimizer = momentum(model)
     attach(model, optimizer, "static")
@@ -233,7 +233,7 @@ def test_a_method_that_refuses_the_model_leaves_the_optimizer_free():
     attach(model, optimizer, "static")
 
 
-def test_a_method_by_name_takes_its_options():
+def test_options_need_a_method_by_name():
     model = network(sparsity=0)
     optimizer = momentum(model)
     attached = attach(model, optimizer, "gmp", total_steps=4, final_sparsity=0.9)
@@ -244,7 +244,7 @@ def test_a_method_by_name_takes_its_options():
         attach(model, optimizer, attached.method, scope="global")
 
 
-def test_frozen_weights_are_left_alone():
+def test_frozen_weights_are_not_masked_or_reallocated():
     model = network()
     model.weights["0.weight"].requires_grad_(False)
     frozen = model.weights["0.weight"].detach().clone()
@@ -257,7 +257,7 @@ def test_frozen_weights_are_left_alone():
     assert model.active_weights == active
 
 
-def test_deterministic_algorithms_reallocate_alike():
+def test_deterministic_algorithms_give_the_same_reallocation():
     masks = []
     for deterministic in (False, True):
         model = network(torch.channels_last)
@@ -272,7 +272,7 @@ def test_deterministic_algorithms_reallocate_alike():
     assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
 
 
-def test_clipping_after_masking_counts_kept_gradients_only():
+def test_gradient_clipping_after_masking_counts_active_weights_only():
     model = network()
     optimizer = momentum(model)
     moves = attach(model, optimizer, "static")
@@ -293,7 +293,7 @@ def test_sparse_gradients_are_refused():
         optimizer.step()
 
 
-def test_an_eps_of_zero_leaves_no_nan_outside():
+def test_eps_of_zero_leaves_no_nan_outside_the_masks():
     model = network()
     optimizer = optim.Adam(model.module.parameters(), eps=0)
     attach(model, optimizer, "static")

@@ -15,7 +15,7 @@ from dsr_tool.sparse.discover import Rules, count, discover
 
 
 class Attention(nn.Module):
-    """One of every kind of parameter."""
+    """A module with one of every kind of parameter."""
 
     def __init__(self):
         super().__init__()
@@ -105,7 +105,7 @@ def test_macs_of_resnet18_and_attention():
     }
 
 
-def test_magnitude_keeps_the_largest_and_random_does_not_look():
+def test_magnitude_keeps_the_largest_weights_and_random_any():
     torch.manual_seed(0)
     layer = nn.Linear(64, 32)
     before = layer.weight.detach().clone()
@@ -121,7 +121,7 @@ def small(**options):
     return convert("squeezenet1_1", sparsity=0.9, num_classes=5, input_size=64, **options)
 
 
-def test_folder_and_back_bit_for_bit(tmp_path):
+def test_a_saved_folder_loads_bit_for_bit(tmp_path):
     model = small()
     model.save(tmp_path / "m")
     again = load(tmp_path / "m")
@@ -142,7 +142,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
-def test_dense_weights_loaded_over_a_sparse_model_are_noticed(tmp_path):
+def test_dense_weights_loaded_over_a_sparse_model_fail_the_check(tmp_path):
     model = small()
     model.module.load_state_dict(models.squeezenet1_1(num_classes=5).state_dict())
     with pytest.raises(CheckFailed, match="outside its mask"):
@@ -152,7 +152,7 @@ def test_dense_weights_loaded_over_a_sparse_model_are_noticed(tmp_path):
     model.save(tmp_path / "m")
 
 
-def test_existing_folders_stay(tmp_path):
+def test_an_existing_folder_is_kept_without_force(tmp_path):
     model = small()
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "mine").write_text("keep")
@@ -224,14 +224,14 @@ def test_damaged_folders_are_refused_in_one_sentence(tmp_path, file, damage, err
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_model_folder(tmp_path):
+def test_folders_that_are_not_model_folders_are_refused(tmp_path):
     with pytest.raises(FileError, match="does not exist"):
         load(tmp_path / "nothing")
     with pytest.raises(FileError, match="is not a model folder"):
         load(tmp_path)
 
 
-def test_modules_of_ones_own_come_back_with_a_fresh_module(tmp_path):
+def test_a_users_module_is_loaded_into_a_fresh_module(tmp_path):
     torch.manual_seed(0)
     model = convert(nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4)), sparsity=0.5)
     model.save(tmp_path / "m")
@@ -274,13 +274,13 @@ def test_macs_of_modules_with_buffers_outside_the_state_and_other_types():
 
 
 @pytest.mark.parametrize("seed", [-1, 1 << 63])
-def test_seeds_out_of_range(seed):
+def test_seeds_out_of_range_are_refused(seed):
     with pytest.raises(UsageError, match="seed"):
         convert("squeezenet1_1", sparsity=0.5, seed=seed)
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
-def test_inputs_of_models_that_normalise_themselves(name, tmp_path):
+def test_models_that_normalise_their_input_get_an_equivalent_preprocessing(name, tmp_path):
     """torchvision builds these with transform_input for its own weights; ours must compute the same from a picture."""
     theirs = models.get_model(name, init_weights=False, transform_input=True).eval()
     save_file(theirs.state_dict(), tmp_path / "w.safetensors")
@@ -295,7 +295,7 @@ def test_inputs_of_models_that_normalise_themselves(name, tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
-def test_force_replaces_no_folder_of_others(tmp_path):
+def test_force_does_not_replace_a_folder_of_another_program(tmp_path):
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(FileError, match="something else"):
@@ -303,7 +303,7 @@ def test_force_replaces_no_folder_of_others(tmp_path):
     assert (tmp_path / "bert" / "config.json").read_text() == '{"model_type": "bert"}'
 
 
-def test_a_replacement_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
+def test_a_failed_replacement_restores_the_old_folder(tmp_path, monkeypatch):
     small().save(tmp_path / "m")
     before = (tmp_path / "m" / "model.safetensors").read_bytes()
     rename = Path.replace

@@ -1,4 +1,4 @@
-"""Capture of modules: what the graph computes is checked by running it in ONNX Runtime."""
+"""Tracing of modules. ONNX Runtime runs each graph, and the outputs are compared with the module's."""
 
 from collections import Counter
 
@@ -16,7 +16,7 @@ from dsr_tool.sparse.trace import trace
 
 
 def run(graph, module, x):
-    """The graph with the module's weights, in ONNX Runtime, written out without any code of the exporters."""
+    """Runs the graph with the module's weights in ONNX Runtime, without any code of the exporters."""
     state = {name: tensor.detach().numpy() for name, tensor in module.state_dict().items()}
     arrays = {**graph.constants, **{name: state[name] for name in graph.parameters}}
     nodes = [helper.make_node(n.op, n.inputs, n.outputs, **n.attributes) for n in graph]
@@ -90,7 +90,7 @@ def small():
     )  # fmt: skip
 
 
-def test_resnet18_names_its_parameters_and_nothing_else():
+def test_the_parameters_of_resnet18_have_their_state_dict_names():
     module = models.resnet18(num_classes=10)
     graph = check(module, (3, 64, 64))
     counters = [name for name in module.state_dict() if name.endswith("num_batches_tracked")]
@@ -114,26 +114,26 @@ def test_attention_is_captured_as_plain_operators_with_its_packed_weight():
     assert {"MatMul", "Softmax"} <= {node.op for node in graph}
 
 
-def test_tied_weights_go_by_the_first_name_and_unused_ones_by_none():
+def test_tied_weights_have_the_first_name_and_unused_ones_do_not_appear():
     graph = check(Tied(), (4,))
     assert graph.parameters == ("first.weight", "first.bias", "second.bias")
     assert [array.tolist() for array in graph.constants.values()] == [[0.0, 1.0, 2.0, 3.0]]
 
 
-def test_a_filled_tensor_needs_no_array_attribute():
+def test_constant_of_shape_becomes_an_expand():
     assert "Expand" in {node.op for node in check(Full(), (4,))}
 
 
-def test_identity_still_has_an_output():
+def test_a_module_that_returns_its_input_has_an_identity_node():
     assert [node.op for node in check(nn.Identity(), (4,))] == ["Identity"]
 
 
-def test_a_mapping_gives_its_out():
+def test_of_a_mapping_the_entry_out_is_the_output():
     graph = check(Heads(("aux", "out")), (4,))
     assert graph.parameters == ("main.weight", "main.bias")
 
 
-def test_capture_leaves_the_module_and_the_random_state_alone():
+def test_capture_does_not_change_the_module_or_the_random_state():
     module = small()
     module[1].eval()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -162,7 +162,7 @@ def test_capture_is_deterministic_quiet_and_survives_json(capfd):
         (Heads(("one", "two")), (4,), "returns 2 tensors"),
     ],
 )
-def test_what_cannot_be_captured_is_a_usage_error(module, shape, words, capfd):
+def test_modules_that_cannot_be_captured_are_usage_errors(module, shape, words, capfd):
     with pytest.raises(UsageError, match=words):
         trace(module, shape)
     assert capfd.readouterr() == ("", "")

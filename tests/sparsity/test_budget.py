@@ -29,11 +29,11 @@ def test_without_bounds_each_part_is_within_one_of_its_share(shares, total):
         assert abs(part - total * share / sum(shares)) < 1 + 1e-6 * total
 
 
-def test_what_a_full_entry_cannot_hold_goes_to_the_others_in_proportion():
+def test_the_surplus_of_a_full_entry_goes_to_the_others_in_proportion():
     assert apportion(100, [50, 20, 30], [10, 1000, 1000]) == [10, 36, 54]
 
 
-def test_entries_without_a_share_take_what_is_left():
+def test_entries_without_a_share_get_the_rest():
     assert apportion(10, [1, 0], [4, 20]) == [4, 6]
 
 
@@ -53,7 +53,7 @@ def test_a_total_out_of_range_is_refused():
         (0.1, 10, 9),
     ],
 )
-def test_sparsity_counts_as_written_in_decimal(sparsity, prunable, active):
+def test_a_sparsity_counts_as_the_decimal_fraction_that_was_written(sparsity, prunable, active):
     assert Budget.of_sparsity(sparsity).active_weights(prunable, 99, 1) == active
 
 
@@ -63,7 +63,7 @@ def test_sparsity_outside_its_range_is_refused(sparsity):
         Budget.of_sparsity(sparsity)
 
 
-def test_a_sparsity_that_empties_layers_says_the_highest_reachable():
+def test_a_sparsity_that_would_empty_layers_names_the_highest_reachable_one():
     with pytest.raises(UsageError, match=r"highest reachable sparsity is 0\.9\."):
         Budget.of_sparsity(0.95).active_weights(100, 0, 10)
 
@@ -91,7 +91,7 @@ NOT_UNDERSTOOD = [
 
 
 @pytest.mark.parametrize("text", NOT_UNDERSTOOD)
-def test_budgets_that_are_not_understood(text):
+def test_texts_that_are_not_budgets_are_refused_with_examples(text):
     with pytest.raises(UsageError, match="5.1Mparams, 12MB, 12MiB, 300kB or 0.8GMACs"):
         Budget.parse(text)
 
@@ -99,7 +99,7 @@ def test_budgets_that_are_not_understood(text):
 @pytest.mark.parametrize(
     ("text", "meant"), [("12mb", "12MB"), ("12KB", "12kB"), ("12 mIb", "12MiB"), ("0.5Mparam", "0.5Mparams")]
 )
-def test_a_unit_in_another_case_is_not_guessed_but_offered(text, meant):
+def test_a_unit_in_another_case_is_suggested_and_not_accepted(text, meant):
     with pytest.raises(UsageError, match=f"did you mean {meant}\\?"):
         Budget.parse(text)
 
@@ -134,7 +134,7 @@ def test_every_unit_is_exact(text, kind, amount):
 
 
 @given(st.integers(0, 10**12), st.sampled_from(["kB", "MB", "GB", "KiB", "MiB", "GiB"]))
-def test_a_number_that_is_shown_is_near_and_its_bounds_enclose_it(amount, unit):
+def test_a_shown_amount_is_close_and_its_rounded_bounds_enclose_it(amount, unit):
     budget = Budget(bytes=1, unit=unit)
     factor = {"k": 1000, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}[unit[:-1]]
     shown, low, high = (
@@ -180,11 +180,11 @@ def test_a_budget_in_bytes_comes_back_from_the_record(text):
         {"budget_bytes": 12},
     ],
 )
-def test_records_without_a_budget_in_bytes_give_none(record):
+def test_records_without_a_valid_budget_in_bytes_return_none(record):
     assert Budget.of_record(record) is None
 
 
-def test_only_convert_knows_how_many_weights_fit_into_bytes():
+def test_active_weights_of_a_budget_in_bytes_need_the_model():
     with pytest.raises(UsageError, match="depends on the model"):
         Budget.parse("12MB").active_weights(100, 50, 2)
 

@@ -32,7 +32,7 @@ def test_erk_is_proportional_to_the_sum_of_dimensions():
     assert counts == [1340, 10300]
 
 
-def test_erk_pours_what_a_full_layer_cannot_hold_into_the_others():
+def test_erk_gives_the_surplus_of_a_full_layer_to_the_others():
     counts = erk(2000, [(4, 4), (100, 100), (200, 200)])
     assert counts[0] == 16
     assert counts[1:] == [661, 1323]
@@ -54,7 +54,7 @@ def test_by_magnitude_keeps_the_largest_of_the_whole_network(seed, position):
 
 
 @pytest.mark.parametrize("total", [3, 10, 29, 30])
-def test_ties_are_settled_exactly(total):
+def test_by_magnitude_is_exact_with_ties(total):
     weights = [np.ones((2, 5), np.float32), np.zeros(10, np.float32), np.ones(10, np.float32)]
     assert sum(by_magnitude(total, weights)) == total
     assert weights[0].max() == 1

@@ -13,7 +13,7 @@ layers = st.lists(
 
 @settings(deadline=None)
 @given(layers)
-def test_whole_units_come_as_near_as_they_can(layers):
+def test_whole_units_leave_less_than_the_smallest_unit_with_room(layers):
     sizes, units = [kernels * unit for kernels, unit, _ in layers], [unit for _, unit, _ in layers]
     counts = [max(round(part * size), unit) for size, unit, (_, _, part) in zip(sizes, units, layers, strict=True)]
     found = whole_units(counts, sizes, units)
@@ -28,7 +28,7 @@ def test_single_weights_make_the_total_exact():
     assert whole_units([100, 50, 30], [900, 90, 60], [9, 9, 1]) == [11, 5, 36]
 
 
-def test_what_a_kernel_is():
+def test_units_of_convolutions_are_kernels_and_of_other_layers_weights():
     assert unit_size((64, 32, 3, 3), "kernel") == 9 and unit_size((64, 32, 3, 3), "weight") == 1
     assert unit_size((10, 20), "kernel") == unit_size((10, 20, 1, 1), "kernel") == 1
     assert unit_size((8, 4, 3, 3, 3), "kernel") == 27
@@ -36,6 +36,6 @@ def test_what_a_kernel_is():
 
 
 @pytest.mark.parametrize("units", [[1, 1], [9, 9]])
-def test_one_size_keeps_the_proportions(units):
+def test_units_of_one_size_keep_the_proportions(units):
     found = whole_units([90, 180], [900, 900], units)
     assert found == [90 // units[0], 180 // units[0]] and math.isclose(found[1], 2 * found[0])
