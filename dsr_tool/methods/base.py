@@ -104,8 +104,9 @@ class Method(ABC):
         Raises:
             UsageError: a value is not allowed.
         """
+        constructor: Callable[..., Method] = cls  # each method has its own parameters
         schedule = cls.default_schedule(timing)
-        return cls(**options) if schedule is None else cls(schedule, **options)
+        return constructor(**options) if schedule is None else constructor(schedule, **options)
 
     def begin(self, sizes: Sequence[int], counts: Sequence[int]) -> None:  # noqa: B027 - most need no check
         """Checks the model before the first step.
