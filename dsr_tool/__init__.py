@@ -1,12 +1,12 @@
 """dsr-tool: sparse models at an exact budget, trained, exported small, and measured honestly.
 
-The names below are imported when they are first used, so that a deployed model never pays for torch.
+The public names below are imported when they are first used, so a program that only predicts never imports torch.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from converters.conversion import convert as convert
@@ -34,26 +34,16 @@ _PUBLIC = {
     "open_archive": "dsr_tool.formats.archive",
     "verify": "exporters.export",
 }
+"""Module of each public name. The imports above say the same to type checkers."""
 
-__all__ = [
-    "Session",
-    "SparseModel",
-    "attach",
-    "convert",
-    "export",
-    "footprint",
-    "load",
-    "load_csr",
-    "onnx_session",
-    "open_archive",
-    "verify",
-]
+__all__ = list(_PUBLIC)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'dsr_tool' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    value: object = getattr(importlib.import_module(_PUBLIC[name]), name)
+    return value
 
 
 def __dir__() -> list[str]:

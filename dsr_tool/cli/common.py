@@ -1,4 +1,4 @@
-"""What all commands share: --json and --quiet, how results leave, and examples in the help."""
+"""Shared by all commands: --json, --quiet and --model, output of the result, and examples in the help."""
 
 from __future__ import annotations
 
@@ -14,32 +14,34 @@ import click
 __all__ = ["emit", "examples", "model_option", "note", "output_options", "result_options"]
 
 _STDOUT = "dsr_tool.cli.stdout"
-_QUIET = "Print the result alone: no progress, no notes."
+"""Key of click's context under which the real stdout is kept."""
+_QUIET_HELP = "Print only the result, no progress or notes."
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def output_options(function: F) -> F:
-    """Add `--json` and `--quiet` to a command, as arguments `as_json` and `quiet`."""
-    return _result(click.option("--quiet", "-q", is_flag=True, help=_QUIET)(function))
+    """Adds `--json` and `--quiet` to a command, as arguments `as_json` and `quiet`."""
+    return _add_json(click.option("--quiet", "-q", is_flag=True, help=_QUIET_HELP)(function))
 
 
 def result_options(function: F) -> F:
-    """The same for a command that prints its result and nothing beside it: `--quiet` changes nothing."""
-    return _result(click.option("--quiet", "-q", is_flag=True, expose_value=False, help=_QUIET)(function))
+    """Adds `--json` and `--quiet` to a command that prints only its result, so `--quiet` changes nothing."""
+    return _add_json(click.option("--quiet", "-q", is_flag=True, expose_value=False, help=_QUIET_HELP)(function))
 
 
 def model_option(function: F) -> F:
-    """Add `--model` to a command that loads a model, as argument `maker`."""
-    text = "For a network of your own: what makes it, as it was converted; no file may say which code to run."
+    """Adds `--model` to a command that loads a model, as argument `maker`."""
+    # A file must never name code to run, so the user names it for every command.
+    text = "Your own network: the callable that it was converted from."
     return click.option("--model", "maker", metavar="MODULE:CALLABLE", help=text)(function)
 
 
-def _result(function: F) -> F:
-    """Add `--json`, and keep stdout for what `emit` prints: a network of the user's own may print as it runs."""
+def _add_json(function: F) -> F:
+    """Adds `--json`, and reserves stdout for `emit`: a user's network may print while it runs, which goes to stderr."""
 
     @functools.wraps(function)
-    def run(*arguments: Any, **options: Any) -> Any:
+    def run(*arguments: object, **options: object) -> object:
         click.get_current_context().meta[_STDOUT] = sys.stdout
         with contextlib.redirect_stdout(sys.stderr):
             return function(*arguments, **options)
@@ -48,17 +50,17 @@ def _result(function: F) -> F:
 
 
 def examples(*lines: str) -> str:
-    """An epilog with examples that can be copied as they stand."""
+    """Returns an epilog with examples that can be copied as they are."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def emit(document: Mapping[str, object], text: str, *, as_json: bool) -> None:
-    """Print the result: the document, or the text for people."""
+    """Prints the result to stdout: the document as JSON, or the text."""
     stdout = click.get_current_context().meta[_STDOUT]
     click.echo(json.dumps(document, indent=1, allow_nan=False) if as_json else text, file=stdout)
 
 
 def note(message: str, *, quiet: bool) -> None:
-    """Say something beside the result."""
+    """Prints a line to stderr unless the user asked for quiet."""
     if not quiet:
         click.echo(message, err=True)

@@ -1,4 +1,4 @@
-"""dsr-tool doctor: versions, devices, and what does not fit together."""
+"""dsr-tool doctor: print versions, devices and kernels, and find what does not fit together."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ __all__ = ["command"]
 @click.command("doctor", epilog=examples("dsr-tool doctor", "dsr-tool doctor --json"))
 @result_options
 def command(as_json: bool) -> int:
-    """Print versions and devices, and for everything that does not fit together the remedy; exit code 3 if any."""
+    """Print versions, devices and kernels, and a remedy for each problem; exit code 3 if there is one."""
+    from dsr_tool.errors import CheckFailed
     from dsr_tool.measure.health import doctor_document, doctor_text
 
     document = doctor_document()
     emit(document, doctor_text(document), as_json=as_json)
-    return 3 if document["problems"] else 0
+    return CheckFailed.exit_code if document["problems"] else 0

@@ -1,4 +1,4 @@
-"""dsr-tool export: a model as one small, verified file."""
+"""dsr-tool export: write a model as one small, verified file."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ __all__ = ["command"]
     ),
 )
 @click.argument("source", metavar="MODEL_DIR", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file to make.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file to create.")
 @click.option(
     "--to",
-    help="archive (.dsr, default), onnx, csr (.npz for scipy), safetensors or state-dict (.pth); absent: by the ending "
-    "of the file.",
+    help="archive (.dsr), onnx, csr (.npz for scipy), safetensors or state-dict (.pth); default: by the suffix of the "
+    "output file, else archive.",
 )
 @click.option(
     "--encoding",
     default="auto",
     show_default=True,
-    help="auto is the smallest per layer; or one for all that the container has: delta, bitmask, csr, coo, dense.",
+    help="auto: the smallest per layer; or one that the container has, for all: delta, bitmask, csr, coo, dense.",
 )
 @click.option(
     "--values",
     default="fp32",
     show_default=True,
-    help="fp32 is exact; fp16 rounds weights, and leaves norms and biases.",
+    help="fp32: exact; fp16: rounds weights, but not norms and biases.",
 )
-@click.option("--compact", is_flag=True, help="Remove channels that no active weight reaches (archive and onnx).")
+@click.option("--compact", is_flag=True, help="Remove channels without active weights (archive and onnx).")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @model_option
 @result_options
 def command(source: Path, output: Path, maker: str | None, as_json: bool, **options: Any) -> None:
     """Export the model in MODEL_DIR (or an archive) to one file.
 
-    The file is run and compared with the model before it takes its name; when it does not hold the model, the exit
-    code is 3 and no file is left. Archives, ONNX and .npz files are small; safetensors and state-dict files keep zeros
-    in place, for tools that know nothing else, and are as large as a dense model. A compact ONNX file in place of
-    MODEL_DIR becomes a dense one. An archive of a model with a budget in bytes is compared with it.
+    The file is executed and compared with the model before it is moved into place; if they differ, the exit code is 3
+    and no file is left. Archives, ONNX and .npz files are small. Safetensors and state-dict files keep zeros in place,
+    for tools that know no sparse format, and are as large as a dense model. If MODEL_DIR is a compact ONNX file, the
+    output is a dense one. The size of an archive is compared with the budget in bytes of its model, if it has one.
     """
     from dsr_tool.files import refuse_existing
     from dsr_tool.report.budget import check_exported

@@ -1,4 +1,4 @@
-"""dsr-tool report: where every weight, byte and multiply-add is."""
+"""dsr-tool report: account for every weight, byte and multiply-add."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ __all__ = ["command"]
 )
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--html", type=click.Path(path_type=Path), help="Also write the report as one self-contained page.")
-@click.option("--budget", help="Only say whether it fits 5.1Mparams, 12MB, 12MiB or 0.8GMACs; exit code 3 if not.")
+@click.option("--budget", help="Print only whether it fits 5.1Mparams, 12MB, 12MiB or 0.8GMACs; exit code 3 if not.")
 @click.option("--force", is_flag=True, help="Replace an existing page.")
-@click.option("--memory", is_flag=True, help="Only say what running takes, by runtime, and training.")
-@click.option("--batch", type=int, help="With --memory: inputs at once (default 1).")
-@click.option("--input-size", type=int, help="With --memory, of a folder: side of the square input in pixels.")
+@click.option("--memory", is_flag=True, help="Print only the memory of inference, by runtime, and of training.")
+@click.option("--batch", type=int, help="With --memory: inputs per batch (default 1).")
+@click.option("--input-size", type=int, help="With --memory, for a folder: side of the square input in pixels.")
 @click.option("--optimizer", help="With --memory: sgd (default), sgd-plain, adam, adamw or rmsprop.")
 @click.option("--measure", "measured", is_flag=True, help="With --memory: also measure it, in child processes.")
 @model_option
@@ -45,12 +45,12 @@ def command(
 ) -> None:
     """Report the footprint of PATH: a model folder, run folder, .dsr archive, .onnx file or .npz file.
 
-    Per layer and in all: parameters, active weights, density, bytes as dense, CSR, bitmask and coded, the entropy
-    bound, and multiply-adds; sparsity against both denominators; and the size on disk beside the computed one. The
-    page of --html shows the same as charts, with a picture of each mask, and for a run how it went.
+    The report has, per layer and in total, parameters, active weights, density, bytes as dense, CSR, bitmask and coded,
+    the entropy bound, and multiply-adds. It gives sparsity against both denominators, and the size on disk next to the
+    computed one. The page of --html shows the same as charts, with a picture of each mask, and for a run its course.
 
-    --budget counts the bytes of a file on disk and, for a folder, those of the archive that it exports to. --memory
-    computes weights and activations for each runtime, and for a folder the ledger of a training step.
+    --budget counts the bytes of a file on disk or, for a folder, of the archive that it exports to. --memory computes
+    weights and activations for each runtime and, for a folder, what a training step holds.
     """
     from dsr_tool.errors import CheckFailed
     from dsr_tool.files import refuse_existing
@@ -76,7 +76,7 @@ def command(
     if html:
         from dsr_tool.report.page.page import write_page
 
-        # Whatever the document holds beyond the footprint is shown on the page in sections of its own.
+        # The page shows budget and memory, which are only in the document, in sections of their own.
         write_page(html, source, document, force=force)
     if check or wanted:
         lines = [*([check.line] if check else []), *([memory_text(document["memory"])] if wanted else [])]

@@ -1,4 +1,4 @@
-"""dsr-tool verify: does a file still compute what its model computes?"""
+"""dsr-tool verify: check that a file computes what its model computes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ __all__ = ["command"]
     ),
 )
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--against", required=True, type=click.Path(path_type=Path), help="The model folder it came from.")
+@click.option(
+    "--against", required=True, type=click.Path(path_type=Path), help="The model folder that FILE was exported from."
+)
 @model_option
 @result_options
 def command(file: Path, against: Path, maker: str | None, as_json: bool) -> int:
-    """Compare FILE, of any kind that `export` writes, with the model it came from; exit code 3 when they differ."""
+    """Compare FILE, in any format that `export` writes, with the model of its origin; exit code 3 if they differ."""
     from converters.loading import load
     from dsr_tool.errors import CheckFailed, FormatError
     from dsr_tool.files import require_file
@@ -35,8 +37,8 @@ def command(file: Path, against: Path, maker: str | None, as_json: bool) -> int:
     try:
         verification = verify(file, model)
     except FormatError as error:
-        # Here a damaged file is what was asked about, not what got in the way.
+        # A damaged file answers the question that this command asks, so it is a failed check (3), not an error (1).
         raise CheckFailed(str(error)) from error
     document = verification_document("verify", verification)
     emit(document, verification_text(verification), as_json=as_json)
-    return 0 if verification.passed else 3
+    return 0 if verification.passed else CheckFailed.exit_code
