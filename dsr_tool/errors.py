@@ -51,6 +51,7 @@ class FormatError(DsrError, ValueError):
         if len(message) > _MAX_MESSAGE:
             # The end says what to do, so the middle is dropped.
             message = f"{message[: _MAX_MESSAGE * 2 // 3]} ... {message[-_MAX_MESSAGE // 3 :]}"
+        # repr escapes line ends, terminal sequences and lone surrogates, which stderr may not be able to encode.
         super().__init__("".join(char if char.isprintable() else repr(char)[1:-1] for char in message))
 
 
@@ -78,6 +79,7 @@ def closest(value: str, known: Iterable[str]) -> list[str]:
     Returns:
         At most three of the `known` names; none if nothing is close.
     """
+    # Two names can be equal once folded, such as the layers `a.b` and `a-b`.
     by_folded: dict[str, list[str]] = {}
     for name in known:
         by_folded.setdefault(_fold(name), []).append(name)

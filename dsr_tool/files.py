@@ -29,6 +29,7 @@ def refuse_existing(path: Path, *, force: bool, marker: str = "") -> None:
     Raises:
         FileError: the output exists and must not be replaced, or its parent is not a folder.
     """
+    # An empty folder is as good as none: users make one with mkdir, and tempfile does.
     holds_something = path.exists() and not (marker and path.is_dir() and not any(path.iterdir()))
     if holds_something and not force:
         raise FileError(f"output {str(path)!r} exists already; give another path, or --force to replace it.")
@@ -38,6 +39,7 @@ def refuse_existing(path: Path, *, force: bool, marker: str = "") -> None:
             f"not replace; give another path."
         )
     parent = path.absolute().parent
+    # Parents are created later, so look at the first one that exists.
     existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
     if not existing.is_dir():
         raise FileError(f"output {str(path)!r} cannot be created: {str(existing)!r} is not a folder.")
@@ -47,7 +49,7 @@ def _is_ours(marker: Path) -> bool:
     """Returns whether a file is JSON with one of dsr-tool's schemas."""
     try:
         document = json.loads(marker.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):  # missing, not JSON, or nested without end
         return False
     return isinstance(document, dict) and str(document.get("schema", "")).startswith("dsr-tool/")
 
@@ -76,6 +78,7 @@ def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
         raise FileError(f"output {str(path)!r} is a folder; give the path of a file.")
     with writing(path):
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        # In the same folder, because a rename is atomic only within one file system.
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.absolute().parent)
         os.close(handle)
         part = Path(name)
@@ -107,7 +110,7 @@ def new_folder(path: Path, *, marker: str, force: bool = False) -> Iterator[Path
         part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.absolute().parent))
         try:
             yield part
-            part.chmod(0o777 & ~_umask())
+            part.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner can open
             _swap(part, path)
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -123,11 +126,12 @@ def _swap(part: Path, path: Path) -> None:
     if not path.exists():
         part.replace(path)
         return
+    # A folder with content cannot be replaced by a rename, so for a moment there is none at `path`.
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.absolute().parent))
     path.replace(old / path.name)
     try:
         part.replace(path)
-    except BaseException:
+    except BaseException:  # also Ctrl-C
         (old / path.name).replace(path)
         old.rmdir()
         raise
@@ -147,6 +151,7 @@ def writing(path: Path, left: str = "nothing was left") -> Iterator[None]:
     except FileError:
         raise
     except (OSError, SafetensorError) as error:
+        # safetensors wraps the system's error and has no strerror.
         reason = getattr(error, "strerror", None) or str(error)
         raise FileError(f"output {str(path)!r} could not be written: {reason}; {left}.") from error
 

@@ -89,6 +89,7 @@ class Archive:
         except FormatError as error:
             raise FormatError(f"{str(path)!r} is not a dsr archive, or is cut off or damaged ({error}).") from error
         manifest = self._manifest(self._manifest_digest())
+        # JSON of any shape can get here, so every error of indexing or conversion means a damaged manifest.
         try:
             self.config = ModelConfig.from_dict(manifest["model"])
             entries = [Entry.from_dict(data) for data in manifest["tensors"]]
@@ -102,6 +103,7 @@ class Archive:
         self.entries = {entry.spec.name: entry for entry in entries}
         self._packed = PackedTensors(self.entries)
         self._check_streams(entries)
+        # Before the graph is read and anything is allocated for tensors.
         check_decoded_bytes(path, entries, self.nbytes, max_decoded_bytes)
         self.graph = self._read_graph(graph_crc32)
         if absent := [name for name in self.graph.parameters if name not in self.entries]:
@@ -127,6 +129,7 @@ class Archive:
         entry = self.entries[name]
         if entry.codec == PACKED:
             return self._packed.stored_bytes(name, self.stored_bytes(packed_stream(entry.dtype)))
+        # The manifest has a checksum for each stream, so its keys are the list of streams.
         return sum(self.stored_bytes(entry.stream(suffix)) for suffix in entry.crc32)
 
     def stored_bytes(self, stream: str) -> int:
@@ -161,6 +164,7 @@ class Archive:
         for name, entry in self.entries.items():
             starts[name] = sizes.get(entry.dtype, 0)
             sizes[entry.dtype] = starts[name] + -(-entry.spec.size // _ALIGNMENT) * _ALIGNMENT
+        # np.zeros gets pages that the system zeroes when they are first written, so untouched ones cost nothing.
         memory = {dtype: np.zeros(size, dtype) for dtype, size in sizes.items()}
         return {
             name: self.tensor(name).to_dense(memory[entry.dtype][starts[name] : starts[name] + entry.spec.size])
@@ -197,6 +201,7 @@ class Archive:
     def _manifest(self, digest: str) -> dict[str, Any]:
         try:
             stored = self._stream(MANIFEST, None)
+            # Over the compressed bytes, so damage is found before they are decompressed.
             if hashlib.sha256(stored.tobytes()).hexdigest() != digest:
                 raise FormatError("the checksum of its manifest does not match")
             return parse_json(decompress_document(stored), "its manifest")
@@ -231,12 +236,13 @@ class Archive:
             raise FormatError(f"it has no stream {name!r}")
         try:
             array = self._file.get(name)
-        except OSError as error:
+        except OSError as error:  # the disk may fail long after the file was opened
             raise FormatError(f"stream {name!r} cannot be read ({error.strerror or error})") from error
         if crc32 is not None and crc32_of(array) != crc32:
             raise FormatError(f"the checksum of stream {name!r} does not match")
         return array
 
     def _damaged(self, what: str) -> FormatError:
+        # Codecs end their messages like this, and the sentence below says it again.
         what = what.removesuffix("; the file is damaged.").removesuffix(".")
         return FormatError(f"archive {str(self.path)!r} is damaged: {what}; export it again or fetch a whole copy.")

@@ -120,6 +120,7 @@ def encode_archive(
         entries.append(entry)
         for suffix, array in parts.items():
             _add(streams, entry.stream(suffix), array, name)
+    # Last, because the packed tensors are known only now.
     for name, array in _shared_streams(graph, packed):
         _add(streams, name, array, name)
     manifest = {
@@ -130,6 +131,7 @@ def encode_archive(
         "model": config.to_dict(),
         "tensors": [entry.to_dict() for entry in entries],
     }
+    # NaN is not JSON, and other readers refuse it.
     document = compress_document(json.dumps(manifest, separators=(",", ":"), allow_nan=False))
     _add(streams, MANIFEST, document, MANIFEST)
     digest = hashlib.sha256(document.tobytes()).hexdigest()
@@ -141,6 +143,7 @@ def _encode(tensor: SparseTensor, spec: LayerSpec, encoding: str) -> tuple[str, 
     if encoding == "auto":
         full = spec.role != "sparse" and not spec.weight and tensor.mask.active == tensor.mask.size
         return (PACKED, {}) if full else encode_smallest(tensor)
+    # A named codec is for sparse weights; it would make norms and biases larger.
     codec = encoding if spec.role == "sparse" else "dense"
     return codec, CODECS[codec].encode(tensor)
 

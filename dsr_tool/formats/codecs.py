@@ -130,6 +130,7 @@ def _encode_csr(tensor: SparseTensor) -> Streams:
     row_of, column_of = np.divmod(tensor.mask.positions, max(columns, 1))
     counts = np.bincount(row_of, minlength=rows)
     indptr = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    # int32 takes half the bytes of int64, and scipy computes with it as it is.
     return {"indptr": indptr, "indices": column_of.astype(np.int32), "values": tensor.values}
 
 
@@ -147,6 +148,7 @@ def _decode_csr(
         raise FormatError("CSR row pointers do not rise from 0 to the number of indices; the file is damaged.")
     if len(indices) and not (indices.min() >= 0 and indices.max() < columns):
         raise FormatError(f"CSR has a column index outside 0 to {columns - 1}; the file is damaged.")
+    # One difference checks the order within rows: from row to row positions rise anyway.
     positions = np.repeat(np.arange(rows, dtype=np.int64) * columns, counts) + indices
     if (np.diff(positions) <= 0).any():
         raise FormatError("CSR columns of a row are not strictly increasing; the file is damaged.")

@@ -118,6 +118,7 @@ class CsrFile(Mapping[str, "csr_matrix[Any] | Array"]):
     def __init__(self, path: Path, max_decoded_bytes: int | None = None) -> None:
         """Reads and checks the file; see `load_csr`."""
         self.path = path
+        # Everything is read here, so the file is closed afterwards and scipy gets checked matrices only.
         with NpzReader(path) as file:
             document = _document(file)
             try:
@@ -158,6 +159,7 @@ class CsrFile(Mapping[str, "csr_matrix[Any] | Array"]):
         if isinstance(array, np.ndarray):
             stored = array.astype(entry.dtype, copy=False)
             return SparseTensor.from_dense(stored, Mask.full(entry.spec.shape))
+        # The codec checks the matrix again, since the caller may have changed it.
         streams = {"indptr": array.indptr, "indices": array.indices, "values": array.data.astype(entry.dtype)}
         return CODECS["csr"].decode(streams, entry.spec.shape, entry.active, np.dtype(entry.dtype))
 
@@ -174,6 +176,7 @@ def _names(entry: Entry) -> list[str]:
 
 def _check_storable(entry: Entry, arrays: Mapping[str, Array]) -> None:
     name = entry.spec.name
+    # Members of a zip archive with a path can be extracted outside of the folder, so readers refuse them.
     if "/" in name or "\\" in name or any(array in arrays or array == DESCRIPTION for array in _names(entry)):
         raise UsageError(f"tensor {name!r} has a name that is not possible in a .npz file; rename the module.")
     if entry.codec == "csr" and max(entry.active, *entry.spec.matrix_shape) > _MAX_INDEX:
@@ -239,9 +242,10 @@ def _matrix(file: NpzReader, entry: Entry) -> csr_matrix[Any]:
     data = file.read(f"{name}:data", entry.dtype, (entry.active,))
     try:
         matrix = csr_matrix((_wide(data, entry), indices, indptr), shape=(rows, columns))
-        matrix.check_format(full_check=True)
+        matrix.check_format(full_check=True)  # indices in range, which scipy never checks by itself
     except ValueError as error:
         raise file.damaged(f"weight {name!r} is not a CSR matrix ({error})") from error
+    # Repeated columns are legal in scipy, which adds them up, but a mask has no entry twice.
     if not matrix.has_canonical_format:
         raise file.damaged(f"the columns of a row of {name!r} are not strictly increasing")
     return matrix

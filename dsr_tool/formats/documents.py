@@ -37,6 +37,7 @@ def parse_json(raw: bytes, what: str) -> dict[str, Any]:
     Raises:
         FormatError: `raw` is anything else.
     """
+    # json raises RecursionError for deep nesting and ValueError for numbers of more than 4,300 digits.
     try:
         document = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except (RecursionError, ValueError) as error:
@@ -49,6 +50,7 @@ def parse_json(raw: bytes, what: str) -> dict[str, Any]:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document = dict(pairs)
     if len(document) != len(pairs):
+        # The most common name is one of those that stand twice.
         duplicate, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"it has the name {duplicate[:_MAX_QUOTED]!r} twice")
     return document
@@ -74,7 +76,7 @@ def decompress_document(stored: Array) -> bytes:
     limit = min(_FREE_DOCUMENT_BYTES + _MAX_DOCUMENT_RATIO * stored.nbytes, _MAX_DOCUMENT_BYTES)
     decoder = zlib.decompressobj()
     try:
-        raw = decoder.decompress(stored.tobytes(), limit)
+        raw = decoder.decompress(stored.tobytes(), limit)  # stops at the limit, however much there is
     except zlib.error as error:
         raise FormatError(f"a document of the archive cannot be decoded ({error}); the file is damaged.") from error
     if not decoder.eof or decoder.unused_data:

@@ -192,4 +192,4 @@ def _measure(tensor: SparseTensor, spec: LayerSpec) -> Sizes:
 
 
 def _total(layers: Iterable[LayerFootprint]) -> Sizes:
-    return sum((layer.sizes for layer in layers), Sizes())
+    return sum((layer.sizes for layer in layers), Sizes())  # Sizes() for a model without layers

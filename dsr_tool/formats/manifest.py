@@ -68,6 +68,7 @@ class Entry:
     @property
     def decoded_bytes(self) -> int:
         """Bytes of memory that decoding needs: the dense tensor and, if it is sparse, positions and a boolean mask."""
+        # Decoding holds int64 positions and, for inverted runs, one byte per entry.
         sparse = 0 if self.active == self.spec.size else 8 * self.active + self.spec.size
         return self.spec.size * np.dtype(self.dtype).itemsize + sparse
 
@@ -92,13 +93,14 @@ class Entry:
         Raises:
             FormatError: the dtype or codec is unknown, or a count or checksum is impossible.
         """
-        data = dict(data)
+        data = dict(data)  # the caller's stays whole; LayerSpec ignores fields that are left
         dtype, codec, active, crc32 = (data.pop(key) for key in ("dtype", "codec", "active", "crc32"))
         spec = LayerSpec.from_dict(data)
         if dtype not in _DTYPES or (codec not in CODECS and codec != PACKED):
             raise FormatError(
                 f"tensor {spec.name!r} has type {dtype!r} and codec {codec!r}, which this version cannot read."
             )
+        # Kernels and scipy compute with sparse weights; integers would fail there, far from the cause.
         if spec.role == "sparse" and not dtype.startswith("float"):
             raise FormatError(f"sparse tensor {spec.name!r} has type {dtype!r}, expected a floating-point type.")
         if not is_count(active) or active > spec.size:
@@ -141,4 +143,4 @@ def packed_stream(dtype: str) -> str:
 
 def crc32_of(array: Array) -> int:
     """Returns zlib's CRC-32 of the bytes of an array."""
-    return zlib.crc32(np.ascontiguousarray(array).data)
+    return zlib.crc32(np.ascontiguousarray(array).data)  # a view, not a copy as tobytes() would be

@@ -98,6 +98,7 @@ class NpzReader:
             self.nbytes = self._check_end_record()
             self._zip = zipfile.ZipFile(path)
         members = self._zip.infolist()
+        # orig_filename: zipfile cuts `filename` at a zero byte, so two members could pretend to have one name.
         self._members = {member.orig_filename.removesuffix(".npy"): member for member in members}
         self.names = frozenset(self._members)
         try:
@@ -205,7 +206,7 @@ class NpzReader:
     def _reading(self, what: str) -> Iterator[None]:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error")
+                warnings.simplefilter("error")  # numpy only warns about headers of old Pythons
                 yield
         except (FormatError, MemoryError):
             raise

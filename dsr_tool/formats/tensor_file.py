@@ -97,6 +97,7 @@ class TensorFile:
         if not _MIN_HEADER_BYTES <= length <= _MAX_HEADER_BYTES or self.header_bytes > self.nbytes:
             other = next((kind for first, kind in _OTHER_FORMATS.items() if start.startswith(first)), "")
             raise FormatError(f"it looks like {other}" if other else f"its header claims {length:,} bytes")
+        # The length is checked against the file first, so a claim of 64 MiB costs a hostile file 64 MiB.
         header = parse_json(self._read(_LENGTH_BYTES, length).tobytes(), "its header")
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
@@ -123,6 +124,7 @@ class TensorFile:
         with self._lock:
             self._file.seek(start)
             while done < nbytes:
+                # An unbuffered read may return less than was asked for.
                 count = self._file.readinto(memoryview(array)[done:])  # type: ignore[arg-type]
                 if not count:
                     raise FormatError("it ends before its last array does")
@@ -151,6 +153,7 @@ class TensorFile:
     def _check_layout(self) -> None:
         """Raises unless the streams fill the file from the header to its end, one after the other."""
         end = self.header_bytes
+        # Empty streams share a start with the next one; sorted by size as well, they come first.
         for stream in sorted(self.streams.values(), key=lambda stream: (stream.start, stream.nbytes)):
             if stream.start != end:
                 raise FormatError("its streams overlap or leave gaps")

@@ -24,6 +24,7 @@ def segment_counts(flat: torch.Tensor, sizes: Sequence[int]) -> list[int]:
     This is one synchronisation with the device.
     """
     edges = torch.tensor([0, *accumulate(sizes)], device=flat.device)
+    # One binary search per layer; counting in the masks would read all weights again.
     counts: list[int] = torch.diff(torch.searchsorted(flat, edges)).tolist()
     return counts
 
@@ -120,6 +121,7 @@ def gather(model: SparseModel, names: Sequence[str] | None = None) -> ActiveWeig
     parameters = model.weights
     weights = [parameters[name] for name in names]
     units = [unit_size(weight.shape, model.granularity) for weight in weights]
+    # One `nonzero` for the whole network: its size must reach the host before the tensor can be allocated.
     masks = [_of_units(model.masks[name], unit) for name, unit in zip(names, units, strict=True)]
     flat = torch.cat(masks).nonzero().squeeze(1)
     positions = Positions.of(flat, [len(mask) for mask in masks])
@@ -130,16 +132,19 @@ def gather(model: SparseModel, names: Sequence[str] | None = None) -> ActiveWeig
 
 def _of_units(mask: torch.Tensor, unit: int) -> torch.Tensor:
     """Returns the mask of a layer with one entry per unit, flat; the weights of a unit share their state."""
+    # Any weight of a kernel says whether the kernel is active.
     return mask.reshape(-1) if unit == 1 else mask.flatten(2)[..., 0].reshape(-1)
 
 
 def _within(units: torch.Tensor, unit: int) -> torch.Tensor:
     """Returns the flat positions of all weights in some units of a layer."""
+    # A unit is the last dimensions of the weight, which are contiguous in row-major order.
     return units if unit == 1 else (units[:, None] * unit + torch.arange(unit, device=units.device)).reshape(-1)
 
 
 def _values(weight: torch.Tensor, units: torch.Tensor, unit: int) -> torch.Tensor:
     """Returns the values of single weights, or the mean magnitudes of kernels."""
+    # `take` counts in row-major order whatever the memory format is.
     values = weight.take(_within(units, unit)).float()
     return values if unit == 1 else values.abs().reshape(-1, unit).mean(1)
 

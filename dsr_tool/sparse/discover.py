@@ -99,6 +99,7 @@ def _entries(module: nn.Module) -> dict[str, _Entry]:
     """Returns every parameter and buffer by full name."""
     found: dict[str, _Entry] = {}
     seen: dict[int, str] = {}
+    # With duplicates, so that a module used twice is found as two names of one tensor.
     for path, owner in module.named_modules(remove_duplicate=False):
         tensors = [(n, t, True) for n, t in owner._parameters.items()]
         tensors += [(n, t, False) for n, t in owner._buffers.items()]
@@ -108,6 +109,7 @@ def _entries(module: nn.Module) -> dict[str, _Entry]:
             name = f"{path}.{local}" if path else local
             if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
                 raise UsageError(f"parameter {name!r} has no shape yet; run one input through the model first.")
+            # One tensor under two names would need one mask under two names.
             if id(tensor) in seen:
                 raise UsageError(
                     f"entries {seen[id(tensor)]!r} and {name!r} are one shared tensor, which cannot be made sparse; "
@@ -141,6 +143,7 @@ def _by_type(name: str, entry: _Entry) -> LayerSpec:
 
 def _by_rules(spec: LayerSpec, owner: nn.Module, rules: Rules, tiny_below: float) -> LayerSpec:
     """Returns the spec of a weight after patterns, preset and defaults; the first that applies decides."""
+    # The user's patterns come first, then the preset, then the defaults.
     if pattern := _match(spec.name, rules.sparsify):
         return replace(spec, reason=f"{spec.reason}, sparse by pattern {pattern!r}")
     if pattern := _match(spec.name, rules.keep_dense):
@@ -167,6 +170,7 @@ def _is_depthwise(owner: nn.Module) -> bool:
 def _match(name: str, patterns: Sequence[str]) -> str | None:
     """Returns the first pattern that matches a full name or the path of the module that owns it."""
     path = name.rpartition(".")[0]
+    # fnmatchcase, because fnmatch ignores case on some systems.
     return next((p for p in patterns if fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(path, p)), None)
 
 

@@ -80,6 +80,7 @@ class ModelFolder:
         """Reads `config.json`; see `read_folder`."""
         self.path = path
         document = _read_json(self.file(CONFIG))
+        # Before anything else is read, so that the message is about the version and not about a missing field.
         if document.get("schema") != SCHEMA:
             raise FormatError(
                 f"{str(path / CONFIG)!r} has schema {document.get('schema')!r}; this dsr-tool reads {SCHEMA!r}."
@@ -125,6 +126,7 @@ class ModelFolder:
         except (FormatError, OSError) as error:
             raise FormatError(f"masks {str(path)!r} cannot be read ({error}); the file is damaged.") from error
         sparse = {name: spec for name, spec in self.specs.items() if spec.role == "sparse"}
+        # Files of two different models, such as after a copy that was cut off.
         if set(bits) != set(sparse):
             name = min(set(bits) ^ set(sparse))
             raise FormatError(f"masks {str(path)!r} and {CONFIG} disagree about {name!r}; convert the model again.")

@@ -54,6 +54,7 @@ class _Layer:
 
     def clear(self, tensor: torch.Tensor) -> None:
         """Sets everything outside the mask to +0, in place."""
+        # Not a product with the mask: inf and NaN times zero are NaN.
         if self.fits(tensor):
             tensor.view(self.bits.dtype).bitwise_and_(self.bits)
         else:
@@ -101,6 +102,7 @@ class MaskKeeper:
         self.optimizer = optimizer
         self._before_masking = before_masking
         self._layers = [_Layer.of(weights[name], model.masks[name]) for name in self.names]
+        # A loaded optimizer may have momentum outside the masks, from a dense training.
         self._zero_outside()
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -128,6 +130,7 @@ class MaskKeeper:
             for positions, active in ((off, 0), (on, 1)):
                 put_(layer.mask, positions, active)
                 put_(layer.bits, positions, -active)
+            # Dropped weights must be zero by contract; grown ones start at zero (Mostafa & Wang 2019) without momentum.
             moved = torch.cat([off, on])
             for tensor in self._tensors(layer.weight):
                 put_(tensor, moved, 0)
@@ -150,6 +153,7 @@ class MaskKeeper:
         if weight.grad is not None:
             yield weight.grad
         for value in self.optimizer.state.get(weight, {}).values():
+            # Step counters are scalars, and Adafactor keeps rows and columns: neither has one value per weight.
             if isinstance(value, torch.Tensor) and value.shape == weight.shape:
                 yield value
 
@@ -167,10 +171,9 @@ class MaskKeeper:
     def _gradients(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Yields the index of each layer that has a gradient, and the gradient."""
         for index, (name, layer) in enumerate(zip(self.names, self._layers, strict=True)):
+            # `SparseModel.to` makes new masks; the bits here would then belong to masks that nobody updates.
             if self.model.masks[name] is not layer.mask:
-                raise UsageError(
-                    f"the mask of {name!r} was replaced; attach after moving the model."
-                )
+                raise UsageError(f"the mask of {name!r} was replaced; attach after moving the model.")
             gradient = layer.weight.grad
             if gradient is None:
                 continue

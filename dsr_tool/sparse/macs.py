@@ -49,6 +49,7 @@ class _Counter(TorchDispatchMode):
         return out
 
     def _weights(self, args: Sequence[Any]) -> list[str]:
+        # By storage, because operators get views of a weight: transposed, or the parts of a packed projection.
         storages = [arg.untyped_storage()._cdata for arg in args if isinstance(arg, torch.Tensor)]
         return [self._owners[storage] for storage in storages if storage in self._owners]
 

@@ -96,6 +96,7 @@ class SparseModel:
     @property
     def model_sparsity(self) -> float:
         """Fraction of zeros among all parameters of the model."""
+        # Zeros in parameters that stay dense, such as biases at the start, do not count.
         return (self.prunable_weights - self.active_weights) / self.parameters if self.parameters else 0.0
 
     def to(self, *args: Any, **kwargs: Any) -> SparseModel:
@@ -108,6 +109,7 @@ class SparseModel:
         """Moves masks to the device and memory format of their weights, for a module that was moved by itself."""
         for name, weight in self.weights.items():
             mask = self.masks[name]
+            # Masks are read together with their weights element by element, which needs equal strides to be fast.
             if mask.shape == weight.shape and (mask.device != weight.device or mask.stride() != weight.stride()):
                 self.masks[name] = torch.empty_like(weight, dtype=torch.bool).copy_(mask)
 
@@ -116,7 +118,7 @@ class SparseModel:
         """Sets every inactive weight to +0."""
         self.align_masks()
         for name, weight in self.weights.items():
-            weight.masked_fill_(~self.masks[name], 0.0)
+            weight.masked_fill_(~self.masks[name], 0.0)  # a product with the mask would keep NaN and -0
 
     @torch.no_grad()
     def check(self) -> None:
@@ -132,6 +134,7 @@ class SparseModel:
             if name not in parameters or parameters[name].shape != mask.shape:
                 found = f"shape {tuple(parameters[name].shape)}" if name in parameters else "no such parameter"
                 raise CheckFailed(f"mask {name!r} of shape {tuple(mask.shape)} fits no weight; the model has {found}.")
+            # count_nonzero counts NaN as well.
             outside = int(torch.count_nonzero(parameters[name].masked_fill(mask, 0.0)))
             if outside:
                 raise CheckFailed(
@@ -148,6 +151,7 @@ class SparseModel:
         """
         tensors = {}
         for name, value in self.module.state_dict().items():
+            # numpy has no bfloat16, and no container of ours has complex numbers.
             if value.dtype in (torch.bfloat16, torch.complex64, torch.complex128):
                 raise UsageError(
                     f"{name!r} has type {value.dtype}, which files cannot hold; call model.to(torch.float32) first."

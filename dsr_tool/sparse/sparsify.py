@@ -64,6 +64,7 @@ class Sparsifier:
         self._distribution, self._positions, self._seed = distribution, positions, seed
         self._granularity = granularity
         self.units = [unit_size(spec.shape, granularity) for spec in self.sparse]
+        # Magnitudes of NaN have no order, so a mask chosen by them would be arbitrary.
         _check_values(module, self.specs)
 
     @property
@@ -106,6 +107,7 @@ class Sparsifier:
             return {}
         if self._distribution == "magnitude":
             parameters = dict(self.module.named_parameters())
+            # On the CPU with numpy, so that the counts do not depend on the device.
             weights = [parameters[spec.name].detach().float().cpu().numpy() for spec in self.sparse]
             counts = by_magnitude(total, weights)
         else:
@@ -123,6 +125,7 @@ class Sparsifier:
             total: number of active weights.
             budget: the budget that it comes from, for the record in the model's description.
         """
+        # A generator of its own, on the CPU: the same seed gives the same masks on every device.
         generator = torch.Generator().manual_seed(self._seed)
         parameters = dict(self.module.named_parameters())
         counts = self.counts(total)

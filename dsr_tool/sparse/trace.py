@@ -54,7 +54,7 @@ def trace(module: nn.Module, input_shape: tuple[int, ...]) -> Graph:
 def _first_names(module: nn.Module) -> dict[str, str]:
     """Returns for each state_dict entry the first name of the same tensor: tied weights have one name in the graph."""
     first: dict[int, str] = {}
-    state = module.state_dict(keep_vars=True)
+    state = module.state_dict(keep_vars=True)  # without keep_vars, tied weights are different tensors
     return {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
 
 
@@ -85,6 +85,7 @@ class _Reader:
         # A module may return its input or a parameter as it is.
         if self._names.get(_name(result)) != OUTPUT:
             self._nodes.append(Node("Identity", (self._use(result),), (OUTPUT,)))
+        # Rewriting in `_simplify` can leave constants without a reader.
         used = {name for node in self._nodes for name in node.inputs}
         return Graph(
             (Value(INPUT, (None, *_shape(image)[1:]), _dtype(image)),),
@@ -144,6 +145,7 @@ class _Reader:
         return self._names[value.name]
 
     def _constant(self, array: Array) -> str:
+        # By content: exporters repeat small constants, such as axes, at every use.
         key = (array.dtype.name, array.shape, array.tobytes())
         if key not in self._by_content:
             self._by_content[key] = self._fresh("constant")

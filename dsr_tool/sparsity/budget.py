@@ -55,6 +55,7 @@ class Budget:
         Raises:
             UsageError: `sparsity` is not a number in [0, 1).
         """
+        # By way of the text: the float 0.9 is not 9/10, and a rounded product would be off by one weight.
         try:
             value = Fraction(str(sparsity))
         except (ValueError, ZeroDivisionError):
@@ -72,7 +73,7 @@ class Budget:
         """
         match = _BUDGET.fullmatch(text.strip())
         unit = match[2] if match else ""
-        unit = f"{unit}s" if unit.endswith("MAC") else unit
+        unit = f"{unit}s" if unit.endswith("MAC") else unit  # 1GMAC is as good as 1GMACs
         if match is None or unit not in _UNITS:
             # mb may mean MB or Mb, so a unit in another case is suggested, not accepted.
             near = [name for name in _UNITS if name.lower() in (unit.lower(), f"{unit}s".lower())]
@@ -226,6 +227,7 @@ def apportion(
         raise UsageError(
             f"{total:,} active weights cannot be spread over these layers; they hold {sum(floors):,} to {sum(caps):,}."
         )
+    # Fractions: rounding errors of floats would add or lose single weights.
     return _round_by_remainder(total, _fill(total, [Fraction(share) for share in shares], caps, floors))
 
 

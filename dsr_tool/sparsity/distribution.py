@@ -58,13 +58,14 @@ def by_magnitude(total: int, weights: Sequence[npt.NDArray[np.floating]]) -> lis
         Number of active weights per layer, at least one each; they sum to `total`. Of equal magnitudes, earlier
         layers get theirs.
     """
-    magnitudes = [np.abs(weight).reshape(-1) for weight in weights]
+    magnitudes = [np.abs(weight).reshape(-1) for weight in weights]  # copies, changed below
     # The largest of each layer is kept whatever its rank, because no layer may be empty.
     for magnitude in magnitudes:
         magnitude[np.argmax(magnitude)] = np.inf
     everything = np.concatenate(magnitudes)
     if total == everything.size:
         return [magnitude.size for magnitude in magnitudes]
+    # Partition finds the smallest kept magnitude in linear time; a sort of the network would not.
     cut = np.partition(everything, everything.size - total)[everything.size - total]
     counts = [int(np.count_nonzero(magnitude > cut)) for magnitude in magnitudes]
     missing = total - sum(counts)

@@ -45,12 +45,14 @@ def whole_units(counts: Sequence[int], sizes: Sequence[int], units: Sequence[int
     Returns:
         Number of units per layer, at least one each, in the proportions of `counts`.
     """
+    # At least one unit for each layer, within its size.
     counts = apportion(sum(counts), counts, sizes, units)
     result, rest = [0] * len(counts), 0
     for layers in groups(units):
         unit = units[layers[0]]
         rooms = [sizes[i] // unit for i in layers]
         wanted = sum(counts[i] for i in layers) + rest
+        # Full layers pass their surplus on, like the remainder of the division.
         total = min(wanted // unit, sum(rooms))
         rest = wanted - total * unit
         shares = apportion(total, [counts[i] for i in layers], rooms, [1] * len(layers))

@@ -19,6 +19,7 @@ MAX_RANK = 32
 
 def entropy_bound_bits(size: int, active: int) -> float:
     """Returns log2 C(size, active): the bits that any code needs for a mask if only its count is known."""
+    # By lgamma: the binomial coefficient of a layer has millions of digits.
     lgamma = math.lgamma
     nats = lgamma(size + 1) - lgamma(active + 1) - lgamma(size - active + 1)
     return max(nats / math.log(2), 0.0)
@@ -62,6 +63,7 @@ class Mask:
                 f"a mask of shape {shape} needs {(size + 7) // 8} bytes, but has {bits.shape} of {bits.dtype}; the "
                 f"file was written for another model or is damaged."
             )
+        # Padding must be zero: a mask has one encoding, so equal masks have equal bytes.
         unpacked = np.unpackbits(bits)
         if unpacked[size:].any():
             raise FormatError(f"a mask of shape {shape} has bits set after its last entry; the file is damaged.")
@@ -96,6 +98,7 @@ class Mask:
         """Returns whether both masks have the same shape and the same active entries."""
         if self.shape != other.shape or self.active != other.active:
             return False
+        # Full masks may differ in `stored`: None, or all positions.
         return self.active == self.size or np.array_equal(self.positions, other.positions)
 
     def to_bool(self) -> npt.NDArray[np.bool_]:

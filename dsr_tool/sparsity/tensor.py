@@ -30,7 +30,7 @@ class SparseTensor:
     @classmethod
     def from_dense(cls, array: Array, mask: Mask) -> SparseTensor:
         """Gathers the values of `array` under `mask`. With a full mask they share the memory of `array`."""
-        flat = array.reshape(-1)
+        flat = array.reshape(-1)  # a view if the array is contiguous
         return cls(mask, flat if mask.stored is None else flat[mask.stored])
 
     def to_dense(self, out: Array | None = None) -> Array:
