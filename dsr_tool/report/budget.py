@@ -1,9 +1,9 @@
-"""Does a file, a folder or a trained model fit a budget?"""
+"""Checks of a file, a folder or a trained model against a budget."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from dsr_tool.errors import CheckFailed, UsageError
 from dsr_tool.report.sources import Source
@@ -13,18 +13,43 @@ if TYPE_CHECKING:
     from dsr_tool.sparse.model import SparseModel
     from exporters.verify.result import Verification
 
-__all__ = ["ARCHIVE", "BudgetCheck", "check_exported", "check_source", "check_trained", "too_large"]
+__all__ = ["ARCHIVE", "BudgetCheck", "BudgetDocument", "check_exported", "check_source", "check_trained", "too_large"]
 
 ARCHIVE = "of the archive that it exports to"
+"""What the bytes of a folder are, in words that follow the number: its own files store zeros."""
+
+
+class BudgetDocument(TypedDict):
+    """A check as JSON.
+
+    Attributes:
+        kind: `parameters`, `bytes` or `macs`.
+        unit: unit that the budget was given in, such as `kB`.
+        asked: amount that is allowed, in parameters, bytes or multiply-adds.
+        found: amount that the model has.
+        fraction: `found` / `asked`.
+        measured: what was counted, in words.
+        fits: whether `found` is at most `asked`.
+        line: the check as one line of text.
+    """
+
+    kind: str
+    unit: str
+    asked: int
+    found: int
+    fraction: float
+    measured: str
+    fits: bool
+    line: str
 
 
 @dataclass(frozen=True)
 class BudgetCheck:
-    """What was found beside what is allowed.
+    """A model's amount beside the amount that its budget allows.
 
     Attributes:
-        budget: what is allowed, in parameters, bytes or multiply-adds.
-        found: the same of the model.
+        budget: the allowed parameters, bytes or multiply-adds.
+        found: amount that the model has, in the unit of the budget's kind.
         measured: what was counted, in words that follow the number.
     """
 
@@ -34,27 +59,27 @@ class BudgetCheck:
 
     @property
     def fits(self) -> bool:
-        """Whether the budget is met."""
+        """True if the model is within the budget."""
         return self.found <= self.budget.amount
 
     @property
     def fraction(self) -> float:
-        """Part of the budget that is used."""
+        """Used share of the budget; 0 or 1 for a budget of nothing."""
         return self.found / self.budget.amount if self.budget.amount else float(self.found > 0)
 
     @property
     def line(self) -> str:
-        """One line for a terminal."""
-        what = self.budget.kind.replace("macs", "multiply-adds")
+        """The check as one line of text."""
+        unit = self.budget.kind.replace("macs", "multiply-adds")
         excess = self.found - self.budget.amount
-        over = "" if self.fits else f", {excess:,} {what.removesuffix('s') if excess == 1 else what} too many"
+        over = "" if self.fits else f", {excess:,} {unit.removesuffix('s') if excess == 1 else unit} too many"
         return (
             f"budget {self.budget.show()}: {'fits' if self.fits else 'does not fit'}, {self.budget.show(self.found)} "
             f"({self.fraction:.1%}) {self.measured}{over}"
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+    def to_dict(self) -> BudgetDocument:
+        """Returns plain values for JSON."""
         return {
             "kind": self.budget.kind,
             "unit": self.budget.unit,
@@ -68,44 +93,43 @@ class BudgetCheck:
 
 
 def check_source(source: Source, budget: Budget, maker: str | None = None) -> BudgetCheck:
-    """Check what lies at a path.
-
-    Bytes are those of a file on disk or, for a folder, of the archive that it exports to; parameters are the active
-    ones of the whole model, and multiply-adds those of its active weights for one input.
+    """Checks a file or folder.
 
     Args:
-        source: what was read there.
-        budget: what is allowed.
-        maker: for a folder with a network of the user's own, the `module:callable` that makes it.
+        source: the measured file or folder.
+        budget: the allowed amount. Bytes are counted on disk for a file, and for a folder in the archive that it
+            exports to; parameters are the active ones of the whole model; multiply-adds are those of active weights for
+            one input.
+        maker: the `module:callable` that builds the network, for a folder with a network of the user's own.
 
     Raises:
-        UsageError: its multiply-adds are unknown, or the folder's model cannot be captured.
+        UsageError: the multiply-adds are unknown, or the folder's model cannot be captured.
     """
     if budget.kind == "parameters":
         return BudgetCheck(budget, source.footprint.model.active, "active in the whole model")
     if budget.kind == "macs":
         if not source.footprint.model.dense_macs:
             raise UsageError(
-                f"multiply-adds of {str(source.path)!r} are unknown, so that a budget of {budget.show()} cannot be "
-                f"checked; give a model that was converted with an input shape."
+                f"multiply-adds of {str(source.path)!r} are unknown, so a budget of {budget.show()} cannot be checked; "
+                f"give a model that was converted with an input shape."
             )
         return BudgetCheck(budget, source.footprint.model.sparse_macs, "with active weights, for one input")
     if not source.path.is_dir():
         return BudgetCheck(budget, source.footprint.file_bytes, "on disk")
     from converters.budgets import archive_bytes
-    from converters.conversion import load
+    from converters.loading import load
 
     return BudgetCheck(budget, archive_bytes(load(source.path, maker)), ARCHIVE)
 
 
 def check_exported(model: SparseModel, verification: Verification) -> BudgetCheck | None:
-    """Check an archive against the budget in bytes of its model; None for other files, and without such a budget."""
+    """Checks an exported archive against its model's budget in bytes; None for other files or without such a budget."""
     budget = Budget.of_record(model.config.conversion) if verification.kind == "archive" else None
     return None if budget is None else BudgetCheck(budget, verification.file_bytes, "on disk")
 
 
 def check_trained(model: SparseModel) -> BudgetCheck | None:
-    """Check a model against the budget in bytes that it was converted to; None where it had no such budget."""
+    """Checks a trained model against the budget in bytes that it was converted for; None if it has no such budget."""
     from converters.budgets import archive_bytes
 
     budget = Budget.of_record(model.config.conversion)
@@ -113,14 +137,20 @@ def check_trained(model: SparseModel) -> BudgetCheck | None:
 
 
 def too_large(check: BudgetCheck, model: SparseModel, path: object) -> CheckFailed:
-    """The error for a trained model whose archive exceeds its budget, with the smallest sparsity that fits."""
+    """Returns the error for a trained model whose archive exceeds its budget, with the smallest sparsity that fits.
+
+    Args:
+        check: the check that failed, in bytes.
+        model: the trained model.
+        path: where the model was saved.
+    """
     from converters.budgets import smallest_sparsity
 
     sparsity = smallest_sparsity(model, check.budget.amount)
     remedy = (
         "no sparsity of this model is small enough; convert it with a larger budget"
         if sparsity is None
-        else f"without its smallest weights it fits from a sparsity of {sparsity:.4f} on, so convert with "
+        else f"it fits if its smallest weights are pruned to a sparsity of {sparsity:.4f}, so convert with "
         f"--sparsity {sparsity:.4f} and train again"
     )
     return CheckFailed(

@@ -1,4 +1,4 @@
-"""What a conversion did: each parameter, sparse or dense, and why."""
+"""The result of a conversion as a document and as text: each parameter, sparse or dense, and why."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ __all__ = ["conversion_document", "conversion_text"]
 
 
 def conversion_document(fitted: Fitted, path: Path) -> dict[str, Any]:
-    """The conversion as plain values, schema `dsr-tool/convert/1`."""
+    """Returns the conversion as plain values, schema `dsr-tool/convert/1`.
+
+    Args:
+        fitted: the converted model and its budget.
+        path: the model folder that it was saved to.
+    """
     model = fitted.model
     active = {name: int(mask.count_nonzero()) for name, mask in model.masks.items()}
     counts = count(model.specs)
@@ -42,7 +47,12 @@ def conversion_document(fitted: Fitted, path: Path) -> dict[str, Any]:
 
 
 def conversion_text(document: dict[str, Any], *, short: bool = False) -> str:
-    """The same for a terminal: weights one by one, everything else by reason; or, for `short`, the last line alone."""
+    """Returns the document as text.
+
+    Args:
+        document: the result of `conversion_document`.
+        short: omit the table, which lists weights one by one and all other parameters by reason.
+    """
     closing = (
         f"{document['path']}: {document['model']['architecture']}{_width(document)} with "
         f"{document['active_weights']:,} of {document['prunable_weights']:,} prunable weights active "
@@ -56,20 +66,21 @@ def conversion_text(document: dict[str, Any], *, short: bool = False) -> str:
 
 
 def _budget(fitted: Fitted, parameters: int) -> dict[str, Any] | None:
-    """A budget beside what the model came to; None for a sparsity, which is met exactly."""
+    """Returns the check of the budget; None for a budget given as a sparsity, which is met exactly."""
     model, budget = fitted.model, fitted.budget
     if budget.kind == "sparsity":
         return None
     if budget.kind == "parameters":
         active = parameters - model.prunable_weights + model.active_weights
-        check, least = BudgetCheck(budget, active, "active in the whole model"), 1.0
+        check, close = BudgetCheck(budget, active, "active in the whole model"), 1.0
     elif budget.kind == "bytes":
-        check, least = BudgetCheck(budget, fitted.archive_bytes or 0, ARCHIVE), LEAST_BYTES
+        check, close = BudgetCheck(budget, fitted.archive_bytes or 0, ARCHIVE), LEAST_BYTES
     else:
-        check, least = BudgetCheck(budget, _macs(model), "with active weights, for one input"), LEAST_MACS
+        check, close = BudgetCheck(budget, _macs(model), "with active weights, for one input"), LEAST_MACS
+    # The smallest change is one channel or one weight, so not every budget can be used up.
     step = "channel" if model.config.width < 1 else "weight"
-    far = "" if check.fraction >= least else f"; one more {step} would exceed it, so that this is as near as it gets"
-    return {**check.to_dict(), "sparsity": model.sparsity, "line": f"{check.line}{far}"}
+    note = "" if check.fraction >= close else f"; one more {step} would exceed it, so this is as close as it gets"
+    return {**check.to_dict(), "sparsity": model.sparsity, "line": f"{check.line}{note}"}
 
 
 def _width(document: dict[str, Any]) -> str:
@@ -78,6 +89,7 @@ def _width(document: dict[str, Any]) -> str:
 
 
 def _macs(model: SparseModel) -> int:
+    """Returns the multiply-adds of the active weights for one input."""
     active = {name: int(mask.count_nonzero()) for name, mask in model.masks.items()}
     return sum(round(active.get(name, spec.size) * spec.macs_per_weight) for name, spec in model.specs.items())
 

@@ -1,4 +1,4 @@
-"""The log of a run, read back: what it was told, its epochs and its reallocations."""
+"""Reads the log of a run: its settings, epochs and reallocations."""
 
 from __future__ import annotations
 
@@ -13,24 +13,28 @@ from dsr_tool.errors import FormatError
 
 __all__ = ["Epoch", "Reallocated", "RunLog", "read_log"]
 
-_LARGEST = 1e30
+_MAX_NUMBER = 1e30
+"""Largest magnitude of a logged number; anything above is treated as not finite, since a chart could not show it."""
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch as logged; a loss that was not finite is NaN.
+    """One epoch of a log; a loss that was not finite is NaN.
 
     Attributes:
-        number: the first is 1.
-        step: optimizer steps since the start.
-        train_loss, test_loss: means over the epoch and over all test images.
-        train_accuracy, test_accuracy: fractions right.
-        lr: learning rate at its end.
-        time_s: its seconds.
-        density: fraction of active weights by layer.
-        dropped, grown: weights moved, by layer.
-        threshold: at its last reallocation, where the method has one.
-        explored: weights ever active since the start, by layer.
+        number: number of the epoch, from 1.
+        step: number of optimizer steps since the start.
+        train_loss: mean loss over the epoch.
+        test_loss: mean loss over all test images.
+        train_accuracy: fraction of training images classified correctly.
+        test_accuracy: fraction of test images classified correctly.
+        lr: learning rate at the end of the epoch.
+        time_s: duration in seconds.
+        density: fraction of active weights, by layer.
+        dropped: number of weights dropped, by layer.
+        grown: number of weights grown, by layer.
+        threshold: pruning threshold at the last reallocation; None for methods without one.
+        explored: number of weights that were ever active since the start, by layer.
     """
 
     number: int
@@ -49,7 +53,7 @@ class Epoch:
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Epoch:
-        """An epoch of its log line; raises `TypeError`, `ValueError` or `LookupError` for anything else."""
+        """Parses a log line; raises `TypeError`, `ValueError` or `LookupError` for any other line."""
         return cls(
             _whole(line["epoch"]),
             _whole(line["step"]),
@@ -69,7 +73,14 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Reallocated:
-    """One reallocation: its step, weights dropped and grown in all, and the threshold where there is one."""
+    """One reallocation of a log.
+
+    Attributes:
+        step: number of optimizer steps before it.
+        dropped: number of weights dropped in all layers.
+        grown: number of weights grown in all layers.
+        threshold: pruning threshold; None for methods without one.
+    """
 
     step: int
     dropped: int
@@ -78,8 +89,8 @@ class Reallocated:
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Reallocated:
-        """A reallocation of its log line; raises as `Epoch.from_line` does."""
-        dropped, grown = (sum(_counts(line[what]).values()) for what in ("dropped", "grown"))
+        """Parses a log line; raises like `Epoch.from_line`."""
+        dropped, grown = (sum(_counts(line[key]).values()) for key in ("dropped", "grown"))
         return cls(_whole(line["step"]), dropped, grown, _optional(line.get("threshold")))
 
 
@@ -88,10 +99,10 @@ class RunLog:
     """A whole log.
 
     Attributes:
-        start: facts of the first line: data, settings, versions.
-        status: `complete`, `interrupted`, `failed`, or `cut off` when there is no last line.
-        epochs: in order.
-        reallocations: in order.
+        start: contents of the first line: data, settings, versions.
+        status: `complete`, `interrupted`, `failed`, or `cut off` if the last line is missing.
+        epochs: the completed epochs, in order.
+        reallocations: the reallocations, in order.
     """
 
     start: Mapping[str, Any]
@@ -101,11 +112,11 @@ class RunLog:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the training was told."""
+        """Settings of the training by name."""
         return dict(self.start["settings"])
 
     def summary(self) -> dict[str, Any]:
-        """Method, epochs and accuracy, as plain values."""
+        """Returns method, epochs and accuracies as plain values."""
         best = max(self.epochs, key=lambda epoch: epoch.test_accuracy, default=None)
         return {
             "status": self.status,
@@ -113,7 +124,7 @@ class RunLog:
             "data": str(self.start["data"]),
             "epochs": len(self.epochs),
             "reallocations": len(self.reallocations),
-            "weights_moved": sum(moved.dropped for moved in self.reallocations),
+            "weights_moved": sum(reallocation.dropped for reallocation in self.reallocations),
             "last_test_accuracy": self.epochs[-1].test_accuracy if self.epochs else None,
             "best_test_accuracy": best.test_accuracy if best else None,
             "best_epoch": best.number if best else None,
@@ -121,18 +132,20 @@ class RunLog:
 
 
 def read_log(path: Path) -> RunLog:
-    """Read a `log.jsonl`.
+    """Reads a `log.jsonl`.
 
     Raises:
-        FormatError: a line that is not understood.
+        FormatError: a line is not a record of a log.
     """
     text = path.read_bytes()
-    # A last line that was cut off, by a full disk or a power cut, tells nothing.
+    # A full disk or a power cut can cut off the last line; the lines before it are still valid.
     whole = text[: text.rfind(b"\n") + 1]
     try:
         return _log([json.loads(line) for line in whole.splitlines() if line.strip()])
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise FormatError(f"log {str(path)!r} is not understood ({error!r}); the run is damaged.") from error
+        raise FormatError(
+            f"log {str(path)!r} is not valid ({error!r}); the run is damaged, so restore the file or delete it."
+        ) from error
 
 
 def _log(lines: list[dict[str, Any]]) -> RunLog:
@@ -145,19 +158,19 @@ def _log(lines: list[dict[str, Any]]) -> RunLog:
         tuple(Epoch.from_line(line) for line in kinds["epoch"]),
         tuple(Reallocated.from_line(line) for line in kinds["reallocation"]),
     )
-    log.summary()  # a start without method or data is found here, not later
+    log.summary()  # raises here if the start line lacks the method or the data
     return log
 
 
 def _float(value: Any) -> float:
-    """A logged number; what was not finite is logged as null, and what is past all sense counts as that."""
+    """Returns a logged number; NaN for null, which stands for a number that was not finite, and for huge ones."""
     number = math.nan if value is None else float(value)
-    return number if abs(number) < _LARGEST else math.nan
+    return number if abs(number) < _MAX_NUMBER else math.nan
 
 
 def _whole(value: Any) -> int:
     number = int(value)
-    if not 0 <= number < _LARGEST:
+    if not 0 <= number < _MAX_NUMBER:
         raise ValueError(f"{value!r} is not a count")
     return number
 

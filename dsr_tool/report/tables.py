@@ -1,9 +1,9 @@
-"""Footprints as documents for JSON and as tables for a terminal."""
+"""Footprints as JSON documents and as tables for a terminal."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any
 
 from rich import box
@@ -16,7 +16,8 @@ from dsr_tool.report.sources import Source
 
 __all__ = ["megabytes", "plain_table", "render", "report_document", "report_text"]
 
-_WIDTH = 400
+_CONSOLE_WIDTH = 400
+"""Characters per line; wider than any table, because a truncated number would be a wrong one."""
 _COLUMNS = (
     "parameters",
     "active",
@@ -30,7 +31,7 @@ _COLUMNS = (
 
 
 def report_document(source: Source) -> dict[str, Any]:
-    """The report as plain values, schema `dsr-tool/report/1`."""
+    """Returns the report as plain values, schema `dsr-tool/report/1`."""
     return {
         "schema": "dsr-tool/report/1",
         "path": str(source.path),
@@ -43,18 +44,18 @@ def report_document(source: Source) -> dict[str, Any]:
 
 
 def report_text(source: Source) -> str:
-    """The report as tables: weights one by one and the rest by reason, the model in all, and where the bytes are."""
-    print_ = source.footprint
+    """Returns the report as tables: each weight, all other parameters by reason, the whole model, and the file."""
+    measured = source.footprint
     name = f"{source.config.architecture}, " if source.config else ""
-    lines = [f"{source.path}: {name}{source.kind}, {source.footprint.file_bytes:,} bytes"]
+    lines = [f"{source.path}: {name}{source.kind}, {measured.file_bytes:,} bytes"]
     if source.training:
         lines.append(_training_line(source.training))
-    lines += [render(_layers(print_)), render(_totals(print_)), *_compaction(source), *_closing(source)]
+    lines += [render(_layers(measured)), render(_totals(measured)), *_compaction(source), *_closing(source)]
     return "\n".join(lines)
 
 
 def plain_table(*headers: str, numbers: Container[str]) -> Table:
-    """An empty table; columns in `numbers` are set flush right."""
+    """Returns an empty table; columns in `numbers` are aligned right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for header in headers:
         table.add_column(header, justify="right" if header in numbers else "left", no_wrap=True)
@@ -62,24 +63,25 @@ def plain_table(*headers: str, numbers: Container[str]) -> Table:
 
 
 def render(table: Table) -> str:
-    """A table as text, as wide as it needs: a cut number would be a wrong one."""
+    """Returns a table as text, each line as long as it needs to be."""
     text = io.StringIO()
-    Console(file=text, width=_WIDTH, markup=False, emoji=False, highlight=False).print(table)
+    Console(file=text, width=_CONSOLE_WIDTH, markup=False, emoji=False, highlight=False).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def megabytes(nbytes: int) -> str:
-    """Bytes for people: MB are 10^6."""
+    """Formats bytes in MB, which are 10^6 bytes, with two or three decimals."""
     return f"{nbytes / 1e6:,.3f}" if nbytes < 10**7 else f"{nbytes / 1e6:,.2f}"
 
 
-def _layers(print_: Footprint) -> Table:
+def _layers(measured: Footprint) -> Table:
+    """Returns a row for each weight, and one for all other parameters of the same role and reason."""
     table = plain_table("layer", "role", *_COLUMNS, "why", numbers=_COLUMNS)
-    for layer in print_.layers:
+    for layer in measured.layers:
         if layer.spec.weight:
             table.add_row(layer.spec.name, layer.spec.role, *_numbers(layer.sizes), layer.spec.reason)
     rest: dict[tuple[str, str], list[Sizes]] = {}
-    for layer in print_.layers:
+    for layer in measured.layers:
         if not layer.spec.weight:
             rest.setdefault((layer.spec.role, layer.spec.reason), []).append(layer.sizes)
     for (role, reason), sizes in rest.items():
@@ -88,26 +90,27 @@ def _layers(print_: Footprint) -> Table:
 
 
 def _numbers(sizes: Sizes) -> list[str]:
+    """Returns the cells of `_COLUMNS`."""
     macs = [f"{macs / 1e6:,.2f}" if sizes.dense_macs else "" for macs in (sizes.sparse_macs, sizes.dense_macs)]
     sized = (sizes.dense_bytes, *(sizes.codec_bytes[codec] for codec in size_columns()), sizes.bound_bytes)
     counts = [f"{sizes.parameters:,}", f"{sizes.active:,}", f"{sizes.density:.4f}"]
     return [*counts, *(megabytes(nbytes) for nbytes in sized), *macs]
 
 
-def _totals(print_: Footprint) -> Table:
+def _totals(measured: Footprint) -> Table:
     table = plain_table("in all", *_COLUMNS, numbers=_COLUMNS)
-    table.add_row("prunable weights", *_numbers(print_.prunable))
-    table.add_row("whole model", *_numbers(print_.model))
-    table.add_row("with buffers", *_numbers(print_.everything))
+    table.add_row("prunable weights", *_numbers(measured.prunable))
+    table.add_row("whole model", *_numbers(measured.model))
+    table.add_row("with buffers", *_numbers(measured.everything))
     return table
 
 
 def _compaction(source: Source) -> list[str]:
-    """What a compacted file lost, per layer and in all."""
+    """Returns what compaction removed from each layer and in all; nothing for a file that was not compacted."""
     saved = source.saved
     if saved is None:
         return []
-    columns = ("filters", "of", "input channels", "of ")
+    columns = ("filters", "of", "input channels", "of ")  # the space makes the two column names differ
     table = plain_table("compacted", *columns, numbers=columns)
     for layer in saved.layers:
         (filters, kept), (inputs, used) = layer.filters, layer.inputs
@@ -123,29 +126,31 @@ def _compaction(source: Source) -> list[str]:
 
 
 def _closing(source: Source) -> list[str]:
-    print_ = source.footprint
-    parts = ", ".join(f"{name} {nbytes:,}" for name, nbytes in print_.parts.items())
-    agree = "agrees" if print_.computed_bytes == print_.file_bytes else "DOES NOT AGREE"
+    """Returns the sparsities, the parts of the file, its size, and the units of the tables."""
+    measured = source.footprint
+    parts = ", ".join(f"{name} {nbytes:,}" for name, nbytes in measured.parts.items())
+    agree = "agrees" if measured.computed_bytes == measured.file_bytes else "DOES NOT AGREE"
     size = "x".join(map(str, source.config.input_shape)) if source.config else "the file's size"
-    folded = ["active counts values that are not zero, and normalisation is folded: an ONNX file keeps no masks"]
+    folded = ["an ONNX file has no masks: active weights are those that are not zero, and norms are folded into them"]
     return [
         *(folded if source.kind == "onnx" else []),
-        f"sparsity: {print_.sparsity:.4%} of the prunable weights, {print_.model_sparsity:.4%} of the whole model",
+        f"sparsity: {measured.sparsity:.4%} of the prunable weights, {measured.model_sparsity:.4%} of the whole model",
         f"bytes: {parts}",
-        f"size on disk {print_.file_bytes:,}, computed {print_.computed_bytes:,}: {agree}; "
-        f"{_dense(print_)} {print_.everything.dense_bytes:,}, entropy bound {print_.everything.bound_bytes:,}",
+        f"size on disk {measured.file_bytes:,}, computed {measured.computed_bytes:,}: {agree}; "
+        f"{_dense(measured)} {measured.everything.dense_bytes:,}, entropy bound {measured.everything.bound_bytes:,}",
         f"MB are 10^6 bytes; MMACs are millions of multiply-adds for one input of {size}, with active weights and with "
         "all; coded: run lengths and byte planes, Huffman-coded; bound: log2 C(parameters, active) bits and raw values",
     ]
 
 
-def _dense(print_: Footprint) -> str:
-    """What a dense file would be, by the types that the weights have here."""
-    bits = {8 * layer.sizes.dense_bytes // layer.sizes.parameters for layer in print_.layers if layer.spec.weight}
+def _dense(measured: Footprint) -> str:
+    """Returns what the dense size is called: `dense fp32`, or with the other types that the weights have."""
+    bits = {8 * layer.sizes.dense_bytes // layer.sizes.parameters for layer in measured.layers if layer.spec.weight}
     return f"dense {' and '.join(f'fp{n}' for n in sorted(bits))}".rstrip() + (" (weights)" if bits - {32} else "")
 
 
-def _training_line(training: Any) -> str:
+def _training_line(training: Mapping[str, Any]) -> str:
+    """Returns the summary of a run's log as one line."""
     best, last = training["best_test_accuracy"], training["last_test_accuracy"]
     accuracy = (
         f"test accuracy {last:.4f} (best {best:.4f} in epoch {training['best_epoch']})" if best is not None else ""

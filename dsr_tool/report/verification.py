@@ -1,4 +1,4 @@
-"""A verification as a document and as a sentence."""
+"""The result of a verification as a document and as text."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ __all__ = ["verification_document", "verification_text"]
 
 
 def verification_document(command: str, verification: Verification) -> dict[str, Any]:
-    """The verification as plain values, schema `dsr-tool/<command>/1`."""
+    """Returns the verification as plain values, schema `dsr-tool/<command>/1`."""
     return {"schema": f"dsr-tool/{command}/1", **verification.to_dict()}
 
 
 def verification_text(verification: Verification) -> str:
-    """What was compared and what came out, for a terminal."""
+    """Returns the file, the comparisons and their results as text."""
     runs = ", ".join(f"{name} {difference:.2g}" for name, difference in verification.runtimes.items())
     lines = [
         f"{verification.path}: {verification.kind}, {verification.file_bytes:,} bytes, "

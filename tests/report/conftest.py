@@ -66,7 +66,7 @@ def _epoch(number, names, moved):
 
 @pytest.fixture(scope="session")
 def exported(model_folder):
-    """The archive, ONNX and .npz files of the model, by kind."""
+    """Archive, ONNX and .npz files of the model, by kind."""
     from converters.loading import load
     from exporters.export import export
 
@@ -79,7 +79,7 @@ def exported(model_folder):
 
 @pytest.fixture(scope="session")
 def made():
-    """A source of so many layers, all alike, under names of any kind."""
+    """Returns a function that makes a source of equal layers with names of a pattern."""
 
     def make(layers, name="features.denseblock{0}.denselayer{0}.conv.weight", architecture="net", role="sparse"):
         rng = np.random.default_rng(0)
@@ -104,7 +104,7 @@ _COMPUTED = {"computed_bytes": 1234, "measured_bytes": None, "difference": None,
 
 @pytest.fixture(scope="session")
 def extras():
-    """What a report says of a budget that is missed, and of memory: as in its JSON."""
+    """Parts of a report's JSON: a budget that is exceeded, fallbacks, and memory."""
     runtimes = [("PyTorch", _MEASURED), (HOSTILE, _COMPUTED)]
     sizes = {"weights_bytes": 400, "activations_bytes": 5000, "moment": "Conv -> a_name_without_any_place_to_break"}
     unknown = dict.fromkeys(("weights_bytes", "activations_bytes", "moment", "computed_bytes", "difference"))
@@ -124,6 +124,7 @@ def extras():
             "fits": False,
             "line": "budget 10.00 MB: does not fit, 12.00 MB (120.0 %) on disk, 2,000,000 bytes too many",
         },
+        "fallback": {"nodes": 124, "on_reference": 3, "operators": ["Tile", HOSTILE]},
         "memory": {
             "batch": 4,
             "input_shape": [3, 32, 32],
@@ -151,7 +152,7 @@ def extras():
 
 @pytest.fixture(scope="session")
 def compacted(made):
-    """An archive from which compaction took filters."""
+    """An archive that lost filters in a compaction."""
     record = {
         "weights": [2000, 1500],
         "active": [300, 240],
@@ -167,7 +168,7 @@ def compacted(made):
 
 @pytest.fixture(scope="session")
 def page():
-    """The page of a source, or of whatever lies at a path; further parts of the document as keywords."""
+    """Returns a function that makes the page of a source or path; keywords add parts to the document."""
 
     def make(source, **parts):
         source = source if isinstance(source, Source) else read(source)
@@ -178,5 +179,5 @@ def page():
 
 @pytest.fixture
 def hostile(made):
-    """A source whose every text tries to be markup."""
+    """A source in which every text is an attack by markup."""
     return made(3, HOSTILE + "{0}", HOSTILE)

@@ -1,4 +1,4 @@
-"""`report --budget`, and what convert and train say about a budget."""
+"""Budgets in the results of report, convert and train."""
 
 import json
 
@@ -14,7 +14,7 @@ NETWORK = ("squeezenet1_1", "--num-classes", 10, "--input-size", 32)
 
 
 def call(*arguments):
-    """Exit code, stdout and the error of one command."""
+    """Runs a command; returns its exit code, stdout and exception."""
     done = CliRunner().invoke(cli, [str(argument) for argument in arguments], standalone_mode=False)
     code = getattr(done.exception, "exit_code", 1) if done.exception else done.return_value or 0
     return code, done.stdout, done.exception
@@ -39,7 +39,7 @@ def archive(folder):
     return path
 
 
-def test_convert_says_what_was_asked_solved_and_predicted(folder, archive):
+def test_convert_reports_the_budget_the_sparsity_and_the_predicted_bytes(folder, archive):
     document = json.loads((folder.parent / "convert.json").read_text())
     assert document["archive_bytes"] == archive.stat().st_size
     budget = document["budget"]
@@ -56,7 +56,7 @@ def test_bytes_of_a_folder_are_those_of_its_archive(folder, archive, budget, cod
     assert document["budget"]["fits"] == (code == 0)
     whole, packed = (call("report", path, "--budget", budget) for path in (folder, archive))
     assert whole[0] == packed[0] == code
-    # One line each, the same but for what was measured.
+    # Both are one line, and differ only in what they say was measured.
     assert whole[1].replace("of the archive that it exports to", "on disk") == packed[1]
     assert packed[1].count("\n") == 1
 
@@ -71,7 +71,7 @@ def test_parameters_and_multiply_adds_are_those_of_the_report(archive):
         assert call("report", archive, "--budget", f"{amount}MACs")[0] == code
 
 
-def test_unknown_multiply_adds_are_no_answer(tmp_path):
+def test_a_budget_of_unknown_multiply_adds_is_refused(tmp_path):
     from torch import nn
 
     from dsr_tool import convert
@@ -82,13 +82,13 @@ def test_unknown_multiply_adds_are_no_answer(tmp_path):
     assert "are unknown" in str(error)
 
 
-def test_a_budget_that_is_not_understood_is_wrong_usage(archive):
+def test_a_budget_without_a_unit_is_refused(archive):
     code, out, error = call("report", archive, "--budget", "12")
     assert (code, out) == (2, "")
     assert isinstance(error, UsageError)
 
 
-def test_the_line_for_a_terminal():
+def test_the_line_says_whether_the_budget_fits():
     budget = Budget.parse("12MB")
     assert BudgetCheck(budget, 11_840_123, "on disk").line == "budget 12.00 MB: fits, 11.84 MB (98.7%) on disk"
     over = BudgetCheck(budget, 12_000_010, "on disk")
@@ -111,7 +111,7 @@ def test_a_trained_model_is_checked_against_its_budget(folder, tmp_path):
     assert json.loads(out)["budget"]["fits"]
 
 
-def test_a_trained_model_that_does_not_fit_exits_3_is_kept_and_names_a_sparsity_that_fits(folder, tmp_path):
+def test_a_trained_model_over_its_budget_exits_3_is_kept_and_names_a_sparsity_that_fits(folder, tmp_path):
     from dsr_tool import load
 
     config = folder / "config.json"

@@ -1,4 +1,4 @@
-"""The page as text: valid, self-contained, small, the same every time, and safe with hostile names."""
+"""The page is valid, self-contained, small, deterministic, and safe with hostile names."""
 
 import base64
 import hashlib
@@ -22,7 +22,7 @@ MEGABYTE = 10**6
 
 
 class Outline(HTMLParser):
-    """Checks nesting while it reads, and keeps what the tests ask about."""
+    """Checks the nesting of tags and collects tags and texts."""
 
     def __init__(self, html):
         super().__init__(convert_charrefs=True)
@@ -87,7 +87,7 @@ def test_the_page_is_valid_and_accessible_markup(pages, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_page_asks_for_nothing_and_fits(pages, kind):
+def test_the_page_loads_nothing_and_is_below_a_megabyte(pages, kind):
     html = pages[kind]
     outline = Outline(html)
     for _, attrs in outline.tags:
@@ -98,7 +98,7 @@ def test_the_page_asks_for_nothing_and_fits(pages, kind):
     assert len(html.encode()) < MEGABYTE
 
 
-def test_the_policy_allows_this_style_and_script_alone(pages):
+def test_the_policy_allows_only_the_style_and_script_of_the_page(pages):
     html = pages["folder"]
     policy = next(a["content"] for a in Outline(html).attributes("meta") if "Content-Security-Policy" in a.values())
     assert policy.startswith("default-src 'none'; img-src data:;")
@@ -109,7 +109,7 @@ def test_the_policy_allows_this_style_and_script_alone(pages):
 
 
 def test_the_largest_pages_stay_below_a_megabyte(made, page, run_folder):
-    """As many layers as torchvision's deepest classifier has, and 200 epochs."""
+    """340 layers, as torchvision's deepest classifier has, and 200 epochs."""
     log = read(run_folder).log
     names = [f"features.{i}.block.1.a.long.name.fc2.weight" for i in range(340)]
     rng = np.random.default_rng(0)
@@ -121,7 +121,7 @@ def test_the_largest_pages_stay_below_a_megabyte(made, page, run_folder):
     assert "largest of 2,000 weights" in page(made(2000))
 
 
-def test_hostile_names_come_out_as_text(hostile, page, extras):
+def test_hostile_names_are_shown_as_text(hostile, page, extras):
     html = page(hostile, **extras)
     outline = Outline(html)
     assert [tag for tag, _ in outline.tags].count("script") == 1
@@ -131,7 +131,7 @@ def test_hostile_names_come_out_as_text(hostile, page, extras):
     html.encode("utf-8")
 
 
-def test_everything_that_was_measured_is_on_the_page(pages, run_folder, exported):
+def test_the_page_has_all_measurements(pages, run_folder, exported):
     html = pages["run"]
     source = read(run_folder)
     for title in ("Training", "Where the bytes go", "Formats side by side", "Density by layer", "Work by layer"):
@@ -160,15 +160,15 @@ def test_parts_of_the_file_add_up(model_folder, exported, kind):
 
 
 def rows(html, caption):
-    """The rows of the table with this caption, as texts."""
+    """Returns the rows of the table with this caption, as texts."""
     table = html[html.index(f'<caption class="hidden">{caption}</caption>') :].partition("</table>")[0]
     lines = [re.findall(r"<(?:th|td)[^>]*>(.*?)</t[hd]>", row) for row in table.split("<tr>")[1:]]
     return [[cell.replace("\u00a0", " ") for cell in line] for line in lines]
 
 
-def test_compaction_is_told_before_and_after(pages):
+def test_compaction_is_shown_before_and_after(pages):
     html = pages["extras"]
-    assert "removed: 4; input channels: 7; layers that lost any: 1. All other" in html
+    assert "Removed filters that had no effect: 4; input channels: 7; layers that lost any: 1. All other" in html
     assert rows(html, "What compaction saved")[1:] == [
         ["Weights", "2,000", "1,500", "25.00 %"],
         ["Active weights", "300", "240", "20.00 %"],
@@ -181,7 +181,14 @@ def test_compaction_is_told_before_and_after(pages):
     assert "Compaction" not in pages["folder"]
 
 
-def test_a_budget_that_is_missed_is_a_headline_and_a_chart(pages):
+def test_nodes_that_no_kernel_computes_are_a_headline(made, page, pages):
+    assert '<dd class="value">121 of 124</dd>' in pages["extras"]
+    assert "on the reference: Tile, &lt;script&gt;" in pages["extras"]
+    assert "none on the reference" in page(made(1), fallback={"nodes": 7, "on_reference": 0, "operators": []})
+    assert "on the reference" not in pages["folder"]
+
+
+def test_an_exceeded_budget_is_a_headline_and_a_chart(pages):
     html = pages["extras"]
     assert '<dd class="value">does not fit</dd>' in html
     assert "Budget 10.00 MB: does not fit" in html
@@ -192,7 +199,7 @@ def test_a_budget_that_is_missed_is_a_headline_and_a_chart(pages):
     assert ">Budget</h2>" not in pages["folder"]
 
 
-def test_memory_is_told_by_runtime_and_for_a_training_step(pages):
+def test_memory_is_shown_by_runtime_and_for_a_training_step(pages):
     html = pages["extras"]
     assert "For a batch of 4, each input 3 \u00d7 32 \u00d7 32" in html
     assert "Nothing was measured twice" in html
@@ -219,7 +226,7 @@ def test_the_same_input_gives_the_same_bytes(made, page):
     assert page(made(4)) == page(made(4))
 
 
-def test_the_command_writes_the_page_and_still_prints(model_folder, tmp_path):
+def test_the_command_writes_the_page_and_prints_the_report(model_folder, tmp_path):
     target = tmp_path / "page.html"
     arguments = ["report", str(model_folder), "--html", str(target), "--json"]
     done = CliRunner().invoke(cli, arguments)

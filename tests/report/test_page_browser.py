@@ -1,4 +1,4 @@
-"""The page in a headless Chromium: quiet, nothing outside the window, readable, and worked by keyboard.
+"""The page in a headless Chromium: no errors, nothing outside the window, readable, usable by keyboard.
 
 Without a Chromium these tests are left out, except where CI is set: there they fail.
 """
@@ -41,7 +41,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def files(model_folder, run_folder, exported, made, compacted, extras, tmp_path_factory):
-    """Pages as files: of a run, a model folder, exported files, and of many layers under long names."""
+    """Pages of a run, a model folder, exported files, and of many layers with long names."""
     folder = tmp_path_factory.mktemp("pages")
     long = "features.denseblock{0}.denselayer{0}.a_name_without_any_place_to_break_a_line_at.weight"
     sources = {"run": read(run_folder), "folder": read(model_folder), "many": made(120, long, "x" * 90)}
@@ -54,7 +54,7 @@ def files(model_folder, run_folder, exported, made, compacted, extras, tmp_path_
 
 @pytest.fixture
 def opened(browser, files):
-    """Open a page; at the end nothing may have been said on the console or asked for elsewhere."""
+    """Opens pages; at the end, asserts that no page wrote to the console or loaded anything else."""
 
     @contextmanager
     def call(name, size="desk", **options):
@@ -135,7 +135,7 @@ def open_tables(tab):
 
 @pytest.mark.parametrize("name", ["run", "folder", "many", "hostile", "archive", "onnx", "csr", "compacted"])
 @pytest.mark.parametrize("size", SIZES)
-def test_nothing_is_outside_the_window_or_too_small(opened, name, size):
+def test_no_text_is_outside_the_window_or_too_small(opened, name, size):
     with opened(name, size) as tab:
         open_tables(tab)
         assert tab.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
@@ -145,7 +145,7 @@ def test_nothing_is_outside_the_window_or_too_small(opened, name, size):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_text_stands_out_in_light_and_dark(opened, scheme):
+def test_text_has_contrast_in_light_and_dark_mode(opened, scheme):
     with opened("run", color_scheme=scheme) as tab:
         open_tables(tab)
         assert tab.evaluate(FAINT) == []
@@ -160,7 +160,7 @@ def visible_masks(tab):
     )
 
 
-def test_the_keyboard_reaches_the_chooser_and_changes_the_picture(opened):
+def test_the_keyboard_can_choose_another_mask(opened):
     with opened("run") as tab:
         tab.keyboard.press("Tab")
         assert tab.evaluate("document.activeElement.className") == "skip"
@@ -203,13 +203,13 @@ def test_without_script_every_mask_is_shown(opened):
         assert not tab.locator("#layer").is_visible()
 
 
-def test_names_of_layers_are_never_run(opened):
+def test_names_of_layers_are_never_executed(opened):
     with opened("hostile") as tab:
         assert tab.title().startswith("<img src=x")
         assert tab.locator("body script, img[src=x]").count() == 0
 
 
-def test_printed_it_is_light_and_shows_its_tables(opened):
+def test_the_printed_page_is_light_and_shows_its_tables(opened):
     with opened("run", color_scheme="dark") as tab:
         tab.emulate_media(media="print", color_scheme="dark")
         assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
@@ -222,7 +222,7 @@ def test_printed_it_is_light_and_shows_its_tables(opened):
         assert tab.evaluate("document.querySelectorAll('details[open]').length") == 0
 
 
-def test_movement_is_left_out_where_it_is_unwelcome(opened):
+def test_there_is_no_animation_if_the_reader_prefers_none(opened):
     behaviour = "getComputedStyle(document.documentElement).scrollBehavior"
     with opened("folder", reduced_motion="reduce") as tab:
         assert tab.evaluate(behaviour) == "auto"

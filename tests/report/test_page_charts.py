@@ -1,4 +1,4 @@
-"""Numbers, charts and pictures of a page: right at every value, and always inside their frame."""
+"""Numbers, charts and pictures of a page are right for every value and stay inside their frame."""
 
 import base64
 import io
@@ -21,11 +21,11 @@ from dsr_tool.sparsity.mask import Mask
     ("value", "text"),
     [(0, "0"), (1814.07, "1,814"), (4.3, "4.300"), (0.00123456, "0.001235"), (999.96, "1,000"), (5e-9, "5.000e-09")],
 )
-def test_four_significant_digits(value, text):
+def test_numbers_have_four_significant_digits(value, text):
     assert numbers.significant(value) == text
 
 
-def test_units():
+def test_amounts_have_the_unit_that_suits_them():
     assert numbers.byte_size(999) == "999\u00a0B"
     assert numbers.byte_size(999_960) == "1.000\u00a0MB"
     assert numbers.macs(1_814_073_344) == "1.814\u00a0GMACs"
@@ -56,7 +56,7 @@ def test_a_logarithmic_axis_covers_its_values(values):
 
 
 @given(st.lists(st.floats(min_value=0, max_value=1, allow_nan=False), min_size=2, max_size=6))
-def test_labels_at_the_ends_of_lines_stay_apart_and_inside(ends):
+def test_labels_of_lines_do_not_overlap_or_leave_the_plot(ends):
     series = [Series(f"line {i}", "s", [0.5, end]) for i, end in enumerate(ends)]
     places = sorted(line.label_at for line in lines([1, 2], series, str, span=(1, 2)).lines)
     assert places[0] >= 0
@@ -64,7 +64,7 @@ def test_labels_at_the_ends_of_lines_stay_apart_and_inside(ends):
     assert all(b - a >= 8.9 for a, b in pairwise(places))
 
 
-def test_the_label_stands_where_its_line_ends():
+def test_a_label_is_at_the_end_of_its_line():
     chart = lines([1, 2, 3], [Series("", "s", [5.0, 6.0, float("nan")])], str, span=(1, 5))
     assert [(line.label, line.end) for line in chart.lines] == [("6.0", 25)]
 
@@ -73,7 +73,7 @@ def labels(names):
     return [[tick.label for tick in ticks] for ticks in layer_ticks(names)]
 
 
-def test_columns_are_named_by_prefixes_that_have_room():
+def test_columns_are_labeled_by_the_prefixes_that_fit():
     stages = [f"layer{i}.{j}.weight" for i in range(1, 5) for j in range(5)]
     assert labels(stages) == [["layer1", "layer2", "layer3", "layer4"]] * 2
     assert labels(["conv.weight", *stages])[1][0] == "conv"
@@ -83,7 +83,7 @@ def test_columns_are_named_by_prefixes_that_have_room():
     assert labels(many) == [["1", "10", "24"], [f"denseblock{i}" for i in range(6)]]
 
 
-def test_labels_that_do_not_tell_places_apart_give_way_to_numbers():
+def test_labels_that_repeat_are_replaced_by_numbers():
     blocks = [f"features.{i}.block.{j}.weight" for i in range(14) for j in range(4)]
     assert labels(blocks)[0] == labels(blocks)[1] == ["1", "20", "40", "56"]
     assert labels(["weight"]) == [["weight"], ["weight"]]
@@ -119,7 +119,7 @@ def pixels(picture):
     return np.asarray(image)
 
 
-def test_a_small_mask_is_shown_entry_by_entry():
+def test_a_small_mask_has_one_block_per_weight():
     active = np.random.default_rng(0).random((24, 4, 3, 3)) < 0.2
     picture = mask_picture(Mask.from_bool(active), 10_000)
     assert picture.block == (1, 1)
@@ -132,7 +132,7 @@ def test_a_small_mask_is_shown_entry_by_entry():
     st.integers(1, 3000),
     st.integers(0, 2**32 - 1),
 )
-def test_a_picture_has_few_blocks_and_the_right_shade(shape, density, blocks, seed):
+def test_a_picture_has_at_most_the_allowed_blocks_and_the_right_shades(shape, density, blocks, seed):
     active = np.random.default_rng(seed).random(shape) < density
     picture = mask_picture(Mask.from_bool(active), blocks)
     assert (picture.rows, picture.columns) == shape
@@ -144,5 +144,5 @@ def test_a_picture_has_few_blocks_and_the_right_shade(shape, density, blocks, se
     assert picture.darkest >= active.mean() - 1e-9
 
 
-def test_pictures_of_many_layers_share_their_room():
+def test_pictures_of_many_layers_share_the_bytes_of_a_page():
     assert picture_budget(1) > picture_budget(50) > picture_budget(400)

@@ -1,4 +1,4 @@
-"""A run on the page: what its log says, and nothing that it does not."""
+"""The page of a run shows what its log says and claims nothing else."""
 
 import json
 import shutil
@@ -15,13 +15,13 @@ from dsr_tool.report.sources import read
 
 
 def with_densities(log, *epochs):
-    """The log with these densities in its first epochs, and no more of them."""
+    """Returns the log cut to epochs with these densities."""
     changed = [replace(epoch, density=density) for epoch, density in zip(log.epochs, epochs, strict=False)]
     return replace(log, epochs=tuple(changed))
 
 
 @pytest.mark.parametrize(
-    ("epochs", "told"),
+    ("epochs", "text"),
     [
         ([{"a": 0.5, "b": 0.5}, {"a": 0.6, "b": 0.4}], "a gained the most density and b lost the most. "),
         ([{"a": 0.5, "b": 0.5}, {"a": 0.4, "b": 0.2}], "From the first epoch to the last, b lost the most. "),
@@ -29,14 +29,14 @@ def with_densities(log, *epochs):
         ([{"a": 0.5, "b": 0.5}], "Each row is a layer"),
     ],
 )
-def test_the_density_picture_says_what_happened(run_folder, epochs, told):
+def test_the_density_figure_names_the_layers_that_changed_most(run_folder, epochs, text):
     log = with_densities(read(run_folder).log, *epochs)
     finding = run_section(log)[0].figures[-1].finding
-    assert told in finding
-    assert ("gained" in finding) == ("gained" in told)
+    assert text in finding
+    assert ("gained" in finding) == ("gained" in text)
 
 
-def test_the_density_picture_says_when_layers_are_left_out(run_folder):
+def test_the_density_figure_says_how_many_layers_it_shows(run_folder):
     log = read(run_folder).log
     many = {f"layer{i}.weight": 0.1 for i in range(400)}
     figure = run_section(with_densities(log, many, {**many, "layer399.weight": 0.9}))[0].figures[-1]
@@ -46,16 +46,16 @@ def test_the_density_picture_says_when_layers_are_left_out(run_folder):
     assert "Shown" not in run_section(log)[0].figures[-1].finding
 
 
-def test_a_run_whose_count_falls_does_not_claim_a_budget(run_folder):
+def test_a_run_that_loses_active_weights_does_not_claim_a_budget(run_folder):
     log = read(run_folder).log
     falling = [replace(epoch, grown=dict.fromkeys(epoch.grown, 0)) for epoch in log.epochs]
     moved = [replace(moved, grown=0) for moved in log.reallocations]
     log = replace(log, epochs=tuple(falling), reallocations=tuple(moved))
-    assert "the count of active weights falls" in run_section(log)[0].figures[2].finding
+    assert "the number of active weights falls" in run_section(log)[0].figures[2].finding
     assert run_headline(log)[-1].note.startswith("0 grown")
 
 
-def test_a_damaged_log_is_one_clear_error(run_folder, tmp_path):
+def test_a_damaged_log_is_refused_in_one_line(run_folder, tmp_path):
     shutil.copytree(run_folder, tmp_path / "run")
     for line in (
         '{"kind": "end"}',
@@ -64,7 +64,7 @@ def test_a_damaged_log_is_one_clear_error(run_folder, tmp_path):
         '{"kind": "start", "settings": 3, "data": 1}',
     ):
         (tmp_path / "run" / "log.jsonl").write_text(line + "\n")
-        with pytest.raises(FormatError, match="is not understood"):
+        with pytest.raises(FormatError, match="is not valid"):
             read(tmp_path / "run")
 
 
@@ -76,8 +76,7 @@ def test_a_run_without_an_epoch_has_a_page(run_folder, tmp_path, page):
     assert "no epoch was completed" in page(path)
 
 
-def test_nothing_in_a_log_breaks_the_page(run_folder, tmp_path):
-    """Whatever stands where a number should be: a clear error, or a page."""
+def test_any_value_in_a_log_gives_a_page_or_an_error(run_folder, tmp_path):
     rng = Random(0)  # noqa: S311 - nothing secret
     lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()[:9]]
     strange = [None, "", "x", -1, 0, 1e308, -1e308, 5e-324, 10**400, True, [], {}, {"a": 1}, float("nan"), float("inf")]

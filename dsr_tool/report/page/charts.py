@@ -1,7 +1,7 @@
 """The geometry of four small charts: columns, lines, bars and one stacked bar; the templates turn them into SVG.
 
-Everything is in per cent of the plot, or in a view box that is stretched over it: text is never scaled, so that it
-stays as readable on a phone as on a desk.
+Lengths are in percent of the plot, or in a view box that is stretched over it. Text is never scaled, so it is as
+readable on a phone as on a desk.
 """
 
 from __future__ import annotations
@@ -14,14 +14,27 @@ from dsr_tool.report.page.axes import Axis, Tick, axis, layer_ticks, span_ticks
 
 __all__ = ["Bar", "Columns", "Line", "Lines", "Series", "bars", "columns", "lines"]
 
-_HEIGHT = 1000  # of the view boxes; whole numbers in it are finer than any screen
-_WIDE, _CROWDED = 10, 90
-_LABEL_GAP = 9.0  # in per cent of the height; a line of text
+_SIDE = 1000
+"""Height, and width of lines, of a view box; whole numbers in it are finer than any screen."""
+_COLUMN_WIDTH = 10
+"""Width of a column in its view box, with the gap to the next one."""
+_CROWDED = 90
+"""Number of columns above which they are drawn without gaps."""
+_LABEL_GAP = 9.0
+"""Height of a line of text in percent of the plot."""
+_MIN_PIECE = 4
+"""Smallest height of a piece of a column, so that a small share stays visible."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """Numbers of one kind: its name, the CSS class that colours it, and one value for each place on the x-axis."""
+    """One series of a chart.
+
+    Attributes:
+        name: name in the legend or at the end of the line.
+        style: CSS class of its color.
+        values: one value for each place on the x-axis.
+    """
 
     name: str
     style: str
@@ -30,7 +43,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Column:
-    """One stacked column: what it says when pointed at, and its pieces as (style, top, bottom) in the view box."""
+    """One stacked column.
+
+    Attributes:
+        title: text that is shown when the reader points at it.
+        middle: its middle on the x-axis of the view box.
+        pieces: (CSS class, top, bottom) of each piece in the view box.
+    """
 
     title: str
     middle: int
@@ -39,9 +58,18 @@ class Column:
 
 @dataclass(frozen=True)
 class Columns:
-    """Stacked columns side by side, without gaps where they are many, and a stepped line across them.
+    """Stacked columns side by side, and a stepped line across them.
 
-    Labels below are those for a phone, and those for a wide window.
+    Attributes:
+        width: width of the view box.
+        crowded: whether the columns have no gaps, because there are many.
+        axis: vertical scale.
+        columns: the columns from left to right.
+        step: SVG path of the stepped line; empty without one.
+        ticks: labels below, for a phone.
+        wide_ticks: labels below, for a wide window.
+        of_layers: whether each column is a layer.
+        kind: name of the template that draws it.
     """
 
     width: int
@@ -57,7 +85,15 @@ class Columns:
 
 @dataclass(frozen=True)
 class Line:
-    """One line: its path in a view box of 1000 x 1000, and the label at its end, in per cent from left and top."""
+    """One line.
+
+    Attributes:
+        style: CSS class of its color.
+        path: SVG path in a view box of 1000 x 1000.
+        label: text at its end.
+        end: distance of its end from the left in percent.
+        label_at: distance of the label from the top in percent.
+    """
 
     style: str
     path: str
@@ -78,7 +114,15 @@ class Lines:
 
 @dataclass(frozen=True)
 class Bar:
-    """A piece of a bar in per cent of its length: where it starts, how long it is, and what it stands for."""
+    """A bar, or a piece of a stacked bar.
+
+    Attributes:
+        label: what it stands for.
+        text: its amount as text.
+        style: CSS class of its color.
+        start: distance from the left in percent of the plot.
+        length: length in percent of the plot.
+    """
 
     label: str
     text: str
@@ -96,32 +140,37 @@ def columns(
     step: Sequence[float] = (),
     ticks: Sequence[Tick] | None = None,
 ) -> Columns:
-    """One column for each name, the series stacked from the bottom.
+    """Returns one column for each name, with the series stacked from the bottom.
 
     Args:
-        names: dotted names; neighbours of one prefix share a label below.
-        series: what is stacked.
-        label: from a value on the y-axis to its text.
-        titles: what each column says when pointed at.
-        step: values of a line across the columns.
-        ticks: labels below, where the columns are not layers.
+        names: dotted names of layers; neighbors with a common prefix share a label below.
+        series: the series, the lowest first.
+        label: function from a value on the y-axis to its text.
+        titles: text of each column that is shown when the reader points at it.
+        step: values of a stepped line across the columns.
+        ticks: labels below, if the columns are not layers.
     """
     sums = [sum(values) for values in zip(*(one.values for one in series), strict=True)]
     scale = axis(0, max([*sums, *step], default=0), label)
-    made = tuple(
-        Column(title, i * _WIDE + _WIDE // 2, _pieces([(one.style, one.values[i]) for one in series], scale))
+    stacks = tuple(
+        Column(
+            title,
+            i * _COLUMN_WIDTH + _COLUMN_WIDTH // 2,
+            _pieces([(one.style, one.values[i]) for one in series], scale),
+        )
         for i, title in enumerate(titles)
     )
-    path = "".join(f"M{i * _WIDE + 1} {_y(value, scale)}h{_WIDE - 2}" for i, value in enumerate(step))
-    width = max(len(names), 1) * _WIDE
+    path = "".join(f"M{i * _COLUMN_WIDTH + 1} {_y(value, scale)}h{_COLUMN_WIDTH - 2}" for i, value in enumerate(step))
+    narrow, wide = layer_ticks(names) if ticks is None else (tuple(ticks), tuple(ticks))
     return Columns(
-        width,
-        len(names) > _CROWDED,
-        scale,
-        made,
-        path,
-        *(layer_ticks(names) if ticks is None else (tuple(ticks), tuple(ticks))),
-        ticks is None,
+        width=max(len(names), 1) * _COLUMN_WIDTH,
+        crowded=len(names) > _CROWDED,
+        axis=scale,
+        columns=stacks,
+        step=path,
+        ticks=narrow,
+        wide_ticks=wide,
+        of_layers=ticks is None,
     )
 
 
@@ -133,81 +182,89 @@ def lines(
     span: tuple[float, float],
     logarithmic: bool = False,
 ) -> Lines:
-    """Lines through the finite values at `places`, each with its name and last value at its end.
+    """Returns lines through the finite values at `places`, each with its name and last value at its end.
 
     Args:
-        places: on the x-axis.
-        series: one value for each place.
-        label: from a value on the y-axis to its text.
+        places: places on the x-axis.
+        series: series with one value for each place.
+        label: function from a value on the y-axis to its text.
         span: ends of the x-axis.
-        logarithmic: whether equal distances upwards are equal factors.
+        logarithmic: whether equal distances on the y-axis are equal factors.
     """
     finite = [value for one in series for value in one.values if math.isfinite(value)]
     scale = axis(min(finite, default=0), max(finite, default=1), label, logarithmic=logarithmic)
     drawn = [one for one in series if any(map(math.isfinite, one.values))]
     ends = {one.name: max((x, y) for x, y in zip(places, one.values, strict=True) if math.isfinite(y)) for one in drawn}
-    at = _apart({name: scale.at(value) for name, (_, value) in ends.items()})
+    label_at = _spread_labels({name: scale.at(value) for name, (_, value) in ends.items()})
     low, high = span
-    made = tuple(
+    drawn_lines = tuple(
         Line(
             one.style,
             _path(places, one.values, scale, low, high),
             f"{one.name} {label(ends[one.name][1])}".strip(),
             _x(ends[one.name][0], low, high) / 10,
-            at[one.name],
+            label_at[one.name],
         )
         for one in drawn
     )
-    return Lines(scale, made, tuple(span_ticks(low, high)))
+    return Lines(scale, drawn_lines, tuple(span_ticks(low, high)))
 
 
 def bars(entries: Sequence[tuple[str, str, str, float]], *, stacked: bool = False) -> list[Bar]:
-    """Bars of (label, text, style, value): each from the left, or `stacked` one behind the other in one."""
+    """Returns bars that all start at the left, or, if `stacked`, the pieces of one bar.
+
+    Args:
+        entries: (label, text, CSS class, value) of each bar or piece.
+        stacked: whether the pieces lie end to end in one bar.
+    """
     values = [value for *_, value in entries]
     whole = (sum(values) if stacked else max(values, default=0)) or 1
-    made, start = [], 0.0
+    result, start = [], 0.0
     for label, text, style, value in entries:
-        made.append(Bar(label, text, style, round(start, 3), round(100 * value / whole, 3)))
+        result.append(Bar(label, text, style, round(start, 3), round(100 * value / whole, 3)))
         start += 100 * value / whole if stacked else 0
-    return made
+    return result
 
 
 def _x(place: float, low: float, high: float) -> int:
-    return round(_HEIGHT * (place - low) / (high - low)) if high > low else _HEIGHT // 2
+    """Returns the distance of a place from the left in the view box."""
+    return round(_SIDE * (place - low) / (high - low)) if high > low else _SIDE // 2
 
 
 def _y(value: float, scale: Axis) -> int:
-    return round(_HEIGHT * scale.at(value) / 100)
+    """Returns the distance of a value from the top in the view box."""
+    return round(_SIDE * scale.at(value) / 100)
 
 
 def _pieces(stack: Sequence[tuple[str, float]], scale: Axis) -> tuple[tuple[str, int, int], ...]:
-    """Rectangles from the bottom up; what is not zero stays visible."""
-    made, total = [], 0.0
+    """Returns the pieces of a column as (CSS class, top, bottom), from the bottom up; zeros have none."""
+    pieces, total = [], 0.0
     for style, value in stack:
         bottom = _y(total, scale)
         total += value
         if value > 0:
-            made.append((style, min(_y(total, scale), bottom - 4), bottom))
-    return tuple(made)
+            pieces.append((style, min(_y(total, scale), bottom - _MIN_PIECE), bottom))
+    return tuple(pieces)
 
 
 def _path(places: Sequence[float], values: Sequence[float], scale: Axis, low: float, high: float) -> str:
-    """A line that is broken where a value is not finite; a point by itself is drawn as a dot."""
+    """Returns the SVG path of a line with gaps at values that are not finite; a single point becomes a dot."""
     path, pen = "", "M"
     for x, value in zip(places, values, strict=True):
         if not math.isfinite(value):
             pen = "M"
             continue
+        # A line of no length is drawn as a dot, so a point between two gaps is visible.
         path += f"{pen}{_x(x, low, high)} {_y(value, scale)}" + ("h0" if pen == "M" else "")
         pen = "L"
     return path
 
 
-def _apart(places: dict[str, float]) -> dict[str, float]:
-    """Labels moved up or down until none covers another; the lowest stays above the bottom."""
-    made: dict[str, float] = {}
+def _spread_labels(places: dict[str, float]) -> dict[str, float]:
+    """Moves labels up or down until none covers another; the lowest stays above the bottom."""
+    result: dict[str, float] = {}
     next_free = 0.0
     for i, (name, place) in enumerate(sorted(places.items(), key=lambda item: item[1])):
-        made[name] = max(min(place, 100 - (len(places) - 1 - i) * _LABEL_GAP), next_free)
-        next_free = made[name] + _LABEL_GAP
-    return made
+        result[name] = max(min(place, 100 - (len(places) - 1 - i) * _LABEL_GAP), next_free)
+        next_free = result[name] + _LABEL_GAP
+    return result

@@ -1,4 +1,4 @@
-"""What a report holds beyond the footprint, as sections: compaction, a budget, and memory."""
+"""Parts of a page beyond the footprint: kernels, compaction, a budget, and memory."""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ from dsr_tool.report.page.charts import bars
 from dsr_tool.report.page.parts import Bars, Figure, Key, Number, Section, Table, Words, sentence
 from dsr_tool.report.sources import Source
 
-__all__ = ["budget_headline", "extra_sections"]
+__all__ = ["budget_headline", "coverage_headline", "extra_sections"]
 
-_MOST_ROWS = 350  # more than any network of torchvision has
-_BUDGETS = {"bytes": numbers.byte_size, "macs": numbers.macs, "parameters": numbers.short_count}
+_MAX_ROWS = 350
+"""Most layers in a table; no network of torchvision has as many."""
+_FORMATS = {"bytes": numbers.byte_size, "macs": numbers.macs, "parameters": numbers.short_count}
+"""Kind of budget -> function that formats its amounts."""
 
 
 def extra_sections(source: Source, document: Mapping[str, Any]) -> list[Section]:
-    """The sections of those that the report has; the document is that of `dsr-tool report --json`."""
+    """Returns a section for each of these parts that the report has.
+
+    Args:
+        source: the measured file or folder.
+        document: the document of `dsr-tool report --json`.
+    """
     budget, memory = document.get("budget"), document.get("memory")
     return [
         *([_budget(budget)] if budget else []),
@@ -28,30 +35,47 @@ def extra_sections(source: Source, document: Mapping[str, Any]) -> list[Section]
 
 
 def budget_headline(document: Mapping[str, Any]) -> list[Number]:
-    """Whether the budget is met, where one was given."""
+    """Returns a headline number that says whether the budget is met; none without a budget."""
     budget = document.get("budget")
     if not budget:
         return []
-    show = _BUDGETS[budget["kind"]]
+    show = _FORMATS[budget["kind"]]
     note = f"{show(budget['found'])} of {show(budget['asked'])}"
     return [Number("Budget", "fits" if budget["fits"] else "does not fit", note)]
 
 
+def coverage_headline(document: Mapping[str, Any]) -> list[Number]:
+    """Returns a headline number of the nodes that run on compiled kernels; none if nothing was compiled."""
+    fallback = document.get("fallback")
+    if not fallback:
+        return []
+    nodes, others = fallback["nodes"], fallback["operators"]
+    note = f"on the reference: {', '.join(others)}" if others else "none on the reference"
+    return [Number("Nodes on compiled kernels", f"{nodes - fallback['on_reference']} of {nodes}", note)]
+
+
 def _budget(budget: Mapping[str, Any]) -> Section:
-    show = _BUDGETS[budget["kind"]]
+    """Returns the section of a budget: the allowed amount beside the model's."""
+    show = _FORMATS[budget["kind"]]
     asked, found = int(budget["asked"]), int(budget["found"])
-    here = f"Found, {budget['measured']}"
+    found_label = f"Found, {budget['measured']}"
     entries = [
         ("Budget", show(asked), "bound", float(asked)),
-        (here, show(found), "values" if budget["fits"] else "positions", float(found)),
+        (found_label, show(found), "values" if budget["fits"] else "positions", float(found)),
     ]
-    rows = [(name, numbers.count(n), numbers.share(n, asked)) for name, n in (("Budget", asked), (here, found))]
+    rows = [(name, numbers.count(n), numbers.share(n, asked)) for name, n in (("Budget", asked), (found_label, found))]
     unit = budget["kind"].replace("macs", "multiply-adds")
     table = Table(f"Budget in {unit}", ("what", unit, "of the budget"), rows)
     return Section("budget", "Budget", [Figure("Budget", Bars(bars(entries)), table, f"{sentence(budget['line'])}.")])
 
 
 def _compaction(saved: Savings, size: int) -> Section:
+    """Returns the section of what compaction removed, in all and from each layer.
+
+    Args:
+        saved: record of the compaction.
+        size: bytes of the compacted file.
+    """
     pairs = (
         ("Weights", *saved.weights),
         ("Active weights", *saved.active),
@@ -61,24 +85,25 @@ def _compaction(saved: Savings, size: int) -> Section:
     )
     rows = [(name, *map(numbers.count, pair), numbers.share(pair[0] - pair[1], pair[0])) for name, *pair in pairs]
     whole = Table("What compaction saved", ("what", "without", "compacted", "saved"), rows)
-    lost = [
+    removed = [
         (layer.weight, *map(numbers.count, (filters - kept, filters, inputs - used, inputs)))
-        for layer in saved.layers[:_MOST_ROWS]
+        for layer in saved.layers[:_MAX_ROWS]
         for (filters, kept), (inputs, used) in [(layer.filters, layer.inputs)]
     ]
     headers = ("weight", "filters removed", "of", "input channels removed", "of")
-    others = f": the first {_MOST_ROWS}" if len(saved.layers) > _MOST_ROWS else ""
-    by_layer = Table(f"Filters and input channels removed, by layer{others}", headers, lost)
+    others = f": the first {_MAX_ROWS}" if len(saved.layers) > _MAX_ROWS else ""
+    by_layer = Table(f"Filters and input channels removed, by layer{others}", headers, removed)
     figures = [Figure(table.caption, Words(), table) for table in (whole, by_layer) if table.rows]
     lead = (
-        f"Filters without work that were removed: {numbers.count(saved.filters)}; input channels: "
+        f"Removed filters that had no effect: {numbers.count(saved.filters)}; input channels: "
         f"{numbers.count(saved.inputs)}; layers that lost any: {numbers.count(len(saved.layers))}. All other "
-        f"figures on this page are of what is left."
+        f"figures on this page describe the model without them."
     )
     return Section("compaction", "Compaction", figures, lead)
 
 
 def _memory(memory: Mapping[str, Any]) -> Section:
+    """Returns the section of memory: activations, running by runtime, and a training step."""
     peaks, training = memory["activations"], memory["training"]
     rows = [("operator by operator", numbers.byte_size(peaks["in_order_bytes"]), peaks["in_order_moment"])]
     alive = Table("Activations alive at once", ("way of running", "bytes", "at the peak"), rows, frozenset({0, 2}))
@@ -92,6 +117,7 @@ def _memory(memory: Mapping[str, Any]) -> Section:
 
 
 def _running(runtimes: Sequence[Mapping[str, Any]]) -> Figure:
+    """Returns the figure of the memory of each runtime, computed and measured."""
     entries = []
     for row in runtimes:
         # Some runtimes are only measured; one that is neither computed nor measured has no bar.
@@ -115,7 +141,7 @@ def _running(runtimes: Sequence[Mapping[str, Any]]) -> Figure:
         "activations",
         "computed",
         "measured",
-        "computed against it",
+        "difference",
         "loading",
         "at the peak",
     )
@@ -140,10 +166,11 @@ _LEDGER = {
     "gradients": "rest",
     "optimizer state": "paper",
 }
+"""Part of a training step -> CSS class of its color; all other parts share one piece of the bar."""
 
 
 def _training(training: Mapping[str, Any]) -> list[Figure]:
-    """The ledger of a step as one bar, and what other optimizers would hold."""
+    """Returns the figures of a training step's memory at its peak, and of the state of other optimizers."""
     held, peak = dict(training["held_bytes"]), dict(training["at_peak_bytes"])
     held["activations"] = held.pop("saved activations", 0)
     total = training["computed_bytes"]
@@ -161,25 +188,25 @@ def _training(training: Mapping[str, Any]) -> list[Figure]:
             other,
         )
     )
-    made = bars(entries, stacked=True)
+    pieces = bars(entries, stacked=True)
     kinds = list(dict.fromkeys([*held, *peak]))
     rows = [(kind, *(numbers.count(at.get(kind, 0)) for at in (held, peak))) for kind in kinds]
     rows.append(("in all", "", numbers.count(total)))
     measured, difference, _ = _measured(training)
-    beside = (
-        f" Measured: {measured}; computed {difference} against it." if training["measured_bytes"] is not None else ""
-    )
+    notes = ""
+    if training["measured_bytes"] is not None:
+        notes += f" Measured: {measured}; the computed size differs from it by {difference}."
     if own := training["method"]:
-        beside += f" Method {own['name']} holds {numbers.byte_size(own['bytes'])} more."
+        notes += f" Method {own['name']} holds {numbers.byte_size(own['bytes'])} more."
     states = [(name, numbers.byte_size(n)) for name, n in training["optimizer_state_bytes"].items()]
     state = Table("State that each optimizer keeps", ("optimizer", "bytes"), states)
     return [
         Figure(
             f"A training step with {training['optimizer']}, at its peak",
-            Bars(made, kind="stack"),
+            Bars(pieces, kind="stack"),
             Table("Bytes of a training step", ("what", "in full", "at the peak"), rows),
-            f"{numbers.byte_size(total)} in all, in {training['moment']}.{beside}",
-            [Key(bar.style, bar.label, bar.text) for bar in made],
+            f"{numbers.byte_size(total)} in all, in {training['moment']}.{notes}",
+            [Key(piece.style, piece.label, piece.text) for piece in pieces],
         ),
         Figure(state.caption, Words(), state),
     ]

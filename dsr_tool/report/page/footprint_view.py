@@ -1,4 +1,4 @@
-"""The footprint as sections of a page: headline numbers, bytes by part, formats side by side, and the layers."""
+"""Sections of a footprint: headline numbers, bytes by part, formats side by side, and the layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["footprint_sections", "headline"]
 
 
 def headline(source: Source) -> list[Number]:
-    """The numbers that answer most questions, with both denominators of sparsity."""
+    """Returns the headline numbers, with both denominators of sparsity."""
     measured = source.footprint
     model, prunable, whole = measured.model, measured.prunable, measured.everything
     share = measured.file_bytes / whole.dense_bytes if whole.dense_bytes else 0
@@ -56,7 +56,7 @@ def headline(source: Source) -> list[Number]:
 
 
 def footprint_sections(source: Source) -> list[Section]:
-    """Everything that the footprint tells, as sections."""
+    """Returns all sections of the footprint; those without content are omitted."""
     every = layers_of(source)
     layers, note = shown(every)
     notes = [note] if note else []
@@ -74,6 +74,7 @@ def footprint_sections(source: Source) -> list[Section]:
 
 
 def _parts(source: Source, every: Sequence[Layer]) -> Figure:
+    """Returns the figure of the whole file by part, beside the entropy bound."""
     sparse = sparse_of(every)
     total = source.footprint.file_bytes
     positions = sum(layer.stored.positions for layer in sparse)
@@ -97,19 +98,20 @@ def _parts(source: Source, every: Sequence[Layer]) -> Figure:
     ]
     ends = [("Whole file", total), ("Entropy bound of the masks, and raw values", bound)]
     rows += [(label, numbers.count(n), numbers.share(n, total, 1)) for label, n in ends]
-    made = bars(entries, stacked=True)
+    pieces = bars(entries, stacked=True)
     times = numbers.significant(total / bound, 3) if bound else numbers.NONE
     return Figure(
         "The whole file by part",
-        Bars(made, kind="stack"),
+        Bars(pieces, kind="stack"),
         Table("Bytes of the whole file by part", ("part", "bytes", "of the file"), rows),
         f"{numbers.byte_size(total)} in all, {times} times the entropy bound of {numbers.byte_size(bound)}, which "
-        f"counts values as they are.",
-        [Key(bar.style, bar.label, bar.text) for bar in made],
+        f"counts values without compression.",
+        [Key(piece.style, piece.label, piece.text) for piece in pieces],
     )
 
 
 def _formats(source: Source) -> Figure:
+    """Returns the figure of the model's bytes in each format, beside the file itself."""
     measured = source.footprint
     sums = [measured.everything, measured.prunable, measured.model]
     bytes_by_label = {
@@ -138,5 +140,5 @@ def _formats(source: Source) -> Figure:
         "Parameters and buffers in each format",
         Bars(bars([*entries, here])),
         Table("Bytes of the model in each format", headers, rows),
-        "Formats hold the weights alone; the file at hand also holds graph, names and headers.",
+        "Formats count the weights alone; this file also holds graph, names and headers.",
     )

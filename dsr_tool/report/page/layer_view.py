@@ -1,4 +1,4 @@
-"""The layers of a footprint as figures of a page: bytes, density, multiply-adds and masks."""
+"""Figures of the layers of a footprint: bytes, density, multiply-adds and masks."""
 
 from __future__ import annotations
 
@@ -23,13 +23,18 @@ __all__ = [
     "work_by_layer",
 ]
 
-_MOST_LAYERS = 350
-"""Weights that are shown one by one; torchvision's deepest classifier, EfficientNetV2-L, has 340."""
+_MAX_LAYERS = 350
+"""Number of weights that are shown one by one; torchvision's deepest classifier, EfficientNetV2-L, has 340."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One weight: its footprint, and its bytes in the file."""
+    """One weight of the model.
+
+    Attributes:
+        footprint: counts and sizes of the weight in each format.
+        stored: bytes of its positions and values in the file.
+    """
 
     footprint: LayerFootprint
     stored: StoredBytes
@@ -41,22 +46,22 @@ class Layer:
 
     @property
     def sizes(self) -> Sizes:
-        """What it takes in each format."""
+        """Counts, multiply-adds and sizes in each format."""
         return self.footprint.sizes
 
     @property
     def sparse(self) -> bool:
-        """Whether it may have inactive entries."""
+        """True if the weight may have inactive entries."""
         return self.footprint.spec.role == "sparse"
 
     @property
     def raw_bytes(self) -> int:
-        """Bytes of the active values as they are."""
+        """Bytes of the active values without compression."""
         return self.sizes.active * self.sizes.dense_bytes // max(self.sizes.parameters, 1)
 
 
 def layers_of(source: Source) -> list[Layer]:
-    """The weights of a source, in the order of the model."""
+    """Returns the weights of a source, in its order."""
     return [
         Layer(layer, source.stored.get(layer.spec.name, StoredBytes(0, layer.stored_bytes or 0)))
         for layer in source.footprint.layers
@@ -65,21 +70,21 @@ def layers_of(source: Source) -> list[Layer]:
 
 
 def shown(every: Sequence[Layer]) -> tuple[list[Layer], str]:
-    """The layers that are shown, the largest where there are too many, and a sentence about the others."""
-    if len(every) <= _MOST_LAYERS:
+    """Returns the layers to show, the largest if there are too many, and a sentence about the omitted ones."""
+    if len(every) <= _MAX_LAYERS:
         return list(every), ""
-    largest = {layer.name for layer in sorted(every, key=lambda layer: -layer.sizes.parameters)[:_MOST_LAYERS]}
-    note = f"Shown are the {_MOST_LAYERS} largest of {numbers.count(len(every))} weights."
+    largest = {layer.name for layer in sorted(every, key=lambda layer: -layer.sizes.parameters)[:_MAX_LAYERS]}
+    note = f"Shown are the {_MAX_LAYERS} largest of {numbers.count(len(every))} weights."
     return [layer for layer in every if layer.name in largest], note
 
 
 def sparse_of(layers: Iterable[Layer]) -> list[Layer]:
-    """Those that are not kept dense."""
+    """Returns the layers that are sparse."""
     return [layer for layer in layers if layer.sparse]
 
 
 def bytes_by_layer(source: Source, layers: Sequence[Layer]) -> Figure:
-    """What each weight takes in the file, by part, against the entropy bound."""
+    """Returns the figure of the bytes of each weight in the file, beside the entropy bound."""
     names = [layer.name for layer in layers]
     stored = [layer.stored.positions + layer.stored.values for layer in layers]
     titles = [f"{name}: {numbers.byte_size(n)}" for name, n in zip(names, stored, strict=True)]
@@ -120,15 +125,17 @@ def bytes_by_layer(source: Source, layers: Sequence[Layer]) -> Figure:
 
 
 def _order(source: Source) -> str:
-    """An ONNX file lists its sparse weights before the dense ones; all others keep the order of the model."""
+    """Names the order of the layers: an ONNX file lists sparse weights first, all others have the model's order."""
     return "in the order of the file" if source.kind == "onnx" else "in the order of the model"
 
 
 def _mask_bound(layer: Layer) -> int:
+    """Returns the fewest bytes that can encode the mask, by its entropy."""
     return max(layer.sizes.bound_bytes - layer.raw_bytes, 0)
 
 
 def _largest(names: Sequence[str], amounts: Sequence[int], whole: int, of: str) -> str:
+    """Returns a sentence about the largest amount; empty if there is none."""
     if not names or not whole:
         return ""
     most = max(range(len(names)), key=lambda i: amounts[i])
@@ -136,7 +143,7 @@ def _largest(names: Sequence[str], amounts: Sequence[int], whole: int, of: str) 
 
 
 def density_by_layer(source: Source, layers: Sequence[Layer]) -> Figure:
-    """The active share of each weight."""
+    """Returns the figure of the density of each weight."""
     names = [layer.name for layer in layers]
     titles = [f"{layer.name}: {numbers.percent(layer.sizes.density)}" for layer in layers]
     series = [
@@ -157,9 +164,12 @@ def density_by_layer(source: Source, layers: Sequence[Layer]) -> Figure:
     headers = ("weight", "shape", "entries", "active", "density", "why")
     shares = sorted(layer.sizes.density for layer in sparse_of(layers))
     lowest, highest = (numbers.percent(share) for share in (shares[0], shares[-1])) if shares else ("", "")
-    finding = f"Sparse weights have densities from {lowest} to {highest}." if shares else "No weight is sparse."
-    if shares and lowest == highest:
+    if not shares:
+        finding = "No weight is sparse."
+    elif lowest == highest:
         finding = f"Every sparse weight has a density of {lowest}."
+    else:
+        finding = f"Sparse weights have densities from {lowest} to {highest}."
     return Figure(
         f"Active share of each weight, {_order(source)}",
         columns(names, series, numbers.round_percent, titles),
@@ -170,7 +180,7 @@ def density_by_layer(source: Source, layers: Sequence[Layer]) -> Figure:
 
 
 def work_by_layer(source: Source, layers: Sequence[Layer]) -> Figure:
-    """The multiply-adds of each weight, with active entries and saved."""
+    """Returns the figure of the multiply-adds of each weight: those with active entries, and those saved."""
     names = [layer.name for layer in layers]
     active = [layer.sizes.sparse_macs for layer in layers]
     titles = [f"{layer.name}: {numbers.macs(layer.sizes.sparse_macs)}" for layer in layers]
@@ -193,30 +203,32 @@ def work_by_layer(source: Source, layers: Sequence[Layer]) -> Figure:
         f"Multiply-adds for one input, {_order(source)}",
         columns(names, series, lambda value: numbers.in_unit(value, unit), titles),
         Table("Multiply-adds of each weight for one input", headers, rows),
-        _largest(names, active, sum(active), "of all that is left"),
+        _largest(names, active, sum(active), "of the multiply-adds with active weights"),
         [Key("values", "with active weights"), Key("saved", "saved by zeros")],
     )
 
 
 def masks_of_layers(source: Source, layers: Sequence[Layer]) -> Figure:
-    """The mask of every sparse layer as a picture; the largest comes first."""
+    """Returns the figure of all masks, one picture for each sparse layer; the largest layer is shown first."""
     blocks = picture_budget(len(sparse_of(layers)))
     entries = [_mask(source, layer, i, blocks) for i, layer in enumerate(layers) if layer.sparse]
     sizes = [layer.sizes.parameters for layer in sparse_of(layers)]
-    return Figure("Which entries are active", Masks(entries, sizes.index(max(sizes))), None, _SHADES)
+    finding = (
+        "Each mask is drawn as a matrix: rows are its first dimension, columns all others; a shade is the density of a "
+        "block."
+    )
+    return Figure("Active entries", Masks(entries, sizes.index(max(sizes))), None, finding)
 
 
-_SHADES = "Each mask is seen as a matrix, its first dimension by all others; a shade is the active share of a block."
-
-
-def _mask(source: Source, layer: Layer, place: int, blocks: int) -> MaskEntry:
+def _mask(source: Source, layer: Layer, index: int, blocks: int) -> MaskEntry:
+    """Returns the picture of one mask in at most `blocks` blocks, with a sentence about it."""
     picture = mask_picture(source.tensors[layer.name].mask, blocks)
     down, across = picture.block
     size = "one weight" if down == across == 1 else f"up to {numbers.by(down, across)} weights"
     sentence = (
-        f"{numbers.by(*layer.footprint.spec.shape)}, here {numbers.count(picture.rows)} rows and "
+        f"{numbers.by(*layer.footprint.spec.shape)}, drawn as {numbers.count(picture.rows)} rows and "
         f"{numbers.count(picture.columns)} columns; {numbers.count(layer.sizes.active)} of "
         f"{numbers.count(layer.sizes.parameters)} active, density {numbers.percent(layer.sizes.density, 4)}; "
         f"a block is {size}."
     )
-    return MaskEntry(layer.name, place, picture, numbers.round_percent(picture.darkest), sentence)
+    return MaskEntry(layer.name, index, picture, numbers.round_percent(picture.darkest), sentence)

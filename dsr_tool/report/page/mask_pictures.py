@@ -1,4 +1,4 @@
-"""Pictures of masks and of densities over time: small PNG files in data addresses."""
+"""Pictures of masks and of densities over time, as small PNG files in data URLs."""
 
 from __future__ import annotations
 
@@ -17,23 +17,33 @@ from dsr_tool.sparsity.mask import Mask
 __all__ = ["MaskPicture", "heat_map", "mask_picture", "picture_budget", "ramp"]
 
 _LEVELS = 16
-"""Shades of a picture: what four bits a pixel hold, and about what an eye tells apart."""
+"""Number of shades of a picture: four bits per pixel, and about as many as an eye can tell apart."""
 _LIGHT, _DARK = np.array([243, 246, 249]), np.array([8, 48, 107])
-_ALL_PIXELS, _PIXELS_OF_TEXT, _MOST_PIXELS, _FEWEST_PIXELS = 600_000, 1_150, 40_000, 600
-_WIDEST, _TALLEST = 4.0, 0.8
-_SHARPEST = 320  # pixels across; more only makes the page larger
+"""Colors of density 0 and of the highest density, as red, green and blue."""
+_ALL_PIXELS = 600_000
+"""Number of pixels, and of their equivalent in text, that all layers of a page may have together."""
+_PIXELS_OF_TEXT = 1_150
+"""Pixels that take as many bytes as the rows of tables and the columns of charts of one layer."""
+_MAX_PIXELS, _MIN_PIXELS = 40_000, 600
+"""Most and fewest pixels of one picture."""
+_MAX_ASPECT, _MIN_ASPECT = 4.0, 0.8
+"""Largest and smallest ratio of width and height of a picture."""
+_MAX_SIDE = 320
+"""Largest width or height in pixels; more pixels would make the page larger but the picture no clearer."""
 
 
 @dataclass(frozen=True)
 class MaskPicture:
-    """A mask, shrunk.
+    """The picture of a mask, one pixel for each block of weights.
 
     Attributes:
-        address: the picture as a data address.
-        width, height: of the picture in pixels.
-        rows, columns: of the mask as a matrix: first dimension by all others.
-        block: rows and columns that one block of the picture stands for, at most.
-        darkest: density of the darkest blocks; the lightest have none.
+        address: the picture as a data URL.
+        width: width in pixels.
+        height: height in pixels.
+        rows: number of rows of the mask as a matrix, its first dimension.
+        columns: number of columns of the mask as a matrix, the product of its other dimensions.
+        block: largest number of rows and of columns in a block.
+        darkest: density of the darkest blocks; the lightest have a density of 0.
     """
 
     address: str
@@ -46,15 +56,16 @@ class MaskPicture:
 
 
 def picture_budget(pictures: int) -> int:
-    """Blocks that each of so many pictures may have, so that a page of 340 layers stays below a megabyte.
+    """Returns the number of blocks per picture with which a page of 340 layers stays below a megabyte.
 
-    Rows of tables and columns of charts take as much room for each layer as a small picture.
+    Args:
+        pictures: number of pictures on the page.
     """
-    return max(min(_ALL_PIXELS // max(pictures, 1) - _PIXELS_OF_TEXT, _MOST_PIXELS), _FEWEST_PIXELS)
+    return max(min(_ALL_PIXELS // max(pictures, 1) - _PIXELS_OF_TEXT, _MAX_PIXELS), _MIN_PIXELS)
 
 
 def mask_picture(mask: Mask, blocks: int) -> MaskPicture:
-    """The mask as a matrix, in at most so many blocks, each as dark as it is dense."""
+    """Returns the picture of a mask as a matrix, in at most `blocks` blocks; a dense block is dark."""
     rows, columns = matrix_shape(mask.shape)
     down, across = _blocks(rows, columns, blocks)
     density = _block_density(mask, (rows, columns), (down, across))
@@ -67,28 +78,28 @@ def mask_picture(mask: Mask, blocks: int) -> MaskPicture:
 
 
 def heat_map(values: npt.NDArray[np.float64], low: float, high: float) -> str:
-    """A picture of positive values on a logarithmic scale from `low` (light) to `high` (dark), one pixel each."""
+    """Returns a picture of positive values, one pixel each, on a logarithmic scale from `low` (light) to `high`."""
     place = np.log(np.clip(values, low, high) / low) / (math.log(high / low) or 1.0)
     return _png(np.rint(np.nan_to_num(place) * (_LEVELS - 1)).astype(np.uint8))
 
 
 def ramp() -> list[str]:
-    """The colours of the pictures from light to dark, as CSS has them."""
+    """Returns the colors of the pictures from light to dark, in CSS notation."""
     return [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in _palette()]
 
 
 def _blocks(rows: int, columns: int, most: int) -> tuple[int, int]:
-    """Rows and columns of blocks: each weight its own where they fit, else about as many as the picture is wide."""
-    if rows * columns <= most and max(rows, columns) <= 2 * _SHARPEST:
+    """Returns the number of rows and columns of blocks: one per weight if that is at most `most`, else fewer."""
+    if rows * columns <= most and max(rows, columns) <= 2 * _MAX_SIDE:
         return rows, columns
     aspect = min(max(columns / rows, 1.0), 2.5)
-    across = min(columns, _SHARPEST, round(math.sqrt(most * aspect)))
-    down = min(rows, _SHARPEST, max(most // across, 1))
-    return down, min(columns, _SHARPEST, most // down)
+    across = min(columns, _MAX_SIDE, round(math.sqrt(most * aspect)))
+    down = min(rows, _MAX_SIDE, max(most // across, 1))
+    return down, min(columns, _MAX_SIDE, most // down)
 
 
 def _block_density(mask: Mask, shape: tuple[int, int], blocks: tuple[int, int]) -> npt.NDArray[np.float64]:
-    """Fraction of active entries by block, shape `blocks`; blocks differ by one row or column at most."""
+    """Returns the density of each block, shape `blocks`; sizes of blocks differ by at most one row or column."""
     if mask.stored is None:
         return np.ones(blocks)
     of_row, of_column = (np.arange(n, dtype=np.int64) * b // n for n, b in zip(shape, blocks, strict=True))
@@ -99,20 +110,22 @@ def _block_density(mask: Mask, shape: tuple[int, int], blocks: tuple[int, int]) 
 
 
 def _repeats(down: int, across: int) -> tuple[int, int]:
-    """How often each block is repeated, so that pictures of a few rows or columns are not slivers."""
+    """Returns how often to repeat each block down and across, so that a mask of few rows is not a thin line."""
     aspect = across / down
-    if aspect > _WIDEST:
-        return math.ceil(aspect / _WIDEST), 1
-    return (1, math.ceil(_TALLEST / aspect)) if aspect < _TALLEST else (1, 1)
+    if aspect > _MAX_ASPECT:
+        return math.ceil(aspect / _MAX_ASPECT), 1
+    return (1, math.ceil(_MIN_ASPECT / aspect)) if aspect < _MIN_ASPECT else (1, 1)
 
 
 def _palette() -> npt.NDArray[np.int64]:
+    """Returns the colors of all shades, shape (_LEVELS, 3)."""
     share = np.linspace(0, 1, _LEVELS)[:, None]
-    colours: npt.NDArray[np.int64] = np.rint(_LIGHT + (_DARK - _LIGHT) * share).astype(np.int64)
-    return colours
+    colors: npt.NDArray[np.int64] = np.rint(_LIGHT + (_DARK - _LIGHT) * share).astype(np.int64)
+    return colors
 
 
 def _png(levels: npt.NDArray[np.uint8]) -> str:
+    """Returns shades (height, width) as a PNG file in a data URL."""
     picture = Image.frombytes("P", levels.shape[::-1], np.ascontiguousarray(levels).tobytes())
     picture.putpalette(_palette().astype(np.uint8).tobytes())
     file = io.BytesIO()

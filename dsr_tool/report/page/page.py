@@ -1,4 +1,7 @@
-"""The report as one self-contained page: no network, no framework, the same bytes for the same input."""
+"""Renders the report as one self-contained page, with the same bytes for the same input.
+
+The page loads nothing from the network and has no framework.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from markupsafe import Markup
 
 from dsr_tool.files import new_file
 from dsr_tool.report.page import numbers
-from dsr_tool.report.page.extras_view import budget_headline, extra_sections
+from dsr_tool.report.page.extras_view import budget_headline, coverage_headline, extra_sections
 from dsr_tool.report.page.footprint_view import footprint_sections, headline
 from dsr_tool.report.page.mask_pictures import ramp
 from dsr_tool.report.page.parts import Section, kind_of_file, setup_section
@@ -25,22 +28,24 @@ from dsr_tool.report.sources import Source
 
 __all__ = ["page_html", "rendered", "write_page"]
 
-_DIRECTIONS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
-_UNSEEN = dict.fromkeys((*range(9), 11, 12, *range(14, 32), 127, *_DIRECTIONS, *range(0xD800, 0xE000)), "\ufffd")
-"""Control characters, changes of direction and half pairs, which no name may bring onto a page."""
+_DIRECTION_MARKS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_CONTROLS = (*range(9), 11, 12, *range(14, 32), 127)
+_LONE_SURROGATES = range(0xD800, 0xE000)
+_REPLACEMENTS = dict.fromkeys((*_CONTROLS, *_DIRECTION_MARKS, *_LONE_SURROGATES), "\ufffd")
+"""Characters that names in a file must not bring onto a page: they are invisible, reverse text or break UTF-8."""
 
 
 def write_page(path: str | Path, source: Source, document: Mapping[str, Any], *, force: bool = False) -> None:
-    """Write the page of a report; nothing is left when that fails.
+    """Writes the page of a report; no file is left if that fails.
 
     Args:
         path: the new file.
-        source: what was measured.
-        document: the report as plain values; its budget and memory, where it has them, get sections.
+        source: the measured file or folder.
+        document: the report as plain values; its budget and memory get sections if they are there.
         force: replace an existing file.
 
     Raises:
-        FileError: the file exists without `force`, or the disk refuses it.
+        FileError: the file exists and `force` is not given, or it cannot be written.
     """
     content = page_html(source, document).encode("utf-8")
     with new_file(Path(path), force=force) as part:
@@ -48,7 +53,7 @@ def write_page(path: str | Path, source: Source, document: Mapping[str, Any], *,
 
 
 def page_html(source: Source, document: Mapping[str, Any]) -> str:
-    """The page itself; the arguments are those of `write_page`."""
+    """Returns the page; the arguments are those of `write_page`."""
     config = source.config
     return rendered(
         what="report",
@@ -57,6 +62,7 @@ def page_html(source: Source, document: Mapping[str, Any]) -> str:
         path=str(source.path),
         headline=[
             *headline(source),
+            *coverage_headline(document),
             *budget_headline(document),
             *(run_headline(source.log) if source.log else []),
         ],
@@ -68,11 +74,11 @@ def page_html(source: Source, document: Mapping[str, Any]) -> str:
 
 
 def rendered(**values: Any) -> str:
-    """A page with style, script and policy put in.
+    """Renders the page template with style, script and security policy.
 
     Args:
-        values: what the template shows: `what` the page is, `title`, `kind`, `path`, `headline` (numbers), `sections`,
-            and at the foot either `closing` or what `input_shape` and `folded` say about a footprint.
+        values: variables of the template: `what` (kind of page), `title`, `kind`, `path`, `headline` (numbers),
+            `sections`, and for the foot either `closing` or `input_shape` and `folded`.
     """
     style, script = _asset("page.css"), _asset("page.js")
     page = (
@@ -81,7 +87,7 @@ def rendered(**values: Any) -> str:
         .render(
             version=version("dsr-tool"),
             policy=_policy(style, script),
-            style=Markup(style),  # noqa: S704 - our own files, and nothing is put into them
+            style=Markup(style),  # noqa: S704 - files of this package, and nothing is inserted into them
             script=Markup(script),  # noqa: S704
             **values,
         )
@@ -90,6 +96,7 @@ def rendered(**values: Any) -> str:
 
 
 def _sections(source: Source, document: Mapping[str, Any]) -> list[Section]:
+    """Returns all sections, the run first and the settings last."""
     return [
         *(run_section(source.log) if source.log else []),
         *extra_sections(source, document),
@@ -100,7 +107,7 @@ def _sections(source: Source, document: Mapping[str, Any]) -> list[Section]:
 
 @cache
 def _environment() -> Environment:
-    """Templates that escape whatever they are given, and fail for what they are not given."""
+    """Returns templates that escape every variable and fail for a missing one."""
     environment = Environment(
         loader=PackageLoader("dsr_tool.report.page", "templates"),
         autoescape=True,
@@ -113,21 +120,23 @@ def _environment() -> Environment:
     return environment
 
 
-def _clean(value: Any) -> Any:
-    return value.translate(_UNSEEN) if type(value) is str else value
+def _clean(value: object) -> object:
+    """Replaces unsafe characters in a variable; `Markup`, a subclass of str, is left as it is."""
+    return value.translate(_REPLACEMENTS) if type(value) is str else value
 
 
 def _asset(name: str) -> str:
+    """Returns a style sheet or script of the package."""
     return _compact((files("dsr_tool.report.page") / "templates" / name).read_text(encoding="utf-8"))
 
 
 def _compact(text: str) -> str:
-    """The text without indentation and empty lines, of which hundreds of layers make many."""
+    """Removes indentation and empty lines, which add up over hundreds of layers."""
     return "\n".join(line.strip(" ") for line in text.split("\n") if line.strip(" ")) + "\n"
 
 
 def _policy(style: str, script: str) -> str:
-    """Nothing but this page's own style, script and pictures."""
+    """Returns a content security policy that allows this style and this script, pictures in the page, and no more."""
     hashes = (
         base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii") for text in (style, script)
     )

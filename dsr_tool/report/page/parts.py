@@ -1,4 +1,4 @@
-"""What a page is made of: headline numbers, sections, figures and the tables behind them."""
+"""The parts of a page: headline numbers, sections, figures and their tables."""
 
 from __future__ import annotations
 
@@ -34,7 +34,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Number:
-    """A headline number: what it is, how much, and a line below."""
+    """A headline number.
+
+    Attributes:
+        name: name of the quantity.
+        value: the number as text.
+        note: line below the number.
+    """
 
     name: str
     value: str
@@ -43,13 +49,13 @@ class Number:
 
 @dataclass(frozen=True)
 class Table:
-    """Exact numbers.
+    """Exact numbers behind a chart.
 
     Attributes:
-        caption: what they are.
-        headers: of the columns; the first column names the row.
-        rows: texts.
-        words: columns that hold words; all others are set flush right.
+        caption: title of the table.
+        headers: titles of the columns; the first column names the row.
+        rows: cells as text.
+        words: indices of the columns that hold words; all others are aligned right.
     """
 
     caption: str
@@ -60,7 +66,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Key:
-    """An entry of a legend: the CSS class of its colour, `line` for a line, and what it stands for."""
+    """An entry of a legend.
+
+    Attributes:
+        style: CSS class of its color, or `line` for a line.
+        label: name of the series.
+        text: amount of the series, if the legend shows it.
+    """
 
     style: str
     label: str
@@ -69,7 +81,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Bars:
-    """Bars one below the other, or one stacked bar with its legend."""
+    """Bars below each other (kind `bars`), or one stacked bar with its legend (kind `stack`)."""
 
     bars: Sequence[Bar]
     kind: str = "bars"
@@ -77,7 +89,15 @@ class Bars:
 
 @dataclass(frozen=True)
 class Heat:
-    """A picture with labels beside and below, and the scale of its colours."""
+    """A heat map.
+
+    Attributes:
+        address: the picture as a data URL.
+        rows: labels beside the picture.
+        ticks: labels below the picture.
+        scale: texts at the light end, the middle and the dark end of the color scale.
+        kind: name of the template that draws it.
+    """
 
     address: str
     rows: Sequence[Tick]
@@ -88,7 +108,15 @@ class Heat:
 
 @dataclass(frozen=True)
 class MaskEntry:
-    """A mask to choose: its name, place among the columns, picture, density of the darkest block, and a sentence."""
+    """The picture of one layer's mask.
+
+    Attributes:
+        name: name of the weight.
+        layer: index of the layer among the columns of the other charts.
+        picture: the mask, one pixel for each block or weight.
+        darkest: density of the darkest block, as text.
+        sentence: shape, counts and block size in words.
+    """
 
     name: str
     layer: int
@@ -99,7 +127,7 @@ class MaskEntry:
 
 @dataclass(frozen=True)
 class Masks:
-    """Masks to choose from, and which comes first."""
+    """Masks that the reader chooses from; `first` is the index of the one shown at the start."""
 
     masks: Sequence[MaskEntry]
     first: int
@@ -108,14 +136,23 @@ class Masks:
 
 @dataclass(frozen=True)
 class Words:
-    """No chart: a table alone, in full view."""
+    """A figure without a chart, whose table is always visible."""
 
     kind: str = "words"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart, what it shows in words, its legend, and its table."""
+    """A chart with its table.
+
+    Attributes:
+        title: title of the figure.
+        chart: geometry of the chart.
+        table: exact numbers; None if the chart has none.
+        finding: what the chart shows, in words.
+        legend: entries of the legend.
+        wide: whether the figure takes the whole width of the page.
+    """
 
     title: str
     chart: Columns | Lines | Plot | Bars | Heat | Masks | Words
@@ -127,7 +164,16 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page with a heading of its own."""
+    """A part of the page with a heading.
+
+    Attributes:
+        name: identifier of the section, for links.
+        title: heading.
+        figures: charts and tables, in order.
+        lead: sentence below the heading.
+        notes: sentences below the figures.
+        layout: CSS class that arranges the figures; empty for one below the other.
+    """
 
     name: str
     title: str
@@ -138,7 +184,7 @@ class Section:
 
 
 def setup_section(config: ModelConfig | None, log: RunLog | None) -> list[Section]:
-    """How the model was made and trained, for the record."""
+    """Returns the section of all settings that the model was converted and trained with; none without settings."""
     documents: dict[str, Any] = {}
     if config:
         plain = config.to_dict()
@@ -160,17 +206,17 @@ _KINDS = {"archive": "archive (.dsr)", "onnx": "ONNX file", "csr": "CSR file (.n
 
 
 def kind_of_file(kind: str) -> str:
-    """The kind of a source as words."""
+    """Returns the kind of a source in words."""
     return _KINDS.get(kind, kind)
 
 
 def sentence(text: str) -> str:
-    """The text with a capital letter at its start."""
+    """Returns the text with a capital letter at its start."""
     return text[:1].upper() + text[1:]
 
 
 def _words(key: str) -> str:
-    """The name of a field as words, without the unit that its value shows."""
+    """Returns the name of a field as words, without the unit that is shown with its value."""
     unit = next((unit for unit in _UNITS if key.endswith(unit)), "")
     return key.removesuffix(unit).replace("_", " ")
 
@@ -180,7 +226,7 @@ def _title(key: str) -> str:
 
 
 def _tables(title: str, document: Mapping[str, Any]) -> list[Table]:
-    """A document as a table, and one for each object in it; empty ones are left out."""
+    """Returns a document as a table, and one table for each object in it; empty ones are omitted."""
     rows = [(_words(key), named_value(key, value)) for key, value in document.items() if not isinstance(value, Mapping)]
     inner = [(f"{title}: {_words(key)}", value) for key, value in document.items() if isinstance(value, Mapping)]
     below = [table for name, value in inner for table in _tables(name, value)]

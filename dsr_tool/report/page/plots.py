@@ -1,4 +1,4 @@
-"""The geometry of a plot of lines whose points lie where they like, with error bars; see `charts` for the rest."""
+"""The geometry of a plot of lines with points at any place and error bars; `charts` has the other charts."""
 
 from __future__ import annotations
 
@@ -11,18 +11,27 @@ from dsr_tool.report.page.axes import Axis, Tick, axis, span_ticks
 __all__ = ["STYLES", "Dot", "Plot", "Point", "Trace", "Tracing", "plot"]
 
 STYLES = 16
-"""So many lines can be told apart: eight colours, each solid with dots and dashed with rings.
+"""Number of lines that can be told apart: eight colors, each solid with dots and dashed with rings.
 
 Their CSS classes are `m0` to `m15`.
 """
 
 _SIDE = 1000
-_MOST_TICKS = 4  # below a plot on a phone of 320 pixels
+"""Width and height of the view box."""
+_MAX_TICKS = 4
+"""Number of labels that fit below a plot on a phone 320 pixels wide."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A value at a place on the x-axis, how far it varies up and down, and what it says when pointed at."""
+    """A point of a line.
+
+    Attributes:
+        x: place on the x-axis.
+        y: value.
+        spread: length of the error bar above and below the value.
+        title: text that is shown when the reader points at it.
+    """
 
     x: float
     y: float
@@ -32,7 +41,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Trace:
-    """What is drawn as one line: its name, the CSS class of its colour, and its points from left to right."""
+    """The data of one line.
+
+    Attributes:
+        name: name in the legend.
+        style: CSS class of its color.
+        points: points in any order; the line goes from left to right.
+    """
 
     name: str
     style: str
@@ -41,7 +56,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Dot:
-    """A marked point of a line, in the view box."""
+    """A marked point of a line: SVG paths of its dot and its error bar in the view box, and its text."""
 
     path: str
     bar: str
@@ -50,7 +65,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Tracing:
-    """A line as drawn: its path in a view box of 1000 x 1000, and its marked points."""
+    """A line as drawn: CSS class, SVG path in a view box of 1000 x 1000, and marked points."""
 
     style: str
     path: str
@@ -59,7 +74,15 @@ class Tracing:
 
 @dataclass(frozen=True)
 class Plot:
-    """Lines over an x-axis of its own scale; `clipped` where they may leave the plot, and are cut off there."""
+    """Lines over an x-axis with a scale of its own.
+
+    Attributes:
+        axis: vertical scale.
+        ticks: labels below.
+        traces: the lines.
+        clipped: whether lines that leave the plot are cut off at its edge.
+        kind: name of the template that draws it.
+    """
 
     axis: Axis
     ticks: tuple[Tick, ...]
@@ -76,30 +99,32 @@ def plot(
     lowest: float = -math.inf,
     marked: bool = True,
 ) -> Plot:
-    """A plot of all finite points.
+    """Returns a plot of all finite points.
 
     Args:
-        traces: what to draw.
-        label: from a value on the y-axis to its text.
-        x_label: the same for the x-axis, which is then logarithmic; without it, it has whole numbers from the least.
-        lowest: where the y-axis begins at the earliest; what lies below is left out, and the reader is to be told.
-        marked: whether points have dots and error bars; lines without come up from below where the axis begins.
+        traces: the lines.
+        label: function from a value on the y-axis to its text.
+        x_label: function from a place on the x-axis to its text, for a logarithmic axis; without it, the axis has whole
+            numbers.
+        lowest: smallest value that the y-axis may begin with; points below are omitted, and the caller should say so.
+        marked: whether points have dots and error bars. Lines without them also pass through the points below
+            `lowest`, so they enter the plot from its lower edge.
     """
     finite = [point for trace in traces for point in trace.points if math.isfinite(point.y)]
     kept = [point for point in finite if point.y >= lowest]
-    # Rounded, since no round number lies between values that differ in their last bit.
+    # Rounded, because no round number lies between two values that differ in their last bit.
     ends = [round(point.y + side * point.spread, 9) for point in kept for side in (-1, 1)]
     scale = axis(max(min(ends, default=0), lowest), max(ends, default=1), label)
     places = [point.x for point in (kept if marked else finite)] or [1.0]
     across = _across(min(places), max(places), x_label)
     least = lowest if marked else -math.inf
-    made = tuple(_tracing(trace, scale, across, least, marked) for trace in traces)
-    return Plot(scale, tuple(across.ticks), made, clipped=not marked)
+    drawn = tuple(_tracing(trace, scale, across, least, marked) for trace in traces)
+    return Plot(scale, tuple(across.ticks), drawn, clipped=not marked)
 
 
 @dataclass(frozen=True)
 class _Across:
-    """The x-axis: from a place to thousandths of the width."""
+    """The x-axis: ends, scale and labels."""
 
     low: float
     high: float
@@ -107,22 +132,24 @@ class _Across:
     ticks: Sequence[Tick]
 
     def at(self, x: float) -> int:
+        """Returns the distance of a place from the left in the view box."""
         low, high, x = (math.log(v) if self.logarithmic else v for v in (self.low, self.high, x))
         return round(_SIDE * (x - low) / (high - low)) if high > low else _SIDE // 2
 
 
 def _across(low: float, high: float, label: Callable[[float], str] | None) -> _Across:
+    """Returns a linear x-axis, or a logarithmic one if there is a function for its labels."""
     if label is None:
         return _Across(low, high, False, span_ticks(low, high))
     scale = axis(low, high, label, logarithmic=True)
-    every = -(-len(scale.ticks) // _MOST_TICKS)
+    every = -(-len(scale.ticks) // _MAX_TICKS)
     ticks = [Tick(round(100 - tick.at, 2), tick.label) for tick in scale.ticks[::every]]
     edges = {0.0: "start", 100.0: "end"}
     return _Across(scale.low, scale.high, True, [Tick(t.at, t.label, edges.get(t.at, "middle")) for t in ticks])
 
 
 def _tracing(trace: Trace, scale: Axis, across: _Across, lowest: float, marked: bool) -> Tracing:
-    """A line that is broken where a point is left out; a point by itself is drawn as a dot."""
+    """Returns a line with gaps at omitted points; a single point becomes a dot."""
     path, pen, dots = "", "M", []
     for point in sorted(trace.points, key=lambda point: point.x):
         if not math.isfinite(point.y) or point.y < lowest:
@@ -138,4 +165,5 @@ def _tracing(trace: Trace, scale: Axis, across: _Across, lowest: float, marked: 
 
 
 def _height(value: float, scale: Axis) -> int:
+    """Returns the distance of a value from the top in the view box."""
     return round(_SIDE * scale.at(round(value, 9)) / 100)

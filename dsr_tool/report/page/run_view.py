@@ -1,4 +1,4 @@
-"""A run as sections of a page: accuracy, loss, what was reallocated, and density by layer over time."""
+"""Sections of a run: accuracy, loss, reallocations, and density by layer over time."""
 
 from __future__ import annotations
 
@@ -17,21 +17,27 @@ from dsr_tool.report.runlog import Epoch, RunLog
 
 __all__ = ["density_figure", "run_headline", "run_section"]
 
-_MOST_ROWS, _MOST_COLUMNS = 200, 6
-_MOST_LAYERS = 350
-_HEAT_LINES = 20  # of text beside the picture
-_LOWEST_DENSITY, _SMALLEST_THRESHOLD = 1e-4, 1e-30
+_MAX_ROWS, _MAX_COLUMNS = 200, 6
+"""Most epochs or reallocations in a chart or table, and most epochs in the columns of the density table."""
+_MAX_LAYERS = 350
+"""Most layers in the picture of densities."""
+_HEAT_LINES = 20
+"""Lines of text that fit beside the picture of densities."""
+_MIN_DENSITY = 1e-4
+"""Smallest density on the color scale, which is logarithmic."""
+_MIN_THRESHOLD = 1e-30
+"""Smallest threshold that a logarithmic chart shows."""
 
 T = TypeVar("T")
 
 
 def run_headline(log: RunLog) -> list[Number]:
-    """How a run ended."""
+    """Returns the headline numbers of a run: status, test accuracy and reallocated weights."""
     facts = log.summary()
     note = f"{facts['method']} on {facts['data']}"
     if not log.epochs:
         return [Number("Training", facts["status"], f"{note}; no epoch was completed")]
-    grown = sum(moved.grown for moved in log.reallocations)
+    grown = sum(reallocation.grown for reallocation in log.reallocations)
     last, best = facts["last_test_accuracy"], facts["best_test_accuracy"]
     return [
         Number("Training", facts["status"], f"{note}, {facts['epochs']} of {log.settings.get('epochs', '?')} epochs"),
@@ -49,44 +55,51 @@ def run_headline(log: RunLog) -> list[Number]:
 
 
 def run_section(log: RunLog) -> list[Section]:
-    """How a run went; nothing where no epoch was completed."""
+    """Returns the section of a run; none if no epoch was completed."""
     if not log.epochs:
         return []
     figures = [_accuracy(log.epochs), _loss(log.epochs)]
     if log.reallocations:
-        figures += [_moved(log.epochs), *_threshold(log)]
+        figures += [_reallocated(log.epochs), *_threshold(log)]
     if log.epochs[-1].density:
         figures.append(density_figure(log.epochs))
     return [Section("training", "Training", figures, layout="pairs")]
 
 
 def _thinned(items: Sequence[T], most: int) -> list[T]:
-    """At most so many of the items, evenly spread, the first and the last among them."""
+    """Returns at most `most` of the items, evenly spread, with the first and the last."""
     if len(items) <= most:
         return list(items)
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def _some(caption: str, kept: Sequence[object], every: Sequence[object]) -> str:
+def _caption(caption: str, kept: Sequence[object], every: Sequence[object]) -> str:
+    """Returns the caption of a table, which says so if rows are omitted."""
     return caption if len(kept) == len(every) else f"{caption}: {len(kept)} of {len(every)}, evenly spread"
 
 
-def _left_out(what: str, kept: Sequence[object], every: Sequence[object]) -> str:
-    return f"Shown are {len(kept)} of {len(every):,} {what}, evenly spread. " if len(kept) < len(every) else ""
+def _omission(noun: str, kept: Sequence[object], every: Sequence[object]) -> str:
+    """Returns a sentence about omitted items; empty if there are none."""
+    return f"Shown are {len(kept)} of {len(every):,} {noun}, evenly spread. " if len(kept) < len(every) else ""
+
+
+_TRAIN_TEST = "Training: mean over the epoch, while the weights change. Test: at the end of the epoch."
 
 
 def _accuracy(epochs: Sequence[Epoch]) -> Figure:
-    kept = _thinned(epochs, _MOST_ROWS)
+    """Returns the figure of training and test accuracy by epoch."""
+    kept = _thinned(epochs, _MAX_ROWS)
     train, test = ([getattr(epoch, name) for epoch in kept] for name in ("train_accuracy", "test_accuracy"))
     series = [Series("train", "train", train), Series("test", "test", test)]
     chart = lines([epoch.number for epoch in kept], series, numbers.round_percent, span=_span(epochs))
     rows = [(str(e.number), *map(numbers.percent, (a, b))) for e, a, b in zip(kept, train, test, strict=True)]
-    table = Table(_some("Accuracy by epoch", kept, epochs), ("epoch", "train", "test"), rows)
+    table = Table(_caption("Accuracy by epoch", kept, epochs), ("epoch", "train", "test"), rows)
     return Figure("Accuracy by epoch", chart, table, _TRAIN_TEST)
 
 
 def _loss(epochs: Sequence[Epoch]) -> Figure:
-    kept = _thinned(epochs, _MOST_ROWS)
+    """Returns the figure of training and test loss by epoch."""
+    kept = _thinned(epochs, _MAX_ROWS)
     train, test = ([getattr(epoch, name) for epoch in kept] for name in ("train_loss", "test_loss"))
     series = [Series("train", "train", train), Series("test", "test", test)]
     chart = lines([epoch.number for epoch in kept], series, lambda value: f"{value:.3g}", span=_span(epochs))
@@ -95,18 +108,17 @@ def _loss(epochs: Sequence[Epoch]) -> Figure:
         for epoch, a, b in zip(kept, train, test, strict=True)
     ]
     headers = ("epoch", "train", "test", "learning rate", "seconds")
-    return Figure("Loss by epoch", chart, Table(_some("Loss by epoch", kept, epochs), headers, rows), _TRAIN_TEST)
-
-
-_TRAIN_TEST = "Training: mean over the epoch, as the images went by. Test: at its end."
+    return Figure("Loss by epoch", chart, Table(_caption("Loss by epoch", kept, epochs), headers, rows), _TRAIN_TEST)
 
 
 def _span(epochs: Sequence[Epoch]) -> tuple[float, float]:
+    """Returns the ends of the x-axis."""
     return epochs[0].number, epochs[-1].number
 
 
-def _moved(epochs: Sequence[Epoch]) -> Figure:
-    kept = _thinned(epochs, _MOST_ROWS)
+def _reallocated(epochs: Sequence[Epoch]) -> Figure:
+    """Returns the figure of the weights dropped and grown by epoch."""
+    kept = _thinned(epochs, _MAX_ROWS)
     dropped = [sum(epoch.dropped.values()) for epoch in kept]
     grown = [sum(epoch.grown.values()) for epoch in kept]
     numbered = [str(epoch.number) for epoch in kept]
@@ -124,22 +136,23 @@ def _moved(epochs: Sequence[Epoch]) -> Figure:
         (number, numbers.count(d), numbers.count(g), _optional(epoch.threshold))
         for number, d, g, epoch in zip(numbered, dropped, grown, kept, strict=True)
     ]
-    caption = _some("Weights dropped and grown, and the last threshold, by epoch", kept, epochs)
+    caption = _caption("Weights dropped and grown, and the last threshold, by epoch", kept, epochs)
+    finding = ""
+    if dropped == grown:
+        finding = "As many weights are grown as are dropped: the budget holds."
+    elif sum(dropped) > sum(grown):
+        finding = "More weights are dropped than grown: the number of active weights falls."
     return Figure(
         "Weights dropped and grown by epoch",
         chart,
         Table(caption, ("epoch", "dropped", "grown", "threshold"), rows),
-        "As many are grown as are dropped: the budget holds."
-        if dropped == grown
-        else "More are dropped than grown: the count of active weights falls."
-        if sum(dropped) > sum(grown)
-        else "",
+        finding,
         [Key("values", "dropped"), Key("step", "grown")],
     )
 
 
 def _column_ticks(epochs: Sequence[Epoch]) -> list[Tick]:
-    """Numbers of epochs below the middles of their columns."""
+    """Returns numbers of epochs as labels below the middles of their columns."""
     every = max(-(-len(epochs) // 6), 1)
     return [
         Tick(round(100 * (i + 0.5) / len(epochs), 2), str(epoch.number))
@@ -149,19 +162,20 @@ def _column_ticks(epochs: Sequence[Epoch]) -> list[Tick]:
 
 
 def _optional(value: float | None) -> str:
+    """Formats a threshold; a dash if there is none."""
     return numbers.NONE if value is None else f"{value:.4g}"
 
 
 def _threshold(log: RunLog) -> list[Figure]:
-    """The threshold at each reallocation, for methods that have one."""
-    every = [moved for moved in log.reallocations if (moved.threshold or 0) > _SMALLEST_THRESHOLD]
+    """Returns the figure of the threshold at each reallocation; none for methods without a threshold."""
+    every = [one for one in log.reallocations if (one.threshold or 0) > _MIN_THRESHOLD]
     steps = log.epochs[-1].step / max(log.epochs[-1].number, 1)
     if not every or steps <= 0:
         return []
-    kept = _thinned(every, _MOST_ROWS)
-    values = [moved.threshold or math.nan for moved in kept]
+    kept = _thinned(every, _MAX_ROWS)
+    values = [one.threshold or math.nan for one in kept]
     chart = lines(
-        [moved.step / steps for moved in kept],
+        [one.step / steps for one in kept],
         [Series("", "single", values)],
         lambda value: f"{value:.3g}",
         span=(0, log.epochs[-1].number),
@@ -169,14 +183,14 @@ def _threshold(log: RunLog) -> list[Figure]:
     )
     rows = [
         (
-            numbers.count(moved.step),
-            _optional(moved.threshold),
-            numbers.count(moved.dropped),
-            numbers.count(moved.grown),
+            numbers.count(one.step),
+            _optional(one.threshold),
+            numbers.count(one.dropped),
+            numbers.count(one.grown),
         )
-        for moved in kept
+        for one in kept
     ]
-    caption = _some("Threshold and weights moved by reallocation", kept, every)
+    caption = _caption("Threshold and weights moved by reallocation", kept, every)
     return [
         Figure(
             "Threshold below which weights are dropped, by epoch",
@@ -188,16 +202,16 @@ def _threshold(log: RunLog) -> list[Figure]:
 
 
 def density_figure(epochs: Sequence[Epoch]) -> Figure:
-    """Layers from top to bottom, epochs from left to right."""
+    """Returns the figure of the density by layer and epoch: a picture with a row for each layer."""
     every = list(epochs[-1].density)
-    names = _thinned(every, _MOST_LAYERS)
-    kept = _thinned(epochs, _MOST_ROWS)
+    names = _thinned(every, _MAX_LAYERS)
+    kept = _thinned(epochs, _MAX_ROWS)
     values = np.array([[epoch.density.get(name, 0.0) for epoch in kept] for name in names])
     positive = values[values > 0]
-    low = max(float(positive.min(initial=1.0)), _LOWEST_DENSITY)
+    low = max(float(positive.min(initial=1.0)), _MIN_DENSITY)
     high = max(float(positive.max(initial=low)), low)
     scale = (numbers.percent(low), numbers.percent(math.sqrt(low * high)), numbers.percent(high))
-    few = _thinned(epochs, _MOST_COLUMNS)
+    few = _thinned(epochs, _MAX_COLUMNS)
     rows = [(name, *(numbers.percent(epoch.density.get(name, 0.0), 3) for epoch in few)) for name in names]
     return Figure(
         "Density by layer and epoch",
@@ -207,19 +221,19 @@ def density_figure(epochs: Sequence[Epoch]) -> Figure:
             _column_ticks(kept),
             scale,
         ),
-        Table(_some("Density by layer and epoch", few, epochs), ("weight", *(str(e.number) for e in few)), rows),
+        Table(_caption("Density by layer and epoch", few, epochs), ("weight", *(str(e.number) for e in few)), rows),
         f"{_changes(every, epochs)}Each row is a layer in the order of the model; shades are logarithmic. "
-        f"{_left_out('layers', names, every)}{_left_out('epochs', kept, epochs)}".strip(),
+        f"{_omission('layers', names, every)}{_omission('epochs', kept, epochs)}".strip(),
         wide=True,
     )
 
 
 def _changes(names: Sequence[str], epochs: Sequence[Epoch]) -> str:
-    """Which layers gained and lost most since the first epoch, of those that did."""
+    """Returns a sentence about the layers whose density rose and fell most since the first epoch."""
     first, last = (np.array([epoch.density.get(name, 0.0) for name in names]) for epoch in (epochs[0], epochs[-1]))
     change = last - first
     most, least = int(change.argmax()), int(change.argmin())
     parts = [f"{names[most]} gained the most density"] if change[most] > 0 else []
     parts += [f"{names[least]} lost the most"] if change[least] < 0 else []
-    told = " and ".join(parts) or "no layer changed its density"
-    return f"From the first epoch to the last, {told}. " if len(epochs) > 1 else ""
+    change_text = " and ".join(parts) or "no layer changed its density"
+    return f"From the first epoch to the last, {change_text}. " if len(epochs) > 1 else ""
