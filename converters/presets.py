@@ -44,7 +44,7 @@ def _paper(module: nn.Module) -> dict[str, str]:
     dense = {f"{names[id(first)]}.weight": "preset paper: first convolution"} if first is not None else {}
     # Every block is shown to every source, since a network of the user's own may be made of torchvision's blocks.
     for block in module.modules():
-        for layer, reason in (found for source in SOURCES for found in source.preset_dense(block)):
+        for layer, reason in (found for source in SOURCES.values() for found in source.preset_dense(block)):
             # A shortcut may be a convolution with its normalisation.
             for child in layer.modules():
                 if isinstance(child, (*_CONVOLUTIONS, nn.Linear)):

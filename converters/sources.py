@@ -13,8 +13,10 @@ from dsr_tool.sparsity.config import MOST_CLASSES, ModelConfig
 
 __all__ = ["SOURCES", "build_structure", "find_source", "load_network"]
 
-SOURCES: tuple[Source, ...] = (callables.SOURCE, paper_models.SOURCE, torchvision_models.SOURCE)
-"""All sources. The first that recognises a name builds it."""
+SOURCES: dict[str, Source] = {
+    row.name: row for row in (callables.SOURCE, paper_models.SOURCE, torchvision_models.SOURCE)
+}
+"""All sources by name. The first that recognises the name of a network builds it."""
 
 
 def find_source(name: str) -> Source:
@@ -23,10 +25,10 @@ def find_source(name: str) -> Source:
     Raises:
         UsageError: no source recognises it; the message says why if one knows it, and suggests close names otherwise.
     """
-    for source in SOURCES:
+    for source in SOURCES.values():
         if source.recognises(name):
             return source
-    for source in SOURCES:
+    for source in SOURCES.values():
         if reason := source.reason(name):
             raise UsageError(
                 f"ARCH {name!r} is {reason}; give a torchvision model for classification, segmentation or video, or "
@@ -37,7 +39,7 @@ def find_source(name: str) -> Source:
             f"ARCH {name!r} is a path; give the name of a torchvision model, such as resnet18, or module:callable for "
             f"a network of your own, and a file of its values as --weights."
         )
-    raise unknown_name("ARCH", name, [known for source in SOURCES for known in source.names()])
+    raise unknown_name("ARCH", name, [known for source in SOURCES.values() for known in source.names()])
 
 
 def load_network(
@@ -93,7 +95,7 @@ def build_structure(config: ModelConfig) -> nn.Module:
     Raises:
         UsageError: no source can build it.
     """
-    source = next((source for source in SOURCES if source.name == config.source), None)
+    source = SOURCES.get(config.source)
     if source is None:
         raise UsageError(
             f"dsr-tool cannot build architecture {config.architecture!r}; give load() a module of that class."

@@ -86,9 +86,9 @@ def nearest_width(config: ModelConfig, parameters: int, target: int) -> float:
 
 
 def _require_width(config: ModelConfig) -> None:
-    widths = {source.name: source.widths for source in SOURCES}
-    if config.architecture not in widths.get(config.source, ()):
-        known = ", ".join(name for names in widths.values() for name in names)
+    source = SOURCES.get(config.source)
+    if source is None or config.architecture not in source.widths:
+        known = ", ".join(name for other in SOURCES.values() for name in other.widths)
         raise UsageError(
             f"--thin needs an architecture that can be built narrower, which {config.architecture} cannot; give one of "
             f"{known}."
