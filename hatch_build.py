@@ -1,12 +1,12 @@
-"""Builds the kernels: C++ sources to one shared library per level of the processor, when the package is built.
+"""Builds the kernels: compiles the C++ sources to one shared library for each level of the processor.
 
-Hatchling calls `KernelsHook` for wheels and editable installs; `python hatch_build.py` does the same in the checkout.
-The environment says what else:
+Hatchling calls `KernelsHook` for wheels and editable installs; `python hatch_build.py` does the same in a checkout.
+Environment variables:
 
-- `CXX`: the compiler, as a command; otherwise `c++`, `g++`, `clang++`, or Zig's from the package `ziglang`.
-- `DSR_TOOL_KERNELS=none`: build none.
+- `CXX`: command of the compiler; otherwise `c++`, `g++`, `clang++`, or Zig's compiler from the package `ziglang`.
+- `DSR_TOOL_KERNELS=none`: builds no kernels.
 - `DSR_TOOL_REQUIRE_KERNELS=1`: warnings are errors, and a level that cannot be built fails the build.
-- `DSR_TOOL_WHEEL_PLATFORM`: the platform of the wheel's tag, for builders who know that it holds, such as
+- `DSR_TOOL_WHEEL_PLATFORM`: platform of the wheel's tag, for builders who know that the libraries run on it, such as
   `manylinux_2_17_x86_64`.
 """
 
@@ -32,13 +32,15 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 __all__ = ["Build", "KernelsHook", "compiler", "main"]
 
 NATIVE = Path("dsr_tool") / "runtime" / "kernels"
+"""Folder of the sources, and of the libraries in the package."""
 RECORD = "_kernels.json"
+"""Name of the file beside the libraries that says what each was compiled from, and its SHA-256."""
 SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 LEVELS = {
     "x86_64": {"avx512": "x86-64-v4", "avx2": "x86-64-v3", "baseline": "x86-64"},
     "aarch64": {"neon": ""},
 }
-"""By machine, the value of -march for each level; elsewhere there is `baseline` alone, with the compiler's own."""
+"""Value of -march for each level, by machine; other machines have `baseline` alone, with the compiler's default."""
 
 FLAGS = (
     "-std=c++17",
@@ -59,7 +61,7 @@ _MACOS = "11.0"
 
 
 def compiler() -> list[str] | None:
-    """The command of a C++ compiler; None where there is none."""
+    """Returns the command of a C++ compiler; None if there is none."""
     if own := os.environ.get("CXX"):
         return shlex.split(own)
     for name in ("c++", "g++", "clang++"):
@@ -70,7 +72,7 @@ def compiler() -> list[str] | None:
 
 
 def _version(command: list[str]) -> str:
-    """What the compiler calls itself; empty where it does not run."""
+    """Returns the compiler's version; empty if it does not run."""
     try:
         done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)  # noqa: S603
     except OSError:
@@ -86,15 +88,15 @@ def _machine() -> str:
 
 @dataclass(frozen=True)
 class Build:
-    """What to compile, and how.
+    """A compilation of all levels.
 
     Attributes:
-        command: of the compiler.
-        sources: folder of the C++ files.
+        command: command of the compiler.
+        sources: folder of the C++ files and of the table that they include.
         output: folder of the libraries.
         machine: `x86_64`, `aarch64` or another name of `platform.machine()`.
-        sanitize: find wrong addresses and undefined behaviour while running.
-        strict: warnings are errors.
+        sanitize: whether the libraries check addresses and undefined behaviour while running.
+        strict: whether warnings are errors.
     """
 
     command: list[str]
@@ -105,10 +107,10 @@ class Build:
     strict: bool = False
 
     def run(self) -> dict[str, str]:
-        """Compile every level whose sources, flags or compiler have changed, side by side.
+        """Compiles every level whose sources, flags or compiler have changed, in parallel.
 
         Returns:
-            By level that could not be compiled, what the compiler said. Of such a level no library is left.
+            The compiler's message for each level that could not be compiled; such a level has no library any more.
         """
         self.output.mkdir(parents=True, exist_ok=True)
         levels, version = LEVELS.get(self.machine, {"baseline": ""}), _version(self.command)
@@ -116,17 +118,19 @@ class Build:
         digests = {level: self._digest(level, version) for level in levels}
         due = [level for level in levels if not self._is_built(level, digests[level], record)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            failed = {level: said for level, said in zip(due, pool.map(self._compile, due), strict=True) if said}
+            failed = {
+                level: message for level, message in zip(due, pool.map(self._compile, due), strict=True) if message
+            }
         kept = {level: self._entry(level, digests[level]) for level in levels if level not in failed}
         (self.output / RECORD).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         return failed
 
     def library(self, level: str) -> Path:
-        """Where the library of a level lies."""
+        """Returns the path of a level's library."""
         return self.output / f"_kernels_{level}{SUFFIX}"
 
     def flags(self, level: str) -> list[str]:
-        """Of the compiler, for a level."""
+        """Returns the compiler's flags for a level."""
         flags = [*FLAGS, *(SANITIZERS if self.sanitize else ()), *(["-Werror"] if self.strict else [])]
         if march := LEVELS.get(self.machine, {}).get(level):
             # Zig spells the same levels with underscores.
@@ -141,7 +145,7 @@ class Build:
         return any("zig" in Path(word).name for word in self.command)
 
     def _compile(self, level: str) -> str:
-        """Compile one level; returns what the compiler said where it failed."""
+        """Compiles one level. Returns the compiler's message if it failed, otherwise an empty string."""
         target = self.library(level)
         with tempfile.TemporaryDirectory(dir=self.output) as folder:
             part = Path(folder) / target.name
@@ -150,12 +154,12 @@ class Build:
                 done = subprocess.run(  # noqa: S603 - the compiler that the user has
                     [*command, "-o", str(part)], capture_output=True, text=True, check=False, errors="replace"
                 )
-                said = (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else ""
+                message = (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else ""
             except OSError as error:
-                said = str(error.strerror)
-            # Whoever has the old file mapped keeps it; one that is out of date is not left for others.
-            target.unlink(missing_ok=True) if said else part.replace(target)
-        return said
+                message = str(error.strerror)
+            # Processes that have mapped the old file keep it. After a failure, no outdated library may stay.
+            target.unlink(missing_ok=True) if message else part.replace(target)
+        return message
 
     def _digest(self, level: str, version: str) -> str:
         digest = hashlib.sha256(json.dumps([self.command, version, self.flags(level)]).encode())
@@ -168,7 +172,7 @@ class Build:
         return path.is_file() and record.get(level) == self._entry(level, digest)
 
     def _entry(self, level: str, digest: str) -> dict[str, str]:
-        """What the record holds: the runtime refuses a library whose bytes are others."""
+        """Returns a level's entry in the record; the runtime refuses a library whose SHA-256 differs from it."""
         return {"made_from": digest, "sha256": hashlib.sha256(self.library(level).read_bytes()).hexdigest()}
 
 
@@ -181,15 +185,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
-    """Compiles the kernels into the package, and marks the wheel as one of this platform."""
+    """Compiles the kernels into the package, and tags the wheel with this platform."""
 
     def dependencies(self) -> list[str]:
-        """Zig's compiler from the package index, where the machine has none."""
+        """Returns Zig's compiler, from the package index, if the machine has no compiler."""
         wanted = os.environ.get("DSR_TOOL_KERNELS") != "none"
         return [_ZIG] if wanted and compiler() is None and platform.machine().lower() in _ZIG_MACHINES else []
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 - hatchling's signature
-        """Build, and say once what failed; without any library the package runs on scipy, and its wheel is pure."""
+        """Builds, and warns once if that fails; without any library the wheel is pure and predictions run on scipy."""
         if os.environ.get("DSR_TOOL_KERNELS") == "none":
             return
         native, strict = Path(self.root) / NATIVE, os.environ.get("DSR_TOOL_REQUIRE_KERNELS") == "1"
@@ -205,20 +209,20 @@ class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
 
 
 def _build(sources: Path, output: Path, *, strict: bool, sanitize: bool = False, machine: str = "") -> str:
-    """Compile every level; returns what went wrong as one message, or nothing."""
+    """Compiles every level. Returns one message about what failed, otherwise an empty string."""
     command = compiler()
     if command is None:
-        return "dsr-tool: there is no C++ compiler (CXX, c++, g++, clang++) and no ziglang; predictions run on scipy."
+        return "dsr-tool: found no C++ compiler (CXX, c++, g++, clang++) and no ziglang; predictions run on scipy."
     failed = Build(command, sources, output, machine or _machine(), sanitize, strict).run()
     if not failed:
         return ""
-    # The levels share their sources, so that the first message mostly is everyone's.
-    said = "\n".join(next(iter(failed.values())).splitlines()[:30])
-    return f"dsr-tool: the kernels for {', '.join(failed)} were not built with {shlex.join(command)}:\n{said}"
+    # Levels share their sources, so one message usually stands for all of them.
+    first = "\n".join(next(iter(failed.values())).splitlines()[:30])
+    return f"dsr-tool: the kernels for {', '.join(failed)} were not built with {shlex.join(command)}:\n{first}"
 
 
 def _platform() -> str:
-    """The platform of the wheel's tag: this one, since a local compiler promises no other."""
+    """Returns the platform of the wheel's tag: this one, since a local compiler guarantees no other."""
     if own := os.environ.get("DSR_TOOL_WHEEL_PLATFORM"):
         return own
     if sys.platform == "darwin":
@@ -227,7 +231,7 @@ def _platform() -> str:
 
 
 def main() -> None:
-    """Build in the checkout, every warning an error."""
+    """Builds in a checkout, with warnings as errors."""
     parser = argparse.ArgumentParser(description="Build the kernels.")
     here = Path(__file__).parent / NATIVE
     parser.add_argument("--output", type=Path, default=here, help="folder of the libraries")

@@ -1,4 +1,4 @@
-"""The build hook: levels, what is built again, what fails and how it says so, and what compiler it takes."""
+"""The build hook compiles each level once, rebuilds what has changed, reports failures, and finds a compiler."""
 
 import importlib.util
 import json
@@ -25,14 +25,14 @@ def module(monkeypatch):
     monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
     for name in ("CXX", "DSR_TOOL_KERNELS", "DSR_TOOL_REQUIRE_KERNELS", "DSR_TOOL_WHEEL_PLATFORM"):
         monkeypatch.delenv(name, raising=False)
-    # Any compiler can build for a machine that it knows no level of.
+    # Without a value for -march, any compiler can build them.
     monkeypatch.setattr(module, "LEVELS", {"x86_64": {"fast": "", "slow": ""}})
     return module
 
 
 @pytest.fixture
 def hook(module, tmp_path):
-    """The hook over a folder with one source, and the warnings it gives."""
+    """The hook over a folder with one source; it collects its warnings."""
     native = tmp_path / module.NATIVE
     native.mkdir(parents=True)
     (native / "kernels.cpp").write_text(SOURCE)
@@ -63,20 +63,24 @@ def test_every_level_is_built_and_the_wheel_is_one_of_this_platform(hook, module
 
 
 @needs_compiler
-def test_the_platform_can_be_told(hook, monkeypatch):
+def test_the_platform_of_the_tag_can_be_given(hook, monkeypatch):
     monkeypatch.setenv("DSR_TOOL_WHEEL_PLATFORM", "manylinux_2_17_x86_64")
     assert initialized(hook)["tag"] == "py3-none-manylinux_2_17_x86_64"
 
 
 @needs_compiler
-def test_what_has_not_changed_is_not_built_again(hook, module, monkeypatch):
-    initialized(hook)
-    monkeypatch.setattr(module.Build, "_compile", lambda self, level: f"{level} again")
-    initialized(hook)
-    assert hook.warnings == []
-    (hook.native / "table.h").write_text("// a header counts too\n")
-    initialized(hook)
-    assert "fast, slow" in hook.warnings[0]
+def test_only_changed_sources_are_built_again(hook, module, monkeypatch):
+    for name in ("kernels.cpp", "header.h", "ops.def"):
+        (hook.native / name).write_text(f"{SOURCE if name.endswith('cpp') else ''}// {name}\n")
+        with monkeypatch.context() as patch:
+            patch.setattr(module.Build, "_compile", lambda self, level: f"{level} again")
+            initialized(hook)
+            assert "fast, slow" in hook.warnings.pop()
+        initialized(hook)
+        with monkeypatch.context() as patch:
+            patch.setattr(module.Build, "_compile", lambda self, level: f"{level} again")
+            initialized(hook)
+        assert hook.warnings == []
 
 
 @needs_compiler
@@ -102,7 +106,7 @@ def test_broken_sources_do_not_break_the_install_and_leave_no_old_library(hook):
 
 
 @needs_compiler
-def test_one_level_that_the_compiler_does_not_know_is_left_out(hook, module, monkeypatch):
+def test_a_level_that_the_compiler_does_not_support_is_skipped(hook, module, monkeypatch):
     monkeypatch.setattr(module, "LEVELS", {"x86_64": {"fast": "no-such-processor", "slow": ""}})
     data = initialized(hook)
     assert names(hook) == [f"_kernels_slow{module.SUFFIX}"]
@@ -112,7 +116,7 @@ def test_one_level_that_the_compiler_does_not_know_is_left_out(hook, module, mon
 
 @needs_compiler
 @pytest.mark.parametrize("source", ["int x = ;\n", SOURCE + "static int unused() { return 0; }\n"])
-def test_where_kernels_are_required_errors_and_warnings_stop_the_build(hook, monkeypatch, source):
+def test_errors_and_warnings_stop_the_build_if_kernels_are_required(hook, monkeypatch, source):
     monkeypatch.setenv("DSR_TOOL_REQUIRE_KERNELS", "1")
     (hook.native / "kernels.cpp").write_text(source)
     with pytest.raises(RuntimeError, match="were not built"):
@@ -120,24 +124,24 @@ def test_where_kernels_are_required_errors_and_warnings_stop_the_build(hook, mon
 
 
 @needs_compiler
-def test_a_warning_is_no_error_for_a_user(hook):
+def test_warnings_do_not_stop_an_install(hook):
     (hook.native / "kernels.cpp").write_text(SOURCE + "static int unused() { return 0; }\n")
     assert initialized(hook)["pure_python"] is False
 
 
-def test_none_are_built_where_none_are_wanted(hook, monkeypatch):
+def test_no_kernels_are_built_if_none_are_wanted(hook, monkeypatch):
     monkeypatch.setenv("DSR_TOOL_KERNELS", "none")
     assert initialized(hook) == {"artifacts": [], "pure_python": True}
     assert hook.dependencies() == []
 
 
-def test_without_a_compiler_zig_is_asked_for_and_the_install_goes_on(hook, module, monkeypatch):
+def test_without_a_compiler_zig_is_required_and_the_install_continues(hook, module, monkeypatch):
     monkeypatch.setattr(module.shutil, "which", lambda _: None)
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
     assert hook.dependencies() == ["ziglang>=0.13"]
     data = initialized(hook)
     assert data["pure_python"] is True
-    assert "no C++ compiler" in hook.warnings[0]
+    assert "found no C++ compiler" in hook.warnings[0]
     monkeypatch.setattr(module.platform, "machine", lambda: "vax")
     assert hook.dependencies() == []
 
@@ -151,7 +155,7 @@ def test_zig_is_the_compiler_of_last_resort(module, monkeypatch):
     assert "-march=x86_64_v4" in module.Build(command, ROOT, ROOT, "x86_64").flags("avx512")
 
 
-def test_the_users_compiler_comes_first(hook, module, monkeypatch):
+def test_the_compiler_of_the_environment_comes_first(hook, module, monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/c++ -m64")
     assert module.compiler() == ["/nowhere/c++", "-m64"]
     assert hook.dependencies() == []

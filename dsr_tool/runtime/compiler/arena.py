@@ -46,15 +46,18 @@ def allocate(segment: Segment) -> Arena:
     }
     lifetimes = {value: time for value, time in _lifetimes(segment.ops).items() if value not in addresses}
     blocks: list[tuple[int, int, Value]] = []
+    # Small values fill the gaps that large ones leave; in the order of the ops the arena would be larger.
     for value in sorted(lifetimes, key=lambda value: -value.size):
         first, last = lifetimes[value]
         start = _SLACK
         for low, high, other in sorted(blocks, key=lambda block: block[0]):
             other_first, other_last = lifetimes[other]
             alive_together = other_last >= first and last >= other_first
+            # Blocks come by their start, so moving past one never has to be undone.
             if alive_together and low < start + value.size and start < high:
                 start = high
         blocks.append((start, start + value.size, value))
+        # The first halo belongs to the value's memory, and offsets count from the first vector after it.
         addresses[value] = Address(0, start + value.lead)
     return Arena(max((high for _, high, _ in blocks), default=0) + _SLACK, addresses)
 

@@ -35,6 +35,7 @@ class Constants:
     def get(self, name: str) -> Weight | None:
         """Returns a value as the graph means it, sparse if it is stored so; None if it is not known."""
         if name in self._transposes:
+            # Computed on demand: the kernels ask for the source, and only a fallback needs the transpose itself.
             transpose: Array = dense(self._values[self._transposes[name]]).T
             return transpose
         return self._values.get(name)
@@ -61,6 +62,7 @@ class Constants:
 
     def add_transpose(self, name: str, source: str) -> bool:
         """Adds a matrix as the transpose of a stored sparse one. Returns False if the source is not such a matrix."""
+        # A dense matrix is transposed by the reference, which costs nothing: the result is a view.
         weight = self._values.get(source)
         if not isinstance(weight, SparseTensor) or len(weight.mask.shape) != 2:
             return False
@@ -87,5 +89,6 @@ def as_sparse(weight: Weight) -> SparseTensor:
 
 def is_packable(weight: Weight) -> bool:
     """Returns whether the kernels can multiply by a weight: float32, not empty, and small enough for int32 keys."""
+    # Constants of a graph may be integers; weights stored as float16 were converted when the session was opened.
     dtype = weight.values.dtype if isinstance(weight, SparseTensor) else weight.dtype
     return dtype == np.float32 and 0 < math.prod(shape_of(weight)) < _MAX_ENTRIES

@@ -61,6 +61,7 @@ def convolve(low: Lowering, node: Node, weight: Weight, bias: Weight | None, gro
         return None
     rows, inner, *kernel = shape_of(weight)
     size = window.output_size(shape[2:])
+    # Kernels trust every size and offset, so whatever does not fit together is left to the reference, which checks.
     if (
         min(size) < 1
         or not isinstance(groups, int)
@@ -111,6 +112,7 @@ def place_window(low: Lowering, source: Planes, window: Window, size: tuple[int,
     """
     stride = window.strides[0]
     if source.factor % stride == 0:
+        # The stride goes from one factor to a smaller one on the same grid, and nothing has to be moved.
         factor = source.factor // stride
         pad = max(abs(dx) for _, dx, _ in taps_of(window, source.factor, factor))
         if source.grid.fits(size[0], size[1], factor) and pad <= source.grid.pad:
@@ -122,6 +124,7 @@ def place_window(low: Lowering, source: Planes, window: Window, size: tuple[int,
         picked.nonnegative = source.nonnegative
         low.add(to_planes(source, picked, stride))
         return Windowed(picked, POINT, 1)
+    # The pixels move to a coarser grid, on which they have `stride` phases in each direction.
     pad, _ = low.grids.survey(node.inputs[0], stride, low.index)
     rows = max(-(-source.shape[2] // stride), size[0])
     columns = max(-(-source.shape[3] // stride), size[1])

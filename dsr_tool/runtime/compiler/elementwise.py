@@ -62,7 +62,7 @@ def activation(function: Activation, fields: dict[str, str] | None = None, **def
 
     def rule(low: Lowering, node: Node, **attributes: float) -> Lowered | None:
         if attributes.keys() - defaults.keys():
-            return None
+            return None  # a later version of the standard, or a damaged file: the reference decides
         parameters = {**defaults, **attributes}
         names = fields or {}
         return _activate(low, node, Activate(function, **{names[k]: float(v) for k, v in parameters.items()}))
@@ -99,6 +99,7 @@ def _activate(low: Lowering, node: Node, activate: Activate) -> Lowered | None:
     if value is None or any(isinstance(x, float) and math.isnan(x) for x in dataclasses.astuple(activate)):
         return None
     maker = low.segment.maker(value)
+    # Applied where the entries are in registers or in the cache, instead of reading and writing them once more.
     if maker is not None and maker.fuses and maker.activate == IDENTITY and low.only_reader(name):
         low.segment.replace(maker, dataclasses.replace(maker, activate=activate))
     else:
@@ -151,12 +152,15 @@ def arithmetic(low: Lowering, node: Node) -> Lowered | None:
         if how is Combination.ADD and vector in low.constants and name in low.shapes:
             return add_bias(low, name, vector)
     shape = low.shapes.get(first)
+    # x + x is left to the reference, since a product cannot start from its own result; so is broadcasting, except for
+    # factors per channel.
     if shape is None or low.shapes.get(second) != shape or first == second:
         return _scale(low, node) if how is Combination.MULTIPLY else None
     if low.value(first) is None or low.value(second) is None:
         return None
     a, b = _whole_vectors(low, first), _whole_vectors(low, second)
     if isinstance(a, Rows) or isinstance(b, Rows):
+        # Of a transformer's residual, one side may still be entries in order.
         rows = low.rows(first), low.rows(second)
         if rows[0] is None or rows[1] is None:
             return None
@@ -168,6 +172,7 @@ def arithmetic(low: Lowering, node: Node) -> Lowered | None:
                 low.segment.replace(maker, dataclasses.replace(maker, other=other))
                 return Lowered(value, shape)
     if isinstance(a, Planes) and isinstance(b, Planes) and not same_layout(a, b):
+        # Branches with different strides may lie on different grids.
         b = low.on_grid(b, a.grid, a.factor)
     if not same_layout(a, b):
         return None

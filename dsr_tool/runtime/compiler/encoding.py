@@ -52,9 +52,11 @@ def encode(ops: Sequence[Op], addresses: Mapping[Value, Address], packs: PackCac
         member = op.kind.name.lower()
         expected = table.PARAMETERS.get(member, ctypes.Structure)
         names = [name for name, *_ in getattr(expected, "_fields_", ())]
+        # ctypes would leave a missing field at zero, and take a misspelt one as a new attribute.
         if sorted(names) != sorted(fields):
             raise TypeError(f"{op.kind.name} has the fields {names} in ops.def, but its op gives {sorted(fields)}")
         if fields:
+            # A pack owns its arrays and counts their bytes itself.
             owned = {} if pack is None else pack.fields
             _fill(getattr(struct, member), owned, [])
             _fill(getattr(struct, member), {k: v for k, v in fields.items() if k not in owned}, encoded.tables)
@@ -89,7 +91,7 @@ def _common_fields(op: Op, addresses: Mapping[Value, Address]) -> dict[str, int 
         if op.masks and (op.out.zero_padded or op.out.halo_before or op.out.halo_after):
             fields["mask"] = op.out.mask()
     elif isinstance(op.out, Flat):
-        # All entries count as one plane.
+        # All entries count as one plane, so ops on planes work on entries in order too.
         fields |= {"channels": 1, "phases": 1, "length": op.out.size // op.out.lanes}
     return fields
 

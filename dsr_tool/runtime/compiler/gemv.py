@@ -54,6 +54,7 @@ class Gemv(Op):
 
     def _pack_sparse(self) -> Pack:
         mask = self.weight.mask
+        # A matrix is packed as a convolution whose pixels are single floats: one tap, and one float per input channel.
         kernel = SparseTensor(Mask((*mask.shape, 1), mask.stored), self.weight.values)
         return pack_sparse(kernel, 1, [Taps((0,), 1)], BLOCK_FLOATS, self.threads)
 
@@ -82,6 +83,7 @@ def lower_gemv(low: Lowering, name: str, weight: Weight, bias: Weight | None, sh
     if source is None:
         return None
     rows, columns = shape_of(weight)[0], math.prod(shape_of(weight)[1:])
+    # The weight of a 1 x 1 convolution has two more axes of one entry.
     tensor = as_sparse(weight)
     matrix = SparseTensor(Mask((rows, columns), tensor.mask.stored), tensor.values)
     op = Gemv(

@@ -42,10 +42,10 @@ class Grids:
         best = (1, self.survey(name, 1, index)[0])
         for factor in FACTORS:
             if min(height, width) < factor * MIN_GRID:
-                break
+                break  # larger factors make the grid smaller still
             pad, copies = self.survey(name, factor, index)
             if copies is None:
-                break
+                break  # no strides follow that bring this factor down, nor any larger one
             if copies <= MAX_COPIES:
                 best = (factor, pad)
         factor, pad = best
@@ -54,6 +54,7 @@ class Grids:
     def grid(self, rows: int, columns: int, pad: int) -> Grid:
         """Returns a grid of this size; an existing one with as much padding if possible, so that values share it."""
         grids = self._grids.setdefault((rows, columns), [])
+        # Values on one grid can be added without a relayout, which is worth some columns of padding.
         for grid in grids:
             if grid.pad >= pad:
                 return grid
@@ -80,6 +81,7 @@ class Grids:
             if source is None or node.op not in self._lowered:
                 continue
             if row.elementwise:
+                # The result lies on the grid of its input, so the strides after it count for the input too.
                 factors[node.outputs[0]] = factors[source]
             elif row.windowed and source == node.inputs[0]:
                 window = window_of(node, self._constants)
@@ -87,6 +89,7 @@ class Grids:
                     continue
                 out = factors[source] // window.strides[0]
                 pad = max(pad, *(abs(dx) for _, dx, _ in taps_of(window, factors[source], out)))
+                # The phases of a 1 x 1 kernel differ by a shift alone, so they share their records.
                 if max(window.kernel) > 1:
                     copies += out * out * self._records(node)
                 factors[node.outputs[0]] = out

@@ -175,6 +175,7 @@ class Planes(Value):
     def pixel_of_position(self) -> _Int:
         """Returns the number of the pixel at each position, (phases, length, lanes); -1 where there is none."""
         grid, f = self.grid, self.factor
+        # Lane l of vector i is position l * length + i: strips lie side by side in the lanes.
         position = np.arange(grid.lanes * grid.length).reshape(grid.lanes, grid.length).T
         row, column = np.divmod(position, grid.pitch)
         a, b = np.divmod(np.arange(self.phases), f)
@@ -187,6 +188,7 @@ class Planes(Value):
         """Returns the floats from the channel's first vector to each pixel, (height, width)."""
         y, x = np.ogrid[: self.shape[2], : self.shape[3]]
         f = self.factor
+        # The inverse of `pixel_of_position`, in floats of memory, halos included.
         position = (y // f) * self.grid.pitch + x // f
         plane = (y % f) * f + x % f
         lane, vector = np.divmod(position, self.grid.length)

@@ -24,6 +24,7 @@ __all__ = ["add_bias", "gemm", "matmul"]
 def matmul(low: Lowering, node: Node) -> Lowered | None:
     """Lowers a product with a known matrix on the right."""
     name, matrix = node.inputs
+    # Exporters write x @ transpose(w), and w itself lies as the kernels want it.
     weight: Weight | None = low.constants.transposed_source(matrix)
     if weight is None and matrix in low.constants:
         weight = np.ascontiguousarray(low.constants.dense(matrix).T)

@@ -63,6 +63,7 @@ def _peak(steps: Sequence[KernelStep | FallbackStep], given: frozenset[str]) -> 
     alive: dict[str, int] = {}
     most = 0
     for step in steps:
+        # A fallback drops its inputs when its outputs are there, so both count for a moment.
         alive.update({name: nbytes for name, nbytes in step.output_bytes.items() if name not in given})
         most = max(most, sum(alive.values()))
         for name in step.release:

@@ -53,6 +53,7 @@ class Activate:
     @property
     def nonnegative(self) -> bool:
         """Returns whether no result is negative."""
+        # Limits in the wrong order give `high`, which may be negative.
         clips_at_zero = self.function is Activation.CLIP and 0 <= self.low <= self.high
         return clips_at_zero or self.function is Activation.SIGMOID
 

@@ -114,6 +114,7 @@ def pack_sparse(weight: SparseTensor, groups: int, phases: Sequence[Taps], per_b
     kernel = len(phases[0].offsets)
     check_positions(weight.mask)
     _check_reach(phases, per_block)
+    # int32 moves half as many bytes as int64; `is_packable` has made sure that positions fit.
     row, rest = np.divmod(weight.mask.positions.astype(np.int32), np.int32(max(inner * kernel, 1)))
     channel, tap = np.divmod(rest, np.int32(kernel))
     values = weight.values.astype(np.float32, copy=False)
@@ -121,6 +122,7 @@ def pack_sparse(weight: SparseTensor, groups: int, phases: Sequence[Taps], per_b
     for low, high, first, last in _part_bounds(row, rows, inner, groups, per_block, split):
         own = slice(*np.searchsorted(row, (low, high)))
         inside = channel[own] + ((row[own] - low) // np.int32(rows // groups) * np.int32(inner) if groups > 1 else 0)
+        # At least one block, even of a weight without records: it writes the bias.
         number = np.arange(max(-(-(last - first) // per_block), 1))
         target, order, counts = _by_block(row[own] - low, inside // np.int32(per_block), high - low, len(number))
         starts = np.cumsum(counts.sum(axis=0)) - counts.sum(axis=0)
@@ -169,6 +171,7 @@ def _by_block(
     """
     claim((rows, blocks), np.int64)
     counts = np.bincount(row * np.int32(blocks) + block, minlength=rows * blocks).reshape(rows, blocks)
+    # Stable, so that the order of sums, and with it every bit of the result, depends on the mask alone.
     order = np.argsort(-counts, axis=0, kind="stable")
     ranked = np.take_along_axis(counts, order, axis=0)
     ends = np.cumsum(ranked.T.ravel()).reshape(blocks, rows).T
@@ -210,6 +213,7 @@ def pack_dense(weight: npt.NDArray[np.float32], phases: Sequence[Taps], per_bloc
     lows = np.arange(0, inner, per_block)
     counts = np.minimum(lows + per_block, inner) - lows
     for low, count in zip(lows, counts, strict=True):
+        # Four values for each offset lie together, as the kernel broadcasts them together.
         part = padded[:, low * kernel : (low + count) * kernel].reshape(quads, 4, -1)
         builder.values.append(np.ascontiguousarray(part.transpose(0, 2, 1)).ravel())
         rows_and_counts = (np.arange(quads) * 4, np.full(quads, count * kernel))

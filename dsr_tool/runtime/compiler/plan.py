@@ -105,11 +105,13 @@ class Plan:
                 # The function looks at the shape alone, so an array without memory will do.
                 array = np.broadcast_to(np.float32(0), low.shapes[node.inputs[0]])
                 constants.add(bind(node, constants.of_node(node)).compute([array]))
+            # The transpose of a weight is not computed: a product reads it, whose kernel takes the weight as it is.
             elif _swaps_axes(node) and constants.add_transpose(node.outputs[0], node.inputs[0]):
                 pass
             elif all(name in constants for name in node.inputs if name):
                 known = constants.of_node(node)
                 call = bind(node, known)
+                # A few bytes of a graph can ask for any amount of memory, here and in every run.
                 with memory_limit(self._folding_limit):
                     results = folded[node.outputs] = fold(call, known)
                     folded_bytes += sum(array.nbytes for array in results.values())
@@ -129,6 +131,7 @@ class Plan:
         """Lowers a node, in a new segment if it splits the batch in another way than the ops before it."""
         low = self._low
         batch = low.batch_of(index)
+        # Convolutions run once for each image, which keeps planes in the cache; tokens of all images run together.
         if batch not in (None, low.batch):
             self._export(index)
             low.start(batch)
@@ -140,6 +143,7 @@ class Plan:
         self._export(index)
         call = bind(node, constants.of_node(node))
         arrays = {name: constants.dense(name) for name in call.inputs if name in constants}
+        # It runs at once, since the shapes of its outputs are known by running it alone.
         step = FallbackStep(call, arrays, low.last_read_by(index))
         self._add(step)
         for name, (shape, dtype) in step.results.items():

@@ -62,6 +62,7 @@ def max_pool(low: Lowering, node: Node, *, ceil_mode: int = 0, **_: Any) -> Lowe
         return None
     source, window, factor = windowed
     out = Planes((*shape[:2], *size), source.grid, factor)
+    # Kept for the pool or the convolution that follows: the largest of nonnegative entries is one.
     out.nonnegative = source.nonnegative
     if not extend_halo(source, taps_of(window, source.factor, factor)):
         return None
@@ -84,6 +85,7 @@ def average_pool(
     padded = any((*window.begin, *window.end))
     if padded and (not count_include_pad or ceil_mode):
         return None
+    # A window that reaches past the pixels counts fewer of them, while a depthwise weight is the same everywhere.
     if ceil_mode and window.output_size(shape[2:], ceil=True) != window.output_size(shape[2:]):
         return None
     weight_shape = (shape[1], 1, *window.kernel)

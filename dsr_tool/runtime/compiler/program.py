@@ -41,6 +41,7 @@ class Machine:
 
     def __init__(self, library: ctypes.CDLL, threads: int) -> None:
         _declare(library)
+        # The kernels take every field on trust, so one that moved would be read as an address.
         if library_layout(library) != LAYOUT:
             raise DsrError("the kernels were built from other sources than this version; install dsr-tool again.")
         self.library = library
@@ -140,13 +141,16 @@ class KernelStep:
         self.output_bytes = {name: 4 * math.prod(shape) for name, shape in self._outputs.items()}
         steps = [0, *(value.entries for value in segment.arrays)]
         self._steps = (ctypes.c_int64 * len(steps))(*steps)
+        # Grown now, so that the first run finds its memory.
         machine.arena(arena.floats)
 
     def run(self, values: dict[str, Array]) -> None:
         """Reads its inputs from `values` and adds its outputs."""
+        # New arrays in every run, since the caller keeps the output and may change it.
         outputs = {name: np.empty(shape, np.float32) for name, shape in self._outputs.items()}
         arrays = [*(np.ascontiguousarray(values[name], np.float32) for name in self._inputs), *outputs.values()]
         machine, arena = self._machine, self._machine.arena(self.arena_bytes // 4)
+        # Addresses are new in every run; structs refer to buffers by number, so they stay as they are.
         starts = (ctypes.c_void_p * (len(arrays) + 1))(arena, *(array.ctypes.data for array in arrays))
         machine.library.dsr_run(self.ops, len(self.ops), starts, self._steps, len(starts), self._batch, machine.pool)
         values.update(outputs)

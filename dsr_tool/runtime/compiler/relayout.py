@@ -66,6 +66,7 @@ class Gather(Op):
         del packs
         source, out = self.source, self.out
         if isinstance(out, Planes):
+            # By position of the result, so that it is written front to back while the source is read at random.
             pixel = out.pixel_of_position()
             index, entries = pixel, pixel[0].size
             source_step = out.shape[2] * out.shape[3]

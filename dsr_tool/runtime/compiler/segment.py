@@ -40,6 +40,7 @@ class Segment:
 
     def maker(self, value: Value) -> Op | None:
         """Returns the op of this segment that makes a value."""
+        # From the end, since a rule mostly asks for a value that was made just now.
         return next((op for op in reversed(self.ops) if op.out is value), None)
 
     def is_made_before(self, value: Value, op: Op) -> bool:
@@ -51,6 +52,7 @@ class Segment:
 
         Others read or write whole vectors, past the end of an array.
         """
+        # Two names of one value, as a Reshape makes them, may not lie in one array: each has an array of its own.
         maker = self.maker(value)
         readers = [op for op in self.ops if value in (op.source, op.other)]
         return maker is not None and all(op.exact for op in (maker, *readers)) and value not in self.outputs.values()

@@ -105,6 +105,7 @@ class Spmm(Op):
         return Parameters({**pack.fields, "part_count": len(pack.parts), "tile": tile, "bias": bias}, pack)
 
     def _pack(self, packs: PackCache, phases: Sequence[Taps], per_block: int, split: int) -> Pack:
+        # Strides are part of the taps, so plans for other input sizes share a pack only if their layouts agree.
         key = (self.weight_name, self.weight.mask.shape, self.groups, tuple(phases), per_block, split)
         pack = packs.get(key)
         if pack is None:
@@ -137,9 +138,11 @@ class Spmm(Op):
             nbytes, least = CACHE_BYTES if often else FAR_BYTES, MIN_RECORDS
         if self.computes_zeros:
             nbytes = DENSE_BYTES
+        # As many channels as fit in the cache, but no fewer than give each sum enough records to be worth its store.
         channels = max(nbytes / (vectors * 4 * self.target.lanes), least / max(records, 1e-9))
         # A block of a grouped convolution holds whole groups, so all channels of the source are counted.
         inner = self.source.channels
+        # Blocks of equal size: a small last one would cost as much for its sums as a full one.
         blocks = max(round(inner / max(channels, 1)), 1)
         reach = max(max(taps.offsets) - min(taps.offsets) for taps in phases)
         most = (MAX_OFFSET - reach) // phases[0].channel
@@ -162,6 +165,7 @@ def shared_tile(threads: int, length: int, tile: int, phases: int) -> tuple[int,
         return tile, 1
     even = -(-tiles // threads) * threads
     narrow = -(-length * phases // even)
+    # Narrower tiles cost broadcasts, so they are taken only if they stay wide enough.
     if tiles > threads and narrow >= MIN_SHARED_TILE:
         return narrow, 1
     return tile, 1 if tiles >= MANY_TILES * threads else threads

@@ -47,6 +47,7 @@ def window_of(node: Node, constants: Constants) -> Window | None:
     except (DsrError, TypeError, ValueError):
         return None  # the reference says what is wrong with these attributes
     numbers = (*window.kernel, *window.strides, *window.dilations, *window.begin, *window.end)
+    # Floats pass through Window.of, but would end as wrong offsets here.
     if len(window.kernel) != 2 or not all(isinstance(number, int) for number in numbers):
         return None
     farthest = max(d * (k - 1) for k, d in zip(window.kernel, window.dilations, strict=True))
@@ -73,6 +74,7 @@ def taps_of(window: Window, fine_in: int, fine_out: int) -> list[Tap]:
                 for j in range(window.kernel[1]):
                     y = a * window.strides[0] + i * window.dilations[0] - window.begin[0]
                     x = b * window.strides[1] + j * window.dilations[1] - window.begin[1]
+                    # Rounded down, so taps before the first pixel have negative rows and columns, and a phase >= 0.
                     taps.append((y // fine_in, x // fine_in, y % fine_in * fine_in + x % fine_in))
     return taps
 

@@ -1,1 +1,1 @@
-"""The kernels: C++ sources, what the build hook makes of them, and what loads that."""
+"""The kernels: C++ sources, the libraries that the build hook compiles from them, and their loader."""

@@ -1,4 +1,4 @@
-"""Which levels of the kernels this processor and its operating system run."""
+"""The levels of the kernels that this processor and its operating system run."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 __all__ = ["LEVELS", "missing_features", "supported_levels"]
 
 LEVELS = ("avx512", "avx2", "neon", "baseline")
-"""From the fastest on; a build has those of its machine."""
+"""All levels, fastest first; a build has those of its machine."""
 
-# The x86-64 psABI's micro-architecture levels 3 and 4, as Linux spells them. It lists what the operating system saves
-# on a switch of tasks and no more, so that nothing else needs asking.
+# Micro-architecture levels 3 and 4 of the x86-64 psABI, as /proc/cpuinfo spells their features. Linux lists a feature
+# only if it saves the registers on a task switch, so nothing else has to be checked.
 _V3 = (
     *("abm", "avx", "avx2", "bmi1", "bmi2", "cx16", "f16c", "fma", "lahf_lm", "movbe", "pni", "popcnt"),
     *("sse4_1", "sse4_2", "ssse3", "xsave"),
 )
 _NEEDED = {"avx2": _V3, "avx512": (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")}
 
-# macOS lists fewer; every Mac with AVX2 has all of level 3.
+# macOS lists fewer features; every Mac with AVX2 has all of level 3.
 _MACOS = {
     "avx2": ("avx2_0", "bmi1", "bmi2", "f16c", "fma"),
     "avx512": ("avx2_0", "bmi2", "fma", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),
@@ -28,7 +28,7 @@ _MACOS = {
 
 
 def supported_levels() -> tuple[str, ...]:
-    """The levels that run here, fastest first; the baseline alone where the system does not say more."""
+    """Returns the levels that run here, fastest first; the baseline alone if the system does not tell its features."""
     machine = platform.machine().lower()
     if machine in ("aarch64", "arm64"):
         return ("neon",)
@@ -38,7 +38,7 @@ def supported_levels() -> tuple[str, ...]:
 
 
 def missing_features(level: str) -> list[str]:
-    """What an x86-64 processor needs for `level` and does not have, by Linux's names."""
+    """Returns the features that `level` needs and this x86-64 processor lacks, by Linux's names."""
     if level not in _NEEDED:
         return []
     if sys.platform == "darwin":
@@ -48,7 +48,7 @@ def missing_features(level: str) -> list[str]:
 
 
 def _cpu_flags(path: Path) -> frozenset[str]:
-    """The flags of the first processor; none where the file does not exist."""
+    """Returns the flags of the first processor; none if the file does not exist."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,7 +1,7 @@
-"""The shared library of the kernels: found, checked and loaded once.
+"""The shared library of the kernels: finds, checks and loads it once.
 
-`DSR_TOOL_KERNELS` chooses another than the fastest that runs here: `none` for scipy, a level (`baseline`, `avx2`,
-`avx512`, `neon`), or the path of a library, as for one that was built with sanitizers.
+The fastest level that this processor runs is loaded, unless `DSR_TOOL_KERNELS` says otherwise: `none` for scipy, a
+level (`baseline`, `avx2`, `avx512`, `neon`), or the path of a library, such as one built with sanitizers.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dsr_tool.runtime.kernels.ops import ABI
 __all__ = ["ABI", "VARIABLE", "Kernels", "choose", "kernels", "level", "library"]
 
 VARIABLE = "DSR_TOOL_KERNELS"
+"""Environment variable that selects the kernels."""
 
 _FOLDER = Path(__file__).parent
 _RECORD = "_kernels.json"
@@ -33,12 +34,12 @@ _REMEDY = "install dsr-tool again, or run `make kernels` in a checkout"
 
 @dataclass(frozen=True)
 class Kernels:
-    """What was found.
+    """The result of looking for kernels.
 
     Attributes:
-        library: the loaded library; None for scipy.
-        level: of that library, or `custom` for one given by its path.
-        built: levels whose library is there, fastest first.
+        library: the loaded library; None if predictions run on scipy.
+        level: level of that library; `custom` if it was given by its path.
+        built: levels whose library exists, fastest first.
         problems: a sentence for each library that should have been loaded and was not.
     """
 
@@ -49,21 +50,21 @@ class Kernels:
 
 
 def library() -> ctypes.CDLL | None:
-    """The kernels that run here; None where predictions run on scipy.
+    """Returns the loaded library; None if predictions run on scipy.
 
     Raises:
-        UsageError: the environment asks for kernels that are unknown, are not there, or do not run here.
+        UsageError: `DSR_TOOL_KERNELS` names kernels that are unknown, were not built, or do not run here.
     """
     return kernels().library
 
 
 def level() -> str | None:
-    """Which kernels `library` has: `avx512`, `avx2`, `baseline`, `neon`, `custom`; None for scipy."""
+    """Returns the level of `library`: `avx512`, `avx2`, `baseline`, `neon` or `custom`; None for scipy."""
     return kernels().level
 
 
 def kernels() -> Kernels:
-    """What was found and loaded, and what did not go well."""
+    """Returns the loaded library, its level, and the problems on the way; found once for each value of the variable."""
     return _kernels(os.environ.get(VARIABLE, ""))
 
 
@@ -73,11 +74,11 @@ def _kernels(wanted: str) -> Kernels:
 
 
 def choose(wanted: str, folder: Path) -> Kernels:
-    """Load the fastest library in a folder, or the one that is wanted.
+    """Loads the fastest library in a folder, or the one that is asked for.
 
     Args:
         wanted: a value of `DSR_TOOL_KERNELS`; empty for the fastest.
-        folder: of the libraries and their record.
+        folder: folder of the libraries and of their record.
 
     Raises:
         UsageError: as for `library`.
@@ -86,11 +87,12 @@ def choose(wanted: str, folder: Path) -> Kernels:
     if wanted == "none":
         return Kernels(None, None, built, ())
     if Path(wanted).suffix == _SUFFIX:
-        return _given(Path(wanted), built)
+        return _load_path(Path(wanted), built)
     runs = supported_levels()
     if wanted:
-        _require(wanted, built)
-    record, problems = _record(folder), list[str]()
+        _check_level(wanted, built)
+    record, problems = _read_record(folder), list[str]()
+    # The next slower library is better than none, so a damaged one is a problem to report and no error.
     for name in [wanted] if wanted else [name for name in built if name in runs]:
         loaded = _load(_path(folder, name), record.get(name, {}) if record else None)
         if isinstance(loaded, ctypes.CDLL):
@@ -101,45 +103,46 @@ def choose(wanted: str, folder: Path) -> Kernels:
     return Kernels(None, None, built, tuple(problems))
 
 
-def _given(path: Path, built: tuple[str, ...]) -> Kernels:
+def _load_path(path: Path, built: tuple[str, ...]) -> Kernels:
     loaded = _load(path, None)
     if isinstance(loaded, str):
         raise UsageError(f"{VARIABLE} {str(path)!r} cannot be used: {loaded}.")
     return Kernels(loaded, "custom", built, ())
 
 
-def _require(wanted: str, built: tuple[str, ...]) -> None:
-    """Raise unless the level is known, runs here and is there."""
+def _check_level(wanted: str, built: tuple[str, ...]) -> None:
+    """Raises `UsageError` unless the level is known, runs here and was built."""
     if wanted not in LEVELS:
         raise unknown_name(VARIABLE, wanted, ("none", *LEVELS))
     if wanted not in supported_levels() and wanted != "baseline":
         lacks = ", ".join(missing_features(wanted)) or "that instruction set"
         raise UsageError(
-            f"{VARIABLE} {wanted!r} does not run on this processor, which lacks {lacks}; leave it out for the fastest "
+            f"{VARIABLE} {wanted!r} does not run on this processor, which lacks {lacks}; unset it for the fastest "
             f"kernels that do."
         )
     if wanted not in built:
-        raise UsageError(f"{VARIABLE} {wanted!r} names kernels that were not built; {_REMEDY}, or leave it out.")
+        raise UsageError(f"{VARIABLE} {wanted!r} names kernels that were not built; {_REMEDY}, or unset it.")
 
 
 def _load(path: Path, entry: Any) -> ctypes.CDLL | str:
-    """Load a library, or say in a sentence without its full stop why not.
+    """Returns a loaded library, or a sentence without its full stop that says why it was refused.
 
     Args:
-        path: of the library.
-        entry: what the record of the build says of it; None where there is no record.
+        path: path of the library.
+        entry: its entry in the record of the build; None if there is no record to check.
     """
     try:
         content = path.read_bytes()
-        # The system maps a library that was cut off and stops the process when it touches what is missing.
+        # The system maps a truncated library without complaint, and kills the process when it touches the missing part.
         if entry is not None and hashlib.sha256(content).hexdigest() != _sha256(entry):
-            return f"{path.name} is damaged, or is not what was built; {_REMEDY}"
+            return f"{path.name} is damaged, or is not the file that was built; {_REMEDY}"
         loaded = ctypes.CDLL(str(path))
         abi = loaded.dsr_kernels_abi()
     except OSError as error:
         return f"{path.name} cannot be loaded ({first_line(error)}); {_REMEDY}"
     except AttributeError:
         return f"{path.name} holds no kernels of this version; {_REMEDY}"
+    # Checked before any other function is called; the layout of structs is checked when a library is used (Machine).
     if abi != ABI:
         return f"{path.name} has interface {abi}, and this version needs {ABI}; {_REMEDY}"
     return loaded
@@ -149,7 +152,7 @@ def _sha256(entry: Any) -> Any:
     return entry.get("sha256") if isinstance(entry, Mapping) else None
 
 
-def _record(folder: Path) -> Mapping[str, Any]:
+def _read_record(folder: Path) -> Mapping[str, Any]:
     try:
         record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):

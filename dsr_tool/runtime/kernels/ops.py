@@ -28,6 +28,7 @@ __all__ = [
     "library_layout",
 ]
 
+# One row on each line, so that two expressions read the table; a test counts the rows that they miss.
 _ROW = re.compile(r"^([A-Z]+)\((.*)\)$")
 _ARGUMENT = re.compile(r'"[^"]*"|[^,\s][^,]*')
 _CTYPES = {
@@ -60,6 +61,7 @@ class _Numbers(IntEnum, metaclass=_FromTable):
     """An enum whose members are rows of the table: name and number."""
 
 
+# mypy cannot read the table, so it gets classes without members, whose metaclass answers for any name.
 if TYPE_CHECKING:
 
     class Kind(_Numbers):
@@ -134,6 +136,7 @@ class LayoutRow(NamedTuple):
 
 def _layout() -> tuple[LayoutRow, ...]:
     enums = [LayoutRow(f"{enum.__name__}.{m.name}", m, 0) for enum in (Kind, Activation, Combination) for m in enum]
+    # The same rows as LAYOUT in kernels/run.cpp; sorted, since C++ lists them in the order of the table.
     limits = [LayoutRow(f"Limit.{name}", value, 0) for name, value in LIMITS.items()]
     structs = [LayoutRow(name, 0, ctypes.sizeof(struct)) for name, struct in STRUCTS.items()]
     members = [(name, struct, field) for name, struct in STRUCTS.items() for field in columns(name)]
@@ -158,6 +161,7 @@ def library_layout(library: ctypes.CDLL) -> tuple[LayoutRow, ...]:
     """Returns the layout that a library was compiled with, sorted by name."""
     library.dsr_layout.restype = ctypes.POINTER(_Row)
     rows, found = library.dsr_layout(), list[LayoutRow]()
+    # A pointer has no end of its own.
     for row in rows:
         if row.name is None:
             break
