@@ -135,6 +135,7 @@ class _Expected:
 
 def _expected(archive: Archive, checked: CheckedModel, samples: int, seed: int) -> _Expected:
     model = checked.model
+    # The file itself tells how it was exported, so `verify` needs no options.
     half = any(entry.dtype == "float16" and entry.spec.weight for entry in archive.entries.values())
     if COMPACTED in archive.config.conversion:
         _, small = fold_and_compact(checked.graph, model.tensors())
@@ -157,6 +158,7 @@ def _runs(archive: Archive) -> tuple[dict[str, Run], list[str]]:
     from dsr_tool.runtime import Session
     from dsr_tool.runtime.kernels.library import library
 
+    # Weights that the graph does not use, as those of auxiliary heads, are compared but not run.
     tensors = {name: archive.tensor(name) for name in archive.graph.parameters}
     runs: dict[str, Run] = {}
     faults = []

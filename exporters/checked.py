@@ -29,7 +29,9 @@ class CheckedModel:
             CheckFailed: weights and masks disagree.
             UsageError: weights of another type than float32, or an unknown input shape.
         """
+        # Loading a dense state_dict into a sparse model undoes its sparsity silently; this finds it.
         model.check()
+        # Graphs and kernels compute in the type of the input, which is float32 for every export.
         other = next((p.dtype for p in model.module.parameters() if p.dtype != torch.float32), None)
         if other is not None:
             raise UsageError(f"weights of {other} cannot be exported; call model.to(torch.float32) first.")

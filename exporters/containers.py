@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CONTAINERS", "container_of", "reader_of"]
 
+# Each recognises its own files and no others, so the order is that of messages alone.
 _ROWS: tuple[Container, ...] = (
     Archives(),
     OnnxFiles(),

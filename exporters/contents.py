@@ -101,6 +101,7 @@ def measured(
     Raises:
         FormatError: a tensor or the record is damaged.
     """
+    # Roles, not codecs, tell sparse weights: the smallest encoding of a nearly dense weight is `dense`.
     specs = {name: entry.spec for name, entry in file.entries.items()}
     sparse = sum(sum(stored[name]) for name, spec in specs.items() if spec.role == "sparse")
     dense = sum(sum(stored[name]) for name in specs) - sparse

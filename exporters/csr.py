@@ -38,6 +38,7 @@ class CsrFiles(Container):
         """
         from dsr_tool.formats.csr_file import write_csr
 
+        # Rounding comes first, since it may refuse a weight, and nothing is written by then.
         model = checked.model
         tensors = stored_as(model.tensors(), model.specs, options.values)
         return Draft(

@@ -63,6 +63,7 @@ def export(
     container = _container_for(path, to)
     options = ExportOptions(encoding, values, compact)
     _check_options(container, options)
+    # Before the model is captured and encoded, which can take minutes.
     refuse_existing(path, force=force)
     checked = CheckedModel(model)
     draft = container.encode(checked, options)
@@ -139,6 +140,7 @@ def densify_export(
 
 def _write_verified(path: Path, draft: Draft, check: Callable[[Path], Verification], *, force: bool) -> Verification:
     """Writes a file beside its target, verifies it, and moves it into place only if it passed."""
+    # A temporary name in the same folder: renaming is atomic there, and nobody reads a file that is not verified.
     with new_file(path, force=force) as part:
         draft.write(part)
         verification = require(check(part))
@@ -151,6 +153,7 @@ def _write_bytes(path: Path, content: bytes) -> None:
 
 def _container_for(path: Path, to: str | None) -> Container:
     """Returns the container to write; raises `UsageError` if the ending of the file means another one."""
+    # Read from the table at each call, so that rows added at run time count.
     ending = path.suffix.lower()
     by_ending = next((name for name, one in CONTAINERS.items() if ending in one.endings), None)
     name = to or by_ending or "archive"
@@ -175,6 +178,7 @@ def _check_options(container: Container, options: ExportOptions) -> None:
         allowed = offered[container.name]
         if value in allowed:
             continue
+        # A value that another container has is no typing mistake, so the answer is another one.
         others = [name for name, choices in offered.items() if value in choices]
         if not others:
             raise unknown_name(option, value, allowed)

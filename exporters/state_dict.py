@@ -67,6 +67,7 @@ class _PlainWeights(Container):
 
         model = checked.model
         state = {name: _array(path, name, tensor) for name, tensor in self._state(path).items()}
+        # The file has no masks. An active weight may be zero, so the model's masks say which zeros are meant.
         masks = {name: tensor.mask for name, tensor in model.tensors().items()}
         weights = [name for name, spec in model.specs.items() if spec.weight and name in state]
         return verify_tensors(
@@ -140,6 +141,7 @@ class StateDicts(_PlainWeights):
     def _read(self, path: Path) -> object:
         import torch
 
+        # weights_only: an unpickled file of a stranger could run any code.
         state: object = torch.load(path, map_location="cpu", weights_only=True)
         return state
 

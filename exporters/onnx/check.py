@@ -42,16 +42,19 @@ def verify_onnx(path: Path, checked: CheckedModel, *, samples: int, seed: int) -
     """
     model, graph = checked.model, checked.graph
     file = read_onnx(path)
+    # The file itself tells how it was exported, so `verify` needs no options.
     values = "fp16" if _has_half_weights(file, model) else "fp32"
     tensors: Mapping[str, SparseTensor] = model.tensors()
     if COMPACTED in file.record:
         small = fold_and_compact(graph, tensors)[1]
         graph, tensors = small.graph, small.tensors
     graph, tensors = folded(graph, tensors, values=values, specs=model.specs)
+    # An exported file has no active zeros and no integer parameters among its weights.
     expected = {name: nonzero(tensor) for name, tensor in tensors.items() if tensor.values.dtype.kind == "f"}
     shapes = {name: entry.spec.shape for name, entry in file.entries.items() if name in expected}
     differing = differing_tensors(path, model, expected, shapes, file.tensor)
     session, left = _load(file)
+    # Rounded weights have no module to compare with, since norms are folded before rounding.
     rounded = None
     if values == "fp16":
         rounded = OnnxSession(to_onnx(graph, tensors, encoding="dense").SerializeToString()).run

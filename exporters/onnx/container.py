@@ -61,6 +61,7 @@ class OnnxFiles(Container):
             specs=model.specs,
             architecture=model.config.architecture,
         )
+        # Built even for a compact export, which records the size that it saves.
         content = build(checked.graph, tensors)
         if options.compact:
             before, small = fold_and_compact(checked.graph, tensors)
@@ -87,6 +88,7 @@ class OnnxFiles(Container):
         from exporters.onnx.read import read_onnx
 
         file = read_onnx(path)
+        # Decoded once here: the footprint and the split of bytes both need every weight.
         tensors = dict(file)
         stored = {name: _stored_bytes(entry, tensors[name]) for name, entry in file.entries.items()}
         parts = {"nodes and names": file.document_bytes}

@@ -55,6 +55,7 @@ def find(name: str, nodes: Mapping[str, NodeProto], arrays: Mapping[str, TensorP
         nodes: every node of the graph by the first value that it makes.
         arrays: every initializer by name.
     """
+    # Nine variants, each of which is dropped at its first operator that differs.
     for form in _FORMS:
         for cast in ("", *FLOATS):
             computation = expression(form, cast or "float16", "float16")
@@ -84,6 +85,7 @@ def decode(found: CompactWeight, arrays: Mapping[str, TensorProto]) -> SparseTen
     Raises:
         FormatError: the numbers do not fit each other, or steps have 2 bits.
     """
+    # The order matters: sizes are bounded before constants are compared, and both before anything of that size is made.
     name, shape = found.name, shape_of(found, arrays)
     parts = {leaf: to_array(arrays[source]) for leaf, source in found.leaves.items()}
     _check_constants(name, found.form, parts, math.prod(shape))
@@ -117,6 +119,7 @@ def from_coo(sparse: SparseTensorProto) -> SparseTensor:
         flat = np.ravel_multi_index(tuple(indices.T), shape) if indices.ndim == 2 else indices
     except ValueError as error:
         raise wrong from error
+    # Increasing positions: duplicates would make the result depend on the runtime.
     if flat.shape != (values.size,) or (np.diff(flat) <= 0).any():
         raise wrong
     if len(flat) and not 0 <= flat[0] <= flat[-1] < math.prod(shape):
@@ -151,6 +154,7 @@ def _delta_mask(name: str, shape: tuple[int, ...], code: Array, parts: Mapping[s
     # Every step moves on by one entry at least, so a sound weight never has more steps than entries.
     if code.size * parts["steps"].shape[1] > size:
         raise _disagree(name)
+    # int64, since the sum of the steps of a damaged file can exceed int32.
     stops = np.cumsum(parts["steps"][code].reshape(-1), dtype=np.int64) - 1
     if len(stops) and stops[-1] >= size:
         raise _disagree(name)
@@ -171,6 +175,7 @@ def _check_constants(name: str, form: Form, parts: Mapping[str, Array], size: in
         other = expected.get(leaf, array)
         if array.dtype != other.dtype or not np.array_equal(array, other):
             raise _disagree(name)
+    # Its type is that of the weight; only its value is fixed.
     zero = parts.get("zero", np.zeros(1, np.float32))
     if zero.shape != (1,) or zero.dtype.kind != "f" or zero.any():
         raise _disagree(name)

@@ -30,12 +30,14 @@ def densify(model: ModelProto) -> ModelProto:
     """
     graph = model.graph
     weights = [stored for stored in stored_weights(graph) if stored.steps or stored.codec == "coo"]
+    # From the claimed shapes, before a weight is decoded.
     refuse_too_large(sum(stored.computed.itemsize * math.prod(stored.shape) for stored in weights))
     steps = {step for stored in weights for step in stored.steps}
-    made = {stored.name for stored in weights}
-    nodes = _without(graph.node, steps - made, made, {value.name for value in graph.output})
+    names = {stored.name for stored in weights}
+    nodes = _without(graph.node, steps - names, names, {value.name for value in graph.output})
     needed = {name for node in nodes for name in node.input}
     parts = {name for node in graph.node if not steps.isdisjoint(node.output) for name in node.input} - needed
+    # A copy, since the caller compares both; metadata, inputs and outputs stay as they are.
     result = ModelProto()
     result.CopyFrom(model)
     for field in (result.graph.node, result.graph.initializer, result.graph.sparse_initializer):
@@ -44,7 +46,7 @@ def densify(model: ModelProto) -> ModelProto:
     result.graph.initializer.extend(numpy_helper.from_array(stored.array(), stored.name) for stored in weights)
     result.graph.initializer.extend(tensor for tensor in graph.initializer if tensor.name not in parts)
     result.graph.sparse_initializer.extend(
-        sparse for sparse in graph.sparse_initializer if sparse.values.name not in parts | made
+        sparse for sparse in graph.sparse_initializer if sparse.values.name not in parts | names
     )
     return result
 
@@ -53,8 +55,8 @@ def verify_dense(source: OnnxFile, dense: OnnxFile) -> Verification:
     """Compares a file with its dense version: every weight bit for bit, and the outputs of both in ONNX Runtime."""
     from exporters.verify.outputs import largest_difference, largest_output, random_inputs
 
-    names = {*source.entries, *dense.entries}
-    differing = [name for name in sorted(names) if not _same_weight(name, source, dense)]
+    weights = {*source.entries, *dense.entries}
+    differing = [name for name in sorted(weights) if not _same_weight(name, source, dense)]
     inputs = random_inputs(_value(source.model.graph.input[0]), _SAMPLES, seed=0)
     expected, found = ([OnnxSession(file.path).run(x) for x in inputs] for file in (source, dense))
     scale, difference = largest_output(expected), largest_difference(expected, found)
@@ -76,12 +78,12 @@ def verify_dense(source: OnnxFile, dense: OnnxFile) -> Verification:
     )
 
 
-def _without(nodes: Sequence[NodeProto], inner: set[str], made: set[str], outputs: set[str]) -> list[NodeProto]:
+def _without(nodes: Sequence[NodeProto], inner: set[str], names: set[str], outputs: set[str]) -> list[NodeProto]:
     """Removes the nodes that make weights, and inner steps that no other node reads."""
     kept: list[NodeProto] = []
     needed = set(outputs)
     for node in reversed(nodes):
-        if made.isdisjoint(node.output) and (inner.isdisjoint(node.output) or not needed.isdisjoint(node.output)):
+        if names.isdisjoint(node.output) and (inner.isdisjoint(node.output) or not needed.isdisjoint(node.output)):
             kept.append(node)
             needed.update(node.input)
     return kept[::-1]

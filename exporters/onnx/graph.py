@@ -72,6 +72,7 @@ def open_onnx(path: str | Path) -> OnnxModel:
 
 def _config(file: OnnxFile, graph: Graph) -> ModelConfig:
     shape, classes = graph.inputs[0].shape[1:], (graph.outputs[0].shape or (None,))[1:2]
+    # One free size, or one that no description may have, leaves the input shape unknown.
     fixed = tuple(n for n in shape if n is not None and 0 < n < LONGEST_SIDE)
     count = next((n for n in classes if n is not None and 0 < n <= MOST_CLASSES), 0)
     input_shape = fixed if len(fixed) == len(shape) else ()
@@ -108,6 +109,7 @@ def graph_of_onnx(file: OnnxFile) -> Graph:
         else:
             attributes = {attr.name: _attribute(file, attr) for attr in node.attribute}
             nodes.append(Node(node.op_type, tuple(node.input), tuple(node.output), attributes))
+    # Old exporters list initializers among the inputs too.
     held = {*arrays, *file.entries}
     inputs = tuple(_value(file, value) for value in source.input if value.name not in held)
     if not inputs:

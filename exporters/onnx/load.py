@@ -28,6 +28,7 @@ def load(path: Path) -> ModelProto:
         model = onnx.load_model_from_string(path.read_bytes())
         _check_tensors(path, model)
         _check_names(path, model.graph)
+        # Last, so that the faults above are named by sentences of their own.
         onnx.checker.check_model(model)
     except FormatError:
         raise
@@ -46,6 +47,7 @@ def constants(graph: GraphProto) -> Iterator[tuple[str, TensorProto]]:
 
 
 def _check_tensors(path: Path, model: ModelProto) -> None:
+    # Functions are graphs of their own, which the main graph only names.
     nodes = [node for function in model.functions for node in function.node]
     for tensor in itertools.chain(_tensors_of_graph(model.graph), _tensors_of_nodes(nodes)):
         # A path in a file of a stranger could name any file of this machine.

@@ -38,14 +38,14 @@ class WeightUse:
 
 
 def weight_uses(
-    model: ModelProto, weights: Mapping[str, ValueInfoProto], *, made: Set[str] = frozenset()
+    model: ModelProto, weights: Mapping[str, ValueInfoProto], *, decode_steps: Set[str] = frozenset()
 ) -> dict[str, WeightUse]:
     """Finds the convolutions and matrix products that read weights.
 
     Args:
         model: the model.
         weights: type and static shape of each weight.
-        made: names of values on the way from stored bytes to weights; the nodes that make them are skipped.
+        decode_steps: names of values on the way from stored bytes to weights; the nodes that make them are skipped.
 
     Returns:
         The use of each weight that has one. If several operators read a weight, their multiply-adds are summed.
@@ -53,7 +53,7 @@ def weight_uses(
     Raises:
         FormatError: types or shapes of the model contradict each other.
     """
-    light = _without_weights(model, weights, {*made, *weights})
+    light = _without_weights(model, weights, {*decode_steps, *weights})
     try:
         return _uses(light, {name: _static(value) or () for name, value in weights.items()})
     except (ArithmeticError, RuntimeError, ValueError, onnx.shape_inference.InferenceError) as error:
@@ -149,10 +149,10 @@ def _static(value: ValueInfoProto) -> Shape | None:
     return tuple(dim.dim_value for dim in dims)
 
 
-def _without_weights(model: ModelProto, weights: Mapping[str, ValueInfoProto], made: Set[str]) -> ModelProto:
+def _without_weights(model: ModelProto, weights: Mapping[str, ValueInfoProto], inner: Set[str]) -> ModelProto:
     """Copies a model for shape inference: weights become inputs, and claimed shapes of inner values are dropped."""
     graph, small = model.graph, []
-    nodes = [node for node in graph.node if made.isdisjoint(node.output)]
+    nodes = [node for node in graph.node if inner.isdisjoint(node.output)]
     declared = {value.name: value for value in graph.input}
     for tensor in graph.initializer:
         if tensor.name in weights or math.prod(tensor.dims) > _SMALL:

@@ -71,6 +71,7 @@ class NodeWriter:
             shared: arrays of the other leaves; equal arrays become one initializer, unused ones none.
             output: name of the result.
         """
+        # Never shared, even if two are equal: the bytes of a weight must not depend on other weights.
         leaves = {leaf: self.initializer(array) for leaf, array in own.items()}
         self._value(expression, leaves, shared, output)
 
@@ -97,6 +98,7 @@ class NodeWriter:
         if isinstance(expression, str):
             return leaves[expression] if expression in leaves else self._shared(shared[expression])
         operator = str(expression[0])
+        # Nodes are keyed by operator and inputs, so common subexpressions of several weights are written once.
         inputs = [self._value(argument, leaves, shared) for argument in expression[1:]]
         return self._once((operator, *inputs), lambda: self._node(operator, inputs, output or next(self._names)))
 
@@ -170,6 +172,7 @@ def _fits(
 
 def _computes(node: NodeProto, operator: str) -> bool:
     """Tells whether a node is the operator, with exactly the attributes that `NodeWriter` gives it."""
+    # An operator of the same name in another domain may compute anything.
     if node.domain not in ("", "ai.onnx"):
         return False
     attributes = [(attribute.name, attribute.i) for attribute in node.attribute]

@@ -23,7 +23,7 @@ from exporters.onnx.macs import WeightUse, weight_uses
 from exporters.onnx.nodes import field_bytes
 from exporters.onnx.write import METADATA
 
-__all__ = ["OnnxEntry", "OnnxFile", "Stored", "read_onnx", "stored_weights"]
+__all__ = ["OnnxEntry", "OnnxFile", "StoredWeight", "read_onnx", "stored_weights"]
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
 
@@ -68,7 +68,8 @@ class OnnxFile:
         # Before anything is decoded: a small file can claim weights of any size.
         _check_size(path, self._stored.values())
         declared = {name: stored.declared() for name, stored in self._stored.items()}
-        uses = weight_uses(self.model, declared, made=self.decode_steps)
+        uses = weight_uses(self.model, declared, decode_steps=self.decode_steps)
+        # In files of other tools every weight of a product counts as sparse: its zeros are all that is known.
         listed = self.record.get("sparse_weights")
         sparse = {str(name) for name in listed} if isinstance(listed, list) else uses
         self.entries = {name: _entry(stored, uses.get(name), name in sparse) for name, stored in self._stored.items()}
@@ -113,7 +114,7 @@ def read_onnx(path: str | Path) -> OnnxFile:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredWeight:
     """A weight that is not decoded: all of them decoded at once could take gigabytes.
 
     Attributes:
@@ -145,10 +146,11 @@ class Stored:
         return helper.make_tensor_value_info(self.name, helper.np_dtype_to_tensor_dtype(self.computed), self.shape)
 
 
-def stored_weights(graph: GraphProto) -> Iterator[Stored]:
+def stored_weights(graph: GraphProto) -> Iterator[StoredWeight]:
     """Yields every weight of floating point: compact weights, plain initializers, sparse initializers."""
     nodes = {node.output[0]: node for node in graph.node if node.output}
     arrays = {tensor.name: tensor for tensor in graph.initializer} | dict(constants(graph))
+    # Initializers that are parts of compact weights, which are no weights of their own.
     taken: set[str] = set()
     # Every form ends with a Reshape, so other nodes need no look.
     for name in [name for name, node in nodes.items() if node.op_type == "Reshape"]:
@@ -165,7 +167,7 @@ def stored_weights(graph: GraphProto) -> Iterator[Stored]:
             yield _plain("coo", sparse, name, sparse.values, casts.get(name), partial(from_coo, sparse))
 
 
-def _compact(found: CompactWeight, nodes: Mapping[str, NodeProto], arrays: Mapping[str, TensorProto]) -> Stored:
+def _compact(found: CompactWeight, nodes: Mapping[str, NodeProto], arrays: Mapping[str, TensorProto]) -> StoredWeight:
     own = found.own()
     steps = [nodes[step] for step in found.steps]
     shared = set(found.leaves.values()).difference(own)
@@ -175,7 +177,9 @@ def _compact(found: CompactWeight, nodes: Mapping[str, NodeProto], arrays: Mappi
     dtype = _dtype(arrays[found.leaves["values"]].data_type)
     computed = np.dtype(found.cast) if found.cast else dtype
     read = partial(decode, found, arrays)
-    return Stored(found.name, shape_of(found, arrays), dtype, computed, found.form.codec, nbytes, read, found.steps)
+    return StoredWeight(
+        found.name, shape_of(found, arrays), dtype, computed, found.form.codec, nbytes, read, found.steps
+    )
 
 
 def _plain(
@@ -185,31 +189,33 @@ def _plain(
     values: TensorProto,
     cast: NodeProto | None,
     read: Callable[[], SparseTensor],
-) -> Stored:
+) -> StoredWeight:
     """Describes an initializer; one of float16 that a Cast widens has the name of the result of the Cast."""
     dtype, nbytes = _dtype(values.data_type), field_bytes(stored)
     shape = tuple(int(n) for n in stored.dims)
     to = cast.attribute[0].i if cast is not None and len(cast.attribute) else 0
     if cast is None or values.data_type != TensorProto.FLOAT16 or to not in (TensorProto.FLOAT, TensorProto.DOUBLE):
-        return Stored(name, shape, dtype, dtype, codec, nbytes, read)
-    return Stored(cast.output[0], shape, dtype, _dtype(to), codec, nbytes + field_bytes(cast), read, (cast.output[0],))
+        return StoredWeight(name, shape, dtype, dtype, codec, nbytes, read)
+    return StoredWeight(
+        cast.output[0], shape, dtype, _dtype(to), codec, nbytes + field_bytes(cast), read, (cast.output[0],)
+    )
 
 
 def _dtype(data_type: int) -> np.dtype[Any]:
     return np.dtype(helper.tensor_dtype_to_np_dtype(data_type))
 
 
-def _check_size(path: Path, weights: Iterable[Stored]) -> None:
+def _check_size(path: Path, weights: Iterable[StoredWeight]) -> None:
     nbytes = sum(math.prod(stored.shape) * stored.computed.itemsize for stored in weights)
     most = most_decoded_bytes(path.stat().st_size)
     if nbytes > most:
         raise FormatError(
             f"{str(path)!r} claims weights of {nbytes:,} bytes, more than the {most:,} that are decoded from a file of "
-            f"its size; it is damaged, or not meant well."
+            f"its size; it is damaged or hostile."
         )
 
 
-def _entry(stored: Stored, use: WeightUse | None, listed: bool) -> OnnxEntry:
+def _entry(stored: StoredWeight, use: WeightUse | None, listed: bool) -> OnnxEntry:
     mask = stored.read().mask
     spec = LayerSpec(
         stored.name,

@@ -33,6 +33,7 @@ def choose(tensors: Mapping[str, SparseTensor], encoding: str, dtype: str) -> di
         A form for `add_weight` for each weight.
     """
     forms = ["dense", *(form for form in COMPACT_FORMS if encoding == "auto" or form.startswith(encoding))]
+    # Exact sizes, by encoding every weight in every form: nodes and names weigh as much as a small weight's values.
     sizes = np.array([[_own_bytes(name, tensor, form, dtype) for form in forms] for name, tensor in tensors.items()])
     if not len(sizes):
         return {}

@@ -65,6 +65,7 @@ def to_onnx(
     sparse = [name for name in graph.parameters if _is_sparse(tensors[name])]
     graph, tensors = folded(graph, tensors, values=values, specs=specs)
     writer = NodeWriter(_names(graph))
+    # Sorted, so that equal models give equal bytes.
     for name in sorted(graph.constants):
         writer.initializer(graph.constants[name], name)
     sparse_initializers = _add_weights(writer, graph, tensors, encoding)
@@ -119,6 +120,7 @@ def folded(
         if tensor.values.dtype.kind == "f":
             typed[name] = SparseTensor(tensor.mask, tensor.values.astype(dtype, copy=False))
     graph, typed = fold_norms(graph, typed)
+    # Biases that folding made have no spec; they stay in the type of the computation.
     known = {name: tensor for name, tensor in typed.items() if name in (specs or {})}
     return graph, typed | stored_as(known, specs or {}, values)
 

@@ -71,6 +71,7 @@ def outputs_of(module: nn.Module, inputs: Sequence[Array]) -> list[Array]:
             f"the model cannot be verified: it fails on random inputs of {inputs[0].shape} ({first_line(error)}); "
             f"only models of continuous inputs can be exported."
         ) from error
+    # Segmentation networks of torchvision return a dict.
     return [(y["out"] if isinstance(y, Mapping) else y).numpy() for y in outputs]
 
 
@@ -125,6 +126,7 @@ def compare_outputs(
         notes: comparisons that were not possible, and remarks.
         rounded: runs the model with its weights rounded as in the file, to compare with in place of PyTorch.
     """
+    # A batch of one and a larger one: a batch that was captured as a constant shows in one of them.
     inputs = random_inputs(value, samples, seed)
     frozen = frozen_copy(module)
     reference = outputs_of(frozen, inputs)
@@ -143,6 +145,7 @@ def compare_outputs(
         *(f"the values of {name!r} differ" for name in values[:1]),
         *_output_faults(runtimes, scale, tolerance, "PyTorch" if rounded is None else _ROUNDED),
     ]
+    # A network that outputs zeros agrees with anything, so the user is told.
     dead = () if scale else ("every output is zero, so that only the weights were compared",)
     return Verification(
         path,

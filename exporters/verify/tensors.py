@@ -83,6 +83,7 @@ def verify_tensors(
     notes: tuple[str, ...] = ()
     if half:
         expected, rounded = stored_as(expected, model.specs, "fp16"), rounded_model(model)
+        # The notes compare with the model as it was; everything below with the rounded one.
         notes = rounding_notes(model, rounded, random_inputs(checked.input, samples, seed))
         model = rounded
     differing = differing_tensors(path, model, expected, shapes, read)
