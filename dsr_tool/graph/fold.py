@@ -82,6 +82,7 @@ class _Folder:
         return (
             norm.op == "BatchNormalization"
             and not norm.attributes.get("training_mode", 0)
+            # Anything else is an invalid graph; the code that computes the norm says so.
             and isinstance(norm.attributes.get("epsilon", _EPSILON), float)
             and len(norm.inputs) == 5
             and conv.op == "Conv"
@@ -136,6 +137,7 @@ class _Folder:
 def _scaled(weight: SparseTensor, factor: _Float64) -> SparseTensor:
     """Returns a weight with each output channel times its factor, under the same mask."""
     _, columns = matrix_shape(weight.mask.shape)
+    # An output channel is a row of the weight as a matrix, so a position tells its channel.
     values = weight.values * factor[weight.mask.positions // columns]
     return SparseTensor(weight.mask, values.astype(np.result_type(weight.values.dtype, np.float32)))
 

@@ -93,7 +93,7 @@ class Graph:
                 "nodes": [_node_to_dict(node) for node in self.nodes],
             },
             separators=(",", ":"),
-            allow_nan=False,
+            allow_nan=False,  # NaN is not JSON; constants are base64, so only attributes could hold one
         )
 
     @classmethod
@@ -154,6 +154,7 @@ class Graph:
         """Returns the nodes that read each value, by the value's name."""
         users: dict[str, list[Node]] = {}
         for node in self.nodes:
+            # A node that reads a value twice, such as x * x, is one reader.
             for name in dict.fromkeys(node.inputs):
                 users.setdefault(name, []).append(node)
         return users
@@ -213,6 +214,7 @@ def _array_to_dict(array: Array) -> dict[str, Any]:
 def _array_from_dict(data: dict[str, Any]) -> Array:
     dtype, shape = str(data["dtype"]), tuple(int(n) for n in data["shape"])
     _check_type("a constant", dtype)
+    # Without validate, b64decode skips characters that are not of its alphabet.
     raw = base64.b64decode(data["data"], validate=True)
     if min(shape, default=0) < 0 or len(raw) != math.prod(shape) * np.dtype(dtype).itemsize:
         raise FormatError(f"a constant of shape {str(shape)[:80]} and type {dtype} cannot have {len(raw)} bytes.")

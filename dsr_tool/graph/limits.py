@@ -42,6 +42,7 @@ def running_limit(input_bytes: int) -> int:
 @contextlib.contextmanager
 def memory_limit(nbytes: float) -> Iterator[None]:
     """Limits every array that is claimed within to `nbytes`."""
+    # A context variable: threads and tasks that run other graphs keep their own limits.
     token = _limit.set(nbytes)
     try:
         yield

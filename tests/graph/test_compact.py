@@ -246,7 +246,7 @@ def chain(b: Builder, *, bias, kernel: int = 1, op: str = "Relu") -> str:
 BIAS = (0.1, 2.0, -1.0, 0.3, 3.0, 0.2)
 
 
-def test_a_dead_filter_goes_and_its_constant_becomes_a_bias():
+def test_a_filter_without_weights_is_removed_and_its_constant_moves_to_a_bias():
     b = Builder()
     _, _, result = compacted(b, chain(b, bias=BIAS))
     assert result.removed == (Removed("a.weight", (6, 3), (4, 4)), Removed("b.weight", (5, 5), (6, 3)))
@@ -256,7 +256,7 @@ def test_a_dead_filter_goes_and_its_constant_becomes_a_bias():
     np.testing.assert_allclose(result.tensors["b.bias"].values, wanted, rtol=1e-6)
 
 
-def test_behind_zero_padding_one_constant_channel_stands_for_all():
+def test_behind_zero_padding_one_constant_channel_replaces_all_others():
     b = Builder()
     _, _, result = compacted(b, chain(b, bias=BIAS, kernel=3))
     assert removed(result) == {"a.weight": ((6, 4), (4, 4)), "b.weight": ((5, 5), (6, 4))}
@@ -265,13 +265,13 @@ def test_behind_zero_padding_one_constant_channel_stands_for_all():
     np.testing.assert_allclose(weight[:, 2], old[:, 4] + old[:, 1] * 2 / 3, rtol=1e-6)
 
 
-def test_behind_zero_padding_constants_of_zero_all_go():
+def test_behind_zero_padding_constants_of_zero_are_all_removed():
     b = Builder()
     _, _, result = compacted(b, chain(b, bias=(0.1, -2.0, -1.0, 0.3, 0, 0.2), kernel=3))
     assert removed(result) == {"a.weight": ((6, 3), (4, 4)), "b.weight": ((5, 5), (6, 3))}
 
 
-def test_an_input_that_nobody_reads_takes_its_filter_along():
+def test_a_filter_whose_output_nothing_reads_is_removed():
     b = Builder()
     first = b.add("Conv", "x", b.weight(dense(6, 4, 1, 1), "a.weight"))
     second = b.add("Conv", b.add("Sigmoid", first), b.weight(dense(5, 6, 1, 1, dead_inputs=(0, 3)), "b.weight"))
@@ -288,7 +288,7 @@ def test_a_weight_that_is_active_and_zero_counts_as_absent():
     assert result.tensors["a.weight"].mask.active == 12
 
 
-def test_a_channelwise_convolution_loses_channels_and_groups():
+def test_a_depthwise_convolution_loses_channels_and_groups():
     b = Builder()
     first = b.add("Conv", "x", b.weight(dense(6, 4, 1, 1, dead_filters=(1, 2)), "a.weight"), b.weight(-np.ones(6)))
     wise = b.weight(dense(6, 1, 3, 3, dead_filters=(4,)), "w.weight")
@@ -303,7 +303,7 @@ def test_a_channelwise_convolution_loses_channels_and_groups():
     assert [node.attributes.get("group") for node in result.graph if "w.weight" in node.inputs] == [3]
 
 
-def test_a_sum_loses_the_channels_that_nobody_reads():
+def test_a_sum_loses_the_channels_that_nothing_reads():
     b = Builder()
     stem = b.add("Conv", "x", b.weight(dense(6, 4, 1, 1), "stem.weight"))
     block = b.add("Conv", stem, b.weight(dense(6, 6, 1, 1, dead_inputs=(2, 5), dead_filters=(0,)), "block.weight"))
@@ -327,7 +327,7 @@ def test_a_flattened_picture_loses_whole_channels():
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_hidden_units_of_a_linear_pair_go(turned):
+def test_hidden_channels_of_a_linear_pair_are_removed(turned):
     b = Builder()
     hidden, out = dense(9, 6, dead_inputs=(1, 3)), dense(6, 5, dead_filters=(4,))
 
@@ -343,7 +343,7 @@ def test_hidden_units_of_a_linear_pair_go(turned):
     np.testing.assert_array_equal(result.tensors["a.bias"].values, [0, 2, 3, 5])
 
 
-def test_of_a_layer_that_is_dead_as_a_whole_one_filter_stays():
+def test_one_filter_stays_in_a_layer_without_weights():
     b = Builder()
     first = b.add("Conv", "x", b.weight(np.zeros((6, 4, 1, 1)), "a.weight"), b.weight(np.arange(6.0)))
     second = b.add("Conv", b.add("Relu", first), b.weight(dense(5, 6, 1, 1), "b.weight"))
@@ -351,7 +351,7 @@ def test_of_a_layer_that_is_dead_as_a_whole_one_filter_stays():
     assert removed(result) == {"a.weight": ((6, 1), (4, 4)), "b.weight": ((5, 5), (6, 1))}
 
 
-def test_groups_stay_of_one_size():
+def test_groups_keep_one_size():
     b = Builder()
     first = b.add("Conv", "x", b.weight(dense(8, 4, 1, 1, dead_filters=(0, 1, 2, 4)), "a.weight"))
     second = b.add("Conv", first, b.weight(dense(6, 4, 1, 1, dead_filters=(0, 4)), "g.weight"), group=2)
@@ -377,7 +377,7 @@ def test_a_weight_that_two_layers_share_stays():
         lambda b, x: b.add("Reshape", x, b.constant(np.array([0, 2, 3, SIZE, SIZE]))),
     ],
 )
-def test_what_an_operator_reads_that_is_not_followed_stays(reader):
+def test_an_operator_without_a_rule_keeps_all_channels_that_it_reads(reader):
     b = Builder()
     first = b.add("Conv", "x", b.weight(dense(6, 4, 1, 1, dead_filters=(1, 2)), "a.weight"))
     y = reader(b, first)
@@ -385,7 +385,7 @@ def test_what_an_operator_reads_that_is_not_followed_stays(reader):
     assert not result.removed
 
 
-def test_nothing_more_goes_the_second_time():
+def test_compacting_twice_removes_nothing_more():
     b = Builder(3, 0.4)
     x = dense_block(b, residual(b, b.conv(excited(b, b.conv("x", 8)), 8, kernel=3, pad=1)))
     _, _, result = compacted(b, head(b, x, flat=False))

@@ -92,7 +92,7 @@ def test_folded_convolution_equals_both_layers(seed, density, group, bias, epsil
     torch.testing.assert_close(one, both, rtol=1e-6, atol=1e-6)
 
 
-def test_the_given_graph_and_tensors_stay_as_they_are():
+def test_folding_does_not_change_its_arguments():
     rng = np.random.default_rng(0)
     tensors = {"c.weight": sparse(rng, (6, 4, 1, 1), 0.5), **norm_tensors(rng, 6)}
     graph, values = graph_of(conv(), norm(), parameters=tensors), tensors["c.weight"].values.copy()
@@ -147,7 +147,7 @@ def test_two_norms_in_a_row_are_both_folded():
         pytest.param([Node("Neg", ("c.weight",), ("w",)), conv(weight="w"), norm()], ["y"], id="weight is computed"),
     ],
 )
-def test_norms_that_stay(nodes, outputs):
+def test_a_norm_that_cannot_be_folded_stays(nodes, outputs):
     rng = np.random.default_rng(0)
     tensors = {"c.weight": sparse(rng, (6, 4, 1, 1), 0.5), **norm_tensors(rng, 6)}
     constants = {"fixed": np.ones((6, 4, 1, 1), np.float32), "s": np.ones(1, np.float32)}
@@ -157,7 +157,7 @@ def test_norms_that_stay(nodes, outputs):
     assert all(folded[name] is tensors[name] for name in folded)
 
 
-def test_unused_tensors_are_dropped_and_others_kept():
+def test_only_tensors_that_the_graph_reads_are_returned():
     rng = np.random.default_rng(0)
     tensors = {
         "n.num_batches_tracked": full(np.zeros((), np.int64)),
@@ -172,7 +172,7 @@ def test_unused_tensors_are_dropped_and_others_kept():
     assert folded["scale"] is tensors["scale"]
 
 
-def test_new_biases_take_no_name_that_exists():
+def test_new_biases_have_new_names():
     rng = np.random.default_rng(0)
     tensors = {"c.weight": sparse(rng, (6, 4, 1, 1), 0.5), **norm_tensors(rng, 6)}
     tensors |= {"c.bias": full(np.ones((1, 1), np.float32)), "c.bias_1": full(np.ones(1, np.float32))}
@@ -203,7 +203,7 @@ def test_a_negative_variance_gives_nan_without_a_warning():
     assert np.isnan(new["c.bias"].to_dense()[0])
 
 
-def test_an_epsilon_that_is_no_number_is_left_to_whoever_computes():
+def test_a_norm_with_an_invalid_epsilon_stays():
     rng = np.random.default_rng(0)
     tensors = {"c.weight": sparse(rng, (6, 4, 3, 3), 0.5), **norm_tensors(rng, 6)}
     folded, _ = fold_norms(graph_of(conv(), norm(epsilon="small"), parameters=tensors), tensors)

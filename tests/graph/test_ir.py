@@ -23,7 +23,7 @@ def graph():
     )
 
 
-def test_json_and_back(graph):
+def test_json_round_trip_keeps_the_graph(graph):
     again = Graph.from_json(graph.to_json())
     assert again.to_json() == graph.to_json()
     assert again.nodes == graph.nodes
@@ -65,7 +65,7 @@ def test_damaged_documents_are_refused(graph, old, new):
         ('"pads":[0,0', '"pads":[0,' + json.dumps({"long": "x" * 5000})),
     ],
 )
-def test_what_a_document_says_cannot_flood_the_message(graph, old, new):
+def test_error_messages_cut_long_names_of_a_document(graph, old, new):
     text = graph.to_json()
     assert old in text
     with pytest.raises(FormatError) as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
@@ -198,3 +199,10 @@ def test_no_other_module_lists_operators():
     modules = [path for room in ("dsr_tool", "exporters", "converters") for path in (ROOT / room).rglob("*.py")]
     assert len(modules) > 100
     assert [line for path in modules for line in lists_of_operators(path)] == []
+
+
+def test_every_fact_of_a_row_has_a_reader():
+    modules = [path for room in ("dsr_tool", "exporters") for path in (ROOT / room).rglob("*.py")]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in modules if path.name != "operators.py"]
+    read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert {field.name for field in dataclasses.fields(Operator)} <= read

@@ -39,6 +39,7 @@ class Units:
         """Joins each unit of `one` with the unit of `other` at the same position."""
         for a, b in zip(one.tolist(), other.tolist(), strict=True):
             first, second = self._root(a), self._root(b)
+            # The smaller number becomes the root, so that the result does not depend on the order of joins.
             self._parent[max(first, second)] = min(first, second)
 
     def roots(self) -> Ints:

@@ -106,6 +106,7 @@ def compacted_specs(tensors: Mapping[str, SparseTensor], specs: Mapping[str, Lay
     """
     described = {}
     for name, tensor in tensors.items():
+        # Folding a norm into a convolution without a bias creates one that the model does not have.
         new = LayerSpec(name, tensor.mask.shape, "Bias", "dense", False, "bias that folding made")
         described[name] = replace(specs.get(name, new), shape=tensor.mask.shape)
     return described

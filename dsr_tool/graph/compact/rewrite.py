@@ -151,6 +151,7 @@ class _Rewriter:
         outputs, inputs = self._stays(product.result), self._stays(product.source)
         if outputs.all() and inputs.all():
             return product.node
+        # A layer is listed if it lost anything, also a depthwise one that only follows its neighbours.
         self._removed.append(
             Removed(product.weight, (outputs.size, int(outputs.sum())), (inputs.size, int(inputs.sum())))
         )

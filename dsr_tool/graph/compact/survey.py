@@ -60,6 +60,7 @@ class Product:
     @property
     def anchor(self) -> int | None:
         """The constant input that replaces all others where a bias cannot absorb them; None if there is none."""
+        # Each group would need an anchor of its own.
         if self.absorbs or self.groups > 1:
             return None
         # The largest: the weights of the others are scaled by their ratio to it, which is then at most 1.

@@ -111,6 +111,7 @@ def _norm(survey: Survey, node: Node) -> bool:
 
 def _pool(survey: Survey, node: Node) -> bool:
     value = survey.values.get(node.inputs[0])
+    # A second output of MaxPool holds indices that count channels.
     if value is None or value.axis != 1 or len(node.outputs) > 1:
         return False
     constant = value.constant
@@ -125,6 +126,7 @@ def _mean(survey: Survey, node: Node) -> bool:
     value, axes = survey.values.get(node.inputs[0]), survey.array(node.inputs[1]) if node.inputs[1:] else None
     if value is None or value.axis != 1 or value.rank is None or axes is None:
         return False
+    # A mean over channels would divide by the number of channels that are left.
     if {n % value.rank for n in axes.tolist()} != set(range(2, value.rank)):
         return False
     if not node.attributes.get("keepdims", 1):
@@ -153,6 +155,7 @@ def _split(survey: Survey, node: Node) -> bool:
     if value is None or value.rank is None or value.position != node.attributes.get("axis", 0):
         return False
     sizes = survey.array(node.inputs[1]) if node.inputs[1:] else None
+    # Without sizes the pieces are equal, the last one smaller if the channels do not divide evenly.
     piece = -(-value.count // len(node.outputs))
     ends = np.cumsum(sizes if sizes is not None else [piece] * (len(node.outputs) - 1))
     pieces = [np.split(array, ends[: len(node.outputs) - 1].tolist()) for array in (value.units, value.constant)]
@@ -168,6 +171,7 @@ def _reshape(survey: Survey, node: Node) -> bool:
     value, (_, features) = survey.values.get(node.inputs[0]), survey.flat_shapes.get(node.inputs[1], ("", 0))
     if value is None or value.position != 1 or not value.batch or not features or features % value.count:
         return False
+    # Channels come before positions, so the features of one channel are neighbours.
     times = features // value.count
     units, constant = np.repeat(value.units, times), np.repeat(value.constant, times)
     return survey.add(node.outputs[0], Channels(units, constant, -1, 2, batch=True))

@@ -101,6 +101,7 @@ def bind(node: Node, known: Mapping[str, Weight]) -> Call:
     _check_inputs(node, operator)
     attributes = {name: value for name, value in node.attributes.items() if name not in operator.inert}
     first, others = node.inputs[:1], node.inputs[1:]
+    # A node whose first input is known too is folded: it runs once, so preparing its weights would cost more.
     prepare = _WITH_WEIGHTS.get(node.op)
     if prepare is None or first[0] in known or not all(name in known for name in others if name):
         return Call(node, functools.partial(FUNCTIONS[node.op], **attributes), node.inputs)
@@ -109,6 +110,7 @@ def bind(node: Node, known: Mapping[str, Weight]) -> Call:
 
 
 def _check_inputs(node: Node, operator: Operator) -> None:
+    # Checked here, because a numpy ufunc would take one input too many as an output array and write into it.
     least, most, count = operator.min_inputs, operator.max_inputs, len(node.inputs)
     if not least <= count <= most:
         limit = {least: "", least + 1: f" or {most}", VARIADIC: " or more"}.get(most, f" to {most}")
@@ -143,6 +145,7 @@ def _errors_name(node: Node) -> Iterator[None]:
     """Turns the errors of numpy and scipy on arguments that do not fit into a `FormatError` that names the node."""
     try:
         yield
+    # A function that does not support a form of its operator says so in its own words.
     except UsageError:
         raise
     except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:

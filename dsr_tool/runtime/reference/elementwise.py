@@ -37,6 +37,7 @@ def _broadcasting(function: Callable[[Array, Array], Array]) -> Callable[[Array,
     """Makes a function of two arrays claim the memory of the shape that they broadcast to."""
 
     def run(a: Array, b: Array) -> Array:
+        # Arrays of one shape, or an array and a number, have a result of a size that is there already.
         if a.size > 1 and b.size > 1 and a.shape != b.shape:
             claim(np.broadcast_shapes(a.shape, b.shape), np.result_type(a, b))
         result: Array = function(a, b)
@@ -65,6 +66,7 @@ def _hard_sigmoid(x: Array, *, alpha: float = 0.2, beta: float = 0.5) -> Array:
 
 
 def _hard_swish(x: Array) -> Array:
+    # The standard fixes this slope; 0.2 is the default of HardSigmoid alone.
     return x * _hard_sigmoid(x, alpha=1 / 6)
 
 
@@ -88,6 +90,7 @@ def _div(a: Array, b: Array) -> Array:
 
 
 def _pow(base: Array, exponent: Array) -> Array:
+    # The result has the type of the base, where numpy would choose a common type.
     return np.asarray(np.power(base, exponent), base.dtype)
 
 
@@ -132,6 +135,7 @@ def _elu(x: Array, *, alpha: float = 1.0) -> Array:
 
 
 def _softplus(x: Array) -> Array:
+    # log(exp(x) + exp(0)), without the overflow of exp above 88 in float32.
     result: Array = np.logaddexp(x, x.dtype.type(0))
     return result
 

@@ -95,6 +95,7 @@ class Interpreter:
                 # This dict would keep its arrays alive until the next step has allocated its own.
                 del outputs
                 for name in step.release:
+                    # Constants stay in memory for the next run, so their bytes are not freed.
                     total -= values[name].nbytes if name in values and name not in self._constants else 0
                     values.pop(name, None)
         return for_caller(values[self._output], shared=self._output in self._constants)
@@ -121,6 +122,7 @@ def live_nodes(nodes: Sequence[Node], output: str) -> Iterable[tuple[Node, tuple
         UsageError: a value is read that is an output which the reference does not compute, such as the indices of
             MaxPool.
     """
+    # Backwards, so that the first reader met of a value is the last one to run.
     later = {output}
     result: list[tuple[Node, tuple[str, ...]]] = []
     for node in reversed(nodes):

@@ -90,6 +90,7 @@ def _gemm(
     transA: int = 0,  # noqa: N803
     transB: int = 0,  # noqa: N803
 ) -> Array:
+    # Factors in the type of the matrices: a float64 array would turn the product into float64.
     result: Array = np.asarray(alpha, a.dtype) * _matmul(a.T if transA else a, b.T if transB else b)
     if c is None:
         return result
@@ -99,6 +100,7 @@ def _gemm(
 
 def _einsum(*arrays: Array, equation: str) -> Array:
     claim(_einsum_shape(arrays, equation), arrays[0].dtype)
+    # With optimize, operands are contracted in pairs and by BLAS, not in one loop over all labels.
     result: Array = np.einsum(equation, *arrays, optimize=True)
     return result
 
@@ -106,6 +108,7 @@ def _einsum(*arrays: Array, equation: str) -> Array:
 def _einsum_shape(arrays: Sequence[Array], equation: str) -> list[int]:
     """Returns the shape of the result; for an equation with an implicit output, the sizes of all arrays instead."""
     terms, _, out = equation.replace(" ", "").partition("->")
+    # Without an output, or with an ellipsis, the sizes are only bounded, and that is enough for a limit.
     if not out.isalpha():
         return [array.size for array in arrays]
     sizes: dict[str, int] = {}

@@ -29,6 +29,7 @@ def _max_pool(
     window = Window.of(kernel_shape, strides, pads, dilations, auto_pad)
     out = window.output_size(x.shape[2:], ceil=bool(ceil_mode))
     lowest = -math.inf if np.issubdtype(x.dtype, np.floating) else np.iinfo(x.dtype).min
+    # One pass over the whole image for each tap: k * k passes of numpy instead of a Python loop over windows.
     first, *others = window.taps(window.padded(x, out, lowest), out)
     result: Array = first.copy()
     for tap in others:

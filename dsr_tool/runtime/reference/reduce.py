@@ -34,6 +34,7 @@ def mean(x: Array, axes: tuple[int, ...] | None, keep: bool) -> Array:
     """
     if not x.size:
         raise FormatError("cannot take the mean of an empty array.")
+    # numpy would return float64 for integers; the standard keeps the type.
     return np.asarray(x.mean(axis=axes, keepdims=keep, dtype=x.dtype))
 
 
@@ -76,6 +77,7 @@ def _batch_norm(
         raise UsageError("BatchNormalization in training mode cannot run; export the model in eval mode.")
     if not scale.shape == bias.shape == mean.shape == variance.shape == x.shape[1:2]:
         raise FormatError(f"scale, bias, mean and variance must have shape {x.shape[1:2]}, one entry for each channel.")
+    # Scale and shift are combined per channel first, so that the image is passed over twice and not four times.
     factor = scale / np.sqrt(variance + np.asarray(epsilon, variance.dtype))
     per_channel = (-1, *(1 for _ in x.shape[2:]))
     result: Array = x * factor.reshape(per_channel)

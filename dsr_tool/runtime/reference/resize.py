@@ -50,6 +50,7 @@ def _resize(
         raise UsageError(
             "Resize with antialias, exclude_outside or keep_aspect_ratio_policy is not supported; replace that layer."
         )
+    # All modes are separable: one axis after the other gives the same as all at once, with fewer neighbours.
     for i, axis in enumerate(axes or range(x.ndim)):
         n = x.shape[axis]
         if sizes is not None and sizes.size:
@@ -73,6 +74,7 @@ def _coordinates(out: int, n: int, scale: float, mode: str) -> Array:
     """Returns the coordinate in an axis of `n` entries for each of the `out` entries of the result."""
     at = np.arange(out, dtype=np.float64)
     if mode == "align_corners":
+        # A result of one entry has no corners to align; it is the first entry.
         return at * ((n - 1) / (out - 1)) if out > 1 else at
     if mode == "asymmetric":
         return at / scale
@@ -87,6 +89,8 @@ def _interpolated(x: Array, axis: int, at: Array, cubic: float | None) -> Array:
     Neighbours outside the array are its border entries.
     """
     n = x.shape[axis]
+    # Linear: a clipped coordinate repeats the border. Cubic: its polynomial needs the true distance, so only the
+    # indices of the neighbours are clipped, below.
     at = at if cubic is not None else np.clip(at, 0, n - 1)
     first = np.floor(at)
     fraction = at - first
