@@ -1,6 +1,6 @@
-"""DeepSparse on a model, one run for each line on standard input; what inference.py starts as a contender.
+"""Runs a model in DeepSparse, once per line on standard input; inference.py starts it as a contender.
 
-DeepSparse ended with releases that need another onnx than this project, so it runs in an environment of its own:
+The last releases of DeepSparse need another onnx than this project, so it runs in an environment of its own:
 `python -m venv ds && ds/bin/pip install deepsparse "protobuf<4.22"`.
 
 Run: ds/bin/python benchmarks/deepsparse_worker.py MODEL.onnx BATCH CORES
@@ -13,7 +13,7 @@ from deepsparse import compile_model
 
 
 def main(path: str, batch: int, cores: int) -> None:
-    """Compile the model, say so, and run it whenever asked to."""
+    """Compiles the model, prints `ready`, then runs it once per line and prints `done`."""
     engine = compile_model(path, batch_size=batch, num_cores=cores)
     x = np.random.default_rng(0).standard_normal((batch, 3, 224, 224)).astype(np.float32)
     print("ready", flush=True)

@@ -1,10 +1,10 @@
-"""How much faster sparse models run than dense ones: paired runs against ONNX Runtime, and other runtimes beside.
+"""Latency of sparse models against the dense model in ONNX Runtime, with other runtimes beside.
 
 Masks and weights are random, also where a model starts with zeros: "uniform" keeps the first convolution dense and all
 other weights equally sparse, "erk" gives each layer a density by its shape. All contenders take turns on the same
-input in one process; each turn runs twice and times the second. Ratios are of ONNX Runtime's time on the dense model
-to the contender's within a round: the median, and the quartiles in parentheses. Start and memory are medians of child
-processes.
+input in one process; each turn runs twice and times the second run. A ratio is ONNX Runtime's time on the dense model
+divided by the contender's in the same round: the median, and the quartiles in parentheses. Loading time and memory are
+medians over child processes.
 
 Run: python benchmarks/inference.py [--models resnet50] [--batches 1] [--against openvino scipy] [--threads 1]
 [--deepsparse ds/bin/python]
@@ -36,14 +36,23 @@ from dsr_tool.runtime.kernels.library import level
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.tensor import Array
 from exporters.export import export
-from exporters.onnx.write import to_onnx
 from exporters.onnx.session import OnnxSession
+from exporters.onnx.write import to_onnx
 
 Run = Callable[[Array], Any]
 
 
 class Row(NamedTuple):
-    """A model, and the ratio that it must reach at least, and should."""
+    """A model and its targets.
+
+    Attributes:
+        model: name of a torchvision model.
+        distribution: distribution of the densities, `uniform` or `erk`.
+        sparsity: fraction of zeros.
+        batch: inputs at once.
+        least: smallest acceptable ratio.
+        aim: ratio that is aimed at.
+    """
 
     model: str
     distribution: str
@@ -73,7 +82,7 @@ TARGETS = {
     ("mobilenet_v2", "erk", 16): {0.9: (1.8, 2.6)},
     ("vit_b_16", "uniform", 1): {0.9: (1.5, 1.5)},
 }
-"""Ratios at least and aimed at by sparsity, for one thread of a processor with AVX-512: what the project set itself."""
+"""The project's targets: smallest acceptable ratio and ratio aimed at by sparsity, for one thread with AVX-512."""
 
 ROWS = [
     Row(model, distribution, sparsity, batch, *ratios)
@@ -83,7 +92,7 @@ ROWS = [
 
 
 def write(row: Row, folder: Path) -> tuple[Path, Path]:
-    """The archive and the dense ONNX file of a row, made once."""
+    """Writes the archive and the dense ONNX file of a row, unless they exist."""
     archive = folder / f"{row.model}-{row.distribution}-{row.sparsity:g}.dsr"
     dense = archive.with_suffix(".onnx")
     if not archive.exists():
@@ -98,7 +107,7 @@ def write(row: Row, folder: Path) -> tuple[Path, Path]:
 
 
 def fill_zeros(model: SparseModel) -> None:
-    """Draw the weights that start at zero, such as heads of transformers: an output of zeros would hide every error."""
+    """Draws weights that start at zero, such as heads of transformers: an output of zeros would hide every error."""
     import torch
 
     random = torch.Generator().manual_seed(0)
@@ -111,7 +120,7 @@ def fill_zeros(model: SparseModel) -> None:
 
 
 def first_convolution(model: str) -> str:
-    """Name of the first convolution's weight."""
+    """Returns the name of the first convolution's weight."""
     import torchvision
     from torch import nn
 
@@ -120,7 +129,7 @@ def first_convolution(model: str) -> str:
 
 
 def contenders(row: Row, archive: Path, dense: Path, arguments: argparse.Namespace) -> Iterator[tuple[str, Run]]:
-    """What runs, by name; what cannot run the model says so and is left out."""
+    """Yields the contenders by name; one that cannot run the model is reported and skipped."""
     batch, threads = row.batch, arguments.threads
     makers: dict[str, Callable[[], Run]] = {
         "sparse": lambda: open_session(archive, "sparse", batch, threads).run,
@@ -134,11 +143,11 @@ def contenders(row: Row, archive: Path, dense: Path, arguments: argparse.Namespa
         try:
             yield name, makers[name]()
         except RuntimeError as error:
-            print(f"  {name} is left out: {str(error).splitlines()[0]}")
+            print(f"  {name} is skipped: {str(error).splitlines()[0]}")
 
 
 def openvino(dense: Path, batch: int, threads: int) -> Run:
-    """The dense model in OpenVINO, in fp32."""
+    """Loads the dense model into OpenVINO, in fp32."""
     import openvino as ov
 
     model = ov.Core().read_model(dense)
@@ -149,7 +158,7 @@ def openvino(dense: Path, batch: int, threads: int) -> Run:
 
 
 def pytorch(archive: Path, threads: int) -> Run:
-    """The dense model in PyTorch, eagerly."""
+    """Loads the dense model into PyTorch, without compilation."""
     import torch
 
     torch.set_num_threads(threads)
@@ -163,12 +172,12 @@ def pytorch(archive: Path, threads: int) -> Run:
 
 
 def deepsparse(archive: Path, batch: int, threads: int, python: str) -> Run:
-    """The model in DeepSparse, which finds the zeros, in a process of its own: a turn is a line to it and one back."""
+    """Loads the model into DeepSparse, which finds the zeros; a run is a line to its process and a line back."""
     import torch
 
     model = archive.with_suffix(".opset13.onnx")
     if not model.exists():
-        # The newest form that it takes whole.
+        # The newest operator set of which DeepSparse compiles every operator.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.onnx.export(
@@ -177,21 +186,21 @@ def deepsparse(archive: Path, batch: int, threads: int, python: str) -> Run:
             )  # fmt: skip
     command = [python, str(Path(__file__).with_name("deepsparse_worker.py")), str(model), str(batch), str(threads)]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    told, heard = child.stdin, child.stdout
-    if told is None or heard is None or not any(line == "ready\n" for line in heard):
+    requests, replies = child.stdin, child.stdout
+    if requests is None or replies is None or not any(line == "ready\n" for line in replies):
         raise RuntimeError(f"{python} ended with exit code {child.wait()}.")
 
-    def run(x: Array) -> None:  # noqa: ARG001 - it has the same
-        told.write("\n")
-        told.flush()
-        if heard.readline() != "done\n":
+    def run(x: Array) -> None:  # noqa: ARG001 - the worker has drawn the same input
+        requests.write("\n")
+        requests.flush()
+        if replies.readline() != "done\n":
             raise RuntimeError(f"{python} ended with exit code {child.wait()}.")
 
     return run
 
 
 def seconds(runs: dict[str, Run], x: Array, rounds: int) -> dict[str, list[float]]:
-    """Times by contender, one for each round; who begins changes from round to round."""
+    """Times all contenders in turns; returns their seconds, one for each round. Each round another one begins."""
     names, times = list(runs), {name: list[float]() for name in runs}
     for index in range(rounds + 2):
         for name in names[index % len(names) :] + names[: index % len(names)]:
@@ -203,14 +212,14 @@ def seconds(runs: dict[str, Run], x: Array, rounds: int) -> dict[str, list[float
     return times
 
 
-def measured(row: Row, arguments: argparse.Namespace) -> None:
-    """Print what a row reaches."""
+def print_latency(row: Row, arguments: argparse.Namespace) -> None:
+    """Measures a row and prints its line."""
     archive, dense = write(row, arguments.folder)
     runs = dict(contenders(row, archive, dense, arguments))
     x = np.random.default_rng(0).standard_normal((row.batch, 3, 224, 224)).astype(np.float32)
     outputs = {name: run(x) for name, run in runs.items()}
     if not outputs["onnxruntime"].any():
-        raise SystemExit(f"{archive} has an output of zeros, which checks nothing; remove it and its .onnx file.")
+        raise SystemExit(f"{archive} has an output of zeros, which hides errors; remove it and its .onnx file.")
     error = np.abs(outputs["sparse"] - outputs["onnxruntime"]).max() / np.abs(outputs["onnxruntime"]).max()
     times = seconds(runs, x, arguments.rounds)
     cells = []
@@ -222,40 +231,45 @@ def measured(row: Row, arguments: argparse.Namespace) -> None:
     ours, theirs = (1e3 * statistics.median(times[name]) for name in ("sparse", "onnxruntime"))
     others = "  ".join(f"{name} {text}" for name, text, _ in cells[1:])
     figures = f"{ours:8.2f} {theirs:8.2f}  {cells[0][1]:18} {row.least:5g} {row.aim:5g} {reached:7} {error:8.1e}"
-    print(f"{named(row)} {figures}  {others}", flush=True)
+    print(f"{start_of_line(row)} {figures}  {others}", flush=True)
 
 
-def named(row: Row) -> str:
-    """What begins its line."""
+def start_of_line(row: Row) -> str:
+    """Returns the columns that identify a row."""
     return f"{row.model:13} {row.distribution:8} {row.sparsity:5.2f} {row.batch:3}"
 
 
-def children(row: Row, arguments: argparse.Namespace) -> None:
-    """Print start and memory of a row."""
+def print_memory(row: Row, arguments: argparse.Namespace) -> None:
+    """Measures loading time and memory of a row in child processes and prints its line."""
     archive, dense = write(row, arguments.folder)
     shape = (row.batch, 3, 224, 224)
-    found = {}
+    medians = {}
     for kind, path in (("sparse", archive), ("onnxruntime", dense)):
         results = [measure(Request(kind, str(path), shape, threads=arguments.threads)) for _ in range(3)]
-        found[kind] = {n: statistics.median(getattr(r, n) for r in results) for n in Measured.__dataclass_fields__}
-    ours, theirs = found["sparse"], found["onnxruntime"]
+        medians[kind] = {n: statistics.median(getattr(r, n) for r in results) for n in Measured.__dataclass_fields__}
+    ours, theirs = medians["sparse"], medians["onnxruntime"]
     megabytes = [f"{side[key] / 1e6:8.1f}" for key in ("ready_bytes", "peak_bytes") for side in (ours, theirs)]
     share = ours["ready_bytes"] / theirs["ready_bytes"]
-    print(f"{named(row)} {ours['load_s']:8.2f} {theirs['load_s']:8.2f} {' '.join(megabytes)} {share:8.2f}", flush=True)
+    print(
+        f"{start_of_line(row)} {ours['load_s']:8.2f} {theirs['load_s']:8.2f} {' '.join(megabytes)} {share:8.2f}",
+        flush=True,
+    )
 
 
 def main() -> None:
-    """Print both tables for the rows that were asked for."""
+    """Prints both tables for the rows that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=sorted({row.model for row in ROWS}))
     parser.add_argument("--distributions", nargs="+", default=["uniform", "erk"])
     parser.add_argument("--sparsities", nargs="+", type=float, default=sorted({row.sparsity for row in ROWS}))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--against", nargs="*", default=["openvino", "torch", "scipy"])
-    parser.add_argument("--deepsparse", metavar="PYTHON", help="of an environment with it; see deepsparse_worker.py")
+    parser.add_argument(
+        "--deepsparse", metavar="PYTHON", help="python of an environment with DeepSparse; see deepsparse_worker.py"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--folder", type=Path, help="keep the models here, for the next time")
+    parser.add_argument("--folder", type=Path, help="keep the models in this folder for the next run")
     parser.add_argument("--only", choices=("latency", "memory"))
     arguments = parser.parse_args()
     wanted = [arguments.models, arguments.distributions, arguments.sparsities, arguments.batches]
@@ -272,21 +286,21 @@ def main() -> None:
         if arguments.only != "memory":
             print(f"{start} {'ms':>8} {'dense ms':>8}  {'ratio':18} least   aim reached    error  other ratios")
             for row in rows:
-                measured(row, arguments)
+                print_latency(row, arguments)
         if arguments.only != "latency":
             titles = ("load s", "dense s", "held MB", "dense MB", "peak MB", "dense MB", "held /")
             print(start, *(f"{title:>8}" for title in titles))
             for row in rows:
-                children(row, arguments)
+                print_memory(row, arguments)
 
 
 def installed() -> dict[str, str]:
-    """Versions of what is there."""
-    found = {}
+    """Returns the versions of the installed runtimes."""
+    versions = {}
     for name in ("onnxruntime", "openvino", "torch", "scipy"):
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions
 
 
 if __name__ == "__main__":

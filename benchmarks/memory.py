@@ -1,4 +1,4 @@
-"""Memory of running and of training, computed beside measured, each measurement in a child process of its own.
+"""Computed and measured memory of running and of training; each measurement is a child process of its own.
 
 Run: python benchmarks/memory.py [--models resnet18 resnet50] [--batches 1 16] [--size 224] [--optimizer sgd]
 """
@@ -11,23 +11,30 @@ import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import dsr_tool
-from dsr_tool.measure.memory.document import Wanted, memory_document
+from dsr_tool.measure.memory.document import Comparison, MemoryDocument, MemoryRequest, memory_document
 from dsr_tool.report.sources import read
 
 
-def lines(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What is computed and measured in a document, with its name."""
+def rows(document: MemoryDocument) -> Iterator[tuple[str, Comparison]]:
+    """Yields the figures of a document with a name for each row."""
     for row in document["inference"]:
         yield row["runtime"], row
     if document["training"]:
         yield f"training, {document['training']['optimizer']}", document["training"]
 
 
+def cells(row: Comparison) -> str:
+    """Returns the columns of a row; a dash stands for a figure that is only measured, or not measured at all."""
+    sizes = [row[key] for key in ("computed_bytes", "measured_bytes", "load_peak_bytes")]
+    computed, measured, loading = ("-" if nbytes is None else f"{nbytes / 1e6:.1f}" for nbytes in sizes)
+    difference = "-" if row["difference"] is None else f"{row['difference']:+.1%}"
+    return " ".join(f"{text:>12}" for text in (computed, measured, difference, loading))
+
+
 def main() -> None:
-    """Print a table for each model and batch."""
+    """Prints a table of all models and batches."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
@@ -40,18 +47,16 @@ def main() -> None:
         f"{platform.machine()}, {packages}; sparsity {arguments.sparsity} (ERK), {arguments.size} px; MB are 10^6 bytes"
     )
     headers = [f"{title:>12}" for title in ("computed MB", "measured MB", "difference", "loading MB")]
-    print(f"{'model':22} {'batch':>5}  {'what':20} {' '.join(headers)}")
+    print(f"{'model':22} {'batch':>5}  {'what':24} {' '.join(headers)}")
     for name in arguments.models:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
             dsr_tool.convert(name, sparsity=arguments.sparsity, distribution="erk").save(path)
             source = read(path)
             for batch in arguments.batches:
-                wanted = Wanted(batch, arguments.size, arguments.optimizer, measured=True)
-                for what, row in lines(memory_document(source, wanted)):
-                    sizes = [f"{row[key] / 1e6:12.1f}" for key in ("computed_bytes", "measured_bytes")]
-                    ends = f"{row['difference']:+12.1%} {row['load_peak_bytes'] / 1e6:12.1f}"
-                    print(f"{name:22} {batch:5}  {what:20} {' '.join(sizes)} {ends}", flush=True)
+                request = MemoryRequest(batch, arguments.size, arguments.optimizer, measured=True)
+                for what, row in rows(memory_document(source, request)):
+                    print(f"{name:22} {batch:5}  {what:24} {cells(row)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Time and peak memory of one update of every method on ResNet-50, beside the same written with full top-k sorts.
+"""Time and peak memory of one update of every method on ResNet-50, beside the same rule written with full top-k sorts.
 
-The floor to hold is 0.2 s on two cores for dsr. An update is all that happens between two steps: read the active
-weights, decide, change masks, weights and optimizer state; for rigl also copying the dense gradients. Those of gmp and
-dst are on the dense model, where they are dearest; neuron-set's is one that also removes units. static, dense and tied
-have none. Memory is resident memory above that before the call, on Linux; memory that was freed before is given back to
-the system first, so that it counts again.
+The limit to hold is 0.2 s on two cores for dsr. An update is everything that happens between two steps: read the active
+weights, decide, change masks, weights and optimizer state; for rigl also copy the dense gradients. gmp and dst update
+the dense model, where they are most expensive; neuron-set's update also removes units. static, dense and tied have no
+updates. Memory is resident memory above that before the call, on Linux; memory that was freed before is returned to the
+system first, so that taking it again counts.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ EVERY_STEP = ReallocationSchedule(((0, 1),), 20)
 
 
 class Ours:
-    """A whole update of a method."""
+    """A whole update of a method of this package."""
 
     def __init__(self, model: SparseModel, method: Method) -> None:
-        """Make an optimizer whose momentum buffers exist, and keep it inside the masks."""
+        """Makes an optimizer whose momentum buffers exist, and attaches the method's mask keeper."""
         self.model, self.method = model, method
         self.optimizer = optim.SGD(model.module.parameters(), lr=0.0, momentum=0.9)
         for parameter in model.module.parameters():
@@ -55,7 +55,7 @@ class Ours:
         self.moved: Reallocation | None = None
 
     def prepare(self) -> None:
-        """Take the last update back, and give all active weights and all gradients new values."""
+        """Reverts the last update, and draws all active weights and all gradients anew."""
         if self.moved is not None:
             self.keeper.move(self.moved.grown, self.moved.dropped)
         with torch.no_grad():
@@ -63,21 +63,21 @@ class Ours:
                 weight.normal_(0, 0.02).masked_fill_(~self.model.masks[name], 0)
                 weight.grad = torch.randn_like(weight)
         if isinstance(self.method, DeepR):
-            # Signs are those of the new values, so that the noise alone flips some.
+            # The signs are taken from the new values, so only the noise flips some.
             self.method.load_state_dict({})
         if isinstance(self.method, DST):
-            # Four in ten weights lie below their thresholds, so that masks have something to follow.
+            # Four in ten weights lie below this threshold, so masks have something to follow.
             for dense, weight in zip(self.method._keeper.dense, self.model.weights.values(), strict=True):
                 dense.normal_(0, 0.02)
                 weight.data.copy_(dense)
             for threshold in self.method._thresholds:
                 threshold.fill_(0.0105)
         if isinstance(self.method, DSR):
-            # Exactly as many lie below the threshold as are to move.
+            # Exactly the target number of weights lies below this threshold.
             self.method.threshold = float(gather(self.model).values.abs().kthvalue(int(self.method.target) + 1).values)
 
     def __call__(self) -> int:
-        """Update once; how many weights were dropped."""
+        """Updates once; returns the number of weights dropped."""
         weights = gather(self.model)
         if self.method.needs_gradients:
             gradients = [weight.grad for weight in self.model.weights.values() if weight.grad is not None]
@@ -90,14 +90,14 @@ class Ours:
 
 
 class ByTopk:
-    """What others would write: selections over all weights, dense, with torch.topk, on weights of the same scale."""
+    """The straightforward way to write a rule: torch.topk over all weights, dense, at the same scale of weights."""
 
     def __init__(self, model: SparseModel, rule: Callable[[torch.Tensor, torch.Tensor], int]) -> None:
-        """Hold the masks and weights that the rule works on.
+        """Copies the masks and draws the weights that the rule works on.
 
         Args:
             model: the sparse model.
-            rule: changes a mask and its weights, and says how many weights it dropped.
+            rule: changes a mask in place, given the weights; returns the number of weights dropped.
         """
         self.rule = rule
         self.first = torch.cat([mask.reshape(-1) for mask in model.masks.values()])
@@ -106,25 +106,25 @@ class ByTopk:
         self.sizes = [mask.numel() for mask in model.masks.values()]
 
     def prepare(self) -> None:
-        """Take the last update back."""
+        """Reverts the last update."""
         self.mask.copy_(self.first)
 
     def __call__(self) -> int:
-        """Move once."""
+        """Updates once; returns the number of weights dropped."""
         return self.rule(self.mask, self.weights)
 
 
 class ByTopkPerLayer(ByTopk):
-    """The same, layer by layer."""
+    """A rule that is applied layer by layer."""
 
     def __call__(self) -> int:
-        """Move once in each layer."""
+        """Updates each layer once; returns the number of weights dropped."""
         layers = zip(self.mask.split(self.sizes), self.weights.split(self.sizes), strict=True)
         return sum(self.rule(mask, weights) for mask, weights in layers)
 
 
 def swap(mask: torch.Tensor, weights: torch.Tensor, count: int, score: torch.Tensor) -> int:
-    """Drop the `count` smallest magnitudes, and grow where the score is highest."""
+    """Drops the `count` smallest magnitudes, and grows where the score is highest."""
     dropped = weights.abs().masked_fill_(~mask, torch.inf).topk(count, largest=False).indices
     grown = score.masked_fill_(mask, -1).topk(count).indices
     mask[dropped], mask[grown] = False, True
@@ -132,7 +132,7 @@ def swap(mask: torch.Tensor, weights: torch.Tensor, count: int, score: torch.Ten
 
 
 def flip(mask: torch.Tensor, weights: torch.Tensor, deviation: float = 4.5e-4) -> int:
-    """Do as deepr does on dense weights: noise, a comparison of signs, as many of the highest random scores."""
+    """Does what deepr does, on dense weights: adds noise, drops weights whose sign flips, grows as many at random."""
     moved = weights + torch.randn_like(weights) * deviation * mask
     dropped = mask & (moved.sign() * weights.sign() < 0)
     count = int(dropped.sum())
@@ -141,19 +141,19 @@ def flip(mask: torch.Tensor, weights: torch.Tensor, deviation: float = 4.5e-4) -
     return count
 
 
-def give_back() -> None:
-    """Have glibc return what was freed, which would be taken again without being counted; elsewhere nothing."""
+def return_freed_memory() -> None:
+    """Has glibc return freed memory to the system: taken again, it would not be counted. Elsewhere does nothing."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def measure(update: Ours | ByTopk, rounds: int) -> tuple[float, int | None, int]:
-    """Median seconds, bytes at the peak of a first call that is not timed, and the weights dropped."""
+    """Returns median seconds, peak bytes of a first call that is not timed, and the number of weights dropped."""
     update.prepare()
     peak = None
     if can_measure():
-        give_back()
+        return_freed_memory()
         reset_peak()
         before = held_bytes("VmRSS")
         update()
@@ -168,10 +168,12 @@ def measure(update: Ours | ByTopk, rounds: int) -> tuple[float, int | None, int]
 
 
 def main() -> None:
-    """Print a row for each method and, indented, for what others would write."""
+    """Prints a row for each method and, indented, for the straightforward way to write its rule."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--target", type=int, default=400_000, help="weights to move; the paper's number for ResNet-50")
+    parser.add_argument("--rounds", type=int, default=9, help="timed updates per method; default: %(default)s")
+    parser.add_argument(
+        "--target", type=int, default=400_000, help="weights that dsr reallocates; the paper's number for ResNet-50"
+    )
     arguments = parser.parse_args()
     sparse = convert("resnet50", sparsity=0.9, preset="paper")
     print(

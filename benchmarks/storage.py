@@ -1,12 +1,13 @@
-"""What a sparse ResNet-50 takes on disk, and what writing and reading it takes, beside other formats.
+"""Bytes of a sparse ResNet-50 on disk, and the cost of writing and reading it, beside other formats.
 
-Two tables for each sparsity. The first takes our archive apart, beside the entropy bound of the masks and beside B4
-(B2): that bound, four (two) bytes for each active weight, and everything else raw. The second has our archive and
-other formats, each written and read back to dense arrays in child processes of one thread on one core. Times are
-medians over rounds that take turns, from arrays to file and back, checksums included where a format has some. Memory
-is the peak of the child (VmHWM) above what it had before. What was read is compared with what was written.
+Two tables are printed for each sparsity. The first splits our archive into its parts, beside the entropy bound of the
+masks and beside B4 (B2): that bound, four (two) bytes per active weight, and everything else raw. The second has our
+archive and other formats, each written and read back to dense arrays in child processes with one thread on one core.
+Times are medians over rounds in which the formats take turns, from arrays to file and back, checksums included where a
+format has them. Memory is the peak of the child (VmHWM) above its resident memory before. Every file is read back and
+compared with what was written.
 
-`storage_item.py` says how the weights are drawn.
+`storage_item.py` describes how the weights are drawn.
 """
 
 from __future__ import annotations
@@ -32,16 +33,17 @@ from dsr_tool.formats.archive import open_archive
 from dsr_tool.measure.memory.process import held_bytes
 
 REPEATS = 3
+"""Timed writes or reads in one child; the median counts."""
 
 
 def main() -> None:
-    """Measure and print; `--child` is what the benchmark starts itself with."""
+    """Measures and prints; with `--child`, the benchmark's own child process writes or reads one file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9, 0.95, 0.98])
     parser.add_argument("--draw", choices=("laplace", "normal", "whole"), default="laplace")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--slow", action="store_true", help="also zstd -19, which takes half a minute a round")
+    parser.add_argument("--slow", action="store_true", help="also zstd -19, which takes half a minute per round")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", nargs=3, metavar=("FORMAT", "ITEM", "FILE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -50,16 +52,16 @@ def main() -> None:
         return
     document = []
     for sparsity in arguments.sparsity:
-        measured = measure(sparsity, arguments.draw, arguments.seed, arguments.rounds, slow=arguments.slow)
-        document.append(measured)
+        result = measure(sparsity, arguments.draw, arguments.seed, arguments.rounds, slow=arguments.slow)
+        document.append(result)
         if not arguments.json:
-            show(measured)
+            show(result)
     if arguments.json:
         print(json.dumps({"schema": "dsr-tool/benchmark-storage/1", "draw": arguments.draw, "items": document}))
 
 
 def measure(sparsity: float, draw: str, seed: int, rounds: int, *, slow: bool) -> dict[str, Any]:
-    """Everything about one sparsity, as plain values."""
+    """Returns all figures of one sparsity as plain values."""
     from storage_item import make
 
     item = make(sparsity, draw, seed)
@@ -70,13 +72,13 @@ def measure(sparsity: float, draw: str, seed: int, rounds: int, *, slow: bool) -
         source.write_bytes(pickle.dumps(item))
         for _ in range(rounds):
             for name, past in runs.items():
-                past.append(_start(name, source, file))
+                past.append(_run_children(name, source, file))
                 if name.startswith("archive"):
                     past[-1]["parts"] = parts(item, file, FORMATS[name].width)
     expected = {name: sums.get(FORMATS[name].width) for name in runs}
     wrong = [name for name, past in runs.items() if "sum" in past[0] and expected[name] not in (None, past[0]["sum"])]
     if wrong:
-        sys.exit(f"{wrong[0]} does not give back what was written")
+        sys.exit(f"{wrong[0]}: the arrays that were read differ from those that were written")
     return {
         "sparsity": sparsity,
         "dense_bytes": sum(tensor.mask.size * tensor.values.itemsize for tensor in item.tensors.values()),
@@ -88,7 +90,7 @@ def measure(sparsity: float, draw: str, seed: int, rounds: int, *, slow: bool) -
 
 
 def parts(item: Item, path: Path, width: int) -> dict[str, float]:
-    """Where the bytes of an archive go."""
+    """Returns the bytes of an archive by part: masks, values, dense rest, documents."""
     archive = open_archive(path)
     sparse = {name: entry for name, entry in archive.entries.items() if entry.spec.role == "sparse"}
     values = sum(
@@ -110,7 +112,7 @@ def parts(item: Item, path: Path, width: int) -> dict[str, float]:
 
 
 def child(name: str, source: str, file: str) -> dict[str, Any]:
-    """Write and read one format on one core."""
+    """Writes a file of one format, if an item is given as its source, or reads it; on one core."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     form, path = FORMATS[name], Path(file)
     for library in form.libraries:
@@ -121,37 +123,38 @@ def child(name: str, source: str, file: str) -> dict[str, Any]:
         return {"write_s": _seconds(lambda: form.write(item, path)), "file_bytes": path.stat().st_size}
     before = held_bytes("VmRSS")
     dense = form.read(path)
-    found = {"peak_bytes": held_bytes("VmHWM") - before, "sum": _checksum(dense)}
+    result = {"peak_bytes": held_bytes("VmHWM") - before, "sum": _checksum(dense)}
+    # Reading once more must not find this memory still taken.
     del dense
-    return found | {"read_s": _seconds(lambda: form.read(path))}
+    return result | {"read_s": _seconds(lambda: form.read(path))}
 
 
-def show(measured: dict[str, Any]) -> None:
-    """Print the two tables of one sparsity."""
-    b4, b2 = measured["b4_bytes"], measured["b2_bytes"]
-    print(f"\nsparsity {measured['sparsity']}: bound of the masks {measured['bound_bytes'] / 1e6:.3f} MB, ", end="")
-    print(f"B4 {b4 / 1e6:.3f} MB, B2 {b2 / 1e6:.3f} MB, dense {measured['dense_bytes'] / 1e6:.1f} MB")
+def show(result: dict[str, Any]) -> None:
+    """Prints the two tables of one sparsity."""
+    b4, b2 = result["b4_bytes"], result["b2_bytes"]
+    print(f"\nsparsity {result['sparsity']}: bound of the masks {result['bound_bytes'] / 1e6:.3f} MB, ", end="")
+    print(f"B4 {b4 / 1e6:.3f} MB, B2 {b2 / 1e6:.3f} MB, dense {result['dense_bytes'] / 1e6:.1f} MB")
     print(f"{'bytes':28}{'mask':>11}{'values':>11}{'dense rest':>11}{'documents':>11}{'file':>11}", end="")
     print(f"{'÷ bound':>9}{'÷ B4 (B2)':>10}")
-    for name, found in measured["formats"].items():
-        if part := found.get("parts"):
+    for name, figures in result["formats"].items():
+        if part := figures.get("parts"):
             columns = ("mask_bytes", "values_bytes", "rest_bytes", "documents_bytes", "file_bytes")
             print(f"{name:28}" + "".join(f"{part[column]:11,}" for column in columns), end="")
             print(f"{part['mask_to_bound']:9.4f}{part['file_to_reference']:10.4f}")
     print(f"{'one core':28}{'MB':>11}{'÷ B4':>11}{'write s':>11}{'read ms':>11}{'peak MB':>11}")
-    for name, found in measured["formats"].items():
-        if "absent" in found:
-            print(f"{name:28}{'not installed':>22} ({found['absent']})")
+    for name, figures in result["formats"].items():
+        if "absent" in figures:
+            print(f"{name:28}{'not installed':>22} ({figures['absent']})")
             continue
-        size = found["file_bytes"]
-        print(f"{name:28}{size / 1e6:11.2f}{size / b4:11.3f}{found['write_s']:11.3f}", end="")
-        print(f"{found['read_s'] * 1e3:11.1f}{found['peak_bytes'] / 1e6:11.1f}")
+        size = figures["file_bytes"]
+        print(f"{name:28}{size / 1e6:11.2f}{size / b4:11.3f}{figures['write_s']:11.3f}", end="")
+        print(f"{figures['read_s'] * 1e3:11.1f}{figures['peak_bytes'] / 1e6:11.1f}")
 
 
-def _start(name: str, source: Path, file: Path) -> dict[str, Any]:
-    """Write and read in two fresh processes, so that neither has the memory of the other."""
+def _run_children(name: str, source: Path, file: Path) -> dict[str, Any]:
+    """Writes and reads in two fresh processes, so that memory of the one does not count for the other."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for argument in (str(source), ""):
         command = [sys.executable, __file__, "--child", name, argument, str(file)]
         done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True, check=False)
@@ -159,8 +162,8 @@ def _start(name: str, source: Path, file: Path) -> dict[str, Any]:
             return {"absent": done.stderr.strip().splitlines()[-1].removeprefix("ModuleNotFoundError: ")}
         if done.returncode:
             sys.exit(done.stderr)
-        found |= json.loads(done.stdout)
-    return found
+        figures |= json.loads(done.stdout)
+    return figures
 
 
 def _medians(past: list[dict[str, Any]]) -> dict[str, Any]:

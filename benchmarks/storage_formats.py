@@ -1,4 +1,4 @@
-"""The formats that the storage benchmark compares: each writes a model into one file and reads it back dense."""
+"""The formats of the storage benchmark: each writes a model into one file and reads it back as dense arrays."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Item:
     """A model to store.
 
     Attributes:
-        tensors: every entry of the state_dict.
-        specs: what each of them is.
+        tensors: every entry of the state_dict by name.
+        specs: layer and role of each entry.
         graph: the computation.
     """
 
@@ -47,16 +47,16 @@ class Item:
 
     @property
     def bound_bytes(self) -> float:
-        """Entropy bound of all masks."""
+        """Entropy bound of all masks, in bytes."""
         return sum(tensor.mask.entropy_bound_bits for tensor in self.sparse) / 8
 
     @property
     def rest_bytes(self) -> int:
-        """Everything that is not sparse, raw."""
+        """Bytes of all entries that are not sparse, raw."""
         return sum(t.values.nbytes for name, t in self.tensors.items() if self.specs[name].role != "sparse")
 
     def reference_bytes(self, width: int) -> float:
-        """B4 (`width` 4) or B2 (2): the bound of the masks, `width` bytes an active weight, and the rest raw."""
+        """Returns B4 (`width` 4) or B2 (2): the bound of the masks, `width` bytes per active weight, the rest raw."""
         return self.bound_bytes + width * sum(tensor.mask.active for tensor in self.sparse) + self.rest_bytes
 
 
@@ -65,11 +65,11 @@ class Format:
     """One way to store a model.
 
     Attributes:
-        write: encode into a file.
-        read: decode a file to dense arrays by name.
-        libraries: modules that it needs beyond our own.
-        width: bytes of a value.
-        slow: whether it takes so long that it is left out unless asked for.
+        write: function that encodes a model into a file.
+        read: function that decodes a file to dense arrays by name.
+        libraries: modules that are imported before the clock starts.
+        width: bytes of one stored weight.
+        slow: whether it runs only with `--slow`.
     """
 
     write: Callable[[Item, Path], None]
@@ -80,7 +80,7 @@ class Format:
 
 
 def halved(item: Item) -> dict[str, SparseTensor]:
-    """The tensors with weights rounded to float16."""
+    """Returns the tensors with weights rounded to float16."""
     return {
         name: SparseTensor(t.mask, t.values.astype(np.float16)) if item.specs[name].weight else t
         for name, t in item.tensors.items()

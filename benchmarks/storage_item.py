@@ -1,13 +1,13 @@
-"""The work item of the storage benchmark: ResNet-50, sparse by ERK, with weights drawn as trained ones are.
+"""The model of the storage benchmark: a ResNet-50, sparse by ERK, with weights drawn like trained ones.
 
-All 25.5 million convolution and linear weights are sparse; densities are Erdős-Rényi-Kernel's (Evci et al. 2020) and
-positions uniformly random. Values of a layer with density d are, by `draw`:
+All 25.5 million convolution and linear weights are sparse; densities follow Erdős-Rényi-Kernel (Evci et al. 2020), and
+positions are uniformly random. The values of a layer with density d depend on `draw`:
 
-- `laplace` (default): the largest share d of as many Laplace variables as the layer has weights, of standard deviation
-  1 / sqrt(fan-in); magnitude pruning of heavy-tailed trained weights leaves such;
-- `normal`: the same of normal variables;
-- `whole`: normal variables of which none is missing, as if pruning had nothing to do with magnitude. Their exponents
-  spread most, so that this is the hardest of the three to store.
+- `laplace` (default): the largest fraction d of as many Laplace variables as the layer has weights, with standard
+  deviation 1 / sqrt(fan-in), as magnitude pruning of heavy-tailed trained weights leaves them;
+- `normal`: likewise with normal variables;
+- `whole`: normal variables of which none is removed, as if pruning did not look at magnitudes. Their exponents spread
+  most, which makes this the hardest of the three to store.
 
 Norm weights are normal around 1 (deviation 0.2), variances log-normal around 0.05, shifts, means and biases normal
 (deviation 0.1). Everything comes from one seed.
@@ -32,7 +32,13 @@ DRAWS = ("laplace", "normal", "whole")
 
 
 def make(sparsity: float, draw: str, seed: int) -> Item:
-    """Draw the work item."""
+    """Draws the model.
+
+    Args:
+        sparsity: fraction of zeros among the sparse weights.
+        draw: one of `DRAWS`.
+        seed: seed of all random numbers.
+    """
     module = resnet50().eval()
     graph = trace(module, CONFIG.input_shape)
     specs = {name: replace(s, role="sparse") if s.weight else s for name, s in discover(module).items()}
@@ -43,13 +49,13 @@ def make(sparsity: float, draw: str, seed: int) -> Item:
     tensors = {}
     for name, value in module.state_dict().items():
         if name in counts:
-            tensors[name] = _weight(specs[name].shape, counts[name], draw, random)
+            tensors[name] = _draw_weight(specs[name].shape, counts[name], draw, random)
         else:
-            tensors[name] = SparseTensor(Mask.full(tuple(value.shape)), _other(name, value.numpy(), random))
+            tensors[name] = SparseTensor(Mask.full(tuple(value.shape)), _draw_other(name, value.numpy(), random))
     return Item(tensors, specs, graph)
 
 
-def _weight(shape: tuple[int, ...], active: int, draw: str, random: np.random.Generator) -> SparseTensor:
+def _draw_weight(shape: tuple[int, ...], active: int, draw: str, random: np.random.Generator) -> SparseTensor:
     size = math.prod(shape)
     deviation = 1 / math.sqrt(size / shape[0])
     positions = np.sort(random.permutation(size)[:active])
@@ -64,7 +70,7 @@ def _weight(shape: tuple[int, ...], active: int, draw: str, random: np.random.Ge
     return SparseTensor(mask, values.astype(np.float32))
 
 
-def _other(name: str, value: Array, random: np.random.Generator) -> Array:
+def _draw_other(name: str, value: Array, random: np.random.Generator) -> Array:
     if value.dtype != np.float32:
         return value.reshape(-1)
     if name.endswith("running_var"):

@@ -1,11 +1,11 @@
-"""Every torchvision classifier, and more, through the whole chain; writes docs/zoo.md.
+"""Takes every torchvision classifier, and more, through the whole chain, and writes docs/zoo.md.
 
-    python benchmarks/zoo.py                     all rows that are missing, then the table
-    python benchmarks/zoo.py 'resnet*' vgg16     these alone (and the table of all rows there are)
-    python benchmarks/zoo.py --again             forget the rows of before
+    python benchmarks/zoo.py                     measure all missing rows, then write the table
+    python benchmarks/zoo.py 'resnet*' vgg16     measure these models only, then write the table of all rows
+    python benchmarks/zoo.py --again             measure existing rows again
 
-Each model runs in a process of its own (`zoo_row.py`) and adds a line to a file of rows as soon as it is done, so that
-a run which was interrupted goes on where it stopped. The table holds whatever rows there are.
+Each model runs in a process of its own (`zoo_row.py`) and adds a line to a file of rows as soon as it is done, so an
+interrupted run continues where it stopped. The table holds the rows that exist.
 """
 
 from __future__ import annotations
@@ -29,8 +29,12 @@ from converters.torchvision_models import architectures
 
 _HERE = Path(__file__).resolve().parent
 _TIMEOUT_S = 1800
+
 _SIDE = 64
+"""Side of the input in pixels, unless a model needs another one."""
+
 _LARGE = 180e6
+"""Parameters from which models run one at a time: two of them would not fit into 16 GB."""
 
 BEYOND = {
     "lraspp_mobilenet_v3_large": (3, 96, 96),
@@ -42,16 +46,17 @@ BEYOND = {
     "mvit_v2_s": (3, 16, 224, 224),
     "swin3d_t": (3, 8, 64, 64),
 }
-"""Segmentation and video, with their inputs."""
+"""Models of segmentation and video with the shape of their input."""
 
 _OWN_SIZE = ("maxvit", "vit_")
 """Families whose position tables fix the size of the input."""
+
 _SIDES = {"inception_v3": 96, "wide_resnet101_2": 128, "efficientnet_v2_l": 160}
-"""Models that need more than the usual side: for their pools, or for batch norms that do not amplify rounding."""
+"""Larger sides: Inception's pools need one, the others' batch norms amplify rounding less with it."""
 
 
 def input_shape(name: str) -> tuple[int, ...]:
-    """A small input where the model allows one; empty for the model's own."""
+    """Returns a small input shape if the model allows one; an empty one stands for the model's own."""
     if name in BEYOND:
         return BEYOND[name]
     if name.startswith(_OWN_SIZE):
@@ -61,19 +66,19 @@ def input_shape(name: str) -> tuple[int, ...]:
 
 
 def names(patterns: Iterable[str]) -> list[str]:
-    """What to run: matching names, small models first."""
+    """Returns the names that match a pattern, small models first."""
     every = [*architectures("classification"), *BEYOND]
     chosen = [name for name in every if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     return sorted(chosen, key=parameters)
 
 
 def parameters(name: str) -> int:
-    """Parameters as torchvision states them, without building the model."""
+    """Returns the number of parameters that torchvision states, without building the model."""
     return int(models.get_model_weights(name).DEFAULT.meta["num_params"])
 
 
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
-    """Rows by model; a line that was cut off in the middle is left out."""
+    """Reads the rows by model; skips a line that was cut off by an interruption."""
     rows = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -85,7 +90,7 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def run(name: str) -> dict[str, Any]:
-    """The row of one model, from a child process; an error in words where there is none."""
+    """Measures one model in a child process; returns its row, or one with an error."""
     shape = input_shape(name)
     command = [sys.executable, str(_HERE / "zoo_row.py"), name, "--input-shape", ",".join(map(str, shape))]
     row: dict[str, Any] = {"model": name, "input_shape": list(shape)}
@@ -109,7 +114,7 @@ def run(name: str) -> dict[str, Any]:
 
 
 def say(row: Mapping[str, Any]) -> None:
-    """One line about a row that is done."""
+    """Prints one line about a row."""
     if "error" in row:
         print(f"{row['model']}: {row['error']}", flush=True)
         return
@@ -122,14 +127,16 @@ def say(row: Mapping[str, Any]) -> None:
 
 
 def main() -> int:
-    """Run what is missing, write the table, and fail where a model did."""
+    """Measures missing rows and writes the table; returns 1 if a model failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("patterns", nargs="*", default=["*"], help="names, with * and ?")
-    parser.add_argument("--again", action="store_true", help="measure what has a row already")
-    parser.add_argument("--jobs", type=int, default=2, help="models at once, but for the largest; default: %(default)s")
+    parser.add_argument("--again", action="store_true", help="measure models that have a row already")
+    parser.add_argument("--jobs", type=int, default=2, help="models at once, except the largest; default: %(default)s")
     parser.add_argument("--rows", type=Path, default=Path("build/zoo.jsonl"), help="default: %(default)s")
     parser.add_argument("--table", type=Path, default=_HERE.parent / "docs" / "zoo.md", help="default: docs/zoo.md")
-    parser.add_argument("--largest", type=float, default=1000, metavar="M", help="leave out more million parameters")
+    parser.add_argument(
+        "--largest", type=float, default=1000, metavar="M", help="skip models with more million parameters"
+    )
     arguments = parser.parse_args()
     arguments.rows.parent.mkdir(parents=True, exist_ok=True)
     rows = {} if arguments.again else read_rows(arguments.rows)

@@ -1,9 +1,9 @@
-"""One model through the whole chain, as one row of the zoo: convert, archive, load back, ONNX, both runtimes.
+"""Takes one model through the whole chain: convert, archive, load back, ONNX, both runtimes; one row of the zoo.
 
     python benchmarks/zoo_row.py resnet18 --input-shape 3,64,64
 
-prints one JSON object. `benchmarks/zoo.py` calls this once a model, in a process of its own, so that the peak of
-memory is that model's.
+prints one JSON object. `benchmarks/zoo.py` runs this script once per model, so that the peak of memory is that of one
+model.
 """
 
 from __future__ import annotations
@@ -36,21 +36,27 @@ from exporters.export import export
 from exporters.verify.result import Verification
 
 SPARSITY = 0.9
+
 _NOISE = 0.1
-_BATCH, _SMALL = 16, 3 * 128 * 128
+"""Standard deviation of the noise that is added to biases and norm parameters."""
+
+_BATCH = 16
+"""Inputs from which batch norms take their statistics; four for inputs of `_LARGE_INPUT` entries or more."""
+
+_LARGE_INPUT = 3 * 128 * 128
 
 
 @torch.no_grad()
 def enliven(model: SparseModel, seed: int = 0) -> float:
-    """Give a random model the numbers of a trained one, so that a mistake anywhere reaches its output.
+    """Makes a random model behave like a trained one, so that an error in any layer reaches its output.
 
     Fresh networks hide their layers: layer scale starts at 1e-6, heads at zero, norms do nothing, and at a sparsity
-    of 0.9 signals fade. So sparse weights are scaled by the inverse root of their density (weights that are all zero
-    are drawn anew), every other parameter gets noise, and batch norms take the statistics of one batch.
+    of 0.9 signals fade. Therefore sparse weights are scaled by the inverse root of their density (weights that are all
+    zero are drawn anew), every other parameter gets noise, and batch norms take the statistics of one batch.
 
     Args:
-        model: changed in place; masks stay.
-        seed: of the noise and the batch.
+        model: the model, whose weights are changed in place; masks stay.
+        seed: seed of the noise and the batch.
 
     Returns:
         Largest difference between the outputs of two random inputs, as a fraction of the largest output.
@@ -79,8 +85,8 @@ def enliven(model: SparseModel, seed: int = 0) -> float:
         layer.train()
         layer.momentum = 1.0
     if norms:
-        # With few samples some variances come out far too small, and what they divide grows from layer to layer.
-        model(torch.randn(_BATCH if math.prod(shape) < _SMALL else 4, *shape, generator=random))
+        # Few samples underestimate some variances, and dividing by those makes values grow from layer to layer.
+        model(torch.randn(_BATCH if math.prod(shape) < _LARGE_INPUT else 4, *shape, generator=random))
     model.module.eval()
     outputs = model(torch.randn(2, *shape, generator=random))
     outputs = outputs["out"] if isinstance(outputs, Mapping) else outputs
@@ -88,11 +94,11 @@ def enliven(model: SparseModel, seed: int = 0) -> float:
 
 
 def measure(name: str, input_shape: tuple[int, ...]) -> dict[str, Any]:
-    """The row of one model.
+    """Returns the row of one model.
 
     Args:
-        name: torchvision's name.
-        input_shape: of one input; the architecture's own when empty.
+        name: its name in torchvision.
+        input_shape: shape of one input; if empty, the architecture's own.
     """
     start = time.perf_counter()
     row = {"model": name, **chain(convert(name, sparsity=SPARSITY, input_shape=input_shape, seed=0))}
@@ -100,10 +106,10 @@ def measure(name: str, input_shape: tuple[int, ...]) -> dict[str, Any]:
 
 
 def chain(model: SparseModel, fresh: nn.Module | None = None) -> dict[str, Any]:
-    """What a converted model becomes in each form; its numbers are changed on the way.
+    """Exports a converted model in each form and compares what comes back; changes its weights first.
 
     Args:
-        model: with an input shape.
+        model: the model, with an input shape.
         fresh: another module of the same architecture, for models that torchvision does not know by name.
     """
     spread = enliven(model)
@@ -116,7 +122,7 @@ def chain(model: SparseModel, fresh: nn.Module | None = None) -> dict[str, Any]:
         "spread": spread,
         **_bytes(model),
     }
-    # Both exports capture one module, which takes longer than all the rest.
+    # Both exports trace the same module, which takes longer than everything else, so the second trace is cached.
     with tempfile.TemporaryDirectory() as folder, mock.patch("exporters.checked.trace", functools.cache(trace)):
         archive = export(model, Path(folder) / "model.dsr")
         row["bit_for_bit"] = archive.weights_equal and _same(model, load(archive.path, fresh))
@@ -134,7 +140,7 @@ def chain(model: SparseModel, fresh: nn.Module | None = None) -> dict[str, Any]:
 
 
 def _bytes(model: SparseModel) -> dict[str, int]:
-    """The state_dict as it is, and its bound: log2 C(n, active) bits a mask, raw values, raw dense rest."""
+    """Returns the bytes of the state_dict and of its bound: log2 C(n, active) bits per mask, values and rest raw."""
     dense, bound = 0, 0.0
     for tensor in model.tensors().values():
         width = tensor.values.dtype.itemsize
@@ -144,7 +150,7 @@ def _bytes(model: SparseModel) -> dict[str, int]:
 
 
 def _same(model: SparseModel, other: SparseModel) -> bool:
-    """Whether every tensor and every mask of the two have the same bits."""
+    """Returns whether every tensor and every mask of the two models have the same bits."""
     ours, theirs = model.module.state_dict(), other.module.state_dict()
     return (
         ours.keys() == theirs.keys()
@@ -155,17 +161,18 @@ def _same(model: SparseModel, other: SparseModel) -> bool:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    # Compared as integers: NaN differs from itself, and -0 equals +0.
     return tensor.contiguous().view(torch.int32) if tensor.dtype == torch.float32 else tensor
 
 
 def _relative(verification: Verification, runtime: str) -> float | None:
-    """Largest difference to PyTorch as a fraction of the largest output; None where the runtime did not run."""
+    """Returns the largest difference to PyTorch as a fraction of the largest output; None if it did not run."""
     difference = verification.runtimes.get(runtime)
     return None if difference is None else difference / verification.scale
 
 
 def _machine() -> str:
-    """Versions and hardware in words."""
+    """Returns versions and hardware in words."""
     names = ("torch", "torchvision", "onnxruntime", "numpy", "scipy")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -176,7 +183,7 @@ def _machine() -> str:
 
 
 def main() -> None:
-    """Print the row of one model, or what went wrong, as JSON."""
+    """Prints the row of one model, or its error, as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     parser.add_argument("--input-shape", default="", help="such as 3,64,64; default: the architecture's")
