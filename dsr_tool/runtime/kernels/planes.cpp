@@ -22,7 +22,7 @@ Vec activated(const Op& op, Vec x) {
     }
 }
 
-// Bits of the pixels in vector i of a plane. Places without a pixel must stay zero where a later op reads past the end
+// Bits of the pixels in vector i of a plane. Positions without a pixel must stay zero where a later op reads past the end
 // of a row of pixels; where none does, the plan has no mask and all entries count.
 Bits inside(const Op& op, int64_t plane, int64_t i) {
     if (!op.mask) return ~Bits{};

@@ -149,7 +149,7 @@ void gather_channel(const Call& call, int64_t channel) {
             }
             for (; i < end; i++) out[i] = in[index[i]];
             if (call.op.mask) {
-                // Places without a pixel point to the first one; here they become zero.
+                // Positions without a pixel point to the first one; here they become zero.
                 const int32_t* mask = call.op.mask + phase * op.entries;
                 for (int64_t v = begin; v < end; v += LANES) {
                     Bits bits;
