@@ -20,7 +20,7 @@ from dsr_tool.graph.compact.constants import BINARY, UNARY, binary_constant, una
 from dsr_tool.graph.ir import Node
 from dsr_tool.graph.operators import OPERATORS, VARIADIC, Operator, operator_of
 from dsr_tool.runtime.compiler.rules import RULES
-from dsr_tool.runtime.reference import NumpyFunction
+from dsr_tool.runtime.reference import NumpyFunction, elementwise
 from dsr_tool.runtime.reference.call import _WITH_WEIGHTS, FUNCTIONS
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +78,25 @@ def arity(function: NumpyFunction) -> tuple[int, int]:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_of_the_reference_have_a_row_with_their_number_of_inputs(name):
     assert arity(FUNCTIONS[name]) == (OPERATORS[name].min_inputs, OPERATORS[name].max_inputs)
+
+
+def test_rows_are_elementwise_where_the_reference_is():
+    assert {row.name for row in computed if row.elementwise} == elementwise.FUNCTIONS.keys() | {"BatchNormalization"}
+
+
+def test_rows_are_windowed_where_the_standard_has_a_kernel_shape():
+    windowed = {row.name for row in computed if "kernel_shape" in schemas(row.name)[-1].attributes}
+    assert {row.name for row in OPERATORS.values() if row.windowed} == windowed
+
+
+def test_all_outputs_are_computed_where_the_function_returns_several():
+    functions = {row: FUNCTIONS[row.name] for row in computed if not isinstance(FUNCTIONS[row.name], np.ufunc)}
+    several = {row.name for row, function in functions.items() if "tuple" in str(return_type(function))}
+    assert {row.name for row in OPERATORS.values() if row.all_outputs} == several
+
+
+def return_type(function: NumpyFunction) -> object:
+    return inspect.signature(function).return_annotation
 
 
 def test_functions_take_no_inert_attribute():
