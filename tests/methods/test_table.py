@@ -96,7 +96,7 @@ def test_a_method_added_to_the_table_is_known_to_every_command(_toy, tmp_path, m
     log = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
     assert log[0]["settings"]["method"] == "toy" and log[0]["settings"]["options"] == {"share": 0.5}
     assert len([line for line in log if line["kind"] == "reallocation"]) == 4
-    reported = CliRunner().invoke(cli, ["report", "run", "--memory", "--json", "-q"])
+    reported = CliRunner().invoke(cli, ["report", "run", "--memory", "--batch", "2", "--json", "-q"])
     prunable = 64 * 300 + 300 * 100 + 100 * 10
     memory = json.loads(reported.stdout)["memory"]["training"]
     assert memory["method"] == {"name": "toy", "bytes": 7 * prunable}
