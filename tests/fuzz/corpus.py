@@ -1,4 +1,4 @@
-"""Writes the valid files that mutants are made of, a folder for each kind: python corpus.py FOLDER."""
+"""Writes the valid files that mutants are made from, one folder for each kind: python corpus.py FOLDER."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FOLDER_FILES = {"weights": "model.safetensors", "masks": "masks.safetensors", "c
 
 
 def main() -> None:
-    """Write every kind."""
+    """Writes the files of every kind."""
     root = Path(sys.argv[1])
     for kind in ("archive", "predict", "onnx", "npz", *FOLDER_FILES, "safetensors", "pickle"):
         (root / kind).mkdir(parents=True)
@@ -30,6 +30,7 @@ def main() -> None:
         export(model, root / "archive" / f"{encoding}.dsr", encoding=encoding)
     export(model, root / "archive" / "half.dsr", values="fp16")
     shutil.copy(root / "archive" / "auto.dsr", root / "predict")
+    # Archives of earlier versions, which must stay readable, are attacked too.
     for path in GOLDEN.glob("*.dsr"):
         shutil.copy(path, root / "archive")
     for encoding in ("auto", "delta", "bitmask", "coo", "dense"):

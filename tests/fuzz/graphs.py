@@ -1,4 +1,4 @@
-"""Mutants of the graph inside of an archive: each is a graph, with right checksums, that may make no sense."""
+"""Mutants of the graph inside an archive: well-formed graphs with correct checksums that may not be computable."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import numpy as np
 from mutators import NUMBERS, json_tree, repacked
 from numpy.random import Generator
 
+# Sizes around the limits of index types, and sizes that no memory holds.
 SIZES = (0, 1, -1, 2, 3, 7, 100, 1 << 16, 1 << 20, 1 << 31, 1 << 40, 1 << 62, -(1 << 63))
 ATTRIBUTES = ("axis", "group", "pads", "strides", "kernel_shape", "perm", "to", "keepdims", "num_outputs", "value_ints")
 DOUBLING = ("Add", "MatMul", "Concat", "Mul", "Expand", "Gather")
 
 
 def graph(random: Generator, corpus: Sequence[bytes]) -> bytes:
-    """One to three changes of nodes, constants or the input."""
+    """Makes one to three changes of nodes, constants or the input."""
 
     def change(document: Any) -> Any:
         for _ in range(int(random.integers(1, 4))):
@@ -26,50 +27,50 @@ def graph(random: Generator, corpus: Sequence[bytes]) -> bytes:
     return repacked(corpus[int(random.integers(len(corpus)))], change)
 
 
-def _one(random: Generator, items: Sequence[Any]) -> Any:
+def _choice(random: Generator, items: Sequence[Any]) -> Any:
     return items[int(random.integers(len(items)))]
 
 
 def _values(document: Any) -> list[str]:
-    made = [name for node in document["nodes"] for name in node["outputs"]]
-    return ["", document["inputs"][0]["name"], *document["constants"], *document["parameters"], *made]
+    outputs = [name for node in document["nodes"] for name in node["outputs"]]
+    return ["", document["inputs"][0]["name"], *document["constants"], *document["parameters"], *outputs]
 
 
 def _input(random: Generator, document: Any) -> None:
-    inputs = _one(random, document["nodes"])["inputs"]
+    inputs = _choice(random, document["nodes"])["inputs"]
     choice = random.random()
     if choice < 0.2 or not inputs:
-        inputs.append(_one(random, _values(document)))
+        inputs.append(_choice(random, _values(document)))
     elif choice < 0.4:
         inputs.pop()
     else:
-        inputs[int(random.integers(len(inputs)))] = _one(random, _values(document))
+        inputs[int(random.integers(len(inputs)))] = _choice(random, _values(document))
 
 
 def _operator(random: Generator, document: Any) -> None:
     from dsr_tool.runtime.reference.call import FUNCTIONS
 
-    _one(random, document["nodes"])["op"] = _one(random, sorted(FUNCTIONS))
+    _choice(random, document["nodes"])["op"] = _choice(random, sorted(FUNCTIONS))
 
 
 def _attribute(random: Generator, document: Any) -> None:
-    attributes = _one(random, document["nodes"]).setdefault("attributes", {})
-    name = _one(random, [*attributes, *attributes, *ATTRIBUTES])
+    attributes = _choice(random, document["nodes"]).setdefault("attributes", {})
+    name = _choice(random, [*attributes, *attributes, *ATTRIBUTES])
     value = attributes.get(name, [1, 1])
     if isinstance(value, list) and value and random.random() < 0.7:
-        value[int(random.integers(len(value)))] = _one(random, SIZES)
+        value[int(random.integers(len(value)))] = _choice(random, SIZES)
         attributes[name] = value
     else:
-        attributes[name] = _one(random, (*SIZES, *NUMBERS[:9], json_tree(random, value), "text", []))
+        attributes[name] = _choice(random, (*SIZES, *NUMBERS[:9], json_tree(random, value), "text", []))
 
 
 def _constant(random: Generator, document: Any) -> None:
     constants = document["constants"]
-    name = _one(random, [*constants, "new"])
+    name = _choice(random, [*constants, "new"])
     old = constants.get(name, {"dtype": "int64", "shape": [2], "data": base64.b64encode(bytes(16)).decode()})
     array = np.frombuffer(base64.b64decode(old["data"]), old["dtype"]).copy()
     if array.size:
-        array[int(random.integers(array.size))] = np.array(_one(random, SIZES)).astype(array.dtype)
+        array[int(random.integers(array.size))] = np.array(_choice(random, SIZES)).astype(array.dtype)
     array = array[: int(random.integers(array.size + 1))] if random.random() < 0.2 else array
     shape = old["shape"] if array.size == np.prod(old["shape"]) else list(array.shape)
     constants[name] = {**old, "shape": shape, "data": base64.b64encode(array.tobytes()).decode()}
@@ -78,25 +79,27 @@ def _constant(random: Generator, document: Any) -> None:
 
 
 def _doubling(random: Generator, document: Any) -> None:
-    """A chain of operators, each of which takes twice what the one before makes."""
+    """Inserts a chain of operators, each of which reads the result of the one before twice."""
     i = int(random.integers(len(document["nodes"])))
-    value = _one(random, [name for name in document["nodes"][i]["inputs"] if name] or [document["inputs"][0]["name"]])
-    op = _one(random, DOUBLING)
+    value = _choice(
+        random, [name for name in document["nodes"][i]["inputs"] if name] or [document["inputs"][0]["name"]]
+    )
+    op = _choice(random, DOUBLING)
     attributes = {"axis": 0} if op in ("Concat", "Gather") else {}
     for k in range(int(random.integers(2, 40))):
-        made = f"chain{i}_{k}_{random.integers(1 << 30)}"
-        node = {"op": op, "inputs": [value, value], "outputs": [made], "attributes": attributes}
+        output = f"chain{i}_{k}_{random.integers(1 << 30)}"
+        node = {"op": op, "inputs": [value, value], "outputs": [output], "attributes": attributes}
         document["nodes"].insert(i + k, node)
-        value = made
+        value = output
     document["outputs"][0]["name"] = value
 
 
-def _given(random: Generator, document: Any) -> None:
-    given = document["inputs"][0]
+def _type_or_shape(random: Generator, document: Any) -> None:
+    value = document["inputs"][0]
     if random.random() < 0.5:
-        given["dtype"] = _one(random, ("float64", "float16", "int64", "bool", "uint8"))
+        value["dtype"] = _choice(random, ("float64", "float16", "int64", "bool", "uint8"))
     else:
-        given["shape"] = [_one(random, (None, 1, 3, 8, 0)) for _ in given["shape"]]
+        value["shape"] = [_choice(random, (None, 1, 3, 8, 0)) for _ in value["shape"]]
 
 
-_CHANGES = (_input, _input, _operator, _attribute, _attribute, _constant, _doubling, _given)
+_CHANGES = (_input, _input, _operator, _attribute, _attribute, _constant, _doubling, _type_or_shape)

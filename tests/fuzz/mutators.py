@@ -1,4 +1,7 @@
-"""Mutants of valid files: blind ones by the byte, and ones that keep the checksums right to get past them."""
+"""Mutants of valid files: blind changes of bytes, and changes of content behind correct checksums.
+
+The first kind tests parsers. The second gets past them and tests the checks of content.
+"""
 
 from __future__ import annotations
 
@@ -48,18 +51,20 @@ TEXTS = (
     "__class__",
 )
 BOMB_BYTES = 256 << 20
+"""Size of a member that inflates without end; a quarter of the memory that a reader may take."""
 
 Mutate = Callable[[Generator, Sequence[bytes]], bytes]
+"""Makes a mutant from the valid files of one kind."""
 
 
 # --- any file: bytes without meaning ---------------------------------------------------------------------
 
 
 def any_bytes(random: Generator, corpus: Sequence[bytes]) -> bytes:
-    """One to four blind changes of one of the files."""
-    data = bytearray(_one(random, corpus))
+    """Makes one to four blind changes of one of the files."""
+    data = bytearray(_choice(random, corpus))
     for _ in range(int(random.integers(1, 5))):
-        data = _one(random, _BLIND)(random, data, corpus)
+        data = _choice(random, _BLIND)(random, data, corpus)
     return bytes(data)
 
 
@@ -101,7 +106,7 @@ def _number(random: Generator, data: bytearray, _: Sequence[bytes]) -> bytearray
 
 
 def _splice(random: Generator, data: bytearray, corpus: Sequence[bytes]) -> bytearray:
-    other = _one(random, corpus)
+    other = _choice(random, corpus)
     return data[: int(random.integers(0, len(data) + 1))] + other[int(random.integers(0, len(other) + 1)) :]
 
 
@@ -112,7 +117,7 @@ _BLIND = (_flip, _flip, _cut, _remove, _insert, _repeat, _number, _splice)
 
 
 def json_tree(random: Generator, document: Any) -> Any:
-    """The document with one to three changes somewhere inside."""
+    """Makes one to three changes anywhere in a document."""
     for _ in range(int(random.integers(1, 4))):
         document = _changed(random, document)
     return document
@@ -120,11 +125,11 @@ def json_tree(random: Generator, document: Any) -> Any:
 
 def _changed(random: Generator, value: Any) -> Any:
     if isinstance(value, dict) and value and random.random() < 0.9:
-        key = _one(random, list(value))
+        key = _choice(random, list(value))
         if random.random() < 0.1:
             return {k: v for k, v in value.items() if k != key}
         if random.random() < 0.1:
-            return {**value, _one(random, [*TEXTS, *value]): value[key]}
+            return {**value, _choice(random, [*TEXTS, *value]): value[key]}
         return {**value, key: _changed(random, value[key])}
     if isinstance(value, list) and value and random.random() < 0.9:
         i = int(random.integers(len(value)))
@@ -136,14 +141,14 @@ def _changed(random: Generator, value: Any) -> Any:
         return [*value[:i], _changed(random, value[i]), *value[i + 1 :]]
     if isinstance(value, int) and random.random() < 0.4:
         return value + int(random.integers(-2, 3))
-    return _one(random, (*NUMBERS, *TEXTS, None, True, [], {}, [[]], {"a": {}}, float("inf"), float("nan")))
+    return _choice(random, (*NUMBERS, *TEXTS, None, True, [], {}, [[]], {"a": {}}, float("inf"), float("nan")))
 
 
 def json_bytes(random: Generator, corpus: Sequence[bytes]) -> bytes:
-    """A JSON file with wrong values, or with brackets without end."""
+    """Makes a JSON file with wrong values, or with brackets without end."""
     if random.random() < 0.02:
         return b"[" * int(random.integers(10**5))
-    document = json.loads(_one(random, corpus))
+    document = json.loads(_choice(random, corpus))
     return json.dumps(json_tree(random, document), ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
@@ -151,13 +156,13 @@ def json_bytes(random: Generator, corpus: Sequence[bytes]) -> bytes:
 
 
 def safetensors(random: Generator, corpus: Sequence[bytes]) -> bytes:
-    """A container whose header says something else, or names a tensor twice."""
-    data = _one(random, corpus)
+    """Makes a container with a changed header, or with a header that names a tensor twice."""
+    data = _choice(random, corpus)
     header, body = _container(data)
     if random.random() < 0.15:
         text = json.dumps(header, separators=(",", ":"))
-        name = _one(random, list(header))
-        text = text[:-1] + f",{json.dumps(name)}:{json.dumps(header[_one(random, list(header))])}}}"
+        name = _choice(random, list(header))
+        text = text[:-1] + f",{json.dumps(name)}:{json.dumps(header[_choice(random, list(header))])}}}"
     else:
         text = json.dumps(json_tree(random, header), separators=(",", ":"))
     raw = text.encode()
@@ -173,11 +178,11 @@ def _container(data: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def archive(random: Generator, corpus: Sequence[bytes]) -> bytes:
-    """An archive whose manifest, graph or streams are wrong behind correct checksums."""
+    """Makes an archive with a wrong manifest, graph or stream behind correct checksums."""
     choice = random.random()
     if 0.4 <= choice < 0.6:
-        return repacked(_one(random, corpus), lambda graph: json_tree(random, graph))
-    header, metadata, streams, manifest = _archive(_one(random, corpus))
+        return repacked(_choice(random, corpus), lambda graph: json_tree(random, graph))
+    header, metadata, streams, manifest = _archive(_choice(random, corpus))
     if choice < 0.4:
         manifest = json_tree(random, manifest)
     else:
@@ -186,7 +191,7 @@ def archive(random: Generator, corpus: Sequence[bytes]) -> bytes:
 
 
 def repacked(data: bytes, change: Callable[[Any], Any]) -> bytes:
-    """An archive with another graph."""
+    """Replaces the graph of an archive."""
     header, metadata, streams, manifest = _archive(data)
     graph = change(json.loads(zlib.decompress(streams[":graph"])))
     _put(header, streams, ":graph", zlib.compress(json.dumps(graph).encode()))
@@ -209,14 +214,14 @@ def _sealed(header: dict[str, Any], metadata: dict[str, str], streams: dict[str,
 
 
 def _change_stream(random: Generator, header: dict[str, Any], streams: dict[str, bytes], manifest: Any) -> None:
-    """Change the bytes of one coded stream, sometimes what they inflate to, and put its checksum right."""
+    """Changes the bytes of one coded stream, or the bytes that it inflates to, and corrects its checksum."""
     tensors = [tensor for tensor in manifest["tensors"] if tensor["crc32"]]
     if manifest.get("packed_crc32") and random.random() < 0.2:
-        suffix = _one(random, list(manifest["packed_crc32"]))
+        suffix = _choice(random, list(manifest["packed_crc32"]))
         name, coded, checksums = f":packed:{suffix}", True, manifest["packed_crc32"]
     else:
-        tensor = _one(random, tensors)
-        suffix = _one(random, list(tensor["crc32"]))
+        tensor = _choice(random, tensors)
+        suffix = _choice(random, list(tensor["crc32"]))
         name = f"{tensor['name']}:{suffix}" if suffix else tensor["name"]
         coded, checksums = tensor["codec"] == "delta", tensor["crc32"]
     data = streams[name]
@@ -263,8 +268,8 @@ def _packed(header: dict[str, Any], streams: dict[str, bytes]) -> bytes:
 
 
 def npz(random: Generator, corpus: Sequence[bytes]) -> bytes:
-    """A zip with members changed, renamed, twice there, absent, or without end, behind correct checksums."""
-    with zipfile.ZipFile(io.BytesIO(_one(random, corpus))) as source:
+    """Makes a zip whose members are changed, renamed, duplicated, absent or without end, with correct checksums."""
+    with zipfile.ZipFile(io.BytesIO(_choice(random, corpus))) as source:
         members = [(name, source.read(name)) for name in source.namelist()]
     i = int(random.integers(len(members)))
     name, data = members[i]
@@ -272,9 +277,9 @@ def npz(random: Generator, corpus: Sequence[bytes]) -> bytes:
     if choice < 0.55:
         members[i] = name, _changed_array(random, data)
     elif choice < 0.65:
-        members[i] = _one(random, (*TEXTS, "a/b.npy", "C:\\x.npy", members[0][0])) or "x", data
+        members[i] = _choice(random, (*TEXTS, "a/b.npy", "C:\\x.npy", members[0][0])) or "x", data
     elif choice < 0.75:
-        members.append((name, _one(random, members)[1]))
+        members.append((name, _choice(random, members)[1]))
     elif choice < 0.85:
         del members[i]
     elif choice < 0.98:
@@ -286,14 +291,14 @@ def npz(random: Generator, corpus: Sequence[bytes]) -> bytes:
 
 
 def _changed_array(random: Generator, data: bytes) -> bytes:
-    """Change the values of an array by their own type, its header, or any byte."""
+    """Changes the values of an array in their own type, its header, or any byte."""
     choice = random.random()
     if choice < 0.3:
         return any_bytes(random, [data])
     end = data.index(b"\n") + 1 if b"\n" in data[:1000] else len(data)
     head, body = data[:end], bytearray(data[end:])
     if choice < 0.6:
-        old, new = _one(random, _HEADER_CHANGES)
+        old, new = _choice(random, _HEADER_CHANGES)
         return head.replace(old, new) + body
     for _ in range(int(random.integers(1, 4))):
         if len(body) >= 4:
@@ -322,7 +327,7 @@ def _zipped(members: Sequence[tuple[str, bytes]]) -> bytes:
 
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as target, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about names that are there twice
+        warnings.simplefilter("ignore")  # zipfile warns about duplicate names, which are meant here
         for name, data in members:
             target.writestr(zipfile.ZipInfo(name), data, compress_type=zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
@@ -332,12 +337,12 @@ def _zipped(members: Sequence[tuple[str, bytes]]) -> bytes:
 
 
 def onnx_model(random: Generator, corpus: Sequence[bytes]) -> bytes:
-    """An ONNX file with wrong dimensions, types, names, links or data."""
+    """Makes an ONNX file with wrong dimensions, types, names, links or data."""
     import onnx
 
-    model = onnx.ModelProto.FromString(_one(random, corpus))
+    model = onnx.ModelProto.FromString(_choice(random, corpus))
     for _ in range(int(random.integers(1, 4))):
-        _one(random, _ONNX_CHANGES)(random, model.graph)
+        _choice(random, _ONNX_CHANGES)(random, model.graph)
     if random.random() < 0.1 and model.metadata_props:
         entry = model.metadata_props[0]
         entry.value = json.dumps(json_tree(random, json.loads(entry.value)))
@@ -346,16 +351,16 @@ def onnx_model(random: Generator, corpus: Sequence[bytes]) -> bytes:
 
 def _tensor(random: Generator, graph: Any) -> Any:
     sparse = [part for tensor in graph.sparse_initializer for part in (tensor.values, tensor.indices)]
-    return _one(random, [*graph.initializer, *sparse])
+    return _choice(random, [*graph.initializer, *sparse])
 
 
 def _dims(random: Generator, graph: Any) -> None:
     dims = _tensor(random, graph).dims
     values = [0, 1, -1, 3, 255, 2**31, 2**40, 2**62]
     if dims and random.random() < 0.7:
-        dims[int(random.integers(len(dims)))] = _one(random, values)
+        dims[int(random.integers(len(dims)))] = _choice(random, values)
     else:
-        dims.append(_one(random, values))
+        dims.append(_choice(random, values))
 
 
 def _raw(random: Generator, graph: Any) -> None:
@@ -369,39 +374,39 @@ def _kind(random: Generator, graph: Any) -> None:
 
 
 def _name(random: Generator, graph: Any) -> None:
-    _tensor(random, graph).name = _one(random, (*TEXTS[:3], _tensor(random, graph).name))
+    _tensor(random, graph).name = _choice(random, (*TEXTS[:3], _tensor(random, graph).name))
 
 
 def _external(random: Generator, graph: Any) -> None:
     tensor = _tensor(random, graph)
     tensor.data_location = 1
     entry = tensor.external_data.add()
-    entry.key, entry.value = "location", _one(random, TEXTS[1:4])
+    entry.key, entry.value = "location", _choice(random, TEXTS[1:4])
 
 
 def _link(random: Generator, graph: Any) -> None:
-    node, other = _one(random, graph.node), _one(random, graph.node)
-    names = _one(random, (node.input, node.output))
+    node, other = _choice(random, graph.node), _choice(random, graph.node)
+    names = _choice(random, (node.input, node.output))
     if names:
-        names[int(random.integers(len(names)))] = _one(random, (*other.input, *other.output, "x", ""))
+        names[int(random.integers(len(names)))] = _choice(random, (*other.input, *other.output, "x", ""))
 
 
 def _operator(random: Generator, graph: Any) -> None:
-    node = _one(random, graph.node)
-    node.op_type = _one(random, [other.op_type for other in graph.node] + ["Constant", "Loop", "NoSuchOperator"])
+    node = _choice(random, graph.node)
+    node.op_type = _choice(random, [other.op_type for other in graph.node] + ["Constant", "Loop", "NoSuchOperator"])
 
 
 def _attribute(random: Generator, graph: Any) -> None:
-    node = _one(random, graph.node)
+    node = _choice(random, graph.node)
     if node.attribute:
-        attribute = _one(random, node.attribute)
-        attribute.i = int(_one(random, [0, 1, -1, 7, 13, 2**40]))
+        attribute = _choice(random, node.attribute)
+        attribute.i = int(_choice(random, [0, 1, -1, 7, 13, 2**40]))
         if attribute.ints:
-            attribute.ints[0] = int(_one(random, [0, -1, 2**31, 2**62]))
+            attribute.ints[0] = int(_choice(random, [0, -1, 2**31, 2**62]))
 
 
 def _order(random: Generator, graph: Any) -> None:
-    field = _one(random, (graph.node, graph.initializer))
+    field = _choice(random, (graph.node, graph.initializer))
     items = list(field)
     i = int(random.integers(len(items)))
     choice = random.random()
@@ -413,7 +418,7 @@ def _order(random: Generator, graph: Any) -> None:
 _ONNX_CHANGES = (_dims, _dims, _raw, _raw, _kind, _name, _external, _link, _operator, _attribute, _order)
 
 
-def _one(random: Generator, choices: Sequence[Any]) -> Any:
+def _choice(random: Generator, choices: Sequence[Any]) -> Any:
     return choices[int(random.integers(len(choices)))]
 
 
@@ -428,4 +433,4 @@ MUTATORS: dict[str, tuple[Mutate, ...]] = {
     "safetensors": (any_bytes, safetensors),
     "pickle": (any_bytes,),
 }
-"""The kinds of files, and how each is attacked."""
+"""Mutators by kind of file; a mutator that stands there several times is drawn as often."""

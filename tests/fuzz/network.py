@@ -1,4 +1,4 @@
-"""The small network whose files are attacked."""
+"""The small network whose files are mutated."""
 
 from torch import nn
 

@@ -1,8 +1,8 @@
-"""Reads mutants of one kind of file, one after the other, and says on stdout how that went; a process of its own.
+"""Reads mutants of one kind of file, one after the other, and prints the result; runs in a process of its own.
 
     python worker.py KIND CORPUS_FOLDER SCRATCH_FOLDER SEED FIRST COUNT
 
-A crash or a hang ends the process; `SCRATCH_FOLDER/at` then holds the number of the mutant.
+A crash or a hang ends the process; `SCRATCH_FOLDER/at` then contains the number of the mutant.
 """
 
 from __future__ import annotations
@@ -27,23 +27,28 @@ from mutators import MUTATORS
 from dsr_tool.errors import DsrError, UsageError
 
 Reader = Callable[[Path], tuple[Callable[[], Any], Path]]
+"""Takes a scratch folder; returns a function that reads the mutant, and the path where the mutant is expected."""
 
 CAP_BYTES = 1 << 30
 """Memory that reading one small file may take; no reader needs a tenth of it for the files of this corpus."""
 MOST_S = 2.0
+"""Processor time that reading one mutant may take, in seconds."""
 MOST_INPUTS = 10**6
+"""Largest number of entries of an input that a mutant is run on: a mutant may ask for any size."""
 _KILLED_AFTER_S = 60
+"""Wall time after which a hanging reader is killed, in seconds."""
 
 
 def main() -> None:
-    """Read `COUNT` mutants and print what came out as one JSON document."""
+    """Reads `COUNT` mutants and prints one JSON document with the outcome."""
     kind, corpus_folder, scratch = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     seed, first, count = map(int, sys.argv[4:])
     faulthandler.enable()
     read, target = READERS[kind](scratch)
     corpus = [path.read_bytes() for path in sorted(corpus_folder.iterdir())]
     target.write_bytes(corpus[0])
-    with contextlib.suppress(UsageError):  # what is imported on the way is not counted; one kind fits no network
+    # The first read imports modules, which must not count. State_dicts of this corpus fit no network: UsageError.
+    with contextlib.suppress(UsageError):
         read()
     _limit_memory()
     result: dict[str, Any] = {"accepted": 0, "rejected": 0, "slowest_s": 0.0, "failures": []}
