@@ -1,4 +1,4 @@
-"""Small sparse models and the graph of one, made once."""
+"""Small sparse models, and the graph of one that is captured once."""
 
 import pytest
 import torch
@@ -46,11 +46,11 @@ def make_model():
 
 @pytest.fixture(scope="session")
 def captured():
-    """The graph of that model."""
+    """Returns the graph of that model."""
     return trace(_network(), SHAPE)
 
 
 @pytest.fixture
 def trace_once(monkeypatch, captured):
-    """Lets the exporters of a test use the graph that was captured already, which saves a second for each."""
+    """Lets exports use the graph that was captured already, which saves a second for each."""
     monkeypatch.setattr("exporters.checked.trace", lambda module, shape: captured)

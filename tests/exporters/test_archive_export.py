@@ -1,4 +1,4 @@
-"""Archives of a model as it is, and with its weights as float16."""
+"""Exports to archives with float16 weights."""
 
 import re
 
@@ -33,7 +33,7 @@ def test_weights_are_stored_as_float16_and_nothing_else(make_model, half, tmp_pa
         assert rounded.tensor(name).mask.equals(expected.mask)
 
 
-def test_verification_compares_with_the_rounded_model_and_says_what_rounding_did(make_model, tmp_path):
+def test_verification_compares_with_the_rounded_model_and_notes_the_effect_of_rounding(make_model, tmp_path):
     model = make_model()
     found = export(model, tmp_path / "m.dsr", values="fp16")
     assert found.passed and found.weights_equal and found.masks_equal
@@ -47,7 +47,7 @@ def test_verification_compares_with_the_rounded_model_and_says_what_rounding_did
     assert not export(model, tmp_path / "whole.dsr").notes
 
 
-def test_a_model_that_rounds_otherwise_does_not_pass(make_model, half):
+def test_a_model_that_rounds_to_other_values_does_not_pass(make_model, half):
     model = make_model()
     with torch.no_grad():
         weight = model.weights["8.weight"]
@@ -56,7 +56,7 @@ def test_a_model_that_rounds_otherwise_does_not_pass(make_model, half):
     assert found.masks_equal and not found.weights_equal and not found.passed
 
 
-def test_it_loads_as_float32_and_exports_to_the_same_bytes(make_model, half, tmp_path):
+def test_a_float16_archive_loads_as_float32_and_exports_to_the_same_bytes(make_model, half, tmp_path):
     loaded = load(half, make_model().module)
     assert {tensor.dtype for tensor in loaded.module.state_dict().values()} == {torch.float32, torch.int64}
     expected = rounded_model(make_model()).module.state_dict()
@@ -85,7 +85,7 @@ def test_a_weight_that_float16_cannot_hold_leaves_no_file(make_model, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_values_and_models_that_are_none_leave_no_file(make_model, tmp_path):
+def test_unknown_values_and_inconsistent_models_leave_no_file(make_model, tmp_path):
     with pytest.raises(UsageError, match="--values 'int8' is unknown"):
         export(make_model(), tmp_path / "m.dsr", values="int8")
     model = make_model()

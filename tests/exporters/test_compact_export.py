@@ -1,4 +1,4 @@
-"""Compacted exports of whole networks: smaller, the same outputs, and honest about what was removed."""
+"""Compacted exports of whole networks are smaller, compute the same, and record what was removed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("trace_once")
 
 
 def kill(module: nn.Module, share: float, seed: int = 0) -> None:
-    """Give every layer dead filters and norms that shift, and the outputs something to say."""
+    """Gives every layer dead filters and norms that shift, and the last layer outputs that are not zero."""
     random = torch.Generator().manual_seed(seed)
     layers = [m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     with torch.no_grad():
@@ -48,21 +48,21 @@ def kill(module: nn.Module, share: float, seed: int = 0) -> None:
 
 
 def sparse_model(module: nn.Module, shape: tuple[int, ...], sparsity: float) -> SparseModel:
-    """A sparse model whose masks follow the largest weights, so that dead filters stay dead."""
+    """Sparsifies a module by magnitude, so that dead filters stay dead."""
     config = ModelConfig("module", type(module).__name__, 0, shape)
     return sparsify(module.eval(), config, Budget(sparsity=sparsity), positions="magnitude")
 
 
 @pytest.fixture
 def model(make_model) -> SparseModel:
-    """A small model with dead filters."""
+    """Returns a small model with dead filters."""
     model = make_model(0.7)
     kill(model.module, 0.4)
     return model
 
 
 def keep_signal(module: nn.Module, size: int) -> None:
-    """Norms with the statistics of what reaches them, so that outputs still depend on inputs."""
+    """Sets norms to the statistics of their inputs, so that outputs still depend on the model's inputs."""
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = None
@@ -101,7 +101,7 @@ def test_a_compacted_archive_is_smaller_and_computes_the_same(model, tmp_path):
 
 @pytest.mark.parametrize("container", ["archive", "onnx"])
 @pytest.mark.parametrize("encoding", ["auto", "dense"])
-def test_compaction_goes_with_float16_and_with_every_encoding(model, tmp_path, container, encoding):
+def test_compaction_works_with_float16_and_every_encoding(model, tmp_path, container, encoding):
     path = tmp_path / "small"
     result = export(model, path, to=container, encoding=encoding, values="fp16", compact=True)
     assert result.passed
@@ -144,7 +144,7 @@ def test_a_compacted_archive_does_not_go_back_into_the_module(model, tmp_path):
         load(tmp_path / "small.dsr", model.module)
 
 
-def test_a_compacted_archive_of_another_model_is_found_out(model, make_model, tmp_path):
+def test_a_compacted_archive_of_another_model_does_not_pass(model, make_model, tmp_path):
     export(model, tmp_path / "small.dsr", compact=True)
     other = make_model(0.7)
     kill(other.module, 0.2, seed=1)
@@ -153,13 +153,13 @@ def test_a_compacted_archive_of_another_model_is_found_out(model, make_model, tm
 
 
 @pytest.mark.parametrize("record", [None, {}, {"layers": {"a": [1, 2]}}, {"layers": {"a": [1, 2, 3, -1]}}, []])
-def test_a_record_that_makes_no_sense_is_refused(record):
+def test_a_malformed_record_of_compaction_is_refused(record):
     with pytest.raises(FormatError, match="compaction"):
         Savings.from_dict(record)
 
 
 def compared(module: nn.Module, size: int) -> tuple[int, int, int]:
-    """Filters before and after, and layers that lost some, once the outputs were compared with PyTorch's."""
+    """Compares outputs with PyTorch; returns filters before and after, and the number of layers that lost some."""
     model = sparse_model(module, (3, size, size), 0.5)
     keep_signal(module, size)
     before, small = fold_and_compact(trace(module, (3, size, size)), model.tensors())

@@ -1,4 +1,4 @@
-"""A whole model as CSR matrices: scipy computes what PyTorch computes."""
+"""Exports to CSR files: scipy computes with them what PyTorch computes."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_every_layer_multiplies_as_in_pytorch(make_model, tmp_path):
     np.testing.assert_allclose(layers["8.weight"] @ x.numpy() + layers["8.bias"], expected, atol=1e-6)
 
 
-def test_a_convolution_is_a_product_with_the_flattened_weight(make_model, tmp_path):
+def test_a_convolution_equals_a_product_with_the_flattened_weight(make_model, tmp_path):
     model = make_model()
     export(model, tmp_path / "m.npz")
     weight = dsr_tool.load_csr(tmp_path / "m.npz")["0.weight"]
@@ -40,7 +40,7 @@ def test_a_convolution_is_a_product_with_the_flattened_weight(make_model, tmp_pa
     np.testing.assert_allclose(weight @ columns, expected, atol=1e-5)
 
 
-def test_weights_of_half_precision(make_model, tmp_path):
+def test_float16_weights_are_stored_and_widened_on_loading(make_model, tmp_path):
     model = make_model()
     verification = export(model, tmp_path / "m.npz", values="fp16")
     assert verification.passed and verification.weights_equal
@@ -91,7 +91,7 @@ def test_a_failed_verification_leaves_no_file(make_model, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_usage(make_model, tmp_path):
+def test_unknown_options_and_a_missing_input_shape_are_refused(make_model, tmp_path):
     with pytest.raises(UsageError, match="'delta' does not exist in csr files"):
         export(make_model(), tmp_path / "m.npz", encoding="delta")
     with pytest.raises(UsageError, match="fp16"):

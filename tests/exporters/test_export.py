@@ -1,8 +1,9 @@
-"""One call for every container: which combinations there are, and what is said about the others."""
+"""The public function `export`: every combination of options is verified or refused in one sentence."""
 
 import functools
 
 import pytest
+import torch
 from torchvision import models
 
 import dsr_tool
@@ -18,7 +19,7 @@ FILES = {"m.dsr": "archive", "m.onnx": "onnx", "m.npz": "csr", "m.safetensors": 
 
 @pytest.mark.usefixtures("trace_once")
 @pytest.mark.parametrize("name", [*FILES, "m.pt", "m", "m.DSR"])
-def test_the_ending_says_the_container_and_the_content_too(make_model, tmp_path, name):
+def test_the_ending_chooses_the_container_and_the_content_shows_it(make_model, tmp_path, name):
     verification = export(make_model(), tmp_path / name)
     expected = FILES.get(name, "state-dict" if name == "m.pt" else "archive")
     assert verification.passed and verification.kind == expected == container_of(tmp_path / name).name
@@ -27,14 +28,14 @@ def test_the_ending_says_the_container_and_the_content_too(make_model, tmp_path,
 
 @pytest.mark.usefixtures("trace_once")
 @pytest.mark.parametrize(("to", "encoding"), [(to, e) for to, one in CONTAINERS.items() for e in one.encodings])
-def test_every_encoding_of_every_container(make_model, tmp_path, to, encoding):
+def test_every_encoding_of_every_container_is_verified(make_model, tmp_path, to, encoding):
     assert export(make_model(), tmp_path / "m", to=to, encoding=encoding).passed
     assert container_of(tmp_path / "m").name == to
 
 
 @pytest.mark.usefixtures("trace_once")
 @pytest.mark.parametrize("to", CONTAINERS)
-def test_half_precision_in_every_container(make_model, tmp_path, to):
+def test_float16_makes_every_container_smaller(make_model, tmp_path, to):
     exact = export(make_model(), tmp_path / "exact", to=to)
     half = export(make_model(), tmp_path / "half", to=to, values="fp16")
     assert half.passed and half.file_bytes < exact.file_bytes
@@ -59,7 +60,7 @@ def test_half_precision_in_every_container(make_model, tmp_path, to):
         ("m.pth", {"compact": True}, "or use --to archive or onnx"),
     ],
 )
-def test_what_does_not_fit_together(make_model, tmp_path, name, options, says):
+def test_options_that_exclude_each_other_are_refused(make_model, tmp_path, name, options, says):
     with pytest.raises(UsageError, match=says):
         export(make_model(), tmp_path / name, **options)
     assert not list(tmp_path.iterdir())
@@ -73,7 +74,18 @@ def test_nothing_is_replaced_without_force(make_model, tmp_path, name):
     assert (tmp_path / name).read_text() == "mine"
 
 
-def test_all_containers_from_a_folder_and_from_an_archive(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("trace_once")
+@pytest.mark.parametrize("to", CONTAINERS)
+def test_a_model_that_a_container_cannot_hold_is_refused_before_anything_is_written(make_model, tmp_path, to):
+    model = make_model()
+    with torch.no_grad():
+        model.weights["8.weight"][model.masks["8.weight"]] = 1e6
+    with pytest.raises(UsageError, match="cannot hold weight '8.weight'"):
+        export(model, tmp_path / "new" / "m", to=to, values="fp16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_and_an_archive_export_to_the_same_bytes(tmp_path, monkeypatch):
     traced = functools.cache(lambda name, shape: trace(models.squeezenet1_1(num_classes=5), shape))
     monkeypatch.setattr("exporters.checked.trace", lambda module, shape: traced(type(module).__name__, shape))
     convert("squeezenet1_1", sparsity=0.9, num_classes=5, input_size=64).save(tmp_path / "net")

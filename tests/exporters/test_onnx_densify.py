@@ -1,4 +1,4 @@
-"""Compact files made dense: the same bits under the same names, for runtimes' own tools."""
+"""Compact files become dense ones with the same bits under the same names, for the tools of runtimes."""
 
 import numpy as np
 import onnx
@@ -35,7 +35,7 @@ def test_densify_gives_plain_initializers(make_model, captured, encoding, values
     assert not arrays and not dense.graph.sparse_initializer
 
 
-def test_densified_files_are_verified_and_quantize(make_model, tmp_path):
+def test_dense_files_are_verified_and_can_be_quantized(make_model, tmp_path):
     export(make_model(), tmp_path / "compact.onnx", values="fp16")
     verification = densify_export(tmp_path / "compact.onnx", tmp_path / "dense.onnx", encoding="dense")
     assert verification.passed and verification.weights_equal and verification.path == tmp_path / "dense.onnx"
@@ -56,7 +56,7 @@ def test_densified_files_are_verified_and_quantize(make_model, tmp_path):
     assert np.abs(exact - rough).max() < 0.1 * np.abs(exact).max()
 
 
-def test_what_cannot_be_made_dense(make_model, tmp_path, monkeypatch):
+def test_files_that_cannot_be_made_dense_are_refused(make_model, tmp_path, monkeypatch):
     with pytest.raises(FileError, match="does not exist"):
         densify_export(tmp_path / "none.onnx", tmp_path / "dense.onnx", encoding="dense")
     (tmp_path / "text.onnx").write_text("no model")

@@ -1,4 +1,4 @@
-"""ONNX files of whole models: outputs, sizes, what is left to decode, and what a reader finds."""
+"""ONNX files of whole models: outputs, sizes, decoding, and what the reader finds in files of any tool."""
 
 import json
 
@@ -34,7 +34,7 @@ def outputs(model, x, optimized=None):
 
 @pytest.mark.parametrize("encoding", ["auto", "dense", "delta", "bitmask", "coo"])
 @pytest.mark.parametrize("sparsity", [1 - 4 / COUNT, 0.9, 0.5, 0.0])
-def test_outputs_at_every_density(make_model, captured, sparsity, encoding, tmp_path):
+def test_outputs_are_those_of_pytorch_at_every_density(make_model, captured, sparsity, encoding, tmp_path):
     model = make_model(sparsity)
     proto = to_onnx(captured, model.tensors(), encoding=encoding)
     # Strict shape inference takes a sparse initializer for another type than its weight.
@@ -105,7 +105,7 @@ def test_an_archive_becomes_onnx_without_its_model(make_model, tmp_path):
         np.testing.assert_allclose(found, model.module.eval()(torch.from_numpy(x)), atol=1e-5)
 
 
-def test_half_precision_files_are_smaller_and_say_what_rounding_did(make_model, tmp_path):
+def test_float16_files_are_smaller_and_note_the_effect_of_rounding(make_model, tmp_path):
     for encoding in ("auto", "delta", "bitmask", "coo", "dense"):
         sizes = {}
         for values in ("fp32", "fp16"):
@@ -126,7 +126,7 @@ def test_half_precision_files_are_smaller_and_say_what_rounding_did(make_model, 
         assert {name for name, entry in file.entries.items() if entry.spec.weight} == weights
 
 
-def test_half_precision_that_overflows_names_the_weight(make_model, tmp_path):
+def test_a_weight_that_overflows_float16_is_named(make_model, tmp_path):
     model = make_model()
     with torch.no_grad():
         model.weights["8.weight"][model.masks["8.weight"]] = 1e5
@@ -149,7 +149,7 @@ def test_compacted_files_compute_the_same(make_model, tmp_path):
     assert left == read <= 24
 
 
-def test_resnet18_multiply_adds():
+def test_multiply_adds_of_resnet18_are_those_of_its_modules():
     model = sparsify(
         models.resnet18(num_classes=10), ModelConfig("torchvision", "resnet18", 10, (3, 64, 64)), Budget(sparsity=0.5)
     )
@@ -211,7 +211,7 @@ def test_sparse_initializers_are_read(tmp_path):
         foreign(tmp_path / "m.onnx", nodes, [], sparse=sparse([3, 24]))
 
 
-def test_no_onnx_file(tmp_path, make_model, captured):
+def test_files_that_are_no_onnx_are_refused(tmp_path, make_model, captured):
     with pytest.raises(FileError, match="does not exist"):
         read_onnx(tmp_path / "none.onnx")
     content = to_onnx(captured, make_model().tensors()).SerializeToString()
@@ -231,7 +231,7 @@ def test_weights_in_other_files_are_refused(tmp_path):
         read_onnx(tmp_path / "n.onnx")
 
 
-def test_wrong_usage(make_model, tmp_path, monkeypatch, captured):
+def test_unknown_options_a_missing_shape_and_too_large_models_are_refused(make_model, tmp_path, monkeypatch, captured):
     with pytest.raises(UsageError, match="csr"):
         export(make_model(), tmp_path / "m.onnx", encoding="csr")
     with pytest.raises(UsageError, match="delta"):

@@ -1,4 +1,4 @@
-"""ONNX files as models of the runtime: the same weights, the same outputs, and one sentence where that cannot be."""
+"""Sessions of ONNX files compute what sessions of archives compute, or refuse the file in one sentence."""
 
 import subprocess
 import sys
@@ -43,7 +43,7 @@ def traced():
 
 @pytest.fixture(scope="module")
 def archives(traced, tmp_path_factory):
-    """The same network as archives, by the type of its values."""
+    """Returns archives of the same network, by the type of their values."""
     network, graph = traced
     found = {}
     for values in VALUES:
@@ -59,7 +59,9 @@ X = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
 @pytest.mark.parametrize("runtime", ["auto", "scipy"])
 @pytest.mark.parametrize("encoding", ONNX_ENCODINGS)
 @pytest.mark.parametrize("values", VALUES)
-def test_a_session_of_every_encoding_is_that_of_the_archive(tmp_path, traced, archives, encoding, values, runtime):
+def test_a_session_of_every_encoding_computes_what_the_archive_does(
+    tmp_path, traced, archives, encoding, values, runtime
+):
     network, graph = traced
     content = to_onnx(graph, network.tensors(), encoding=encoding, values=values, specs=network.specs)
     path = written(tmp_path, content)
@@ -72,7 +74,7 @@ def test_a_session_of_every_encoding_is_that_of_the_archive(tmp_path, traced, ar
 
 
 @pytest.mark.parametrize("encoding", ONNX_ENCODINGS)
-def test_what_an_encoding_says_about_the_model(tmp_path, traced, encoding):
+def test_the_description_is_the_same_in_every_encoding(tmp_path, traced, encoding):
     network, graph = traced
     found = open_onnx(written(tmp_path, to_onnx(graph, network.tensors(), encoding=encoding, architecture="squeeze")))
     # The positions of compact weights are not carried along as constants.
@@ -82,7 +84,7 @@ def test_what_an_encoding_says_about_the_model(tmp_path, traced, encoding):
     assert found.config.input_shape == (3, 32, 32)
 
 
-def test_a_file_of_another_tool(tmp_path):
+def test_a_file_of_another_tool_is_run(tmp_path):
     weight = np.random.default_rng(0).standard_normal((4, 3, 3, 3)).astype(np.float32)
     path = written(tmp_path, model([helper.make_node("Conv", ["x", "w"], ["y"])], [("w", weight)]))
     x = np.ones((1, 3, 6, 6), np.float32)
@@ -91,26 +93,26 @@ def test_a_file_of_another_tool(tmp_path):
     np.testing.assert_array_equal(open_onnx(path).tensor("w").to_dense(), weight)
 
 
-def test_two_inputs(tmp_path):
+def test_two_inputs_are_refused(tmp_path):
     path = written(tmp_path, model([helper.make_node("Add", ["x", "z"], ["y"])], inputs=("x", "z")))
     with pytest.raises(UsageError, match="takes 2 inputs"):
         Session(path)
 
 
-def test_a_name_that_nothing_makes(tmp_path):
+def test_a_name_that_nothing_defines_is_refused(tmp_path):
     path = written(tmp_path, model([helper.make_node("Relu", ["nobody"], ["y"])]))
     with pytest.raises(FormatError, match="nobody"):
         Session(path)
 
 
-def test_a_cycle(tmp_path):
+def test_a_cycle_is_refused(tmp_path):
     nodes = [helper.make_node("Add", ["x", "b"], ["a"]), helper.make_node("Relu", ["a"], ["b"])]
     path = written(tmp_path, model([*nodes, helper.make_node("Relu", ["b"], ["y"])]))
     with pytest.raises(FormatError, match="not an ONNX file, or is damaged|which no node before it makes"):
         Session(path)
 
 
-def test_a_subgraph(tmp_path):
+def test_a_subgraph_is_refused(tmp_path):
     branch = helper.make_graph([helper.make_node("Relu", ["x"], ["r"])], "b", [], [])
     node = helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch)
     with pytest.raises(FormatError, match="has a subgraph"):
@@ -127,21 +129,21 @@ def test_a_subgraph(tmp_path):
         (helper.make_node("Constant", [], ["y"]), "constant 'y' has 0 values, expected 1"),
     ],
 )
-def test_nodes_that_are_not_of_the_standard(tmp_path, node, message):
+def test_nodes_outside_the_standard_are_refused(tmp_path, node, message):
     content = model([node])
     content.opset_import.append(helper.make_opsetid("com.example", 1))
     with pytest.raises(FormatError, match=message):
         Session(written(tmp_path, content))
 
 
-def test_a_type_that_onnx_has_not(tmp_path):
+def test_a_type_that_onnx_does_not_define_is_refused(tmp_path):
     content = model([helper.make_node("Relu", ["x"], ["y"])])
     content.graph.input[0].type.tensor_type.elem_type = 999
     with pytest.raises(FormatError, match="type 999, which ONNX does not define"):
         Session(written(tmp_path, content))
 
 
-def test_what_is_no_onnx_file(tmp_path):
+def test_missing_files_and_text_are_refused(tmp_path):
     with pytest.raises(FileError, match="does not exist"):
         Session(tmp_path / "none.onnx")
     path = tmp_path / "text.onnx"
@@ -151,7 +153,7 @@ def test_what_is_no_onnx_file(tmp_path):
 
 
 def weighted(kind, code=TensorProto.FLOAT):
-    """A product by a constant of some type."""
+    """Builds a matrix product with a constant of some type."""
     nodes = [helper.make_node("Cast", ["w"], ["c"], to=code), helper.make_node("MatMul", ["x", "c"], ["y"])]
     content = model(nodes, shape=("n", 3, 4, 4), kind=code)
     content.graph.initializer.append(helper.make_tensor("w", kind, [4, 4], np.ones(16)))
@@ -167,14 +169,14 @@ def weighted(kind, code=TensorProto.FLOAT):
         (model([helper.make_node("Relu", ["x"], ["y"])], shape=("n", -3, 6, 6)), "'x' has a negative size"),
     ],
 )
-def test_types_and_sizes_that_no_archive_has(tmp_path, content, message):
+def test_types_and_sizes_that_no_archive_has_are_refused(tmp_path, content, message):
     path = written(tmp_path, content)
     with pytest.raises(FormatError, match=message) as caught:
         Session(path)
     assert repr(str(path)) in str(caught.value)
 
 
-def test_an_output_that_is_no_tensor(tmp_path):
+def test_an_output_that_is_no_tensor_is_refused(tmp_path):
     content = model([helper.make_node("SequenceConstruct", ["x"], ["y"])])
     content.graph.output[0].CopyFrom(helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, None))
     with pytest.raises(FormatError, match="value 'y' is no tensor"):

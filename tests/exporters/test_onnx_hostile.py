@@ -1,4 +1,4 @@
-"""ONNX files from strangers end in a clear error or load; they never take the process or its time with them."""
+"""ONNX files from strangers load or are refused in one sentence; they never end or occupy the process."""
 
 import random
 import time
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("trace_once")
 
 
 def read(path, content):
-    """What reading these bytes takes in seconds; errors are the file's."""
+    """Reads these bytes; returns the seconds of processor time that it takes."""
     path.write_bytes(content)
     start = time.process_time()
     file = read_onnx(path)
@@ -43,7 +43,7 @@ MATMUL = helper.make_node("MatMul", ["x", "w"], ["y"])
 
 
 @pytest.mark.parametrize("encoding", ["auto", "delta", "bitmask", "coo"])
-def test_flipped_cut_and_spliced_files(make_model, captured, tmp_path, encoding):
+def test_flipped_cut_and_spliced_files_are_read_or_refused_quickly(make_model, captured, tmp_path, encoding):
     model = make_model(0.9)
     sound = [
         to_onnx(captured, model.tensors(), encoding=encoding, values=values, specs=model.specs).SerializeToString()
@@ -67,7 +67,7 @@ def test_flipped_cut_and_spliced_files(make_model, captured, tmp_path, encoding)
 
 
 def of_weights(count, side):
-    """A file of weights with one entry each."""
+    """Builds a file of weights with one active entry each."""
     weights = {f"w{i}": SparseTensor(Mask((side, side), np.array([7])), np.ones(1, np.float32)) for i in range(count)}
     nodes = tuple(Node("Relu", (name,), (f"y{name}",)) for name in weights)
     graph = Graph((Value("x", (1,)),), (Value("yw0", (side, side)),), nodes, {}, tuple(weights), 18)
@@ -94,12 +94,12 @@ def test_weights_are_counted_before_they_are_decoded(tmp_path, monkeypatch):
     ],
     ids=["two initializers", "an initializer and a node", "a cycle", "nothing makes it"],
 )
-def test_names_that_are_made_twice_or_never(tmp_path, content):
+def test_names_that_are_defined_twice_or_never_are_refused(tmp_path, content):
     with pytest.raises(FormatError, match=r"damaged"):
         read(tmp_path / "m.onnx", content)
 
 
-def test_sizes_that_no_tensor_has(tmp_path):
+def test_sizes_that_no_tensor_has_are_refused(tmp_path):
     for dims in ([-1, 4], [1 << 62, 4], [1 << 33, 1 << 33], [0, -4]):
         tensor = weight()
         del tensor.dims[:]
@@ -143,7 +143,7 @@ def test_deep_nesting_is_refused(tmp_path):
         read(tmp_path / "m.onnx", b"\x08\x09" + field(7, graph))
 
 
-def test_paths_inside_of_subgraphs_are_refused(tmp_path):
+def test_external_tensors_inside_subgraphs_are_refused(tmp_path):
     outside = TensorProto(name="k", dims=[4, 4], data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL)
     outside.external_data.add(key="location", value="/etc/passwd")
     body = helper.make_graph(

@@ -1,4 +1,4 @@
-"""Session presets: the same outputs, other moments of decoding."""
+"""Session presets decode weights at other moments and compute the same outputs."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_every_preset_computes_the_same(make_model, tmp_path, values):
         np.testing.assert_allclose(output, outputs[0], rtol=0, atol=1e-5 * np.abs(outputs[0]).max())
 
 
-def test_wrong_usage_of_sessions(tmp_path):
+def test_missing_files_unknown_presets_and_no_threads_are_refused(tmp_path):
     with pytest.raises(FileError, match="does not exist"):
         onnx_session(tmp_path / "none.onnx")
     (tmp_path / "text.onnx").write_text("no model")

@@ -1,4 +1,4 @@
-"""What rounding to float16 does to a model, measured on a copy."""
+"""The effect of rounding to float16 is measured on a copy of the model."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Plain state_dicts: other people's loaders read them into other people's modules."""
+"""Exports to plain state_dicts: other tools' loaders read them into ordinary modules."""
 
 import resource
 import signal
@@ -30,7 +30,7 @@ KINDS = {
 
 @pytest.fixture(params=KINDS)
 def kind(request, tmp_path):
-    """A path, and how it is written, read and called."""
+    """Returns a path, the function that loads such a file, and the name of its container."""
     return (tmp_path / request.param, *KINDS[request.param])
 
 
@@ -72,7 +72,7 @@ def test_a_full_disk_leaves_the_old_file(kind, mobilenet):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_half_precision_loads_into_a_plain_module(kind, mobilenet):
+def test_float16_loads_into_a_plain_module(kind, mobilenet):
     path, load, _ = kind
     verification = export(mobilenet, path, values="fp16")
     assert verification.passed and "rounded to float16" in verification.notes[0]
@@ -87,7 +87,7 @@ def test_half_precision_loads_into_a_plain_module(kind, mobilenet):
     assert verify(path, mobilenet).passed
 
 
-def test_the_file_is_as_large_as_dense_and_the_export_says_so(kind, mobilenet):
+def test_the_file_is_as_large_as_dense_and_the_export_notes_it(kind, mobilenet):
     path, _, _ = kind
     note = export(mobilenet, path).notes[-1]
     dense = sum(value.nbytes for value in mobilenet.module.state_dict().values())
@@ -104,7 +104,7 @@ def test_the_same_model_gives_the_same_bytes(kind, make_model):
     assert path.read_bytes() == other.read_bytes()
 
 
-def test_safetensors_says_that_it_is_of_pytorch(make_model, tmp_path):
+def test_safetensors_files_name_their_format_as_pytorch(make_model, tmp_path):
     export(make_model(), tmp_path / "m.safetensors")
     with safe_open(tmp_path / "m.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
@@ -134,7 +134,7 @@ def test_a_value_where_the_model_has_a_zero_is_found(make_model, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["m.safetensors", "m.pth"])
-def test_files_that_hold_something_else(make_model, tmp_path, name):
+def test_cut_files_are_refused(make_model, tmp_path, name):
     path = tmp_path / name
     export(make_model(), path)
     path.write_bytes(path.read_bytes()[:-200])
@@ -143,7 +143,7 @@ def test_files_that_hold_something_else(make_model, tmp_path, name):
 
 
 @pytest.mark.parametrize("content", [[torch.zeros(3)], {"a": 3}, torch.zeros(3), {1: "x"}])
-def test_pickles_that_are_no_state_dict(make_model, tmp_path, content):
+def test_pickles_that_are_no_state_dict_are_refused(make_model, tmp_path, content):
     torch.save(content, tmp_path / "m.pth")
     with pytest.raises(FormatError, match="no state_dict of tensors"):
         verify(tmp_path / "m.pth", make_model())
@@ -160,7 +160,7 @@ def test_pickles_are_never_run(make_model, tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-def test_types_that_no_export_writes(make_model, tmp_path):
+def test_types_that_no_export_writes_are_refused(make_model, tmp_path):
     model = make_model()
     save_file({name: value.bfloat16() for name, value in model.module.state_dict().items()}, tmp_path / "m.safetensors")
     with pytest.raises(FormatError, match="bfloat16"):
@@ -179,7 +179,7 @@ def test_a_failed_verification_leaves_no_file(kind, make_model, monkeypatch):
     assert not list(path.parent.iterdir())
 
 
-def test_wrong_usage(kind, make_model):
+def test_unknown_options_and_a_missing_input_shape_are_refused(kind, make_model):
     path, _, _ = kind
     with pytest.raises(UsageError, match="dense"):
         export(make_model(), path, encoding="denze")

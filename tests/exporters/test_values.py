@@ -1,4 +1,4 @@
-"""Weights as float16: rounded once, and only weights."""
+"""Rounding to float16 happens once, and to weights alone."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_fp32_changes_nothing():
     assert all(found[name] is tensor for name, tensor in given_tensors.items())
 
 
-def test_fp16_rounds_weights_and_leaves_the_rest():
+def test_fp16_rounds_weights_alone():
     found = stored_as(tensors(0.1, 1e-9), SPECS, "fp16")
     assert {name: tensor.values.dtype.name for name, tensor in found.items()} == {
         "w": "float16",
@@ -49,7 +49,7 @@ def test_fp16_rounds_weights_and_leaves_the_rest():
 
 
 @given(st.floats(width=32, min_value=-65504, max_value=65504))
-def test_rounding_is_torchs_and_happens_once(value):
+def test_rounding_equals_that_of_torch_and_happens_once(value):
     once = stored_as(tensors(value, 0), SPECS, "fp16")["w"].values
     assert once.tobytes() == torch.tensor([1.0, value, 0.0]).half().numpy().tobytes()
     again = {**tensors(0, 0), "w": SparseTensor(Mask((4,), np.array([0, 1, 3])), once.astype(np.float32))}
@@ -57,7 +57,7 @@ def test_rounding_is_torchs_and_happens_once(value):
 
 
 @pytest.mark.parametrize("value", [65520.0, -1e30, np.inf, np.nan])
-def test_what_float16_cannot_hold_is_one_sentence(value):
+def test_values_beyond_float16_are_refused_in_one_sentence(value):
     with pytest.raises(UsageError, match=r"'fp16' cannot hold weight 'w', which has a value of .* use --values fp32\."):
         stored_as(tensors(value, 0), SPECS, "fp16")
 

@@ -1,4 +1,4 @@
-"""A file that differs from its model does not pass, and an export that fails leaves nothing."""
+"""A file that differs from its model does not pass, and an export that fails leaves no file."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ NAMES = ("m.dsr", "m.onnx")
 
 
 def code_of(proto, name):
-    """The bytes that say where the entries of a weight are."""
+    """Returns the initializer with the positions of a weight."""
     arrays = {tensor.name: tensor for tensor in proto.graph.initializer}
     return arrays[find(name, {node.output[0]: node for node in proto.graph.node}, arrays).leaves["code"]]
 
@@ -56,7 +56,7 @@ def test_a_wrong_computation_is_found_though_the_weights_agree(make_model, tmp_p
     assert found.weights_equal and not found.passed and found.largest_difference > found.tolerance
 
 
-def test_decoding_that_is_left_is_found(make_model, tmp_path):
+def test_decoding_at_every_inference_is_found(make_model, tmp_path):
     export(make_model(), tmp_path / "m.onnx")
     proto = onnx.load(tmp_path / "m.onnx")
     # An initializer that a caller may replace is no constant.
@@ -101,7 +101,7 @@ def test_force_replaces_only_after_the_verification(make_model, tmp_path, monkey
     assert export(make_model(), path, force=True).file_bytes == path.stat().st_size
 
 
-def test_dead_outputs_are_said_to_be_dead(make_model, tmp_path):
+def test_outputs_that_are_all_zero_are_noted(make_model, tmp_path):
     model = make_model()
     with torch.no_grad():
         model.module[10].weight.zero_()
@@ -109,7 +109,7 @@ def test_dead_outputs_are_said_to_be_dead(make_model, tmp_path):
     assert "every output is zero" in export(model, tmp_path / "m.dsr").notes[0]
 
 
-def test_outputs_that_are_no_numbers_do_not_pass(make_model, tmp_path):
+def test_outputs_that_are_not_finite_do_not_pass(make_model, tmp_path):
     model = make_model()
     with torch.no_grad():
         model.module[10].bias[0] = float("nan")
@@ -117,7 +117,7 @@ def test_outputs_that_are_no_numbers_do_not_pass(make_model, tmp_path):
         export(model, tmp_path / "m.onnx")
 
 
-def test_another_architecture(make_model, tmp_path):
+def test_another_architecture_is_named(make_model, tmp_path):
     export(make_model(), tmp_path / "m.dsr")
     other = make_model()
     other.module.append(torch.nn.Linear(10, 2))
@@ -125,7 +125,7 @@ def test_another_architecture(make_model, tmp_path):
         verify(tmp_path / "m.dsr", other)
 
 
-def test_the_trained_flags_and_a_zero_that_grew_are_kept(make_model, tmp_path):
+def test_training_flags_and_active_zeros_are_kept(make_model, tmp_path):
     model = make_model()
     model.module.train()
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_the_trained_flags_and_a_zero_that_grew_are_kept(make_model, tmp_path):
     assert all(parameter.dtype == torch.float32 for parameter in model.module.parameters())
 
 
-def test_files_that_are_neither(make_model, tmp_path):
+def test_missing_files_and_text_are_refused(make_model, tmp_path):
     with pytest.raises(FileError):
         verify(tmp_path / "none", make_model())
     (tmp_path / "text").write_text("neither of the two")
@@ -154,7 +154,7 @@ def test_a_damaged_initializer_is_a_format_error(make_model, tmp_path):
         verify(tmp_path / "m.onnx", make_model())
 
 
-def test_verifications_are_plain_values(make_model, tmp_path):
+def test_a_verification_converts_to_plain_values(make_model, tmp_path):
     verification = export(make_model(), tmp_path / "m.dsr")
     data = verification.to_dict()
     assert data["passed"] is True and data["kind"] == "archive" and data["path"] == str(tmp_path / "m.dsr")
@@ -179,7 +179,7 @@ def test_weights_of_other_types_are_refused(make_model, tmp_path, dtype):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_constants_in_other_files_are_not_read(tmp_path, monkeypatch):
+def test_external_constants_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "secret.bin").write_bytes(bytes(400))
     constant = helper.make_tensor("k", TensorProto.FLOAT, [10, 10], bytes(400), raw=True)

@@ -1,4 +1,4 @@
-"""Compact forms: what ONNX's own evaluator, ONNX Runtime, OpenVINO and our reader make of them."""
+"""Compact forms of weights: ONNX's evaluator, ONNX Runtime, OpenVINO and the reader restore the same weights."""
 
 import numpy as np
 import onnx
@@ -32,7 +32,7 @@ def tensor_of(shape, positions, dtype=np.float32):
 
 
 def model_of(*tensors, encoding="delta", values="fp32", dtype="float32"):
-    """A model whose outputs are the tensors plus its input, a batch of one number each."""
+    """Builds a model whose outputs are the tensors plus its input, a single number."""
     weights = {f"w{i}": tensor for i, tensor in enumerate(tensors)}
     nodes = tuple(Node("Add", ("x", name), (f"y_{name}",)) for name in weights)
     outputs = tuple(Value(f"y_{name}", tensor.mask.shape, dtype) for name, tensor in weights.items())
@@ -66,7 +66,7 @@ def sparse_tensors(draw):
 
 @settings(max_examples=40, deadline=None)
 @given(sparse_tensors(), st.sampled_from(COMPACT), st.sampled_from(["fp32", "fp16"]))
-def test_evaluator_and_reader_give_the_weight_back(tensor, encoding, values):
+def test_evaluator_runtime_and_reader_restore_the_weight(tensor, encoding, values):
     model = model_of(tensor, encoding=encoding, values=values)
     onnx.checker.check_model(model, full_check=True)
     expected = tensor.to_dense()
@@ -91,7 +91,7 @@ def test_auto_is_never_larger_than_any_other(tensors):
 
 @pytest.mark.parametrize("positions", [[], [0], [254], [255], [256], [3, 258, 514, 1023], [0, 1, 2, 1023]])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_onnxruntime_gives_both_types_back(positions, dtype):
+def test_onnxruntime_restores_weights_of_both_types(positions, dtype):
     tensor = tensor_of((4, 256), positions, dtype)
     for encoding in ("delta", "bitmask", "coo"):
         for values in ("fp32", "fp16"):
@@ -100,7 +100,7 @@ def test_onnxruntime_gives_both_types_back(positions, dtype):
             assert np.array_equal(computed(model, dtype)[0], tensor.to_dense())
 
 
-def test_openvino_gives_the_weights_back():
+def test_openvino_restores_the_weights():
     openvino = pytest.importorskip("openvino")
     random = np.random.default_rng(0)
     shapes = ((8, 5, 3, 3), (64, 40), (7, 11), (300, 301))
@@ -144,7 +144,7 @@ def test_the_first_entry_is_the_highest_bit():
 
 
 def test_steps_of_2_bits_are_refused_in_one_sentence():
-    """Development versions wrote them, with tables of four steps in a byte."""
+    """Development versions wrote them, with tables of four steps per byte."""
     nodes, arrays = parts_of(model_of(tensor_of((8,), [2, 5])))
     found = find("w0", nodes, arrays)
     for leaf in ("flags", "steps"):
@@ -158,7 +158,7 @@ def test_positions_beyond_32_bits_stay_dense():
     assert all(encode(huge) is None for encode in COMPACT_FORMS.values())
 
 
-def test_active_zeros_are_left_out():
+def test_active_zeros_are_dropped():
     tensor = SparseTensor(Mask((4,), np.array([0, 1, 3])), np.array([0.0, -0.0, 5.0], np.float32))
     assert nonzero(tensor).mask.positions.tolist() == [3]
 
@@ -169,7 +169,7 @@ def test_float16_that_overflows_names_the_weight():
         model_of(tensor, values="fp16")
 
 
-def test_what_is_not_the_form_is_not_taken_for_it():
+def test_nodes_that_differ_from_a_form_are_not_matched():
     model = model_of(tensor_of((8,), [2, 5]))
     nodes, arrays = parts_of(model)
     leaves = find("w0", nodes, arrays).leaves
@@ -201,7 +201,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("codec", "leaf", "array"), BROKEN)
-def test_numbers_that_do_not_fit_are_a_format_error(codec, leaf, array):
+def test_inconsistent_parts_are_a_format_error(codec, leaf, array):
     nodes, arrays = parts_of(model_of(tensor_of((8,), [2, 5]), encoding=codec))
     found = find("w0", nodes, arrays)
     if leaf == "values" and array.dtype == np.float64:
