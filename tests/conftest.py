@@ -1,18 +1,18 @@
-"""What tests of several folders share."""
+"""Settings and fixtures shared by the tests of several folders."""
 
 import sys
 
 import hypothesis
 import pytest
 
-# How long an example takes says how busy the machine is, and no more.
+# The time of an example depends on how busy the machine is, so it must not fail a test.
 hypothesis.settings.register_profile("unhurried", deadline=None)
 hypothesis.settings.load_profile("unhurried")
 
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """Run the command line in this process as `dsr-tool` would: exit code, stdout, stderr."""
+    """Returns a function that runs the command line in this process. It returns exit code, stdout and stderr."""
 
     def call(*arguments):
         from dsr_tool import cli

@@ -1,4 +1,4 @@
-"""What the README says can be typed can be typed."""
+"""Commands and code in the README run as they are written."""
 
 import re
 import shlex

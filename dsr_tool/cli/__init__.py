@@ -29,6 +29,8 @@ _COMMANDS = {
 
 
 class _LazyGroup(click.Group):
+    """A group that imports a command when it is called, not when help lists it."""
+
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(_COMMANDS)
 
@@ -77,7 +79,7 @@ def _run() -> int:
         # again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except ImportError as error:
+    except ImportError as error:  # a broken or mixed installation
         return _fail(f"an import failed ({first_line(error)}); run `dsr-tool doctor` to see what is missing.", 1)
     except MemoryError:
         return _fail("out of memory; use a smaller model, input or batch, or a larger machine.", 1)

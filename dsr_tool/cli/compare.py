@@ -72,6 +72,7 @@ def command(
     from dsr_tool.compare.work import Order, stopped_by_sigterm, work, work_in_processes
     from dsr_tool.errors import CheckFailed, UsageError
 
+    # Cells that failed before `since` are tried again; the monotonic clock measures --max-time.
     since, started = time.time(), time.monotonic()
     if max_time is not None and not 0 < max_time < math.inf:
         raise UsageError(f"--max-time {max_time} is not allowed; give a positive number of seconds.")
@@ -88,7 +89,7 @@ def command(
                 work(order, lambda line: note(line, quiet=quiet))
             else:
                 work_in_processes(order, jobs, quiet=quiet)
-    finally:
+    finally:  # a comparison that is interrupted has a table of what is complete
         document, text = write_outputs(comparison, whole)
     emit(document, text, as_json=as_json)
     return CheckFailed.exit_code if document["counts"]["failed"] else 0

@@ -104,6 +104,7 @@ def command(
     from dsr_tool.recipes.keys import to_parameters
     from dsr_tool.report.conversion import conversion_document, conversion_text
 
+    # First of all, since a large model takes a while to convert.
     refuse_existing(output, force=force, marker="config.json")
     # Options that were not given must not replace those of the recipe. 0 is a value, though not always an allowed one.
     given = {"arch": arch, **options}.items()

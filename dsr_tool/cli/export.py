@@ -40,7 +40,7 @@ __all__ = ["command"]
     show_default=True,
     help="fp32: exact; fp16: rounds weights, but not norms and biases.",
 )
-@click.option("--compact", is_flag=True, help="Remove channels without active weights (archive and onnx).")
+@click.option("--compact", is_flag=True, help="Remove channels that no active weight reaches (archive and onnx).")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @model_option
 @result_options
@@ -58,6 +58,7 @@ def command(source: Path, output: Path, maker: str | None, as_json: bool, **opti
     from exporters.containers import container_of
     from exporters.export import densify_export, export
 
+    # Before the model is loaded and traced, which takes seconds.
     refuse_existing(output, force=options["force"])
     check = None
     if source.is_file() and container_of(source, "MODEL_DIR").name == "onnx":

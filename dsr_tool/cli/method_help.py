@@ -43,6 +43,7 @@ class MethodsCommand(click.Command):
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the options of the command, and the methods."""
         super().format_options(context, formatter)
+        # Here, not above: the module is imported by every run of the command.
         from dsr_tool.methods import METHODS
 
         with formatter.section("Methods"):
@@ -77,35 +78,37 @@ def stop_help() -> str:
 
     length = 10_000  # a multiple of what schedules divide by, so that no stop is rounded
     schedules = {name: row.default_schedule({"total_steps": length, "every": None}) for name, row in METHODS.items()}
-    stops: dict[str, object] = {name: made.stop / length for name, made in schedules.items() if made is not None}
+    stops: dict[str, object] = {
+        name: schedule.stop / length for name, schedule in schedules.items() if schedule is not None
+    }
     return f"Fraction of the training after which nothing is pruned or grown{_defaults(stops)}."
 
 
 def _defaults(values: dict[str, object]) -> str:
     """Returns "; default 0.95, for rigl, gmp and dst 0.75" for values by method; empty if there is no default."""
+    # None means that there is no default, as for a final sparsity, which must be given.
     given = {name: value for name, value in values.items() if value is not None}
     if not given:
         return ""
     ranked = [value for value, _ in Counter(given.values()).most_common()]
     others = [
-        f", for {_joined([name for name, own in given.items() if own == value])} {_shown(value)}"
-        for value in ranked[1:]
+        f", for {_join([name for name, own in given.items() if own == value])} {_format(value)}" for value in ranked[1:]
     ]
-    return f"; default {_shown(ranked[0])}{''.join(others)}"
+    return f"; default {_format(ranked[0])}{''.join(others)}"
 
 
 def _method_help(row: type[Method]) -> str:
     """Returns a method's summary, its options with defaults, and whether it needs a dense model."""
-    options = [name if value is None else f"{name}={_shown(value)}" for name, value in row.option_defaults().items()]
+    options = [name if value is None else f"{name}={_format(value)}" for name, value in row.option_defaults().items()]
     listed = f" Options: {', '.join(options)}." if options else ""
     dense = " Starts from --sparsity 0." if row.starts_dense else ""
     return f"{row.summary}.{listed}{dense}"
 
 
-def _shown(value: object) -> str:
+def _format(value: object) -> str:
     """Returns a default as it is written on the command line."""
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _joined(words: Sequence[str]) -> str:
+def _join(words: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))

@@ -159,7 +159,7 @@ def command(
 
     On several processes: torchrun --nproc-per-node 2 --no-python dsr-tool train ...; they share each batch.
     """
-    started = time.monotonic()
+    started = time.monotonic()  # --max-time includes the imports below, which take seconds
     from converters.loading import load
     from dsr_tool.errors import UsageError
     from dsr_tool.recipes.apply import require_model, resolve_training, training_arguments
@@ -171,6 +171,7 @@ def command(
     row = resolve_training(recipe, sets, given, method_options)
     arguments = training_arguments(row)
     settings = TrainSettings(**arguments)
+    # Everything that can be refused is refused before model and data are read, which may take minutes.
     settings.check()
     if max_time is not None and not 0 < max_time < math.inf:
         raise UsageError(f"--max-time {max_time} is not allowed; give a positive number of seconds.")
@@ -179,11 +180,12 @@ def command(
     if output.resolve() == model_dir.resolve():
         raise UsageError(f"--output {str(output)!r} is the model to train; give another folder.")
     ranks = click.get_current_context().with_resource(joined(settings.torch_device))
+    # Before the model is loaded from it: a run folder is locked against other processes.
     run = RunFolder(output, force=force, resume=resume) if ranks.first else Follower(output, resume=resume)
     model = load(output if run.stopped else model_dir, maker)
     images = load_data(data, model.config)
     facts = {"model": str(model_dir), "data": data}
-    if not run.stopped:
+    if not run.stopped:  # when it resumes, the run itself checks that model and data are the same
         require_model(row, model, str(model_dir))
     if recipe is not None:
         facts["recipe"] = row.name

@@ -70,6 +70,7 @@ def override(recipe: Recipe, sets: Sequence[str] = ()) -> Recipe:
     Raises:
         UsageError: a text is not `key=value`, a key does not exist or a value is not allowed; all of them are listed.
     """
+    # Errors are collected, so that the user sees all of them at once.
     changes: dict[str, dict[str, Any]] = {table: {} for table in TABLES}
     errors = []
     for text in sets:
@@ -213,6 +214,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
 def _name_key(text: str) -> str:
     """Rewrites a sentence about an option, `--stop 2 is not ...`, as one about a key, `train.stop 2 is not ...`."""
     option = re.match(r"(?P<method>[a-z-]+ )?--(?P<name>[a-z-]+) ", text)
+    # The problem of a method's option begins with the method, as in "dsr --target 0 is not ...".
     if option is None or (option["method"] or "").startswith("-"):
         return text
     table = "options" if option["method"] else "train"
@@ -220,7 +222,7 @@ def _name_key(text: str) -> str:
 
 
 def _nearly_equal(actual: object, wanted: object) -> bool:
-    """Whether a model has a value that a recipe asks for; numbers only nearly."""
+    """Returns whether a model has a value that a recipe asks for; numbers may differ a little."""
     if isinstance(actual, (int, float)) and isinstance(wanted, (int, float)):
         # Counts are whole, so a sparsity is only nearly met: within 0.2 % of the density, plus 0.001 below 0.5.
         return abs(actual - wanted) <= 2e-3 * max(1 - wanted, 1e-3) + 1e-3 * (wanted < 0.5)

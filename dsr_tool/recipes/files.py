@@ -163,6 +163,7 @@ def _method_errors(name: str, own: object) -> Iterator[str]:
     at = own.get("at", {})
     for key, value in at.items() if isinstance(at, Mapping) else ():
         yield from _sparsity_errors(f"{prefix}.at", [key])
+        # Their keys are checked once a row is made of them, together with those of the other tables.
         if not isinstance(value, Mapping) or not set(value) <= set(TABLES):
             yield f"{prefix}.at.{key} is {value!r}, expected tables {', '.join(TABLES)}."
 
@@ -174,7 +175,8 @@ def _sparsity_errors(key: str, values: Iterable[object]) -> Iterator[str]:
 
 
 def _is_sparsity(value: object) -> bool:
-    """Whether a number, or the text of one, is in [0, 1); NaN is not."""
+    """Returns whether a number, or the text of one, is in [0, 1)."""
+    # True is an int in Python, and NaN compares false with both bounds.
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return False
     try:

@@ -26,6 +26,7 @@ _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 
 def _model_keys() -> dict[str, Any]:
     """Returns the annotation of each parameter of `convert` that a file can hold, by option name."""
+    # Resolved, since annotations are text under `from __future__ import annotations`.
     hints = get_type_hints(convert)
     options = {parameter: option for option, parameter in _PARAMETERS.items()}
     names = [name for name in inspect.signature(convert).parameters if not name.startswith("on_") and name != "seed"]
@@ -83,7 +84,7 @@ def value_errors(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _matches(value: object, hint: Any) -> bool:
-    """Whether a plain value fits an annotation."""
+    """Returns whether a plain value fits an annotation."""
     if get_origin(hint) in (Union, types.UnionType):
         return any(_matches(value, one) for one in get_args(hint))
     if get_origin(hint) in (tuple, Sequence):

@@ -101,7 +101,7 @@ class Family:
                 yield self.row(name, sparsity)
 
     def has_sparsities(self, method: str) -> bool:
-        """Whether a method has a row for each sparsity, rather than a single row as a dense model has.
+        """Returns whether a method has a row for each sparsity, rather than a single row as a dense model has.
 
         Raises:
             UsageError: the family has no such method.
@@ -122,6 +122,7 @@ class Family:
                 raise UsageError(f"recipe {label!r} needs a sparsity; write {label}@{self.sparsities[0]:g}.")
             raise UsageError(f"recipe {label!r} has no sparsity; write {label}.")
         own = self.methods[method]
+        # Keys of TOML are text, and "0.9" and "0.90" are the same sparsity.
         at = {float(key): value for key, value in own.get("at", {}).items()}
         if at and sparsity not in at:
             raise UsageError(
@@ -153,6 +154,7 @@ def _reported(accuracy: Mapping[str, Any], key: str) -> dict[str, Any]:
     if key not in by_number:
         return {}
     mean, *rest = by_number[key]
+    # Rounded, since per cent divided by 100 leaves digits that nobody published.
     spread = {"sd": round(rest[0] / 100, 6), "n": rest[1]} if rest else {}
     return {"accuracy": round(mean / 100, 6), **spread}
 

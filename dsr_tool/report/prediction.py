@@ -1,4 +1,4 @@
-"""What a file predicts for pictures or arrays, as a document and as text. Never imports torch."""
+"""Predictions of a file for pictures or arrays, as a document and as text. Never imports torch."""
 
 from __future__ import annotations
 

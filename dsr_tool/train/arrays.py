@@ -49,13 +49,15 @@ def read_npz(path: Path) -> tuple[InMemory, InMemory, tuple[str, ...]]:
 def _checked(path: Path, x: npt.NDArray[np.generic], y: npt.NDArray[np.generic], part: str) -> InMemory:
     """Checks arrays and returns them as tensors; images may be NHW, NHWC or NCHW."""
     what = f"array file {str(path)!r}: x_{part} has shape {x.shape} and type {x.dtype}"
-    if x.ndim == 3:
+    if x.ndim == 3:  # NHW, one grey channel
         x = x[:, None]
     elif x.ndim == 4 and x.shape[-1] in (1, 3):
+        # NHWC. An NCHW array that is 1 or 3 pixels wide looks the same, but nobody trains on such images.
         x = np.moveaxis(x, -1, 1)
     if x.ndim != 4 or x.shape[1] not in (1, 3) or not x.size:
         raise FormatError(f"{what}; give (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels.")
     if x.dtype != np.uint8:
+        # Written so that NaN is refused too, which compares false with everything.
         if x.dtype.kind != "f" or not (x.min() >= 0 and x.max() <= 1):
             raise FormatError(f"{what}; give uint8 in [0, 255] or floats in [0, 1].")
         x = x.astype(np.float32)
@@ -91,9 +93,11 @@ def _idx(folder: Path, name: str, dimensions: int) -> torch.Tensor:
     require_file(path, "data file")
     try:
         data = gzip.decompress(path.read_bytes()) if path == packed else path.read_bytes()
+        # The magic number: two zero bytes, 8 for unsigned bytes, the number of dimensions.
         if data[:4] != bytes([0, 0, 8, dimensions]):
             raise ValueError(f"not an IDX file of {dimensions}-D bytes")
         shape = np.frombuffer(data, ">i4", dimensions, offset=4)
+        # Copied, since torch must not write into Python's immutable bytes.
         return torch.from_numpy(np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy())
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise FormatError(f"data file {str(path)!r} is damaged ({error}); download it again.") from error

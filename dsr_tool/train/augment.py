@@ -63,9 +63,10 @@ class Moves:
         above, left = self.padding
         rows = torch.arange(height, device=images.device) + self.down[:, None]
         columns = torch.arange(width, device=images.device)
-        if self.flip is not None:
+        if self.flip is not None:  # mirrors the window, so before the window is placed
             columns = torch.where(self.flip[:, None], width - 1 - columns, columns)
         columns = columns + self.right[:, None]
+        # Flat positions in the padded image, the same for all channels.
         pixels = (rows[:, :, None] * (width + 2 * left) + columns[:, None, :]).flatten(1)[:, None, :]
         padded = functional.pad(images, [left, left, above, above]).flatten(2)
         return padded.gather(2, pixels.expand(-1, images.shape[1], -1)).view(images.shape)

@@ -64,6 +64,7 @@ def read_state(path: Path) -> dict[str, Any]:
 def _extract_tensors(value: object, path: str, tensors: dict[str, torch.Tensor]) -> object:
     """Replaces each tensor of a tree by its name, and adds it to `tensors`."""
     if isinstance(value, torch.Tensor):
+        # safetensors stores row-major tensors only; the reader restores the memory format.
         tensors[path] = value.detach().cpu().contiguous()
         return _REFERENCE + path
     if isinstance(value, Mapping):

@@ -88,6 +88,7 @@ class Data:
 
     def train_batches(self, settings: TrainSettings, epoch: int) -> Iterator[Batch]:
         """Yields inputs and labels of one epoch, on the device. Order and augmentation follow from seed and epoch."""
+        # A generator per epoch, so that a resumed run need not draw the epochs before.
         random = np.random.default_rng([settings.seed, epoch])
         count = self.steps(settings.batch_size) * settings.batch_size
         order = torch.from_numpy(random.permutation(len(self.dataset.train.labels)))[:count]
@@ -99,6 +100,7 @@ class Data:
         ranks = Ranks.current()
         rows, batch_size = ranks.share(torch.arange(len(order)), settings.batch_size)
         moves = None if moves is None else moves[rows]
+        # Each batch takes the next seed from here on, so ranks are kept apart by more than the batches of an epoch.
         seed = None if seed is None else seed + len(order) * ranks.rank
         return self._inputs(_Pass(self.dataset.train, order[rows], batch_size, moves, seed), settings)
 
@@ -118,6 +120,7 @@ class Data:
         moves = None if shown.moves is None else shown.moves.to(device)
         start = 0
         for batch in self._images(shown, settings):
+            # Only pinned memory is really copied in the background; elsewhere this is an ordinary copy.
             images, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
             if moves is not None:
                 images = moves[slice(start, start + len(images))](images)

@@ -50,13 +50,14 @@ def _digits() -> DataSet:
             "--data 'digits' needs scikit-learn, which is not installed; run: pip install 'dsr-tool[digits]'"
         ) from error
     digits = load_digits()
+    # Pixels are 0 to 16.
     images = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
     labels = torch.from_numpy(digits.target.astype(np.int64))
     # Every fifth image of each class is for testing: stratified, and the same on every machine.
-    rank = torch.nn.functional.one_hot(labels).cumsum(0).gather(1, labels[:, None]).squeeze(1)
-    held = rank % 5 == 0
+    number_in_class = torch.nn.functional.one_hot(labels).cumsum(0).gather(1, labels[:, None]).squeeze(1)
+    test = number_in_class % 5 == 0
     return DataSet(
-        InMemory(images[~held], labels[~held]), InMemory(images[held], labels[held]), 10, _DIGITS, augment="shift"
+        InMemory(images[~test], labels[~test]), InMemory(images[test], labels[test]), 10, _DIGITS, augment="shift"
     )
 
 
@@ -83,6 +84,7 @@ def _idx_files(root: Path, folder: str, classes: tuple[str, ...], augment: str) 
 
 def _cifar(root: Path, kind: type[tv.CIFAR10]) -> DataSet:
     try:
+        # torchvision checks the files' MD5 sums, and raises RuntimeError for any that is missing or damaged.
         parts = [kind(root, train=train, download=False) for train in (True, False)]
     except RuntimeError as error:
         raise FileError(
@@ -129,6 +131,7 @@ def _image_folder(path: Path) -> tv.ImageFolder:
 def _arrays(path: Path) -> DataSet:
     train, test, classes = read_npz(path)
     count = int(max(train.labels.max(), test.labels.max())) + 1
+    # Names for another number of classes would be attached to the wrong ones.
     return DataSet(train, test, count, classes if len(classes) == count else (), augment="none")
 
 

@@ -31,6 +31,7 @@ def training_loss(
     Raises:
         UsageError: the outputs are not scores.
     """
+    # Under autocast, outputs are in half precision, in which a loss would be too coarse: hence float() below.
     every = outputs if isinstance(outputs, tuple) else (outputs,)
     scores = require_scores(every[0], classes)
     main, *auxiliary = (
@@ -45,6 +46,7 @@ def training_loss(
 def evaluate(model: SparseModel, data: Data, settings: TrainSettings) -> tuple[float, float]:
     """Returns mean loss and accuracy over all test images, in fp32. In a distributed run, all ranks must call it."""
     model.module.eval()
+    # Summed on the device in float64: one transfer to the host at the end, and no rounding over many batches.
     totals = torch.zeros(2, dtype=torch.float64, device=settings.torch_device)
     for inputs, labels in data.test_batches(settings):
         outputs = model(inputs)

@@ -30,6 +30,7 @@ class Exploration:
             FormatError: `bits` are from another model.
         """
         self._model = model
+        # Clones, since methods change masks in place.
         self._ever = {name: mask.clone() for name, mask in model.masks.items()}
         self._seen = {name: self._version(name) for name in model.masks}
         for name, packed in (bits or {}).items():

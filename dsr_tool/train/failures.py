@@ -59,6 +59,7 @@ def explained(error: RuntimeError, settings: TrainSettings) -> DsrError | None:
             f"the GPU ran out of memory at batch size {settings.batch_size}; lower --batch-size, or give "
             f"--precision bf16."
         )
+    # torch raises plain RuntimeError for these, so that only the text tells them apart.
     if any(words in str(error) for words in ("Output size is too small", "Kernel size can't be greater")):
         reason = first_line(error)
         return DsrError(f"the model's input is too small to train ({reason}); convert it with a larger --input-size.")
@@ -99,6 +100,7 @@ def first_bad(module: nn.Module, inputs: torch.Tensor) -> str:
 
         return check
 
+    # Leaves, and layers with children that hold weights themselves, such as attention.
     layers = {name: layer for name, layer in module.named_modules() if not any(layer.children()) or _tensors(layer)}
     hooks = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
     try:

@@ -48,6 +48,7 @@ class OnDisk:
             with Image.open(self.paths[index]) as image:
                 converted: Image.Image = image.convert(mode)
                 return converted
+        # Pillow raises all of these for damaged files, depending on the format.
         except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
             raise FormatError(
                 f"image {self.paths[index]!r} cannot be read ({error}); remove or replace the file."

@@ -80,6 +80,7 @@ class Resident:
         fitted = wanted.crop == 0 or images.shape[2:] == (wanted.crop, wanted.crop)
         bytes_fitted = images[:, :, 0, 0].numel() * wanted.crop**2 * images.element_size()
         if not fitted and bytes_fitted <= _FITTED_BYTES:
+            # In parts, since resizing needs float32 copies on the way.
             images, fitted = torch.cat([fit(part, wanted) for part in images.split(1024)]), True
         # A quarter of the free memory at most: activations and optimizer state need the rest.
         if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] // 4:
@@ -128,6 +129,7 @@ class Pictures(Dataset["Batch | DsrError"]):
     def __getitem__(self, key: Key) -> Batch | DsrError:
         indices, seed = key
         try:
+            # Transforms draw from torch's global generator, which without workers is also that of the model's dropout.
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)
                 return torch.stack([self._one(index) for index in indices.tolist()]), self.split.labels[indices]

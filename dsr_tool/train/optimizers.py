@@ -28,7 +28,7 @@ def make_optimizer(module: nn.Module, settings: TrainSettings) -> optim.Optimize
 
 
 def _can_be_fused(parameters: list[nn.Parameter], settings: TrainSettings) -> bool:
-    """Whether torch's fused kernels may be used, which step many parameters at once with fewer passes over memory."""
+    """Returns whether torch's fused kernels may be used, which step many parameters with fewer passes over memory."""
     if settings.precision == "fp16":  # fused steps unscale gradients and skip overflows inside, unseen by the hooks
         return False
     # A fused CPU step walks through memory linearly, so parameter and gradient must have one memory format.
@@ -61,6 +61,7 @@ def lr_factor(settings: TrainSettings, steps_per_epoch: int) -> Callable[[int], 
         if settings.schedule == "step":
             passed: int = sum(step >= round(milestone * steps_per_epoch) for milestone in milestones)
             return settings.gamma**passed
+        # The schedule is asked once more after the last step, hence the bound of 1.
         return (1 + math.cos(math.pi * min((step - warmup) / max(total - warmup, 1), 1.0))) / 2
 
     return factor

@@ -46,7 +46,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes files."""
+        """True on the rank that notifies observers and writes files."""
         return self.rank == 0
 
     def part(self, batch_size: int) -> int:
@@ -143,6 +143,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     Raises:
         DsrError: another process ended too early.
     """
+    # Set by torchrun in each process that it starts.
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
         yield Ranks()
         return
@@ -152,6 +153,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     try:
         yield Ranks.current()
     except RuntimeError as error:
+        # gloo has no type of error for a lost process, only these words.
         if "closed by peer" not in str(error) and "reset by peer" not in str(error):
             raise
         raise DsrError("another process of this run has ended; see its own message for the reason.") from error

@@ -1,4 +1,4 @@
-"""What a training reports: a record per epoch, the result, and the observer that is notified on the way."""
+"""Records of a training: one per epoch, the result of all, and the observer that is notified on the way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stopped training left in its run folder, as far as resuming needs it."""
+"""Reading a stopped training from its run folder, to resume it."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ class Stopped:
         Raises:
             UsageError: one of them differs from the run's.
         """
+        # to_dict has lists where the user's settings have tuples; options are given next to settings.
         lists = {name: getattr(self.started, name) for name in ("milestones", "doubling")}
         known = {**self.started.to_dict(), **lists, **self.started.options}
         for name, value in {**given, **given.get("options", {})}.items():
@@ -114,6 +115,7 @@ def find_stopped(path: Path) -> Stopped | None:
 
 def _complete_epochs(path: Path, state: Mapping[str, Any]) -> tuple[EpochRecord, ...]:
     """Reads the records of the epochs in a checkpoint from the log; raises `ValueError` if they disagree."""
+    # Lines after the last checkpoint belong to an epoch that will be trained again.
     log = (path / LOG).read_bytes()[: state["log_bytes"]]
     if len(log) < state["log_bytes"]:
         raise ValueError(f"{LOG} is shorter than {CHECKPOINT} says")

@@ -112,6 +112,7 @@ class RunFolder(Observer):
             for name, text in self.files.items():
                 (part / name).write_text(text, encoding="utf-8")
         self._started = True
+        # The log is a new file now, so a lock on the old one, if any, keeps nobody out.
         self._lock = Lock(self.path / LOG)
 
     def on_step(self, step: int) -> None:  # noqa: ARG002 - the observer's signature
@@ -137,6 +138,7 @@ class RunFolder(Observer):
         """Logs the epoch and saves the best model. A log line without a checkpoint is cut off when the run resumes."""
         explored = self._explored.counts() if self._explored else {}
         self._log("epoch", **asdict(record), explored=explored)
+        # Only a higher accuracy replaces it, so best/ is the first of equal epochs, as TrainResult.best is.
         if self._best is None or record.test_accuracy > self._best:
             with writing(self.path, _KEPT):
                 save_folder(model, self.path / _BEST, force=True)

@@ -100,6 +100,7 @@ class TrainSettings:
                 yield str(unknown_name(f"--{name}", str(value), known))
 
     def _out_of_range(self) -> Iterator[str]:
+        # Bounds are inclusive; 1e-12 stands for "above 0", and 1 - 1e-9 for "below 1".
         for name, low, high, allowed in (
             ("epochs", 1, math.inf, "1 or more"),
             # Batch normalisation learns nothing from a single image.
@@ -159,6 +160,7 @@ class TrainSettings:
     def torch_device(self) -> torch.device:
         """The device that `device` means on this machine."""
         name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        # An unknown name is reported by problems(), which needs some device to check the rest.
         return torch.device(name if name in _DEVICES else "cpu")
 
     @property
@@ -179,6 +181,7 @@ class TrainSettings:
 
     def make_method(self, total_steps: int) -> Method:
         """Returns the method for a training of `total_steps` optimizer steps."""
+        # Methods count in fractions of the training. Zero epochs are refused elsewhere, and must not divide here.
         doubling = tuple(epoch / max(self.epochs, 1) for epoch in self.doubling)
         return make(self.method, total_steps, every=self.every, stop=self.stop, doubling=doubling, **self.options)
 

@@ -17,7 +17,7 @@ def run_json(run):
 
 @pytest.fixture
 def python():
-    """Run Python code in a fresh process."""
+    """Returns a function that runs Python code in a fresh process."""
 
     def call(code):
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -27,7 +27,7 @@ def python():
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A small converted model."""
+    """Returns the folder of a small converted model."""
     from converters.conversion import convert
 
     path = tmp_path_factory.mktemp("models") / "net"

@@ -1,4 +1,4 @@
-"""Whatever a user gets wrong: one sentence on stderr, the right exit code, no traceback, nothing left behind."""
+"""Every mistake of a user is one sentence on stderr with the right exit code; no traceback, no file left behind."""
 
 import errno
 import json
@@ -11,7 +11,7 @@ from torchvision import models
 
 
 def bad(run, folder, *arguments):
-    """Run, check the form of the complaint, and that the folder has no new entry; returns code and sentence."""
+    """Runs a command that must fail in one line and leave no file. Returns exit code and line."""
     before = sorted(path.name for path in folder.iterdir())
     code, out, err = run(*arguments)
     assert out == ""
@@ -39,8 +39,8 @@ def bad(run, folder, *arguments):
         (["squeezenet1_1", "--budget", "9MMACs", "--keep-dense", "*"], 2, "no layer of this model is left"),
         (["resnet18", "--sparsity", "0.9", "--sparsty"], 2, "option --sparsty is unknown; did you mean --sparsity"),
         (["resnet18", "--hepl"], 2, "option --hepl is unknown; did you mean --help?"),
-        (["resnet18", "--architecture", "x"], 2, "option --architecture is unknown; `dsr-tool convert --help` lists all"),
-        (["resnet18", "--sparsity", "0.9", "--foo"], 2, "option --foo is unknown; `dsr-tool convert --help` lists all"),
+        (["resnet18", "--architecture", "x"], 2, "option --architecture is unknown; `dsr-tool convert --help` lists"),
+        (["resnet18", "--sparsity", "0.9", "--foo"], 2, "option --foo is unknown; `dsr-tool convert --help` lists"),
         (["resnet18", "--sparsity", "0.9", "--input-shape", ""], 2, "write it as 3,224,224"),
         (["resnet18.onnx", "--sparsity", "0.9"], 2, "is a path"),
         (["resnet18", "--sparsity", "0.9", "--weights", "DEFALT"], 2, "did you mean DEFAULT?"),
@@ -64,13 +64,13 @@ def bad(run, folder, *arguments):
         (["alexnet", "--sparsity", "0.9", "--input-size", "8"], 2, "--input-size"),
     ],
 )
-def test_convert(run, tmp_path, arguments, code, says):
+def test_wrong_arguments_of_convert_are_one_sentence(run, tmp_path, arguments, code, says):
     found, sentence = bad(run, tmp_path, "convert", *arguments, "-o", tmp_path / "m")
     assert found == code
     assert says in sentence
 
 
-def test_convert_with_weights_of_another_architecture(run, tmp_path):
+def test_weights_of_another_architecture_are_refused(run, tmp_path):
     save_file(models.squeezenet1_1().state_dict(), tmp_path / "squeeze.safetensors")
     code, sentence = bad(
         run, tmp_path, "convert", "resnet18", "--sparsity", "0.5", "--weights", tmp_path / "squeeze.safetensors", "-o",
@@ -81,7 +81,7 @@ def test_convert_with_weights_of_another_architecture(run, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 not really", b"\x80\x04N."])
-def test_convert_with_a_file_that_is_no_state_dict(run, tmp_path, content):
+def test_a_file_that_is_not_a_state_dict_is_refused(run, tmp_path, content):
     (tmp_path / "w.pth").write_bytes(content)
     code, sentence = bad(
         run, tmp_path, "convert", "resnet18", "--sparsity", "0.5", "--weights", tmp_path / "w.pth", "-o", tmp_path / "m"
@@ -103,7 +103,7 @@ def test_pickles_are_never_run(run, tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-def test_outputs_that_exist_stay(run, folder, tmp_path):
+def test_existing_outputs_are_not_replaced(run, folder, tmp_path):
     for name in ("a.dsr", "a.onnx", "m"):
         (tmp_path / name).write_text("mine")
     for arguments in (
@@ -158,7 +158,7 @@ def test_outputs_that_exist_stay(run, folder, tmp_path):
         (["reprot", "x"], 2, "did you mean report"),
     ],
 )
-def test_other_commands(run, folder, archive, tmp_path, arguments, code, says):
+def test_wrong_arguments_of_other_commands_are_one_sentence(run, folder, archive, tmp_path, arguments, code, says):
     (tmp_path / "text").write_text("hello")
     (tmp_path / "text.onnx").write_text("hello")
     save_file({"a": torch.zeros(2)}, tmp_path / "plain.safetensors")
@@ -187,7 +187,7 @@ def test_other_commands(run, folder, archive, tmp_path, arguments, code, says):
 
 
 @pytest.mark.parametrize("at", [0.0, 0.02, 0.5, 0.999])
-def test_damaged_archives(run, folder, archive, tmp_path, at):
+def test_damaged_archives_are_refused(run, folder, archive, tmp_path, at):
     raw = bytearray(archive.read_bytes())
     raw[int(at * len(raw))] ^= 0x55
     (tmp_path / "flipped.dsr").write_bytes(raw)
@@ -204,7 +204,7 @@ def test_damaged_archives(run, folder, archive, tmp_path, at):
             assert "damaged" in sentence
 
 
-def test_model_folders_with_a_mask_that_does_not_fit(run, folder, tmp_path):
+def test_a_mask_that_does_not_fit_its_weight_is_refused(run, folder, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in folder.iterdir():
@@ -218,7 +218,7 @@ def test_model_folders_with_a_mask_that_does_not_fit(run, folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.dsr", "a.onnx", "a.npz", "a.safetensors", "a.pth"])
-def test_a_disk_that_fills(run, folder, tmp_path, monkeypatch, name):
+def test_a_full_disk_is_one_sentence_and_leaves_no_file(run, folder, tmp_path, monkeypatch, name):
     from pathlib import Path
 
     def full(*_args, **_kwargs):

@@ -48,14 +48,14 @@ def test_bench_of_an_onnx_file(run, onnx_file):
         (("nowhere.dsr", "--batch", "two"), 2, "'two' is not a valid integer"),
     ],
 )
-def test_bad_calls_of_bench(run, arguments, code, message):
+def test_wrong_arguments_of_bench_are_one_sentence(run, arguments, code, message):
     found, out, err = run("bench", *arguments, "--quiet")
     assert (found, out) == (code, "")
     assert message in err
     assert err.count("\n") == 1
 
 
-def test_bench_names_an_operator_that_nobody_knows(run, tmp_path):
+def test_bench_names_an_unknown_operator(run, tmp_path):
     from onnx import TensorProto, helper
 
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in "xy"]
@@ -83,7 +83,7 @@ def test_predict_of_an_onnx_file(run, archive, onnx_file, tmp_path, runtime):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
-def test_predict_of_pictures_needs_a_file_that_says_how(run, onnx_file):
+def test_predict_refuses_pictures_for_files_without_preprocessing(run, onnx_file):
     code, _, err = run("predict", onnx_file, "x.npy", "cat.jpg")
     assert code == 2
     assert "does not say how to preprocess pictures such as 'cat.jpg'" in err

@@ -1,4 +1,4 @@
-"""Each command does its job, and its JSON says what it did."""
+"""Each command does its work and reports it as JSON."""
 
 import json
 import sys
@@ -51,7 +51,7 @@ def test_convert_says_for_each_parameter_whether_it_is_sparse_and_why(run_json, 
     }
 
 
-def test_convert_to_a_number_of_parameters(run_json, tmp_path):
+def test_convert_meets_a_number_of_parameters_exactly(run_json, tmp_path):
     done = run_json("convert", "squeezenet1_1", "--budget", "0.3Mparams", "-o", tmp_path / "m")
     dense = sum(layer["parameters"] for layer in done["layers"] if layer["role"] == "dense")
     assert done["active_weights"] + dense == 300_000
@@ -101,7 +101,7 @@ def test_report_and_predict_name_the_nodes_that_no_kernel_computes(run_json, run
     assert ("nodes run on the reference: Concat" in run("report", archive)[1]) == bool(library())
 
 
-def test_report_for_people(run, archive):
+def test_the_text_report_names_the_denominator_and_cuts_nothing_off(run, archive):
     code, out, _ = run("report", archive)
     assert code == 0
     assert "of the prunable weights" in out
@@ -109,7 +109,7 @@ def test_report_for_people(run, archive):
     assert "…" not in out
 
 
-def test_predict_in_both_runtimes(run_json, archive, tmp_path):
+def test_all_runtimes_predict_the_same(run_json, archive, tmp_path):
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (80, 90, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     results = [
@@ -124,7 +124,7 @@ def test_predict_in_both_runtimes(run_json, archive, tmp_path):
 
 
 @pytest.mark.parametrize("runtime", ["sparse", "onnxruntime"])
-def test_predict_with_threads(run_json, run, archive, tmp_path, runtime):
+def test_predictions_do_not_depend_on_the_number_of_threads(run_json, run, archive, tmp_path, runtime):
     np.save(tmp_path / "x.npy", np.ones((1, *dsr_tool.open_archive(archive).config.input_shape), np.float32))
     one, two = (
         run_json("predict", archive, tmp_path / "x.npy", "--runtime", runtime, "--threads", n)["predictions"]
@@ -134,7 +134,7 @@ def test_predict_with_threads(run_json, run, archive, tmp_path, runtime):
     assert run("predict", archive, tmp_path / "x.npy", "--threads", 0)[0] == 2
 
 
-def test_predict_with_labels_and_arrays(run, archive, tmp_path):
+def test_predict_names_the_inputs_of_an_array_and_uses_labels(run, archive, tmp_path):
     np.save(tmp_path / "batch.npy", np.zeros((3, 3, 64, 64), np.float32))
     (tmp_path / "names.txt").write_text("ant\nbee\ncat\ndog\nelk\n")
     code, out, _ = run("predict", archive, tmp_path / "batch.npy", "--labels", tmp_path / "names.txt", "--top", 1)
@@ -165,7 +165,7 @@ def test_verify_tells_files_apart(run, archive, tmp_path):
     assert "NOT VERIFIED" in out
 
 
-def test_doctor(run_json):
+def test_doctor_finds_no_problem_here(run_json):
     done = run_json("doctor")
     assert done["problems"] == []
     assert done["packages"]["torch"]
@@ -185,7 +185,7 @@ def test_without_a_command_there_is_help(run):
     assert out.startswith("Usage: dsr-tool")
 
 
-def test_a_file_that_cannot_be_downloaded(run, tmp_path, monkeypatch):
+def test_a_failed_download_is_one_sentence(run, tmp_path, monkeypatch):
     def offline(*_args, **_kwargs):
         print("Downloading", file=sys.stderr)
         raise OSError("no route to host")
@@ -207,7 +207,7 @@ def test_public_names_load_when_they_are_used(python):
     assert not hasattr(dsr_tool, "nonsense")
 
 
-def test_a_foreign_training_loop_needs_three_lines(python, tmp_path):
+def test_a_users_own_training_loop_needs_three_lines(python, tmp_path):
     done = python(
         "import torch, dsr_tool\n"
         "net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 128), torch.nn.ReLU(),"
@@ -227,7 +227,7 @@ def test_a_foreign_training_loop_needs_three_lines(python, tmp_path):
     assert Path(tmp_path / "net.dsr").stat().st_size > 0
 
 
-def test_patterns_are_shown_as_they_are(run, tmp_path):
+def test_patterns_are_printed_without_markup(run, tmp_path):
     code, out, _ = run(
         "convert", "squeezenet1_1", "--sparsity", "0.9", "-o", tmp_path / "m", "--keep-dense", "f[a-z]atures.0*"
     )
@@ -235,7 +235,7 @@ def test_patterns_are_shown_as_they_are(run, tmp_path):
     assert "kept dense by pattern 'f[a-z]atures.0*'" in out
 
 
-def test_a_log_that_was_cut_off_is_no_obstacle(run, run_json, tmp_path):
+def test_a_log_with_a_cut_off_line_is_reported(run, run_json, tmp_path):
     model = tmp_path / "m"
     run("convert", "squeezenet1_1", "--sparsity", "0.9", "--num-classes", 10, "--input-size", 32, "-o", model)
     code, _, err = run("train", model, "-o", tmp_path / "run", "--data", "fake:40", "--epochs", 1, "--lr", 0.01, "-q")
@@ -248,7 +248,7 @@ def test_a_log_that_was_cut_off_is_no_obstacle(run, run_json, tmp_path):
     assert report["training"]["epochs"] == 1
 
 
-def test_sizes_agree_for_weights_of_another_type(run_json, tmp_path):
+def test_computed_and_actual_bytes_agree_for_bfloat16(run_json, tmp_path):
     from converters.conversion import convert
 
     model = convert("squeezenet1_1", sparsity=0.9, num_classes=5, input_size=64)
@@ -269,7 +269,7 @@ def test_stdout_is_the_result_whatever_a_network_prints(run_json, tmp_path, monk
     assert done["model"]["architecture"] == "talking:Net"
 
 
-def test_a_network_that_ends_the_program_is_an_error_in_one_sentence(run, tmp_path, monkeypatch):
+def test_a_network_that_exits_is_an_error_in_one_sentence(run, tmp_path, monkeypatch):
     (tmp_path / "ending.py").write_text("def net():\n    raise SystemExit(7)\n")
     monkeypatch.chdir(tmp_path)
     code, out, err = run("convert", "ending:net", "--input-shape", "64", "--sparsity", "0.5", "-o", "m")
@@ -277,7 +277,7 @@ def test_a_network_that_ends_the_program_is_an_error_in_one_sentence(run, tmp_pa
     assert "failed when it was called" in err
 
 
-def test_reports_go_by_what_a_file_is_not_by_the_case_of_its_ending(run_json, onnx_file, tmp_path):
+def test_reports_recognise_a_file_by_its_content(run_json, onnx_file, tmp_path):
     for name in ("a.ONNX", "unnamed"):
         (tmp_path / name).write_bytes(onnx_file.read_bytes())
         assert run_json("report", tmp_path / name)["kind"] == "onnx"

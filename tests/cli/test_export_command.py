@@ -1,4 +1,4 @@
-"""`export` into every container, and what `report` and `verify` say about the files."""
+"""`export` into every container, and `report` and `verify` of the files."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ FILES = {"a.dsr": "archive", "a.onnx": "onnx", "a.npz": "csr", "a.safetensors": 
 
 @pytest.fixture
 def trace_once(monkeypatch, captured):
-    """Lets exports and verifications use the graph that was captured already, which saves seconds for each."""
+    """Lets exports and verifications share one captured graph, which saves seconds for each."""
     monkeypatch.setattr("exporters.checked.trace", lambda module, shape: captured)
 
 
@@ -42,7 +42,7 @@ def test_an_archive_is_a_source_like_its_folder(run_json, archive, tmp_path):
         assert run_json("export", archive, "-o", tmp_path / to, "--to", to)["kind"] == to
 
 
-def test_the_lines_of_the_manual_multiply(run, folder, tmp_path):
+def test_layers_of_a_csr_file_multiply_as_in_the_readme(run, folder, tmp_path):
     assert run("export", folder, "-o", tmp_path / "m.npz")[0] == 0
     layers = dsr_tool.load_csr(tmp_path / "m.npz")
     y = layers["classifier.1.weight"] @ np.ones(512, np.float32)
@@ -50,7 +50,7 @@ def test_the_lines_of_the_manual_multiply(run, folder, tmp_path):
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_state_dict_goes_into_plain_torchvision_and_its_size_is_said(run, folder, tmp_path):
+def test_a_state_dict_loads_into_torchvision_and_its_size_is_noted(run, folder, tmp_path):
     code, out, err = run("export", folder, "-o", tmp_path / "m.pth")
     assert (code, err) == (0, "")
     assert "as large as a dense one" in out and out.count("\n") == 4
@@ -70,7 +70,7 @@ def test_report_of_a_csr_file_accounts_for_every_byte(run, run_json, folder, tmp
 
 
 @pytest.mark.parametrize("command", ["report", "verify"])
-def test_damaged_csr_files(run, folder, tmp_path, command):
+def test_damaged_csr_files_are_refused(run, folder, tmp_path, command):
     assert run("export", folder, "-o", tmp_path / "m.npz")[0] == 0
     raw = bytearray((tmp_path / "m.npz").read_bytes())
     raw[len(raw) // 2] ^= 0x55
@@ -97,7 +97,7 @@ def test_a_compact_onnx_file_becomes_dense(run_json, folder, onnx_file, tmp_path
         (["-o", "a.npz", "--to", "safetensors"], "call it a.safetensors"),
     ],
 )
-def test_wrong_usage(run, folder, tmp_path, monkeypatch, arguments, says):
+def test_wrong_arguments_of_export_are_one_sentence(run, folder, tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
     code, out, err = run("export", folder, *arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)
@@ -105,12 +105,12 @@ def test_wrong_usage(run, folder, tmp_path, monkeypatch, arguments, says):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_onnx_file_is_no_model_folder(run, onnx_file, tmp_path):
+def test_an_onnx_file_can_only_become_a_dense_one(run, onnx_file, tmp_path):
     code, _, err = run("export", onnx_file, "-o", tmp_path / "a.dsr")
     assert code == 2 and "can only become a dense one" in err
 
 
-def test_an_archive_over_the_budget_of_its_model_says_so(run, run_json, folder, tmp_path):
+def test_an_archive_over_its_budget_is_reported(run, run_json, folder, tmp_path):
     assert run_json("export", folder, "-o", tmp_path / "a.dsr")["budget"] is None
     shutil.copytree(folder, tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
@@ -122,7 +122,7 @@ def test_an_archive_over_the_budget_of_its_model_says_so(run, run_json, folder, 
     assert run_json("export", tmp_path / "m", "-o", tmp_path / "c.npz")["budget"] is None
 
 
-def test_reports_call_float16_weights_by_their_name(run, folder, tmp_path):
+def test_reports_name_float16_weights(run, folder, tmp_path):
     for name, values, says in (("a.dsr", "fp32", "dense fp32 "), ("b.dsr", "fp16", "dense fp16 (weights) ")):
         assert run("export", folder, "-o", tmp_path / name, "--values", values)[0] == 0
         assert says in run("report", tmp_path / name)[1]

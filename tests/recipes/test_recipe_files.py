@@ -45,7 +45,7 @@ def test_every_shipped_row_is_found_by_its_name():
             assert find_recipe(row.name) == row and row.data and row.source and row.about
 
 
-def test_a_row_is_the_base_then_the_method_then_the_sparsity(family):
+def test_method_replaces_base_and_sparsity_replaces_method(family):
     row = family.row("set", 0.9)
     assert row.model == {"arch": "resnet18", "sparsity": 0.9}
     assert row.train == {"method": "set", "epochs": 8} and row.options == {"drop_fraction": 0.3}
@@ -61,13 +61,13 @@ def test_a_row_is_the_base_then_the_method_then_the_sparsity(family):
     ]
 
 
-def test_the_sparsity_goes_where_the_family_says(family):
+def test_the_sparsity_fills_every_placeholder(family):
     gmp = family.row("gmp", 0.7)
     assert gmp.model["sparsity"] == 0 and gmp.options == {"final_sparsity": 0.7} and gmp.after == "dense"
     assert family.row("dense").model["sparsity"] == 0 and family.row("dense").after is None
 
 
-def test_what_was_published_is_given_as_fractions(family):
+def test_published_accuracies_become_fractions(family):
     assert family.row("dsr", 0.9).paper == {"accuracy": 0.9, "sd": 0.005, "n": 3}
     assert family.row("dsr", 0.5).paper == {} and family.row("dense").paper == {"accuracy": 0.955}
     assert find_recipe("wrn-28-2/dsr@0.9").paper == {"accuracy": 0.9359, "sd": 0.0017, "n": 5}
@@ -87,7 +87,7 @@ def test_what_was_published_is_given_as_fractions(family):
         ("none.toml", "recipe 'none.toml' does not exist"),
     ],
 )
-def test_names_that_nobody_knows_say_what_is_known(name, message):
+def test_unknown_names_are_refused_with_close_or_known_ones(name, message):
     with pytest.raises(DsrError, match=message):
         find_recipe(name)
 
@@ -113,7 +113,7 @@ def test_any_plain_value_is_written_as_toml(values):
     assert read.get("model", {}) == values
 
 
-def test_everything_wrong_in_a_file_is_said_at_once(tmp_path):
+def test_all_errors_of_a_file_are_listed(tmp_path):
     path = tmp_path / "bad.toml"
     path.write_text(
         "titel = 'x'\nsparsities = [1.5]\ndata = 3\n[methods.dsr]\ntrian = {}\nabout = 1\n[methods.dsr.at]\n'2' = {}\n"
@@ -144,13 +144,13 @@ def test_everything_wrong_in_a_file_is_said_at_once(tmp_path):
         ("[trian]", UsageError, "did you mean train"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, kind, message):
+def test_a_file_that_is_not_a_recipe_is_refused(tmp_path, text, kind, message):
     (tmp_path / "bad.toml").write_text(text)
     with pytest.raises(kind, match=message):
         find_recipe(str(tmp_path / "bad.toml"))
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path):
+def test_a_file_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "bad.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(FormatError, match="UTF-8"):
         find_recipe(str(tmp_path / "bad.toml"))

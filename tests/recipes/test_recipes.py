@@ -44,7 +44,7 @@ def test_every_shipped_row_is_allowed(family):
         TrainSettings(**training_arguments(row)).check()
 
 
-def test_the_schedules_of_the_paper_come_out():
+def test_shipped_rows_have_the_schedules_of_the_paper():
     steps = 500 * 200
     method = TrainSettings(**training_arguments(find_recipe("wrn-28-2/dsr@0.9"))).make_method(steps)
     assert method.schedule.periods == ((0, 100), (25 * 500, 200), (80 * 500, 400), (140 * 500, 800))
@@ -62,7 +62,7 @@ def test_the_command_line_wins_over_set_over_the_recipe():
     assert row.options == {"target": 0.5, "threshold": 0.01}
 
 
-def test_a_recipes_momentum_goes_with_its_optimizer_and_no_others_does():
+def test_a_recipes_momentum_is_dropped_with_its_optimizer_and_no_other_is():
     assert find_recipe(ROW).train["momentum"] == 0.9
     for row in (resolve_training(ROW, ["optimizer=adam"], {}), resolve_training(ROW, [], {"optimizer": "adam"})):
         assert "momentum" not in row.train and row.train["optimizer"] == "adam"
@@ -87,7 +87,7 @@ def test_set_works_without_a_recipe():
         resolve_training(None, ["epoch=2"], {})
 
 
-def test_a_method_from_elsewhere_has_options_of_any_name(monkeypatch):
+def test_a_plugin_method_may_have_options_of_any_name(monkeypatch):
     point = EntryPoint("shake", f"{__name__}:_static", "dsr_tool.methods")
     monkeypatch.setattr(plugins, "entry_points", lambda group: [point] if group == plugins.GROUP else [])
     monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__, types.ModuleType(__name__)))
@@ -100,7 +100,7 @@ def test_a_method_from_elsewhere_has_options_of_any_name(monkeypatch):
         resolve_training(None, ["share=0.2", "method=shake"], {})
 
 
-def test_texts_that_set_something_are_read_alike():
+def test_set_and_option_parse_assignments_alike():
     row = resolve_training(None, [], {"target": 3}, ["cross-layer = false", "eta=.5"])
     assert row.options == {"target": 3, "cross_layer": False, "eta": 0.5}
     assert parse_assignment("epochs=3") == ("epochs", 3) and parse_assignment("scope=global") == ("scope", "global")
@@ -113,7 +113,7 @@ def test_texts_that_set_something_are_read_alike():
             call()
 
 
-def test_everything_wrong_is_said_at_once_with_key_value_and_close_names():
+def test_all_errors_are_listed_with_key_value_and_close_names():
     sets = ["epochs=ten", "lr=-1", "weights=3", "sparsity=1.2", "epoch=3", "nothing", "target=0"]
     with pytest.raises(UsageError) as caught:
         override(find_recipe(ROW), sets)
@@ -161,7 +161,7 @@ def test_unknown_keys_of_a_file_are_named():
         assert part in str(caught.value)
 
 
-def test_a_recipe_tells_convert_what_to_do():
+def test_a_recipe_resolves_to_options_of_convert():
     told = resolve_conversion("wrn-28-2/dsr@0.9", ["seed=3"], {"keep_dense": ("a",)})
     assert told["arch"] == "wrn-28-2" and told["sparsity"] == 0.9 and told["keep_dense"] == ("a",)
     told = resolve_conversion("wrn-28-2/dsr@0.9", [], {"budget": "1MB"})
@@ -185,7 +185,7 @@ def test_a_model_of_another_recipe_is_refused_with_all_differences():
     require_model(Recipe("mine", model={"sparsity": 0.8, "distribution": "uniform"}), model, "net")
 
 
-def test_a_row_is_two_commands(run, tmp_path):
+def test_two_commands_run_a_row(run, tmp_path):
     net, out = tmp_path / "net", tmp_path / "run"
     assert run("convert", "--recipe", ROW, "-o", net, "--quiet")[0] == 0
     code, text, err = run("train", net, "--recipe", ROW, "-o", out, *QUICK, "--json")
@@ -200,7 +200,7 @@ def test_a_row_is_two_commands(run, tmp_path):
     assert code == 2 and "for another model" in err and not (tmp_path / "other").exists()
 
 
-def test_the_run_of_one_recipe_does_not_go_on_with_another(run, tmp_path):
+def test_a_run_does_not_resume_with_another_recipe(run, tmp_path):
     net, out = tmp_path / "net", tmp_path / "run"
     run("convert", "--recipe", ROW, "-o", net, "--quiet")
     run("train", net, "--recipe", ROW, "-o", out, *QUICK)
@@ -228,14 +228,14 @@ def test_recipes_are_listed_printed_and_copied(run, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["thin-dense", "static", "dense"])
-def test_convert_makes_the_model_that_train_asks_for(run, tmp_path, method):
+def test_convert_makes_the_model_that_train_requires(run, tmp_path, method):
     row = "lenet-300-100/dense" if method == "dense" else f"lenet-300-100/{method}@0.95"
     assert run("convert", "--recipe", row, "-o", tmp_path / "net", "--quiet")[0] == 0
     code, _, err = run("train", tmp_path / "net", "--recipe", row, "-o", tmp_path / "run", *QUICK[:4], "--quiet")
     assert code == 0, err
 
 
-def test_a_ticket_is_converted_with_the_run_that_it_takes_its_masks_from(run, tmp_path):
+def test_a_ticket_needs_the_run_that_has_its_masks(run, tmp_path):
     assert run("convert", "--recipe", ROW, "-o", tmp_path / "net", "--quiet")[0] == 0
     ticket = "lenet-300-100/ticket-original@0.99"
     code, _, err = run("convert", "--recipe", ticket, "-o", tmp_path / "ticket")

@@ -26,7 +26,7 @@ class Tiny(nn.Module):
 
 @pytest.fixture(autouse=True, scope="package")
 def _one_thread():
-    """Networks this small are slower on several threads, and far slower where these are shared."""
+    """Uses one thread: networks this small are slower on several, and much slower on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -35,7 +35,7 @@ def _one_thread():
 
 @pytest.fixture
 def tiny():
-    """Makers of the small network, a sparse model of it, its data, and settings that reallocate often."""
+    """Returns makers of the small network, a sparse model of it, its data, and settings that reallocate often."""
 
     def model(sparsity=0.8, seed=0, **more):
         torch.manual_seed(seed)
@@ -52,7 +52,7 @@ def tiny():
 
 @pytest.fixture
 def arrays():
-    """Writes a .npz file of labelled images, with changes."""
+    """Returns a function that writes a .npz file of labelled images, with some arrays replaced."""
 
     def write(path, **changes):
         rng = np.random.default_rng(0)

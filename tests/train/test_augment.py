@@ -29,7 +29,7 @@ def by_torchvision(image, moves, index):
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_batch_is_moved_as_torchvision_moves_each_image(height, width, channels, kind, name, seed):
+def test_moves_of_a_batch_equal_those_of_torchvision_per_image(height, width, channels, kind, name, seed):
     images = torch.randint(0, 256, (9, channels, height, width), generator=torch.Generator().manual_seed(seed)).to(kind)
     before = images.clone()
     moves = draw(name, 9, (height, width), seed)
@@ -51,7 +51,7 @@ def test_offsets_are_uniform_and_half_of_the_images_are_flipped():
     assert (torch.corrcoef(together) - torch.eye(3)).abs().max() < 5 / 300
 
 
-def test_only_crop_flip_flips_and_the_rest_moves_nothing():
+def test_only_crop_flip_flips_and_the_others_move_nothing():
     assert draw("shift", 5).flip is None
     assert [name for name in AUGMENTATIONS if draw(name, 5) is None] == ["none", "imagenet"]
 
@@ -63,14 +63,14 @@ def test_padding_is_an_eighth_of_the_side(side, padding):
     assert (int(moves.down.max()), int(moves.right.max())) == (2 * padding[0], 2 * padding[1])
 
 
-def test_parts_of_a_batch_are_moved_as_the_whole():
+def test_moves_of_a_slice_equal_the_slice_of_the_moves():
     images = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8)
     moves = draw("crop-flip", 20, (8, 8))
     parts = [moves[slice(start, start + 5)](images[start : start + 5]) for start in range(0, 20, 5)]
     assert torch.equal(torch.cat(parts), moves(images))
 
 
-def test_no_offset_is_the_image_itself():
+def test_zero_offsets_return_the_image():
     images = torch.rand(2, 3, 16, 16)
     middle = torch.full((2,), 2)
     assert torch.equal(Moves((2, 2), middle, middle, None)(images), images)

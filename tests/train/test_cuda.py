@@ -26,7 +26,7 @@ WAYS = [
 
 
 class Zeros(Observer):
-    """Looks after every step, and at every state, whether all is zero outside the masks."""
+    """Checks after every step, and at every state, that everything outside the masks is zero."""
 
     def __init__(self, *, states=True):
         self.active, self.states = [], states
@@ -74,7 +74,7 @@ def test_budget_and_zeros_are_exact(tiny, method, way):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("method", ["dsr", "rigl", "static"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_a_run_in_pieces_goes_on(tiny, tmp_path, method, optimizer, way):
+def test_a_run_in_pieces_resumes(tiny, tmp_path, method, optimizer, way):
     budget = make(tiny, method)[0].active_weights
     for _ in range(3):
         model, settings = make(tiny, method, epochs=3, optimizer=optimizer, **way)
@@ -101,7 +101,7 @@ def test_digits_are_learnt(tiny, way):
 
 
 @pytest.mark.parametrize("way", [{"device": "cpu"}, pytest.param({"device": "cuda"}, marks=needs_gpu)])
-def test_a_compiled_step_is_a_step(tiny, way):
+def test_a_compiled_step_equals_a_plain_one(tiny, way):
     losses = []
     for compiled in (False, True):
         result = train(tiny.model(), tiny.data(), tiny.settings(method="static", compile=compiled, **way))
@@ -110,7 +110,7 @@ def test_a_compiled_step_is_a_step(tiny, way):
 
 
 @pytest.mark.parametrize("way", [{"device": "cpu"}, pytest.param({"device": "cuda"}, marks=needs_gpu)])
-def test_state_takes_on_the_memory_format_of_its_parameter(tiny, way):
+def test_loaded_optimizer_state_gets_the_memory_format_of_its_parameter(tiny, way):
     states = []
 
     class Keep(Observer):
@@ -153,7 +153,7 @@ def test_evaluation_agrees_with_a_cpu(tiny):
 @needs_gpu
 @pytest.mark.parametrize("augment", ["none", "shift", "crop-flip", "imagenet"])
 @pytest.mark.parametrize("room", [True, False])
-def test_a_gpu_is_shown_what_a_cpu_is_shown(tiny, monkeypatch, augment, room):
+def test_a_gpu_sees_the_same_images_as_a_cpu(tiny, monkeypatch, augment, room):
     if not room:
         monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (0, 0))
     monkeypatch.setattr("dsr_tool.train.data._GROUP_VALUES", 2 * 30 * 3 * 64)

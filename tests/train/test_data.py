@@ -43,7 +43,7 @@ def test_an_epoch_shows_each_image_once_in_an_order_of_its_own(fifty, seed, epoc
     assert order != labels_of(fifty, chosen, epoch + 1) and order != labels_of(fifty, cpu(seed=seed + 1), epoch)
 
 
-def test_all_test_images_are_shown_in_their_order(fifty, monkeypatch):
+def test_all_test_images_come_in_their_order(fifty, monkeypatch):
     assert [len(labels) for _, labels in fifty.test_batches(cpu(batch_size=3))] == [7]
     monkeypatch.setattr("dsr_tool.train.data._TEST_VALUES", {"cpu": 0})
     batches = list(fifty.test_batches(cpu(batch_size=3)))
@@ -60,7 +60,7 @@ def test_workers_change_nothing(augment):
 
 
 @pytest.mark.parametrize("augment", ["shift", "crop-flip", "imagenet"])
-def test_every_image_is_augmented_by_itself(tmp_path, arrays, augment):
+def test_every_image_gets_its_own_augmentation(tmp_path, arrays, augment):
     picture = np.random.default_rng(0).integers(1, 256, (1, 16, 16, 3), dtype=np.uint8).repeat(64, 0)
     path = arrays(tmp_path / "same.npz", x_train=picture, y_train=np.zeros(64, int))
     data = load_data(f"arrays:{path}", config(size=16))
@@ -71,7 +71,7 @@ def test_every_image_is_augmented_by_itself(tmp_path, arrays, augment):
 
 
 @pytest.mark.parametrize("size", [8, 16, 20])
-def test_evaluation_sees_what_pillow_makes_of_the_picture(size):
+def test_evaluation_sees_the_pixels_that_pillow_decodes(size):
     data = load_data("digits", config(size=size))
     inputs, _ = next(data.test_batches(cpu()))
     wanted = data.describe(config(size=size)).preprocessing
@@ -82,7 +82,7 @@ def test_evaluation_sees_what_pillow_makes_of_the_picture(size):
         assert np.abs(expected.transpose(2, 0, 1) - found.numpy()).max() < 1.01 / 255 / wanted.std[0]
 
 
-def test_images_that_are_too_many_to_fit_at_once_are_fitted_batch_by_batch(monkeypatch):
+def test_splits_too_large_to_resize_at_once_are_resized_by_batch(monkeypatch):
     once, each = load_data("digits", config(size=20)), load_data("digits", config(size=20))
     chosen = cpu(augment="crop-flip")
     first = next(once.train_batches(chosen, 2))
@@ -91,7 +91,7 @@ def test_images_that_are_too_many_to_fit_at_once_are_fitted_batch_by_batch(monke
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
-def test_photographs_are_resized_and_cropped_as_the_model_says(tmp_path):
+def test_photographs_are_resized_and_cropped_by_the_models_preprocessing(tmp_path):
     for part in ("train", "val"):
         (tmp_path / part / "a").mkdir(parents=True)
         picture = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
@@ -137,7 +137,7 @@ def test_data_that_do_not_fit_the_model_are_refused(spec, model, message):
         load_data(spec, model)
 
 
-def test_colours_do_not_fit_a_grey_model(tmp_path, arrays):
+def test_colour_images_are_refused_by_a_grey_model(tmp_path, arrays):
     with pytest.raises(UsageError, match="data has 3 channels, but the model has 1"):
         load_data(f"arrays:{arrays(tmp_path / 'a.npz')}", config(channels=1))
 

@@ -40,7 +40,7 @@ def write_images(root, classes=("ants", "bees"), count=2, parts=("train", "val")
     return root
 
 
-def test_digits_are_split_by_class_and_always_alike():
+def test_digits_are_split_by_class_and_the_same_each_time():
     data, again = open_dataset("digits", SHAPE), open_dataset("digits", SHAPE)
     assert torch.equal(data.train.images, again.train.images) and torch.equal(data.test.labels, again.test.labels)
     assert len(data.train.labels) + len(data.test.labels) == 1797
@@ -53,7 +53,7 @@ def test_digits_are_split_by_class_and_always_alike():
 
 @pytest.mark.parametrize("place", ["MNIST/raw", "raw", "."])
 @pytest.mark.parametrize("packed", [True, False])
-def test_mnist_is_read_where_it_lies(tmp_path, place, packed):
+def test_mnist_is_read_from_each_of_its_usual_folders(tmp_path, place, packed):
     folder = write_mnist(tmp_path / "root" / place, packed=packed)
     before = sorted(folder.iterdir())
     data = open_dataset(f"mnist:{tmp_path / 'root'}", SHAPE)
@@ -129,7 +129,7 @@ def test_fake_images_have_the_size_of_the_input():
         ("fake:many", UsageError, "a number of training images"),
     ],
 )
-def test_what_is_not_there_is_said(tmp_path, spec, error, message):
+def test_missing_or_malformed_data_specs_are_refused_in_one_line(tmp_path, spec, error, message):
     with pytest.raises(error, match=message) as caught:
         open_dataset(spec.format(tmp=tmp_path), SHAPE)
     assert "\n" not in str(caught.value)
@@ -189,7 +189,7 @@ def test_classes_of_both_folders_must_agree(tmp_path):
         open_dataset(f"images:{tmp_path}", SHAPE)
 
 
-def test_digits_without_scikit_learn_say_how_to_get_it(monkeypatch):
+def test_digits_without_scikit_learn_name_the_command_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(DsrError, match=r"pip install 'dsr-tool\[digits\]'"):
         open_dataset("digits", SHAPE)

@@ -7,7 +7,7 @@ from dsr_tool.train.exploration import Exploration
 
 
 class Union(Observer):
-    """The referee: looks at every mask after every step."""
+    """The reference: reads every mask after every step."""
 
     def on_start(self, model, total_steps):  # noqa: ARG002
         self.model = model
@@ -21,7 +21,7 @@ class Union(Observer):
 
 
 @pytest.mark.parametrize("method", ["dsr", "set", "static", "deepr"])
-def test_what_was_ever_active_is_the_union_of_all_masks(tiny, method):
+def test_exploration_is_the_union_of_all_masks(tiny, method):
     referee = Union()
     train(tiny.model(), tiny.data(), tiny.settings(method=method, epochs=2, every=1), [referee])
     expected = {name: int(ever.sum()) for name, ever in referee.ever.items()}
@@ -30,7 +30,7 @@ def test_what_was_ever_active_is_the_union_of_all_masks(tiny, method):
     assert moved == (method != "static")
 
 
-def test_bits_bring_it_back(tiny):
+def test_exploration_is_restored_from_its_bits(tiny):
     model = tiny.model()
     before = Exploration(model)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_bits_bring_it_back(tiny):
     assert Exploration(model, before.bits()).counts() == before.counts()
 
 
-def test_masks_that_are_replaced_count_too(tiny):
+def test_exploration_sees_masks_that_are_replaced_by_other_tensors(tiny):
     model = tiny.model()
     counted = Exploration(model)
     model.masks["head.weight"] = torch.ones_like(model.masks["head.weight"])
@@ -52,6 +52,6 @@ def test_masks_that_are_replaced_count_too(tiny):
 
 
 @pytest.mark.parametrize("bits", [{"other": torch.zeros(3, dtype=torch.uint8)}, {"head.weight": torch.zeros(3)}])
-def test_the_record_of_another_model_is_refused(tiny, bits):
+def test_exploration_bits_of_another_model_are_refused(tiny, bits):
     with pytest.raises(FormatError, match="record of active weights does not fit"):
         Exploration(tiny.model(), bits)

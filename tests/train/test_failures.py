@@ -1,4 +1,4 @@
-"""What is said about a training that diverges: when, where, and what is left of it."""
+"""Errors of a training that diverges name the step, the layer and the epoch that is kept."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def network():
 PICTURES = torch.ones(2, 3, 8, 8)
 
 
-def test_a_sound_network_is_not_blamed():
+def test_first_bad_is_empty_for_a_finite_network():
     assert first_bad(network(), PICTURES) == ""
 
 
@@ -32,14 +32,14 @@ def test_a_sound_network_is_not_blamed():
         (lambda net: net[0].weight.data.fill_(torch.nan), "weight of Conv2d '0' is NaN or inf"),
     ],
 )
-def test_the_first_layer_in_the_order_of_the_forward_is_blamed(spoil, blame):
+def test_first_bad_names_the_first_layer_in_forward_order(spoil, blame):
     net = network()
     spoil(net)
     assert first_bad(net, PICTURES) == blame
     assert not any(layer._forward_hooks for layer in net.modules())
 
 
-def test_what_happens_between_layers_is_told_from_what_enters_the_next():
+def test_first_bad_tells_bad_inputs_of_a_layer_from_bad_outputs():
     class Divides(nn.Module):
         def __init__(self):
             super().__init__()
@@ -52,12 +52,12 @@ def test_what_happens_between_layers_is_told_from_what_enters_the_next():
     assert first_bad(network(), PICTURES * torch.nan) == "an input of Conv2d '0' is NaN or inf"
 
 
-def test_the_first_loss_that_is_not_finite():
+def test_first_bad_step_is_the_first_loss_that_is_nan_or_inf():
     assert first_bad_step(torch.tensor([1.0, 2.0]), 11) is None
     assert first_bad_step(torch.tensor([1.0, torch.nan, torch.inf]), 11) == 12
 
 
-def test_only_what_was_saved_is_said_to_be_kept():
+def test_the_error_names_a_kept_epoch_only_if_one_was_saved():
     assert "kept" not in str(diverged("at step 3", "", 0))
     assert "at step 3 (x is NaN or inf); the state after epoch 7 is kept; lower" in str(
         diverged("at step 3", "x is NaN or inf", 7)
@@ -70,7 +70,7 @@ class Saver(Observer):
 
 
 class Spoiler(Observer):
-    """Spoils a weight after a number of steps."""
+    """Sets a weight to NaN after a number of steps."""
 
     def __init__(self, at):
         self.at = at
@@ -84,7 +84,7 @@ class Spoiler(Observer):
 
 
 @pytest.mark.parametrize(("at", "kept"), [(2, ""), (5, "; the state after epoch 1 is kept")])
-def test_a_training_names_step_layer_and_what_is_left(tiny, at, kept):
+def test_a_diverging_training_names_step_layer_and_saved_epoch(tiny, at, kept):
     with pytest.raises(DsrError) as caught:
         train(tiny.model(), tiny.data(), tiny.settings(epochs=3), [Saver(), Spoiler(at)])
     assert str(caught.value) == (
@@ -93,20 +93,20 @@ def test_a_training_names_step_layer_and_what_is_left(tiny, at, kept):
     )
 
 
-def test_without_anyone_who_saves_nothing_is_said_to_be_kept(tiny):
+def test_without_a_saving_observer_no_epoch_is_called_kept(tiny):
     with pytest.raises(DsrError) as caught:
         train(tiny.model(), tiny.data(), tiny.settings(epochs=3), [Spoiler(5)])
     assert "kept" not in str(caught.value)
 
 
-def test_a_loss_on_the_test_images_that_is_not_finite(tiny):
+def test_a_test_loss_that_is_nan_stops_the_training(tiny):
     data, settings = tiny.data(), tiny.settings(epochs=2)
     with pytest.raises(DsrError, match=r"on the test images after epoch 1 \(weight of Conv2d 'second' is NaN or inf\)"):
         train(tiny.model(), data, settings, [Spoiler(data.steps(settings.batch_size))])
 
 
 class Overflowing(torch.amp.GradScaler):
-    """Leaves out the first two steps, as if gradients had overflowed."""
+    """Skips the first two steps, as if gradients had overflowed."""
 
     left = 2
 

@@ -74,7 +74,7 @@ def test_the_same_seed_gives_the_same_weights(tiny):
     assert same and not other
 
 
-def test_the_loop_does_what_a_users_own_loop_does(tiny):
+def test_the_loop_trains_as_a_users_own_loop_does(tiny):
     settings, data = tiny.settings(epochs=1, schedule="step", gamma=1.0, every=2), tiny.data()
     ours, theirs = tiny.model(), tiny.model()
     train(ours, data, settings)
@@ -88,7 +88,7 @@ def test_the_loop_does_what_a_users_own_loop_does(tiny):
     assert all(torch.equal(a, b) for a, b in zip(ours.module.parameters(), theirs.module.parameters(), strict=True))
 
 
-def test_global_random_state_is_given_back(tiny):
+def test_the_global_random_state_is_restored(tiny):
     data, settings = tiny.data(), tiny.settings(epochs=1)
     model = tiny.model()
     torch.manual_seed(7)
@@ -98,7 +98,7 @@ def test_global_random_state_is_given_back(tiny):
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_half_precision_on_a_cpu(tiny):
+def test_bf16_on_a_cpu_keeps_fp32_weights_and_changes_the_loss_little(tiny):
     model = tiny.model()
     result = train(model, tiny.data(), tiny.settings(precision="bf16"))
     full = train(tiny.model(), tiny.data(), tiny.settings())
@@ -107,7 +107,7 @@ def test_half_precision_on_a_cpu(tiny):
     assert result.last.train_loss != full.last.train_loss
 
 
-def test_auxiliary_outputs_count_three_tenths(tiny):
+def test_the_loss_of_auxiliary_outputs_has_weight_0_3(tiny):
     outputs = namedtuple("Outputs", ["logits", "aux_logits2", "aux_logits1"])
 
     class Auxiliary(nn.Module):
@@ -129,14 +129,14 @@ def test_auxiliary_outputs_count_three_tenths(tiny):
     assert train(model, data, settings).last.train_loss == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_the_training(tiny):
+def test_a_loss_that_is_nan_or_inf_stops_the_training(tiny):
     listener = Listener()
     with pytest.raises(DsrError, match=r"NaN or inf at step \d+ \(.*\); lower --lr"):
         train(tiny.model(), tiny.data(), tiny.settings(lr=1e30, epochs=5), [listener])
     assert len(listener.active) < 5
 
 
-def test_a_model_that_cannot_be_compiled_is_said(tiny, monkeypatch):
+def test_a_failed_compilation_is_an_error_with_a_remedy(tiny, monkeypatch):
     def fail(_):
         raise torch._dynamo.exc.TorchDynamoException("inductor raised:\nno compiler\n\nlong story")
 
@@ -163,13 +163,13 @@ def test_digits_are_learnt_at_a_fifth_of_the_weights(tiny):
     assert result.last.train_loss < result.epochs[0].train_loss / 2
 
 
-def test_a_warmup_that_rounds_up_to_the_whole_training(tiny):
+def test_a_warmup_may_round_up_to_the_whole_training(tiny):
     factor = lr_factor(tiny.settings(epochs=1, warmup_epochs=0.9), 2)
     assert [factor(step) for step in range(4)] == [0.5, 1.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize("outputs", [{"out": torch.zeros(2, 10)}, torch.zeros(2, 10, 8, 8), torch.zeros(2, 9)])
-def test_outputs_that_are_no_scores_are_refused(tiny, outputs):
+def test_outputs_that_are_not_scores_are_refused(tiny, outputs):
     model = tiny.model()
     model.module.forward = lambda _: outputs
     with pytest.raises(UsageError, match="score for each of the 10 classes"):

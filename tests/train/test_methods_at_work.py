@@ -1,4 +1,4 @@
-"""What the log of a training says about methods that state more than a threshold, or update at every step."""
+"""The log of methods that report more than a threshold, or update at every step."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_kernels_are_logged_in_weights(tiny, tmp_path):
     assert first["facts"] == {"threshold": first["threshold"]} and first["threshold"] > 0
 
 
-def test_a_method_that_cannot_move_kernels_makes_no_run(tiny, tmp_path):
+def test_a_method_without_kernel_granularity_creates_no_run(tiny, tmp_path):
     model = convert(tiny.module(), sparsity=0.8, input_shape=(3, 8, 8), granularity="kernel")
     with (
         pytest.raises(UsageError, match="method rigl prunes and grows single weights"),

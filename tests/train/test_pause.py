@@ -1,4 +1,4 @@
-"""A training that is given little time stops after an epoch, says so, and goes on to the same end."""
+"""A training with a deadline stops after an epoch, says so, and resumes to the same result."""
 
 import json
 import time
@@ -23,20 +23,20 @@ class Listener(Observer):
 
 
 @pytest.mark.parametrize(("seconds", "epochs"), [(-1, 1), (1000, 3)])
-def test_no_epoch_is_begun_that_would_end_too_late(tiny, seconds, epochs):
+def test_no_epoch_starts_that_would_end_after_the_deadline(tiny, seconds, epochs):
     listener = Listener()
     settings = tiny.settings(epochs=3, method="static")
     result = train(tiny.model(), tiny.data(), settings, [listener], deadline=time.monotonic() + seconds)
     assert result.last.epoch == epochs and listener.paused == ([1] if epochs < 3 else [])
 
 
-def test_the_last_epoch_is_no_pause(tiny):
+def test_a_deadline_after_the_last_epoch_is_not_a_pause(tiny):
     listener = Listener()
     train(tiny.model(), tiny.data(), tiny.settings(epochs=1, method="static"), [listener], deadline=0.0)
     assert listener.paused == []
 
 
-def test_pieces_come_to_the_same_end(tiny, tmp_path):
+def test_a_training_in_pieces_ends_with_the_same_bits(tiny, tmp_path):
     settings = tiny.settings(epochs=4, batch_size=50, every=3, augment="crop-flip")
     whole = tiny.model()
     train(whole, tiny.data(), settings)
@@ -52,7 +52,7 @@ def test_pieces_come_to_the_same_end(tiny, tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in model.module.state_dict().items())
 
 
-def test_the_command_says_that_it_is_not_finished(tmp_path):
+def test_the_command_says_that_a_paused_run_is_not_finished(tmp_path):
     convert("shufflenet_v2_x0_5", num_classes=10, input_size=32, sparsity=0.8).save(tmp_path / "model")
     line = [tmp_path / "model", "-o", tmp_path / "run", "--data", "fake:40", "--batch-size", 20, "--epochs", 2]
     line = [*map(str, line), "--method", "static", "--device", "cpu", "--max-time", "0.001", "--resume", "-q"]

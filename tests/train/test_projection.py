@@ -1,4 +1,4 @@
-"""What it costs dst to end at an exact number: accuracy right before and right after its projection."""
+"""The projection of dst to an exact count costs little accuracy: measured right before and right after it."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from dsr_tool.train.settings import TrainSettings
 
 
 class Projection(Observer):
-    """Evaluates after every update, of which the last is the projection."""
+    """Evaluates after every update; the last one is the projection."""
 
     def __init__(self, data, settings):
         self.data, self.settings, self.facts, self.accuracies = data, settings, [], []

@@ -1,4 +1,4 @@
-"""Two processes that train one model come to what one process comes to."""
+"""Two processes that train one model reach the same result as one process."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def torchrun(*command):
 
 
 def launch(count, *command):
-    """What torchrun does, without its own start."""
+    """Starts processes with the environment that torchrun sets, without its start-up time."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
@@ -79,7 +79,7 @@ def train_by(folder, method, *, processes, pieces=1):
     return [line for line in lines if line["kind"] == "epoch"], states
 
 
-def test_two_processes_do_what_one_does(tmp_path):
+def test_two_processes_train_as_one_does(tmp_path):
     alone, _ = train_by(tmp_path / "one", "dsr", processes=1)
     shared, (first, second) = train_by(tmp_path / "two", "dsr", processes=2)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
@@ -93,7 +93,7 @@ def test_two_processes_do_what_one_does(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["static", "set", "rigl", "deepr"])
-def test_a_run_of_two_processes_goes_on_in_pieces(tmp_path, method):
+def test_a_run_of_two_processes_resumes_in_pieces(tmp_path, method):
     whole, ends = train_by(tmp_path / "whole", method, processes=2)
     pieces, resumed = train_by(tmp_path / "pieces", method, processes=2, pieces=3)
     assert [epoch["epoch"] for epoch in pieces] == [1, 2, 3]
@@ -127,6 +127,6 @@ def test_every_rank_takes_its_part_of_each_batch():
 
 
 @pytest.mark.parametrize(("batch", "count"), [(5, 2), (2, 2), (100, 5)])
-def test_batches_that_cannot_be_shared_are_refused(batch, count):
+def test_batches_that_cannot_be_divided_are_refused(batch, count):
     with pytest.raises(UsageError, match=f"cannot be divided among {count} processes"):
         Ranks(0, count).share(torch.arange(24), batch)

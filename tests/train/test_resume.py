@@ -1,4 +1,4 @@
-"""A run that was stopped anywhere and resumed ends as the run that was never stopped, to the last bit."""
+"""A run that was stopped anywhere and resumed ends with the same bits as one that was never stopped."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ FILES = ("config.json", "masks.safetensors", "model.safetensors", "training.safe
 
 @pytest.fixture(autouse=True, scope="module")
 def _captured_once():
-    """Capturing a graph takes longer than all steps of these trainings, and gives the same each time."""
+    """Captures each graph once: that takes longer than all steps of these trainings."""
     found = {}
 
     def once(model, names):
@@ -41,11 +41,11 @@ def _captured_once():
 
 
 class Killed(BaseException):
-    """Ends the process: nothing that runs afterwards counts."""
+    """Stands for the end of the process: what runs afterwards has no effect."""
 
 
 def go_on(tiny, folder, *more, granularity="weight", **changes):
-    """Train, from the start or from where an earlier call was killed."""
+    """Trains from the start, or from where an earlier call was killed."""
     method = changes.get("method", "dsr")
     if "final_sparsity" in METHODS[method].option_defaults():
         changes["options"] = {"final_sparsity": 0.7}
@@ -60,7 +60,7 @@ def go_on(tiny, folder, *more, granularity="weight", **changes):
 
 
 def log_of(folder):
-    """Every line, without what a clock says."""
+    """Returns every line of the log without times."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_bytes().splitlines()]
     return [{name: value for name, value in line.items() if name != "time_s"} for line in lines]
 
@@ -92,7 +92,7 @@ def flat(value):
 
 
 def kill_at(monkeypatch, moment):
-    """Let the process die before the `moment`-th thing that touches the disk or ends a step; no clean-up happens."""
+    """Lets the process die before the `moment`-th write to the disk or end of a step, without any clean-up."""
     count = iter(range(10**6))
 
     def strike(*_, **__):
@@ -125,7 +125,7 @@ def kill_at(monkeypatch, moment):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_killed_at_random_moments_and_resumed(tiny, tmp_path, method):
+def test_a_run_killed_at_random_moments_resumes_to_the_same_bits(tiny, tmp_path, method):
     go_on(tiny, tmp_path / "whole", method=method)
     draw = np.random.default_rng(zlib.crc32(method.encode()))
     for trial in range(20):
@@ -154,7 +154,7 @@ def test_killed_at_random_moments_and_resumed(tiny, tmp_path, method):
         {"method": "set", "granularity": "kernel"},
     ],
 )
-def test_every_optimizer_and_variant_goes_on(tiny, tmp_path, changes):
+def test_every_optimizer_and_variant_resumes(tiny, tmp_path, changes):
     go_on(tiny, tmp_path / "whole", **changes)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         go_on(tiny, tmp_path / "cut", kill_at(patch, 40), **changes)
@@ -163,7 +163,7 @@ def test_every_optimizer_and_variant_goes_on(tiny, tmp_path, changes):
     assert_equal(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_an_interrupted_run_goes_on(tiny, tmp_path):
+def test_an_interrupted_run_resumes(tiny, tmp_path):
     class Interrupt(Observer):
         def on_step(self, step):
             if step == 10:
@@ -207,7 +207,7 @@ def test_options_of_the_method_and_the_model_are_compared_by_name(tiny, tmp_path
         train(tiny.model(), tiny.data(), run.stopped.settings({}), [run], state=run.stopped.state)
 
 
-def test_a_run_that_another_process_trains_is_refused(tiny, tmp_path):
+def test_a_run_in_training_by_another_process_is_refused(tiny, tmp_path):
     go_on(tiny, tmp_path / "run")
     holder = RunFolder(tmp_path / "run", resume=True)
     for options in ({"resume": True}, {"force": True}):
@@ -218,14 +218,14 @@ def test_a_run_that_another_process_trains_is_refused(tiny, tmp_path):
     RunFolder(tmp_path / "run", resume=True)
 
 
-def test_a_complete_run_without_its_state_is_kept(tiny, tmp_path):
+def test_a_complete_run_without_a_checkpoint_is_not_overwritten(tiny, tmp_path):
     go_on(tiny, tmp_path / "run", epochs=1)
     (tmp_path / "run" / "training.safetensors").unlink()
     with pytest.raises(FileError, match="so it cannot be resumed; train again"):
         RunFolder(tmp_path / "run", resume=True)
 
 
-def test_the_best_epoch_comes_back_where_it_was_just_being_replaced(tiny, tmp_path):
+def test_the_best_epoch_is_restored_if_its_replacement_was_killed(tiny, tmp_path):
     go_on(tiny, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     (tmp_path / "cut" / ".best.x.old").mkdir()
@@ -237,14 +237,14 @@ def test_the_best_epoch_comes_back_where_it_was_just_being_replaced(tiny, tmp_pa
 @pytest.mark.parametrize(
     "settings", [None, {"epochs": "ten"}, {"milestones": 5}, {"options": None}, {"method": "nothing"}]
 )
-def test_settings_of_another_shape_are_said_to_be(tiny, tmp_path, settings):
+def test_settings_of_another_shape_are_refused(tiny, tmp_path, settings):
     go_on(tiny, tmp_path / "run")
     (tmp_path / "run" / "settings.json").write_text(json.dumps({"settings": settings}))
     with pytest.raises(FormatError, match="cannot be resumed"):
         RunFolder(tmp_path / "run", resume=True)
 
 
-def test_a_momentum_that_the_optimizer_never_had_is_left_out(tiny, tmp_path):
+def test_a_recorded_momentum_is_ignored_if_the_optimizer_has_none(tiny, tmp_path):
     go_on(tiny, tmp_path / "run")
     facts = json.loads((tmp_path / "run" / "settings.json").read_text())
     facts["settings"] |= {"optimizer": "adam", "momentum": 0.9}
@@ -254,7 +254,7 @@ def test_a_momentum_that_the_optimizer_never_had_is_left_out(tiny, tmp_path):
     assert stopped.started.momentum is None
 
 
-def test_a_log_of_other_epochs_than_the_state_is_refused(tiny, tmp_path):
+def test_a_log_with_other_epochs_than_the_checkpoint_is_refused(tiny, tmp_path):
     go_on(tiny, tmp_path / "run")
     log = tmp_path / "run" / "log.jsonl"
     log.write_text(log.read_text().replace('"epoch": 2', '"epoch": 3'))
@@ -262,7 +262,7 @@ def test_a_log_of_other_epochs_than_the_state_is_refused(tiny, tmp_path):
         RunFolder(tmp_path / "run", resume=True)
 
 
-def test_a_state_of_a_model_with_other_frozen_layers_is_refused(tiny, tmp_path):
+def test_a_checkpoint_of_a_model_with_other_frozen_layers_is_refused(tiny, tmp_path):
     go_on(tiny, tmp_path / "run")
     model = load(tmp_path / "run", tiny.module())
     model.module.head.weight.requires_grad_(False)
@@ -271,7 +271,7 @@ def test_a_state_of_a_model_with_other_frozen_layers_is_refused(tiny, tmp_path):
         train(model, tiny.data(), tiny.settings(epochs=5), state=state)
 
 
-def test_on_another_kind_of_device_random_numbers_begin_anew(tiny):
+def test_on_another_kind_of_device_random_numbers_start_anew(tiny):
     model = tiny.model()
     optimizer = torch.optim.SGD(model.module.parameters(), lr=0.1)
     attached = attach(model, optimizer, "set", total_steps=10)
@@ -280,7 +280,7 @@ def test_on_another_kind_of_device_random_numbers_begin_anew(tiny):
     assert attached.step == 3 and attached._generator.initial_seed() == 3
 
 
-def test_what_is_no_run_is_refused(tiny, tmp_path):
+def test_folders_that_are_not_runs_are_refused(tiny, tmp_path):
     tiny.model().save(tmp_path / "model")
     with pytest.raises(FileError, match="not a run that could be resumed"):
         RunFolder(tmp_path / "model", resume=True)
@@ -288,7 +288,7 @@ def test_what_is_no_run_is_refused(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "settings.json", "training.safetensors"])
-def test_a_damaged_run_is_said_to_be(tiny, tmp_path, name):
+def test_a_damaged_run_is_refused(tiny, tmp_path, name):
     go_on(tiny, tmp_path / "run")
     path = tmp_path / "run" / name
     path.write_bytes(path.read_bytes()[:40])
@@ -300,7 +300,7 @@ def test_a_damaged_run_is_said_to_be(tiny, tmp_path, name):
             RunFolder(tmp_path / "run", resume=True)
 
 
-def test_a_state_of_another_model_is_refused(tiny, tmp_path):
+def test_a_checkpoint_of_another_model_is_refused(tiny, tmp_path):
     go_on(tiny, tmp_path / "run")
     state = read_state(tmp_path / "run" / "training.safetensors")["training"]
     del state["optimizer"]["param_groups"][0]["params"][0]
@@ -308,7 +308,7 @@ def test_a_state_of_another_model_is_refused(tiny, tmp_path):
         train(tiny.model(), tiny.data(), tiny.settings(epochs=4), state=state)
 
 
-def test_a_state_keeps_every_bit(tmp_path):
+def test_a_checkpoint_keeps_every_bit(tmp_path):
     tree = {"a": [1, 0.1, None, {"7": torch.tensor([float("nan"), -0.0])}], "b": True, "c": torch.arange(3)}
     write_state(tmp_path / "state", tree)
     found = read_state(tmp_path / "state")
@@ -317,7 +317,7 @@ def test_a_state_keeps_every_bit(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_kill_minus_nine(tmp_path, method):
+def test_a_run_killed_by_sigkill_resumes(tmp_path, method):
     sparsity = 0 if METHODS[method].starts_dense else 0.8
     convert("shufflenet_v2_x0_5", sparsity=sparsity, num_classes=10, input_size=32).save(tmp_path / "model")
     options = "--data fake:512 --epochs 6 --batch-size 64 --every 3 --device cpu --resume --method"

@@ -63,7 +63,7 @@ def test_a_run_is_a_model_folder_of_the_last_epoch(tiny, tmp_path):
     assert result.last.epoch == 3
 
 
-def test_the_log_says_everything_once(tiny, tmp_path):
+def test_the_log_has_every_event_once(tiny, tmp_path):
     model, result = start(tiny, tmp_path / "run", epochs=3, every=2, batch_size=16)
     log = lines(tmp_path / "run")
     first, *_, last = log
@@ -112,7 +112,7 @@ def test_the_same_seed_gives_the_same_bytes(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("error", "status"), [(KeyboardInterrupt(), "interrupted"), (DsrError("it went wrong."), "failed")]
 )
-def test_what_stops_a_run_leaves_the_last_complete_epoch(tiny, tmp_path, error, status):
+def test_a_stopped_run_keeps_its_last_complete_epoch(tiny, tmp_path, error, status):
     with pytest.raises(type(error)):
         start(tiny, tmp_path / "run", Stop(8, error), epochs=3, schedule="step", gamma=1.0)
     log = lines(tmp_path / "run")
@@ -121,7 +121,7 @@ def test_what_stops_a_run_leaves_the_last_complete_epoch(tiny, tmp_path, error, 
     assert state(tmp_path / "run", tiny).active_weights == two.active_weights
 
 
-def test_a_run_that_ends_before_its_first_epoch_leaves_nothing(tiny, tmp_path):
+def test_a_run_without_a_complete_epoch_leaves_nothing(tiny, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         start(tiny, tmp_path / "run", Stop(2, KeyboardInterrupt()))
     assert list(tmp_path.iterdir()) == []
@@ -153,7 +153,7 @@ def test_an_interrupt_between_two_files_still_moves_both(tiny, tmp_path, monkeyp
     ]
 
 
-def test_a_full_disk_leaves_what_was_saved_before(tiny, tmp_path):
+def test_a_full_disk_keeps_what_was_saved_before(tiny, tmp_path):
     class Fill(Observer):
         def on_epoch(self, _model, _record):
             resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))
@@ -169,7 +169,7 @@ def test_a_full_disk_leaves_what_was_saved_before(tiny, tmp_path):
     assert [line["epoch"] for line in lines(tmp_path / "run") if line["kind"] == "epoch"] == [1]
 
 
-def test_an_existing_run_is_not_replaced_unasked(tiny, tmp_path):
+def test_an_existing_run_is_not_replaced_without_force(tiny, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     start(tiny, folder, epochs=1)
@@ -189,13 +189,13 @@ def test_force_replaces_runs_only(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to the superuser")
-def test_a_folder_that_cannot_be_made_is_said(tiny, tmp_path):
+def test_a_folder_that_cannot_be_created_is_an_error(tiny, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(FileError, match="could not be written"):
         start(tiny, tmp_path / "locked" / "run")
 
 
-def test_force_costs_nothing_when_nothing_is_learnt(tiny, tmp_path):
+def test_force_keeps_the_old_run_if_the_new_one_completes_no_epoch(tiny, tmp_path):
     old, _ = start(tiny, tmp_path / "run", epochs=1)
     with pytest.raises(KeyboardInterrupt):
         start(tiny, tmp_path / "run", Stop(2, KeyboardInterrupt()), force=True)

@@ -70,7 +70,7 @@ def test_resolved_settings_name_what_is_used():
 
 
 @pytest.mark.parametrize(("optimizer", "usual"), [("sgd", 0.9), ("rmsprop", 0.9), ("adam", None), ("adamw", None)])
-def test_momentum_is_that_of_an_optimizer_that_has_one(optimizer, usual):
+def test_only_optimizers_with_a_momentum_have_a_default(optimizer, usual):
     settings, module = TrainSettings(optimizer=optimizer, device="cpu"), torch.nn.Linear(2, 2)
     settings.check()
     assert settings.resolve("none").momentum == usual
@@ -110,5 +110,5 @@ def test_steps_are_fused_where_that_is_safe(optimizer):
 
 
 @pytest.mark.parametrize(("precision", "layout"), [("fp32", torch.preserve_format), ("bf16", torch.channels_last)])
-def test_channels_lie_last_where_convolutions_are_faster_for_it(precision, layout):
+def test_memory_format_is_channels_last_in_bf16_only(precision, layout):
     assert TrainSettings(device="cpu", precision=precision).memory_format is layout

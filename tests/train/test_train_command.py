@@ -38,7 +38,7 @@ def test_the_result_is_one_json_document(model_dir, tmp_path):
     assert saved["data"] == "fake:40" and saved["settings"]["lr"] == 0.1 and saved["train_images"] == 40
 
 
-def test_quiet_says_nothing_beside_the_result(model_dir, tmp_path):
+def test_quiet_leaves_stderr_empty(model_dir, tmp_path):
     done = run(model_dir, "-o", tmp_path / "run", "--data", "fake:40", "--epochs", 1, "--method", "static", "--quiet")
     assert done.stderr == ""
     assert "static" in (tmp_path / "run" / "settings.json").read_text()
@@ -63,7 +63,7 @@ def test_mistakes_are_one_sentence_and_an_exit_code(model_dir, tmp_path, monkeyp
     assert caught.value.code == code and message in output.err and output.out == ""
 
 
-def test_nothing_is_made_when_something_is_wrong(model_dir, tmp_path, monkeypatch, capsys):
+def test_wrong_arguments_create_no_run_folder(model_dir, tmp_path, monkeypatch, capsys):
     for arguments in (["--data", "cifar"], ["--data", "fake:40", "--epochs", "0"], ["--data", "arrays:none.npz"]):
         monkeypatch.setattr(sys, "argv", ["dsr-tool", "train", str(model_dir), "-o", str(tmp_path / "run"), *arguments])
         with pytest.raises(SystemExit):
