@@ -210,7 +210,7 @@ class NpzReader:
                 yield
         except (FormatError, MemoryError):
             raise
-        except Exception as error:  # zipfile, zlib and numpy's parser of headers raise whatever they trip over
+        except Exception as error:  # zipfile, zlib and numpy's parser of headers raise errors of many classes
             raise self.damaged(f"{what} ({first_line(error)})") from error
 
 

@@ -14,7 +14,7 @@ from dsr_tool.methods.grow import at_random
 from dsr_tool.methods.prune import below_threshold, keep_at_least
 from dsr_tool.methods.schedule import ReallocationSchedule, Timing
 from dsr_tool.sparse.active import ActiveWeights, Positions
-from dsr_tool.sparsity.budget import apportion
+from dsr_tool.sparsity.apportion import apportion
 from dsr_tool.sparsity.granularity import GRANULARITIES
 
 __all__ = ["DSR"]

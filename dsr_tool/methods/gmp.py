@@ -13,7 +13,8 @@ from dsr_tool.methods.final_sparsity import final_budget
 from dsr_tool.methods.prune import smallest, smallest_of_all
 from dsr_tool.methods.schedule import ReallocationSchedule, Timing
 from dsr_tool.sparse.active import ActiveWeights, Positions
-from dsr_tool.sparsity.budget import Budget, apportion
+from dsr_tool.sparsity.apportion import apportion
+from dsr_tool.sparsity.budget import Budget
 
 __all__ = ["GradualPruning"]
 
@@ -93,6 +94,7 @@ class GradualPruning(Method):
         """Returns a boolean vector over the active weights, True for those to prune until `total` are left."""
         if self.scope == "global":
             return smallest_of_all(weights, max(sum(weights.counts) - total, 0))
+        # Shares by size, but no layer gets more than it has: a sparser layer leaves the rest of its share to others.
         if total < sum(weights.counts):
             targets = apportion(total, weights.sizes, weights.counts, [1] * len(weights.sizes))
         else:

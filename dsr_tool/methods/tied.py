@@ -16,7 +16,7 @@ from dsr_tool.methods.final_sparsity import final_budget, require_dense
 from dsr_tool.sparse.active import ActiveWeights, Positions
 from dsr_tool.sparse.keeper import MaskKeeper
 from dsr_tool.sparse.model import SparseModel
-from dsr_tool.sparsity.budget import apportion
+from dsr_tool.sparsity.apportion import apportion
 
 __all__ = ["Tied", "hashed"]
 
@@ -160,6 +160,7 @@ class Tied(Method):
         Raises:
             UsageError: the model is sparse, or has more layers than distinct values.
         """
+        # One share for all layers, by largest remainder, so that the number of values is exact.
         sizes = [model.masks[name].numel() for name in model.trained]
         require_dense(self.name, model)
         self.distinct = self.budget.active_weights(sum(sizes), 0, len(sizes))

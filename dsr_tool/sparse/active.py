@@ -144,7 +144,7 @@ def _within(units: torch.Tensor, unit: int) -> torch.Tensor:
 
 def _values(weight: torch.Tensor, units: torch.Tensor, unit: int) -> torch.Tensor:
     """Returns the values of single weights, or the mean magnitudes of kernels."""
-    # `take` counts in row-major order whatever the memory format is.
+    # `take` counts in row-major order in every memory format.
     values = weight.take(_within(units, unit)).float()
     return values if unit == 1 else values.abs().reshape(-1, unit).mean(1)
 

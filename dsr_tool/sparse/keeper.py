@@ -171,7 +171,7 @@ class MaskKeeper:
     def _gradients(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Yields the index of each layer that has a gradient, and the gradient."""
         for index, (name, layer) in enumerate(zip(self.names, self._layers, strict=True)):
-            # `SparseModel.to` makes new masks; the bits here would then belong to masks that nobody updates.
+            # `SparseModel.to` makes new masks; the bits here would then belong to outdated masks.
             if self.model.masks[name] is not layer.mask:
                 raise UsageError(f"the mask of {name!r} was replaced; attach after moving the model.")
             gradient = layer.weight.grad

@@ -151,7 +151,7 @@ class SparseModel:
         """
         tensors = {}
         for name, value in self.module.state_dict().items():
-            # numpy has no bfloat16, and no container of ours has complex numbers.
+            # numpy has no bfloat16, and no file format here has complex numbers.
             if value.dtype in (torch.bfloat16, torch.complex64, torch.complex128):
                 raise UsageError(
                     f"{name!r} has type {value.dtype}, which files cannot hold; call model.to(torch.float32) first."

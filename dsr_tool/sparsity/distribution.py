@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from dsr_tool.sparsity.budget import apportion
+from dsr_tool.sparsity.apportion import apportion
 
 __all__ = ["DISTRIBUTIONS", "by_magnitude", "erk", "largest", "uniform"]
 
@@ -59,7 +59,7 @@ def by_magnitude(total: int, weights: Sequence[npt.NDArray[np.floating]]) -> lis
         layers get theirs.
     """
     magnitudes = [np.abs(weight).reshape(-1) for weight in weights]  # copies, changed below
-    # The largest of each layer is kept whatever its rank, because no layer may be empty.
+    # The largest of each layer is kept at any rank, because no layer may be empty.
     for magnitude in magnitudes:
         magnitude[np.argmax(magnitude)] = np.inf
     everything = np.concatenate(magnitudes)

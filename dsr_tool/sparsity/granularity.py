@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from dsr_tool.sparsity.budget import apportion
+from dsr_tool.sparsity.apportion import apportion
 
 __all__ = ["GRANULARITIES", "groups", "unit_size", "whole_units"]
 
