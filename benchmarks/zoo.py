@@ -25,7 +25,7 @@ from typing import Any
 from torchvision import models
 from zoo_table import passed, table
 
-from converters.torchvision_models import architectures
+from converters.torchvision_builders import architectures
 
 _HERE = Path(__file__).resolve().parent
 _TIMEOUT_S = 1800

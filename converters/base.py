@@ -41,6 +41,7 @@ class Load(Protocol):
         """
 
 
+# Defaults of a row: a source that has nothing to say about names, reasons or presets.
 def _no_names() -> list[str]:
     return []
 

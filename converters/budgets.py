@@ -110,6 +110,7 @@ def smallest_sparsity(model: SparseModel, limit: int) -> float | None:
     Returns:
         Fraction of zeros among the prunable weights, rounded up to four digits; None if no sparsity is enough.
     """
+    # Captured once for all sizes, since a capture takes a second or more.
     graph, tensors = _graph(model.module, model.config.input_shape), model.tensors()
     sparse = {name: tensors[name] for name in model.masks}
 
@@ -122,6 +123,7 @@ def smallest_sparsity(model: SparseModel, limit: int) -> float | None:
     found = search(size, len(sparse), most, most, math.ceil(_CLOSE * limit), limit) if sparse else None
     if found is None or found.below is None:
         return None
+    # Rounded up, so that the rounded sparsity still fits.
     return math.ceil((1 - found.below[0] / model.prunable_weights) * 1e4) / 1e4
 
 
@@ -150,6 +152,7 @@ def _solve_macs(sparsifier: Sparsifier, budget: Budget) -> int:
 
     def macs(total: int) -> int:
         counts = sparsifier.counts(total)
+        # Dense layers count in full.
         return sum(round(counts.get(spec.name, spec.size) * spec.macs_per_weight) for spec in specs)
 
     limit, least, most = budget.amount, sparsifier.least, sparsifier.prunable
@@ -189,8 +192,10 @@ def search(size: Callable[[int], int], least: int, most: int, guess: int, enough
     below, above = (least, size(least)), None
     if below[1] > limit:
         return Bracket(None, below)
+    # The invariant of the loop: below fits the limit, above does not, and the wanted number lies between.
     start, aim, tries = below, (enough + limit) // 2, 0
     while below[1] < enough and below[0] < (most if above is None else above[0] - 1):
+        # Strictly between the two, so that every try makes the interval smaller.
         number = min(max(guess, below[0] + 1), most if above is None else above[0] - 1)
         tried = (number, size(number))
         if tried[1] > limit:
@@ -198,6 +203,7 @@ def search(size: Callable[[int], int], least: int, most: int, guess: int, enough
         else:
             below = tried
         tries += 1
+        # A secant alone can approach from one side in ever smaller steps; a bisection in between bounds the tries.
         if above is not None and tries % 3 == 0:
             guess = (below[0] + above[0]) // 2
         else:
@@ -219,12 +225,14 @@ def _nearest(
     Raises:
         UsageError: no number meets the budget.
     """
+    # The search of a budget in bytes has a lower limit than the budget, so `above` may fit the budget as well.
     points = [point for point in (found.below, found.above) if point is not None and point[1] <= budget.amount]
     if not points:
         raise budget.out_of_reach(size(least) + _RECORD * (budget.kind == "bytes"), size(most))
     chosen = points[0]
     if chosen[1] < enough:
         chosen = points[-1]
+    # Even the whole model takes less: the budget is larger than it can be.
     if chosen[1] < enough and chosen[0] == most:
         raise budget.out_of_reach(size(least) + _RECORD * (budget.kind == "bytes"), chosen[1])
     return chosen
@@ -234,8 +242,7 @@ def _graph(module: torch.nn.Module, input_shape: tuple[int, ...]) -> Graph:
     other = next((p.dtype for p in module.parameters() if p.dtype != torch.float32), None)
     if other is not None:
         raise UsageError(
-            f"a budget in bytes needs float32 weights, since archives hold no {other}; call model.to(torch.float32) "
-            f"first."
+            f"a budget in bytes needs float32 weights, and this model has {other}; call model.to(torch.float32) first."
         )
     return trace(module, input_shape)
 

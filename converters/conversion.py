@@ -80,6 +80,7 @@ def convert(
     """
     if seed is not None and not 0 <= seed < 1 << 63:
         raise UsageError(f"seed {seed} is not allowed; give a whole number from 0 to 2^63 - 1.")
+    # A structure needs to know whether a seed was given; the others take 0.
     network = _Network(source, weights, num_classes, input_size, input_shape, seed or 0)
     selection = _Selection(preset, keep_dense, sparsify_patterns, distribution, positions, granularity)
     if structure is not None:
@@ -154,7 +155,7 @@ def _sparsifier(network: _Network, selection: _Selection) -> Sparsifier:
         "preset": selection.preset,
         "keep_dense": list(selection.keep_dense),
         "sparsify": list(selection.sparsify),
-        # Before anything becomes zero, so that a ticket can check that it has the original weights again.
+        # Taken before anything becomes zero, so that a ticket can check that it has the original weights again.
         CHECKSUM: checksum(module),
     }
     # The largest of random weights are no better than others, so their positions are random by default. Magnitudes may
@@ -179,6 +180,7 @@ def _sparsifier(network: _Network, selection: _Selection) -> Sparsifier:
 
 def _build(network: _Network) -> tuple[nn.Module, ModelConfig, bool]:
     """Returns the network, its description, and whether its weights may be trained."""
+    # Options are checked before the network is built, which may take seconds or download weights.
     source, shape = network.source, _checked_shape(network)
     if isinstance(source, str):
         module, config = load_network(
@@ -192,6 +194,7 @@ def _build(network: _Network) -> tuple[nn.Module, ModelConfig, bool]:
         return module, config, find_source(source).may_be_trained
     if network.weights is not None or network.num_classes is not None:
         raise UsageError("weights, num_classes and input_size go with a model name; a module has its own.")
+    # A module has no name that could build it again; its class name is for messages only.
     return source, ModelConfig("module", type(source).__name__, 0, shape), True
 
 

@@ -53,6 +53,7 @@ def _from_folder(path: Path, module: nn.Module | None) -> SparseModel:
 
 
 def _from_archive(archive: Archive, module: nn.Module | None) -> SparseModel:
+    # Compaction removed channels, so no module of that architecture has these shapes.
     if COMPACTED in archive.config.conversion:
         raise UsageError(
             f"{str(archive.path)!r} is compacted for inference: its layers are smaller than those of "
@@ -80,6 +81,7 @@ def _assemble(
     where: str,
 ) -> SparseModel:
     """Fills a module with the tensors of a file, once their names, shapes and dtypes are known to be the module's."""
+    # The file is untrusted, and the module may be the user's own: compare everything before anything is assigned.
     own = {name: spec.shape for name, spec in discover(module).items()}
     if {name: tuple(tensor.shape) for name, tensor in state.items()} != own or set(specs) != set(own):
         differing = [
@@ -90,6 +92,7 @@ def _assemble(
             f"{where!r} holds {config.architecture} and disagrees about {first!r} with the {type(module).__name__} to "
             f"be filled; give the model that it was made from, or an intact copy if it is damaged."
         )
+    # `fill` assigns tensors, so a wrong dtype would silently become the module's.
     for name, value in module.state_dict().items():
         if value.dtype != state[name].dtype:
             raise FormatError(f"{where!r} holds {name!r} as {state[name].dtype}, but the model has {value.dtype}.")

@@ -37,6 +37,7 @@ class PaperModel:
 
 def _lenet(shape: tuple[int, ...], num_classes: int, width: float) -> nn.Module:
     inputs = math.prod(shape)
+    # --input-shape bounds each side, not their product, and a first layer of this many inputs would fill the memory.
     if inputs > LONGEST_SIDE:
         raise UsageError(
             f"--input-shape {list(shape)} has {inputs:,} values, which are too many for a linear layer; give at "
@@ -118,6 +119,7 @@ def load(
             f"--weights {weights!r} is not a file, and {name} has no published weights; give a state_dict file, or "
             f"leave it out."
         )
+    # A fork, so that the caller's random state is as it was: a conversion must not change a training that follows.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = build(name, num_classes or _CLASSES, shape, width)
@@ -137,6 +139,7 @@ def load(
 
 def _preprocessing(shape: tuple[int, ...]) -> Preprocessing:
     """Returns the preprocessing of whole pictures to [-1, 1]; a training replaces it by its data's statistics."""
+    # Pictures are cropped to squares; for another shape they stay as they are.
     side = shape[1] if shape[1] == shape[2] else 0
     half = (0.5,) * shape[0]
     return Preprocessing(side, side, half, half)

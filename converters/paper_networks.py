@@ -38,6 +38,7 @@ class Perceptron(nn.Sequential):
         layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
         sizes = [inputs, *hidden, num_classes]
         for i, (fan_in, fan_out) in enumerate(pairwise(sizes), start=1):
+            # No bias: the normalisation that follows would subtract it again.
             layers[f"fc{i}"] = nn.Linear(fan_in, fan_out, bias=False)
             layers[f"bn{i}"] = nn.BatchNorm1d(fan_out)
             if i <= len(hidden):
@@ -62,6 +63,7 @@ class WideBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(filters)
         self.conv2 = nn.Conv2d(filters, filters, 3, padding=1, bias=False)
         self.relu = nn.ReLU(inplace=True)
+        # The shortcut reads the normalised input, not x, as in the code of the paper's authors.
         changes = stride != 1 or channels != filters
         self.shortcut = nn.Conv2d(channels, filters, 1, stride, bias=False) if changes else None
 
@@ -97,6 +99,7 @@ class WideResNet(nn.Module):
             UsageError: the depth is not 6 n + 4.
         """
         super().__init__()
+        # Three groups of n blocks have 6 n convolutions; the paper counts four more layers.
         blocks, odd = divmod(depth - 4, 6)
         if blocks < 1 or odd:
             raise UsageError(f"depth {depth} is not allowed; give 6 n + 4 for n blocks per group, such as 22 or 28.")

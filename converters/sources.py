@@ -28,12 +28,14 @@ def find_source(name: str) -> Source:
     for source in SOURCES.values():
         if source.recognises(name):
             return source
+    # Asked only now, so that a name that one source refuses may belong to another.
     for source in SOURCES.values():
         if reason := source.reason(name):
             raise UsageError(
                 f"ARCH {name!r} is {reason}; give a torchvision model for classification, segmentation or video, or "
                 f"module:callable for a network of your own."
             )
+    # A file of weights as ARCH is a common mistake, and close names would not help.
     if name and ("/" in name or Path(name).suffix or Path(name).exists()):
         raise UsageError(
             f"ARCH {name!r} is a path; give the name of a torchvision model, such as resnet18, or module:callable for "
@@ -74,6 +76,7 @@ def load_network(
             f"--num-classes and --input-size go with names of models; let {name!r} make the head that you need, and "
             f"give --input-shape."
         )
+    # Bounds of what a file may hold: a larger model could be converted, but not loaded again.
     if num_classes is not None and not 1 <= num_classes <= MOST_CLASSES:
         raise UsageError(f"--num-classes {num_classes} is not allowed; give 1 to {MOST_CLASSES:,}.")
     if input_size is not None and input_size < 1:

@@ -45,11 +45,13 @@ def fit_thin(sparsifier: Sparsifier, budget: Budget, seed: int = 0) -> Fitted:
             f"such as 1Mparams."
         )
     parameters = count(sparsifier.specs)["parameters"]
+    # The sparse model's own counts, since whole kernels and the distribution decide them.
     target = parameters - sparsifier.prunable + sum(sparsifier.counts(sparsifier.active_weights(budget)).values())
     width = nearest_width(config, parameters, target)
     module, narrow = load_network(
         config.architecture, num_classes=config.num_classes, input_shape=config.input_shape, width=width, seed=seed
     )
+    # A dense model is a sparse one with all weights active, so that every command can read it.
     record = {"weights": None, "thin": budget.to_record(), CHECKSUM: checksum(module)}
     dense = Sparsifier(module, replace(narrow, conversion=record), seed=seed)
     limit = Budget(parameters=target, unit="params")

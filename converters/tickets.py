@@ -54,6 +54,7 @@ class _Start:
 @torch.no_grad()
 def checksum(module: nn.Module) -> str:
     """Returns the SHA-256 of names, dtypes, shapes and bytes of a state_dict, in its order."""
+    # Names and shapes as well: equal bytes in another order are another network.
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
@@ -89,6 +90,7 @@ def make_ticket(source: str | nn.Module, folder: str | Path, init: str = "fresh"
         )
     record = saved.config.conversion
     start = _recorded_start(record, folder) if init == "original" else _fresh_start(record, seed)
+    # Built before it is compared: that the recorded seed gives the recorded weights is exactly what is checked.
     module, config = _build(source, saved.config, start, folder)
     digest = checksum(module)
     if init == "original" and digest != record[CHECKSUM]:
@@ -97,6 +99,7 @@ def make_ticket(source: str | nn.Module, folder: str | Path, init: str = "fresh"
             f"{start.weights!r} and seed {start.seed} has other values now, since that file, the code or torch has "
             f"changed; give --init fresh."
         )
+    # A module of the user's own may have whatever weights the user wants.
     if init == "fresh" and isinstance(source, str) and digest == record.get(CHECKSUM):
         raise UsageError(
             f"--init fresh with seed {start.seed} gives exactly the weights that {str(folder)!r} started with; give "

@@ -1,4 +1,4 @@
-"""Source: torchvision's classification, segmentation and video models, by name."""
+"""Source: torchvision's classification, segmentation and video models, with their published weights."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import io
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,74 +17,17 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from converters.base import Source
 from converters.state_dicts import is_state_file, load_strictly, read_state
+from converters.torchvision_builders import OWN_NORMALISATION, architectures, build, reason, structure, task_of
 from converters.widths import WIDTHS
-from dsr_tool.errors import FileError, UsageError, unknown_name
+from dsr_tool.errors import FileError, unknown_name
 from dsr_tool.sparsity.config import ModelConfig, Preprocessing
 
-__all__ = ["SOURCE", "TASKS", "architectures", "build", "load", "structure"]
+__all__ = ["SOURCE", "load"]
 
-TASKS: dict[str, ModuleType] = {"classification": models, "segmentation": models.segmentation, "video": models.video}
-"""The modules of torchvision with models that map one tensor to one tensor, by task."""
-
-_OTHER_TASKS = {
-    models.detection: "a detector, which takes a list of pictures and returns lists of boxes of any length",
-    models.optical_flow: "an optical-flow model, which takes two pictures at once",
-    models.quantization: "a model for 8-bit integers, whose weights torch keeps packed",
-}
-"""Modules of torchvision with other models, and why those cannot be converted."""
-_IMAGENET_CLASSES = 1000
 _FRAMES = 16
 """Frames per clip; torchvision's own video weights were trained on clips of this length."""
-_OWN_NORMALISATION = ("googlenet", "inception_v3")
-"""With their trained weights, torchvision builds these to undo ImageNet's normalisation inside; here the
-preprocessing has mean and standard deviation 0.5 instead."""
 _AUXILIARY = "aux_classifier."
 """Prefix of the auxiliary head of trained segmentation models; their output in eval mode does not depend on it."""
-
-
-def architectures(task: str | None = None) -> list[str]:
-    """Returns the names of the models of the installed torchvision that can be converted: of one task, or of all."""
-    names: list[str] = []
-    for module in TASKS.values() if task is None else (TASKS[task],):
-        names += models.list_models(module=module)
-    return names
-
-
-def build(name: str, num_classes: int | None = None, width: float = 1.0) -> nn.Module:
-    """Returns a randomly initialised model.
-
-    Args:
-        name: torchvision's name.
-        num_classes: number of outputs; torchvision's own when absent.
-        width: factor on the architecture's own width, for those in `WIDTHS`.
-
-    Raises:
-        UsageError: torchvision has no model of that name, or one that does not map a tensor to a tensor.
-    """
-    task = _task(name)
-    if width != 1:
-        if name not in WIDTHS:
-            raise UsageError(f"width {width:g} is not allowed for {name}, which can only be built with width 1.")
-        return WIDTHS[name](width, num_classes or _IMAGENET_CLASSES)
-    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-    if name in _OWN_NORMALISATION:
-        options["init_weights"] = True  # without it, these two warn that the default will change
-    if task == "segmentation":
-        options["weights_backbone"] = None  # without it, torchvision downloads a trained backbone
-    module: nn.Module = models.get_model(name, weights=None, **options)
-    return module
-
-
-def structure(name: str, num_classes: int | None = None, width: float = 1.0) -> nn.Module:
-    """Returns a model without values, on the meta device, to be filled with `load_state_dict(..., assign=True)`.
-
-    If the builder computes with values, which the meta device does not have (RegNet), the model is a real one.
-    """
-    try:
-        with torch.device("meta"):
-            return build(name, num_classes, width)
-    except NotImplementedError:
-        return build(name, num_classes, width)
 
 
 def load(
@@ -116,8 +57,9 @@ def load(
         FileError: the weights cannot be downloaded.
         FormatError: the state_dict file cannot be read.
     """
-    task = _task(name)
+    task = task_of(name)
     enum: WeightsEnum | None = None
+    # A fork, so that the caller's random state is as it was: a conversion must not change a training that follows.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if weights is None:
@@ -126,6 +68,7 @@ def load(
             module = _with_state(name, read_state(Path(weights)), num_classes, weights)
         else:
             module, enum = _from_enum(name, weights, num_classes)
+    # Class names belong to the head of the weights; a new head has none.
     own_head = num_classes is None or num_classes == len(_categories(enum))
     shape = input_shape or _input_shape(name, task, module, enum, input_size)
     config = ModelConfig(
@@ -139,24 +82,6 @@ def load(
         width=width,
     )
     return module, config
-
-
-def _task(name: str) -> str:
-    """Returns the task of a model.
-
-    Raises:
-        UsageError: torchvision has no model of that name that can be converted.
-    """
-    for task in TASKS:
-        if name in architectures(task):
-            return task
-    raise unknown_name("ARCH", name, architectures())
-
-
-def _reason(name: str) -> str | None:
-    """Returns why a model of torchvision cannot be converted; None for any other name."""
-    reasons = (reason for module, reason in _OTHER_TASKS.items() if name in models.list_models(module=module))
-    return next(reasons, None)
 
 
 def _from_enum(name: str, weights: str, num_classes: int | None) -> tuple[nn.Module, WeightsEnum]:
@@ -181,6 +106,7 @@ def _from_enum(name: str, weights: str, num_classes: int | None) -> tuple[nn.Mod
 
 def _with_state(name: str, state: Mapping[str, torch.Tensor], num_classes: int | None, what: str) -> nn.Module:
     """Returns a model with a state loaded strictly, and a new head if another number of classes is wanted."""
+    # Without values: random ones would be replaced at once.
     module = structure(name)
     if not any(key.startswith(_AUXILIARY) for key in module.state_dict()):
         state = {key: value for key, value in state.items() if not key.startswith(_AUXILIARY)}
@@ -229,6 +155,7 @@ def _preprocessing(name: str, enum: WeightsEnum | None, size: int, *, trained: b
     if enum is not None:
         transforms = enum.transforms()
         crop = getattr(transforms, "crop_size", transforms.resize_size)
+        # Resize in proportion, if the input has another size than that of the weights.
         usual = Preprocessing(
             round(int(transforms.resize_size[0]) * size / int(crop[0])),
             size,
@@ -236,7 +163,8 @@ def _preprocessing(name: str, enum: WeightsEnum | None, size: int, *, trained: b
             tuple(transforms.std),
             str(transforms.interpolation.value),
         )
-    if trained and name in _OWN_NORMALISATION:
+    # These were ported from TensorFlow, whose inputs are in [-1, 1].
+    if trained and name in OWN_NORMALISATION:
         usual = replace(usual, mean=(0.5,) * 3, std=(0.5,) * 3)
     return usual
 
@@ -266,7 +194,7 @@ SOURCE = Source(
     load=load,
     structure=_structure_of,
     names=architectures,
-    reason=_reason,
+    reason=reason,
     widths=tuple(WIDTHS),
     preset_dense=_preset_dense,
 )

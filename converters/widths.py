@@ -1,4 +1,4 @@
-"""Torchvision's architectures with a width of their own, built narrower through their public constructors."""
+"""Architectures of torchvision that can be built narrower, through their public constructors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _densenet(growth: int, blocks: tuple[int, ...], first: int) -> Callable[[flo
 
 
 def _bottlenecks(layers: list[int], base: int = 64, groups: int = 1) -> Callable[[float, int], nn.Module]:
-    """Residual networks; the width is that of the 3x3 convolutions, while what runs between blocks stays."""
+    """Returns a maker of residual networks; the width scales the 3x3 convolutions, not the channels between blocks."""
     return lambda width, num_classes: models.ResNet(
         Bottleneck, layers, num_classes, groups=groups, width_per_group=max(1.0, base * width)
     )
@@ -69,4 +69,4 @@ WIDTHS: dict[str, Callable[[float, int], nn.Module]] = {
     "wide_resnet50_2": _bottlenecks([3, 4, 6, 3], 128),
     "wide_resnet101_2": _bottlenecks([3, 4, 23, 3], 128),
 }
-"""From a factor on the architecture's own width, and a number of classes, to the network."""
+"""Makers by name: from a factor on the architecture's own width, and a number of classes, to the network."""

@@ -66,6 +66,7 @@ class Attached:
         self._keeper = self._make_keeper(optimizer, seed)
         self.names = self._keeper.names
         masks = [model.masks[name] for name in self.names]
+        # After `keep`, which is where a method may look at more of the model.
         try:
             with self._calling("begin"):
                 method.begin([mask.numel() for mask in masks], [int(mask.count_nonzero()) for mask in masks])
@@ -144,10 +145,12 @@ class Attached:
         self.step += 1
         if not self.names or not self._due(self.step):
             return
+        # Gathered anew at each update: the optimizer changed the values, and the last update the positions.
         weights = replace(gather(self.model, self.names), gradients=self._gradients)
         moved = self._updated(weights)
         self._gradients = None
         self.last = moved.in_weights(weights.units)
+        # Values first: a weight that is then pruned must end at zero.
         if self.last.values is not None:
             self._keeper.write(weights.positions, self.last.values)
         self._keeper.move(self.last.dropped, self.last.grown)

@@ -78,6 +78,7 @@ class Method(ABC):
     @classmethod
     def option_defaults(cls) -> dict[str, object]:
         """Returns the default of each option by name: the keyword-only parameters of `__init__`."""
+        # Keyword-only, because the positional parameters are schedules, which the user sets by flags of their own.
         parameters = inspect.signature(cls).parameters.values()
         return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
 

@@ -78,6 +78,7 @@ class LatentKeeper(MaskKeeper):
             for positions, active in ((off, 0), (on, 1)):
                 put_(layer.mask, positions, active)
                 put_(layer.bits, positions, -active)
+            # Neither gradient nor optimizer state is cleared: a masked weight keeps learning.
             put_(layer.weight.data, off, 0)
             put_(layer.weight.data, on, dense.take(on))
         if self._settling:
@@ -99,6 +100,7 @@ class LatentKeeper(MaskKeeper):
                 "this method needs true gradients before each step, but a fused optimizer unscales those of fp16 "
                 "inside; train in bf16 or fp32, or make the optimizer with fused=False."
             )
+        # The optimizer must see dense weights and their gradients; masks come back after the step.
         gradients = dict(self._gradients())
         for index, gradient in gradients.items():
             self._before_layer_step(index, self.dense[index], self._layers[index].mask, gradient)

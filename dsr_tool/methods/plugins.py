@@ -69,6 +69,7 @@ def reporting_plugin(point: EntryPoint | None, problem: str) -> Iterator[None]:
         yield
     except (DsrError, torch.OutOfMemoryError):
         raise
+    # Anything: the code is a stranger's, and a traceback would point at dsr-tool.
     except Exception as error:
         if point is None:
             raise

@@ -137,6 +137,7 @@ class ReallocationSchedule:
     @property
     def last(self) -> int:
         """The last step that is due; 0 if none is."""
+        # The last period may be too short for an update, so periods are searched from the end.
         ends = [start for start, _ in self.periods[1:]] + [self.stop]
         for (start, every), end in zip(reversed(self.periods), reversed(ends), strict=True):
             steps = (min(end, self.stop) - start) // every
@@ -162,6 +163,7 @@ def _default_period(total_steps: int, updates: int) -> int:
 def _doubled(total_steps: int, every: int, doubling: Sequence[float]) -> tuple[tuple[int, int], ...]:
     """Returns periods that begin with `every` and double at these fractions of the training."""
     starts = [round(total_steps * part) for part in (0, *doubling)]
+    # A dict, because in a short training several starts round to one step; the longest period wins.
     return tuple(sorted({start: every * 2**i for i, start in enumerate(starts)}.items()))
 
 

@@ -56,6 +56,7 @@ def make(
         timing["stop"] = stop
     if doubling:
         timing["doubling"] = doubling
+    # Own names first, so that a plugin cannot replace a method of this package.
     if name not in METHODS:
         if name not in (known := names()):
             raise unknown_name("method", name, known)

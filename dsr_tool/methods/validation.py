@@ -57,6 +57,7 @@ def check_positions(name: str, weights: ActiveWeights, moved: Reallocation) -> N
             raise CheckFailed(f"method {name} gave positions to {verb} that are not int64, or in other layers.")
         if not bool((flat[1:] > flat[:-1]).all()):
             raise CheckFailed(f"method {name} gave positions to {verb} that do not rise.")
+        # Known to rise by now, as the binary search needs.
         is_active = _contains(active, flat)
         if not bool((is_active if verb == "drop" else ~is_active).all()):
             state = "not active" if verb == "drop" else "not free"

@@ -173,7 +173,7 @@ def test_bytes_need_an_input_shape_and_float32():
 
 def test_a_network_without_a_sparse_layer_has_one_size():
     network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(768))
-    with pytest.raises(UsageError, match=r"no layer of this model is left to be sparse, so that it always has 11"):
+    with pytest.raises(UsageError, match=r"no layer of this model is left to be sparse, so it always has 11"):
         convert(network, budget="1MB", input_shape=SHAPE)
 
 

@@ -8,7 +8,7 @@ import torch
 from torchvision import models
 
 from converters.conversion import convert
-from converters.torchvision_models import architectures, structure
+from converters.torchvision_builders import architectures, structure
 from dsr_tool.sparse.discover import count, discover
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.distribution import erk, uniform

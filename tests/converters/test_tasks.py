@@ -6,7 +6,7 @@ from torchvision import models
 
 from converters.conversion import convert
 from converters.loading import load
-from converters.torchvision_models import TASKS, architectures, structure
+from converters.torchvision_builders import TASKS, architectures, structure
 from dsr_tool.errors import UsageError
 
 OTHERS = sorted(set(models.list_models()) - set(architectures()))

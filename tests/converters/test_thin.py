@@ -9,7 +9,7 @@ from converters.conversion import convert
 from converters.loading import load
 from converters.paper_models import build
 from converters.thin import STEPS
-from converters.torchvision_models import architectures, structure
+from converters.torchvision_builders import architectures, structure
 from converters.widths import WIDTHS
 from dsr_tool.errors import UsageError
 
