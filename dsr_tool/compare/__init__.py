@@ -1,1 +1,1 @@
-"""Methods side by side: a grid of trainings, run in any order by any number of processes, and what came of them."""
+"""Comparison of methods: a grid of trainings, run by any number of processes, and its tables and page."""

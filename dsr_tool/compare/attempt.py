@@ -1,4 +1,4 @@
-"""One cell of a comparison: convert, train, export, measure; whatever goes wrong with it stays its own affair."""
+"""Runs one cell of a comparison: converts, trains, exports and measures. An error fails this cell alone."""
 
 from __future__ import annotations
 
@@ -32,30 +32,30 @@ _SCHEMA = "dsr-tool/compare-cell/1"
 
 
 def attempt(cell: Cell, comparison: Comparison, data: str, *, deadline: float = math.inf, light: bool = True) -> None:
-    """Run a cell, from where it stopped if it was begun, and note what became of it.
+    """Runs a cell, resuming it if it has begun, and writes its record.
 
     Args:
-        cell: which.
-        comparison: where.
-        data: for `load_data`.
-        deadline: reading of `time.monotonic()` by which to pause, between two epochs.
-        light: remove what only resuming needs, and the state of the best epoch, once the cell is complete.
+        cell: the cell.
+        comparison: its comparison.
+        data: data set, as `load_data` takes it.
+        deadline: value of `time.monotonic()` from which to pause after an epoch.
+        light: whether to delete checkpoint and best epoch of a complete cell.
     """
-    before = comparison.record(cell.name) or {}
+    before = comparison.record(cell.name) or {}  # of a call that paused
     record = {"schema": _SCHEMA, "cell": cell.name, "recipe": cell.recipe.name, "seed": cell.seed}
     try:
-        found = _run(cell, comparison, data, deadline, before)
-    except Exception as error:  # noqa: BLE001 - the other cells are to be run whatever happens to this one
-        said = str(error) if isinstance(error, DsrError) else f"{type(error).__name__}: {first_line(error)}"
-        found = {"status": "failed", "error": said}
-    comparison.note(cell.name, {**record, **found, "at": time.time()})
-    if light and found["status"] == "complete":
-        _lighten(comparison.run(cell.name))
+        result = _run(cell, comparison, data, deadline, before)
+    except Exception as error:  # noqa: BLE001 - the other cells must run whatever happens to this one
+        message = str(error) if isinstance(error, DsrError) else f"{type(error).__name__}: {first_line(error)}"
+        result = {"status": "failed", "error": message}
+    comparison.write_record(cell.name, {**record, **result, "at": time.time()})
+    if light and result["status"] == "complete":
+        _delete_checkpoints(comparison.run_folder(cell.name))
 
 
 def _run(cell: Cell, comparison: Comparison, data: str, deadline: float, before: Mapping[str, Any]) -> dict[str, Any]:
-    _forget_peak()
-    run = _folder(comparison.run(cell.name))
+    _reset_peak()
+    run = _open_run(comparison.run_folder(cell.name))
     stopped = run.stopped
     model = load(run.path) if stopped else _start(cell, comparison)
     images = load_data(data, model.config)
@@ -71,7 +71,7 @@ def _run(cell: Cell, comparison: Comparison, data: str, deadline: float, before:
     peak = _peak_bytes(plan, before)
     if len(result.epochs) < plan.epochs:
         return {"status": "paused", "epochs": len(result.epochs), "of_epochs": plan.epochs, "peak_memory_bytes": peak}
-    model.to("cpu")
+    model.to("cpu")  # the export runs there, and a GPU is free for the next cell
     return {
         "status": "complete",
         **_accuracy(result),
@@ -82,20 +82,20 @@ def _run(cell: Cell, comparison: Comparison, data: str, deadline: float, before:
     }
 
 
-def _folder(path: Path) -> RunFolder:
-    """The run of a cell, begun or not; raises `FormatError` with the remedy where it is damaged."""
+def _open_run(path: Path) -> RunFolder:
+    """Returns the run folder of a cell, begun or not; raises `FormatError` with the remedy if it is damaged."""
     try:
         return RunFolder(path, resume=True)
     except FormatError as error:
-        raise FormatError(f"{str(error).rstrip('.')}: delete that folder, and the same command begins it.") from error
+        raise FormatError(f"{str(error).rstrip('.')}, or delete that folder and run the same command again.") from error
 
 
 def _start(cell: Cell, comparison: Comparison) -> SparseModel:
-    """The model before training: converted, or that of the run which the recipe starts from."""
-    needed = comparison.run(cell.needs) if cell.needs is not None else None
+    """Returns the model before training: converted, or loaded from the run that the recipe starts from."""
+    needed = comparison.run_folder(cell.needs) if cell.needs is not None else None
     if needed is not None and "from" in cell.recipe.model:
         return load(needed)
-    # A structure has the seed that its run was converted with, and fresh weights one that follows from it.
+    # With a structure, masks and weights take their seeds from the run that it comes from.
     options = conversion_options(cell.recipe) | ({"seed": cell.seed} if needed is None else {"structure": needed})
     return convert(**to_parameters(options))
 
@@ -112,7 +112,7 @@ def _accuracy(result: TrainResult) -> dict[str, Any]:
 
 
 def _sizes(model: SparseModel, archive: Path) -> dict[str, Any]:
-    """Figures of the exported archive, which was run and compared with the model."""
+    """Exports the model, which verifies the archive, and returns the archive's figures."""
     verification = export(model, archive, force=True)
     footprint = read(archive).footprint
     return {
@@ -126,7 +126,7 @@ def _sizes(model: SparseModel, archive: Path) -> dict[str, Any]:
     }
 
 
-def _forget_peak() -> None:
+def _reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     if can_measure():
@@ -134,7 +134,7 @@ def _forget_peak() -> None:
 
 
 def _peak_bytes(plan: TrainSettings, before: Mapping[str, Any]) -> int | None:
-    """Most memory that training took on a GPU, or that this process held; in whichever call that was."""
+    """Returns the peak memory of training on a GPU, or of this process, over all calls that ran the cell; in bytes."""
     if plan.device == "cuda":
         now = torch.cuda.max_memory_allocated()
     elif can_measure():
@@ -149,6 +149,6 @@ def _machine(plan: TrainSettings) -> dict[str, Any]:
     return {"device": plan.device, "name": device, "threads": torch.get_num_threads(), "versions": installed_versions()}
 
 
-def _lighten(run: Path) -> None:
+def _delete_checkpoints(run: Path) -> None:
     (run / CHECKPOINT).unlink(missing_ok=True)
     shutil.rmtree(run / "best", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""How the runs of a row went: means over its seeds, epoch by epoch."""
+"""Curves of a row: means over its seeds, epoch by epoch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["Curves", "curves"]
 
 @dataclass(frozen=True)
 class Curves:
-    """The complete runs of a row.
+    """Means over the complete runs of a row.
 
     Attributes:
         row: the row.
-        epochs: numbers of the epochs that all of them have.
-        accuracy: mean test accuracy at the end of each.
-        explored: mean share of the prunable weights that were ever active until then; empty where no log says.
-        first: epochs of the first run, which stands for the others where one is shown.
+        epochs: numbers of the epochs that all runs have.
+        accuracy: mean test accuracy after each epoch.
+        explored: mean fraction of the prunable weights that have been active at any time; empty if no log has it.
+        first: epochs of the first run, for charts that show a single run.
     """
 
     row: Row
@@ -33,19 +33,20 @@ class Curves:
 
 
 def curves(comparison: Comparison, row: Row) -> Curves | None:
-    """The curves of a row; None where no run of it is complete.
+    """Returns the curves of a row; None if no run of it is complete.
 
     Raises:
         FormatError: a log is damaged.
     """
     done = [cell for cell, record in zip(row.cells, row.records, strict=True) if record in row.complete]
-    logs = [read_log(file) for cell in done if (file := comparison.run(cell.name) / "log.jsonl").is_file()]
+    logs = [read_log(file) for cell in done if (file := comparison.run_folder(cell.name) / "log.jsonl").is_file()]
     logs = [log for log in logs if log.epochs]
     if not logs:
         return None
+    # A mean needs all runs, so it ends with the shortest one.
     count = min(len(log.epochs) for log in logs)
     explored = _means(logs, count, _explored) if all(log.epochs[0].explored for log in logs) else ()
-    accuracy = _means(logs, count, _right)
+    accuracy = _means(logs, count, _accuracy)
     return Curves(row, tuple(e.number for e in logs[0].epochs[:count]), accuracy, explored, logs[0].epochs)
 
 
@@ -53,9 +54,10 @@ def _means(logs: Sequence[RunLog], count: int, figure: Callable[[RunLog, Epoch],
     return tuple(statistics.fmean(figure(log, log.epochs[i]) for log in logs) for i in range(count))
 
 
-def _right(log: RunLog, epoch: Epoch) -> float:  # noqa: ARG001 - the signature of `_explored`
+def _accuracy(log: RunLog, epoch: Epoch) -> float:  # noqa: ARG001 - the signature of `_explored`
     return epoch.test_accuracy
 
 
 def _explored(log: RunLog, epoch: Epoch) -> float:
+    # The log counts weights; a damaged one may count more than there are.
     return min(sum(epoch.explored.values()) / max(int(log.start.get("prunable_weights", 0)), 1), 1.0)

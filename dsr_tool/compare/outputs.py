@@ -1,4 +1,4 @@
-"""The files of a comparison: its table as text, CSV and JSON, and its page."""
+"""Writes the results of a comparison: its table as text, CSV and JSON, and its page."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ __all__ = ["write_outputs"]
 
 
 def write_outputs(comparison: Comparison, grid: Grid) -> tuple[dict[str, Any], str]:
-    """Write `table.txt`, `table.csv`, `table.json` and `page.html` into the folder; the document and the table.
+    """Writes `table.txt`, `table.csv`, `table.json` and `page.html` to the folder.
+
+    Returns:
+        The document of `table.json`, and the text of the table.
 
     Raises:
-        FileError: the disk refuses it.
+        FileError: writing fails.
         FormatError: a record or a log is damaged.
     """
-    found = rows(comparison, grid)
-    made = document(comparison, grid)
-    text = table_text(grid, found)
+    table_rows = rows(comparison, grid)
+    results = document(comparison, grid)
+    text = table_text(grid, table_rows)
     files = {
         "table.txt": text + "\n",
-        "table.csv": csv_text(found),
-        "table.json": json.dumps(made, indent=1, allow_nan=False) + "\n",
-        "page.html": page_html(comparison, grid, found, made),
+        "table.csv": csv_text(table_rows),
+        "table.json": json.dumps(results, indent=1, allow_nan=False) + "\n",
+        "page.html": page_html(comparison, grid, table_rows, results),
     }
     for name, content in files.items():
         with new_file(comparison.path / name, force=True) as part:
             part.write_text(content, encoding="utf-8")
-    return made, text
+    return results, text

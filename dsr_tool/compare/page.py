@@ -1,4 +1,4 @@
-"""The page of a comparison: what each method reaches at which size, and how its runs went."""
+"""The page of a comparison: accuracy against size, curves over the epochs, and densities by layer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from dsr_tool.compare.cells import Comparison, Grid
 from dsr_tool.compare.curves import Curves, curves
-from dsr_tool.compare.results import Row, told_data
-from dsr_tool.compare.results_view import accuracy, results_section, setup_section, sparsities, spread
+from dsr_tool.compare.results import Row, data_text
+from dsr_tool.compare.results_view import accuracy, accuracy_text, results_section, setup_section, sparsities
 from dsr_tool.report.page import numbers
 from dsr_tool.report.page.page import rendered
 from dsr_tool.report.page.parts import Figure, Key, Number, Section, Table
@@ -19,7 +19,12 @@ from dsr_tool.report.page.run_view import density_figure
 
 __all__ = ["page_html"]
 
-_MOST_MAPS, _MOST_SPARSITIES, _ROOM = 6, 6, 6.0
+_MAX_DENSITY_MAPS, _MAX_SPARSITIES = 6, 6
+"""Largest number of density charts, and of sparsities with charts over the epochs."""
+
+_AXIS_ROOM = 6.0
+"""Start of an accuracy axis below the best value, in distances from the best to the median."""
+
 _CLOSING = (
     "Accuracy is that of the last epoch on the test images: no epoch was chosen by it. Mean and sample standard "
     "deviation are over the seeds. kB are 1,000 bytes, of the exported archive with exact fp32 values. MACs are "
@@ -29,24 +34,30 @@ _CLOSING = (
 
 
 def page_html(comparison: Comparison, grid: Grid, rows: Sequence[Row], document: Mapping[str, Any]) -> str:
-    """The page as self-contained HTML.
+    """Returns the page as self-contained HTML.
 
     Args:
-        comparison: where logs lie.
+        comparison: folder with the logs of the runs.
         grid: all cells.
-        rows: what came of them.
-        document: the same as plain values.
+        rows: results of the cells.
+        document: the results as plain values.
 
     Raises:
         FormatError: a log is damaged.
     """
-    look = _Look.of(rows)
-    gone = [curve for row in rows if (curve := curves(comparison, row)) is not None]
-    sections = [results_section(rows), *_sizes(rows, look), *_time(gone, look), *_densities(gone), *setup_section(rows)]
+    styles = _MethodStyles.of(rows)
+    run_curves = [curve for row in rows if (curve := curves(comparison, row)) is not None]
+    sections = [
+        results_section(rows),
+        *_sizes(rows, styles),
+        *_time(run_curves, styles),
+        *_densities(run_curves),
+        *setup_section(rows),
+    ]
     return rendered(
         what="comparison",
         title=grid.title,
-        kind=told_data(grid),
+        kind=data_text(grid),
         path=str(comparison.path),
         headline=_headline(rows, document),
         sections=sections,
@@ -57,18 +68,24 @@ def page_html(comparison: Comparison, grid: Grid, rows: Sequence[Row], document:
 
 
 @dataclass(frozen=True)
-class _Look:
-    """The colour of each method, the same in all plots."""
+class _MethodStyles:
+    """Colours of the methods, the same in all plots.
 
-    styles: Mapping[str, str]
+    Attributes:
+        by_method: style of the lines of each method.
+    """
+
+    by_method: Mapping[str, str]
 
     @classmethod
-    def of(cls, rows: Sequence[Row]) -> _Look:
+    def of(cls, rows: Sequence[Row]) -> _MethodStyles:
         methods = dict.fromkeys(row.method for row in rows)
+        """Assigns the styles in turn, in the order of the rows."""
         return cls({method: f"m{i % STYLES}" for i, method in enumerate(methods)})
 
     def legend(self, methods: Sequence[str]) -> list[Key]:
-        return [Key(f"line {self.styles[method]}", method) for method in dict.fromkeys(methods)]
+        """Returns the legend of some methods."""
+        return [Key(f"line {self.by_method[method]}", method) for method in dict.fromkeys(methods)]
 
 
 def _headline(rows: Sequence[Row], document: Mapping[str, Any]) -> list[Number]:
@@ -78,14 +95,14 @@ def _headline(rows: Sequence[Row], document: Mapping[str, Any]) -> list[Number]:
     for sparsity in sparsities(rows)[:1]:
         ranked = sorted((row for row in rows if row.sparsity == sparsity and row.complete), key=accuracy, reverse=True)
         found += [
-            Number(f"{'Best' if i == 0 else 'Second'} at sparsity {sparsity:g}", row.method, spread(row))
+            Number(f"{'Best' if i == 0 else 'Second'} at sparsity {sparsity:g}", row.method, accuracy_text(row))
             for i, row in enumerate(ranked[:2])
         ]
     return found
 
 
-def _sizes(rows: Sequence[Row], look: _Look) -> list[Section]:
-    """Accuracy against bytes and multiply-adds, a line for each method."""
+def _sizes(rows: Sequence[Row], styles: _MethodStyles) -> list[Section]:
+    """Returns the section with accuracy against bytes and multiply-adds, a line per method."""
     known = [row for row in rows if row.complete]
     if not known:
         return []
@@ -93,11 +110,13 @@ def _sizes(rows: Sequence[Row], look: _Look) -> list[Section]:
         ("Accuracy against bytes of the archive", "archive_bytes", _short_bytes),
         ("Accuracy against multiply-adds", "inference_macs", _short_macs),
     )
-    figures = [_against(title, figure, text, known, look) for title, figure, text in kinds]
+    figures = [_against(title, figure, text, known, styles) for title, figure, text in kinds]
     return [Section("sizes", "Accuracy against size", figures, layout="pairs")]
 
 
-def _against(title: str, figure: str, text: Callable[[float], str], rows: Sequence[Row], look: _Look) -> Figure:
+def _against(
+    title: str, figure: str, text: Callable[[float], str], rows: Sequence[Row], styles: _MethodStyles
+) -> Figure:
     lowest = _lowest([accuracy(row) for row in rows])
     traces = []
     for method in dict.fromkeys(row.method for row in rows):
@@ -107,20 +126,20 @@ def _against(title: str, figure: str, text: Callable[[float], str], rows: Sequen
                 row.mean(figure) or 1.0,
                 accuracy(row),
                 row.sd("test_accuracy") or 0.0,
-                f"{_label(row)}: {spread(row)}, {text(row.mean(figure) or 0.0)}",
+                f"{_label(row)}: {accuracy_text(row)}, {text(row.mean(figure) or 0.0)}",
             )
             for row in own
         ]
-        traces.append(Trace(method, look.styles[method], points))
+        traces.append(Trace(method, styles.by_method[method], points))
     below = [f"{_label(row)} ({numbers.percent(accuracy(row))})" for row in rows if accuracy(row) < lowest]
-    table_rows = [(_label(row), text(row.mean(figure) or 0.0), spread(row)) for row in rows]
+    table_rows = [(_label(row), text(row.mean(figure) or 0.0), accuracy_text(row)) for row in rows]
     return Figure(
         title,
         plot(traces, numbers.round_percent, text, lowest=lowest),
         Table(title, ("method", "size", "accuracy"), table_rows),
         "Bars are one standard deviation up and down; the scale of sizes is logarithmic."
         + (f" Below the plot: {', '.join(below)}." if below else ""),
-        look.legend([row.method for row in rows]),
+        styles.legend([row.method for row in rows]),
     )
 
 
@@ -137,36 +156,36 @@ def _short_macs(value: float) -> str:
 
 
 def _lowest(values: Sequence[float]) -> float:
-    """Where the y-axis begins, so that a few that fail by far do not press all others into one line."""
+    """Returns the start of the y-axis: a few values far below must not press all others into one line."""
     best, middle = max(values), statistics.median(values)
-    return best - _ROOM * max(best - middle, 0.005)
+    return best - _AXIS_ROOM * max(best - middle, 0.005)
 
 
-def _time(gone: Sequence[Curves], look: _Look) -> list[Section]:
-    """Accuracy and exploration by epoch, at each sparsity."""
+def _time(run_curves: Sequence[Curves], styles: _MethodStyles) -> list[Section]:
+    """Returns the section with accuracy and exploration by epoch, at each sparsity."""
     figures = []
-    for sparsity in sparsities([curve.row for curve in gone])[:_MOST_SPARSITIES]:
-        here = [curve for curve in gone if curve.row.sparsity == sparsity]
+    for sparsity in sparsities([curve.row for curve in run_curves])[:_MAX_SPARSITIES]:
+        here = [curve for curve in run_curves if curve.row.sparsity == sparsity]
         finals = [curve.accuracy[-1] for curve in here]
         figures.append(
-            _by_epoch(f"Accuracy by epoch at sparsity {sparsity:g}", here, look, "accuracy", _lowest(finals))
+            _by_epoch(f"Accuracy by epoch at sparsity {sparsity:g}", here, styles, "accuracy", _lowest(finals))
         )
         moving = [curve for curve in here if curve.explored and curve.explored[0] < 1]
         if moving:
             title = f"Share of weights ever active by epoch at sparsity {sparsity:g}"
             whole = [curve.row.method for curve in here if curve.explored and curve.explored[0] == 1]
-            told = f"All weights were active at first in {', '.join(whole)}." if whole else ""
-            figures.append(_by_epoch(title, moving, look, "explored", told=told))
+            remark = f"All weights were active at first in {', '.join(whole)}." if whole else ""
+            figures.append(_by_epoch(title, moving, styles, "explored", remark=remark))
     return [Section("time", "Over time", figures, layout="pairs")] if figures else []
 
 
 def _by_epoch(
-    title: str, here: Sequence[Curves], look: _Look, figure: str, lowest: float = 0.0, told: str = ""
+    title: str, here: Sequence[Curves], styles: _MethodStyles, figure: str, lowest: float = 0.0, remark: str = ""
 ) -> Figure:
     traces = [
         Trace(
             curve.row.method,
-            look.styles[curve.row.method],
+            styles.by_method[curve.row.method],
             [Point(x, y) for x, y in zip(curve.epochs, getattr(curve, figure), strict=True)],
         )
         for curve in here
@@ -179,31 +198,31 @@ def _by_epoch(
     ]
     below = [curve.row.method for curve in here if max(getattr(curve, figure)) < lowest]
     if lowest > 0:
-        told = f"The scale begins at {numbers.percent(lowest, 1)}. "
+        remark = f"The scale begins at {numbers.percent(lowest, 1)}. "
     return Figure(
         title,
         plot(traces, numbers.round_percent, lowest=lowest, marked=False),
         Table(title, ("method", *(f"epoch {i}" for i in columns)), rows),
-        f"Mean over the seeds. {told}" + (f"Below it all the time: {', '.join(below)}." if below else ""),
-        look.legend([curve.row.method for curve in here]),
+        f"Mean over the seeds. {remark}" + (f"Below it all the time: {', '.join(below)}." if below else ""),
+        styles.legend([curve.row.method for curve in here]),
     )
 
 
 def _some_epochs(count: int, most: int = 6) -> list[int]:
-    """Numbers of a few epochs, evenly spread, the first and the last among them."""
+    """Returns the numbers of at most `most` epochs, evenly spread, with the first and the last."""
     return sorted({round(1 + i * (count - 1) / (most - 1)) for i in range(most)})
 
 
-def _densities(gone: Sequence[Curves]) -> list[Section]:
-    """Density by layer and epoch of the methods that change it, at the highest sparsity."""
-    highest = sparsities([curve.row for curve in gone])[:1]
+def _densities(run_curves: Sequence[Curves]) -> list[Section]:
+    """Returns the section with the density by layer and epoch of methods that change it, at the highest sparsity."""
+    highest = sparsities([curve.row for curve in run_curves])[:1]
     moving = [
         curve
-        for curve in gone
+        for curve in run_curves
         if curve.row.sparsity in highest and len(curve.first) > 1 and curve.first[0].density != curve.first[-1].density
     ]
     figures = []
-    for curve in moving[:_MOST_MAPS]:
+    for curve in moving[:_MAX_DENSITY_MAPS]:
         figure = density_figure(curve.first)
         title = f"{curve.row.method}: density by layer and epoch"
         figures.append(Figure(title, figure.chart, figure.table, figure.finding, figure.legend))

@@ -1,4 +1,4 @@
-"""What came of a comparison: one row for each method and sparsity, as a document, a table and CSV."""
+"""Results of a comparison: one row per method and sparsity, as JSON document, text table and CSV."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dsr_tool.compare.cells import Cell, Comparison, Grid
 from dsr_tool.report.page.numbers import significant
 from dsr_tool.report.tables import plain_table, render
 
-__all__ = ["SCHEMA", "Row", "csv_text", "document", "rows", "table_text", "told_data"]
+__all__ = ["SCHEMA", "Row", "csv_text", "document", "rows", "table_text", "data_text"]
 
 SCHEMA = "dsr-tool/compare/1"
 _FIGURES = (
@@ -28,6 +28,8 @@ _FIGURES = (
     "train_time_s",
     "peak_memory_bytes",
 )
+"""Figures of a record whose means are columns of CSV and JSON."""
+
 _COLUMNS = ("accuracy %", "± sd", "n", "published", "zeros", "non-zeros", "MMACs", "archive kB", "train s", "memory MB")
 
 
@@ -36,11 +38,11 @@ class Row:
     """All seeds of one method at one sparsity.
 
     Attributes:
-        method: its name in the recipe.
-        sparsity: of the prunable weights; None for a method that has none.
-        cells: one for each seed.
-        records: what became of each of them; None for nothing yet.
-        published: what the recipe's source reports; empty where it does not, or on other data.
+        method: name of the method in the recipe.
+        sparsity: fraction of zeros among the prunable weights; None for a method that has none.
+        cells: cells, one per seed.
+        records: record of each cell; None for a cell that has not run.
+        published: result that the recipe's source reports; empty if it reports none, or the data differ.
     """
 
     method: str
@@ -51,12 +53,12 @@ class Row:
 
     @property
     def complete(self) -> list[Mapping[str, Any]]:
-        """Records of the cells that are complete."""
+        """Records of the complete cells."""
         return [record for record in self.records if record is not None and record["status"] == "complete"]
 
     @property
     def state(self) -> str:
-        """In words what is missing; empty where nothing is."""
+        """Numbers of cells that are not complete, in words, such as `1 failed, 2 not run`; empty if all are."""
         counted = {"failed": 0, "paused": 0, "not run": 0}
         for record in self.records:
             status = record["status"] if record is not None else "not run"
@@ -68,18 +70,18 @@ class Row:
         return ", ".join(f"{count} {word}" for word, count in found)
 
     def mean(self, figure: str) -> float | None:
-        """Mean over the complete cells; None where there is none, or one does not have the figure."""
+        """Returns the mean of a figure over the complete cells; None if there are none, or one lacks the figure."""
         values = [record.get(figure) for record in self.complete]
         known = [value for value in values if value is not None]
         return statistics.fmean(known) if known and len(known) == len(values) else None
 
     def sd(self, figure: str) -> float | None:
-        """Sample standard deviation over the complete cells; None below two of them."""
+        """Returns the sample standard deviation of a figure over the complete cells; None for fewer than two."""
         values = [record[figure] for record in self.complete]
         return statistics.stdev(values) if len(values) > 1 else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Returns plain values for JSON."""
         return {
             "method": self.method,
             "asked_sparsity": self.sparsity,
@@ -94,34 +96,40 @@ class Row:
 
 
 def rows(comparison: Comparison, grid: Grid) -> list[Row]:
-    """One row for each method and sparsity, in the order of the recipe's methods and of rising density."""
-    of: dict[tuple[str, float | None], list[Cell]] = {}
+    """Returns one row per method and sparsity, in the order of the grid's methods, the highest sparsity first."""
+    by_key: dict[tuple[str, float | None], list[Cell]] = {}
     for cell in grid.cells:
-        of.setdefault((cell.method, cell.sparsity), []).append(cell)
-    methods = list(dict.fromkeys(method for method, _ in of))
-    keys = sorted(of, key=lambda key: (methods.index(key[0]), -(key[1] or 0.0)))
+        by_key.setdefault((cell.method, cell.sparsity), []).append(cell)
+    methods = list(dict.fromkeys(method for method, _ in by_key))
+    keys = sorted(by_key, key=lambda key: (methods.index(key[0]), -(key[1] or 0.0)))
     return [
-        Row(*key, tuple(of[key]), tuple(comparison.record(cell.name) for cell in of[key]), _published(grid, of[key][0]))
+        Row(
+            *key,
+            tuple(by_key[key]),
+            tuple(comparison.record(cell.name) for cell in by_key[key]),
+            _published(grid, by_key[key][0]),
+        )
         for key in keys
     ]
 
 
 def _published(grid: Grid, cell: Cell) -> Mapping[str, Any]:
+    # A published accuracy on other data is no reference.
     return cell.recipe.paper if cell.recipe.data == grid.data.partition(":")[0] else {}
 
 
 def document(comparison: Comparison, grid: Grid) -> dict[str, Any]:
-    """All of it as plain values, schema `dsr-tool/compare/1`: means by row, and every cell."""
-    found = rows(comparison, grid)
-    cells = [(cell, record) for row in found for cell, record in zip(row.cells, row.records, strict=True)]
-    counted = [record["status"] if record else "not run" for _, record in cells]
+    """Returns means by row and every cell as plain values, schema `dsr-tool/compare/1`."""
+    all_rows = rows(comparison, grid)
+    cells = [(cell, record) for row in all_rows for cell, record in zip(row.cells, row.records, strict=True)]
+    states = [record["status"] if record else "not run" for _, record in cells]
     return {
         "schema": SCHEMA,
         "path": str(comparison.path),
         "title": grid.title,
         "data": grid.data,
-        "counts": {status: counted.count(status) for status in ("complete", "failed", "paused", "not run")},
-        "rows": [row.to_dict() for row in found],
+        "counts": {status: states.count(status) for status in ("complete", "failed", "paused", "not run")},
+        "rows": [row.to_dict() for row in all_rows],
         "cells": [_cell(cell, record) for cell, record in cells],
     }
 
@@ -131,25 +139,27 @@ def _cell(cell: Cell, record: Mapping[str, Any] | None) -> dict[str, Any]:
     return {**about, "recipe": cell.recipe.name, **(record or {"status": "not run"})}
 
 
-def told_data(grid: Grid) -> str:
-    """The data, and that it is not the recipe's where it is not: the title names that one."""
-    meant = grid.cells[0].recipe.data if grid.cells else ""
-    return f"data {grid.data}" + (f" in place of {meant}" if meant and meant != grid.data.partition(":")[0] else "")
+def data_text(grid: Grid) -> str:
+    """Returns the name of the data, and the data of the recipe if that is another, since the title names the latter."""
+    of_recipe = grid.cells[0].recipe.data if grid.cells else ""
+    return f"data {grid.data}" + (
+        f" in place of {of_recipe}" if of_recipe and of_recipe != grid.data.partition(":")[0] else ""
+    )
 
 
-def table_text(grid: Grid, found: Sequence[Row]) -> str:
-    """The table for people: means over the seeds, and what is missing."""
+def table_text(grid: Grid, table_rows: Sequence[Row]) -> str:
+    """Returns the table as text: means over the seeds, and the cells that are missing."""
     table = plain_table("method", "sparsity", *_COLUMNS, "state", numbers=(*_COLUMNS, "sparsity"))
-    for row in found:
+    for row in table_rows:
         table.add_row(*_words(row))
-    failed = [record for row in found for record in row.records if record and record["status"] == "failed"]
+    failed = [record for row in table_rows for record in row.records if record and record["status"] == "failed"]
     notes = [f"failed: {record.get('cell', '')}: {record['error']}" for record in failed]
     closing = (
         "Accuracy: of the last epoch on the test images, mean and sample standard deviation over n seeds; published: "
         "as the recipe's source has it.\nZeros: of the whole model. MMACs: millions of multiply-adds with active "
         "weights, for one input. Memory: most that training took on a GPU, or that the process held on a CPU."
     )
-    return "\n".join([f"{grid.title}, {told_data(grid)}", render(table), closing, *notes])
+    return "\n".join([f"{grid.title}, {data_text(grid)}", render(table), closing, *notes])
 
 
 def _words(row: Row) -> list[str]:
@@ -175,11 +185,11 @@ def _shown(value: float | None, factor: float, decimals: int) -> str:
     return "" if value is None else f"{value * factor:,.{decimals}f}"
 
 
-def csv_text(found: Sequence[Row]) -> str:
-    """The rows with all figures in base units, for a spreadsheet."""
+def csv_text(table_rows: Sequence[Row]) -> str:
+    """Returns the rows as CSV, with all figures in base units."""
     text = io.StringIO()
     columns = ("method", "asked_sparsity", "n", "of", "state", "test_accuracy", "test_accuracy_sd", *_FIGURES[1:])
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows({k: "" if v is None else v for k, v in row.to_dict().items()} for row in found)
+    writer.writerows({k: "" if v is None else v for k, v in row.to_dict().items()} for row in table_rows)
     return text.getvalue()

@@ -1,29 +1,28 @@
-"""The results of a comparison, and how they were had, as sections of its page."""
+"""Sections of the page with the results of a comparison, and with its machines and settings."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from dsr_tool.compare.results import Row
 from dsr_tool.report.page import numbers
 from dsr_tool.report.page.parts import Figure, Section, Table, Words
 
-__all__ = ["accuracy", "results_section", "setup_section", "sparsities", "spread"]
+__all__ = ["accuracy", "accuracy_text", "results_section", "setup_section", "sparsities"]
 
 
 def sparsities(rows: Sequence[Row]) -> list[float]:
-    """Those of the grid, the highest first."""
+    """Returns the sparsities of rows, the highest first."""
     return sorted({row.sparsity for row in rows if row.sparsity is not None}, reverse=True)
 
 
 def accuracy(row: Row) -> float:
-    """Mean test accuracy; 0 where there is none, for ranking."""
+    """Returns the mean test accuracy for ranking, 0 if there is none."""
     return row.mean("test_accuracy") or 0.0
 
 
-def spread(row: Row) -> str:
-    """Mean, standard deviation and number of seeds."""
+def accuracy_text(row: Row) -> str:
+    """Returns mean, standard deviation and number of seeds as text, or the state of a row without results."""
     mean, sd = row.mean("test_accuracy"), row.sd("test_accuracy")
     if mean is None:
         return row.state
@@ -31,7 +30,7 @@ def spread(row: Row) -> str:
 
 
 def results_section(rows: Sequence[Row]) -> Section:
-    """A table for each sparsity, the best method first."""
+    """Returns the section with a table per sparsity, the best method first."""
     groups = [(f"Sparsity {s:g}", [row for row in rows if row.sparsity == s]) for s in sparsities(rows)]
     groups.append(("Without a sparsity", [row for row in rows if row.sparsity is None]))
     figures = [Figure(title, Words(), _table(title, group)) for title, group in groups if group]
@@ -64,7 +63,7 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
 def _words(row: Row) -> list[str]:
     return [
         row.method,
-        spread(row) if row.complete else numbers.NONE,
+        accuracy_text(row) if row.complete else numbers.NONE,
         _published(row),
         _mean(row, "model_sparsity", numbers.percent),
         _mean(row, "nonzeros", lambda value: numbers.count(round(value))),
@@ -89,7 +88,7 @@ def _published(row: Row) -> str:
 
 
 def setup_section(rows: Sequence[Row]) -> list[Section]:
-    """On what the runs were made, what all of them were told, and what each method alone was."""
+    """Returns the section with the machines, the settings that all methods share, and those of each method."""
     tables = [*_machines(rows), *_settings(rows)]
     figures = [Figure(table.caption, Words(), table) for table in tables if table.rows]
     return [Section("setup", "Machines and settings", figures, layout="settings")] if figures else []
@@ -98,29 +97,32 @@ def setup_section(rows: Sequence[Row]) -> list[Section]:
 def _machines(rows: Sequence[Row]) -> list[Table]:
     machines = [record["machine"] for row in rows for record in row.complete if "machine" in record]
     kinds = [{**{key: value for key, value in one.items() if key != "versions"}, **one["versions"]} for one in machines]
-    said = [tuple((name, str(value)) for name, value in kind.items()) for kind in kinds]
+    texts = [tuple((name, str(value)) for name, value in kind.items()) for kind in kinds]
     return [
-        Table(f"Machine of {said.count(one)} runs", ("name", "value"), one, frozenset({0, 1}))
-        for one in dict.fromkeys(said)
+        Table(f"Machine of {texts.count(one)} runs", ("name", "value"), one, frozenset({0, 1}))
+        for one in dict.fromkeys(texts)
     ]
 
 
 def _settings(rows: Sequence[Row]) -> list[Table]:
-    """What is the same for all methods once, and then what is not, at the first sparsity of each."""
+    """Returns a table of the settings that all methods share, and one per method of the others.
+
+    Settings are those at the first sparsity of each method.
+    """
     recipes = {row.method: row.cells[0].recipe for row in rows}
-    told = {
+    settings = {
         method: {key: _plain(value) for key, value in {**recipe.model, **recipe.train, **recipe.options}.items()}
         for method, recipe in recipes.items()
     }
-    first = next(iter(told.values()), {})
-    common = {key: value for key, value in first.items() if all(own.get(key) == value for own in told.values())}
+    first = next(iter(settings.values()), {})
+    common = {key: value for key, value in first.items() if all(own.get(key) == value for own in settings.values())}
     named = [("Settings of all methods", common)]
     named += [
         (f"Settings of {recipes[method].name}", {key: value for key, value in own.items() if key not in common})
-        for method, own in told.items()
+        for method, own in settings.items()
     ]
     return [Table(title, ("name", "value"), list(values.items()), frozenset({0, 1})) for title, values in named]
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     return ", ".join(map(str, value)) or numbers.NONE if isinstance(value, (list, tuple)) else str(value)

@@ -1,4 +1,4 @@
-"""Working through a comparison: in this process, or in several that share the folder."""
+"""Runs the cells of a comparison, in this process or in several that share the folder."""
 
 from __future__ import annotations
 
@@ -24,18 +24,21 @@ from dsr_tool.errors import CheckFailed
 __all__ = ["Order", "stopped_by_sigterm", "work", "work_in_processes"]
 
 _WAIT_S, _GRACE_S = 1.0, 5.0
+"""Seconds between two looks at cells of other processes, and seconds that a process gets to end after SIGTERM."""
+
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+"""Environment variables that give a process one thread; several with many threads each would slow each other down."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """What one call of the command asks for.
+    """The work of one call of the command; JSON passes it to worker processes.
 
     Attributes:
         path: folder of the comparison.
-        names: cells to run; others of the plan are left as they are.
-        since: time of the call in seconds of the epoch; what failed before it is tried again.
-        deadline: reading of `time.monotonic()` by which to stop; infinity for none.
+        names: names of the cells to run; other cells of the plan do not change.
+        since: time of the call, in seconds since 1970; cells that failed before it are tried again.
+        deadline: value of `time.monotonic()` at which to stop; infinity for none.
         light: see `attempt`.
     """
 
@@ -46,35 +49,41 @@ class Order:
     light: bool = True
 
 
-def work(order: Order, say: Callable[[str], None]) -> None:
-    """Run cells until all are complete or failed, or time is up; those that another process has are waited for.
+def work(order: Order, log: Callable[[str], None]) -> None:
+    """Runs cells until all are complete or failed, or the deadline passes. Waits for cells of other processes.
 
     Args:
-        order: what to do.
-        say: told a line when a cell begins, and when it ends.
+        order: cells and deadline.
+        log: called with a line when a cell begins and when it ends.
     """
     comparison = Comparison(order.path)
     grid = comparison.plan()
     cells = [cell for cell in grid.cells if cell.name in order.names]
     waited = False
     while True:
-        seen = [_try(cell, comparison, grid.data, order, say) for cell in cells]
-        if not {"ran", "waits"} & set(seen) or time.monotonic() >= order.deadline:
+        states = [_try(cell, comparison, grid.data, order, log) for cell in cells]
+        if not {"ran", "waits"} & set(states) or time.monotonic() >= order.deadline:
             return
-        if "ran" not in seen:
+        # Every cell left is running elsewhere, or starts from one that is.
+        if "ran" not in states:
             if not waited:
-                say(f"waiting for other processes, which have {seen.count('waits')} cells or what those start from")
+                log(f"waiting for other processes, which have {states.count('waits')} cells or what those start from")
                 waited = True
             time.sleep(_WAIT_S)
 
 
 def work_in_processes(order: Order, jobs: int, *, quiet: bool = False) -> None:
-    """The same by several processes of one thread each, whose lines come on stderr unless they are `quiet`.
+    """Runs cells by several processes with one thread each.
 
-    None of them outlives this call, nor this process, however either ends.
+    No worker outlives this call or this process, however they end.
+
+    Args:
+        order: cells and deadline.
+        jobs: number of processes.
+        quiet: whether the workers write no lines to stderr.
 
     Raises:
-        CheckFailed: one of them ended for a reason of its own.
+        CheckFailed: a worker ended with an error.
     """
     environment = {**os.environ, **dict.fromkeys(_ONE_THREAD, "1")}
     command = [sys.executable, "-m", "dsr_tool.compare.work", json.dumps(asdict(order)), str(int(quiet))]
@@ -89,14 +98,14 @@ def work_in_processes(order: Order, jobs: int, *, quiet: bool = False) -> None:
         _end(workers)
     if any(codes):
         raise CheckFailed(
-            f"{sum(map(bool, codes))} of {jobs} processes ended with exit code {max(codes, key=abs)}; what was "
-            f"complete is kept, and the same command goes on."
+            f"{sum(map(bool, codes))} of {jobs} processes ended with exit code {max(codes, key=abs)}; complete cells "
+            f"are kept; run the same command again to continue."
         )
 
 
 @contextmanager
 def stopped_by_sigterm() -> Iterator[None]:
-    """Within it SIGTERM raises `KeyboardInterrupt`, as SIGINT does; in the main thread, which alone may say so."""
+    """Makes SIGTERM raise `KeyboardInterrupt` within, like SIGINT. Only the main thread can do that; others skip it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -104,11 +113,11 @@ def stopped_by_sigterm() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # none where it was not set by Python
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None if C code set it
 
 
 def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End processes that have not ended yet, at once: what they had written whole is what there is to go on from."""
+    """Ends processes that still run. They need no time to save: a killed run resumes from its last complete epoch."""
     for worker in workers:
         worker.terminate()
     give_up = time.monotonic() + _GRACE_S
@@ -122,43 +131,45 @@ def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
             worker.stdin.close()
 
 
-def _try(cell: Cell, comparison: Comparison, data: str, order: Order, say: Callable[[str], None]) -> str:
-    """Run a cell where that is possible now: `over` (nothing is to be done in this call), `waits` or `ran`."""
+def _try(cell: Cell, comparison: Comparison, data: str, order: Order, log: Callable[[str], None]) -> str:
+    """Runs a cell if that is possible now. Returns `ran`, `waits`, or `over` if this call has nothing to do for it."""
     if _over(cell.name, comparison, order):
         return "over"
     if cell.needs is not None:
         start = comparison.record(cell.needs) or {}
         if start.get("status") == "failed" and _over(cell.needs, comparison, order):
             error = f"it starts from {cell.needs}, which failed."
-            comparison.note(cell.name, {"status": "failed", "error": error, "at": time.time()})
-            say(f"{cell.name}: failed: {error}")
+            comparison.write_record(cell.name, {"status": "failed", "error": error, "at": time.time()})
+            log(f"{cell.name}: failed: {error}")
             return "ran"
         if start.get("status") != "complete":
             return "waits" if cell.needs in order.names and not _over(cell.needs, comparison, order) else "over"
     if time.monotonic() >= order.deadline:
         return "over"
-    lock = comparison.take(cell.name)
+    # The lock ends with the process that holds it, so a cell of a killed one is free at once.
+    lock = comparison.try_lock(cell.name)
     if lock is None:
         return "waits"
     try:
-        if _over(cell.name, comparison, order):  # meanwhile, by another process
+        if _over(cell.name, comparison, order):  # another process may have run it since
             return "over"
-        say(f"{cell.name}: begins")
+        log(f"{cell.name}: begins")
         attempt(cell, comparison, data, deadline=order.deadline, light=order.light)
-        say(f"{cell.name}: {_told(comparison.record(cell.name) or {})}")
+        log(f"{cell.name}: {_outcome(comparison.record(cell.name) or {})}")
     finally:
         lock.release()
     return "ran"
 
 
 def _over(name: str, comparison: Comparison, order: Order) -> bool:
-    """Whether there is nothing to do for a cell in this call, which tries each once."""
+    """Returns whether a cell is complete, or failed or paused in this call: a call tries each cell once."""
     record = comparison.record(name) or {}
     tried = record.get("status") in ("failed", "paused") and float(record.get("at", 0)) >= order.since
     return tried or record.get("status") == "complete"
 
 
-def _told(record: Mapping[str, Any]) -> str:
+def _outcome(record: Mapping[str, Any]) -> str:
+    """Returns the line about a cell that has ended."""
     if record.get("status") == "complete":
         return (
             f"accuracy {record['test_accuracy']:.4f}, {record['archive_bytes']:,} bytes, {record['train_time_s']:.0f} s"
@@ -169,14 +180,14 @@ def _told(record: Mapping[str, Any]) -> str:
 
 
 def _end_with_parent() -> None:
-    """Wait for the end of stdin, which is that of the process that started this one; then end it, in a step or out."""
+    """Ends this process, even in the middle of a step, when stdin closes: then the parent process has ended."""
     while os.read(0, 1):
         pass
-    os._exit(130)
+    os._exit(130)  # not sys.exit, which ends this thread alone
 
 
 def _main() -> None:
-    """A process of `work_in_processes`."""
+    """Entry point of a worker of `work_in_processes`."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     order = Order(**json.loads(sys.argv[1]))
     torch.set_num_threads(1)

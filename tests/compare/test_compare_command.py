@@ -14,7 +14,7 @@ def grid(family, tmp_path):
     return path
 
 
-def test_one_failing_cell_is_exit_code_3_and_the_others_finish(run, grid, tmp_path):
+def test_a_failing_cell_gives_exit_code_3_and_the_others_finish(run, grid, tmp_path):
     code, text, err = run("compare", grid, "-o", tmp_path / "out", "--quiet")
     assert code == 3 and err == ""
     assert "failed: broken@0.9-s0: " in text and "no such layer" in text
@@ -47,8 +47,8 @@ def test_one_failing_cell_is_exit_code_3_and_the_others_finish(run, grid, tmp_pa
         (["--recipe", "lenet-300-100", "--methods", "dsr", "--sparsity", "", *QUICK], 2, "'' is not a list of numbers"),
         (["--recipe", "lenet-300-100", "--methods", "dsr", "--seeds", "", *QUICK], 2, "seeds '' is not allowed"),
         (["--recipe", "lenet-300-100", "--methods", "dsr", "--set", "epochs", *QUICK], 2, "write it as key=value"),
-        (["--recipe", "lenet-300-100", "--methods", "dsr", "--set", "seed=3", *QUICK], 2, "is what the grid varies"),
-        (["--recipe", "lenet-300-100", "--methods", "dsr", "--data", "mnist:none"], 1, "holds no train-images"),
+        (["--recipe", "lenet-300-100", "--methods", "dsr", "--set", "seed=3", *QUICK], 2, "is varied by the grid"),
+        (["--recipe", "lenet-300-100", "--methods", "dsr", "--data", "mnist:none"], 1, "has no train-images"),
         (["--recipe", "lenet-300-100", "--methods", "dsr", "--data", "mnits:x"], 2, "did you mean mnist"),
         (
             ["--recipe", "lenet-300-100", "--methods", "dsr", "--max-time", "0", *QUICK],
@@ -59,7 +59,7 @@ def test_one_failing_cell_is_exit_code_3_and_the_others_finish(run, grid, tmp_pa
         ([], 1, "cannot be read"),
     ],
 )
-def test_mistakes_are_one_sentence_and_leave_nothing(run, tmp_path, arguments, code, message):
+def test_wrong_options_give_one_sentence_and_create_nothing(run, tmp_path, arguments, code, message):
     found, text, err = run("compare", *arguments, "-o", tmp_path / "out")
     assert found == code and message in err and text == "" and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -67,7 +67,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(run, tmp_path, arguments, c
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_is_quiet_and_fits_a_phone(tables, tmp_path, scheme):
+def test_the_page_logs_no_errors_and_fits_a_phone(tables, tmp_path, scheme):
     from playwright.sync_api import sync_playwright
 
     from dsr_tool.compare.cells import Comparison
@@ -79,7 +79,7 @@ def test_the_page_is_quiet_and_fits_a_phone(tables, tmp_path, scheme):
     comparison.add(grid)
     for i, cell in enumerate(grid.cells):
         sizes = {"archive_bytes": 10**5 + i, "inference_macs": 10**4 + i, "nonzeros": 100, "model_sparsity": 0.9}
-        comparison.note(cell.name, {"status": "complete", "test_accuracy": 0.9 + i / 100, **sizes})
+        comparison.write_record(cell.name, {"status": "complete", "test_accuracy": 0.9 + i / 100, **sizes})
     write_outputs(comparison, grid)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])

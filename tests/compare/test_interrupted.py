@@ -14,7 +14,7 @@ from dsr_tool.compare.work import Order, stopped_by_sigterm, work
 
 CELLS = ("dsr@0.9-s0", "static@0.9-s0")
 SAME = ("test_accuracy", "test_loss", "best_test_accuracy", "nonzeros", "archive_bytes", "inference_macs", "steps")
-SENTENCE = "dsr-tool: interrupted; whatever was written whole before is kept."
+SENTENCE = "dsr-tool: interrupted; what was completely written before is kept."
 
 linux = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds processes in /proc")
 
@@ -33,7 +33,7 @@ def workers(folder):
 
 
 def epochs(comparison, cell):
-    log = comparison.run(cell) / "log.jsonl"
+    log = comparison.run_folder(cell) / "log.jsonl"
     return log.read_text().count('"kind": "epoch"') if log.is_file() else 0
 
 
@@ -79,7 +79,7 @@ def work_on(comparison, grid):
         pytest.param([signal.SIGINT, signal.SIGTERM, signal.SIGKILL], marks=pytest.mark.slow),
     ],
 )
-def test_what_was_interrupted_leaves_no_worker_and_goes_on(tables, command, tmp_path, numbers):
+def test_an_interrupted_comparison_leaves_no_worker_and_resumes(tables, command, tmp_path, numbers):
     line, cut = command
     for number in numbers:
         process = interrupt(line, cut, number)
@@ -98,10 +98,10 @@ def test_what_was_interrupted_leaves_no_worker_and_goes_on(tables, command, tmp_
         one, other = cut.record(cell), whole.record(cell)
         assert {key: one[key] for key in SAME} == {key: other[key] for key in SAME}
         for name in ("model.safetensors", "masks.safetensors", "model.dsr"):
-            assert (cut.run(cell) / name).read_bytes() == (whole.run(cell) / name).read_bytes()
+            assert (cut.run_folder(cell) / name).read_bytes() == (whole.run_folder(cell) / name).read_bytes()
 
 
-def test_sigterm_interrupts_for_as_long_as_it_is_asked_to():
+def test_sigterm_interrupts_only_within_the_context():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), stopped_by_sigterm():
         signal.raise_signal(signal.SIGTERM)

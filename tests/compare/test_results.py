@@ -65,16 +65,16 @@ def comparison(tables, tmp_path):
     made = Comparison(tmp_path / "out")
     made.add(make_grid(tables(methods=["dsr", "static", "dense"], sparsity=[0.9, 0.95], seeds=3), "grid"))
     for seed, accuracy in enumerate((0.91, 0.93, 0.98)):
-        made.note(f"dsr@0.9-s{seed}", record(accuracy))
-        log(made.run(f"dsr@0.9-s{seed}"), 4 + seed, accuracy)
-    made.note("dsr@0.95-s0", record(0.9, archive_bytes=60_000, inference_macs=13_000))
-    log(made.run("dsr@0.95-s0"), 4, 0.9)
-    made.note("static@0.9-s0", {"status": "failed", "cell": "static@0.9-s0", "error": "it broke <b>.", "at": 0})
-    made.note("static@0.9-s1", {"status": "paused", "epochs": 1, "of_epochs": 2})
+        made.write_record(f"dsr@0.9-s{seed}", record(accuracy))
+        log(made.run_folder(f"dsr@0.9-s{seed}"), 4 + seed, accuracy)
+    made.write_record("dsr@0.95-s0", record(0.9, archive_bytes=60_000, inference_macs=13_000))
+    log(made.run_folder("dsr@0.95-s0"), 4, 0.9)
+    made.write_record("static@0.9-s0", {"status": "failed", "cell": "static@0.9-s0", "error": "it broke <b>.", "at": 0})
+    made.write_record("static@0.9-s1", {"status": "paused", "epochs": 1, "of_epochs": 2})
     return made
 
 
-def test_rows_are_means_and_sample_deviations(comparison):
+def test_rows_are_means_and_sample_standard_deviations(comparison):
     found = {(row.method, row.sparsity): row for row in rows(comparison, comparison.plan())}
     dsr = found["dsr", 0.9]
     assert dsr.mean("test_accuracy") == statistics.fmean([0.91, 0.93, 0.98])
@@ -85,7 +85,7 @@ def test_rows_are_means_and_sample_deviations(comparison):
     assert list(found)[:2] == [("dsr", 0.95), ("dsr", 0.9)] and ("dense", None) in found
 
 
-def test_what_was_published_is_shown_for_the_same_data_alone(comparison, tables, tmp_path):
+def test_published_results_are_shown_only_for_the_same_data(comparison, tables, tmp_path):
     assert all(row.published == {} for row in rows(comparison, comparison.plan()))
     other = Comparison(tmp_path / "digits")
     other.add(make_grid(tables(data="digits"), "grid"))
@@ -127,7 +127,7 @@ def test_the_page_shows_every_curve_and_what_failed(comparison):
     assert "<b>." not in page
 
 
-def test_a_page_without_a_single_run_is_a_page(tables, tmp_path):
+def test_a_page_without_complete_runs_is_valid(tables, tmp_path):
     empty = Comparison(tmp_path / "out")
     empty.add(make_grid(tables(), "grid"))
     write_outputs(empty, empty.plan())

@@ -41,7 +41,7 @@ def test_every_cell_is_trained_exported_and_measured(tables, tmp_path):
     work(order(comparison, grid), said.append)
     assert set(statuses(comparison).values()) == {"complete"} and len(said) == 2 * len(grid.cells)
     dsr, gmp, dense = (comparison.record(name) for name in ("dsr@0.9-s0", "gmp@0.9-s0", "dense-s0"))
-    run = comparison.run("dsr@0.9-s0")
+    run = comparison.run_folder("dsr@0.9-s0")
     assert dsr["archive_bytes"] == (run / "model.dsr").stat().st_size and dsr["verified"]
     assert math.isclose(dsr["sparsity"], 0.9) and math.isclose(gmp["sparsity"], 0.9) and dense["sparsity"] == 0
     assert dsr["nonzeros"] == load(run).active_weights + 1820 and dsr["inference_macs"] < dense["inference_macs"]
@@ -54,7 +54,7 @@ def test_every_cell_is_trained_exported_and_measured(tables, tmp_path):
 def test_a_ticket_has_the_masks_of_the_run_of_its_seed(tables, tmp_path):
     comparison, grid = begun(tables, tmp_path / "out", methods=["ticket", "fresh"], seeds=[4], set={"lr": 1e-9})
     work(order(comparison, grid), lambda line: None)
-    found, original, fresh = (load(comparison.run(f"{method}@0.9-s4")) for method in ("dsr", "ticket", "fresh"))
+    found, original, fresh = (load(comparison.run_folder(f"{method}@0.9-s4")) for method in ("dsr", "ticket", "fresh"))
     for name, mask in found.masks.items():
         assert torch.equal(original.masks[name], mask) and torch.equal(fresh.masks[name], mask)
         # At such a rate weights stay where they began.
@@ -63,7 +63,7 @@ def test_a_ticket_has_the_masks_of_the_run_of_its_seed(tables, tmp_path):
     assert fresh.config.conversion["seed"] == 1_000_004 and original.config.conversion["seed"] == 4
 
 
-def test_complete_cells_are_left_and_failed_ones_tried_again(tables, tmp_path):
+def test_complete_cells_are_skipped_and_failed_ones_tried_again(tables, tmp_path):
     comparison, grid = begun(tables, tmp_path / "out", methods=["static", "afterwards"])
     work(order(comparison, grid), lambda line: None)
     assert statuses(comparison) == {
@@ -80,14 +80,14 @@ def test_complete_cells_are_left_and_failed_ones_tried_again(tables, tmp_path):
     assert [line.partition(":")[0] for line in said] == ["broken@0.9-s0", "broken@0.9-s0", "afterwards@0.9-s0"]
 
 
-def test_a_budget_that_cannot_be_honoured_is_one_failed_cell(tables, tmp_path):
+def test_an_unreachable_sparsity_fails_one_cell(tables, tmp_path):
     comparison, grid = begun(tables, tmp_path / "out", methods=["static"], sparsity=[0.9, 0.999999])
     work(order(comparison, grid), lambda line: None)
     assert statuses(comparison) == {"static@0.9-s0": "complete", "static@0.999999-s0": "failed"}
     assert "cannot be reached" in comparison.record("static@0.999999-s0")["error"]
 
 
-def test_time_that_is_up_pauses_and_the_next_call_goes_on(tables, tmp_path):
+def test_the_deadline_pauses_a_cell_and_the_next_call_resumes_it(tables, tmp_path):
     comparison, grid = begun(tables, tmp_path / "out", methods=["dsr"], set={"epochs": 3})
     work(order(comparison, grid, deadline=time.monotonic() + 1e-9), lambda line: None)
     assert comparison.record("dsr@0.9-s0") is None
@@ -101,23 +101,23 @@ def test_time_that_is_up_pauses_and_the_next_call_goes_on(tables, tmp_path):
     assert {key: one[key] for key in SAME} == {key: other[key] for key in SAME}
 
 
-def test_a_damaged_run_fails_with_the_remedy_which_works(tables, tmp_path):
+def test_a_damaged_run_fails_with_a_remedy_that_works(tables, tmp_path):
     comparison, grid = begun(tables, tmp_path / "out", methods=["static"])
     attempt(grid.cells[0], comparison, grid.data, deadline=0.0)
-    run = comparison.run("static@0.9-s0")
+    run = comparison.run_folder("static@0.9-s0")
     (run / "settings.json").write_text("{")
     work(order(comparison, grid), lambda line: None)
     error = comparison.record("static@0.9-s0")["error"]
-    assert f"run {str(run)!r} cannot be resumed" in error and "delete that folder" in error
+    assert f"run {str(run)!r} is damaged and cannot be resumed" in error and "delete that folder" in error
     shutil.rmtree(run)
     work(order(comparison, grid), lambda line: None)
     assert statuses(comparison) == {"static@0.9-s0": "complete"}
 
 
-def test_a_cell_that_another_process_has_is_left_to_it(tables, tmp_path):
+def test_a_cell_locked_by_another_process_is_skipped(tables, tmp_path):
     comparison, grid = begun(tables, tmp_path / "out")
-    lock = comparison.take("dsr@0.9-s0")
-    assert comparison.take("dsr@0.9-s0") is None
+    lock = comparison.try_lock("dsr@0.9-s0")
+    assert comparison.try_lock("dsr@0.9-s0") is None
     said = []
     holds = order(comparison, grid, deadline=time.monotonic() + 1, names=("dsr@0.9-s0",))
     work(holds, said.append)
@@ -129,7 +129,7 @@ def test_a_cell_that_another_process_has_is_left_to_it(tables, tmp_path):
 
 
 @pytest.mark.slow
-def test_several_processes_share_the_cells_and_reach_the_same(tables, tmp_path):
+def test_several_processes_share_the_cells_and_give_the_same_results(tables, tmp_path):
     alone, grid = begun(tables, tmp_path / "alone", methods=["dsr", "gmp"], seeds=2)
     work(order(alone, grid), lambda line: None)
     shared, _ = begun(tables, tmp_path / "shared", methods=["dsr", "gmp"], seeds=2)
@@ -140,12 +140,12 @@ def test_several_processes_share_the_cells_and_reach_the_same(tables, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_was_killed_goes_on_and_ends_the_same(tables, tmp_path):
+def test_a_killed_comparison_resumes_to_the_same_results(tables, tmp_path):
     whole, grid = begun(tables, tmp_path / "whole", methods=["dsr"], set={"epochs": 8})
     work(order(whole, grid), lambda line: None)
     cut, _ = begun(tables, tmp_path / "cut", methods=["dsr"], set={"epochs": 8})
     told = json.dumps(order(cut, grid).__dict__)
-    log = cut.run("dsr@0.9-s0") / "log.jsonl"
+    log = cut.run_folder("dsr@0.9-s0") / "log.jsonl"
     for epochs in (2, 4):
         command = [sys.executable, "-m", "dsr_tool.compare.work", told, "1"]
         worker = subprocess.Popen(command, stdin=subprocess.PIPE)
