@@ -163,7 +163,7 @@ class Planes(Value):
         """Makes the halo at least this many vectors wide. Returns False if offsets would be out of range."""
         before, after = max(self.halo_before, before), max(self.halo_after, after)
         stride = self.grid.length + before + after
-        # The longest offset goes from the halo before the first plane to the one after the last.
+        # Offsets are 16 bits. The longest goes from the halo before the first plane to the one after the last.
         if (
             self.phases * stride - self.grid.length > MAX_OFFSET
             or self.phases * stride * self.grid.lanes > _MAX_CHANNEL_FLOATS
@@ -199,6 +199,7 @@ class Planes(Value):
         key = (self.grid, self.factor, *self.shape[2:])
         mask = _masks.get(key)
         if mask is None:
+            # As integers of all bits, since kernels apply it with one `and` for each vector.
             _masks[key] = mask = -(self.pixel_of_position() >= 0).astype(np.int32)
         return mask
 

@@ -102,6 +102,7 @@ class Lowering:
 
     def alive(self, index: int) -> list[str]:
         """Returns the values made in this segment that nodes from `index` on read."""
+        # Inputs of the segment are arrays already.
         made = [name for name in self.values if name not in self.segment.inputs]
         return [name for name in made if self._readers.get(name, [-1])[-1] >= index]
 
@@ -189,6 +190,7 @@ class Lowering:
         """Returns a value as planes, on the grid that suits the nodes that follow."""
         value = self.value(name)
         if isinstance(value, Rows):
+            # The pixels of rows are the rows themselves, so a convolution has to see entries in order first.
             value = self.flat(name)
         if isinstance(value, Planes) or value is None:
             return value

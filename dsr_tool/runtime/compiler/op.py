@@ -86,7 +86,7 @@ class Op:
         fuses: an activation after it can become part of it.
         exact: it reads and writes the entries of flat values and no more, so they may be arrays of the caller; others
             use whole vectors.
-        masks: it writes zeros at positions without a pixel if told so by a mask.
+        masks: it writes zeros at positions without a pixel, where its struct has a mask.
     """
 
     source: Value
@@ -95,6 +95,7 @@ class Op:
     activate: Activate = IDENTITY
 
     kind: ClassVar[Kind]
+    # Defaults are the safe choice, so that a new kind has to claim what its kernel can do.
     fuses: ClassVar[bool] = False
     exact: ClassVar[bool] = False
     masks: ClassVar[bool] = True

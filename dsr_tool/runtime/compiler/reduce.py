@@ -110,6 +110,7 @@ def _mean(low: Lowering, name: str, *, keep_axes: bool) -> Lowered | None:
         return None
     # The sum runs over all positions, so those without a pixel must be zero.
     source.zero_padded = True
+    # Both shapes are the same entries in memory: one float for each channel.
     out_shape = (*shape[:2], 1, 1) if keep_axes else shape[:2]
     return Lowered(low.add(Mean(source=source, out=low.new_flat(out_shape))), out_shape)
 

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dsr_tool.errors import UsageError, first_line, unknown_name
 from dsr_tool.runtime.kernels.cpu import LEVELS, missing_features, supported_levels
@@ -94,7 +93,7 @@ def choose(wanted: str, folder: Path) -> Kernels:
     record, problems = _read_record(folder), list[str]()
     # The next slower library is better than none, so a damaged one is a problem to report and no error.
     for name in [wanted] if wanted else [name for name in built if name in runs]:
-        loaded = _load(_path(folder, name), record.get(name, {}) if record else None)
+        loaded = _load(_path(folder, name), _recorded_sha256(record, name))
         if isinstance(loaded, ctypes.CDLL):
             return Kernels(loaded, name, built, tuple(problems))
         problems.append(loaded)
@@ -124,17 +123,17 @@ def _check_level(wanted: str, built: tuple[str, ...]) -> None:
         raise UsageError(f"{VARIABLE} {wanted!r} names kernels that were not built; {_REMEDY}, or unset it.")
 
 
-def _load(path: Path, entry: Any) -> ctypes.CDLL | str:
+def _load(path: Path, sha256: str | None) -> ctypes.CDLL | str:
     """Returns a loaded library, or a sentence without its full stop that says why it was refused.
 
     Args:
         path: path of the library.
-        entry: its entry in the record of the build; None if there is no record to check.
+        sha256: the digest that its bytes must have; None if there is no record of the build.
     """
     try:
         content = path.read_bytes()
         # The system maps a truncated library without complaint, and kills the process when it touches the missing part.
-        if entry is not None and hashlib.sha256(content).hexdigest() != _sha256(entry):
+        if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
             return f"{path.name} is damaged, or is not the file that was built; {_REMEDY}"
         loaded = ctypes.CDLL(str(path))
         abi = loaded.dsr_kernels_abi()
@@ -148,11 +147,17 @@ def _load(path: Path, entry: Any) -> ctypes.CDLL | str:
     return loaded
 
 
-def _sha256(entry: Any) -> Any:
-    return entry.get("sha256") if isinstance(entry, Mapping) else None
+def _recorded_sha256(record: Mapping[str, object], name: str) -> str | None:
+    """Returns the digest of a level in the record; None without a record, "" (no file has it) without an entry."""
+    if not record:
+        return None
+    entry = record.get(name)
+    digest = entry.get("sha256") if isinstance(entry, Mapping) else None
+    return digest if isinstance(digest, str) else ""
 
 
-def _read_record(folder: Path) -> Mapping[str, Any]:
+def _read_record(folder: Path) -> Mapping[str, object]:
+    """Returns the record of the build; empty if there is none, as for a library that somebody else has built."""
     try:
         record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
