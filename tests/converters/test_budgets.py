@@ -1,4 +1,4 @@
-"""Budgets in bytes and multiply-adds, with the file as it is written as the referee."""
+"""Budgets in bytes and multiply-adds, compared with the written file."""
 
 import math
 import re
@@ -53,7 +53,7 @@ def graphs():
 
 @pytest.fixture
 def trace_once(monkeypatch, graphs):
-    """Captures of the networks above, which take a second each, come from the fixture."""
+    """Replaces the capture of the networks above, a second each, by the fixture."""
     by_length = {len(make()): graphs[name] for name, make in NETWORKS.items()}
     monkeypatch.setattr(converters.budgets, "trace", lambda module, shape: by_length[len(module)])
 
@@ -64,7 +64,7 @@ def planned(name, **options):
 
 
 def written(model, graph, path):
-    """The size on disk of the archive."""
+    """Returns the size of the archive on disk."""
     encoded = encode_archive(model.tensors(), model.specs, graph, model.config, versions=installed_versions())
     encoded.save(path)
     return path.stat().st_size

@@ -1,4 +1,4 @@
-"""Networks of the user's own: `module:callable` from the command line to a file and back."""
+"""`module:callable`: networks of the user's own, from the command line to a file and back."""
 
 import json
 import sys
@@ -54,11 +54,11 @@ def nets(tmp_path, monkeypatch):
     ("source", "expected"),
     [("a:b", True), ("a.b:c.d", True), ("resnet18", False), ("a:", False), (":b", False), ("a b:c", False)],
 )
-def test_what_is_written_as_a_callable(source, expected):
+def test_names_of_callables_are_recognised(source, expected):
     assert is_callable_name(source) is expected
 
 
-def test_it_becomes_a_model_and_comes_back_only_where_the_user_names_it(nets, tmp_path):
+def test_a_callable_is_converted_and_loads_only_if_the_user_names_it(nets, tmp_path):
     source = f"{nets}:Net"
     path = list(sys.path)
     model = convert(source, sparsity=0.5, input_shape=(1, 8, 8), seed=3)
@@ -109,17 +109,17 @@ def test_weights_come_from_a_file(nets, tmp_path):
         ("1", {"input_shape": (1, 8, 8)}, "not written as module:callable"),
     ],
 )
-def test_what_cannot_be_used_says_so(nets, name, options, words):
+def test_callables_and_options_that_do_not_fit_are_refused(nets, name, options, words):
     with pytest.raises(UsageError, match=words):
         convert(f"{nets}:{name}", sparsity=0.5, **options)
 
 
-def test_a_module_that_is_not_there_says_so():
+def test_a_missing_module_is_refused():
     with pytest.raises(UsageError, match="'no_such_module_here'.*cannot be imported"):
         convert("no_such_module_here:Net", sparsity=0.5, input_shape=(1, 8, 8))
 
 
-def test_command_line_goes_the_whole_way(nets, tmp_path, run):
+def test_the_command_line_converts_trains_and_exports_a_callable(nets, tmp_path, run):
     source = f"{nets}:Net"
     code, out, err = run("convert", source, "--input-shape", "1,8,8", "--sparsity", "0.5", "-o", "m", "--json")
     assert code == 0, err

@@ -1,4 +1,4 @@
-"""All of torchvision's classifiers: the audit by type against a rule by shape and name, and exact counts."""
+"""All of torchvision's classifiers: roles by type compared with a rule by shape and name, and exact counts."""
 
 import math
 from fractions import Fraction
@@ -25,7 +25,7 @@ def test_torchvision_has_the_eighty_classifiers():
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_audit_agrees_with_a_rule_by_shape_and_name(name):
+def test_roles_agree_with_a_rule_by_shape_and_name(name):
     module = structure(name)
     specs = discover(module)
     assert list(specs) == list(module.state_dict())
@@ -56,7 +56,7 @@ def test_audit_agrees_with_a_rule_by_shape_and_name(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_all_converted_whole(name):
+def test_every_classifier_is_converted_at_its_exact_count(name):
     model = convert(name, sparsity="0.9")
     assert model.active_weights == round(Fraction(model.prunable_weights, 10))
     assert all(mask.any() for mask in model.masks.values())
@@ -76,7 +76,7 @@ def test_all_converted_whole(name):
         ("swin_t", "erk"),
     ],
 )
-def test_small_ones_converted_whole(name, distribution):
+def test_small_classifiers_are_converted_at_their_exact_count(name, distribution):
     model = convert(name, sparsity="0.9", distribution=distribution, num_classes=7)
     assert model.active_weights == round(model.prunable_weights / 10)
     model.check()

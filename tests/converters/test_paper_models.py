@@ -1,4 +1,4 @@
-"""LeNet-300-100 and wide residual networks: published counts, what stays dense, and the whole chain behind them."""
+"""LeNet-300-100 and wide residual networks: published counts, dense layers, and the way to file and runtime."""
 
 import math
 
@@ -62,7 +62,7 @@ def test_widen_factors_may_be_fractions():
         WideResNet(20, 2)
 
 
-def test_convolutions_start_as_he_says():
+def test_convolutions_start_as_in_he_et_al():
     torch.manual_seed(0)
     module = WideResNet(16, 2)
     for layer in module.modules():
@@ -72,7 +72,7 @@ def test_convolutions_start_as_he_says():
     assert not module.fc.bias.any()
 
 
-def test_perceptron_has_normalisation_in_the_place_of_every_bias():
+def test_the_perceptron_has_normalisation_instead_of_biases():
     module = Perceptron(12, [5, 4], 3)
     assert [name for name, _ in module.named_parameters()] == [
         f"{kind}{i}.{what}" for i in (1, 2, 3) for kind, what in (("fc", "weight"), ("bn", "weight"), ("bn", "bias"))
@@ -88,7 +88,7 @@ def test_perceptron_has_normalisation_in_the_place_of_every_bias():
         ("wrn-22-2", {"input_shape": (1, 16, 16), "num_classes": 100}, (1, 16, 16), 1),
     ],
 )
-def test_other_inputs_and_classes_come_back(tmp_path, name, options, shape, inputs):
+def test_other_inputs_and_classes_are_saved_and_loaded(tmp_path, name, options, shape, inputs):
     model = convert(name, sparsity=0.8, seed=5, **options)
     assert (model.config.source, model.config.input_shape) == ("paper", shape)
     assert next(iter(model.module.parameters())).shape[1] == inputs
@@ -124,12 +124,12 @@ def test_seeds_and_files_give_weights(tmp_path):
         ("lenet-300-100", {"input_shape": (3, 2000, 2000)}, "12,000,000 values"),
     ],
 )
-def test_what_cannot_be_says_so(name, options, words):
+def test_names_and_options_that_do_not_fit_are_refused(name, options, words):
     with pytest.raises(UsageError, match=words):
         convert(name, sparsity=0.9, **options)
 
 
-def test_a_width_that_no_model_has_is_a_damaged_file():
+def test_an_invalid_width_in_a_file_is_refused():
     plain = ModelConfig("paper", "wrn-28-2", 10, (3, 32, 32)).to_dict()
     assert ModelConfig.from_dict({key: value for key, value in plain.items() if key != "width"}).width == 1
     for width in (0, -1, 1e9, float("nan"), "wide", None):
@@ -138,7 +138,7 @@ def test_a_width_that_no_model_has_is_a_damaged_file():
 
 
 def small(name):
-    """Converted as the papers' are, but in seconds."""
+    """Returns a network converted as in the papers, but small."""
     if name == "lenet-300-100":
         return convert(name, sparsity=0.9, preset="paper", input_size=8)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Torchvision's names beyond classification: what converts, and why the rest does not."""
+"""Torchvision's models beyond classification: those that convert, and the reasons of the others."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_each_has_a_structure_and_an_input(name):
         ("mc3_18", {"input_size": 32, "num_classes": 6}, (3, 16, 32, 32), 6),
     ],
 )
-def test_conversion_and_return(tmp_path, name, given, shape, outputs):
+def test_other_tasks_are_converted_and_loaded(tmp_path, name, given, shape, outputs):
     model = convert(name, sparsity=0.9, **given)
     assert model.config.input_shape == shape
     assert model.config.num_classes == outputs
@@ -50,7 +50,7 @@ def test_conversion_and_return(tmp_path, name, given, shape, outputs):
     assert all(torch.equal(again[key], value) for key, value in model.module.state_dict().items())
 
 
-def test_trained_segmentation_leaves_its_auxiliary_head_behind(tmp_path):
+def test_trained_segmentation_models_lose_their_auxiliary_head(tmp_path):
     state = models.get_model(
         "deeplabv3_mobilenet_v3_large", weights=None, weights_backbone=None, aux_loss=True
     ).state_dict()
@@ -60,7 +60,7 @@ def test_trained_segmentation_leaves_its_auxiliary_head_behind(tmp_path):
     assert not any(key.startswith("aux_classifier.") for key in model.module.state_dict())
 
 
-def test_an_input_that_does_not_fit_says_so():
+def test_an_input_that_does_not_fit_is_refused():
     with pytest.raises(UsageError, match="input shape \\[3, 32, 32\\] does not fit"):
         convert("mc3_18", sparsity=0.9, input_shape=(3, 32, 32))
     with pytest.raises(UsageError, match="exclude each other"):

@@ -1,4 +1,4 @@
-"""Thin dense models: their parameters beside those of a sparse one, and widths written out by brute force."""
+"""Thin dense models: parameters compared with a sparse model's, and widths by brute force."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def parameters(module):
 
 
 def sparse_parameters(name, **options):
-    """Kept dense and active, of the sparse model itself."""
+    """Returns the non-zero parameters of the sparse model itself."""
     model = convert(name, **options)
     return model.parameters - model.prunable_weights + model.active_weights
 
@@ -37,7 +37,7 @@ def test_full_width_is_torchvisions_own_and_less_is_narrower(name):
 
 @settings(max_examples=8, deadline=None)
 @given(st.floats(0.3, 0.98), st.sampled_from([{}, {"preset": "paper"}, {"keep_dense": ["fc1"]}]))
-def test_nothing_wider_fits(sparsity, options):
+def test_the_width_is_the_largest_that_fits(sparsity, options):
     target = sparse_parameters("lenet-300-100", sparsity=sparsity, input_size=8, **options)
     thin = convert("lenet-300-100", sparsity=sparsity, input_size=8, thin=True, **options)
     assert thin.parameters <= target == thin.config.conversion["budget_parameters"]
@@ -62,7 +62,7 @@ def test_wide_residual_networks_come_within_a_percent():
         ("mobilenet_v3_small", {"sparsity": 0.5}, 0.9),
     ],
 )
-def test_it_comes_back_and_runs(tmp_path, name, options, least):
+def test_a_thin_model_is_saved_loaded_and_runs(tmp_path, name, options, least):
     model = convert(name, thin=True, **options)
     target = model.config.conversion["budget_parameters"]
     assert least * target <= model.parameters <= target
@@ -75,13 +75,13 @@ def test_it_comes_back_and_runs(tmp_path, name, options, least):
     assert model(torch.randn(2, *model.config.input_shape)).shape == (2, model.config.num_classes)
 
 
-def test_target_has_the_options_of_the_sparse_model():
+def test_the_target_follows_the_options_of_the_sparse_model():
     options = {"sparsity": 0.7, "preset": "paper", "granularity": "kernel", "distribution": "erk", "input_size": 8}
     target = sparse_parameters("wrn-22-2", **options)
     assert convert("wrn-22-2", thin=True, **options).config.conversion["budget_parameters"] == target
 
 
-def test_all_of_it_is_the_model_itself():
+def test_at_sparsity_zero_the_thin_model_is_the_model_itself():
     model = convert("lenet-300-100", sparsity=0, thin=True)
     assert model.config.width == 1
     whole = convert("lenet-300-100", sparsity=0)
@@ -103,7 +103,7 @@ def test_all_of_it_is_the_model_itself():
         ("lenet-300-100", {}, "exactly one of"),
     ],
 )
-def test_what_cannot_be_says_so(name, options, words):
+def test_architectures_and_budgets_that_do_not_fit_are_refused(name, options, words):
     with pytest.raises(UsageError, match=words):
         convert(name, thin=True, **options)
     with pytest.raises(UsageError, match="which Linear cannot"):

@@ -1,4 +1,4 @@
-"""Final structures trained again: masks to the bit, and starting weights that are the same or say that they are not."""
+"""Tickets: exact masks, and original weights that are equal bit for bit or refused."""
 
 import json
 
@@ -23,12 +23,12 @@ OPTIONS = {"input_size": 6, "num_classes": 4}
 
 
 def started(model):
-    """Weights as they were converted; the zeros of a mask included."""
+    """Returns the weights before training, with the zeros of the mask."""
     return {name: value.clone() for name, value in model.module.state_dict().items()}
 
 
 def train(model, method="set", **options):
-    """A few steps in which weights move."""
+    """Trains a few steps with reallocations."""
     optimizer = torch.optim.SGD(model.module.parameters(), lr=0.5)
     attach(model, optimizer, make(method, 8, every=1, **options))
     for step in range(8):
@@ -49,7 +49,7 @@ def run_folder(tmp_path):
     return tmp_path / "run", after
 
 
-def test_masks_are_those_and_weights_are_fresh(run_folder):
+def test_a_ticket_has_the_masks_and_fresh_weights(run_folder):
     path, after = run_folder
     new = convert("lenet-300-100", structure=path, seed=3)
     assert new.masks.keys() == after.masks.keys()
@@ -73,7 +73,7 @@ def test_fresh_weights_are_never_the_original_ones(run_folder):
         convert("lenet-300-100", structure=path, seed=7)
 
 
-def test_original_weights_are_those_of_the_run_to_the_bit(run_folder, tmp_path):
+def test_original_weights_equal_those_of_the_run_bit_for_bit(run_folder, tmp_path):
     path, after = run_folder
     new = convert("lenet-300-100", structure=path, init="original")
     whole = convert("lenet-300-100", sparsity=0, seed=7, **OPTIONS)
@@ -84,7 +84,7 @@ def test_original_weights_are_those_of_the_run_to_the_bit(run_folder, tmp_path):
     assert all(torch.equal(third.weights[key], weight) for key, weight in new.weights.items())
 
 
-def test_dense_starts_keep_their_dense_weights_under_the_final_mask(tmp_path):
+def test_a_dense_start_has_its_original_weights_under_the_final_mask(tmp_path):
     model = train(convert("lenet-300-100", sparsity=0, seed=2, **OPTIONS), "gmp", final_sparsity=0.8)
     assert model.sparsity == pytest.approx(0.8, abs=1e-3)
     model.save(tmp_path / "pruned")
@@ -125,7 +125,7 @@ def test_thin_models_torchvision_and_callables_have_tickets_too(tmp_path, monkey
         assert (new.config.width, new.config.input_shape) == (model.config.width, model.config.input_shape)
 
 
-def test_modules_are_taken_as_they_are_and_checked(tmp_path):
+def test_modules_are_used_unchanged_and_checked(tmp_path):
     def network(seed):
         torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -160,14 +160,14 @@ def test_modules_are_taken_as_they_are_and_checked(tmp_path):
         ),
     ],
 )
-def test_what_does_not_go_together_says_so(run_folder, arch, options, words):
+def test_options_that_do_not_fit_are_refused(run_folder, arch, options, words):
     with pytest.raises(UsageError, match=words):
         convert(arch, structure=run_folder[0], **options)
     with pytest.raises(UsageError, match="--init goes with --structure"):
         convert(arch, sparsity=0.5, init="fresh")
 
 
-def test_folders_that_do_not_say_what_they_started_from(run_folder):
+def test_folders_without_a_record_of_their_start_are_refused(run_folder):
     config = run_folder[0] / "config.json"
     document = json.loads(config.read_text())
     for value, error in (("8", FormatError), (-1, FormatError), (8, CheckFailed)):
@@ -181,7 +181,7 @@ def test_folders_that_do_not_say_what_they_started_from(run_folder):
         convert("lenet-300-100", structure=run_folder[0], init="original")
 
 
-def test_checksum_knows_every_bit_and_name():
+def test_the_checksum_depends_on_every_bit_and_name():
     module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     before = checksum(module)
     assert checksum(module) == before
@@ -191,7 +191,7 @@ def test_checksum_knows_every_bit_and_name():
     assert checksum(module.to(torch.bfloat16)) != before
 
 
-def test_command_line_goes_the_whole_way(tmp_path, run):
+def test_the_command_line_makes_and_trains_a_ticket(tmp_path, run):
     first = ("convert", "lenet-300-100", "--input-size", "8", "--sparsity", "0.9", "--seed", "5", "-o", tmp_path / "m")
     assert run(*first)[0] == 0
     data = ("--data", "fake:64", "--epochs", "1", "--batch-size", "16", "--quiet")

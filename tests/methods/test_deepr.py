@@ -36,7 +36,7 @@ def network(layers, seed, scale=1.0):
 
 
 def moved_on(weights, moved, rng, scale=0.1):
-    """The network after an update and one optimizer step that pushes every weight a little."""
+    """Returns the network after an update and one optimizer step that changes every weight a little."""
     values = dict(zip(weights.positions.flat.tolist(), moved.values.tolist(), strict=True))
     for position in moved.dropped.flat.tolist():
         del values[position]
@@ -60,7 +60,7 @@ def test_the_total_is_exact_and_no_layer_is_emptied(layers, seed, temperature):
         assert sum(weights.counts) == total and min(weights.counts) >= 1
 
 
-def test_the_rule_as_the_paper_writes_it():
+def test_three_rewirings_equal_the_papers_algorithm():
     """Bellec et al., Algorithm 1, with theta = sign * weight and the same noise, over three rewirings."""
     eta, l1, temperature = 0.5, 0.02, 0.01
     method = DeepR(ALWAYS, 10**9, eta=eta, l1=l1, temperature=temperature)
@@ -99,7 +99,7 @@ def test_growth_is_uniform_over_the_free_positions_of_the_whole_network():
     assert stats.chisquare(hits[free]).pvalue > 1e-4
 
 
-def test_without_noise_and_shrinkage_nothing_moves_until_the_optimizer_flips_a_sign():
+def test_without_noise_and_shrinkage_only_the_optimizer_flips_signs():
     weights = network([(50, 20)], 0)
     method, generator = DeepR(ALWAYS, 100, l1=0.0, temperature=0.0), torch.Generator()
     moved = method.update(weights, 1, generator)
@@ -109,7 +109,7 @@ def test_without_noise_and_shrinkage_nothing_moves_until_the_optimizer_flips_a_s
     assert moved.dropped.flat.tolist() == weights.positions.flat[::5].tolist()
 
 
-def test_flipped_weights_that_must_stay_are_zero():
+def test_flipped_weights_that_cannot_be_pruned_become_zero():
     weights = ActiveWeights(Positions((9, 4), (3, 4), torch.tensor([0, 1, 2, 9, 10, 11, 12])), torch.ones(7))
     method = DeepR(ALWAYS, 100, l1=0.0, temperature=0.0)
     method.update(weights, 1, torch.Generator())
@@ -159,7 +159,7 @@ def test_values_reach_weights_of_any_memory_format_and_nothing_else():
     assert model.active_weights == sum(before.counts)
 
 
-def test_a_restart_goes_on_bit_for_bit(tmp_path):
+def test_a_resumed_run_continues_bit_for_bit(tmp_path):
     runs = []
     for stopped in (False, True):
         model = small()

@@ -1,4 +1,4 @@
-"""Dense training against torch's own optimizer by itself, and what it refuses."""
+"""Dense training compared with torch's optimizer alone, and the models that it refuses."""
 
 import pytest
 import torch
@@ -26,17 +26,17 @@ def network():
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
 
 
-def test_it_is_the_optimizer_alone():
+def test_dense_training_equals_the_optimizer_alone():
     assert all(torch.equal(a, b) for a, b in zip(trained(network(), "dense"), trained(network(), None), strict=True))
 
 
-def test_it_refuses_a_model_with_zeros():
+def test_a_sparse_model_is_refused():
     model = convert(network(), sparsity=0.5, input_shape=(6,))
     with pytest.raises(UsageError, match=r"40 of this model's 80 are inactive.*--sparsity 0"):
         attach(model, optim.SGD(model.module.parameters(), lr=0.1), "dense")
 
 
-def test_it_has_no_options_and_no_updates():
+def test_dense_has_no_options_and_no_updates():
     with pytest.raises(UsageError, match="drop-fraction goes with method"):
         make("dense", 100, drop_fraction=0.3)
     assert not any(make("dense", 100).due(step) for step in range(1, 101))

@@ -49,7 +49,7 @@ def test_the_count_is_exact_and_no_layer_is_emptied_or_overfilled(layers, seed, 
         assert lost < had
 
 
-def test_one_reallocation_as_the_paper_writes_it():
+def test_one_reallocation_equals_the_papers_algorithm_by_hand():
     """Algorithm 1 by hand: two layers of 10 with 4 and 6 active, H = 0.5."""
     values = torch.tensor([1.0, 0.1, -0.2, 2.0, 0.4, -3.0, 1.0, 0.7, -0.1, 5.0])
     flat = torch.tensor([0, 2, 4, 6, 10, 11, 13, 15, 17, 19])
@@ -66,7 +66,7 @@ def test_one_reallocation_as_the_paper_writes_it():
 @pytest.mark.parametrize(
     ("target", "factor"), [(2, 0.5), (3, 0.5), (3.7, 1), (4, 1), (4.4, 1), (5, 2), (0.2, 0.5), (0.4, 1), (0.9, 2)]
 )
-def test_the_threshold_is_halved_doubled_or_kept(target, factor):
+def test_the_threshold_is_halved_doubled_or_unchanged_by_the_papers_rule(target, factor):
     values = torch.tensor([1.0, 0.1, -0.2, 2.0, 0.4, -3.0, 1.0, 0.7, -0.1, 5.0])
     weights = ActiveWeights(Positions((100,), (10,), torch.arange(10)), values)
     method = DSR(ALWAYS, target=target, tolerance=0.1, threshold=0.5)
@@ -74,7 +74,7 @@ def test_the_threshold_is_halved_doubled_or_kept(target, factor):
     assert method.threshold == 0.5 * factor
 
 
-def test_the_threshold_does_not_run_away_when_everything_lies_below_it():
+def test_the_threshold_does_not_grow_if_every_weight_is_below_it():
     weights = network([(50, 10)], 0)
     method = DSR(ALWAYS, target=1000, threshold=1e6)
     for _ in range(5):
@@ -82,12 +82,12 @@ def test_the_threshold_does_not_run_away_when_everything_lies_below_it():
     assert method.threshold == 1e6
 
 
-def test_a_full_network_moves_nothing():
+def test_a_full_network_is_not_reallocated():
     moved = DSR(ALWAYS, threshold=10.0).update(network([(5, 5), (7, 7)], 0), 1, torch.Generator())
     assert len(moved.dropped.flat) == len(moved.grown.flat) == 0
 
 
-def test_where_room_is_short_the_smallest_go_first():
+def test_with_too_few_free_positions_the_smallest_weights_are_pruned():
     values = torch.tensor([0.4, 0.1, 0.3, 0.2, 9.0])
     weights = ActiveWeights(Positions((7,), (5,), torch.arange(5)), values)
     moved = DSR(ALWAYS, threshold=1.0).update(weights, 1, torch.Generator())
@@ -95,7 +95,7 @@ def test_where_room_is_short_the_smallest_go_first():
     assert moved.grown.flat.tolist() == [5, 6]
 
 
-def test_a_layer_that_would_be_emptied_keeps_its_largest():
+def test_a_layer_that_would_be_empty_keeps_its_largest_weight():
     values = torch.tensor([0.1, -0.3, 0.2, 5.0, 6.0])
     weights = ActiveWeights(Positions((9, 9), (3, 2), torch.tensor([0, 1, 2, 9, 10])), values)
     moved = DSR(ALWAYS, threshold=1.0).update(weights, 1, torch.Generator())
@@ -108,14 +108,14 @@ def test_values_out_of_range_are_refused(option):
         DSR(ALWAYS, **option)
 
 
-def test_state_survives():
+def test_the_threshold_is_restored_from_a_state():
     method = DSR(ALWAYS, threshold=0.25)
     other = DSR(ALWAYS)
     other.load_state_dict(method.state_dict())
     assert other.threshold == 0.25
 
 
-def test_the_papers_schedule_scaled():
+def test_the_papers_schedule_scales_with_the_training():
     schedule = ReallocationSchedule.spread(100_000)
     assert schedule.periods == ((0, 100), (12_500, 200), (40_000, 400), (70_000, 800))
     assert schedule.stop == 95_000
@@ -127,7 +127,7 @@ def test_the_papers_schedule_scaled():
 
 
 @pytest.mark.parametrize("periods", [(), ((1, 5),), ((0, 5), (0, 6)), ((0, 0),), ((0, 5), (9, 1), (4, 2))])
-def test_schedules_that_make_no_sense_are_refused(periods):
+def test_invalid_periods_are_refused(periods):
     with pytest.raises(UsageError):
         ReallocationSchedule(periods, 10)
 

@@ -1,4 +1,4 @@
-"""dst against the paper's masked layers written out, its projection onto the budget, and what it refuses."""
+"""dst compared with the paper's masked layers, its projection onto the budget, and the errors."""
 
 import copy
 
@@ -17,7 +17,7 @@ from dsr_tool.sparsity.budget import Budget
 
 
 class Step(torch.autograd.Function):
-    """The step function with the long-tailed estimator, as the paper draws it."""
+    """The step function with the paper's surrogate derivative."""
 
     @staticmethod
     def forward(ctx, x):
@@ -100,7 +100,7 @@ def test_steps_are_those_of_the_papers_masked_layers(kind, monkeypatch):
     assert 0.1 < model.sparsity < 0.95
 
 
-def test_one_step_by_hand():
+def test_one_step_equals_a_calculation_by_hand():
     """W = (0.5, -0.2), t = 0.3: the mask keeps the first; slopes at 0.2 and -0.1 are 1.2 and 1.6."""
     model = convert(nn.Linear(2, 1, bias=False).double(), sparsity=0)
     (weight,) = model.module.parameters()
@@ -119,7 +119,7 @@ def test_one_step_by_hand():
     assert model.masks["weight"].all() and torch.equal(weight.data, method._keeper.dense[0])
 
 
-def test_the_long_tailed_estimator():
+def test_the_surrogate_derivative_equals_the_papers():
     x = torch.tensor([-1.5, -1.0, -0.5, -0.4, -0.1, 0.0, 0.2, 0.4, 0.7, 1.0, 1.1])
     torch.testing.assert_close(long_tailed(x), torch.tensor([0, 0.4, 0.4, 0.4, 1.6, 2, 1.2, 0.4, 0.4, 0.4, 0]))
 
@@ -156,13 +156,13 @@ def test_the_count_is_known_at_every_step_and_ends_exactly(sparsity, every, seed
 
 
 def blobs(count):
-    """Ten clouds of points that a small network tells apart."""
+    """Returns ten clouds of points that a small network can classify."""
     centres = torch.randn(10, 20, generator=torch.Generator().manual_seed(1))
     labels = torch.randint(10, (count,))
     return centres[labels] + 0.7 * torch.randn(count, 20), labels
 
 
-def test_alpha_leads_the_density_along_the_curve():
+def test_the_density_follows_the_curve():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(20, 60), nn.ReLU(), nn.Linear(60, 40), nn.ReLU(), nn.Linear(40, 10))
     model = convert(net, sparsity=0)
@@ -214,7 +214,7 @@ def test_no_output_is_masked_to_less_than_a_quarter_of_the_final_density():
     assert method._thresholds[1].amax() == pytest.approx(0.1)
 
 
-def test_a_pull_downwards_ends_at_zero():
+def test_thresholds_do_not_fall_below_zero():
     net = nn.Sequential(nn.Linear(30, 20, bias=False))
     model = convert(net, sparsity=0)
     attach(model, optim.SGD(net.parameters(), 0.1), method := make("dst", 100, final_sparsity=0.5))
@@ -226,7 +226,7 @@ def test_a_pull_downwards_ends_at_zero():
     assert not method._thresholds[0].any()
 
 
-def test_a_layer_without_gradient_stays_as_it_is():
+def test_a_layer_without_gradient_is_unchanged():
     net = nn.ModuleDict({"used": nn.Linear(9, 8), "unused": nn.Linear(9, 8)})
     model = convert(net, sparsity=0)
     optimizer = optim.SGD(net.parameters(), 0.1)
@@ -277,7 +277,7 @@ def test_trainings_and_models_that_do_not_fit_are_refused():
         attach(model, optim.SGD(model.module.parameters(), 0.1), make("dst", 100, final_sparsity=0.9999))
 
 
-def test_steps_inside_which_gradients_change_are_refused():
+def test_closures_and_fused_optimizers_under_a_scaler_are_refused():
     model = convert(nn.Linear(30, 40), sparsity=0)
     optimizer = optim.LBFGS(model.module.parameters())
     attach(model, optimizer, make("dst", 100, final_sparsity=0.9))

@@ -1,4 +1,4 @@
-"""Masks of whole kernels: conversion, and the methods that move kernels."""
+"""Masks of whole kernels: conversion, and the methods that prune and grow kernels."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def model(seed=0, **options):
 
 
 def whole(sparse):
-    """Active kernels per layer; fails where a mask cuts one apart."""
+    """Returns the active kernels per layer; fails if a kernel is active in part."""
     counts = []
     for mask in sparse.masks.values():
         kernels = mask.flatten(2).sum(-1) if mask.ndim > 2 else mask
@@ -54,7 +54,7 @@ def test_conversion_makes_whole_kernels_and_meets_the_number_exactly(distributio
         assert original[mask].min() >= original[~mask].max() and weight.count_nonzero() == 9 * mask.sum()
 
 
-def test_where_all_kernels_are_of_one_size_the_number_is_the_nearest_from_below():
+def test_with_kernels_of_one_size_the_number_is_the_nearest_from_below():
     convolutions = nn.Sequential(nn.Conv2d(6, 16, 3), nn.Conv2d(16, 20, 3))
     sparse = convert(convolutions, sparsity=0.8, granularity="kernel")
     wanted = round(sparse.prunable_weights * 0.2)
@@ -71,7 +71,7 @@ def test_too_few_weights_for_a_kernel_in_each_layer_are_refused():
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("method", ["dsr", "layers", "set"])
-def test_training_moves_whole_kernels_at_the_exact_number(method, layout):
+def test_training_reallocates_whole_kernels_and_keeps_the_number(method, layout):
     sparse = convert(network(1, layout=layout), sparsity=0.8, positions="random", granularity="kernel")
     methods = {
         "dsr": DSR(ALWAYS, threshold=0.05),
@@ -95,7 +95,7 @@ def test_training_moves_whole_kernels_at_the_exact_number(method, layout):
     assert moved > 50
 
 
-def test_a_kernel_is_dropped_by_the_mean_magnitude_of_its_weights():
+def test_a_kernel_is_pruned_by_the_mean_magnitude_of_its_weights():
     """The authors' prune_threshold with sub_kernel_granularity 2, written out."""
     sparse = model()
     weights = gather(sparse)
@@ -112,7 +112,7 @@ def test_a_kernel_is_dropped_by_the_mean_magnitude_of_its_weights():
     assert moved.dropped.flat.tolist() == expected and 20 < len(expected) < len(weights.values)
 
 
-def test_the_granularity_stays_with_the_model(tmp_path):
+def test_the_granularity_is_saved_with_the_model(tmp_path):
     sparse = model()
     sparse.save(tmp_path / "model")
     again = load(tmp_path / "model", network())
@@ -124,7 +124,7 @@ def test_the_granularity_stays_with_the_model(tmp_path):
     attach(again, optimizer, make("static", 1000))
 
 
-def test_masks_that_cut_kernels_apart_are_refused():
+def test_masks_with_partly_active_kernels_are_refused():
     sparse = convert(network(), sparsity=0.8)
     sparse.config.conversion["granularity"] = "kernel"
     with pytest.raises(UsageError, match="has kernels that are active in part"):

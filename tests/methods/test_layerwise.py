@@ -1,4 +1,4 @@
-"""Methods that keep every layer's count, and gradual pruning, against their rules written out."""
+"""set, rigl and gmp compared with their rules, written out."""
 
 import math
 from dataclasses import replace
@@ -56,7 +56,7 @@ def test_set_keeps_every_layer_and_drops_the_smallest(layers, seed, fraction):
 
 
 def rigl_written_out(values, mask, gradient, fraction):
-    """Drop and grow as the authors' code does it, with full sorts: the mask of one layer afterwards."""
+    """Returns the mask of one layer after the authors' update, with full sorts."""
     active = int(mask.sum())
     prune = int(active * fraction)
     ranking = np.argsort(-np.abs(values * mask), kind="stable")
@@ -69,7 +69,7 @@ def rigl_written_out(values, mask, gradient, fraction):
 
 
 @given(layers, st.integers(0, 10**6), st.integers(0, 100), st.booleans())
-def test_rigl_does_what_the_paper_writes(layers, seed, step, ties):
+def test_rigl_equals_the_papers_algorithm(layers, seed, step, ties):
     weights = network(layers, seed)
     if ties:  # most gradients are zero, as those of dead inputs are, and the others are few numbers
         weights = replace(weights, gradients=tuple(gradient.mul(2).round() for gradient in weights.gradients))
@@ -92,7 +92,7 @@ def test_rigl_does_what_the_paper_writes(layers, seed, step, ties):
         assert np.flatnonzero(expected).tolist() == positions.tolist()
 
 
-def test_gradients_that_are_no_numbers_cost_rigl_no_weights():
+def test_nan_and_infinite_gradients_cost_rigl_no_weights():
     weights = network([(40, 10), (30, 30)], 0)
     for gradient in weights.gradients:
         gradient[::3], gradient[1::3] = torch.nan, torch.inf
@@ -124,7 +124,7 @@ def test_rigl_sees_the_dense_gradient_on_update_steps_only():
         model.check()
 
 
-def test_rigl_forgets_the_gradients_of_a_step_that_a_scaler_left_out():
+def test_rigl_drops_the_gradients_of_a_step_that_a_scaler_skipped():
     torch.manual_seed(0)
     model = convert(nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 30)), sparsity=0.8, positions="random")
     optimizer = optim.SGD(model.module.parameters(), lr=0.01, momentum=0.9)
@@ -147,7 +147,7 @@ def test_rigl_forgets_the_gradients_of_a_step_that_a_scaler_left_out():
         assert gradients[name][grown].min() >= gradients[name][~before[name] & ~mask].max()
 
 
-def test_rigl_refuses_gradients_that_come_inside_the_step():
+def test_rigl_refuses_a_step_with_a_closure():
     model = convert(nn.Sequential(nn.Linear(30, 40)), sparsity=0.8, positions="random")
     optimizer = optim.LBFGS(model.module.parameters())
     attach(model, optimizer, "rigl", total_steps=100)
@@ -156,7 +156,7 @@ def test_rigl_refuses_gradients_that_come_inside_the_step():
 
 
 @pytest.mark.parametrize("method", [SET(ALWAYS), RigL(ALWAYS), GradualPruning(ALWAYS, final_sparsity=0.5)])
-def test_a_layer_without_active_weights_is_left_as_it_is(method):
+def test_a_layer_without_active_weights_is_unchanged(method):
     weights = ActiveWeights(
         Positions((10, 6), (0, 6), torch.arange(10, 16)), torch.rand(6), (torch.rand(10), torch.rand(6))
     )
@@ -193,7 +193,7 @@ def test_gmp_prunes_the_smallest():
 
 
 @given(layers, st.integers(0, 10**6))
-def test_gmp_may_compare_magnitudes_of_all_layers(sizes, seed):
+def test_gmp_with_scope_global_compares_magnitudes_of_all_layers(sizes, seed):
     weights = network([(n + 1, n + 1) for n, _ in sizes], seed)
     method = GradualPruning(ReallocationSchedule(((0, 1),), 1), final_sparsity=0.5, scope="global")
     moved = method.update(weights, 1, torch.Generator())
@@ -241,7 +241,7 @@ def test_gmp_without_a_step_to_prune_at_is_refused():
 
 
 @given(st.integers(1, 300), st.integers(1, 40), st.floats(0, 1))
-def test_the_last_step_of_a_schedule(total, every, stop):
+def test_last_is_the_last_step_that_is_due(total, every, stop):
     for schedule in (
         ReallocationSchedule.spread(total, every=every, stop=stop),
         ReallocationSchedule.steady(total, every=every, stop=stop),

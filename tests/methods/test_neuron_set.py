@@ -1,4 +1,4 @@
-"""neuron-set: which units there are, which go, that nothing returns to them, and that exports shrink."""
+"""neuron-set: finding and removing units, growth on living units only, and smaller exports."""
 
 from itertools import pairwise
 
@@ -40,7 +40,7 @@ class Convolutions(nn.Module):
         return self.out(torch.tanh(self.one(x)) * torch.sigmoid(self.two(x)))
 
 
-def test_units_are_found_where_nothing_else_has_a_share_in_them():
+def test_units_are_found_if_only_sparse_layers_compute_and_read_them():
     model = convert(Convolutions(), sparsity=0.3, input_shape=(3, 4, 4))
     names = model.trained
     (found,) = hidden_units(model, names)
@@ -51,7 +51,7 @@ def test_units_are_found_where_nothing_else_has_a_share_in_them():
         assert columns.tolist() == np.repeat(np.arange(4), 4).tolist()
 
 
-def test_dense_layers_keep_their_neighbours():
+def test_neighbours_of_dense_layers_have_no_hidden_units():
     model = convert(mlp(), sparsity=0.3, input_shape=(12,), keep_dense=["3.weight"])
     assert hidden_units(model, model.trained) == []
 
@@ -69,13 +69,13 @@ def mlp(hidden=(16, 10)):
 
 
 def chain(*widths):
-    """What `hidden_units` finds in a chain of linear layers."""
+    """Returns the hidden units of a chain of linear layers."""
     return [Hidden(i, width, ((i + 1, np.arange(width)),)) for i, width in enumerate(widths[1:-1])]
 
 
 @pytest.fixture
 def known(monkeypatch):
-    """Say what the hidden units are instead of capturing a graph."""
+    """Replaces the capture of a graph by known hidden units."""
 
     def known(*widths):
         monkeypatch.setattr("dsr_tool.methods.neuron_set.hidden_units", lambda *_: chain(*widths))
@@ -83,7 +83,7 @@ def known(monkeypatch):
     return known
 
 
-def test_the_chain_is_what_a_graph_says():
+def test_the_chain_of_these_tests_equals_a_captured_one():
     model = convert(mlp(), sparsity=0.3, input_shape=(12,))
     for found, expected in zip(hidden_units(model, model.trained), chain(12, 16, 10, 5), strict=True):
         assert (found.maker, found.count) == (expected.maker, expected.count)
@@ -92,7 +92,7 @@ def test_the_chain_is_what_a_graph_says():
         ]
 
 
-def test_one_removal_by_hand(known):
+def test_one_removal_equals_a_calculation_by_hand(known):
     """Units of strength 3, 0.4, 2.5 and 0: the mean is 1.475, so half of it takes the second and the fourth."""
     known(3, 4, 2)
     net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False))
@@ -154,7 +154,7 @@ def test_counts_stay_exact_and_removed_units_stay_removed(widths, sparsity, frac
         assert not set(moved.dropped.flat.tolist()) & set(moved.grown.flat.tolist())
 
 
-def test_where_there_is_no_room_the_stronger_of_the_weak_stay(known):
+def test_without_room_the_stronger_of_the_weak_units_stay(known):
     known(4, 8, 4)
     net = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Linear(8, 4, bias=False))
     model = convert(net, sparsity=0.25, positions="random")
@@ -170,7 +170,7 @@ def test_where_there_is_no_room_the_stronger_of_the_weak_stay(known):
     assert all(mask.sum() == 24 for mask in model.masks.values())
 
 
-def test_kernels_and_flattened_channels_go_whole():
+def test_kernels_and_flattened_channels_are_removed_whole():
     model = convert(Convolutions(), sparsity=0.6, input_shape=(3, 4, 4))
     module = model.module
     method = NeuronSET(ALWAYS, ALWAYS, unit_threshold=0.5)
@@ -188,7 +188,7 @@ def test_kernels_and_flattened_channels_go_whole():
     assert [int(mask.sum()) for mask in model.masks.values()] == before
 
 
-def test_an_export_leaves_removed_units_out(tmp_path):
+def test_a_compact_export_has_no_removed_units(tmp_path):
     torch.manual_seed(0)
     centres = torch.randn(5, 12)
     model = convert(mlp((40, 30)), sparsity=0.8, input_shape=(12,), positions="random")
@@ -211,7 +211,7 @@ def test_an_export_leaves_removed_units_out(tmp_path):
     assert shapes["3.weight"][1] == shapes["0.weight"][0] and shapes["6.weight"][1] == shapes["3.weight"][0]
 
 
-def test_what_does_not_fit_is_refused(known):
+def test_models_and_options_that_do_not_fit_are_refused(known):
     known(4, 5)
     model = convert(nn.Linear(4, 5), sparsity=0.5)
     with pytest.raises(UsageError, match="finds no hidden units"):

@@ -1,4 +1,4 @@
-"""Methods beside the rules of the authors' published code, written out layer by layer on the same masks and weights."""
+"""Methods compared with the authors' published code, written out layer by layer."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def next_threshold(threshold, pruned, target):
 
 @settings(max_examples=200)
 @given(layers, st.integers(0, 10**6), st.floats(0.01, 3.0), st.integers(1, 300))
-def test_dsr_prunes_shares_out_and_adapts_as_the_authors_do(layers, seed, threshold, target):
+def test_dsr_prunes_grows_and_adapts_as_the_authors_code(layers, seed, threshold, target):
     weights = network(layers, seed)
     gone = pruned_by_threshold(weights, threshold)
     pruned = sum(map(len, gone))
@@ -75,7 +75,7 @@ def test_dsr_prunes_shares_out_and_adapts_as_the_authors_do(layers, seed, thresh
 
 @settings(max_examples=50)
 @given(layers, st.integers(0, 10**6), st.floats(0.02, 0.9))
-def test_set_drops_what_the_comparison_drops(layers, seed, fraction):
+def test_set_prunes_what_the_comparison_prunes(layers, seed, fraction):
     """`prune_small_connections` of Mostafa & Wang's code, which rounds the number down and adds one."""
     weights = network(layers, seed)
     moved = SET(ALWAYS, drop_fraction=fraction).update(weights, 1, torch.Generator())
@@ -104,7 +104,7 @@ class Sorts(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["dsr", "set", "deepr"])
 def test_no_update_sorts_all_positions(name):
-    """What moves may be sorted, and the active weights searched; never all positions, nor all free ones."""
+    """Pruned weights may be sorted, and active ones selected from; never all positions, nor all free ones."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(300, 500), nn.ReLU(), nn.Linear(500, 400))
     model = convert(net, sparsity=0.9, positions="random")

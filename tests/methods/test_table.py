@@ -52,7 +52,7 @@ def model(sparsity):
 
 
 def trained(name, sparsity=None):
-    """A model after a short training with its method attached."""
+    """Returns a model after a short training, and its attached method."""
     made = model((0 if METHODS[name].starts_dense else 0.7) if sparsity is None else sparsity)
     optimizer = optim.SGD(made.module.parameters(), 0.05)
     attached = attach(made, optimizer, name, total_steps=STEPS, **options_of(name))
@@ -139,7 +139,7 @@ def test_the_density_changes_exactly_if_the_row_says_so(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_bytes_per_weight_are_those_that_the_method_holds(name):
-    """Measured as the tensors that its objects hold more than those of static."""
+    """Measured as the tensors that its objects hold in addition to those of static."""
     plain = held_bytes(trained("static")[1])
     row, made = METHODS[name], model(0 if METHODS[name].starts_dense else 0.7)
     attached = attach(made, optim.SGD(made.module.parameters(), 0.05), name, total_steps=STEPS, **options_of(name))

@@ -1,4 +1,4 @@
-"""tied against a module that gathers its weights from a vector, and that nothing ever comes untied."""
+"""tied compared with a module that gathers its weights from a vector; values stay tied."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ class Gathered(nn.Module):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "rmsprop"])
-def test_trains_as_a_module_that_looks_its_weights_up(optimizer):
+def test_training_equals_a_module_that_looks_its_weights_up(optimizer):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(11, 13), nn.Tanh(), nn.Linear(13, 5)).double()
     theirs = nn.Sequential(Gathered(net[0], 29, 7, 0), nn.Tanh(), Gathered(net[2], 13, 7, 1))
@@ -65,7 +65,7 @@ def test_trains_as_a_module_that_looks_its_weights_up(optimizer):
 
 
 def distinct(weight, values, seed, number):
-    """How many values a layer really has, each undone of its sign; fails where one of them is not one."""
+    """Counts the distinct values of a layer, without their signs; fails if positions of a value differ."""
     order, sign = hashed(weight.numel(), seed, number)
     signed = (weight.detach().flatten() * sign)[order]
     assert torch.equal(signed, signed[:values].repeat(-(-len(order) // values))[: len(order)])
@@ -73,7 +73,7 @@ def distinct(weight, values, seed, number):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_nothing_comes_untied(optimizer):
+def test_all_positions_of_a_value_stay_equal(optimizer):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 7, 3), nn.ReLU(), nn.Flatten(), nn.Linear(63, 37))
     model = convert(net, sparsity=0, input_shape=(3, 5, 5))
@@ -101,7 +101,7 @@ class Noisy(optim.SGD):
 
 
 @pytest.mark.parametrize("used", [False, True])
-def test_what_an_optimizer_tears_apart_is_tied_again(used):
+def test_an_optimizer_that_treats_equal_weights_unequally_is_corrected(used):
     torch.manual_seed(0)
     net = nn.Linear(20, 20)
     model = convert(net, sparsity=0)
@@ -129,14 +129,14 @@ def test_the_hash_is_a_fixed_permutation_with_signs(count, seed, layer):
     assert count < 100 or not torch.equal(order, hashed(count, seed, layer + 1)[0])
 
 
-def test_the_hash_scatters():
+def test_the_hash_is_independent_of_the_position():
     order, sign = hashed(100_000, 0, 0)
     assert abs(int(sign.sum())) < 1500  # five deviations
     assert abs(torch.corrcoef(torch.stack([order.double(), torch.arange(100_000.0).double()]))[0, 1]) < 0.02
     assert abs(float(sign[order].double()[:10_000].mean())) < 0.05
 
 
-def test_what_does_not_fit_is_refused():
+def test_models_and_options_that_do_not_fit_are_refused():
     with pytest.raises(UsageError, match="tied needs the share of weights to save"):
         make("tied", 10)
     sparse = convert(nn.Linear(30, 40), sparsity=0.5)
