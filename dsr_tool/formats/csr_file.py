@@ -63,10 +63,10 @@ def write_csr(
     arrays: dict[str, Array] = {}
     entries = []
     for name, tensor in tensors.items():
-        entry = Entry(specs[name], tensor.values.dtype.name, _codec(specs[name]), tensor.mask.active, {})
+        entry = Entry(specs[name], tensor.values.dtype.name, _codec_of(specs[name]), tensor.mask.active, {})
         entries.append(entry)
         _check_storable(entry, arrays)
-        arrays |= _arrays(name, tensor) if entry.codec == "csr" else {name: tensor.to_dense()}
+        arrays |= _matrix_arrays(name, tensor) if entry.codec == "csr" else {name: tensor.to_dense()}
     document = {
         "schema": SCHEMA,
         "versions": dict(versions or {}),
@@ -120,7 +120,7 @@ class CsrFile(Mapping[str, "csr_matrix[Any] | Array"]):
         self.path = path
         # Everything is read here, so the file is closed afterwards and scipy gets checked matrices only.
         with NpzReader(path) as file:
-            document = _document(file)
+            document = _read_description(file)
             try:
                 self.config = ModelConfig.from_dict(document["model"])
                 # A tensor needs an array at least; without this check a long list costs time before it is refused.
@@ -132,9 +132,9 @@ class CsrFile(Mapping[str, "csr_matrix[Any] | Array"]):
                 raise file.damaged(f"its description is invalid ({error})") from error
             self.entries = {entry.spec.name: entry for entry in entries}
             _check_entries(file, entries, max_decoded_bytes)
-            self._tensors = {name: _read(file, entry) for name, entry in self.entries.items()}
+            self._tensors = {name: _read_tensor(file, entry) for name, entry in self.entries.items()}
             self.stored = {
-                name: {array: file.stored_bytes(array) for array in _names(entry)}
+                name: {array: file.stored_bytes(array) for array in _array_names(entry)}
                 for name, entry in self.entries.items()
             }
             self.description_bytes = file.stored_bytes(DESCRIPTION)
@@ -164,33 +164,36 @@ class CsrFile(Mapping[str, "csr_matrix[Any] | Array"]):
         return CODECS["csr"].decode(streams, entry.spec.shape, entry.active, np.dtype(entry.dtype))
 
 
-def _codec(spec: LayerSpec) -> str:
+def _codec_of(spec: LayerSpec) -> str:
+    """Returns the codec of a tensor in such a file: scipy reads CSR, and everything else is a plain array."""
     return "csr" if spec.role == "sparse" else "dense"
 
 
-def _names(entry: Entry) -> list[str]:
+def _array_names(entry: Entry) -> list[str]:
     """Returns the names of the arrays that hold a tensor."""
     name = entry.spec.name
     return [f"{name}:{part}" for part in _PARTS] if entry.codec == "csr" else [name]
 
 
 def _check_storable(entry: Entry, arrays: Mapping[str, Array]) -> None:
+    """Raises `UsageError` if a tensor cannot be written beside the `arrays` that are there already."""
     name = entry.spec.name
     # Members of a zip archive with a path can be extracted outside of the folder, so readers refuse them.
-    if "/" in name or "\\" in name or any(array in arrays or array == DESCRIPTION for array in _names(entry)):
+    if "/" in name or "\\" in name or any(array in arrays or array == DESCRIPTION for array in _array_names(entry)):
         raise UsageError(f"tensor {name!r} has a name that is not possible in a .npz file; rename the module.")
     if entry.codec == "csr" and max(entry.active, *entry.spec.matrix_shape) > _MAX_INDEX:
         raise UsageError(f"weight {name!r} is too large for int32 indices; export an archive (.dsr) instead.")
 
 
-def _arrays(name: str, tensor: SparseTensor) -> dict[str, Array]:
+def _matrix_arrays(name: str, tensor: SparseTensor) -> dict[str, Array]:
     """Returns the arrays of one matrix by their names in the file."""
     streams = CODECS["csr"].encode(tensor)
     parts = {**streams, "data": streams["values"], "shape": np.array(matrix_shape(tensor.mask.shape), np.int64)}
     return {f"{name}:{part}": parts[part] for part in _PARTS}
 
 
-def _document(file: NpzReader) -> dict[str, Any]:
+def _read_description(file: NpzReader) -> dict[str, Any]:
+    """Returns the description; raises `FormatError` if the file has none of this schema."""
     not_ours = FormatError(f"{str(file.path)!r} is a .npz file but not one that dsr-tool exports.")
     if DESCRIPTION not in file.names:
         raise not_ours
@@ -207,30 +210,32 @@ def _document(file: NpzReader) -> dict[str, Any]:
 
 
 def _check_entries(file: NpzReader, entries: list[Entry], max_decoded_bytes: int | None) -> None:
-    expected = [DESCRIPTION, *(name for entry in entries for name in _names(entry))]
+    """Raises unless the file has exactly the arrays of the listed tensors, each stored as its role requires."""
+    expected = [DESCRIPTION, *(name for entry in entries for name in _array_names(entry))]
     if len(set(expected)) != len(expected) or set(expected) != file.names:
         raise file.damaged("its arrays are not those that its description lists")
     for entry in entries:
         rows, columns = entry.spec.matrix_shape
-        if entry.codec != _codec(entry.spec) or (entry.codec == "dense" and entry.active != entry.spec.size):
+        if entry.codec != _codec_of(entry.spec) or (entry.codec == "dense" and entry.active != entry.spec.size):
             raise file.damaged(f"tensor {entry.spec.name!r} is not stored as its role requires")
         if entry.codec == "csr" and max(entry.active, rows, columns) > _MAX_INDEX:
             raise file.damaged(f"weight {entry.spec.name!r} is too large for int32 indices")
     check_decoded_bytes(file.path, entries, file.nbytes, max_decoded_bytes)
 
 
-def _read(file: NpzReader, entry: Entry) -> csr_matrix[Any] | Array:
+def _read_tensor(file: NpzReader, entry: Entry) -> csr_matrix[Any] | Array:
     if entry.codec == "csr":
-        return _matrix(file, entry)
-    return _wide(file.read(entry.spec.name, entry.dtype, entry.spec.shape), entry)
+        return _read_matrix(file, entry)
+    return _widened(file.read(entry.spec.name, entry.dtype, entry.spec.shape), entry)
 
 
-def _wide(values: Array, entry: Entry) -> Array:
+def _widened(values: Array, entry: Entry) -> Array:
     """Returns float16 weights as float32, because scipy cannot multiply with float16."""
     return values.astype(np.float32) if entry.spec.weight and entry.dtype == "float16" else values
 
 
-def _matrix(file: NpzReader, entry: Entry) -> csr_matrix[Any]:
+def _read_matrix(file: NpzReader, entry: Entry) -> csr_matrix[Any]:
+    """Reads one matrix and checks everything that scipy assumes about it."""
     name, (rows, columns) = entry.spec.name, entry.spec.matrix_shape
     if file.read(f"{name}:shape", np.int64, (2,)).tolist() != [rows, columns]:
         raise file.damaged(f"weight {name!r} is not a {rows} x {columns} matrix")
@@ -241,7 +246,7 @@ def _matrix(file: NpzReader, entry: Entry) -> csr_matrix[Any]:
     indices = file.read(f"{name}:indices", np.int32, (entry.active,))
     data = file.read(f"{name}:data", entry.dtype, (entry.active,))
     try:
-        matrix = csr_matrix((_wide(data, entry), indices, indptr), shape=(rows, columns))
+        matrix = csr_matrix((_widened(data, entry), indices, indptr), shape=(rows, columns))
         matrix.check_format(full_check=True)  # indices in range, which scipy never checks by itself
     except ValueError as error:
         raise file.damaged(f"weight {name!r} is not a CSR matrix ({error})") from error
