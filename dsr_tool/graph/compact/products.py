@@ -1,4 +1,4 @@
-"""Rules of convolutions and matrix products: the inputs that they need, and the constant outputs that they make."""
+"""Convolutions and matrix products: the rules that follow them, and how their weights lose channels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dsr_tool.graph.compact.survey import Product, Survey
 from dsr_tool.graph.ir import Node
 from dsr_tool.sparsity.tensor import Array
 
-__all__ = ["conv", "gemm", "matmul", "may_see_padding"]
+__all__ = ["add_to_anchor", "conv", "gemm", "keep_channels", "matmul", "may_see_padding"]
 
 
 def conv(survey: Survey, node: Node) -> bool:
@@ -119,3 +119,45 @@ def _constant_outputs(
         result[own_rows] += weights @ columns[group][columns[group] != 0]
     result[varies | ~np.isfinite(result)] = np.nan
     return result
+
+
+# --- weights of a smaller graph --------------------------------------------------------------------------
+
+
+def add_to_anchor(array: Array, active: Bools, gone: Floats, product: Product) -> tuple[Array, Bools]:
+    """Adds the weights of constant inputs that go to those of the product's anchor, scaled by their values.
+
+    Args:
+        array: the weight, shape (outputs, inputs, *kernel).
+        active: its mask, of the same shape.
+        gone: shape (inputs,), the values of the inputs that go; zero for the others.
+        product: a product with an anchor.
+
+    Returns:
+        The weight and its mask, still with every input channel.
+    """
+    anchor = product.anchor
+    ratio = gone / product.source.constant[anchor]
+    columns = np.flatnonzero(ratio)
+    moved = np.tensordot(array[:, columns].astype(np.float64), ratio[columns], axes=(1, 0))
+    array, active = array.copy(), active.copy()
+    # Behind padding this is exact as well: at the border the anchor is padded where the others would have been.
+    array[:, anchor] += moved
+    active[:, anchor] |= moved != 0
+    return array, active
+
+
+def keep_channels(array: Array, outputs: Bools, inputs: Bools, groups: int) -> Array:
+    """Returns the rows and columns of a weight or mask that stay, group by group.
+
+    Args:
+        array: shape (outputs, inputs / groups, *kernel).
+        outputs: shape (outputs,), True for those that stay.
+        inputs: shape (inputs,), True for those that stay.
+        groups: number of groups.
+    """
+    rows, columns = outputs.reshape(groups, -1), inputs.reshape(groups, -1)
+    blocks = array.reshape(groups, -1, *array.shape[1:])
+    # A group without rows is a depthwise filter that goes; groups of other convolutions keep at least one row.
+    kept = [blocks[group][np.ix_(rows[group], columns[group])] for group in range(groups) if rows[group].any()]
+    return kept[0] if groups == 1 else np.concatenate(kept)

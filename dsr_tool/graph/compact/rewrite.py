@@ -18,6 +18,7 @@ import numpy as np
 
 from dsr_tool.graph.compact.channels import Bools, Channels, Floats
 from dsr_tool.graph.compact.needs import kept_units
+from dsr_tool.graph.compact.products import add_to_anchor, keep_channels
 from dsr_tool.graph.compact.survey import Product, Survey
 from dsr_tool.graph.compact.walk import survey_graph
 from dsr_tool.graph.fold import fold_norms
@@ -161,8 +162,8 @@ class _Rewriter:
         array, active = (_outputs_first(a, product) for a in (weight.to_dense(), weight.mask.to_bool()))
         bias = self._bias(product, array, gone)
         if product.anchor is not None and gone.any():
-            array, active = _anchored(array, active, gone, product)
-        array, active = (_without(a, outputs, inputs, product.groups) for a in (array, active))
+            array, active = add_to_anchor(array, active, gone, product)
+        array, active = (keep_channels(a, outputs, inputs, product.groups) for a in (array, active))
         if product.inputs_first:
             array, active = array.T, active.T
         self._tensors[product.weight] = SparseTensor.from_dense(np.ascontiguousarray(array), Mask.from_bool(active))
@@ -227,32 +228,6 @@ class _Rewriter:
 
 def _outputs_first(array: Array, product: Product) -> Array:
     return array.T if product.inputs_first else array
-
-
-def _anchored(array: Array, active: Bools, gone: Floats, product: Product) -> tuple[Array, Bools]:
-    """Adds the weights of constant inputs that go to those of the anchor, scaled by their values.
-
-    Returns:
-        The weight and its mask, with every input channel.
-    """
-    anchor = product.anchor
-    ratio = gone / product.source.constant[anchor]
-    columns = np.flatnonzero(ratio)
-    moved = np.tensordot(array[:, columns].astype(np.float64), ratio[columns], axes=(1, 0))
-    array, active = array.copy(), active.copy()
-    # Behind padding this is exact as well: at the border the anchor is padded where the others would have been.
-    array[:, anchor] += moved
-    active[:, anchor] |= moved != 0
-    return array, active
-
-
-def _without(array: Array, outputs: Bools, inputs: Bools, groups: int) -> Array:
-    """Returns the rows and columns of a weight that stay, group by group."""
-    rows, columns = outputs.reshape(groups, -1), inputs.reshape(groups, -1)
-    blocks = array.reshape(groups, -1, *array.shape[1:])
-    # A group without rows is a depthwise filter that goes; groups of other convolutions keep at least one row.
-    kept = [blocks[group][np.ix_(rows[group], columns[group])] for group in range(groups) if rows[group].any()]
-    return kept[0] if groups == 1 else np.concatenate(kept)
 
 
 def _compressed(tensor: SparseTensor, stays: Bools, axis: int) -> SparseTensor:
