@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from dsr_tool.errors import UsageError, unknown_name
-from dsr_tool.graph.ir import Graph
-from dsr_tool.measure.memory.inference import ComputedRow, computed_inference
+from dsr_tool.measure.memory.inference import ComputedRow, ModelInMemory, computed_inference
 from dsr_tool.measure.memory.process import Measured, Request, can_measure, measure
 from dsr_tool.report.sources import Source
 from dsr_tool.runtime.source import Model, open_model
-from dsr_tool.sparsity.config import ModelConfig
-from dsr_tool.sparsity.tensor import SparseTensor
 
 if TYPE_CHECKING:
     from dsr_tool.sparse.model import SparseModel
@@ -172,19 +168,6 @@ class _Files:
     onnx: Path
 
 
-@dataclass(frozen=True)
-class _TracedModel:
-    """A module as the runtime sees an opened file; see `runtime.source.Model`."""
-
-    path: Path
-    config: ModelConfig
-    graph: Graph
-    tensors: Mapping[str, SparseTensor]
-
-    def tensor(self, name: str) -> SparseTensor:
-        return self.tensors[name]
-
-
 def memory_document(source: Source, request: MemoryRequest) -> MemoryDocument:
     """Returns the memory as plain values: of inference by runtime and, for a folder, of a training step.
 
@@ -230,7 +213,7 @@ def _folder_document(source: Source, request: MemoryRequest, folder: Path) -> Me
     shape = model.config.input_shape
     if request.input_size and shape:
         shape = (*shape[:1], request.input_size, request.input_size)
-    traced = _TracedModel(source.path, model.config, trace(model.module, shape), model.tensors())
+    traced = ModelInMemory(source.path, model.config, trace(model.module, shape), model.tensors())
     files = _exported(model, shape, folder) if request.measures else _Files(source.path, source.path)
     document = _inference_document(traced, shape, request, files)
     document["inference"].insert(0, _pytorch_row(model, source, shape, request))
