@@ -56,29 +56,33 @@ def attempt(cell: Cell, comparison: Comparison, data: str, *, deadline: float = 
 def _run(cell: Cell, comparison: Comparison, data: str, deadline: float, before: Mapping[str, Any]) -> dict[str, Any]:
     _reset_peak()
     run = _open_run(comparison.run_folder(cell.name))
-    stopped = run.stopped
-    model = load(run.path) if stopped else _start(cell, comparison)
+    model = load(run.path) if run.stopped else _start(cell, comparison)
     images = load_data(data, model.config)
-    given = {**training_arguments(cell.recipe), "seed": cell.seed}
+    arguments = {**training_arguments(cell.recipe), "seed": cell.seed}
     facts = {
         "model": cell.recipe.name,
-        "data": data.partition(":")[0],
+        "data": data.partition(":")[0],  # without the path, so that runs on two machines can be compared
         "recipe": cell.recipe.name,
         "cell": cell.name,
     }
-    run.files["recipe.toml"] = cell.recipe.to_toml()
-    plan, result = train_in_folder(run, model, images, given, facts=facts, quiet=True, deadline=deadline)
-    peak = _peak_bytes(plan, before)
-    if len(result.epochs) < plan.epochs:
-        return {"status": "paused", "epochs": len(result.epochs), "of_epochs": plan.epochs, "peak_memory_bytes": peak}
+    run.files["recipe.toml"] = cell.recipe.to_toml()  # to repeat this cell by itself
+    settings, result = train_in_folder(run, model, images, arguments, facts=facts, quiet=True, deadline=deadline)
+    peak = _peak_bytes(settings, before)
+    if len(result.epochs) < settings.epochs:
+        return {
+            "status": "paused",
+            "epochs": len(result.epochs),
+            "of_epochs": settings.epochs,
+            "peak_memory_bytes": peak,
+        }
     model.to("cpu")  # the export runs there, and a GPU is free for the next cell
     return {
         "status": "complete",
-        **_accuracy(result),
-        **_sizes(model, run.path / ARCHIVE),
+        **_accuracy_figures(result),
+        **_archive_figures(model, run.path / ARCHIVE),
         "train_time_s": round(math.fsum(record.time_s for record in result.epochs), 3),
         "peak_memory_bytes": peak,
-        "machine": _machine(plan),
+        "machine": _machine(settings),
     }
 
 
@@ -100,7 +104,7 @@ def _start(cell: Cell, comparison: Comparison) -> SparseModel:
     return convert(**to_parameters(options))
 
 
-def _accuracy(result: TrainResult) -> dict[str, Any]:
+def _accuracy_figures(result: TrainResult) -> dict[str, Any]:
     return {
         "epochs": len(result.epochs),
         "steps": result.last.step,
@@ -111,8 +115,9 @@ def _accuracy(result: TrainResult) -> dict[str, Any]:
     }
 
 
-def _sizes(model: SparseModel, archive: Path) -> dict[str, Any]:
+def _archive_figures(model: SparseModel, archive: Path) -> dict[str, Any]:
     """Exports the model, which verifies the archive, and returns the archive's figures."""
+    # `force`: a cell that failed after its export is run again in the same folder.
     verification = export(model, archive, force=True)
     footprint = read(archive).footprint
     return {
@@ -129,26 +134,34 @@ def _sizes(model: SparseModel, archive: Path) -> dict[str, Any]:
 def _reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    # One process runs many cells, and the peak of an earlier one must not count.
     if can_measure():
         reset_peak()
 
 
-def _peak_bytes(plan: TrainSettings, before: Mapping[str, Any]) -> int | None:
+def _peak_bytes(settings: TrainSettings, before: Mapping[str, Any]) -> int | None:
     """Returns the peak memory of training on a GPU, or of this process, over all calls that ran the cell; in bytes."""
-    if plan.device == "cuda":
+    if settings.device == "cuda":
         now = torch.cuda.max_memory_allocated()
     elif can_measure():
         now = held_bytes("VmHWM")
     else:
         return None
+    # Resuming may need less than the call before it.
     return max(now, int(before.get("peak_memory_bytes") or 0))
 
 
-def _machine(plan: TrainSettings) -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if plan.device == "cuda" else platform.processor() or platform.machine()
-    return {"device": plan.device, "name": device, "threads": torch.get_num_threads(), "versions": installed_versions()}
+def _machine(settings: TrainSettings) -> dict[str, Any]:
+    device = torch.cuda.get_device_name() if settings.device == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": settings.device,
+        "name": device,
+        "threads": torch.get_num_threads(),
+        "versions": installed_versions(),
+    }
 
 
 def _delete_checkpoints(run: Path) -> None:
+    """Deletes the checkpoint, which only resuming needs, and the model of the best epoch, which no table uses."""
     (run / CHECKPOINT).unlink(missing_ok=True)
     shutil.rmtree(run / "best", ignore_errors=True)

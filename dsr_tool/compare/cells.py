@@ -81,6 +81,7 @@ class Grid:
         Raises:
             UsageError: the grids have different data, or different settings of a cell with results.
         """
+        # Data may lie in another folder than before, so only its name is compared.
         if self.title != other.title or self.data.partition(":")[0] != other.data.partition(":")[0]:
             raise UsageError(
                 f"the comparison in this folder is of {self.title} with data {self.data!r}, not {other.title} with "
@@ -167,6 +168,7 @@ class Comparison:
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
         with self._locked():
             whole = self._merged(grid) if (self.path / PLAN).exists() else grid
+            # Under the lock and by rename: other processes read the plan at any time.
             document = {"schema": _SCHEMA, **whole.to_dict()}
             with new_file(self.path / PLAN, force=True) as part:
                 part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -196,7 +198,7 @@ class Comparison:
             if not isinstance(record, dict) or record.get("status") not in ("complete", "failed", "paused"):
                 raise ValueError("it has no status")
         except FileNotFoundError:
-            return None
+            return None  # not begun, or interrupted before its end
         except (ValueError, RecursionError) as error:
             raise FormatError(f"record {str(file)!r} is invalid ({error}); delete it to run the cell again.") from error
         return record
@@ -212,7 +214,7 @@ class Comparison:
         file.touch()  # a lock needs a file that stays: removing it would let two processes lock two files of one name
         try:
             return Lock(file)
-        except FileError:
+        except FileError:  # locked
             return None
 
     @contextmanager

@@ -38,6 +38,7 @@ def curves(comparison: Comparison, row: Row) -> Curves | None:
     Raises:
         FormatError: a log is damaged.
     """
+    # A record without its log is possible: run folders may be deleted to save space.
     done = [cell for cell, record in zip(row.cells, row.records, strict=True) if record in row.complete]
     logs = [read_log(file) for cell in done if (file := comparison.run_folder(cell.name) / "log.jsonl").is_file()]
     logs = [log for log in logs if log.epochs]

@@ -32,6 +32,7 @@ def write_outputs(comparison: Comparison, grid: Grid) -> tuple[dict[str, Any], s
         "table.json": json.dumps(results, indent=1, allow_nan=False) + "\n",
         "page.html": page_html(comparison, grid, table_rows, results),
     }
+    # After all texts exist, so that an error leaves the old files as they are.
     for name, content in files.items():
         with new_file(comparison.path / name, force=True) as part:
             part.write_text(content, encoding="utf-8")

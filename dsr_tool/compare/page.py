@@ -103,7 +103,7 @@ def _headline(rows: Sequence[Row], document: Mapping[str, Any]) -> list[Number]:
 
 def _sizes(rows: Sequence[Row], styles: _MethodStyles) -> list[Section]:
     """Returns the section with accuracy against bytes and multiply-adds, a line per method."""
-    known = [row for row in rows if row.complete]
+    known = [row for row in rows if row.complete]  # a row without results is no point of a plot
     if not known:
         return []
     kinds = (
@@ -171,6 +171,7 @@ def _time(run_curves: Sequence[Curves], styles: _MethodStyles) -> list[Section]:
             _by_epoch(f"Accuracy by epoch at sparsity {sparsity:g}", here, styles, "accuracy", _lowest(finals))
         )
         moving = [curve for curve in here if curve.explored and curve.explored[0] < 1]
+        # Methods that start dense have explored everything from the first epoch; a sentence says that better.
         if moving:
             title = f"Share of weights ever active by epoch at sparsity {sparsity:g}"
             whole = [curve.row.method for curve in here if curve.explored and curve.explored[0] == 1]

@@ -65,6 +65,7 @@ class Row:
             if status != "complete":
                 counted[status] += 1
         found = [(word, count) for word, count in counted.items() if count]
+        # "failed" instead of "3 failed" if it holds for all seeds.
         if len(found) == 1 and found[0][1] == len(self.cells):
             return found[0][0]
         return ", ".join(f"{count} {word}" for word, count in found)
@@ -72,6 +73,7 @@ class Row:
     def mean(self, figure: str) -> float | None:
         """Returns the mean of a figure over the complete cells; None if there are none, or one lacks the figure."""
         values = [record.get(figure) for record in self.complete]
+        # Older records lack newer figures, and a mean over some of the seeds would not be comparable.
         known = [value for value in values if value is not None]
         return statistics.fmean(known) if known and len(known) == len(values) else None
 
@@ -189,6 +191,7 @@ def csv_text(table_rows: Sequence[Row]) -> str:
     """Returns the rows as CSV, with all figures in base units."""
     text = io.StringIO()
     columns = ("method", "asked_sparsity", "n", "of", "state", "test_accuracy", "test_accuracy_sd", *_FIGURES[1:])
+    # Fixed line ends, so that every system writes the same bytes.
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: "" if v is None else v for k, v in row.to_dict().items()} for row in table_rows)

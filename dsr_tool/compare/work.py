@@ -60,6 +60,7 @@ def work(order: Order, log: Callable[[str], None]) -> None:
     grid = comparison.plan()
     cells = [cell for cell in grid.cells if cell.name in order.names]
     waited = False
+    # Rounds, because a cell that waits in one may start in the next.
     while True:
         states = [_try(cell, comparison, grid.data, order, log) for cell in cells]
         if not {"ran", "waits"} & set(states) or time.monotonic() >= order.deadline:
@@ -120,6 +121,7 @@ def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
     """Ends processes that still run. They need no time to save: a killed run resumes from its last complete epoch."""
     for worker in workers:
         worker.terminate()
+    # One limit for all, not one for each.
     give_up = time.monotonic() + _GRACE_S
     for worker in workers:
         try:
@@ -144,6 +146,7 @@ def _try(cell: Cell, comparison: Comparison, data: str, order: Order, log: Calla
             return "ran"
         if start.get("status") != "complete":
             return "waits" if cell.needs in order.names and not _over(cell.needs, comparison, order) else "over"
+    # Time is up: a cell that has not begun stays so, and the next call starts it.
     if time.monotonic() >= order.deadline:
         return "over"
     # The lock ends with the process that holds it, so a cell of a killed one is free at once.

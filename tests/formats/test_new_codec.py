@@ -1,4 +1,4 @@
-"""A codec is one entry of the table: archive, manifest, footprint and report use a new one without further edits."""
+"""A codec is one entry of the table: archive, manifest and footprint use a new one without further edits."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_auto_takes_a_new_codec_where_it_is_the_smallest(small_model):
     assert encode_smallest(weight, {**CODECS, "free": free}) == ("free", {})
 
 
-def test_a_new_codec_has_its_column_in_footprint_and_report(toy, small_model):
+def test_a_new_codec_has_its_column_in_the_footprint(toy, small_model):
     tensors, specs, *_ = small_model
     document = footprint(tensors, specs).to_dict()
     assert document["prunable"]["toy_bytes"] == toy.nbytes(tensors["fc.weight"])
