@@ -65,6 +65,7 @@ class BudgetCheck:
     @property
     def fraction(self) -> float:
         """Used share of the budget; 0 or 1 for a budget of nothing."""
+        # An amount of 0 is a budget that only an empty model meets.
         return self.found / self.budget.amount if self.budget.amount else float(self.found > 0)
 
     @property
@@ -116,6 +117,7 @@ def check_source(source: Source, budget: Budget, maker: str | None = None) -> Bu
         return BudgetCheck(budget, source.footprint.model.sparse_macs, "with active weights, for one input")
     if not source.path.is_dir():
         return BudgetCheck(budget, source.footprint.file_bytes, "on disk")
+    # Imported here, because they import torch, which checks of files do without.
     from converters.budgets import archive_bytes
     from converters.loading import load
 

@@ -24,6 +24,7 @@ def conversion_document(fitted: Fitted, path: Path) -> dict[str, Any]:
         path: the model folder that it was saved to.
     """
     model = fitted.model
+    # Parameters without a mask are active as a whole.
     active = {name: int(mask.count_nonzero()) for name, mask in model.masks.items()}
     counts = count(model.specs)
     layers = [
@@ -71,6 +72,7 @@ def _budget(fitted: Fitted, parameters: int) -> dict[str, Any] | None:
     if budget.kind == "sparsity":
         return None
     if budget.kind == "parameters":
+        # The parameters outside of the prunable weights are all active.
         active = parameters - model.prunable_weights + model.active_weights
         check, close = BudgetCheck(budget, active, "active in the whole model"), 1.0
     elif budget.kind == "bytes":
@@ -100,6 +102,7 @@ def _layers(document: dict[str, Any]) -> Table:
         if layer["weight"]:
             counts = (f"{layer['active']:,}", f"{layer['parameters']:,}")
             table.add_row(layer["name"], layer["role"], *counts, layer["reason"])
+    # Biases, norms and buffers are listed by reason: one by one they would be most of the table.
     others: dict[str, list[int]] = {}
     for layer in document["layers"]:
         if layer["role"] == "dense" and not layer["weight"]:

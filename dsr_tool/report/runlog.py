@@ -117,6 +117,7 @@ class RunLog:
 
     def summary(self) -> dict[str, Any]:
         """Returns method, epochs and accuracies as plain values."""
+        # A run may end before its first epoch.
         best = max(self.epochs, key=lambda epoch: epoch.test_accuracy, default=None)
         return {
             "status": self.status,
@@ -164,6 +165,7 @@ def _log(lines: list[dict[str, Any]]) -> RunLog:
 
 def _float(value: Any) -> float:
     """Returns a logged number; NaN for null, which stands for a number that was not finite, and for huge ones."""
+    # Infinity and NaN are not JSON, so a run logs null for them.
     number = math.nan if value is None else float(value)
     return number if abs(number) < _MAX_NUMBER else math.nan
 

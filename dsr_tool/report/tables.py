@@ -80,6 +80,7 @@ def _layers(measured: Footprint) -> Table:
     for layer in measured.layers:
         if layer.spec.weight:
             table.add_row(layer.spec.name, layer.spec.role, *_numbers(layer.sizes), layer.spec.reason)
+    # A model has hundreds of norms and biases, which share a few reasons.
     rest: dict[tuple[str, str], list[Sizes]] = {}
     for layer in measured.layers:
         if not layer.spec.weight:
@@ -91,6 +92,7 @@ def _layers(measured: Footprint) -> Table:
 
 def _numbers(sizes: Sizes) -> list[str]:
     """Returns the cells of `_COLUMNS`."""
+    # Biases and norms multiply nothing; a zero there would look like saved work.
     macs = [f"{macs / 1e6:,.2f}" if sizes.dense_macs else "" for macs in (sizes.sparse_macs, sizes.dense_macs)]
     sized = (sizes.dense_bytes, *(sizes.codec_bytes[codec] for codec in size_columns()), sizes.bound_bytes)
     counts = [f"{sizes.parameters:,}", f"{sizes.active:,}", f"{sizes.density:.4f}"]
@@ -129,6 +131,7 @@ def _closing(source: Source) -> list[str]:
     """Returns the sparsities, the parts of the file, its size, and the units of the tables."""
     measured = source.footprint
     parts = ", ".join(f"{name} {nbytes:,}" for name, nbytes in measured.parts.items())
+    # Both are sums over the same file, so a difference is an error in the accounting, not in the file.
     agree = "agrees" if measured.computed_bytes == measured.file_bytes else "DOES NOT AGREE"
     size = "x".join(map(str, source.config.input_shape)) if source.config else "the file's size"
     folded = ["an ONNX file has no masks: active weights are those that are not zero, and norms are folded into them"]

@@ -65,8 +65,10 @@ def axis(low: float, high: float, label: Callable[[float], str], *, logarithmic:
         values = _decades(low, high)
     else:
         if high <= low:
+            # All values are equal, so any range that contains them will do.
             high = low + (abs(low) or 1)
         step = _round_step((high - low) / 4)
+        # The tolerance keeps rounding errors from adding a step beyond a value that is a multiple of one.
         first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
         values = [step * i for i in range(first, last + 1)]
     plain = Axis(values[0], values[-1], (), logarithmic)
@@ -117,6 +119,7 @@ def _prefixes_of(parts: Sequence[Sequence[str]], depth: int, room: int, down: bo
     ticks, start = [], 0
     for prefix, members in groupby(parts, key=lambda part: part[:depth]):
         count = len(list(members))
+        # A number alone says nothing without the name before it.
         label = prefix[-1] if not prefix[-1].isdigit() else ".".join(prefix)
         label = label if len(label) <= _MAX_LABEL else "\u2026" + label[1 - _MAX_LABEL :]
         if count / len(parts) * room >= (1 if down else len(label) + 1):
@@ -128,6 +131,7 @@ def _prefixes_of(parts: Sequence[Sequence[str]], depth: int, room: int, down: bo
 def _round_step(rough: float) -> float:
     """Returns 1, 2 or 5 times a power of ten, near `rough` or above."""
     power = 10.0 ** math.floor(math.log10(rough))
+    # A step that is slightly too small gives five labels instead of four, which is better than two.
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.8)
 
 

@@ -194,6 +194,7 @@ def lines(
     finite = [value for one in series for value in one.values if math.isfinite(value)]
     scale = axis(min(finite, default=0), max(finite, default=1), label, logarithmic=logarithmic)
     drawn = [one for one in series if any(map(math.isfinite, one.values))]
+    # Labels stand at the last finite value: a loss may end as NaN.
     ends = {one.name: max((x, y) for x, y in zip(places, one.values, strict=True) if math.isfinite(y)) for one in drawn}
     label_at = _spread_labels({name: scale.at(value) for name, (_, value) in ends.items()})
     low, high = span
@@ -218,6 +219,7 @@ def bars(entries: Sequence[tuple[str, str, str, float]], *, stacked: bool = Fals
         stacked: whether the pieces lie end to end in one bar.
     """
     values = [value for *_, value in entries]
+    # A chart of zeros still needs a length to divide by.
     whole = (sum(values) if stacked else max(values, default=0)) or 1
     result, start = [], 0.0
     for label, text, style, value in entries:
@@ -265,6 +267,7 @@ def _spread_labels(places: dict[str, float]) -> dict[str, float]:
     result: dict[str, float] = {}
     next_free = 0.0
     for i, (name, place) in enumerate(sorted(places.items(), key=lambda item: item[1])):
+        # Room for the labels that follow is kept free at the bottom.
         result[name] = max(min(place, 100 - (len(places) - 1 - i) * _LABEL_GAP), next_free)
         next_free = result[name] + _LABEL_GAP
     return result

@@ -59,6 +59,7 @@ def _budget(budget: Mapping[str, Any]) -> Section:
     show = _FORMATS[budget["kind"]]
     asked, found = int(budget["asked"]), int(budget["found"])
     found_label = f"Found, {budget['measured']}"
+    # The color tells whether the budget is met: the two bars may look equally long.
     entries = [
         ("Budget", show(asked), "bound", float(asked)),
         (found_label, show(found), "values" if budget["fits"] else "positions", float(found)),
@@ -179,6 +180,7 @@ def _training(training: Mapping[str, Any]) -> list[Figure]:
         (name, f"{numbers.byte_size(n)}, {numbers.share(n, total, 1)}", _LEDGER[name], float(n))
         for name, n in shown.items()
     ]
+    # Gradients, weights and state are held all the time; what is left of the peak comes and goes within the step.
     other = total - sum(shown.values())
     entries.append(
         (

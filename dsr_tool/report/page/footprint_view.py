@@ -28,6 +28,7 @@ def headline(source: Source) -> list[Number]:
     measured = source.footprint
     model, prunable, whole = measured.model, measured.prunable, measured.everything
     share = measured.file_bytes / whole.dense_bytes if whole.dense_bytes else 0
+    # Without multiply-adds there is no share to name.
     macs_share = f"{numbers.percent(model.sparse_macs / model.dense_macs)} of " if model.dense_macs else "of "
     return [
         Number(
@@ -81,6 +82,7 @@ def _parts(source: Source, every: Sequence[Layer]) -> Figure:
     values = sum(layer.stored.values for layer in sparse)
     names = {layer.name for layer in sparse}
     rest = sum(layer.stored_bytes or 0 for layer in source.footprint.layers if layer.spec.name not in names)
+    # Everything else in the file belongs to no tensor: the graph, names and headers.
     parts = [
         ("Values of sparse weights", "values", values),
         ("Positions of sparse weights", "positions", positions),
@@ -120,6 +122,7 @@ def _formats(source: Source) -> Figure:
         "Bound: mask entropy, raw values": [sizes.bound_bytes for sizes in sums],
     }
     whole = [(label, everything) for label, (everything, _, _) in bytes_by_label.items()]
+    # The bound is no format, so it is drawn in a color of its own.
     entries = [
         (label, numbers.byte_size(n), "bound" if i == len(whole) - 1 else "rest", float(n))
         for i, (label, n) in enumerate(whole)
@@ -134,6 +137,7 @@ def _formats(source: Source) -> Figure:
         (label, numbers.count(prunable), numbers.count(model), numbers.count(everything))
         for label, (everything, prunable, model) in bytes_by_label.items()
     ]
+    # The file itself counts once, with everything in it, so two of its cells are empty.
     rows.append((here[0], "", "", numbers.count(measured.file_bytes)))
     headers = ("format", "prunable weights", "whole model", "with buffers")
     return Figure(

@@ -57,6 +57,7 @@ class Layer:
     @property
     def raw_bytes(self) -> int:
         """Bytes of the active values without compression."""
+        # All values of a weight have one type, so the dense size tells the bytes of one value.
         return self.sizes.active * self.sizes.dense_bytes // max(self.sizes.parameters, 1)
 
 
@@ -93,6 +94,7 @@ def bytes_by_layer(source: Source, layers: Sequence[Layer]) -> Figure:
         Series("positions", "positions", [layer.stored.positions if layer.sparse else 0 for layer in layers]),
         Series("kept dense", "rest", [0 if layer.sparse else sum(layer.stored) for layer in layers]),
     ]
+    # One unit for the whole axis, that of its largest value.
     unit = numbers.scaled(max(stored, default=0), ("B", "kB", "MB", "GB", "TB"))
     rows = [
         (
@@ -131,6 +133,7 @@ def _order(source: Source) -> str:
 
 def _mask_bound(layer: Layer) -> int:
     """Returns the fewest bytes that can encode the mask, by its entropy."""
+    # The bound of a weight is that of its mask plus its raw values; a dense weight has no mask.
     return max(layer.sizes.bound_bytes - layer.raw_bytes, 0)
 
 
@@ -211,6 +214,7 @@ def work_by_layer(source: Source, layers: Sequence[Layer]) -> Figure:
 def masks_of_layers(source: Source, layers: Sequence[Layer]) -> Figure:
     """Returns the figure of all masks, one picture for each sparse layer; the largest layer is shown first."""
     blocks = picture_budget(len(sparse_of(layers)))
+    # A mask that is chosen by a click on a column is found by the index among all layers, not among the sparse ones.
     entries = [_mask(source, layer, i, blocks) for i, layer in enumerate(layers) if layer.sparse]
     sizes = [layer.sizes.parameters for layer in sparse_of(layers)]
     finding = (

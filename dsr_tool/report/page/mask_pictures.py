@@ -70,6 +70,7 @@ def mask_picture(mask: Mask, blocks: int) -> MaskPicture:
     down, across = _blocks(rows, columns, blocks)
     density = _block_density(mask, (rows, columns), (down, across))
     darkest = float(density.max(initial=0))
+    # The darkest shade is the highest density of this mask: on a scale up to 1, sparse masks would all look empty.
     levels = np.rint(density * ((_LEVELS - 1) / darkest if darkest else 0)).astype(np.uint8)
     repeat_down, repeat_across = _repeats(down, across)
     picture = levels.repeat(repeat_down, axis=0).repeat(repeat_across, axis=1)
@@ -79,6 +80,7 @@ def mask_picture(mask: Mask, blocks: int) -> MaskPicture:
 
 def heat_map(values: npt.NDArray[np.float64], low: float, high: float) -> str:
     """Returns a picture of positive values, one pixel each, on a logarithmic scale from `low` (light) to `high`."""
+    # If all values are equal, their logarithms are 0 and any divisor will do.
     place = np.log(np.clip(values, low, high) / low) / (math.log(high / low) or 1.0)
     return _png(np.rint(np.nan_to_num(place) * (_LEVELS - 1)).astype(np.uint8))
 
@@ -90,8 +92,10 @@ def ramp() -> list[str]:
 
 def _blocks(rows: int, columns: int, most: int) -> tuple[int, int]:
     """Returns the number of rows and columns of blocks: one per weight if that is at most `most`, else fewer."""
+    # Up to twice the usual side, a weight may have a pixel of its own; beyond that the picture shows averages.
     if rows * columns <= most and max(rows, columns) <= 2 * _MAX_SIDE:
         return rows, columns
+    # Wide matrices get wide pictures, within the proportions of a screen.
     aspect = min(max(columns / rows, 1.0), 2.5)
     across = min(columns, _MAX_SIDE, round(math.sqrt(most * aspect)))
     down = min(rows, _MAX_SIDE, max(most // across, 1))
@@ -100,9 +104,11 @@ def _blocks(rows: int, columns: int, most: int) -> tuple[int, int]:
 
 def _block_density(mask: Mask, shape: tuple[int, int], blocks: tuple[int, int]) -> npt.NDArray[np.float64]:
     """Returns the density of each block, shape `blocks`; sizes of blocks differ by at most one row or column."""
+    # A dense mask stores no positions.
     if mask.stored is None:
         return np.ones(blocks)
     of_row, of_column = (np.arange(n, dtype=np.int64) * b // n for n, b in zip(shape, blocks, strict=True))
+    # Counted from the positions, so that no dense copy of a large mask is made.
     row, column = np.divmod(mask.positions, shape[1])
     flat = np.bincount(of_row[row] * blocks[1] + of_column[column], minlength=blocks[0] * blocks[1])
     sizes = np.outer(np.bincount(of_row, minlength=blocks[0]), np.bincount(of_column, minlength=blocks[1]))
@@ -126,6 +132,7 @@ def _palette() -> npt.NDArray[np.int64]:
 
 def _png(levels: npt.NDArray[np.uint8]) -> str:
     """Returns shades (height, width) as a PNG file in a data URL."""
+    # A palette of 16 colors takes four bits per pixel, half of a grayscale picture.
     picture = Image.frombytes("P", levels.shape[::-1], np.ascontiguousarray(levels).tobytes())
     picture.putpalette(_palette().astype(np.uint8).tobytes())
     file = io.BytesIO()

@@ -98,6 +98,7 @@ def rendered(**values: Any) -> str:
 def _sections(source: Source, document: Mapping[str, Any]) -> list[Section]:
     """Returns all sections, the run first and the settings last."""
     return [
+        # How the run went comes first: a reader of a run folder asks for accuracy before bytes.
         *(run_section(source.log) if source.log else []),
         *extra_sections(source, document),
         *footprint_sections(source),
@@ -137,6 +138,7 @@ def _compact(text: str) -> str:
 
 def _policy(style: str, script: str) -> str:
     """Returns a content security policy that allows this style and this script, pictures in the page, and no more."""
+    # Hashes instead of 'unsafe-inline', which would also run code that comes in with a name.
     hashes = (
         base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii") for text in (style, script)
     )

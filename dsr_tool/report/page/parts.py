@@ -190,9 +190,11 @@ def setup_section(config: ModelConfig | None, log: RunLog | None) -> list[Sectio
         plain = config.to_dict()
         named = ("source", "architecture", "width", "num_classes", "input_shape")
         documents["model"] = {key: plain[key] for key in named}
+        # The compaction has a section of its own.
         documents["conversion"] = {key: value for key, value in plain["conversion"].items() if key != COMPACTED}
         documents["preprocessing"] = plain["preprocessing"]
     if log:
+        # Objects inside the first line of the log, such as the settings, become tables of their own.
         nested = {key: value for key, value in log.start.items() if isinstance(value, Mapping)}
         documents["training"] = {key: value for key, value in log.start.items() if key not in nested and key != "kind"}
         documents |= nested

@@ -112,9 +112,11 @@ def plot(
     """
     finite = [point for trace in traces for point in trace.points if math.isfinite(point.y)]
     kept = [point for point in finite if point.y >= lowest]
+    # Error bars belong to the plot, so the scale covers their ends.
     # Rounded, because no round number lies between two values that differ in their last bit.
     ends = [round(point.y + side * point.spread, 9) for point in kept for side in (-1, 1)]
     scale = axis(max(min(ends, default=0), lowest), max(ends, default=1), label)
+    # Lines without marks may come from the left of the first point that is shown.
     places = [point.x for point in (kept if marked else finite)] or [1.0]
     across = _across(min(places), max(places), x_label)
     least = lowest if marked else -math.inf

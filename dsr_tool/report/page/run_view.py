@@ -59,6 +59,7 @@ def run_section(log: RunLog) -> list[Section]:
     if not log.epochs:
         return []
     figures = [_accuracy(log.epochs), _loss(log.epochs)]
+    # Methods with fixed masks reallocate nothing.
     if log.reallocations:
         figures += [_reallocated(log.epochs), *_threshold(log)]
     if log.epochs[-1].density:
@@ -70,6 +71,7 @@ def _thinned(items: Sequence[T], most: int) -> list[T]:
     """Returns at most `most` of the items, evenly spread, with the first and the last."""
     if len(items) <= most:
         return list(items)
+    # 200 points are as clear as thousands on a screen, and keep the page below a megabyte.
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
@@ -153,6 +155,7 @@ def _reallocated(epochs: Sequence[Epoch]) -> Figure:
 
 def _column_ticks(epochs: Sequence[Epoch]) -> list[Tick]:
     """Returns numbers of epochs as labels below the middles of their columns."""
+    # About six labels at most, so that epochs of four digits do not touch on a phone.
     every = max(-(-len(epochs) // 6), 1)
     return [
         Tick(round(100 * (i + 0.5) / len(epochs), 2), str(epoch.number))
@@ -168,7 +171,9 @@ def _optional(value: float | None) -> str:
 
 def _threshold(log: RunLog) -> list[Figure]:
     """Returns the figure of the threshold at each reallocation; none for methods without a threshold."""
+    # A logarithmic scale has no place for zero, the threshold of methods without one.
     every = [one for one in log.reallocations if (one.threshold or 0) > _MIN_THRESHOLD]
+    # The axis counts epochs, like those of the other charts, and the log counts steps.
     steps = log.epochs[-1].step / max(log.epochs[-1].number, 1)
     if not every or steps <= 0:
         return []
@@ -208,9 +213,11 @@ def density_figure(epochs: Sequence[Epoch]) -> Figure:
     kept = _thinned(epochs, _MAX_ROWS)
     values = np.array([[epoch.density.get(name, 0.0) for epoch in kept] for name in names])
     positive = values[values > 0]
+    # Few layers may be almost empty; without a lower end they would take most of the scale.
     low = max(float(positive.min(initial=1.0)), _MIN_DENSITY)
     high = max(float(positive.max(initial=low)), low)
     scale = (numbers.percent(low), numbers.percent(math.sqrt(low * high)), numbers.percent(high))
+    # Columns of the table are words and digits, so fewer epochs fit than in the picture.
     few = _thinned(epochs, _MAX_COLUMNS)
     rows = [(name, *(numbers.percent(epoch.density.get(name, 0.0), 3) for epoch in few)) for name in names]
     return Figure(

@@ -1,5 +1,5 @@
 "use strict";
-// Reading needs none of this: without it every mask is shown, one below the other.
+// Without this script the page is complete: every mask is shown, one below the other.
 document.documentElement.classList.add("js");
 document.addEventListener("DOMContentLoaded", () => {
   const chooser = document.getElementById("layer");
