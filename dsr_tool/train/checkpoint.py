@@ -25,7 +25,7 @@ from dsr_tool.sparse.model import SparseModel
 __all__ = ["CHECKPOINT", "PART", "finish_replacing", "read_state", "replace_model", "sync", "write_state"]
 
 CHECKPOINT = "training.safetensors"
-"""Name of the file, beside the model that it belongs to."""
+"""Name of the file, in the folder of the model that it belongs to."""
 PART = ".part."
 """Prefix of the folders that files are written to before they replace those of the run."""
 
@@ -89,7 +89,7 @@ def replace_model(model: SparseModel, state: Mapping[str, Any], folder: Path) ->
     """Replaces model and checkpoint in `folder`: all files of them or none, whenever the process is killed.
 
     They are written to a folder of their own. Renaming that to `.next` commits them: from then on readers prefer the
-    files in there to those beside it (`sparse.folder.current`).
+    files in there to those next to it (`sparse.folder.current`).
     """
     part = Path(tempfile.mkdtemp(prefix=PART, dir=folder))
     try:

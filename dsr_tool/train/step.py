@@ -1,4 +1,4 @@
-"""One optimizer step, and everything that it changes beside the model: optimizer, schedule, loss scale, method."""
+"""One optimizer step, and everything that it changes besides the model: optimizer, schedule, loss scale, method."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Stepper:
         """
         precision = PRECISIONS[self._settings.precision]
         mixed = torch.autocast(inputs.device.type, precision) if precision != torch.float32 else nullcontext()
-        # Before the forward pass: a CUDA graph may write its outputs where the last gradients lie.
+        # Before the forward pass: a CUDA graph may write its outputs where the last gradients are.
         self.optimizer.zero_grad()
         if self._settings.compile:
             torch.compiler.cudagraph_mark_step_begin()
@@ -112,7 +112,7 @@ class Stepper:
         return loss.detach(), scores.detach()
 
     def state(self) -> dict[str, Any]:
-        """Returns all that the next step depends on, beside the model."""
+        """Returns all that the next step depends on, besides the model."""
         return {
             "trained": self._trained_names(),
             "optimizer": self.optimizer.state_dict(),
