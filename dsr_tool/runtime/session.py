@@ -24,7 +24,7 @@ from dsr_tool.runtime.reference.interpreter import Folded, Interpreter
 from dsr_tool.runtime.source import Model, open_model
 from dsr_tool.sparsity.tensor import Array, SparseTensor
 
-__all__ = ["RUNTIMES", "Session"]
+__all__ = ["RUNTIMES", "Session", "decode"]
 
 RUNTIMES = ("auto", "native", "scipy")
 _MAX_THREADS = 256
@@ -80,8 +80,7 @@ class Session:
         self.input: Value = graph.inputs[0]
         self.output: Value = graph.outputs[0]
         self.threads = threads
-        tensors = {name: _as_type(model.tensor(name), self.input.dtype) for name in graph.parameters}
-        graph, tensors = fold_norms(graph, tensors)
+        graph, tensors = decode(model)
         machine = _machine(runtime, threads, self.input)
         self.runtime = "scipy" if machine is None else "native"
         self._plan: Interpreter | _PlanCache = (
@@ -231,6 +230,16 @@ def _machine(runtime: str, threads: int, value: Value) -> Machine | None:
     if kernels is None or value.dtype != "float32" or not value.shape:
         return None
     return Machine(kernels, threads)
+
+
+def decode(model: Model) -> tuple[Graph, dict[str, SparseTensor]]:
+    """Decodes the weights of a model in the type of its input, and folds norms into convolutions.
+
+    Returns:
+        The computation that a session runs, and the tensors that it keeps.
+    """
+    dtype = model.graph.inputs[0].dtype
+    return fold_norms(model.graph, {name: _as_type(model.tensor(name), dtype) for name in model.graph.parameters})
 
 
 def _as_type(tensor: SparseTensor, dtype: str) -> SparseTensor:

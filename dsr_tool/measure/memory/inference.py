@@ -13,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dsr_tool.graph.fold import fold_norms
 from dsr_tool.graph.ir import Graph
 from dsr_tool.graph.operators import operator_of
 from dsr_tool.measure.memory.activations import Peak, peak, value_sizes
-from dsr_tool.runtime import Session
 from dsr_tool.runtime.compiler.memory import PlanMemory
 from dsr_tool.runtime.kernels.library import level
 from dsr_tool.runtime.reference.matrices import MAX_CSR_DENSITY
+from dsr_tool.runtime.session import Session, decode
 from dsr_tool.runtime.source import Model
 from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.sparsity.layers import matrix_shape
@@ -37,10 +36,10 @@ class ComputedRow:
     """The computed memory of one runtime; None stands for what only a measurement tells.
 
     Attributes:
-        runtime: its name, with the kernels that run where there are some.
+        runtime: its name, with the instruction set of its kernels or what it hands the model to.
         weights_bytes: bytes that stay from run to run: weights, and the tables and tensors that go with them.
         activations_bytes: bytes of the input, of all values alive at the worst moment, and of scratch.
-        moment: the operator that runs at that moment, as `Conv -> conv_0`; None where the peak is not one of liveness.
+        moment: the operator that runs at that moment, as `Conv -> conv_0`; None if values lie in an arena.
     """
 
     runtime: str
@@ -84,9 +83,7 @@ def computed_inference(model: Model, batch: int, shape: Sequence[int]) -> tuple[
     Raises:
         UsageError: the runtime does not know an operator, or the input does not fit.
     """
-    dtype = model.graph.inputs[0].dtype
-    decoded = {name: _as_type(model.tensor(name), dtype) for name in model.graph.parameters}
-    graph, tensors = fold_norms(model.graph, decoded)
+    graph, tensors = decode(model)
     sizes = value_sizes(graph, tensors, batch, shape)
     in_order = peak(graph, sizes)
     session = Session(model, batch=batch)
@@ -99,7 +96,7 @@ def computed_inference(model: Model, batch: int, shape: Sequence[int]) -> tuple[
         row = _kernels_row(memory, tensors, sizes[graph.inputs[0].name].nbytes + scratch)
     else:
         # `auto` gave a dense model to ONNX Runtime, or the input is too large to be planned for in advance.
-        row = ComputedRow(f"sparse runtime ({session.runtime})")
+        row = ComputedRow(f"sparse runtime ({level() if session.runtime == 'native' else session.runtime})")
     return in_order, row
 
 
@@ -143,10 +140,3 @@ def csr_weight_bytes(tensor: SparseTensor, *, max_density: float) -> int:
         return tensor.mask.size * width
     rows, _ = matrix_shape(tensor.mask.shape)
     return tensor.mask.active * (width + _INDEX_BYTES) + (rows + 1) * _INDEX_BYTES
-
-
-def _as_type(tensor: SparseTensor, dtype: str) -> SparseTensor:
-    """Returns a weight in the type of the input, which is what sessions compute in."""
-    if not np.issubdtype(tensor.values.dtype, np.floating):
-        return tensor
-    return SparseTensor(tensor.mask, tensor.values.astype(dtype, copy=False))
