@@ -171,7 +171,7 @@ def too_short(weights, moved):
     return Reallocation(moved.dropped, moved.grown, values=weights.values[1:])
 
 
-def crash(*_):
+def crash(*_, **__):
     return 1 / 0
 
 
@@ -220,4 +220,31 @@ def test_counts_are_checked_for_every_method():
 
     _, optimizer = attached(Wrong(full))
     with pytest.raises(CheckFailed, match="method wrong wants to grow 37 weights in layer 1, which has 36 to grow"):
+        optimizer.step()
+
+
+def test_a_plugin_method_is_used_without_a_wrapper(found):
+    found(lambda timing: Wrong(lambda weights, moved: moved))
+    method = make("mine", 100)
+    assert type(method) is Wrong and method.plugin.name == "mine" and SET.plugin is None
+
+
+@pytest.mark.parametrize("name", ["begin", "keep", "due", "state_dict", "load_state_dict"])
+def test_an_exception_of_a_plugin_names_the_entry_point_and_the_call(found, monkeypatch, name):
+    found(lambda timing: Wrong(lambda weights, moved: moved))
+    monkeypatch.setattr(Wrong, name, crash, raising=False)
+    model = convert(nn.Sequential(nn.Linear(12, 10)), sparsity=0.6)
+    optimizer = optim.SGD(model.module.parameters(), lr=0.1)
+    with pytest.raises(
+        UsageError, match=rf"^method 'mine' \(entry point mine_method:Mine\) failed in {name}\(\) \(Zero"
+    ):
+        run = attach(model, optimizer, "mine", total_steps=100)
+        model(torch.randn(4, 12)).square().sum().backward()
+        optimizer.step()
+        run.load_state_dict(run.state_dict())
+
+
+def test_exceptions_of_the_methods_here_are_not_hidden():
+    _, optimizer = attached(Wrong(crash))
+    with pytest.raises(ZeroDivisionError):
         optimizer.step()
