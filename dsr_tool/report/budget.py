@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["ARCHIVE", "BudgetCheck", "BudgetDocument", "check_exported", "check_source", "check_trained", "too_large"]
 
 ARCHIVE = "of the archive that it exports to"
-"""What the bytes of a folder are, in words that follow the number: its own files store zeros."""
+"""Description of the bytes of a folder, after the number: its own files store zeros, so they are not counted."""
 
 
 class BudgetDocument(TypedDict):
