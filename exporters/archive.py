@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dsr_tool.errors import UsageError
 from dsr_tool.formats.archive import ENCODINGS, Archive, encode_archive, open_archive
+from dsr_tool.formats.codecs import VALUE_SUFFIXES
 from dsr_tool.formats.manifest import METADATA
 from dsr_tool.graph.compact.record import COMPACTED, compacted_specs, measure_savings
 from dsr_tool.graph.compact.rewrite import fold_and_compact
@@ -187,6 +188,6 @@ def _run_by_onnxruntime(graph: Graph, tensors: dict[str, SparseTensor], encoding
 def _stored_bytes(archive: Archive, name: str) -> StoredBytes:
     """Splits the bytes of a tensor: streams of values have the suffix `values` or none, all others hold positions."""
     entry = archive.entries[name]
-    suffixes = [suffix for suffix in entry.crc32 if suffix not in ("", "values")]
+    suffixes = [suffix for suffix in entry.crc32 if suffix not in VALUE_SUFFIXES]
     positions = sum(archive.stored_bytes(entry.stream(suffix)) for suffix in suffixes)
     return StoredBytes(positions, archive.entry_bytes(name) - positions)

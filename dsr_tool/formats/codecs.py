@@ -19,10 +19,13 @@ from dsr_tool.sparsity.layers import matrix_shape
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import Array, SparseTensor
 
-__all__ = ["CODECS", "Codec", "Column", "Streams", "encode_smallest", "size_columns"]
+__all__ = ["CODECS", "VALUE_SUFFIXES", "Codec", "Column", "Streams", "encode_smallest", "size_columns"]
 
 Streams = dict[str, Array]
-"""Arrays of one tensor by suffix. `""` and `values` hold values; every other suffix holds positions."""
+"""Arrays of one tensor by suffix."""
+
+VALUE_SUFFIXES = ("", "values")
+"""Suffixes of streams with values. Streams with any other suffix hold positions, by which reports tell both apart."""
 
 Decode = Callable[[Mapping[str, Array], tuple[int, ...], int, np.dtype[Any]], SparseTensor]
 
