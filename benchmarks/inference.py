@@ -30,8 +30,9 @@ import numpy as np
 from converters.conversion import convert
 from converters.loading import load
 from dsr_tool.formats.archive import open_archive
-from dsr_tool.measure.latency import open_session, spread
+from dsr_tool.measure.latency import open_session
 from dsr_tool.measure.memory.process import Measured, Request, measure
+from dsr_tool.measure.pairs import spread
 from dsr_tool.runtime.kernels.library import level
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.tensor import Array

@@ -13,7 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import dsr_tool
-from dsr_tool.measure.memory.document import Comparison, MemoryDocument, MemoryRequest, memory_document
+from dsr_tool.measure.memory.document import Comparison, MemoryDocument, memory_document
+from dsr_tool.measure.memory.request import MemoryRequest
 from dsr_tool.report.sources import read
 
 

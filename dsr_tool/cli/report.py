@@ -54,7 +54,8 @@ def command(
     """
     from dsr_tool.errors import CheckFailed
     from dsr_tool.files import refuse_existing
-    from dsr_tool.measure.memory.document import memory_document, memory_request
+    from dsr_tool.measure.memory.document import memory_document
+    from dsr_tool.measure.memory.request import memory_request
     from dsr_tool.measure.memory.text import memory_text
     from dsr_tool.report.budget import check_source
     from dsr_tool.report.fallbacks import fallback_document

@@ -11,8 +11,7 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -22,6 +21,7 @@ import numpy as np
 from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.files import require_file
 from dsr_tool.measure.memory.process import Measured, Request, can_measure, measure
+from dsr_tool.measure.pairs import Spread, paired, spread, verdict
 from dsr_tool.runtime import Session
 from dsr_tool.runtime.coverage import CoverageDocument
 from dsr_tool.runtime.kernels.library import level
@@ -36,8 +36,6 @@ __all__ = [
     "Settings",
     "bench_document",
     "open_session",
-    "paired",
-    "spread",
 ]
 
 RUNTIMES = ("sparse", "scipy")
@@ -48,19 +46,8 @@ _MAX_BATCH, _MAX_ROUNDS = 1024, 10_000
 _MIN_ROUNDS = 4
 """Fewest pairs of runs that have quartiles."""
 
-_WARM_UP_ROUNDS = 2
-"""Rounds that are not counted, in which memory is allocated; each side begins one of them."""
-
 _CHILDREN = 3
 """Child processes per side; the document has the median of each figure."""
-
-
-class Spread(TypedDict):
-    """The median and the quartiles of a series."""
-
-    median: float
-    low: float
-    high: float
 
 
 class Latency(TypedDict):
@@ -235,7 +222,7 @@ def _latency(ours: Session, dense: Path, x: Array, settings: Settings) -> tuple[
         "ours_s": spread([ours_s for ours_s, _ in pairs]),
         "dense_s": spread([dense_s for _, dense_s in pairs]),
         "ratio": spread(ratios),
-        "verdict": _verdict(spread(ratios)),
+        "verdict": verdict(spread(ratios)),
     }
     return latency, _compare(result, expected)
 
@@ -246,43 +233,6 @@ def _compare(result: Array, expected: Array) -> Outputs:
         return {"largest_difference": None, "scale": None}
     difference = np.abs(result - expected).max(initial=0.0)
     return {"largest_difference": float(difference), "scale": float(np.abs(expected).max(initial=0.0))}
-
-
-def paired(one: Callable[[], object], other: Callable[[], object], rounds: int) -> list[tuple[float, float]]:
-    """Times two functions that take turns.
-
-    Args:
-        one: the first function.
-        other: the second function.
-        rounds: number of pairs.
-
-    Returns:
-        Seconds of `one` and `other` in each round.
-    """
-    pairs = []
-    for index in range(rounds + _WARM_UP_ROUNDS):
-        seconds = {}
-        # The side that begins alternates, so neither always runs in the state that the other one leaves.
-        for function in (one, other) if index % 2 else (other, one):
-            function()
-            start = time.perf_counter()
-            function()
-            seconds[function] = time.perf_counter() - start
-        pairs.append((seconds[one], seconds[other]))
-    return pairs[_WARM_UP_ROUNDS:]
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Returns the median and the quartiles."""
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": median, "low": low, "high": high}
-
-
-def _verdict(ratio: Spread) -> str:
-    """Returns `faster` or `slower` if both quartiles agree on it, else `even`."""
-    if ratio["low"] > 1:
-        return "faster"
-    return "slower" if ratio["high"] < 1 else "even"
 
 
 def _child_medians(request: Request) -> Measured:

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 
 from dsr_tool.measure import latency as bench
-from dsr_tool.measure.latency import Settings, bench_document, paired, spread
+from dsr_tool.measure.latency import Settings, bench_document
 from dsr_tool.measure.latency_text import bench_text
+from dsr_tool.measure.pairs import paired, spread, verdict
 
 
 @pytest.fixture
 def timed(monkeypatch):
     """Replaces the clock by one that functions advance as they run."""
     now = [0.0]
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
 
     def taking(seconds, log=None):
         def run():
@@ -51,7 +52,7 @@ def document(low, median, high, **changes):
         "runs_on": "native",
         "kernels": "avx2",
         "fallback": {"nodes": 124, "on_reference": 2, "operators": ["Tile", "GridSample"]},
-        "latency": {"ours_s": seconds, "dense_s": seconds, "ratio": ratio, "verdict": bench._verdict(ratio)},
+        "latency": {"ours_s": seconds, "dense_s": seconds, "ratio": ratio, "verdict": verdict(ratio)},
         "outputs": {"largest_difference": 1e-7, "scale": 2.0},
         "load_s": {"ours": 0.1, "dense": 0.2},
         "loaded_bytes": {"ours": 1_000_000, "dense": 2_000_000},

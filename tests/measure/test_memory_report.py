@@ -12,9 +12,10 @@ from dsr_tool.errors import DsrError, UsageError
 from dsr_tool.formats.archive import open_archive
 from dsr_tool.graph.fold import fold_norms
 from dsr_tool.graph.ir import Graph, Node, Value
-from dsr_tool.measure.memory import activations, document, inference
-from dsr_tool.measure.memory.document import MemoryRequest, memory_document, memory_request
+from dsr_tool.measure.memory import activations, inference, request
+from dsr_tool.measure.memory.document import memory_document
 from dsr_tool.measure.memory.process import Request, can_measure, measure
+from dsr_tool.measure.memory.request import MemoryRequest, memory_request
 from dsr_tool.measure.memory.text import memory_text
 from dsr_tool.report.sources import read
 from dsr_tool.runtime import Session
@@ -162,7 +163,7 @@ def test_options_that_do_not_go_together_are_refused(files):
         with pytest.raises(UsageError, match="need --memory"):
             memory_request(False, **arguments)
     source = read(files / "net.dsr")
-    for request, message in (
+    for wanted, message in (
         (MemoryRequest(0), "--batch 0 is not in 1 to 100,000"),
         (MemoryRequest(10**9), "--batch 1000000000 is not in 1 to 100,000"),
         (MemoryRequest(input_size=0), "--input-size 0 is not 1 or more"),
@@ -170,11 +171,11 @@ def test_options_that_do_not_go_together_are_refused(files):
         (MemoryRequest(optimizer="sgd"), "--optimizer sgd needs a model folder"),
     ):
         with pytest.raises(UsageError, match=message):
-            memory_document(source, request)
+            memory_document(source, wanted)
 
 
 def test_a_system_that_cannot_measure_is_named(files, monkeypatch):
-    monkeypatch.setattr(document, "can_measure", lambda: False)
+    monkeypatch.setattr(request, "can_measure", lambda: False)
     memory = memory_document(read(files / "net.onnx"), MemoryRequest(measured=True))
     assert "needs Linux" in memory["measurement_note"]
     assert "needs Linux" in memory_text(memory)
@@ -213,7 +214,9 @@ def test_the_memory_that_a_method_holds_besides_is_reported(method, per_weight, 
     optimizer = torch.optim.SGD(model.module.parameters(), 0.1)
     keeper = make(method, 100, final_sparsity=0.9).keep(model, optimizer, seed=0, before_masking=None)
     held = (
-        keeper.dense if method == "dst" else [t for ties in keeper.ties for t in (ties._order, ties._number, ties._sign)]
+        keeper.dense
+        if method == "dst"
+        else [t for ties in keeper.ties for t in (ties._order, ties._number, ties._sign)]
     )
     assert training["method"] == {"name": method, "bytes": sum(tensor.nbytes for tensor in held)}
     assert training["method"]["bytes"] == per_weight * model.prunable_weights
