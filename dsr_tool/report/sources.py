@@ -79,6 +79,7 @@ def read(path: str | Path) -> Source:
 
 
 def _folder(path: Path) -> Source:
+    # Here, since folders need torch and files do not.
     from dsr_tool.sparse.folder import CONFIG, MASKS, WEIGHTS, read_folder
 
     saved = read_folder(path)
@@ -90,6 +91,7 @@ def _folder(path: Path) -> Source:
         array = (value.float() if value.is_floating_point() else value).numpy()
         tensors[name] = SparseTensor.from_dense(array, masks.get(name, Mask.full(array.shape)))
     stored = {name: ("dense", value.nbytes) for name, value in state.items()}
+    # One bit an entry, in whole bytes for each mask.
     positions = {name: (mask.size + 7) // 8 for name, mask in masks.items()}
     parts = {
         "weights, zeros in place": sum(nbytes for _, nbytes in stored.values()),
@@ -99,11 +101,11 @@ def _folder(path: Path) -> Source:
     }
     total = sum(saved.file(name).stat().st_size for name in (CONFIG, WEIGHTS, MASKS))
     measured = footprint(tensors, saved.specs, stored=stored, file_bytes=total, parts=parts)
-    apart = {name: StoredBytes(positions.get(name, 0), value.nbytes) for name, value in state.items()}
+    by_tensor = {name: StoredBytes(positions.get(name, 0), value.nbytes) for name, value in state.items()}
     log_file = path / "log.jsonl"
     log = read_log(log_file) if log_file.is_file() else None
     kind, training = ("run folder", log.summary()) if log else ("model folder", {})
-    return Source(path, kind, measured, saved.config, training, tensors, apart, log)
+    return Source(path, kind, measured, saved.config, training, tensors, by_tensor, log)
 
 
 def _same_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, LayerSpec]) -> None:
