@@ -49,6 +49,7 @@ def doctor_document() -> DoctorDocument:
     """Looks for problems, and returns them with versions, devices and kernels."""
     problems: list[str] = []
     packages = _packages(problems)
+    # Packages that can be installed and still fail to load, because their builds do not match each other.
     for name in ("torch", "torchvision", "onnxruntime", "onnxscript"):
         if packages.get(name):
             _check_import(name, problems)
@@ -103,6 +104,7 @@ def _check_import(name: str, problems: list[str]) -> None:
     try:
         importlib.import_module(name)
     except (ImportError, RuntimeError, OSError) as error:
+        # Wheels of torchvision are built for one release of torch and do not load with another.
         remedy = f"reinstall {name}"
         if name == "torchvision":
             remedy = "install torch and torchvision together from one place, so that their builds match"
@@ -114,6 +116,7 @@ def _check_shadowing(problems: list[str]) -> None:
     for name in ("converters", "exporters"):
         module = importlib.import_module(name)
         folder = Path(module.__file__ or "").parent
+        # Our packages are typed and documented; a folder of scripts that happens to be called so is neither.
         if not (folder / "py.typed").is_file() or not (module.__doc__ or "").strip():
             problems.append(f"package {name} comes from {str(folder)!r}, which is not dsr-tool's; rename that folder")
 
@@ -127,6 +130,7 @@ def _kernels(problems: list[str]) -> KernelState:
     try:
         found = kernels()
     except UsageError as error:
+        # The environment variable asks for an instruction set that is unknown or not built.
         problems.append(str(error).rstrip("."))
         return {"used": None, "built": [], "supported": supported, "forced": forced}
     problems.extend(found.problems)

@@ -141,10 +141,12 @@ def bench_document(path: Path, settings: Settings, say: Callable[[str], None] = 
         dense = _dense(model, Path(folder))
         x = _inputs(model, settings.batch)
         say(f"running both, {settings.rounds} rounds")
+        # Prepared for this batch, so that compiling it is not part of the first run.
         ours = open_session(model, settings.runtime, settings.batch, settings.threads)
         latency, outputs = _latency(ours, dense, x, settings)
         children: dict[str, Measured] = {}
         if can_measure():
+            # In this process both are loaded, and each would count the memory of the other.
             say("loading and running each in processes of its own")
             for name, kind, file in (("ours", settings.runtime, path), ("dense", "onnxruntime", dense)):
                 children[name] = _child_medians(Request(kind, str(file), x.shape, threads=settings.threads))
@@ -162,6 +164,7 @@ def bench_document(path: Path, settings: Settings, say: Callable[[str], None] = 
             "fallback": ours.coverage.to_json() if ours.coverage else None,
             "latency": latency,
             "outputs": outputs,
+            # Empty dicts would read as measurements without sides.
             "load_s": {name: child.load_s for name, child in children.items()} or None,
             "loaded_bytes": {name: child.ready_bytes for name, child in children.items()} or None,
             "peak_bytes": {name: child.peak_bytes for name, child in children.items()} or None,
@@ -188,6 +191,7 @@ def _dense(model: Model, folder: Path) -> Path:
     from exporters.onnx.write import to_onnx
 
     if container_of(model.path).name == "onnx":
+        # Translating the graph to ours and back could change what ONNX Runtime fuses.
         content = densify(read_onnx(model.path).model)
     else:
         tensors = {name: model.tensor(name) for name in model.graph.parameters}
@@ -206,6 +210,7 @@ def _inputs(model: Model, batch: int) -> Array:
     value = model.graph.inputs[0]
     if None in value.shape[1:] or 0 in value.shape[1:]:
         raise UsageError(f"the model takes inputs of any size {value.shape[1:]}; export it with a fixed input size.")
+    # Random, not zero: the outputs are compared, and zeros would hide differences.
     shape = [n for n in value.shape[1:] if n is not None]
     return np.random.default_rng(0).standard_normal((batch, *shape)).astype(value.dtype)
 
@@ -215,6 +220,7 @@ def _latency(ours: Session, dense: Path, x: Array, settings: Settings) -> tuple[
     from exporters.onnx.session import OnnxSession
 
     theirs = OnnxSession(dense, threads=settings.threads, spinning=False)
+    # Before the clock starts: the first run of ONNX Runtime also lays out its memory.
     result, expected = ours.run(x), theirs.run(x)
     pairs = paired(lambda: ours.run(x), lambda: theirs.run(x), settings.rounds)
     ratios = [dense_s / ours_s for ours_s, dense_s in pairs]
@@ -231,12 +237,14 @@ def _compare(result: Array, expected: Array) -> Outputs:
     """Compares the outputs of both sides."""
     if not (np.isfinite(result).all() and np.isfinite(expected).all()):
         return {"largest_difference": None, "scale": None}
+    # An output may be empty, of which there is no largest entry.
     difference = np.abs(result - expected).max(initial=0.0)
     return {"largest_difference": float(difference), "scale": float(np.abs(expected).max(initial=0.0))}
 
 
 def _child_medians(request: Request) -> Measured:
     """Returns the median of each figure over several child processes."""
+    # Figure by figure: the child with the median time need not be the one with the median memory.
     results = [measure(request) for _ in range(_CHILDREN)]
     names = Measured.__dataclass_fields__
     medians = {name: statistics.median(getattr(result, name) for result in results) for name in names}

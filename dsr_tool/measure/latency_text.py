@@ -54,6 +54,7 @@ def _table(document: BenchDocument) -> Table:
 def _child_cells(document: BenchDocument, side: str) -> list[str]:
     """Returns the cells of one side's child processes; empty ones if there were none."""
     load_s, loaded, peak = document["load_s"], document["loaded_bytes"], document["peak_bytes"]
+    # The three come from the same children, so they are there together or not at all.
     if load_s is None or loaded is None or peak is None:
         return ["", "", ""]
     return [f"{load_s[side]:.2f}", megabytes(loaded[side]), megabytes(peak[side])]
@@ -62,6 +63,7 @@ def _child_cells(document: BenchDocument, side: str) -> list[str]:
 def _latency_line(document: BenchDocument) -> str:
     ratio, verdict = document["latency"]["ratio"], document["latency"]["verdict"]
     figures = f"dense / {document['runtime']} {ratio['median']:.2f} (quartiles {ratio['low']:.2f}-{ratio['high']:.2f})"
+    # The sentence claims no more than the quartiles allow.
     if verdict == "faster":
         return f"{figures}: {document['runtime']} is {ratio['median']:.2f} times as fast as dense"
     if verdict == "slower":

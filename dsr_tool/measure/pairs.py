@@ -37,7 +37,7 @@ def paired(one: Callable[[], object], other: Callable[[], object], rounds: int) 
         seconds = {}
         # The side that begins alternates, so neither always runs in the state that the other one leaves.
         for function in (one, other) if index % 2 else (other, one):
-            function()
+            function()  # brings its own weights back into the caches
             start = time.perf_counter()
             function()
             seconds[function] = time.perf_counter() - start
@@ -47,6 +47,7 @@ def paired(one: Callable[[], object], other: Callable[[], object], rounds: int) 
 
 def spread(values: Sequence[float]) -> Spread:
     """Returns the median and the quartiles."""
+    # Inclusive: the runs are the whole population, not a sample of one.
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": median, "low": low, "high": high}
 

@@ -70,12 +70,14 @@ def peak(graph: Graph, sizes: Mapping[str, Size], *, scratch: bool = False) -> P
         scratch: also count what the reference allocates besides the values.
     """
     nodes = [node for node in graph if any(name in sizes for name in node.outputs)]
+    # Views share a storage, so a value is freed after the last reader of any of its views.
     touched = [_storages((*node.inputs, *node.outputs), sizes) for node in nodes]
     last = {name: i for i, names in enumerate(touched) for name in names}
     inputs, outputs = (_storages((v.name for v in values), sizes) for values in (graph.inputs, graph.outputs))
     live = set(inputs)
     best = Peak(sum(sizes[name].nbytes for name in live), "input")
     for i, node in enumerate(nodes):
+        # While a node runs, what it reads and what it writes are both alive.
         live.update(_storages(node.outputs, sizes))
         now = sum(sizes[name].nbytes for name in live)
         if scratch:
@@ -111,6 +113,7 @@ def value_sizes(
     if declared not in (None, batch):
         raise UsageError(f"--batch {batch} does not fit; this file takes a batch of {declared}.")
     dtype = np.dtype(graph.inputs[0].dtype)
+    # Two small batches instead of a large one: 100,000 photographs would need 60 GB for the input alone.
     batches = (1, 2) if batch > 2 and declared is None else (batch,)
     try:
         with _traced_allocations():
@@ -132,6 +135,7 @@ def at_batch(one: Mapping[str, Size], two: Mapping[str, Size], batch: int) -> di
             tuple(map(line, size.shape, two[name].shape)),
             size.itemsize,
             size.storage,
+            # A line through two measured points may fall below zero by some bytes of Python's own.
             max(line(size.scratch_bytes, two[name].scratch_bytes), 0),
         )
         for name, size in one.items()
@@ -179,6 +183,7 @@ def _computed_sizes(graph: Graph, tensors: Mapping[str, SparseTensor], x: Array)
     known: dict[str, Weight] = {**graph.constants, **{name: tensors[name] for name in graph.parameters}}
     last = {name: i for i, node in enumerate(graph) for name in (*node.inputs, *node.outputs)}
     for i, node in enumerate(graph):
+        # Binding builds CSR matrices of the weights, before the trace of this node begins.
         call = bind(node, known)
         if all(name in known for name in call.inputs if name):
             known.update(fold(call, known))
@@ -193,6 +198,7 @@ def _computed_sizes(graph: Graph, tensors: Mapping[str, SparseTensor], x: Array)
             storage = sizes[viewed[0]].storage if viewed else name
             sizes[name] = Size(array.shape, array.itemsize, storage, scratch)
         values.update(outputs)
+        # Freed as early as the reference frees them, so that deep graphs fit into memory.
         for name in (*node.inputs, *node.outputs):
             if last[name] == i:
                 values.pop(name, None)
@@ -202,6 +208,7 @@ def _computed_sizes(graph: Graph, tensors: Mapping[str, SparseTensor], x: Array)
 def _run(call: Call, values: Mapping[str, Array], known: Mapping[str, Weight]) -> tuple[dict[str, Array], int]:
     """Runs one operator; returns its outputs and the most bytes that it had allocated besides them."""
     arguments = [None if not name else values[name] if name in values else dense(known[name]) for name in call.inputs]
+    # numpy reports its allocations to tracemalloc, so temporaries inside of functions are seen too.
     tracemalloc.reset_peak()
     before = tracemalloc.get_traced_memory()[0]
     with np.errstate(all="ignore"):

@@ -33,6 +33,7 @@ Load = Callable[[], Callable[[], object]]
 
 
 def _measure(load: Load, repeats: int) -> Measured:
+    # Garbage of the warm-up would be freed during loading, and hide as much of the model's memory.
     gc.collect()
     reset_peak()
     base, start = held_bytes("VmRSS"), time.perf_counter()
@@ -40,6 +41,7 @@ def _measure(load: Load, repeats: int) -> Measured:
     load_s = time.perf_counter() - start
     gc.collect()
     loading, loaded = held_bytes("VmHWM"), held_bytes("VmRSS")
+    # From here on the peak is that of running, not of loading.
     reset_peak()
     for _ in range(repeats):
         run()
@@ -81,6 +83,7 @@ def _training(request: Request) -> Measured:
         model = load(request.path, request.maker)
         model.module.train()
         optimizer = make_optimizer(request.optimizer, model.module.parameters())
+        # `static` has a mask keeper and no updates; an update happens at a moment without activations.
         attach(model, optimizer, "static")
         inputs, labels = torch.zeros(request.shape), torch.zeros(request.shape[0], dtype=torch.int64)
 
@@ -124,6 +127,7 @@ def _onnxruntime(request: Request) -> Measured:
 
     def load_model() -> Callable[[], object]:
         session = OnnxSession(Path(request.path), threads=request.threads)
+        # np.zeros would not touch its pages, so the input would not be resident.
         inputs = np.full(request.shape, 0.5, np.float32)
         return lambda: session.run(inputs)
 

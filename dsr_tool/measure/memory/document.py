@@ -113,6 +113,7 @@ def _file_document(source: Source, request: MemoryRequest, folder: Path) -> Memo
         raise UsageError(
             f"--memory needs a fixed input size, but {str(source.path)!r} takes any size; export it with one."
         )
+    # ONNX Runtime reads no archives, so one is written as ONNX first.
     onnx = source.path
     if request.measures and source.kind != "onnx":
         onnx = folder / "model.onnx"
@@ -139,6 +140,7 @@ def _folder_document(source: Source, request: MemoryRequest, folder: Path) -> Me
     if request.input_size and shape:
         shape = (*shape[:1], request.input_size, request.input_size)
     traced = ModelInMemory(source.path, model.config, trace(model.module, shape), model.tensors())
+    # The traced graph lives in memory; only a child process needs files, and exporting verifies them, which takes long.
     files = _exported(model, shape, folder) if request.measures else _Files(source.path, source.path)
     document = _inference_document(traced, shape, request, files)
     document["inference"].insert(0, _pytorch_row(model, source, shape, request))
@@ -155,6 +157,7 @@ def _exported(model: SparseModel, shape: tuple[int, ...], folder: Path) -> _File
     from dsr_tool.sparse.model import SparseModel
     from exporters.export import export
 
+    # Archives and ONNX files hold the graph of one input size.
     resized = SparseModel(model.module, model.specs, model.masks, replace(model.config, input_shape=shape))
     files = _Files(folder / "model.dsr", folder / "model.onnx")
     export(resized, files.sparse)

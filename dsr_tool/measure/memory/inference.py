@@ -84,6 +84,7 @@ def computed_inference(model: Model, batch: int, shape: Sequence[int]) -> tuple[
         UsageError: the runtime does not know an operator, or the input does not fit.
     """
     graph, tensors = decode(model)
+    # The graph after folding, which is what sessions run.
     sizes = value_sizes(graph, tensors, batch, shape)
     in_order = peak(graph, sizes)
     session = Session(model, batch=batch)
@@ -91,6 +92,7 @@ def computed_inference(model: Model, batch: int, shape: Sequence[int]) -> tuple[
         run = peak(graph, sizes, scratch=True)
         row = ComputedRow("scipy runtime", _reference_weight_bytes(graph, tensors), run.nbytes, run.moment)
     elif (memory := session.memory) and (coverage := session.coverage):
+        # Fallbacks run one at a time, so only the largest scratch counts.
         outputs = [fallback.output for fallback in coverage.fallbacks]
         scratch = max((sizes[name].scratch_bytes for name in outputs if name in sizes), default=0)
         row = _kernels_row(memory, tensors, sizes[graph.inputs[0].name].nbytes + scratch)
@@ -136,7 +138,9 @@ def _reference_weight_bytes(graph: Graph, tensors: Mapping[str, SparseTensor]) -
 def csr_weight_bytes(tensor: SparseTensor, *, max_density: float) -> int:
     """Returns the bytes of a weight as CSR with int32 indices up to a density, as a dense array above it."""
     width = tensor.values.dtype.itemsize
+    # Above it BLAS is faster than scipy's CSR product, so the reference keeps the dense matrix.
     if tensor.mask.density > max_density:
         return tensor.mask.size * width
+    # One row per output channel, and one offset more than rows.
     rows, _ = matrix_shape(tensor.mask.shape)
     return tensor.mask.active * (width + _INDEX_BYTES) + (rows + 1) * _INDEX_BYTES

@@ -100,6 +100,7 @@ def training_ledger(
     with _batch_shape(model, batch, input_shape) as shape:
         twin = _Twin(model)
         twin.module.train()
+        # Before the watch starts: its own forward pass must not count as one of the steps.
         saved = _saved_bytes(twin, shape, precision)
         watch = StorageWatch()
         twin.register(watch)
@@ -140,6 +141,7 @@ def optimizer_state_bytes(model: SparseModel, optimizer: str) -> int:
         UsageError: the optimizer is unknown.
     """
     twin = _Twin(model)
+    # State is made in the first step, and only for parameters with a gradient.
     with twin.fake:
         for parameter in twin.module.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
@@ -169,6 +171,7 @@ class _Twin:
     """
 
     def __init__(self, model: SparseModel) -> None:
+        # Modules may hold tensors that are neither parameters nor buffers; those stay real.
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self.fake:
             # deepcopy takes what the memo holds for the copy, so no real weight is ever copied.
@@ -195,6 +198,7 @@ def _hollow(tensor: torch.Tensor) -> torch.Tensor:
 def _attached(twin: _Twin, name: str, watch: StorageWatch) -> optim.Optimizer:
     """Makes the optimizer and attaches a MaskKeeper, whose integer masks count as masks."""
     optimizer = make_optimizer(name, twin.module.parameters())
+    # The keeper makes its masks inside of its constructor, so they are what is new afterwards.
     before = set(watch.live)
     with watch:
         MaskKeeper(twin.model, optimizer)
@@ -235,6 +239,7 @@ def _loss(module: nn.Module, inputs: torch.Tensor, precision: str) -> torch.Tens
 def _saved_bytes(twin: _Twin, shape: Sequence[int], precision: str) -> int:
     """Returns the bytes that the forward pass saves for the backward pass, each storage once, without weights."""
     weights = {storage_key(tensor) for tensor in (*twin.module.parameters(), *twin.module.buffers())}
+    # Holds the storages themselves: a freed one's key may be used again, and two would count as one.
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> None:

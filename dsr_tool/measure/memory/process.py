@@ -88,14 +88,14 @@ def held_bytes(key: str) -> int:
     """
     for line in _STATUS.read_text(encoding="ascii").splitlines():
         if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
+            return int(line.split()[1]) * 1024  # the file says kB and means KiB
     raise FormatError(f"{str(_STATUS)!r} has no line {key}; this kernel does not count it.")
 
 
 def reset_peak() -> None:
     """Starts `VmHWM` anew. Where the system refuses, the peak of loading counts as one of running."""
     try:
-        _RESET.write_text("5", encoding="ascii")
+        _RESET.write_text("5", encoding="ascii")  # proc(5): 5 resets the peak of the resident set
     except OSError:
         return
 
@@ -109,6 +109,7 @@ def measure(request: Request) -> Measured:
     """
     if not can_measure():
         raise UsageError("measuring memory needs Linux, whose /proc tells how much memory a process holds.")
+    # A new interpreter instead of a fork: a fork shares the parent's pages, and VmHWM would count them.
     child = subprocess.run(  # noqa: S603 - our own interpreter and our own module
         [sys.executable, "-m", "dsr_tool.measure.memory.child", json.dumps(asdict(request))],
         capture_output=True,
@@ -117,6 +118,7 @@ def measure(request: Request) -> Measured:
         env={**os.environ, **ENVIRONMENT},
     )
     if child.returncode:
+        # The last line of a traceback names the error.
         errors = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
         raise DsrError(f"the measurement of {request.kind} for input {list(request.shape)} failed: {errors[-1]}.")
     # Libraries may print while they are imported; the result is the last line.

@@ -53,6 +53,7 @@ class MemoryRequest:
                 f"--memory needs a computation, but {str(source.path)!r} ({source.kind}) holds weights alone; give a "
                 f"model folder, .dsr or .onnx file."
             )
+        # A file is made for one input size and holds no training state.
         is_folder = "folder" in source.kind
         if self.optimizer is not None and not is_folder:
             raise UsageError(
@@ -82,6 +83,7 @@ def memory_request(
     """
     if enabled:
         return MemoryRequest(1 if batch is None else batch, input_size, optimizer, measured, maker)
+    # Ignored silently, they would seem to have had an effect.
     if measured or any(value is not None for value in (batch, input_size, optimizer)):
         raise UsageError("--batch, --input-size, --optimizer and --measure need --memory; add it.")
     return None

@@ -80,6 +80,7 @@ class StorageWatch(TorchDispatchMode):
 
     def _track(self, tensor: torch.Tensor, kind: str) -> None:
         key, storage = storage_key(tensor), tensor.untyped_storage()
+        # Views and in-place results have a storage that is tracked already.
         if key not in self.live:
             self.live[key] = _Held(storage.nbytes(), kind)
             self._now += storage.nbytes()
@@ -109,6 +110,7 @@ def _scratch_bytes(func: OpOverload, args: Sequence[object], out: object) -> int
 
     The rules were found by measuring convolutions layer by layer; docs/memory.md has how well the sums fit.
     """
+    # The rules are oneDNN's; kernels of other builds were not measured.
     if not torch.backends.mkldnn.is_available():
         return 0
     if func is torch.ops.aten.convolution.default:

@@ -34,6 +34,7 @@ def memory_text(document: MemoryDocument) -> str:
 
 def _inference_table(rows: list[RuntimeRow]) -> Table:
     numbers = ["weights MB", "activations MB", "computed MB"]
+    # Without a measurement its three columns would be empty.
     measured = any(row["measured_bytes"] is not None for row in rows)
     if measured:
         numbers += ["measured MB", "difference", "loading MB"]
@@ -57,6 +58,7 @@ def _megabytes(nbytes: int | None) -> str:
 def _training_lines(training: TrainingStep) -> list[str]:
     numbers = ("in full MB", "at the peak MB")
     table = plain_table(f"training with {training['optimizer']}", *numbers, numbers=numbers)
+    # One row for activations: those saved for the backward pass in full, and those alive at the peak.
     held, at_peak = dict(training["held_bytes"]), training["at_peak_bytes"]
     held["activations"] = held.pop("saved activations")
     for kind in {**held, **at_peak}:
