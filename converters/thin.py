@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from converters.budgets import Fitted, search
+from converters.budgets import Fitted
+from converters.search import search
 from converters.sources import SOURCES, build_structure, load_network
 from converters.tickets import CHECKSUM, checksum
 from dsr_tool.errors import UsageError

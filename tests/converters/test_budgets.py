@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import converters.budgets
-from converters.budgets import LEAST_BYTES, LEAST_MACS, archive_bytes, fit, search, smallest_sparsity
+from converters.budgets import LEAST_BYTES, LEAST_MACS, archive_bytes, fit, smallest_sparsity
 from converters.conversion import convert
 from converters.loading import load
+from converters.search import search
 from dsr_tool.errors import UsageError
 from dsr_tool.formats.archive import encode_archive, open_archive
 from dsr_tool.formats.footprint import footprint
@@ -106,7 +107,7 @@ def test_an_archive_has_at_most_its_budget_and_98_percent_of_it(graphs, tmp_path
 
 @given(st.sampled_from(sorted(NETWORKS)), st.floats(0.01, 0.99), options)
 @settings(max_examples=12, deadline=None)
-def test_multiply_adds_are_within_one_percent(name, position, options):
+def test_multiply_adds_are_within_one_percent_or_one_weight(name, position, options):
     if name == "perceptron":
         options = {**options, "rules": Rules()}
     sparsifier = planned(name, **options)
@@ -114,8 +115,12 @@ def test_multiply_adds_are_within_one_percent(name, position, options):
         macs(sparsifier.preview(total, Budget.parse("1MAC"))) for total in (len(sparsifier.sparse), sparsifier.prunable)
     )
     budget = Budget(macs=round(least + position * (most - least)), unit="MMACs")
-    found = macs(fit(sparsifier, budget).model)
-    assert LEAST_MACS * budget.macs <= found <= budget.macs
+    model = fit(sparsifier, budget).model
+    found = macs(model)
+    assert found <= budget.macs
+    # One weight of a convolution has up to 256 multiply-adds here, which is more than one percent of small budgets.
+    if found < LEAST_MACS * budget.macs:
+        assert macs(planned(name, **options).preview(model.active_weights + 1, budget)) > budget.macs
 
 
 @given(st.sampled_from(sorted(NETWORKS)), st.floats(0, 1), options)
