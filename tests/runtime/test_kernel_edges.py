@@ -53,6 +53,19 @@ def test_rows_of_any_length_are_normalised(machine, both, sparse, columns):
     both(machine, [Node("Softmax", ("x",), ("y",))], {}, x * 1e4)
 
 
+def test_a_linear_layer_on_one_row_starts_from_a_residual(machine, both, sparse):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 40)).astype(np.float32)
+    tensors = {"w": sparse(rng, (7, 40), 0.3), "v": sparse(rng, (7, 40), 0.8)}
+    nodes = [
+        Node("Gemm", ("x", "w"), ("a",), {"transB": 1}),
+        Node("Gemm", ("x", "v"), ("b",), {"transB": 1}),
+        Node("Add", ("a", "b"), ("y",)),
+    ]
+    ops = ops_of(both(machine, nodes, tensors, x), Kind.GEMV)
+    assert sum(op.other_buffer >= 0 for op in ops) == 1
+
+
 @pytest.mark.parametrize("entries", [5, 100, 40_000])
 def test_long_arrays_are_copied_whole(machine, both, entries):
     """Relu on an array of the caller copies it first; more than one share from 16,384 floats on."""
