@@ -1,4 +1,4 @@
-"""Where values lie: one arena, in which values that are never needed together share memory."""
+"""The addresses of values: one arena, in which values that are never needed together share memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How values lie in memory: entries in order, or planes of pixels in the strip layout.
+"""The layouts of values in memory: entries in order, or planes of pixels in the strip layout.
 
 A grid has rows of `pitch` positions: its columns, and some that stay zero, which a kernel reaches when it steps past
 either end of a row. The positions of a grid, row after row, are cut into as many strips as a vector has lanes; vector i

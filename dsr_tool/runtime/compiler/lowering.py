@@ -53,7 +53,7 @@ class Lowering:
         grids: the grids of the graph.
         segment: the segment that is being lowered.
         shapes: shape of every value that is not known, the batch first.
-        types: type of every value that a fallback made.
+        types: type of every output of a fallback.
         values: the layouts in which the segment has values, by name.
         images: size of the batch.
         index: the node that is being lowered.
@@ -103,8 +103,8 @@ class Lowering:
     def alive(self, index: int) -> list[str]:
         """Returns the values made in this segment that nodes from `index` on read."""
         # Inputs of the segment are arrays already.
-        made = [name for name in self.values if name not in self.segment.inputs]
-        return [name for name in made if self._readers.get(name, [-1])[-1] >= index]
+        own = [name for name in self.values if name not in self.segment.inputs]
+        return [name for name in own if self._readers.get(name, [-1])[-1] >= index]
 
     def last_read_by(self, index: int) -> list[str]:
         """Returns the values that no node after `index` reads."""

@@ -36,12 +36,12 @@ class PlanMemory:
         return self.arena_bytes + self.weight_bytes + self.table_bytes + self.constant_bytes + self.array_bytes
 
 
-def memory_of(steps: Sequence[KernelStep | FallbackStep], given: Iterable[str]) -> PlanMemory:
+def memory_of(steps: Sequence[KernelStep | FallbackStep], caller_arrays: Iterable[str]) -> PlanMemory:
     """Returns the memory of steps that run one after another.
 
     Args:
         steps: the segments and fallbacks of a plan, in order.
-        given: names of arrays that belong to the caller.
+        caller_arrays: names of arrays that belong to the caller.
     """
     kernel_steps = [step for step in steps if isinstance(step, KernelStep)]
     fallbacks = [step for step in steps if isinstance(step, FallbackStep)]
@@ -54,17 +54,17 @@ def memory_of(steps: Sequence[KernelStep | FallbackStep], given: Iterable[str]) 
         weight_bytes=sum(packs.values()),
         table_bytes=sum(tables.values()) + sum(ctypes.sizeof(step.ops) for step in kernel_steps),
         constant_bytes=sum(constants.values()),
-        array_bytes=_peak(steps, frozenset(given)),
+        array_bytes=_peak(steps, frozenset(caller_arrays)),
     )
 
 
-def _peak(steps: Sequence[KernelStep | FallbackStep], given: frozenset[str]) -> int:
+def _peak(steps: Sequence[KernelStep | FallbackStep], caller_arrays: frozenset[str]) -> int:
     """Returns the largest total of arrays that are alive at once."""
     alive: dict[str, int] = {}
     most = 0
     for step in steps:
         # A fallback drops its inputs when its outputs are there, so both count for a moment.
-        alive.update({name: nbytes for name, nbytes in step.output_bytes.items() if name not in given})
+        alive.update({name: nbytes for name, nbytes in step.output_bytes.items() if name not in caller_arrays})
         most = max(most, sum(alive.values()))
         for name in step.release:
             alive.pop(name, None)

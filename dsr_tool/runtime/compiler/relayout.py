@@ -143,7 +143,7 @@ def to_planes(source: Value, out: Planes, step: int = 1) -> Op:
 
     Args:
         source: the value to move.
-        out: planes that are made.
+        out: the planes to write.
         step: every `step`-th row and column of a source of planes is moved.
     """
     out.zero_padded = True

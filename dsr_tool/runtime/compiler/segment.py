@@ -40,7 +40,7 @@ class Segment:
 
     def maker(self, value: Value) -> Op | None:
         """Returns the op of this segment that makes a value."""
-        # From the end, since a rule mostly asks for a value that was made just now.
+        # From the end, since a rule mostly asks for the latest value.
         return next((op for op in reversed(self.ops) if op.out is value), None)
 
     def is_made_before(self, value: Value, op: Op) -> bool:
