@@ -1,4 +1,4 @@
-"""The ledger against what torch holds when it really trains."""
+"""The ledger against the memory that torch holds when it really trains."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def convolutions():
 
 @pytest.fixture
 def products():
-    """Without convolutions, so that torch's allocator sees all that is allocated."""
+    """A network without convolutions: oneDNN's copies do not go through torch's allocator."""
     torch.manual_seed(0)
     layers = [nn.Linear(256, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 10)]
     return _sparse(nn.Sequential(*layers), (256,))
@@ -57,7 +57,7 @@ def _step(model, optimizer, inputs):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_state_gradients_and_masks_are_those_of_a_real_step(convolutions, name):
+def test_state_gradients_and_masks_equal_those_of_a_real_step(convolutions, name):
     model = convolutions
     optimizer = make_optimizer(name, model.module.parameters())
     keeper = MaskKeeper(model, optimizer)
@@ -73,7 +73,7 @@ def test_state_gradients_and_masks_are_those_of_a_real_step(convolutions, name):
     keeper.remove()
 
 
-def test_saved_activations_are_those_of_a_real_forward_pass(convolutions):
+def test_saved_activations_equal_those_of_a_real_forward_pass(convolutions):
     inputs, storages = torch.randn(BATCH, 3, 16, 16), {}
 
     def pack(tensor):
@@ -90,7 +90,7 @@ def test_saved_activations_are_those_of_a_real_forward_pass(convolutions):
 
 
 def _allocated_peak(run):
-    """Most bytes of torch's allocator above what was there, as its profiler saw each allocation."""
+    """Returns the peak of torch's allocator above its start, from each allocation that the profiler saw."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     now, most = 0, 0
@@ -101,14 +101,14 @@ def _allocated_peak(run):
     return most
 
 
-def test_the_peak_is_that_of_torchs_allocator(products):
+def test_the_peak_equals_that_of_torchs_allocator(products):
     model, inputs = products, torch.randn(BATCH, 256)
     optimizer = make_optimizer("sgd", model.module.parameters())
     keeper = MaskKeeper(model, optimizer)
     model.module.train()
     for _ in range(2):
         _step(model, optimizer, inputs)
-    optimizer.zero_grad()  # the profiler does not see the end of what it did not see made
+    optimizer.zero_grad()  # the profiler misses the end of storages whose start it missed
     real = _allocated_peak(lambda: [_step(model, optimizer, inputs) for _ in range(2)])
     ledger = training_ledger(model, BATCH)
     there = sum(ledger.held[kind] for kind in ("weights", "masks", "optimizer state")) + inputs.nbytes
@@ -123,7 +123,7 @@ def test_the_peak_is_that_of_torchs_allocator(products):
     assert run.peak_bytes - run.held["weights"] - inputs.nbytes == pytest.approx(real, rel=0.02, abs=4096)
 
 
-def test_nothing_of_the_model_changes(convolutions):
+def test_computing_a_ledger_does_not_change_the_model(convolutions):
     before = {name: value.clone() for name, value in convolutions.module.state_dict().items()}
     convolutions.module.eval()
     training_ledger(convolutions, BATCH)
@@ -134,7 +134,7 @@ def test_nothing_of_the_model_changes(convolutions):
     make_optimizer("sgd", convolutions.module.parameters()).step()  # no hook of the ledger's is left
 
 
-def test_larger_batches_and_bf16(convolutions):
+def test_saved_activations_grow_with_the_batch_and_shrink_with_bf16(convolutions):
     small, large = (training_ledger(convolutions, batch) for batch in (8, 32))
     assert large.held["saved activations"] == pytest.approx(4 * small.held["saved activations"], rel=0.01)
     assert {k: v for k, v in large.held.items() if "saved" not in k} == {
@@ -146,7 +146,7 @@ def test_larger_batches_and_bf16(convolutions):
     assert sum(large.at_peak.values()) == large.peak_bytes
 
 
-def test_what_is_not_allowed_is_said(convolutions):
+def test_values_that_are_not_allowed_are_refused(convolutions):
     with pytest.raises(UsageError, match="--optimizer 'adm' is unknown; did you mean adam"):
         training_ledger(convolutions, 1, optimizer="adm")
     with pytest.raises(UsageError, match="precision 'fp8' is unknown"):
