@@ -150,3 +150,29 @@ def test_encoding_an_op_twice_gives_the_same_numbers(sparse):
                     assert getattr(struct, name) == getattr(other, name), (member, name)
     assert before == [(value.shape, value.size, value.lead) for value in values]
     assert cost == [(one.work, one.dense_work) for one in made]
+
+
+@pytest.mark.parametrize("density", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize(("widest", "widest_dense"), [(14, 6), (12, 3), (4, 2)])
+def test_no_tile_is_wider_than_those_of_the_library(sparse, density, widest, widest_dense):
+    rng = np.random.default_rng(0)
+    grid = Grid(40, 40, 1, 4)
+    source, out = Planes((1, 8, 40, 40), grid, 1), Planes((1, 8, 40, 40), grid, 1)
+    one = spmm.Spmm(
+        source=source,
+        out=out,
+        weight=sparse(rng, (8, 8, 3, 3), density),
+        bias=np.zeros(8, np.float32),
+        window=Window((3, 3), (1, 1), (1, 1), (1, 1), (1, 1)),
+        groups=1,
+        weight_name=("Conv", "w"),
+        target=op.Target(4, 1, widest, widest_dense),
+    )
+    assert one.parameters({}).fields["tile"] <= (widest_dense if density == 1.0 else widest)
+
+
+@KERNELS
+def test_the_library_tells_its_widest_tiles():
+    target = Machine(library(), 1).target
+    # With 32 registers and with 16; NEON has 4 lanes, but 32 registers.
+    assert (target.widest_tile, target.widest_dense_tile) in (((14, 6),) if target.lanes == 16 else ((12, 3), (14, 6)))
