@@ -82,8 +82,14 @@ def listed(words: Sequence[str]) -> str:
 
 
 def _require_own_options(row: type[Method], options: dict[str, Any]) -> None:
+    own = [option.replace("_", "-") for option in row.option_defaults()]
     for option in options:
-        if option not in row.option_defaults():
-            owners = [other.name for other in METHODS.values() if option in other.option_defaults()]
-            owner = f"goes with method {listed(owners)}" if owners else "is no option of any method"
-            raise UsageError(f"option {option.replace('_', '-')} {owner}, not with {row.name}; leave it out.")
+        if option in row.option_defaults():
+            continue
+        name = option.replace("_", "-")
+        # An option of another method is no typing mistake, so the answer names its owners.
+        owners = [other.name for other in METHODS.values() if option in other.option_defaults()]
+        if owners:
+            raise UsageError(f"option {name} goes with method {listed(owners)}, not with {row.name}; leave it out.")
+        allowed = f"the options of {row.name} are {', '.join(own)}" if own else f"{row.name} has no options"
+        raise UsageError(f"option {name} is unknown to every method; {allowed}.")

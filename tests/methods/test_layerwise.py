@@ -227,7 +227,7 @@ def test_gmp_on_a_sparse_model_is_refused_before_the_first_step():
         ("gmp", {"final_sparsity": 0.5, "scope": "globl"}, "did you mean global"),
         ("static", {"threshold": 1}, "goes with method dsr, not with static"),
         ("dsr", {"drop_fraction": 0.5}, "goes with method set, rigl or neuron-set, not with dsr"),
-        ("dsr", {"nonsense": 1}, "is no option of any method"),
+        ("dsr", {"nonsense": 1}, "is unknown to every method; the options of dsr are target"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(name, options, what):
