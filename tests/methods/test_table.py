@@ -103,7 +103,8 @@ def test_a_method_added_to_the_table_is_known_to_every_command(_toy, tmp_path, m
     refused = CliRunner().invoke(cli, [*train, "-o", "other", "--option", "shar=0.5"])
     assert isinstance(
         refused.exception, UsageError
-    ) and "shar is unknown to every method; the options of toy are share." in str(refused.exception)
+    assert isinstance(refused.exception, UsageError)
+    assert "shar is unknown to every method; the options of toy are share." in str(refused.exception)
 
 
 def test_a_recipe_takes_the_options_of_an_added_method(_toy):
