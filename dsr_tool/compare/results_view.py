@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from dsr_tool.compare.results import Row
 from dsr_tool.report.page import numbers
-from dsr_tool.report.page.parts import Figure, Section, Table, Words
+from dsr_tool.report.page.parts import Figure, NoChart, Section, Table
 
 __all__ = ["accuracy", "accuracy_text", "results_section", "setup_section", "sparsities"]
 
@@ -33,7 +33,7 @@ def results_section(rows: Sequence[Row]) -> Section:
     """Returns the section with a table per sparsity, the best method first."""
     groups = [(f"Sparsity {s:g}", [row for row in rows if row.sparsity == s]) for s in sparsities(rows)]
     groups.append(("Without a sparsity", [row for row in rows if row.sparsity is None]))
-    figures = [Figure(title, Words(), _table(title, group)) for title, group in groups if group]
+    figures = [Figure(title, NoChart(), _table(title, group)) for title, group in groups if group]
     notes = [
         f"{cell.name} failed: {record['error']}"
         for row in rows
@@ -90,7 +90,7 @@ def _published(row: Row) -> str:
 def setup_section(rows: Sequence[Row]) -> list[Section]:
     """Returns the section with the machines, the settings that all methods share, and those of each method."""
     tables = [*_machines(rows), *_settings(rows)]
-    figures = [Figure(table.caption, Words(), table) for table in tables if table.rows]
+    figures = [Figure(table.caption, NoChart(), table) for table in tables if table.rows]
     return [Section("setup", "Machines and settings", figures, layout="settings")] if figures else []
 
 

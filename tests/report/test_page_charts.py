@@ -12,7 +12,8 @@ from PIL import Image
 
 from dsr_tool.report.page import numbers
 from dsr_tool.report.page.axes import axis, layer_ticks
-from dsr_tool.report.page.charts import Series, bars, columns, lines
+from dsr_tool.report.page.charts import Series, bars, columns
+from dsr_tool.report.page.lines import lines
 from dsr_tool.report.page.mask_pictures import mask_picture, picture_budget
 from dsr_tool.sparsity.mask import Mask
 

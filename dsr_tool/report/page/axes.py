@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-__all__ = ["Axis", "Tick", "axis", "layer_ticks", "prefixes", "span_ticks"]
+__all__ = ["VIEW_BOX", "Axis", "Tick", "axis", "layer_ticks", "prefixes", "span_ticks", "view_x"]
+
+VIEW_BOX = 1000
+"""Width and height of the view box of a line, and height of that of a column; finer than the pixels of a screen."""
 
 _MAX_LABEL = 14
 """Longest label in characters; longer ones keep their end."""
@@ -50,6 +53,16 @@ class Axis:
         """Returns the distance of a value from the top in percent."""
         low, high, value = (math.log(x) if self.logarithmic else x for x in (self.low, self.high, value))
         return round(100 * (high - value) / (high - low), 2)
+
+    def view_y(self, value: float) -> int:
+        """Returns the distance of a value from the top in the view box."""
+        return round(VIEW_BOX * self.at(value) / 100)
+
+
+def view_x(place: float, low: float, high: float) -> int:
+    """Returns the distance of a place from the left in the view box, on an x-axis from `low` to `high`."""
+    # A single place has no scale, so it lies in the middle.
+    return round(VIEW_BOX * (place - low) / (high - low)) if high > low else VIEW_BOX // 2
 
 
 def axis(low: float, high: float, label: Callable[[float], str], *, logarithmic: bool = False) -> Axis:

@@ -8,7 +8,7 @@ from typing import Any
 from dsr_tool.graph.compact.record import Savings
 from dsr_tool.report.page import numbers
 from dsr_tool.report.page.charts import bars
-from dsr_tool.report.page.parts import Bars, Figure, Key, Number, Section, Table, Words, sentence
+from dsr_tool.report.page.parts import Bars, Figure, Key, NoChart, Number, Section, Table, sentence
 from dsr_tool.report.sources import Source
 
 __all__ = ["budget_headline", "coverage_headline", "extra_sections"]
@@ -94,7 +94,7 @@ def _compaction(saved: Savings, size: int) -> Section:
     headers = ("weight", "filters removed", "of", "input channels removed", "of")
     others = f": the first {_MAX_ROWS}" if len(saved.layers) > _MAX_ROWS else ""
     by_layer = Table(f"Filters and input channels removed, by layer{others}", headers, removed)
-    figures = [Figure(table.caption, Words(), table) for table in (whole, by_layer) if table.rows]
+    figures = [Figure(table.caption, NoChart(), table) for table in (whole, by_layer) if table.rows]
     lead = (
         f"Removed filters that had no effect: {numbers.count(saved.filters)}; input channels: "
         f"{numbers.count(saved.inputs)}; layers that lost any: {numbers.count(len(saved.layers))}. All other "
@@ -108,11 +108,9 @@ def _memory(memory: Mapping[str, Any]) -> Section:
     peaks, training = memory["activations"], memory["training"]
     rows = [("operator by operator", numbers.byte_size(peaks["in_order_bytes"]), peaks["in_order_moment"])]
     alive = Table("Activations alive at once", ("way of running", "bytes", "at the peak"), rows, frozenset({0, 2}))
-    figures = [_running(memory["inference"]), Figure(alive.caption, Words(), alive, "The input is counted.")]
+    figures = [_running(memory["inference"]), Figure(alive.caption, NoChart(), alive, "The input is counted.")]
     figures += _training(training) if training else []
-    lead = (
-        f"For a batch of {numbers.count(memory['batch'])}, each input {numbers.by(*memory['input_shape'])}, on the CPU."
-    )
+    lead = f"For a batch of {numbers.count(memory['batch'])}, each input {numbers.dimensions(*memory['input_shape'])}, on the CPU."
     notes = [note for note in (memory["training_note"], memory["measurement_note"]) if note]
     return Section("memory", "Memory", figures, lead, [sentence(note) for note in notes])
 
@@ -210,5 +208,5 @@ def _training(training: Mapping[str, Any]) -> list[Figure]:
             f"{numbers.byte_size(total)} in all, in {training['moment']}.{notes}",
             [Key(piece.style, piece.label, piece.text) for piece in pieces],
         ),
-        Figure(state.caption, Words(), state),
+        Figure(state.caption, NoChart(), state),
     ]

@@ -11,9 +11,9 @@ from dsr_tool.report.page.layer_view import (
     Layer,
     bytes_by_layer,
     density_by_layer,
+    largest_layers,
     layers_of,
     masks_of_layers,
-    shown,
     sparse_of,
     work_by_layer,
 )
@@ -59,7 +59,7 @@ def headline(source: Source) -> list[Number]:
 def footprint_sections(source: Source) -> list[Section]:
     """Returns all sections of the footprint; those without content are omitted."""
     every = layers_of(source)
-    layers, note = shown(every)
+    layers, note = largest_layers(every)
     notes = [note] if note else []
     return [
         Section("bytes", "Where the bytes go", [_parts(source, every), bytes_by_layer(source, layers)], notes=notes),

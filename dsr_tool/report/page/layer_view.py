@@ -18,7 +18,7 @@ __all__ = [
     "density_by_layer",
     "layers_of",
     "masks_of_layers",
-    "shown",
+    "largest_layers",
     "sparse_of",
     "work_by_layer",
 ]
@@ -70,7 +70,7 @@ def layers_of(source: Source) -> list[Layer]:
     ]
 
 
-def shown(every: Sequence[Layer]) -> tuple[list[Layer], str]:
+def largest_layers(every: Sequence[Layer]) -> tuple[list[Layer], str]:
     """Returns the layers to show, the largest if there are too many, and a sentence about the omitted ones."""
     if len(every) <= _MAX_LAYERS:
         return list(every), ""
@@ -156,7 +156,7 @@ def density_by_layer(source: Source, layers: Sequence[Layer]) -> Figure:
     rows = [
         (
             layer.name,
-            numbers.by(*layer.footprint.spec.shape),
+            numbers.dimensions(*layer.footprint.spec.shape),
             numbers.count(layer.sizes.parameters),
             numbers.count(layer.sizes.active),
             numbers.percent(layer.sizes.density, 4),
@@ -228,9 +228,9 @@ def _mask(source: Source, layer: Layer, index: int, blocks: int) -> MaskEntry:
     """Returns the picture of one mask in at most `blocks` blocks, with a sentence about it."""
     picture = mask_picture(source.tensors[layer.name].mask, blocks)
     down, across = picture.block
-    size = "one weight" if down == across == 1 else f"up to {numbers.by(down, across)} weights"
+    size = "one weight" if down == across == 1 else f"up to {numbers.dimensions(down, across)} weights"
     sentence = (
-        f"{numbers.by(*layer.footprint.spec.shape)}, drawn as {numbers.count(picture.rows)} rows and "
+        f"{numbers.dimensions(*layer.footprint.spec.shape)}, drawn as {numbers.count(picture.rows)} rows and "
         f"{numbers.count(picture.columns)} columns; {numbers.count(layer.sizes.active)} of "
         f"{numbers.count(layer.sizes.parameters)} active, density {numbers.percent(layer.sizes.density, 4)}; "
         f"a block is {size}."

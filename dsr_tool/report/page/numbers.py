@@ -8,9 +8,9 @@ from collections.abc import Sequence
 __all__ = [
     "GAP",
     "NONE",
-    "by",
     "byte_size",
     "count",
+    "dimensions",
     "in_unit",
     "macs",
     "named_value",
@@ -100,7 +100,7 @@ def share(part: float, whole: float, decimals: int = 2) -> str:
     return percent(part / whole, decimals) if whole else NONE
 
 
-def by(*sizes: int) -> str:
+def dimensions(*sizes: int) -> str:
     """Formats the sizes of a shape or block: `64 \u00d7 3 \u00d7 3`."""
     return " \u00d7 ".join(map(str, sizes))
 

@@ -67,7 +67,7 @@ def page_html(source: Source, document: Mapping[str, Any]) -> str:
             *(run_headline(source.log) if source.log else []),
         ],
         sections=_sections(source, document),
-        input_shape=numbers.by(*config.input_shape) if config else "",
+        input_shape=numbers.dimensions(*config.input_shape) if config else "",
         folded=source.kind == "onnx",
         closing="",
     )

@@ -8,7 +8,8 @@ from typing import Any
 
 from dsr_tool.graph.compact.record import COMPACTED
 from dsr_tool.report.page.axes import Tick
-from dsr_tool.report.page.charts import Bar, Columns, Lines
+from dsr_tool.report.page.charts import Bar, Columns
+from dsr_tool.report.page.lines import Lines
 from dsr_tool.report.page.mask_pictures import MaskPicture
 from dsr_tool.report.page.numbers import named_value
 from dsr_tool.report.page.plots import Plot
@@ -25,7 +26,7 @@ __all__ = [
     "Number",
     "Section",
     "Table",
-    "Words",
+    "NoChart",
     "kind_of_file",
     "sentence",
     "setup_section",
@@ -55,13 +56,13 @@ class Table:
         caption: title of the table.
         headers: titles of the columns; the first column names the row.
         rows: cells as text.
-        words: indices of the columns that hold words; all others are aligned right.
+        text_columns: indices of the columns that hold text; all others are aligned right.
     """
 
     caption: str
     headers: Sequence[str]
     rows: Sequence[Sequence[str]]
-    words: frozenset[int] = frozenset({0})
+    text_columns: frozenset[int] = frozenset({0})
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,10 @@ class Masks:
 
 
 @dataclass(frozen=True)
-class Words:
+class NoChart:
     """A figure without a chart, whose table is always visible."""
 
-    kind: str = "words"
+    kind: str = "none"
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class Figure:
     """
 
     title: str
-    chart: Columns | Lines | Plot | Bars | Heat | Masks | Words
+    chart: Columns | Lines | Plot | Bars | Heat | Masks | NoChart
     table: Table | None
     finding: str = ""
     legend: Sequence[Key] = ()
@@ -199,7 +200,7 @@ def setup_section(config: ModelConfig | None, log: RunLog | None) -> list[Sectio
         documents["training"] = {key: value for key, value in log.start.items() if key not in nested and key != "kind"}
         documents |= nested
     tables = [table for key, value in documents.items() if value for table in _tables(_title(key), value)]
-    figures = [Figure(table.caption, Words(), table) for table in tables]
+    figures = [Figure(table.caption, NoChart(), table) for table in tables]
     return [Section("setup", "Model and settings", figures, layout="settings")] if figures else []
 
 
@@ -217,19 +218,21 @@ def sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _words(key: str) -> str:
+def _field_name(key: str) -> str:
     """Returns the name of a field as words, without the unit that is shown with its value."""
     unit = next((unit for unit in _UNITS if key.endswith(unit)), "")
     return key.removesuffix(unit).replace("_", " ")
 
 
 def _title(key: str) -> str:
-    return sentence(_words(key))
+    return sentence(_field_name(key))
 
 
 def _tables(title: str, document: Mapping[str, Any]) -> list[Table]:
     """Returns a document as a table, and one table for each object in it; empty ones are omitted."""
-    rows = [(_words(key), named_value(key, value)) for key, value in document.items() if not isinstance(value, Mapping)]
-    inner = [(f"{title}: {_words(key)}", value) for key, value in document.items() if isinstance(value, Mapping)]
+    rows = [
+        (_field_name(key), named_value(key, value)) for key, value in document.items() if not isinstance(value, Mapping)
+    ]
+    inner = [(f"{title}: {_field_name(key)}", value) for key, value in document.items() if isinstance(value, Mapping)]
     below = [table for name, value in inner for table in _tables(name, value)]
     return [*([Table(title, ("name", "value"), rows, frozenset({0, 1}))] if rows else []), *below]

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dsr_tool.report.page.axes import Axis, Tick, axis, span_ticks
+from dsr_tool.report.page.axes import Axis, Tick, axis, span_ticks, view_x
+from dsr_tool.report.page.lines import line_path
 
 __all__ = ["STYLES", "Dot", "Plot", "Point", "Trace", "Tracing", "plot"]
 
@@ -16,8 +17,6 @@ STYLES = 16
 Their CSS classes are `m0` to `m15`.
 """
 
-_SIDE = 1000
-"""Width and height of the view box."""
 _MAX_TICKS = 4
 """Number of labels that fit below a plot on a phone 320 pixels wide."""
 
@@ -118,14 +117,14 @@ def plot(
     scale = axis(max(min(ends, default=0), lowest), max(ends, default=1), label)
     # Lines without marks may come from the left of the first point that is shown.
     places = [point.x for point in (kept if marked else finite)] or [1.0]
-    across = _across(min(places), max(places), x_label)
+    x_axis = _x_axis(min(places), max(places), x_label)
     least = lowest if marked else -math.inf
-    drawn = tuple(_tracing(trace, scale, across, least, marked) for trace in traces)
-    return Plot(scale, tuple(across.ticks), drawn, clipped=not marked)
+    drawn = tuple(_tracing(trace, scale, x_axis, least, marked) for trace in traces)
+    return Plot(scale, tuple(x_axis.ticks), drawn, clipped=not marked)
 
 
 @dataclass(frozen=True)
-class _Across:
+class _XAxis:
     """The x-axis: ends, scale and labels."""
 
     low: float
@@ -136,36 +135,38 @@ class _Across:
     def at(self, x: float) -> int:
         """Returns the distance of a place from the left in the view box."""
         low, high, x = (math.log(v) if self.logarithmic else v for v in (self.low, self.high, x))
-        return round(_SIDE * (x - low) / (high - low)) if high > low else _SIDE // 2
+        return view_x(x, low, high)
 
 
-def _across(low: float, high: float, label: Callable[[float], str] | None) -> _Across:
+def _x_axis(low: float, high: float, label: Callable[[float], str] | None) -> _XAxis:
     """Returns a linear x-axis, or a logarithmic one if there is a function for its labels."""
     if label is None:
-        return _Across(low, high, False, span_ticks(low, high))
+        return _XAxis(low, high, False, span_ticks(low, high))
     scale = axis(low, high, label, logarithmic=True)
     every = -(-len(scale.ticks) // _MAX_TICKS)
     ticks = [Tick(round(100 - tick.at, 2), tick.label) for tick in scale.ticks[::every]]
     edges = {0.0: "start", 100.0: "end"}
-    return _Across(scale.low, scale.high, True, [Tick(t.at, t.label, edges.get(t.at, "middle")) for t in ticks])
+    return _XAxis(scale.low, scale.high, True, [Tick(t.at, t.label, edges.get(t.at, "middle")) for t in ticks])
 
 
-def _tracing(trace: Trace, scale: Axis, across: _Across, lowest: float, marked: bool) -> Tracing:
+def _tracing(trace: Trace, scale: Axis, x_axis: _XAxis, lowest: float, marked: bool) -> Tracing:
     """Returns a line with gaps at omitted points; a single point becomes a dot."""
-    path, pen, dots = "", "M", []
+    places: list[tuple[int, int] | None] = []
+    dots = []
     for point in sorted(trace.points, key=lambda point: point.x):
         if not math.isfinite(point.y) or point.y < lowest:
-            pen = "M"
+            places.append(None)
             continue
-        x, y = across.at(point.x), _height(point.y, scale)
-        path += f"{pen}{x} {y}" + ("h0" if pen == "M" else "")
-        pen = "L"
+        x, y = x_axis.at(point.x), _height(point.y, scale)
+        places.append((x, y))
         if marked:
+            # An error bar ends at the bottom of the plot, which may begin above its lower end.
             top, bottom = (_height(max(point.y + side * point.spread, scale.low), scale) for side in (1, -1))
             dots.append(Dot(f"M{x} {y}h0", f"M{x} {top}V{bottom}" if point.spread else "", point.title))
-    return Tracing(trace.style, path, tuple(dots))
+    return Tracing(trace.style, line_path(places), tuple(dots))
 
 
 def _height(value: float, scale: Axis) -> int:
     """Returns the distance of a value from the top in the view box."""
-    return round(_SIDE * scale.at(round(value, 9)) / 100)
+    # Rounded like the ends of the scale, so that a value at an end is not outside by its last bit.
+    return scale.view_y(round(value, 9))

@@ -10,7 +10,8 @@ import numpy as np
 
 from dsr_tool.report.page import numbers
 from dsr_tool.report.page.axes import Tick, prefixes
-from dsr_tool.report.page.charts import Series, columns, lines
+from dsr_tool.report.page.charts import Series, columns
+from dsr_tool.report.page.lines import lines
 from dsr_tool.report.page.mask_pictures import heat_map
 from dsr_tool.report.page.parts import Figure, Heat, Key, Number, Section, Table
 from dsr_tool.report.runlog import Epoch, RunLog
