@@ -101,8 +101,6 @@ def test_a_method_added_to_the_table_is_known_to_every_command(_toy, tmp_path, m
     memory = json.loads(reported.stdout)["memory"]["training"]
     assert memory["method"] == {"name": "toy", "bytes": 7 * prunable}
     refused = CliRunner().invoke(cli, [*train, "-o", "other", "--option", "shar=0.5"])
-    assert isinstance(
-        refused.exception, UsageError
     assert isinstance(refused.exception, UsageError)
     assert "shar is unknown to every method; the options of toy are share." in str(refused.exception)
 
