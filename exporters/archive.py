@@ -41,6 +41,8 @@ class Archives(Container):
     name = "archive"
     endings = (".dsr",)
     encodings = ENCODINGS
+    has_graph = True
+    measurable = True
     compacts = True
     preprocesses = True
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from safetensors import SafetensorError, safe_open
 
-from dsr_tool.errors import FileError, FormatError, UsageError
+from dsr_tool.errors import FileError
 from exporters.values import VALUES
 
 if TYPE_CHECKING:
@@ -114,7 +114,9 @@ class Container(ABC):
         endings: endings of such files, the usual one first; a path with the ending of another container is refused.
         encodings: values of `--encoding`, ways in which sparse weights can be stored.
         values: values of `--values`, types in which weights can be stored.
-        compacts: True if the file holds a graph from which dead channels can be removed.
+        has_graph: True if the file holds a computation, so that sessions run it; such a container has a `reader`.
+        measurable: True if the file says which weights are sparse; such a container has a `measure`.
+        compacts: True if dead channels can be removed from the graph that the file holds.
         preprocesses: True if the file says how pictures become inputs.
     """
 
@@ -122,6 +124,8 @@ class Container(ABC):
     endings: ClassVar[tuple[str, ...]]
     encodings: ClassVar[tuple[str, ...]]
     values: ClassVar[tuple[str, ...]] = VALUES
+    has_graph: ClassVar[bool] = False
+    measurable: ClassVar[bool] = False
     compacts: ClassVar[bool] = False
     preprocesses: ClassVar[bool] = False
 
@@ -153,26 +157,17 @@ class Container(ABC):
         """
 
     def reader(self) -> Callable[[Path], Model]:
-        """Imports what opening a file takes, and returns the function that opens one for the runtime.
+        """Imports the packages that opening a file needs, and returns the function that opens one for the runtime.
 
-        The function raises `DsrError` if a package is missing, and `FormatError` for a damaged file.
+        The function raises `DsrError` if a package is missing, and `FormatError` for a damaged file. It is asked for
+        only if `has_graph` is True.
         """
-        return self._refuse_to_run
+        raise NotImplementedError
 
     def measure(self, path: Path) -> Contents:
-        """Decodes a file and counts the bytes of each part.
+        """Decodes a file and counts the bytes of each part. It is called only if `measurable` is True.
 
         Raises:
             FormatError: the file is damaged.
-            UsageError: such files do not say which weights are sparse.
         """
-        raise UsageError(
-            f"PATH {str(path)!r} is a {self.name} file of plain weights, which does not say what is sparse; give the "
-            f"model folder that it was exported from, or a .dsr, .onnx or .npz file."
-        )
-
-    def _refuse_to_run(self, path: Path) -> Model:
-        raise FormatError(
-            f"{str(path)!r} is a {self.name} file, which holds weights and no computation; give an archive (.dsr) or "
-            f"an ONNX file of the model."
-        )
+        raise NotImplementedError

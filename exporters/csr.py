@@ -25,6 +25,7 @@ class CsrFiles(Container):
     name = "csr"
     endings = (".npz",)
     encodings = ("auto", "csr")
+    measurable = True
 
     def recognises(self, head: Head) -> bool:
         """Looks for an array as the first member of a zip archive."""

@@ -11,13 +11,33 @@ from typing import Any, TypeVar, cast
 
 import click
 
-__all__ = ["emit", "examples", "model_option", "note", "output_options", "result_options"]
+__all__ = ["TableOption", "emit", "examples", "model_option", "note", "output_options", "result_options"]
 
 _STDOUT = "dsr_tool.cli.stdout"
 """Key of click's context under which the real stdout is kept."""
 _QUIET_HELP = "Print only the result, no progress or notes."
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class TableOption(click.Option):
+    """An option whose help is read from a table when it is shown, so that other commands need not import the table."""
+
+    def __init__(self, *arguments: Any, describe: Callable[[], str], **attributes: Any) -> None:
+        """Makes the option.
+
+        Args:
+            arguments: as for `click.Option`.
+            describe: returns the help.
+            attributes: as for `click.Option`.
+        """
+        super().__init__(*arguments, **attributes)
+        self._describe = describe
+
+    def get_help_record(self, context: click.Context) -> tuple[str, str] | None:
+        """Returns the option's names and its help."""
+        self.help = self._describe()
+        return super().get_help_record(context)
 
 
 def output_options(function: F) -> F:

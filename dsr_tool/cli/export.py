@@ -7,9 +7,28 @@ from typing import Any
 
 import click
 
-from dsr_tool.cli.common import emit, examples, model_option, result_options
+from dsr_tool.cli.common import TableOption, emit, examples, model_option, result_options
 
 __all__ = ["command"]
+
+
+def _containers_help() -> str:
+    from exporters.containers import listed
+
+    return f"{listed()}; default: by the suffix of the output file, else archive."
+
+
+def _encodings_help() -> str:
+    from exporters.containers import CONTAINERS
+
+    names = dict.fromkeys(name for one in CONTAINERS.values() for name in one.encodings if name != "auto")
+    return f"auto: the smallest per layer; or one that the container has, for all: {', '.join(names)}."
+
+
+def _compact_help() -> str:
+    from exporters.containers import listed
+
+    return f"Remove channels that no active weight reaches; for {listed(lambda one: one.compacts)}."
 
 
 @click.command(
@@ -23,24 +42,15 @@ __all__ = ["command"]
 )
 @click.argument("source", metavar="MODEL_DIR", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file to create.")
-@click.option(
-    "--to",
-    help="archive (.dsr), onnx, csr (.npz for scipy), safetensors or state-dict (.pth); default: by the suffix of the "
-    "output file, else archive.",
-)
-@click.option(
-    "--encoding",
-    default="auto",
-    show_default=True,
-    help="auto: the smallest per layer; or one that the container has, for all: delta, bitmask, csr, coo, dense.",
-)
+@click.option("--to", cls=TableOption, describe=_containers_help)
+@click.option("--encoding", default="auto", show_default=True, cls=TableOption, describe=_encodings_help)
 @click.option(
     "--values",
     default="fp32",
     show_default=True,
     help="fp32: exact; fp16: rounds weights, but not norms and biases.",
 )
-@click.option("--compact", is_flag=True, help="Remove channels that no active weight reaches (archive and onnx).")
+@click.option("--compact", is_flag=True, cls=TableOption, describe=_compact_help)
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @model_option
 @result_options

@@ -7,34 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
     from dsr_tool.methods import Method
 
-__all__ = ["MethodsCommand", "TableOption", "method_names", "option_help", "stop_help"]
-
-
-class TableOption(click.Option):
-    """An option whose help is computed when it is shown."""
-
-    def __init__(self, *arguments: Any, describe: Callable[[], str], **attributes: Any) -> None:
-        """Makes the option.
-
-        Args:
-            arguments: as for `click.Option`.
-            describe: returns the help.
-            attributes: as for `click.Option`.
-        """
-        super().__init__(*arguments, **attributes)
-        self._describe = describe
-
-    def get_help_record(self, context: click.Context) -> tuple[str, str] | None:
-        """Returns the option's names and its help."""
-        self.help = self._describe()
-        return super().get_help_record(context)
+__all__ = ["MethodsCommand", "method_names", "option_help", "stop_help"]
 
 
 class MethodsCommand(click.Command):

@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from dsr_tool.cli.common import emit, examples, model_option, output_options
-from dsr_tool.cli.method_help import MethodsCommand, TableOption, method_names, option_help, stop_help
+from dsr_tool.cli.common import TableOption, emit, examples, model_option, output_options
+from dsr_tool.cli.method_help import MethodsCommand, method_names, option_help, stop_help
 
 __all__ = ["command"]
 

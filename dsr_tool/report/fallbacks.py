@@ -1,4 +1,4 @@
-"""Which nodes of a model file the compiled kernels leave to the reference, for `dsr-tool report`."""
+"""Counts the nodes of a model file that the compiled kernels leave to the reference, for `dsr-tool report`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def fallback_document(source: Source) -> CoverageDocument | None:
         The counts; None if there is no graph, no fixed input shape or no kernel library, or if the runtime does not
         support the model (`dsr-tool predict` says why).
     """
-    if source.kind not in ("archive", "onnx"):
+    if not source.has_graph:
         return None
     try:
         coverage = Session(source.path, runtime="native").coverage

@@ -16,10 +16,12 @@ from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
-from exporters.containers import container_of
+from exporters.containers import contents_of, listed
 from exporters.contents import StoredBytes
 
 __all__ = ["Source", "StoredBytes", "read"]
+
+_MODEL_FOLDER, _RUN_FOLDER = "model folder", "run folder"
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Source:
         stored: bytes of each tensor in the file, positions and values apart.
         log: the whole log of a run.
         saved: record of what compaction removed; None for a file that was not compacted.
+        has_graph: True for a file that holds a computation; a folder has a module, which must be traced first.
     """
 
     path: Path
@@ -47,6 +50,12 @@ class Source:
     stored: Mapping[str, StoredBytes] = field(default_factory=dict)
     log: RunLog | None = None
     saved: Savings | None = None
+    has_graph: bool = False
+
+    @property
+    def is_folder(self) -> bool:
+        """True for a model folder or run folder, from which the module can be built and trained."""
+        return self.kind in (_MODEL_FOLDER, _RUN_FOLDER)
 
 
 def read(path: str | Path) -> Source:
@@ -60,12 +69,12 @@ def read(path: str | Path) -> Source:
     path = Path(path)
     if not path.exists():
         raise FileError(
-            f"PATH {str(path)!r} does not exist; give a model folder, run folder, .dsr, .onnx or .npz file."
+            f"PATH {str(path)!r} does not exist; give a model folder, a run folder, or a file of one of these kinds: "
+            f"{listed(lambda one: one.measurable)}."
         )
     if path.is_dir():
         return _folder(path)
-    container = container_of(path, "PATH")
-    found = container.measure(path)
+    container, found = contents_of(path, "PATH")
     return Source(
         path,
         container.name,
@@ -75,6 +84,7 @@ def read(path: str | Path) -> Source:
         found.tensors,
         found.stored,
         saved=found.saved,
+        has_graph=container.has_graph,
     )
 
 
@@ -104,7 +114,7 @@ def _folder(path: Path) -> Source:
     by_tensor = {name: StoredBytes(positions.get(name, 0), value.nbytes) for name, value in state.items()}
     log_file = path / "log.jsonl"
     log = read_log(log_file) if log_file.is_file() else None
-    kind, training = ("run folder", log.summary()) if log else ("model folder", {})
+    kind, training = (_RUN_FOLDER, log.summary()) if log else (_MODEL_FOLDER, {})
     return Source(path, kind, measured, saved.config, training, tensors, by_tensor, log)
 
 

@@ -38,6 +38,8 @@ class OnnxFiles(Container):
     name = "onnx"
     endings = (".onnx",)
     encodings = ONNX_ENCODINGS
+    has_graph = True
+    measurable = True
     compacts = True
 
     def recognises(self, head: Head) -> bool:

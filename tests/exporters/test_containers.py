@@ -9,13 +9,19 @@ import pytest
 import torch
 
 import dsr_tool
-from dsr_tool.errors import CheckFailed, FormatError, UsageError
+from dsr_tool.errors import CheckFailed, FileError, FormatError, UsageError
+from dsr_tool.measure.memory.document import memory_document
+from dsr_tool.measure.memory.inference import ModelInMemory
+from dsr_tool.measure.memory.request import MemoryRequest
+from dsr_tool.report.fallbacks import fallback_document
+from dsr_tool.report.sources import read
 from dsr_tool.runtime import Session
+from dsr_tool.runtime.kernels.library import library
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
 from exporters.base import Container, Draft
-from exporters.containers import CONTAINERS, container_of
+from exporters.containers import CONTAINERS, container_of, listed
 from exporters.contents import StoredBytes, measured
 
 pytestmark = pytest.mark.usefixtures("trace_once")
@@ -53,6 +59,7 @@ class ToyFiles(Container):
     endings = (".toy",)
     encodings = ("auto", "text")
     values = ("fp32",)
+    measurable = True
 
     def recognises(self, head):
         return head.start.startswith(ToyFile.MAGIC)
@@ -82,6 +89,24 @@ class ToyFiles(Container):
         file = ToyFile(path)
         stored = {name: StoredBytes(0, 8 * int(np.prod(shape))) for name, shape in file.shapes.items()}
         return measured(file, stored, {"header": file.header_bytes})
+
+
+class ToyModels(ToyFiles):
+    """Toy files of models; the computation stays in the container, since only its weights are written."""
+
+    has_graph = compacts = True
+
+    def encode(self, checked, options):
+        self.graph, self.config = checked.graph, checked.model.config
+        return super().encode(checked, options)
+
+    def reader(self):
+        def open_toy(path):
+            file = ToyFile(path)
+            tensors = {name: file.tensor(name) for name in self.graph.parameters}
+            return ModelInMemory(path, self.config, self.graph, tensors)
+
+        return open_toy
 
 
 @pytest.fixture
@@ -129,6 +154,45 @@ def test_a_file_of_weights_alone_is_not_run(make_model, tmp_path):
     dsr_tool.export(make_model(), tmp_path / "m.toy")
     with pytest.raises(FormatError, match="is a toy file, which holds weights and no computation"):
         Session(tmp_path / "m.toy")
+
+
+def test_a_new_container_with_a_graph_is_run_and_its_memory_computed(make_model, tmp_path, monkeypatch):
+    monkeypatch.setitem(CONTAINERS, "toy", ToyModels())
+    path, model = tmp_path / "m.toy", make_model()
+    dsr_tool.export(model, path)
+    x = np.ones((1, *model.config.input_shape), np.float32)
+    with torch.no_grad():
+        expected = model.module.eval()(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(Session(path).run(x), expected, atol=1e-5 * np.abs(expected).max())
+    assert memory_document(read(path), MemoryRequest())["inference"][1]["computed_bytes"] > 0
+    if library() is not None:
+        assert fallback_document(read(path))["nodes"] > 0
+
+
+def test_a_new_container_is_named_by_help_and_errors(run, make_model, tmp_path, monkeypatch):
+    model, plain, missing = make_model(), tmp_path / "m.safetensors", tmp_path / "missing"
+    dsr_tool.export(model, plain)
+    monkeypatch.setitem(CONTAINERS, "toy", ToyModels())
+    text = " ".join(run("export", "--help")[1].split())
+    assert f"{listed()}; default:" in text and "state-dict (.pth), toy (.toy)" in text
+    assert "for all: " in text and "coo, text." in text
+    assert "reaches; for archive (.dsr), onnx (.onnx), toy (.toy)." in text
+    with pytest.raises(FormatError, match=r"holds weights and no computation.*onnx \(\.onnx\), toy \(\.toy\)"):
+        Session(plain)
+    with pytest.raises(UsageError, match=r"does not say what is sparse.*csr \(\.npz\), toy \(\.toy\)"):
+        read(plain)
+    with pytest.raises(FileError, match=r"does not exist.*csr \(\.npz\), toy \(\.toy\)"):
+        read(missing)
+    dsr_tool.export(model, tmp_path / "m.npz")
+    with pytest.raises(UsageError, match=r"--memory needs a computation.*onnx \(\.onnx\), toy \(\.toy\)"):
+        memory_document(read(tmp_path / "m.npz"), MemoryRequest())
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_a_container_that_has_a_graph_has_a_reader_and_one_that_is_measurable_a_measure(name):
+    kind = type(CONTAINERS[name])
+    assert CONTAINERS[name].has_graph == (kind.reader is not Container.reader)
+    assert CONTAINERS[name].measurable == (kind.measure is not Container.measure)
 
 
 def test_a_container_that_fails_its_own_verification_leaves_nothing(make_model, tmp_path, monkeypatch):

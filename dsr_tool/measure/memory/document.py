@@ -101,7 +101,7 @@ def memory_document(source: Source, request: MemoryRequest) -> MemoryDocument:
     """
     request.check(source)
     with tempfile.TemporaryDirectory(prefix="dsr-tool-memory-") as folder:
-        if "folder" in source.kind:
+        if source.is_folder:
             return _folder_document(source, request, Path(folder))
         return _file_document(source, request, Path(folder))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dsr_tool.errors import UsageError
 from dsr_tool.measure.memory.process import can_measure
 from dsr_tool.report.sources import Source
+from exporters.containers import listed
 
 __all__ = ["MemoryRequest", "memory_request"]
 
@@ -48,19 +49,18 @@ class MemoryRequest:
             raise UsageError(f"--batch {self.batch} is not in 1 to {_MAX_BATCH:,}; give the number of inputs at once.")
         if self.input_size is not None and self.input_size < 1:
             raise UsageError(f"--input-size {self.input_size} is not 1 or more; give the side of the input in pixels.")
-        if source.kind not in ("model folder", "run folder", "archive", "onnx"):
+        if not (source.is_folder or source.has_graph):
             raise UsageError(
                 f"--memory needs a computation, but {str(source.path)!r} ({source.kind}) holds weights alone; give a "
-                f"model folder, .dsr or .onnx file."
+                f"model folder, or a file of one of these kinds: {listed(lambda one: one.has_graph)}."
             )
         # A file is made for one input size and holds no training state.
-        is_folder = "folder" in source.kind
-        if self.optimizer is not None and not is_folder:
+        if self.optimizer is not None and not source.is_folder:
             raise UsageError(
                 f"--optimizer {self.optimizer} needs a model folder, but {str(source.path)!r} is a file for inference; "
                 f"leave it out."
             )
-        if self.input_size is not None and not is_folder:
+        if self.input_size is not None and not source.is_folder:
             raise UsageError(
                 f"--input-size {self.input_size} needs a model folder, but the input size of {str(source.path)!r} is "
                 f"fixed; leave it out."
