@@ -73,7 +73,7 @@ class OnnxFiles(Container):
 
     def verify(self, path: Path, checked: CheckedModel, *, samples: int, seed: int) -> Verification:
         """Compares weights and outputs, and checks that nothing is decoded at every inference."""
-        from exporters.onnx.check import verify_onnx
+        from exporters.onnx.verify import verify_onnx
 
         return verify_onnx(path, checked, samples=samples, seed=seed)
 
