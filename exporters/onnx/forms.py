@@ -35,7 +35,7 @@ __all__ = [
 
 STEP_BITS = (8, 4)
 """Sizes of a step of the delta form, in bits. Steps of 4 bits are what most weights take at sparsity 0.9: without them,
-ResNet-50 would be 3.5 % larger and, with float16 values, 6.1 %. Steps of 2 bits would save 0.4 to 0.6 % more."""
+ResNet-50 would be 3.5 % larger and, with float16 values, 6.1 %. Steps of 2 bits would save 0.4 and 0.6 % more."""
 
 FLOATS = {"float32": "ToFloat", "float64": "ToDouble"}
 """Cast to each type that weights are computed in, by numpy name."""
