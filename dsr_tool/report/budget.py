@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ARCHIVE", "BudgetCheck", "BudgetDocument", "check_exported", "check_source", "check_trained", "too_large"]
 
-ARCHIVE = "of the archive that it exports to"
-"""Description of the bytes of a folder, after the number: its own files store zeros, so they are not counted."""
+ARCHIVE = "as an archive"
+"""Words after the bytes of a folder, whose own files are not counted: they store zeros, an export does not."""
 
 
 class BudgetDocument(TypedDict):
@@ -71,6 +71,7 @@ class BudgetCheck:
     @property
     def line(self) -> str:
         """The check as one line of text."""
+        # The excess is exact: rounded, 12,000,010 of 12,000,000 bytes would be 100.0% and still not fit.
         unit = self.budget.kind.replace("macs", "multiply-adds")
         excess = self.found - self.budget.amount
         over = "" if self.fits else f", {excess:,} {unit.removesuffix('s') if excess == 1 else unit} too many"
@@ -109,6 +110,7 @@ def check_source(source: Source, budget: Budget, maker: str | None = None) -> Bu
     if budget.kind == "parameters":
         return BudgetCheck(budget, source.footprint.model.active, "active in the whole model")
     if budget.kind == "macs":
+        # Without an input shape the model was never traced, and every layer has 0 multiply-adds.
         if not source.footprint.model.dense_macs:
             raise UsageError(
                 f"multiply-adds of {str(source.path)!r} are unknown, so a budget of {budget.show()} cannot be checked; "
@@ -117,7 +119,7 @@ def check_source(source: Source, budget: Budget, maker: str | None = None) -> Bu
         return BudgetCheck(budget, source.footprint.model.sparse_macs, "with active weights, for one input")
     if not source.path.is_dir():
         return BudgetCheck(budget, source.footprint.file_bytes, "on disk")
-    # Imported here, because they import torch, which checks of files do without.
+    # Here, because both import torch, which the check of a file does without.
     from converters.budgets import archive_bytes
     from converters.loading import load
 
@@ -126,6 +128,7 @@ def check_source(source: Source, budget: Budget, maker: str | None = None) -> Bu
 
 def check_exported(model: SparseModel, verification: Verification) -> BudgetCheck | None:
     """Checks an exported archive against its model's budget in bytes; None for other files or without such a budget."""
+    # A budget in bytes is one of the archive; the same model takes other sizes in other containers.
     budget = Budget.of_record(model.config.conversion) if verification.kind == "archive" else None
     return None if budget is None else BudgetCheck(budget, verification.file_bytes, "on disk")
 
@@ -134,6 +137,7 @@ def check_trained(model: SparseModel) -> BudgetCheck | None:
     """Checks a trained model against the budget in bytes that it was converted for; None if it has no such budget."""
     from converters.budgets import archive_bytes
 
+    # Checked again after training: trained values compress less well than the ones that the conversion measured.
     budget = Budget.of_record(model.config.conversion)
     return None if budget is None else BudgetCheck(budget, archive_bytes(model), ARCHIVE)
 
@@ -148,6 +152,7 @@ def too_large(check: BudgetCheck, model: SparseModel, path: object) -> CheckFail
     """
     from converters.budgets import smallest_sparsity
 
+    # Days of training may be lost, so the error names a sparsity that fits instead of asking for a guess.
     sparsity = smallest_sparsity(model, check.budget.amount)
     remedy = (
         "no sparsity of this model is small enough; convert it with a larger budget"

@@ -3,20 +3,58 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from rich.table import Table
 
 from converters.budgets import LEAST_BYTES, LEAST_MACS, Fitted
-from dsr_tool.report.budget import ARCHIVE, BudgetCheck
+from dsr_tool.report.budget import ARCHIVE, BudgetCheck, BudgetDocument
 from dsr_tool.report.tables import plain_table, render
 from dsr_tool.sparse.discover import count
 from dsr_tool.sparse.model import SparseModel
 
-__all__ = ["conversion_document", "conversion_text"]
+__all__ = ["ConversionDocument", "conversion_document", "conversion_text"]
 
 
-def conversion_document(fitted: Fitted, path: Path) -> dict[str, Any]:
+class FittedBudget(BudgetDocument):
+    """The check of a budget, with the sparsity of the prunable weights that meets it, in [0, 1)."""
+
+    sparsity: float
+
+
+class ConversionDocument(TypedDict):
+    """A conversion as JSON, schema `dsr-tool/convert/1`.
+
+    Attributes:
+        schema: name and version of the schema.
+        path: path of the model folder.
+        model: the model's description, as in its `config.json`.
+        parameters: number of all parameters.
+        weights_by_type: number of weights of convolutions and linear layers, pruned or not.
+        prunable_weights: number of weights that the masks cover.
+        active_weights: number of active weights among them.
+        sparsity_of_prunable_weights: fraction of zeros among the prunable weights.
+        sparsity_of_whole_model: fraction of zeros among all parameters.
+        budget: check of the budget; None for a budget given as a sparsity.
+        archive_bytes: predicted size of the exported archive in bytes; None unless the budget is in bytes.
+        layers: each entry of the state_dict: its specification, `parameters` and `active` counts.
+    """
+
+    schema: str
+    path: str
+    model: dict[str, Any]
+    parameters: int
+    weights_by_type: int
+    prunable_weights: int
+    active_weights: int
+    sparsity_of_prunable_weights: float
+    sparsity_of_whole_model: float
+    budget: FittedBudget | None
+    archive_bytes: int | None
+    layers: list[dict[str, Any]]
+
+
+def conversion_document(fitted: Fitted, path: Path) -> ConversionDocument:
     """Returns the conversion as plain values, schema `dsr-tool/convert/1`.
 
     Args:
@@ -24,13 +62,9 @@ def conversion_document(fitted: Fitted, path: Path) -> dict[str, Any]:
         path: the model folder that it was saved to.
     """
     model = fitted.model
-    # Parameters without a mask are active as a whole.
-    active = {name: int(mask.count_nonzero()) for name, mask in model.masks.items()}
+    active = _active_counts(model)
     counts = count(model.specs)
-    layers = [
-        {**spec.to_dict(), "parameters": spec.size, "active": active.get(name, spec.size)}
-        for name, spec in model.specs.items()
-    ]
+    layers = [{**spec.to_dict(), "parameters": spec.size, "active": active[name]} for name, spec in model.specs.items()]
     return {
         "schema": "dsr-tool/convert/1",
         "path": str(path),
@@ -47,7 +81,7 @@ def conversion_document(fitted: Fitted, path: Path) -> dict[str, Any]:
     }
 
 
-def conversion_text(document: dict[str, Any], *, short: bool = False) -> str:
+def conversion_text(document: ConversionDocument, *, short: bool = False) -> str:
     """Returns the document as text.
 
     Args:
@@ -61,12 +95,13 @@ def conversion_text(document: dict[str, Any], *, short: bool = False) -> str:
         f"{document['sparsity_of_prunable_weights']:.4%} of the prunable weights and "
         f"{document['sparsity_of_whole_model']:.4%} of all {document['parameters']:,} parameters"
     )
+    # Every share names its denominator: the whole model also has weights that are kept dense, biases and norms.
     if document["budget"]:
         closing += f"\n{document['budget']['line']}"
     return closing if short else f"{render(_layers(document))}\n{closing}"
 
 
-def _budget(fitted: Fitted, parameters: int) -> dict[str, Any] | None:
+def _budget(fitted: Fitted, parameters: int) -> FittedBudget | None:
     """Returns the check of the budget; None for a budget given as a sparsity, which is met exactly."""
     model, budget = fitted.model, fitted.budget
     if budget.kind == "sparsity":
@@ -85,18 +120,26 @@ def _budget(fitted: Fitted, parameters: int) -> dict[str, Any] | None:
     return {**check.to_dict(), "sparsity": model.sparsity, "line": f"{check.line}{note}"}
 
 
-def _width(document: dict[str, Any]) -> str:
+def _width(document: ConversionDocument) -> str:
+    """Returns the width of the network relative to the usual one, in words; empty for the usual one."""
     width = document["model"]["width"]
     return "" if width == 1 else f", {width:g} times as wide,"
 
 
 def _macs(model: SparseModel) -> int:
     """Returns the multiply-adds of the active weights for one input."""
-    active = {name: int(mask.count_nonzero()) for name, mask in model.masks.items()}
-    return sum(round(active.get(name, spec.size) * spec.macs_per_weight) for name, spec in model.specs.items())
+    active = _active_counts(model)
+    return sum(round(active[name] * spec.macs_per_weight) for name, spec in model.specs.items())
 
 
-def _layers(document: dict[str, Any]) -> Table:
+def _active_counts(model: SparseModel) -> dict[str, int]:
+    """Returns the number of active entries of each parameter; one without a mask is active as a whole."""
+    masked = {name: int(mask.count_nonzero()) for name, mask in model.masks.items()}
+    return {name: masked.get(name, spec.size) for name, spec in model.specs.items()}
+
+
+def _layers(document: ConversionDocument) -> Table:
+    """Returns the table of the layers: each weight, then all other parameters by reason."""
     table = plain_table("weight", "role", "active", "of", "why", numbers=("active", "of"))
     for layer in document["layers"]:
         if layer["weight"]:

@@ -23,6 +23,7 @@ def fallback_document(source: Source) -> CoverageDocument | None:
     if not source.has_graph:
         return None
     try:
+        # `native`, because `auto` would hand a dense model to ONNX Runtime, which says nothing about the kernels.
         coverage = Session(source.path, runtime="native").coverage
     except DsrError:
         # A report is about bytes and weights, which are there whether or not the model can be executed.

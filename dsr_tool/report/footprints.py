@@ -29,6 +29,8 @@ def footprint(source: str | Path | SparseModel) -> Footprint:
         FormatError: it is damaged, or no container recognises the file.
         UsageError: a file of plain weights, which does not say what is sparse.
     """
+    # A model in memory is measured as it is, trained or not; nothing is written to learn its sizes.
     if isinstance(source, (str, Path)):
         return read(source).footprint
+    # No file, so no bytes of a file: codecs give exact sizes of every tensor all the same.
     return measure(source.tensors(), source.specs)

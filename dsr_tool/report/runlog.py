@@ -7,11 +7,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from dsr_tool.errors import FormatError
 
-__all__ = ["Epoch", "Reallocated", "RunLog", "read_log"]
+__all__ = ["Epoch", "Reallocated", "RunLog", "RunSummary", "read_log"]
 
 _MAX_NUMBER = 1e30
 """Largest magnitude of a logged number; anything above is treated as not finite, since a chart could not show it."""
@@ -94,13 +94,39 @@ class Reallocated:
         return cls(_whole(line["step"]), dropped, grown, _optional(line.get("threshold")))
 
 
+class RunSummary(TypedDict):
+    """A run in a few plain values, the part `training` of a report's JSON.
+
+    Attributes:
+        status: as in `RunLog`.
+        method: name of the training method.
+        data: name of the data set, as the user gave it.
+        epochs: number of completed epochs.
+        reallocations: number of reallocations.
+        weights_moved: number of weights dropped in all of them.
+        last_test_accuracy: fraction of test images classified correctly after the last epoch; None before the first.
+        best_test_accuracy: highest such fraction; None before the first epoch.
+        best_epoch: number of the epoch that reached it; None before the first.
+    """
+
+    status: str
+    method: str
+    data: str
+    epochs: int
+    reallocations: int
+    weights_moved: int
+    last_test_accuracy: float | None
+    best_test_accuracy: float | None
+    best_epoch: int | None
+
+
 @dataclass(frozen=True)
 class RunLog:
     """A whole log.
 
     Attributes:
         start: contents of the first line: data, settings, versions.
-        status: `complete`, `interrupted`, `failed`, or `cut off` if the last line is missing.
+        status: `complete`, `paused`, `interrupted`, `failed`, or `cut off` if the last line is missing.
         epochs: the completed epochs, in order.
         reallocations: the reallocations, in order.
     """
@@ -115,9 +141,9 @@ class RunLog:
         """Settings of the training by name."""
         return dict(self.start["settings"])
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> RunSummary:
         """Returns method, epochs and accuracies as plain values."""
-        # A run may end before its first epoch.
+        # A run may end before its first epoch. Of equal accuracies `max` takes the first, as the run itself does.
         best = max(self.epochs, key=lambda epoch: epoch.test_accuracy, default=None)
         return {
             "status": self.status,
@@ -138,11 +164,13 @@ def read_log(path: Path) -> RunLog:
     Raises:
         FormatError: a line is not a record of a log.
     """
+    # As bytes: a file cut off within a character could not be decoded as a whole.
     text = path.read_bytes()
     # A full disk or a power cut can cut off the last line; the lines before it are still valid.
     whole = text[: text.rfind(b"\n") + 1]
     try:
         return _log([json.loads(line) for line in whole.splitlines() if line.strip()])
+    # A log may come from anywhere: strange values (10**400, nested lists) must end in one sentence, not in a traceback.
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise FormatError(
             f"log {str(path)!r} is not valid ({error!r}); the run is damaged, so restore the file or delete it."
@@ -150,9 +178,11 @@ def read_log(path: Path) -> RunLog:
 
 
 def _log(lines: list[dict[str, Any]]) -> RunLog:
+    """Returns the log of parsed lines; raises like `Epoch.from_line` for lines that are no log."""
     kinds: dict[str, list[dict[str, Any]]] = {"start": [], "epoch": [], "reallocation": [], "end": []}
     for line in lines:
         kinds[line["kind"]].append(line)
+    # Resuming cuts off the `end` of the call before. A log without one is of a run that was killed, or still runs.
     log = RunLog(
         dict(kinds["start"][0]),
         str(kinds["end"][-1]["status"]) if kinds["end"] else "cut off",
@@ -171,6 +201,7 @@ def _float(value: Any) -> float:
 
 
 def _whole(value: Any) -> int:
+    """Returns a logged count; raises `ValueError` for other numbers."""
     number = int(value)
     if not 0 <= number < _MAX_NUMBER:
         raise ValueError(f"{value!r} is not a count")
@@ -178,6 +209,7 @@ def _whole(value: Any) -> int:
 
 
 def _fraction(value: Any) -> float:
+    """Returns a logged fraction; raises `ValueError` for other numbers, NaN included."""
     number = float(value)
     if not 0 <= number <= 1:
         raise ValueError(f"{value!r} is not a fraction")
@@ -185,8 +217,10 @@ def _fraction(value: Any) -> float:
 
 
 def _optional(value: Any) -> float | None:
+    """Returns a logged threshold; None for methods without one."""
     return None if value is None else _float(value)
 
 
 def _counts(counts: Any) -> dict[str, int]:
+    """Returns logged counts by layer."""
     return {str(name): _whole(count) for name, count in counts.items()}

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from dsr_tool.errors import FileError, FormatError
 from dsr_tool.formats.footprint import Footprint, footprint
 from dsr_tool.formats.tensor_file import header_bytes
 from dsr_tool.graph.compact.record import Savings
-from dsr_tool.report.runlog import RunLog, read_log
+from dsr_tool.report.runlog import RunLog, RunSummary, read_log
 from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.mask import Mask
@@ -33,7 +32,7 @@ class Source:
         kind: `model folder`, `run folder`, or the name of the file's container.
         footprint: parameters, bytes and multiply-adds of every tensor, and the parts of the file.
         config: description of the model; None if the file has none.
-        training: summary of the log of a run; empty elsewhere.
+        training: summary of the log of a run; None elsewhere.
         tensors: every tensor of the footprint by name, decoded when asked for.
         stored: bytes of each tensor in the file, positions and values apart.
         log: the whole log of a run.
@@ -45,7 +44,7 @@ class Source:
     kind: str
     footprint: Footprint
     config: ModelConfig | None
-    training: Mapping[str, Any]
+    training: RunSummary | None
     tensors: Mapping[str, SparseTensor] = field(default_factory=dict)
     stored: Mapping[str, StoredBytes] = field(default_factory=dict)
     log: RunLog | None = None
@@ -80,7 +79,7 @@ def read(path: str | Path) -> Source:
         container.name,
         found.footprint,
         found.config,
-        {},
+        None,
         found.tensors,
         found.stored,
         saved=found.saved,
@@ -89,6 +88,7 @@ def read(path: str | Path) -> Source:
 
 
 def _folder(path: Path) -> Source:
+    """Measures a model folder; a run folder is one with a log."""
     # Here, since folders need torch and files do not.
     from dsr_tool.sparse.folder import CONFIG, MASKS, WEIGHTS, read_folder
 
@@ -98,6 +98,7 @@ def _folder(path: Path) -> Source:
     _same_shapes(path, {name: tuple(value.shape) for name, value in state.items()}, saved.specs)
     tensors = {}
     for name, value in state.items():
+        # numpy has no bf16, whose values fp32 holds exactly; the stored type is counted below.
         array = (value.float() if value.is_floating_point() else value).numpy()
         tensors[name] = SparseTensor.from_dense(array, masks.get(name, Mask.full(array.shape)))
     stored = {name: ("dense", value.nbytes) for name, value in state.items()}
@@ -109,16 +110,18 @@ def _folder(path: Path) -> Source:
         "description": saved.file(CONFIG).stat().st_size,
         "container headers": sum(header_bytes(saved.file(name)) for name in (WEIGHTS, MASKS)),
     }
+    # The model alone: checkpoint, log and best epoch of a run are not what a user would ship.
     total = sum(saved.file(name).stat().st_size for name in (CONFIG, WEIGHTS, MASKS))
     measured = footprint(tensors, saved.specs, stored=stored, file_bytes=total, parts=parts)
     by_tensor = {name: StoredBytes(positions.get(name, 0), value.nbytes) for name, value in state.items()}
     log_file = path / "log.jsonl"
     log = read_log(log_file) if log_file.is_file() else None
-    kind, training = (_RUN_FOLDER, log.summary()) if log else (_MODEL_FOLDER, {})
+    kind, training = (_RUN_FOLDER, log.summary()) if log else (_MODEL_FOLDER, None)
     return Source(path, kind, measured, saved.config, training, tensors, by_tensor, log)
 
 
 def _same_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, LayerSpec]) -> None:
+    """Raises `FormatError` if a tensor is missing on one side, or has another shape there."""
     listed = {name: spec.shape for name, spec in specs.items()}
     differing = [name for name in {**listed, **shapes} if listed.get(name) != shapes.get(name)]
     if differing:

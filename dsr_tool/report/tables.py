@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from typing import Any
 
 from rich import box
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from dsr_tool.formats.codecs import size_columns
 from dsr_tool.formats.footprint import Footprint, Sizes
+from dsr_tool.report.runlog import RunSummary
 from dsr_tool.report.sources import Source
 
 __all__ = ["megabytes", "plain_table", "render", "report_document", "report_text"]
@@ -37,7 +38,7 @@ def report_document(source: Source) -> dict[str, Any]:
         "path": str(source.path),
         "kind": source.kind,
         "model": source.config.to_dict() if source.config else None,
-        "training": dict(source.training) or None,
+        "training": source.training,
         "compaction": source.saved.to_dict() if source.saved else None,
         **source.footprint.to_dict(),
     }
@@ -50,12 +51,14 @@ def report_text(source: Source) -> str:
     lines = [f"{source.path}: {name}{source.kind}, {measured.file_bytes:,} bytes"]
     if source.training:
         lines.append(_training_line(source.training))
+    # Tables first: in a terminal, the sums at the end stay in sight.
     lines += [render(_layers(measured)), render(_totals(measured)), *_compaction(source), *_closing(source)]
     return "\n".join(lines)
 
 
 def plain_table(*headers: str, numbers: Container[str]) -> Table:
     """Returns an empty table; columns in `numbers` are aligned right."""
+    # Names are never wrapped, so that a row stays a line for grep and awk.
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for header in headers:
         table.add_column(header, justify="right" if header in numbers else "left", no_wrap=True)
@@ -64,6 +67,7 @@ def plain_table(*headers: str, numbers: Container[str]) -> Table:
 
 def render(table: Table) -> str:
     """Returns a table as text, each line as long as it needs to be."""
+    # Rich pads every row to the width of the table; the spaces at the ends would wrap in a narrow terminal.
     text = io.StringIO()
     Console(file=text, width=_CONSOLE_WIDTH, markup=False, emoji=False, highlight=False).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
@@ -71,6 +75,7 @@ def render(table: Table) -> str:
 
 def megabytes(nbytes: int) -> str:
     """Formats bytes in MB, which are 10^6 bytes, with two or three decimals."""
+    # Three decimals are kB, which small layers need; from 10 MB on they would be noise.
     return f"{nbytes / 1e6:,.3f}" if nbytes < 10**7 else f"{nbytes / 1e6:,.2f}"
 
 
@@ -85,6 +90,7 @@ def _layers(measured: Footprint) -> Table:
     for layer in measured.layers:
         if not layer.spec.weight:
             rest.setdefault((layer.spec.role, layer.spec.reason), []).append(layer.sizes)
+    # `Sizes()` starts the sum: sizes add up like numbers, but not to 0.
     for (role, reason), sizes in rest.items():
         table.add_row(f"{len(sizes)} more", role, *_numbers(sum(sizes, Sizes())), reason)
     return table
@@ -100,6 +106,7 @@ def _numbers(sizes: Sizes) -> list[str]:
 
 
 def _totals(measured: Footprint) -> Table:
+    """Returns a row for each set of tensors over which sums are taken."""
     table = plain_table("in all", *_COLUMNS, numbers=_COLUMNS)
     table.add_row("prunable weights", *_numbers(measured.prunable))
     table.add_row("whole model", *_numbers(measured.model))
@@ -117,6 +124,7 @@ def _compaction(source: Source) -> list[str]:
     for layer in saved.layers:
         (filters, kept), (inputs, used) = layer.filters, layer.inputs
         table.add_row(layer.weight, f"{kept:,}", f"{filters:,}", f"{used:,}", f"{inputs:,}")
+    # All other tables describe the compacted model, so the counts before it stand only here.
     pairs = (saved.weights, saved.active, saved.dense_macs, saved.sparse_macs)
     weights, active, dense, sparse = (f"{before:,} -> {after:,}" for before, after in pairs)
     return [
@@ -131,7 +139,8 @@ def _closing(source: Source) -> list[str]:
     """Returns the sparsities, the parts of the file, its size, and the units of the tables."""
     measured = source.footprint
     parts = ", ".join(f"{name} {nbytes:,}" for name, nbytes in measured.parts.items())
-    # Both are sums over the same file, so a difference is an error in the accounting, not in the file.
+    # One is the size in the file system, the other the sum of all parts that were found: a difference means that the
+    # report missed or double counted bytes, not that the file is damaged.
     agree = "agrees" if measured.computed_bytes == measured.file_bytes else "DOES NOT AGREE"
     size = "x".join(map(str, source.config.input_shape)) if source.config else "the file's size"
     folded = ["an ONNX file has no masks: active weights are those that are not zero, and norms are folded into them"]
@@ -148,18 +157,20 @@ def _closing(source: Source) -> list[str]:
 
 def _dense(measured: Footprint) -> str:
     """Returns what the dense size is called: `dense fp32`, or with the other types that the weights have."""
+    # Norms and biases stay in fp32 in an fp16 file, so the name of the type then says that it is the weights'.
     bits = {8 * layer.sizes.dense_bytes // layer.sizes.parameters for layer in measured.layers if layer.spec.weight}
     return f"dense {' and '.join(f'fp{n}' for n in sorted(bits))}".rstrip() + (" (weights)" if bits - {32} else "")
 
 
-def _training_line(training: Mapping[str, Any]) -> str:
+def _training_line(training: RunSummary) -> str:
     """Returns the summary of a run's log as one line."""
+    # A run that ended before its first epoch has no accuracy.
     best, last = training["best_test_accuracy"], training["last_test_accuracy"]
-    accuracy = (
-        f"test accuracy {last:.4f} (best {best:.4f} in epoch {training['best_epoch']})" if best is not None else ""
-    )
+    accuracy = ""
+    if last is not None and best is not None:
+        accuracy = f"test accuracy {last:.4f} (best {best:.4f} in epoch {training['best_epoch']})"
     status = "" if training["status"] == "complete" else f" (NOT COMPLETE: {training['status']})"
     return (
         f"trained{status} with {training['method']} on {training['data']}, {training['epochs']} epochs: {accuracy}; "
-        f"{training['reallocations']} reallocations moved {training['weights_moved']:,} weights"
+        f"{training['reallocations']} reallocations dropped {training['weights_moved']:,} weights"
     )

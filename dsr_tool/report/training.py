@@ -3,13 +3,68 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-from dsr_tool.report.budget import BudgetCheck
+from dsr_tool.report.budget import BudgetCheck, BudgetDocument
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.train import TrainResult, TrainSettings
 
-__all__ = ["training_document", "training_text"]
+__all__ = ["TrainingDocument", "training_document", "training_text"]
+
+
+class LastEpoch(TypedDict):
+    """The last epoch of a run: its number from 1, the fraction of test images classified correctly, the mean loss."""
+
+    epoch: int
+    test_accuracy: float
+    test_loss: float
+
+
+class BestEpoch(TypedDict):
+    """The epoch with the highest test accuracy."""
+
+    epoch: int
+    test_accuracy: float
+
+
+class TrainingDocument(TypedDict):
+    """The result of a training as JSON, schema `dsr-tool/train/1`.
+
+    Attributes:
+        schema: name and version of the schema.
+        run: path of the run folder.
+        method: name of the training method.
+        recipe: name of the recipe; None without one.
+        epochs: number of epochs that were asked for.
+        finished: False if `--max-time` ended the run before its last epoch.
+        steps: number of optimizer steps.
+        time_s: duration of all epochs in seconds, evaluation included.
+        last: the last epoch.
+        best: the epoch with the highest test accuracy.
+        active_weights: number of active weights after training.
+        prunable_weights: number of weights that the masks cover.
+        parameters: number of all parameters, biases and norms included.
+        sparsity: fraction of zeros among the prunable weights.
+        model_sparsity: fraction of zeros among all parameters.
+        budget: check of the budget in bytes; None if the model has no such budget.
+    """
+
+    schema: str
+    run: str
+    method: str
+    recipe: str | None
+    epochs: int
+    finished: bool
+    steps: int
+    time_s: float
+    last: LastEpoch
+    best: BestEpoch
+    active_weights: int
+    prunable_weights: int
+    parameters: int
+    sparsity: float
+    model_sparsity: float
+    budget: BudgetDocument | None
 
 
 def training_document(
@@ -19,7 +74,7 @@ def training_document(
     result: TrainResult,
     model: SparseModel,
     budget: BudgetCheck | None,
-) -> dict[str, Any]:
+) -> TrainingDocument:
     """Returns the result as plain values, schema `dsr-tool/train/1`.
 
     Args:
@@ -39,6 +94,7 @@ def training_document(
         "epochs": settings.epochs,
         "finished": last.epoch == settings.epochs,
         "steps": last.step,
+        # Of all calls: a resumed run keeps the epochs of the call before.
         "time_s": round(sum(record.time_s for record in result.epochs), 3),
         "last": {"epoch": last.epoch, "test_accuracy": last.test_accuracy, "test_loss": last.test_loss},
         "best": {"epoch": best.epoch, "test_accuracy": best.test_accuracy},
@@ -51,7 +107,7 @@ def training_document(
     }
 
 
-def training_text(document: dict[str, Any]) -> str:
+def training_text(document: TrainingDocument) -> str:
     """Returns accuracy and counts in one line, then the budget, then how to resume a run that is not finished."""
     last, best = document["last"], document["best"]
     lines = [
@@ -62,6 +118,7 @@ def training_text(document: dict[str, Any]) -> str:
     if document["budget"]:
         lines.append(document["budget"]["line"])
     if not document["finished"]:
+        # An interrupted run prints no result, so only the time limit leads here.
         lines.append(
             f"paused by --max-time after epoch {last['epoch']} of {document['epochs']}; give the same command with "
             f"--resume to continue"

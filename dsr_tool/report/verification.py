@@ -16,6 +16,7 @@ def verification_document(command: str, verification: Verification) -> dict[str,
 
 def verification_text(verification: Verification) -> str:
     """Returns the file, the comparisons and their results as text."""
+    # Differences are absolute, so the line also has the largest output, without which they say nothing.
     runs = ", ".join(f"{name} {difference:.2g}" for name, difference in verification.runtimes.items())
     lines = [
         f"{verification.path}: {verification.kind}, {verification.file_bytes:,} bytes, "
@@ -25,6 +26,7 @@ def verification_text(verification: Verification) -> str:
         f"  masks {'equal' if verification.masks_equal else 'DIFFER'}, "
         f"weights {'equal bit for bit' if verification.weights_equal else 'DIFFER'}",
     ]
+    # Problems fail the verification; notes do not, such as a runtime that is not installed.
     return "\n".join(
         [*lines, *(f"  problem: {text}" for text in verification.problems), *map("  {}".format, verification.notes)]
     )

@@ -93,7 +93,7 @@ def made():
         measured = footprint(tensors, specs, stored=stored, file_bytes=6000 * layers + 100, parts=parts)
         apart = dict.fromkeys(names, StoredBytes(1000, 5000))
         config = ModelConfig("module", architecture, 5, (3, 32, 32))
-        return Source(Path("somewhere"), "archive", measured, config, {}, tensors, apart)
+        return Source(Path("somewhere"), "archive", measured, config, None, tensors, apart)
 
     return make
 

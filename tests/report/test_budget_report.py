@@ -57,7 +57,7 @@ def test_bytes_of_a_folder_are_those_of_its_archive(folder, archive, budget, cod
     whole, packed = (call("report", path, "--budget", budget) for path in (folder, archive))
     assert whole[0] == packed[0] == code
     # Both are one line, and differ only in what they say was measured.
-    assert whole[1].replace("of the archive that it exports to", "on disk") == packed[1]
+    assert whole[1].replace("as an archive", "on disk") == packed[1]
     assert packed[1].count("\n") == 1
 
 

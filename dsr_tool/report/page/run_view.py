@@ -36,10 +36,10 @@ def run_headline(log: RunLog) -> list[Number]:
     """Returns the headline numbers of a run: status, test accuracy and reallocated weights."""
     facts = log.summary()
     note = f"{facts['method']} on {facts['data']}"
-    if not log.epochs:
+    last, best = facts["last_test_accuracy"], facts["best_test_accuracy"]
+    if last is None or best is None:
         return [Number("Training", facts["status"], f"{note}; no epoch was completed")]
     grown = sum(reallocation.grown for reallocation in log.reallocations)
-    last, best = facts["last_test_accuracy"], facts["best_test_accuracy"]
     return [
         Number("Training", facts["status"], f"{note}, {facts['epochs']} of {log.settings.get('epochs', '?')} epochs"),
         Number(
