@@ -16,31 +16,24 @@ import argparse
 import contextlib
 import platform
 import statistics
-import subprocess
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from inference_contenders import Run, contenders
 
 from converters.conversion import convert
-from converters.loading import load
 from dsr_tool.formats.archive import open_archive
-from dsr_tool.measure.latency import open_session
 from dsr_tool.measure.memory.process import Measured, Request, measure
 from dsr_tool.measure.pairs import spread
 from dsr_tool.runtime.kernels.library import level
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.tensor import Array
 from exporters.export import export
-from exporters.onnx.session import OnnxSession
 from exporters.onnx.write import to_onnx
-
-Run = Callable[[Array], Any]
 
 
 class Row(NamedTuple):
@@ -96,7 +89,9 @@ def write(row: Row, folder: Path) -> tuple[Path, Path]:
     """Writes the archive and the dense ONNX file of a row, unless they exist."""
     archive = folder / f"{row.model}-{row.distribution}-{row.sparsity:g}.dsr"
     dense = archive.with_suffix(".onnx")
+    # Converting, exporting and verifying a model takes far longer than measuring it; `--folder` keeps the files.
     if not archive.exists():
+        # As in the uniform models of Evci et al. 2020 (RigL), whose first layer is dense.
         first = {"keep_dense": [first_convolution(row.model)]} if row.distribution == "uniform" else {}
         model = convert(row.model, sparsity=row.sparsity, distribution=row.distribution, seed=0, **first)
         fill_zeros(model)
@@ -129,83 +124,13 @@ def first_convolution(model: str) -> str:
     return next(f"{name}.weight" for name, part in module.named_modules() if isinstance(part, nn.Conv2d))
 
 
-def contenders(row: Row, archive: Path, dense: Path, arguments: argparse.Namespace) -> Iterator[tuple[str, Run]]:
-    """Yields the contenders by name; one that cannot run the model is reported and skipped."""
-    batch, threads = row.batch, arguments.threads
-    makers: dict[str, Callable[[], Run]] = {
-        "sparse": lambda: open_session(archive, "sparse", batch, threads).run,
-        "onnxruntime": lambda: OnnxSession(dense, threads=threads, spinning=False).run,
-        "scipy": lambda: open_session(archive, "scipy", batch, threads).run,
-        "openvino": lambda: openvino(dense, batch, threads),
-        "torch": lambda: pytorch(archive, threads),
-        "deepsparse": lambda: deepsparse(archive, batch, threads, arguments.deepsparse),
-    }
-    for name in ("sparse", "onnxruntime", *arguments.against):
-        try:
-            yield name, makers[name]()
-        except RuntimeError as error:
-            print(f"  {name} is skipped: {str(error).splitlines()[0]}")
-
-
-def openvino(dense: Path, batch: int, threads: int) -> Run:
-    """Loads the dense model into OpenVINO, in fp32."""
-    import openvino as ov
-
-    model = ov.Core().read_model(dense)
-    model.reshape([batch, *(n.get_length() for n in list(model.input(0).partial_shape)[1:])])
-    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = ov.Core().compile_model(model, "CPU", options)
-    return lambda x: compiled(x)[0]
-
-
-def pytorch(archive: Path, threads: int) -> Run:
-    """Loads the dense model into PyTorch, without compilation."""
-    import torch
-
-    torch.set_num_threads(threads)
-    module = load(archive).module.eval()
-
-    def run(x: Array) -> Any:
-        with torch.inference_mode():
-            return module(torch.from_numpy(x)).numpy()
-
-    return run
-
-
-def deepsparse(archive: Path, batch: int, threads: int, python: str) -> Run:
-    """Loads the model into DeepSparse, which finds the zeros; a run is a line to its process and a line back."""
-    import torch
-
-    model = archive.with_suffix(".opset13.onnx")
-    if not model.exists():
-        # The newest operator set of which DeepSparse compiles every operator.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                load(archive).module.eval(), (torch.zeros(1, 3, 224, 224),), model, opset_version=13, dynamo=False,
-                input_names=["x"], dynamic_axes={"x": {0: "batch"}},
-            )  # fmt: skip
-    command = [python, str(Path(__file__).with_name("deepsparse_worker.py")), str(model), str(batch), str(threads)]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    requests, replies = child.stdin, child.stdout
-    if requests is None or replies is None or not any(line == "ready\n" for line in replies):
-        raise RuntimeError(f"{python} ended with exit code {child.wait()}.")
-
-    def run(x: Array) -> None:  # noqa: ARG001 - the worker has drawn the same input
-        requests.write("\n")
-        requests.flush()
-        if replies.readline() != "done\n":
-            raise RuntimeError(f"{python} ended with exit code {child.wait()}.")
-
-    return run
-
-
 def seconds(runs: dict[str, Run], x: Array, rounds: int) -> dict[str, list[float]]:
-    """Times all contenders in turns; returns their seconds, one for each round. Each round another one begins."""
+    """Times all contenders in turns; returns their seconds, one for each round."""
     names, times = list(runs), {name: list[float]() for name in runs}
     for index in range(rounds + 2):
+        # Each round begins with the next one, so none always runs right after the same other.
         for name in names[index % len(names) :] + names[: index % len(names)]:
-            runs[name](x)
+            runs[name](x)  # brings its own weights back into the caches
             start = time.perf_counter()
             runs[name](x)
             if index >= 2:  # the first rounds allocate
@@ -216,12 +141,15 @@ def seconds(runs: dict[str, Run], x: Array, rounds: int) -> dict[str, list[float
 def print_latency(row: Row, arguments: argparse.Namespace) -> None:
     """Measures a row and prints its line."""
     archive, dense = write(row, arguments.folder)
-    runs = dict(contenders(row, archive, dense, arguments))
+    others = contenders(archive, dense, row.batch, arguments.threads, arguments.against, arguments.deepsparse or "")
+    runs = dict(others)
     x = np.random.default_rng(0).standard_normal((row.batch, 3, 224, 224)).astype(np.float32)
     outputs = {name: run(x) for name, run in runs.items()}
-    if not outputs["onnxruntime"].any():
+    ours, expected = outputs["sparse"], outputs["onnxruntime"]
+    if ours is None or expected is None or not expected.any():
         raise SystemExit(f"{archive} has an output of zeros, which hides errors; remove it and its .onnx file.")
-    error = np.abs(outputs["sparse"] - outputs["onnxruntime"]).max() / np.abs(outputs["onnxruntime"]).max()
+    # A speed counts only for the right answer, so the difference stands in the same line.
+    error = np.abs(ours - expected).max() / np.abs(expected).max()
     times = seconds(runs, x, arguments.rounds)
     cells = []
     for name in runs:
@@ -229,9 +157,10 @@ def print_latency(row: Row, arguments: argparse.Namespace) -> None:
             ratio = spread([d / t for d, t in zip(times["onnxruntime"], times[name], strict=True)])
             cells.append((name, f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})", ratio["median"]))
     reached = "aim" if cells[0][2] >= row.aim else "least" if cells[0][2] >= row.least else "below"
-    ours, theirs = (1e3 * statistics.median(times[name]) for name in ("sparse", "onnxruntime"))
+    # The times of both sides for orientation: claims are made from the ratios, which were taken round by round.
+    ours_ms, dense_ms = (1e3 * statistics.median(times[name]) for name in ("sparse", "onnxruntime"))
     others = "  ".join(f"{name} {text}" for name, text, _ in cells[1:])
-    figures = f"{ours:8.2f} {theirs:8.2f}  {cells[0][1]:18} {row.least:5g} {row.aim:5g} {reached:7} {error:8.1e}"
+    figures = f"{ours_ms:8.2f} {dense_ms:8.2f}  {cells[0][1]:18} {row.least:5g} {row.aim:5g} {reached:7} {error:8.1e}"
     print(f"{start_of_line(row)} {figures}  {others}", flush=True)
 
 
@@ -246,6 +175,7 @@ def print_memory(row: Row, arguments: argparse.Namespace) -> None:
     shape = (row.batch, 3, 224, 224)
     medians = {}
     for kind, path in (("sparse", archive), ("onnxruntime", dense)):
+        # The median of three: one of them may meet a moment when the machine is busy.
         results = [measure(Request(kind, str(path), shape, threads=arguments.threads)) for _ in range(3)]
         medians[kind] = {n: statistics.median(getattr(r, n) for r in results) for n in Measured.__dataclass_fields__}
     ours, theirs = medians["sparse"], medians["onnxruntime"]

@@ -22,6 +22,7 @@ def rows(document: MemoryDocument) -> Iterator[tuple[str, Comparison]]:
     """Yields the figures of a document with a name for each row."""
     for row in document["inference"]:
         yield row["runtime"], row
+    # None for a network that cannot train on such inputs.
     if document["training"]:
         yield f"training, {document['training']['optimizer']}", document["training"]
 
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--optimizer", default="sgd")
     arguments = parser.parse_args()
+    # The figures hold for these versions: allocators and fusions change from release to release.
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "onnxruntime", "scipy"))
     print(
         f"{platform.machine()}, {packages}; sparsity {arguments.sparsity} (ERK), {arguments.size} px; MB are 10^6 bytes"
@@ -52,6 +54,7 @@ def main() -> None:
     for name in arguments.models:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
+            # Saved, since a child process loads the folder itself.
             dsr_tool.convert(name, sparsity=arguments.sparsity, distribution="erk").save(path)
             source = read(path)
             for batch in arguments.batches:

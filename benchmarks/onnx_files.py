@@ -31,6 +31,7 @@ from exporters.onnx.write import ONNX_ENCODINGS, to_onnx
 VARIANTS = [("dense", "fp32")] + [
     (e, v) for v in ("fp32", "fp16") for e in ONNX_ENCODINGS if (e, v) != ("dense", "fp32")
 ]
+# A process for each file: memory that ONNX Runtime took for an earlier one would count too.
 CHILD = """
 import sys, time, json, numpy
 from exporters.onnx.session import onnx_session
@@ -52,6 +53,7 @@ print(json.dumps({"load_s": load, "ms": 1e3 * sorted(times)[len(times) // 2], **
 def write_files(architecture: str, sparsity: float, folder: Path) -> tuple[dict[tuple[str, str], Path], list[int]]:
     """Writes a file for each encoding and type of values; returns them with the shape of one input."""
     model = convert(architecture, sparsity=sparsity, distribution="erk", seed=0)
+    # Traced once for all files, and not verified: the tests do that.
     graph = trace(model.module, model.config.input_shape)
     files = {}
     for encoding, values in VARIANTS:
@@ -92,6 +94,7 @@ def ratios(
     result = []
     for index in range(rounds + 2):
         seconds = {}
+        # The side that begins alternates, so neither always runs in the state that the other one leaves.
         for session in (dense, other) if index % 2 else (other, dense):
             start = time.process_time()
             session.run(None, x)
@@ -112,6 +115,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files, shape = write_files(arguments.architecture, arguments.sparsity, folder)
+        # The interpreter, numpy and ONNX Runtime's own code, which every row would contain.
         base = median_of_children(small_file(folder), shape, "latency", arguments.repeats)["VmHWM"]
         print(
             f"{arguments.architecture} at sparsity {arguments.sparsity} (ERK), input {shape}, one thread, onnxruntime "

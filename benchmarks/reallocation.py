@@ -37,6 +37,7 @@ from dsr_tool.sparse.active import gather
 from dsr_tool.sparse.model import SparseModel
 
 EVERY_STEP = ReallocationSchedule(((0, 1),), 20)
+"""Updates after every step of a run of 20 steps, so that each call of a method is one."""
 
 
 class Ours:
@@ -48,6 +49,7 @@ class Ours:
         self.optimizer = optim.SGD(model.module.parameters(), lr=0.0, momentum=0.9)
         for parameter in model.module.parameters():
             parameter.grad = torch.randn_like(parameter)
+        # Momentum exists from the first step on, and an update clears it where weights move.
         self.optimizer.step()
         self.keeper = method.keep(model, self.optimizer, seed=0, before_masking=None)
         method.begin([mask.numel() for mask in model.masks.values()], [int(m.sum()) for m in model.masks.values()])
@@ -100,6 +102,7 @@ class ByTopk:
             rule: changes a mask in place, given the weights; returns the number of weights dropped.
         """
         self.rule = rule
+        # Flat over all layers, as one global top-k needs it.
         self.first = torch.cat([mask.reshape(-1) for mask in model.masks.values()])
         self.weights = torch.empty(self.first.shape).normal_(0, 0.02).mul_(self.first)
         self.mask = self.first.clone()
@@ -150,6 +153,7 @@ def return_freed_memory() -> None:
 
 def measure(update: Ours | ByTopk, rounds: int) -> tuple[float, int | None, int]:
     """Returns median seconds, peak bytes of a first call that is not timed, and the number of weights dropped."""
+    # A call of its own: returning freed memory and reading /proc are not part of any time.
     update.prepare()
     peak = None
     if can_measure():
@@ -160,6 +164,7 @@ def measure(update: Ours | ByTopk, rounds: int) -> tuple[float, int | None, int]
         peak = held_bytes("VmHWM") - before
     times, moved = [], 0
     for _ in range(rounds):
+        # Outside the clock; without it, later updates would work on masks that earlier ones had changed.
         update.prepare()
         start = time.perf_counter()
         moved = update()

@@ -18,7 +18,7 @@ import dsr_tool
 from converters.conversion import convert
 
 BATCHES = {224: 16, 96: 32, 32: 128}
-"""Inputs of one step by their side in pixels."""
+"""Inputs of one step by their side in pixels; smaller inputs come in larger batches."""
 
 
 def stepper(module: nn.Module, optimizer: optim.Optimizer) -> Callable[[torch.Tensor, torch.Tensor], float]:
@@ -38,6 +38,7 @@ def make_step(*, sparse: bool) -> Callable[[torch.Tensor, torch.Tensor], float]:
     """Returns a step of a dense ResNet-18, or of one at sparsity 0.9 with a DSR method attached."""
     model = convert("resnet18", sparsity=0.9 if sparse else 0, seed=0)
     optimizer = optim.SGD(model.module.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    # Nothing is attached to the dense side, so the ratio is the whole price of being sparse.
     if sparse:
         dsr_tool.attach(model, optimizer, "dsr", total_steps=100_000)
     return stepper(model.module, optimizer)
@@ -50,10 +51,12 @@ def measure(batch_size: int, size: int, pairs: int) -> None:
     labels = torch.randint(0, 1000, (batch_size,))
     times = []
     for index in range(pairs + 2):
+        # The side that begins alternates, so neither always runs in the state that the other one leaves.
         first, second = (dense, sparse) if index % 2 else (sparse, dense)
         seconds = (first(images, labels), second(images, labels))
         if index >= 2:  # the first step of each kind allocates
             times.append(seconds if index % 2 else seconds[::-1])
+    # Ratios within a pair, not of medians: both steps of a pair ran while the machine was equally fast.
     ratios = sorted(sparse_s / dense_s for dense_s, sparse_s in times)
     dense_ms, sparse_ms = (statistics.median(column) * 1e3 for column in zip(*times, strict=True))
     spread = f"quartiles {ratios[len(ratios) // 4]:.4f} to {ratios[-len(ratios) // 4]:.4f}"

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,12 @@ def measure(sparsity: float, draw: str, seed: int, rounds: int, *, slow: bool) -
     from storage_item import make
 
     item = make(sparsity, draw, seed)
+    # Only for float32: archives of float16 round, so their arrays differ from these.
     sums = {4: _checksum({name: tensor.to_dense() for name, tensor in item.tensors.items()})}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name, form in FORMATS.items() if slow or not form.slow}
     with tempfile.TemporaryDirectory() as folder:
         source, file = Path(folder) / "item", Path(folder) / "file"
+        # Drawn once and passed as a file, so that all formats store the same model.
         source.write_bytes(pickle.dumps(item))
         for _ in range(rounds):
             for name, past in runs.items():
@@ -113,13 +116,14 @@ def parts(item: Item, path: Path, width: int) -> dict[str, float]:
 
 def child(name: str, source: str, file: str) -> dict[str, Any]:
     """Writes a file of one format, if an item is given as its source, or reads it; on one core."""
+    # By affinity, since not every library heeds the variables for numbers of threads.
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     form, path = FORMATS[name], Path(file)
     for library in form.libraries:
-        importlib.import_module(library)
+        importlib.import_module(library)  # not part of any time or memory below
     if source:
         item = pickle.loads(Path(source).read_bytes())  # noqa: S301 - our own parent wrote it
-        form.write(item, path)
+        form.write(item, path)  # not timed: a first call allocates
         return {"write_s": _seconds(lambda: form.write(item, path)), "file_bytes": path.stat().st_size}
     before = held_bytes("VmRSS")
     dense = form.read(path)
@@ -158,6 +162,7 @@ def _run_children(name: str, source: Path, file: Path) -> dict[str, Any]:
     for argument in (str(source), ""):
         command = [sys.executable, __file__, "--child", name, argument, str(file)]
         done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True, check=False)
+        # Formats of packages that are not installed get a line that says so; any other failure ends the benchmark.
         if "ModuleNotFoundError: " in done.stderr:
             return {"absent": done.stderr.strip().splitlines()[-1].removeprefix("ModuleNotFoundError: ")}
         if done.returncode:
@@ -171,18 +176,21 @@ def _medians(past: list[dict[str, Any]]) -> dict[str, Any]:
     return past[0] | times
 
 
-def _seconds(work: Any) -> float:
+def _seconds(work: Callable[[], object]) -> float:
+    """Returns the median time of several calls."""
     times = []
     for _ in range(REPEATS):
         start = time.perf_counter()
         result = work()
         times.append(time.perf_counter() - start)
+        # After the clock: freeing what was read is not part of reading.
         del result
     return statistics.median(times)
 
 
 def _checksum(dense: dict[str, Any]) -> int:
     total = 0
+    # Sorted, since formats may return their arrays in any order.
     for name in sorted(dense):
         total = zlib.crc32(np.ascontiguousarray(dense[name]), total)
     return total

@@ -69,7 +69,7 @@ class Format:
         read: function that decodes a file to dense arrays by name.
         libraries: modules that are imported before the clock starts.
         width: bytes of one stored weight.
-        slow: whether it runs only with `--slow`.
+        slow: True for a format that runs only with `--slow`.
     """
 
     write: Callable[[Item, Path], None]
@@ -99,6 +99,7 @@ def _zstd(level: int) -> Format:
     def write(item: Item, path: Path) -> None:
         import zstandard
 
+        # Over the dense file: what a user can do without any tool for sparse models.
         dense = safetensors.numpy.save({name: tensor.to_dense() for name, tensor in item.tensors.items()})
         path.write_bytes(zstandard.ZstdCompressor(level).compress(dense))
 
@@ -119,6 +120,7 @@ def _npz(save: Callable[..., None]) -> Format:
                 continue
             rows, columns = matrix_shape(tensor.mask.shape)
             row, column = np.divmod(tensor.mask.positions, columns)
+            # scipy's own save_npz holds a single matrix, so all of them are stored array by array.
             arrays[f"{name}/indptr"] = np.searchsorted(row, np.arange(rows + 1)).astype(np.int32)
             arrays[f"{name}/indices"] = column.astype(np.int32)
             arrays[f"{name}/data"], arrays[f"{name}/shape"] = tensor.values, np.array(tensor.mask.shape)
@@ -134,6 +136,7 @@ def _npz(save: Callable[..., None]) -> Format:
                 shape = tuple(file[f"{name}/shape"])
                 parts = (file[f"{name}/data"], file[f"{name}/indices"], file[f"{name}/indptr"])
                 matrix = scipy.sparse.csr_matrix(parts, shape=matrix_shape(shape))
+                # Our archives are checked as they are read, so this reader checks too.
                 matrix.check_format(full_check=True)
                 dense[name] = matrix.toarray().reshape(shape)
         return dense
@@ -149,6 +152,7 @@ def _torch_csr(index: str) -> Format:
             rows, columns = matrix_shape(tensor.mask.shape)
             row, column = np.divmod(tensor.mask.positions, columns)
             indptr = np.searchsorted(row, np.arange(rows + 1))
+            # The constructor keeps the type of its indices; `to_sparse_csr` makes int64, twice the bytes.
             indices = (torch.from_numpy(array.astype(index)) for array in (indptr, column))
             return torch.sparse_csr_tensor(*indices, torch.from_numpy(tensor.values), (rows, columns))
 
@@ -226,6 +230,7 @@ def _read_bitmask(path: Path) -> Dense:
     return dense
 
 
+# Ours first; then masks of one bit an entry, lists of positions, and general compression.
 FORMATS = {
     "archive, fp32": Format(lambda item, path: _archive(item, path, item.tensors), _read_archive),
     "archive, fp16": Format(lambda item, path: _archive(item, path, halved(item)), _read_archive, width=2),

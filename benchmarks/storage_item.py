@@ -43,6 +43,7 @@ def make(sparsity: float, draw: str, seed: int) -> Item:
     graph = trace(module, CONFIG.input_shape)
     specs = {name: replace(s, role="sparse") if s.weight else s for name, s in discover(module).items()}
     weights = [name for name, spec in specs.items() if spec.weight]
+    # The count of the whole model is exact, and ERK spreads it over the layers.
     total = round((1 - sparsity) * sum(specs[name].size for name in weights))
     counts = dict(zip(weights, erk(total, [specs[name].shape for name in weights]), strict=True))
     random = np.random.default_rng(seed)
@@ -57,20 +58,24 @@ def make(sparsity: float, draw: str, seed: int) -> Item:
 
 def _draw_weight(shape: tuple[int, ...], active: int, draw: str, random: np.random.Generator) -> SparseTensor:
     size = math.prod(shape)
+    # The fan-in of a weight: inputs per output, kernel included.
     deviation = 1 / math.sqrt(size / shape[0])
     positions = np.sort(random.permutation(size)[:active])
     if draw == "whole":
         values = random.normal(scale=deviation, size=active)
     else:
         kinds = {"normal": random.normal, "laplace": random.laplace}
+        # A Laplace variable of scale b has the deviation sqrt(2) b.
         values = kinds[draw](scale=deviation / (math.sqrt(2) if draw == "laplace" else 1), size=size)
         values = values[np.argpartition(np.abs(values), size - active)[size - active :]] if active < size else values
+        # The partition leaves an order that depends on the values, which a codec could profit from.
         random.shuffle(values)
     mask = Mask(shape, positions) if active < size else Mask.full(shape)
     return SparseTensor(mask, values.astype(np.float32))
 
 
 def _draw_other(name: str, value: Array, random: np.random.Generator) -> Array:
+    # Counters of batches, which have no distribution.
     if value.dtype != np.float32:
         return value.reshape(-1)
     if name.endswith("running_var"):

@@ -29,6 +29,7 @@ from converters.torchvision_builders import architectures
 
 _HERE = Path(__file__).resolve().parent
 _TIMEOUT_S = 1800
+"""Seconds after which a model is given up."""
 
 _SIDE = 64
 """Side of the input in pixels, unless a model needs another one."""
@@ -85,6 +86,7 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             continue
+        # A model that was measured again has two lines, of which the later one counts.
         rows[row["model"]] = row
     return rows
 
@@ -106,14 +108,16 @@ def run(name: str) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return row | {"error": f"not done after {_TIMEOUT_S} s"}
     if done.returncode:
+        # The last line of a traceback names the error; -9 is SIGKILL, which the kernel sends when memory runs out.
         last = (done.stderr.strip().splitlines() or [""])[-1]
         killed = "killed, as when memory runs out" if done.returncode == -9 else f"exit code {done.returncode}"
         return row | {"error": f"{killed}: {last}" if last else killed}
+    # Libraries may print while they are imported; the result is the last line.
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
-def say(row: Mapping[str, Any]) -> None:
+def print_row(row: Mapping[str, Any]) -> None:
     """Prints one line about a row."""
     if "error" in row:
         print(f"{row['model']}: {row['error']}", flush=True)
@@ -149,10 +153,12 @@ def main() -> int:
         with ThreadPoolExecutor(jobs) as pool:
             for row in pool.map(run, some):
                 rows[row["model"]] = row
-                say(row)
+                print_row(row)
                 failed += "error" in row or not passed(row)
+                # At once, so that an interruption loses no row.
                 with arguments.rows.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
+    # From the file: with --again, `rows` has only what was measured now.
     rows = read_rows(arguments.rows)
     arguments.table.write_text(table(rows, names(["*"]), BEYOND), encoding="utf-8")
     print(f"{arguments.table}: {len(rows)} rows, {time.perf_counter() - start:.0f} s", flush=True)

@@ -36,6 +36,7 @@ from exporters.export import export
 from exporters.verify.result import Verification
 
 SPARSITY = 0.9
+"""Fraction of zeros among the prunable weights."""
 
 _NOISE = 0.1
 """Standard deviation of the noise that is added to biases and norm parameters."""
@@ -75,6 +76,7 @@ def enliven(model: SparseModel, seed: int = 0) -> float:
             value.copy_(noise(value) / math.sqrt(spec.matrix_shape[1]))
         elif not spec.weight:
             value.add_(_NOISE * noise(value))
+        # A sum over fewer inputs has a smaller variance, by the density.
         if name in model.masks:
             value.div_(math.sqrt(float(model.masks[name].float().mean())))
     model.apply_masks()
@@ -83,11 +85,13 @@ def enliven(model: SparseModel, seed: int = 0) -> float:
     norms = [layer for layer in model.module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     for layer in norms:
         layer.train()
+        # The running statistics become those of the one batch that follows.
         layer.momentum = 1.0
     if norms:
         # Few samples underestimate some variances, and dividing by those makes values grow from layer to layer.
         model(torch.randn(_BATCH if math.prod(shape) < _LARGE_INPUT else 4, *shape, generator=random))
     model.module.eval()
+    # Two inputs, whose outputs differ only if the signal reaches the output.
     outputs = model(torch.randn(2, *shape, generator=random))
     outputs = outputs["out"] if isinstance(outputs, Mapping) else outputs
     return float((outputs[0] - outputs[1]).abs().max() / outputs.abs().max())
@@ -189,10 +193,12 @@ def main() -> None:
     parser.add_argument("--input-shape", default="", help="such as 3,64,64; default: the architecture's")
     arguments = parser.parse_args()
     shape = tuple(int(n) for n in arguments.input_shape.split(",") if n)
+    # One thread a model: zoo.py runs several models at once.
     torch.set_num_threads(1)
     try:
         row = measure(arguments.name, shape)
     except DsrError as error:
+        # A row all the same: the table lists what failed.
         row = {"model": arguments.name, "input_shape": list(shape), "error": str(error)}
     print(json.dumps(row))
 

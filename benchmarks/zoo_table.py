@@ -11,6 +11,8 @@ __all__ = ["table"]
 Row = Mapping[str, Any]
 
 _LIMIT = 1e-4
+"""Largest difference to PyTorch, as a fraction of the largest output, with which a model passes."""
+# In the order of `_cells`; the page explains each.
 _HEAD = (
     "model",
     "input",
@@ -80,6 +82,7 @@ def table(rows: Mapping[str, Row], order: Sequence[str], beyond: Iterable[str]) 
     """
     beyond = set(beyond)
     groups = [[name for name in order if name not in beyond], [name for name in order if name in beyond]]
+    # Rows of models that are no longer in the list stay in the file and are not shown.
     done = {name: row for name, row in rows.items() if "error" not in row and name in order}
     opening = _OPENING.format(
         machine=_machine(done.values()), limit=_LIMIT, spread=min((row["spread"] for row in done.values()), default=0)
@@ -96,6 +99,7 @@ def table(rows: Mapping[str, Row], order: Sequence[str], beyond: Iterable[str]) 
 def passed(row: Row) -> bool:
     """Returns whether a model came back unchanged and both runtimes agree with PyTorch."""
     ours, theirs = _differences(row)
+    # A runtime that did not run has no difference, and must not count as one that agrees.
     return bool(row["bit_for_bit"]) and ours is not None and theirs is not None and max(ours, theirs) <= _LIMIT
 
 
@@ -152,6 +156,7 @@ def _differences(row: Row) -> tuple[float | None, float | None]:
 
 def _machine(rows: Iterable[Row]) -> str:
     """Returns versions and hardware, as the rows recorded them."""
+    # Rows of several sessions may come from several machines or versions.
     texts = dict.fromkeys(row["machine"] for row in rows)
     return _wrapped("Measured with " + "; and with ".join(texts) + ", one thread a model.") if texts else ""
 
