@@ -13,8 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import dsr_tool
-from dsr_tool.measure.memory.document import Comparison, MemoryDocument, memory_document
+from dsr_tool.measure.memory.document import memory_document
 from dsr_tool.measure.memory.request import MemoryRequest
+from dsr_tool.measure.memory.schema import Comparison, MemoryDocument
 from dsr_tool.report.sources import read
 
 

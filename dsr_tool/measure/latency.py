@@ -14,80 +14,32 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 
 from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.files import require_file
+from dsr_tool.measure.latency_schema import BenchDocument, Latency, Outputs
 from dsr_tool.measure.memory.process import Measured, Request, can_measure, measure
-from dsr_tool.measure.pairs import Spread, paired, spread, verdict
+from dsr_tool.measure.pairs import paired, spread, verdict
 from dsr_tool.runtime import Session
-from dsr_tool.runtime.coverage import CoverageDocument
 from dsr_tool.runtime.kernels.library import level
 from dsr_tool.runtime.source import Model, open_model
 from dsr_tool.sparsity.tensor import Array
 
-__all__ = [
-    "RUNTIMES",
-    "BenchDocument",
-    "Latency",
-    "Outputs",
-    "Settings",
-    "bench_document",
-    "open_session",
-]
+__all__ = ["RUNTIMES", "Settings", "bench_document", "open_session"]
 
 RUNTIMES = ("sparse", "scipy")
 """The runtimes that are measured against the dense model: the one that users run, and its reference alone."""
 
 _MAX_BATCH, _MAX_ROUNDS = 1024, 10_000
+"""Largest batch, and most pairs of runs; more is a typing error rather than a plan."""
 
 _MIN_ROUNDS = 4
 """Fewest pairs of runs that have quartiles."""
 
 _CHILDREN = 3
 """Child processes per side; the document has the median of each figure."""
-
-
-class Latency(TypedDict):
-    """Seconds per run of both sides, and dense time / our time; `verdict` is `faster`, `slower` or `even`."""
-
-    ours_s: Spread
-    dense_s: Spread
-    ratio: Spread
-    verdict: str
-
-
-class Outputs(TypedDict):
-    """The largest difference of outputs and the largest output; None if some are not finite."""
-
-    largest_difference: float | None
-    scale: float | None
-
-
-class BenchDocument(TypedDict):
-    """The result of `dsr-tool bench`, schema `dsr-tool/bench/1`.
-
-    The last three map `ours` and `dense` to a figure of child processes, and are None where no memory can be measured.
-    """
-
-    schema: str
-    file: str
-    architecture: str
-    input_shape: list[int]
-    batch: int
-    threads: int
-    rounds: int
-    runtime: str
-    runs_on: str
-    kernels: str | None
-    fallback: CoverageDocument | None
-    latency: Latency
-    outputs: Outputs
-    load_s: dict[str, float] | None
-    loaded_bytes: dict[str, int] | None
-    peak_bytes: dict[str, int] | None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dsr_tool.runtime.coverage import coverage_text
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dsr_tool.measure.latency import BenchDocument, Outputs
+    from dsr_tool.measure.latency_schema import BenchDocument, Outputs
 
 __all__ = ["bench_text"]
 

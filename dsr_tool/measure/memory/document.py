@@ -5,79 +5,23 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.measure.memory.inference import ComputedRow, ModelInMemory, computed_inference
 from dsr_tool.measure.memory.process import Measured, Request, measure
 from dsr_tool.measure.memory.request import MemoryRequest
+from dsr_tool.measure.memory.schema import Comparison, MemoryDocument, MethodMemory, RuntimeRow, TrainingStep
 from dsr_tool.report.sources import Source
 from dsr_tool.runtime.source import Model, open_model
 
 if TYPE_CHECKING:
     from dsr_tool.sparse.model import SparseModel
 
-__all__ = ["Comparison", "MemoryDocument", "RuntimeRow", "TrainingStep", "memory_document"]
+__all__ = ["memory_document"]
 
 _NEEDS_LINUX = "nothing was measured: that needs Linux, whose /proc tells how much memory a process holds"
 _NEEDS_MEASURING = "the memory of ONNX Runtime depends on its allocator and is only measured; add --measure"
-
-
-class Comparison(TypedDict):
-    """A computed figure beside the measured one; None where it was not computed or not measured."""
-
-    computed_bytes: int | None
-    measured_bytes: int | None
-    difference: float | None
-    load_peak_bytes: int | None
-
-
-class RuntimeRow(Comparison):
-    """The memory of one runtime, at the moment when it is largest."""
-
-    runtime: str
-    weights_bytes: int | None
-    activations_bytes: int | None
-    moment: str | None
-
-
-class Activations(TypedDict):
-    """The activations that are alive at once; the `fused` keys belong to the schema and are always None."""
-
-    in_order_bytes: int
-    in_order_moment: str
-    fused_bytes: int | None
-    fused_moment: str | None
-
-
-class MethodMemory(TypedDict):
-    """The memory that a training method holds besides the ledger."""
-
-    name: str
-    bytes: int
-
-
-class TrainingStep(Comparison):
-    """The memory of a training step by kind: in full, and at the moment when the total is largest."""
-
-    optimizer: str
-    held_bytes: dict[str, int]
-    at_peak_bytes: dict[str, int]
-    moment: str
-    optimizer_state_bytes: dict[str, int]
-    method: MethodMemory | None
-
-
-class MemoryDocument(TypedDict):
-    """The memory of a model, as `dsr-tool report --memory --json` prints it."""
-
-    batch: int
-    input_shape: list[int]
-    activations: Activations
-    inference: list[RuntimeRow]
-    training: TrainingStep | None
-    training_note: str | None
-    measurement_note: str | None
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,16 @@ oneDNN works on copies in a blocked layout.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import nn, optim
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
 
 from dsr_tool.errors import UsageError, first_line, unknown_name
+from dsr_tool.measure.memory.hollow import HollowModel
 from dsr_tool.measure.memory.storages import StorageWatch, storage_key
 from dsr_tool.sparse.keeper import MaskKeeper
 from dsr_tool.sparse.model import SparseModel
@@ -98,15 +97,15 @@ def training_ledger(
     if optimizer not in OPTIMIZERS:
         raise unknown_name("--optimizer", optimizer, OPTIMIZERS)
     with _batch_shape(model, batch, input_shape) as shape:
-        twin = _Twin(model)
-        twin.module.train()
+        hollow = HollowModel(model)
+        hollow.module.train()
         # Before the watch starts: its own forward pass must not count as one of the steps.
-        saved = _saved_bytes(twin, shape, precision)
+        saved = _saved_bytes(hollow, shape, precision)
         watch = StorageWatch()
-        twin.register(watch)
-        attached = _attached(twin, optimizer, watch)
+        hollow.register(watch)
+        attached = _attached(hollow, optimizer, watch)
         for _ in range(_STEPS):
-            _step(twin, attached, watch, shape, precision)
+            _step(hollow, attached, watch, shape, precision)
         held = dict.fromkeys(("weights", "masks", "optimizer state", "gradients"), 0)
         return Ledger({**held, **_lasting(watch), "saved activations": saved}, watch.at_peak, watch.moment)
 
@@ -123,14 +122,14 @@ def inference_ledger(model: SparseModel, batch: int, *, input_shape: Sequence[in
         UsageError: the model does not accept the input.
     """
     with _batch_shape(model, batch, input_shape) as shape:
-        twin = _Twin(model)
-        twin.module.eval()
+        hollow = HollowModel(model)
+        hollow.module.eval()
         watch = StorageWatch()
-        twin.register(watch, masks=False)
-        with twin.fake, watch, torch.no_grad():
-            inputs = torch.empty(shape, dtype=twin.dtype)
+        hollow.register(watch, masks=False)
+        with hollow.fake, watch, torch.no_grad():
+            inputs = torch.empty(shape, dtype=hollow.dtype)
             watch.add("input", [inputs])
-            twin.module(inputs)
+            hollow.module(inputs)
         return Ledger(_lasting(watch), watch.at_peak, watch.moment)
 
 
@@ -140,12 +139,12 @@ def optimizer_state_bytes(model: SparseModel, optimizer: str) -> int:
     Raises:
         UsageError: the optimizer is unknown.
     """
-    twin = _Twin(model)
+    hollow = HollowModel(model)
     # State is made in the first step, and only for parameters with a gradient.
-    with twin.fake:
-        for parameter in twin.module.parameters():
+    with hollow.fake:
+        for parameter in hollow.module.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-    stepped = make_optimizer(optimizer, twin.module.parameters())
+    stepped = make_optimizer(optimizer, hollow.module.parameters())
     stepped.step()
     return sum(tensor.nbytes for tensor in _state(stepped))
 
@@ -160,61 +159,28 @@ def _state(optimizer: optim.Optimizer) -> Iterator[torch.Tensor]:
         yield from (value for value in values.values() if isinstance(value, torch.Tensor))
 
 
-class _Twin:
-    """A copy of a sparse model whose tensors have shapes but no contents.
-
-    Attributes:
-        fake: mode in which such tensors are made.
-        module: the copied module.
-        model: the copy as a sparse model, with masks of its own.
-        dtype: type of the first floating-point parameter, which inputs are made in.
-    """
-
-    def __init__(self, model: SparseModel) -> None:
-        # Modules may hold tensors that are neither parameters nor buffers; those stay real.
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with self.fake:
-            # deepcopy takes what the memo holds for the copy, so no real weight is ever copied.
-            memo: dict[int, object] = {
-                id(p): nn.Parameter(_hollow(p), p.requires_grad) for p in model.module.parameters()
-            }
-            memo |= {id(b): _hollow(b) for b in model.module.buffers()}
-            self.module = copy.deepcopy(model.module, memo)
-            masks = {name: torch.empty(mask.shape, dtype=torch.bool) for name, mask in model.masks.items()}
-        self.model = SparseModel(self.module, model.specs, masks, model.config)
-        self.dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
-
-    def register(self, watch: StorageWatch, *, masks: bool = True) -> None:
-        """Adds the tensors that exist before the first step."""
-        watch.add("weights", [*self.module.parameters(), *self.module.buffers()])
-        if masks:
-            watch.add("masks", self.model.masks.values())
-
-
-def _hollow(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype)
-
-
-def _attached(twin: _Twin, name: str, watch: StorageWatch) -> optim.Optimizer:
+def _attached(hollow: HollowModel, name: str, watch: StorageWatch) -> optim.Optimizer:
     """Makes the optimizer and attaches a MaskKeeper, whose integer masks count as masks."""
-    optimizer = make_optimizer(name, twin.module.parameters())
+    optimizer = make_optimizer(name, hollow.module.parameters())
     # The keeper makes its masks inside of its constructor, so they are what is new afterwards.
     before = set(watch.live)
     with watch:
-        MaskKeeper(twin.model, optimizer)
+        MaskKeeper(hollow.model, optimizer)
     watch.relabel(set(watch.live) - before, "masks")
     return optimizer
 
 
-def _step(twin: _Twin, optimizer: optim.Optimizer, watch: StorageWatch, shape: Sequence[int], precision: str) -> None:
+def _step(
+    hollow: HollowModel, optimizer: optim.Optimizer, watch: StorageWatch, shape: Sequence[int], precision: str
+) -> None:
     """Runs one training step under the watch."""
-    with twin.fake, watch:
-        inputs = torch.empty(tuple(shape), dtype=twin.dtype)
+    with hollow.fake, watch:
+        inputs = torch.empty(tuple(shape), dtype=hollow.dtype)
         watch.add("input", [inputs])
-        loss = _loss(twin.module, inputs, precision)
+        loss = _loss(hollow.module, inputs, precision)
         optimizer.zero_grad()
         loss.backward()
-    watch.add("gradients", [p.grad for p in twin.module.parameters() if p.grad is not None])
+    watch.add("gradients", [p.grad for p in hollow.module.parameters() if p.grad is not None])
     # Outside the fake mode, so that step counters are real numbers: the optimizer computes with them.
     with watch:
         optimizer.step()
@@ -236,9 +202,9 @@ def _loss(module: nn.Module, inputs: torch.Tensor, precision: str) -> torch.Tens
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
 
-def _saved_bytes(twin: _Twin, shape: Sequence[int], precision: str) -> int:
+def _saved_bytes(hollow: HollowModel, shape: Sequence[int], precision: str) -> int:
     """Returns the bytes that the forward pass saves for the backward pass, each storage once, without weights."""
-    weights = {storage_key(tensor) for tensor in (*twin.module.parameters(), *twin.module.buffers())}
+    weights = {storage_key(tensor) for tensor in (*hollow.module.parameters(), *hollow.module.buffers())}
     # Holds the storages themselves: a freed one's key may be used again, and two would count as one.
     saved: dict[int, torch.UntypedStorage] = {}
 
@@ -248,8 +214,8 @@ def _saved_bytes(twin: _Twin, shape: Sequence[int], precision: str) -> int:
     def unpack(_: None) -> torch.Tensor:
         raise AssertionError("no backward pass runs here")
 
-    with twin.fake, torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        loss = _loss(twin.module, torch.empty(tuple(shape), dtype=twin.dtype), precision)
+    with hollow.fake, torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        loss = _loss(hollow.module, torch.empty(tuple(shape), dtype=hollow.dtype), precision)
     del loss
     return sum(storage.nbytes() for key, storage in saved.items() if key not in weights)
 

@@ -9,7 +9,7 @@ from dsr_tool.report.tables import megabytes, plain_table, render
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dsr_tool.measure.memory.document import MemoryDocument, RuntimeRow, TrainingStep
+    from dsr_tool.measure.memory.schema import MemoryDocument, RuntimeRow, TrainingStep
 
 __all__ = ["memory_text"]
 
