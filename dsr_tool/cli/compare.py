@@ -108,11 +108,11 @@ def _read_tables(grid: Path | None, options: dict[str, str | None]) -> dict[str,
 
 def _parse_overrides(sparsity: str | None, seeds: str | None, sets: tuple[str, ...]) -> dict[str, Any]:
     """Returns the options that replace entries of the tables of single methods too."""
-    from dsr_tool.compare.grid import numbers
+    from dsr_tool.compare.grid_values import parse_numbers
     from dsr_tool.recipes.apply import parse_assignment
 
     overrides: dict[str, Any] = {"seeds": seeds, "set": dict(parse_assignment(text) for text in sets) or None}
-    overrides["sparsity"] = numbers(sparsity) if sparsity is not None else None
+    overrides["sparsity"] = parse_numbers(sparsity) if sparsity is not None else None
     return {key: value for key, value in overrides.items() if value is not None}
 
 

@@ -54,9 +54,18 @@ def attempt(cell: Cell, comparison: Comparison, data: str, *, deadline: float = 
 
 
 def _run(cell: Cell, comparison: Comparison, data: str, deadline: float, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Trains a cell until it is complete or the deadline has passed, and returns the fields of its record.
+
+    Args:
+        cell: the cell.
+        comparison: its comparison.
+        data: data set, as `load_data` takes it.
+        deadline: value of `time.monotonic()` from which to pause after an epoch.
+        before: the record of the call that paused it; empty without one.
+    """
     _reset_peak()
     run = _open_run(comparison.run_folder(cell.name))
-    model = load(run.path) if run.stopped else _start(cell, comparison)
+    model = load(run.path) if run.stopped else _starting_model(cell, comparison)
     images = load_data(data, model.config)
     arguments = {**training_arguments(cell.recipe), "seed": cell.seed}
     facts = {
@@ -94,8 +103,9 @@ def _open_run(path: Path) -> RunFolder:
         raise FormatError(f"{str(error).rstrip('.')}, or delete that folder and run the same command again.") from error
 
 
-def _start(cell: Cell, comparison: Comparison) -> SparseModel:
+def _starting_model(cell: Cell, comparison: Comparison) -> SparseModel:
     """Returns the model before training: converted, or loaded from the run that the recipe starts from."""
+    # `from` continues the weights of the other run; `structure` takes its masks alone.
     needed = comparison.run_folder(cell.needs) if cell.needs is not None else None
     if needed is not None and "from" in cell.recipe.model:
         return load(needed)
@@ -105,6 +115,7 @@ def _start(cell: Cell, comparison: Comparison) -> SparseModel:
 
 
 def _accuracy_figures(result: TrainResult) -> dict[str, Any]:
+    """Returns the figures of a record that the training gives; tables use the last epoch, not the best one."""
     return {
         "epochs": len(result.epochs),
         "steps": result.last.step,
@@ -132,6 +143,7 @@ def _archive_figures(model: SparseModel, archive: Path) -> dict[str, Any]:
 
 
 def _reset_peak() -> None:
+    """Makes the peak memory of the GPU and of this process start anew."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     # One process runs many cells, and the peak of an earlier one must not count.
@@ -152,6 +164,8 @@ def _peak_bytes(settings: TrainSettings, before: Mapping[str, Any]) -> int | Non
 
 
 def _machine(settings: TrainSettings) -> dict[str, Any]:
+    """Returns device, threads and versions, by which the page groups the runs."""
+    # `processor()` is empty on many Linux systems.
     device = torch.cuda.get_device_name() if settings.device == "cuda" else platform.processor() or platform.machine()
     return {
         "device": settings.device,

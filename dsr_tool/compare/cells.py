@@ -21,6 +21,7 @@ __all__ = ["ARCHIVE", "PLAN", "Cell", "Comparison", "Grid"]
 PLAN, ARCHIVE = "compare.json", "model.dsr"
 """Names of the plan in the folder, and of the archive in a run folder."""
 
+# Folders within that of the comparison.
 _RUNS, _CELLS = "runs", "cells"
 _SCHEMA = "dsr-tool/compare-plan/1"
 _PATIENCE_S, _PAUSE_S = 20.0, 0.1
@@ -54,6 +55,7 @@ class Cell:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Cell:
         """Returns the object of plain values, the inverse of `to_dict`; raises `KeyError` or `TypeError` otherwise."""
+        # The values come from `compare.json`, which users may edit: unknown keys raise TypeError here.
         return cls(**{**values, "recipe": Recipe(**values["recipe"])})
 
 
@@ -98,6 +100,7 @@ class Grid:
             raise UsageError(
                 f"cell {differing[0]}{more} began with other settings; give another folder, or those settings."
             )
+        # `|=` keeps the places of the cells that are replaced, and adds the new ones at the end.
         mine |= {cell.name: cell for cell in other.cells if cell.name not in mine or cell.name in replaceable}
         return replace(self, data=other.data, cells=tuple(mine.values()))
 
@@ -168,7 +171,7 @@ class Comparison:
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
         with self._locked():
             whole = self._merged(grid) if (self.path / PLAN).exists() else grid
-            # Under the lock and by rename: other processes read the plan at any time.
+            # Under the lock, so that no cells of another call are lost, and by rename, because others read at any time.
             document = {"schema": _SCHEMA, **whole.to_dict()}
             with new_file(self.path / PLAN, force=True) as part:
                 part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -52,13 +52,16 @@ def curves(comparison: Comparison, row: Row) -> Curves | None:
 
 
 def _means(logs: Sequence[RunLog], count: int, figure: Callable[[RunLog, Epoch], float]) -> tuple[float, ...]:
+    """Returns the mean of a figure over the logs, for each of the first `count` epochs."""
     return tuple(statistics.fmean(figure(log, log.epochs[i]) for log in logs) for i in range(count))
 
 
 def _accuracy(log: RunLog, epoch: Epoch) -> float:  # noqa: ARG001 - the signature of `_explored`
+    """Returns the test accuracy after an epoch."""
     return epoch.test_accuracy
 
 
 def _explored(log: RunLog, epoch: Epoch) -> float:
+    """Returns the share of the prunable weights that were active in any epoch so far."""
     # The log counts weights; a damaged one may count more than there are.
     return min(sum(epoch.explored.values()) / max(int(log.start.get("prunable_weights", 0)), 1), 1.0)

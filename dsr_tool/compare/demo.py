@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from converters.conversion import convert
 from dsr_tool.files import new_folder
@@ -20,7 +20,9 @@ from exporters.verify.result import Verification
 
 __all__ = ["demo_text", "run_demo"]
 
+# Digits are 8 x 8 pixels, resized: a ResNet halves its input five times, so 32 is the smallest size that leaves one.
 _ARCHITECTURE, _INPUT_SIZE, _SPARSITY = "resnet18", 32, 0.9
+# `_STOP`: share of the training after which masks stay fixed, so that the last weights that were grown are trained.
 _BATCH_SIZE, _LR, _WARMUP_EPOCHS, _STOP = 64, 0.05, 1, 0.75
 _DOCUMENT = "demo.json"
 
@@ -40,6 +42,62 @@ class _Training:
     method: str
 
 
+class DemoRun(TypedDict):
+    """The result of one training.
+
+    Attributes:
+        name: name of its run folder and files.
+        method: training method.
+        test_accuracy: fraction of test images classified correctly after the last epoch.
+        active_weights: number of active weights among the prunable ones.
+        prunable_weights: number of weights that the masks cover.
+        sparsity_of_prunable_weights: fraction of zeros among the prunable weights.
+        sparsity_of_whole_model: fraction of zeros among all parameters.
+        dense_fp32_bytes: size of all parameters in fp32, zeros included, in bytes.
+        archive_bytes: size of the archive in bytes.
+        onnx_bytes: size of the ONNX file in bytes.
+        verified: whether both files passed, the archive in both runtimes.
+        largest_difference: largest absolute difference from PyTorch's outputs, by runtime.
+    """
+
+    name: str
+    method: str
+    test_accuracy: float
+    active_weights: int
+    prunable_weights: int
+    sparsity_of_prunable_weights: float
+    sparsity_of_whole_model: float
+    dense_fp32_bytes: int
+    archive_bytes: int
+    onnx_bytes: int
+    verified: bool
+    largest_difference: dict[str, float]
+
+
+class DemoDocument(TypedDict):
+    """The demo as JSON, schema `dsr-tool/demo/1`.
+
+    Attributes:
+        schema: name and version of the schema.
+        output: path of the demo's folder.
+        architecture: name of the model.
+        data: name of the data set.
+        epochs: number of epochs of each training.
+        seed: seed of weights, masks and order of images.
+        time_s: duration of the whole demo in seconds.
+        runs: one entry for each training.
+    """
+
+    schema: str
+    output: str
+    architecture: str
+    data: str
+    epochs: int
+    seed: int
+    time_s: float
+    runs: list[DemoRun]
+
+
 _TRAININGS = (
     _Training("dense", 0.0, "static"),
     _Training("dsr-90", _SPARSITY, "dsr"),
@@ -49,7 +107,7 @@ _TRAININGS = (
 
 def run_demo(
     output: Path, *, epochs: int, seed: int, force: bool, quiet: bool, notify: Callable[[str], None]
-) -> dict[str, Any]:
+) -> DemoDocument:
     """Trains and exports the three models, and returns the results as plain values, schema `dsr-tool/demo/1`.
 
     Args:
@@ -72,7 +130,7 @@ def run_demo(
                 f"{training.name}: {_ARCHITECTURE} at sparsity {training.sparsity:g}, method {training.method}",
             )
             rows.append(_train_and_export(training, part, epochs=epochs, seed=seed, quiet=quiet))
-        document = {
+        document: DemoDocument = {
             "schema": "dsr-tool/demo/1",
             "output": str(output),
             "architecture": _ARCHITECTURE,
@@ -86,7 +144,7 @@ def run_demo(
     return document
 
 
-def demo_text(document: dict[str, Any]) -> str:
+def demo_text(document: DemoDocument) -> str:
     """Returns the results as a table, with what was verified and where the files are."""
     numbers = ("accuracy", "active weights", "of", "dense fp32 MB", "archive MB", "compact ONNX MB", "verified")
     table = plain_table("run", *numbers, numbers=numbers)
@@ -95,6 +153,7 @@ def demo_text(document: dict[str, Any]) -> str:
         counts = (f"{row['active_weights']:,}", f"{row['prunable_weights']:,}")
         verified = "yes" if row["verified"] else "NO"
         table.add_row(row["name"], f"{row['test_accuracy']:.2%}", *counts, *sizes, verified)
+    # The second run is the one with DSR, whose report shows the most.
     first = document["runs"][1]["name"]
     return (
         f"{render(table)}\n"
@@ -106,13 +165,15 @@ def demo_text(document: dict[str, Any]) -> str:
     )
 
 
-def _train_and_export(training: _Training, folder: Path, *, epochs: int, seed: int, quiet: bool) -> dict[str, Any]:
+def _train_and_export(training: _Training, folder: Path, *, epochs: int, seed: int, quiet: bool) -> DemoRun:
+    """Runs one training, and writes its run folder, archive, ONNX file and report to the folder."""
     model = convert(_ARCHITECTURE, sparsity=training.sparsity, num_classes=10, input_size=_INPUT_SIZE, seed=seed)
     settings = {
         "method": training.method,
         "epochs": epochs,
         "batch_size": _BATCH_SIZE,
         "lr": _LR,
+        # A demo of one epoch warms up during its first half.
         "warmup_epochs": min(_WARMUP_EPOCHS, epochs / 2),
         "stop": _STOP,
         "seed": seed,
@@ -120,7 +181,7 @@ def _train_and_export(training: _Training, folder: Path, *, epochs: int, seed: i
     run = RunFolder(folder / training.name)
     facts = {"model": _ARCHITECTURE, "data": "digits"}
     _, result = train_in_folder(run, model, load_data("digits", model.config), settings, facts=facts, quiet=quiet)
-    model.to("cpu")
+    model.to("cpu")  # exports run on the CPU
     archive = export(model, folder / f"{training.name}.dsr")
     onnx = export(model, folder / f"{training.name}.onnx")
     report = report_text(read(archive.path))
@@ -130,7 +191,8 @@ def _train_and_export(training: _Training, folder: Path, *, epochs: int, seed: i
 
 def _row(
     training: _Training, model: SparseModel, accuracy: float, archive: Verification, onnx: Verification
-) -> dict[str, Any]:
+) -> DemoRun:
+    """Returns the result of one training, with the verifications of its archive and of its ONNX file."""
     return {
         "name": training.name,
         "method": training.method,

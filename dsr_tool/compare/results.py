@@ -30,6 +30,7 @@ _FIGURES = (
 )
 """Figures of a record whose means are columns of CSV and JSON."""
 
+# Headings of the text table, between the row's name and its state.
 _COLUMNS = ("accuracy %", "± sd", "n", "published", "zeros", "non-zeros", "MMACs", "archive kB", "train s", "memory MB")
 
 
@@ -90,6 +91,7 @@ class Row:
             "n": len(self.complete),
             "of": len(self.cells),
             "state": self.state or "complete",
+            # Means under the names of the figures: readers of JSON and CSV find the same keys as in a record.
             **{figure: self.mean(figure) for figure in _FIGURES},
             "test_accuracy_sd": self.sd("test_accuracy"),
             "published": dict(self.published) or None,
@@ -103,6 +105,7 @@ def rows(comparison: Comparison, grid: Grid) -> list[Row]:
     for cell in grid.cells:
         by_key.setdefault((cell.method, cell.sparsity), []).append(cell)
     methods = list(dict.fromkeys(method for method, _ in by_key))
+    # `or 0.0`: a method without sparsity has one row, so any key will do.
     keys = sorted(by_key, key=lambda key: (methods.index(key[0]), -(key[1] or 0.0)))
     return [
         Row(
@@ -116,7 +119,7 @@ def rows(comparison: Comparison, grid: Grid) -> list[Row]:
 
 
 def _published(grid: Grid, cell: Cell) -> Mapping[str, Any]:
-    # A published accuracy on other data is no reference.
+    """Returns the result that the recipe's source reports; empty for other data, where it is no reference."""
     return cell.recipe.paper if cell.recipe.data == grid.data.partition(":")[0] else {}
 
 
@@ -137,6 +140,7 @@ def document(comparison: Comparison, grid: Grid) -> dict[str, Any]:
 
 
 def _cell(cell: Cell, record: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns a cell with the fields of its record as plain values."""
     about = {"cell": cell.name, "method": cell.method, "asked_sparsity": cell.sparsity, "seed": cell.seed}
     return {**about, "recipe": cell.recipe.name, **(record or {"status": "not run"})}
 
@@ -153,7 +157,7 @@ def table_text(grid: Grid, table_rows: Sequence[Row]) -> str:
     """Returns the table as text: means over the seeds, and the cells that are missing."""
     table = plain_table("method", "sparsity", *_COLUMNS, "state", numbers=(*_COLUMNS, "sparsity"))
     for row in table_rows:
-        table.add_row(*_words(row))
+        table.add_row(*_table_cells(row))
     failed = [record for row in table_rows for record in row.records if record and record["status"] == "failed"]
     notes = [f"failed: {record.get('cell', '')}: {record['error']}" for record in failed]
     closing = (
@@ -164,32 +168,35 @@ def table_text(grid: Grid, table_rows: Sequence[Row]) -> str:
     return "\n".join([f"{grid.title}, {data_text(grid)}", render(table), closing, *notes])
 
 
-def _words(row: Row) -> list[str]:
+def _table_cells(row: Row) -> list[str]:
+    """Returns the cells of a row; figures that are unknown are empty."""
     published = row.published
     return [
         row.method,
         "" if row.sparsity is None else f"{row.sparsity:g}",
-        _shown(row.mean("test_accuracy"), 100, 2),
-        _shown(row.sd("test_accuracy"), 100, 2),
+        _scaled(row.mean("test_accuracy"), 100, 2),
+        _scaled(row.sd("test_accuracy"), 100, 2),
         str(len(row.complete)),
-        _shown(published.get("accuracy"), 100, 2) + (f" ± {100 * published['sd']:.2f}" if "sd" in published else ""),
-        _shown(row.mean("model_sparsity"), 1, 4),
-        _shown(row.mean("nonzeros"), 1, 0),
+        _scaled(published.get("accuracy"), 100, 2) + (f" ± {100 * published['sd']:.2f}" if "sd" in published else ""),
+        _scaled(row.mean("model_sparsity"), 1, 4),
+        _scaled(row.mean("nonzeros"), 1, 0),
         "" if (macs := row.mean("inference_macs")) is None else significant(macs / 1e6),
-        _shown(row.mean("archive_bytes"), 1e-3, 1),
-        _shown(row.mean("train_time_s"), 1, 0),
-        _shown(row.mean("peak_memory_bytes"), 1e-6, 0),
+        _scaled(row.mean("archive_bytes"), 1e-3, 1),
+        _scaled(row.mean("train_time_s"), 1, 0),
+        _scaled(row.mean("peak_memory_bytes"), 1e-6, 0),
         row.state,
     ]
 
 
-def _shown(value: float | None, factor: float, decimals: int) -> str:
+def _scaled(value: float | None, factor: float, decimals: int) -> str:
+    """Formats a figure in another unit; empty if it is unknown."""
     return "" if value is None else f"{value * factor:,.{decimals}f}"
 
 
 def csv_text(table_rows: Sequence[Row]) -> str:
     """Returns the rows as CSV, with all figures in base units."""
     text = io.StringIO()
+    # The accuracy and its deviation stand together; the rest of the figures follow in their order.
     columns = ("method", "asked_sparsity", "n", "of", "state", "test_accuracy", "test_accuracy_sd", *_FIGURES[1:])
     # Fixed line ends, so that every system writes the same bytes.
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")

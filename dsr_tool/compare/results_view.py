@@ -1,14 +1,48 @@
-"""Sections of the page with the results of a comparison, and with its machines and settings."""
+"""Sections of the page with the results of a comparison and its settings, and what all its plots share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from dsr_tool.compare.results import Row
 from dsr_tool.report.page import numbers
-from dsr_tool.report.page.parts import Figure, NoChart, Section, Table
+from dsr_tool.report.page.parts import Figure, Key, NoChart, Section, Table
+from dsr_tool.report.page.plots import STYLES
 
-__all__ = ["accuracy", "accuracy_text", "results_section", "setup_section", "sparsities"]
+__all__ = ["MethodStyles", "accuracy", "accuracy_text", "axis_start", "results_section", "setup_section", "sparsities"]
+
+_AXIS_ROOM = 6.0
+"""Start of an accuracy axis below the best value, in distances from the best to the median."""
+
+
+@dataclass(frozen=True)
+class MethodStyles:
+    """Colors of the methods, the same in all plots.
+
+    Attributes:
+        by_method: style of the lines of each method.
+    """
+
+    by_method: Mapping[str, str]
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> MethodStyles:
+        """Assigns the styles in turn, in the order of the rows; the seventeenth method repeats the first."""
+        methods = dict.fromkeys(row.method for row in rows)
+        return cls({method: f"m{i % STYLES}" for i, method in enumerate(methods)})
+
+    def legend(self, methods: Sequence[str]) -> list[Key]:
+        """Returns the legend of some methods."""
+        return [Key(f"line {self.by_method[method]}", method) for method in dict.fromkeys(methods)]
+
+
+def axis_start(values: Sequence[float]) -> float:
+    """Returns the start of the y-axis: a few values far below must not press all others into one line."""
+    # From the median, which an outlier does not move. The axis spans 3 points of accuracy even if all rows are alike.
+    best, middle = max(values), statistics.median(values)
+    return best - _AXIS_ROOM * max(best - middle, 0.005)
 
 
 def sparsities(rows: Sequence[Row]) -> list[float]:
@@ -18,6 +52,7 @@ def sparsities(rows: Sequence[Row]) -> list[float]:
 
 def accuracy(row: Row) -> float:
     """Returns the mean test accuracy for ranking, 0 if there is none."""
+    # Rows without results come last in a ranking.
     return row.mean("test_accuracy") or 0.0
 
 
@@ -44,6 +79,7 @@ def results_section(rows: Sequence[Row]) -> Section:
 
 
 def _table(title: str, rows: Sequence[Row]) -> Table:
+    """Returns the table of the rows, the best mean accuracy first."""
     headers = (
         "method",
         "accuracy",
@@ -57,10 +93,11 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
         "state",
     )
     ranked = sorted(rows, key=accuracy, reverse=True)
-    return Table(title, headers, [_words(row) for row in ranked])
+    return Table(title, headers, [_table_cells(row) for row in ranked])
 
 
-def _words(row: Row) -> list[str]:
+def _table_cells(row: Row) -> list[str]:
+    """Returns the cells of a row; a dash for figures that are unknown."""
     return [
         row.method,
         accuracy_text(row) if row.complete else numbers.NONE,
@@ -76,11 +113,13 @@ def _words(row: Row) -> list[str]:
 
 
 def _mean(row: Row, figure: str, text: Callable[[float], str]) -> str:
+    """Returns the mean of a figure as text; a dash if it is unknown."""
     value = row.mean(figure)
     return numbers.NONE if value is None else text(value)
 
 
 def _published(row: Row) -> str:
+    """Returns the published accuracy with its standard deviation; a dash without one."""
     if not row.published:
         return numbers.NONE
     spread = f" ± {100 * row.published['sd']:.2f}" if "sd" in row.published else ""
@@ -95,8 +134,10 @@ def setup_section(rows: Sequence[Row]) -> list[Section]:
 
 
 def _machines(rows: Sequence[Row]) -> list[Table]:
+    """Returns a table for each machine; runs of other versions of a library count as another machine."""
     machines = [record["machine"] for row in rows for record in row.complete if "machine" in record]
     kinds = [{**{key: value for key, value in one.items() if key != "versions"}, **one["versions"]} for one in machines]
+    # Tuples, because they are counted and used as keys.
     texts = [tuple((name, str(value)) for name, value in kind.items()) for kind in kinds]
     return [
         Table(f"Machine of {texts.count(one)} runs", ("name", "value"), one, frozenset({0, 1}))
@@ -109,6 +150,7 @@ def _settings(rows: Sequence[Row]) -> list[Table]:
 
     Settings are those at the first sparsity of each method.
     """
+    # Sparsities differ in their sparsity alone, except in families that tune a method for each.
     recipes = {row.method: row.cells[0].recipe for row in rows}
     settings = {
         method: {key: _plain(value) for key, value in {**recipe.model, **recipe.train, **recipe.options}.items()}
@@ -125,4 +167,5 @@ def _settings(rows: Sequence[Row]) -> list[Table]:
 
 
 def _plain(value: object) -> str:
+    """Returns a setting as text, lists without brackets."""
     return ", ".join(map(str, value)) or numbers.NONE if isinstance(value, (list, tuple)) else str(value)

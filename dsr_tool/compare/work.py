@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -28,6 +28,9 @@ _WAIT_S, _GRACE_S = 1.0, 5.0
 
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 """Environment variables that give a process one thread; several with many threads each would slow each other down."""
+
+
+_State = Literal["ran", "waits", "skipped"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def work(order: Order, log: Callable[[str], None]) -> None:
     waited = False
     # Rounds, because a cell that waits in one may start in the next.
     while True:
-        states = [_try(cell, comparison, grid.data, order, log) for cell in cells]
+        states = [_run_if_possible(cell, comparison, grid.data, order, log) for cell in cells]
         if not {"ran", "waits"} & set(states) or time.monotonic() >= order.deadline:
             return
         # Every cell left is running elsewhere, or starts from one that is.
@@ -121,7 +124,7 @@ def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
     """Ends processes that still run. They need no time to save: a killed run resumes from its last complete epoch."""
     for worker in workers:
         worker.terminate()
-    # One limit for all, not one for each.
+    # One limit for all: with eight workers, one limit each could take 40 seconds.
     give_up = time.monotonic() + _GRACE_S
     for worker in workers:
         try:
@@ -133,29 +136,35 @@ def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
             worker.stdin.close()
 
 
-def _try(cell: Cell, comparison: Comparison, data: str, order: Order, log: Callable[[str], None]) -> str:
-    """Runs a cell if that is possible now. Returns `ran`, `waits`, or `over` if this call has nothing to do for it."""
-    if _over(cell.name, comparison, order):
-        return "over"
+def _run_if_possible(cell: Cell, comparison: Comparison, data: str, order: Order, log: Callable[[str], None]) -> _State:
+    """Runs a cell if that is possible now.
+
+    Returns:
+        `ran` if it has a new record, `waits` for another process or for the cell that it starts from, `skipped` if this
+        call has nothing to do for it.
+    """
+    if _finished(cell.name, comparison, order):
+        return "skipped"
     if cell.needs is not None:
+        # A cell whose start failed fails too: waiting for it would never end.
         start = comparison.record(cell.needs) or {}
-        if start.get("status") == "failed" and _over(cell.needs, comparison, order):
+        if start.get("status") == "failed" and _finished(cell.needs, comparison, order):
             error = f"it starts from {cell.needs}, which failed."
             comparison.write_record(cell.name, {"status": "failed", "error": error, "at": time.time()})
             log(f"{cell.name}: failed: {error}")
             return "ran"
         if start.get("status") != "complete":
-            return "waits" if cell.needs in order.names and not _over(cell.needs, comparison, order) else "over"
+            return "waits" if cell.needs in order.names and not _finished(cell.needs, comparison, order) else "skipped"
     # Time is up: a cell that has not begun stays so, and the next call starts it.
     if time.monotonic() >= order.deadline:
-        return "over"
+        return "skipped"
     # The lock ends with the process that holds it, so a cell of a killed one is free at once.
     lock = comparison.try_lock(cell.name)
     if lock is None:
         return "waits"
     try:
-        if _over(cell.name, comparison, order):  # another process may have run it since
-            return "over"
+        if _finished(cell.name, comparison, order):  # another process may have run it since
+            return "skipped"
         log(f"{cell.name}: begins")
         attempt(cell, comparison, data, deadline=order.deadline, light=order.light)
         log(f"{cell.name}: {_outcome(comparison.record(cell.name) or {})}")
@@ -164,7 +173,7 @@ def _try(cell: Cell, comparison: Comparison, data: str, order: Order, log: Calla
     return "ran"
 
 
-def _over(name: str, comparison: Comparison, order: Order) -> bool:
+def _finished(name: str, comparison: Comparison, order: Order) -> bool:
     """Returns whether a cell is complete, or failed or paused in this call: a call tries each cell once."""
     record = comparison.record(name) or {}
     tried = record.get("status") in ("failed", "paused") and float(record.get("at", 0)) >= order.since

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsr_tool.compare.cells import Comparison, Grid
-from dsr_tool.compare.grid import make_grid, numbers, seeds
+from dsr_tool.compare.grid import make_grid
+from dsr_tool.compare.grid_values import parse_numbers, parse_seeds
 from dsr_tool.errors import FileError, FormatError, UsageError
 
 
@@ -120,16 +121,16 @@ def test_values_that_are_not_allowed_are_named(tables, changes, message):
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=6))
 def test_seeds_are_a_number_a_list_or_ranges(chosen):
-    assert seeds(chosen) == chosen == seeds(",".join(map(str, chosen)))
+    assert parse_seeds(chosen) == chosen == parse_seeds(",".join(map(str, chosen)))
     first = chosen[0]
-    assert seeds(f"{first}-{first + 3}") == list(range(first, first + 4))
-    assert seeds(first + 1) == list(range(first + 1))
+    assert parse_seeds(f"{first}-{first + 3}") == list(range(first, first + 4))
+    assert parse_seeds(first + 1) == list(range(first + 1))
 
 
 def test_numbers_are_separated_by_commas():
-    assert numbers(".9,0.95") == [0.9, 0.95]
+    assert parse_numbers(".9,0.95") == [0.9, 0.95]
     with pytest.raises(UsageError, match="not a list of numbers"):
-        numbers("0.9;1")
+        parse_numbers("0.9;1")
 
 
 def test_a_grid_round_trips_through_json(tables):
