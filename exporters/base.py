@@ -57,6 +57,7 @@ class Head:
         """Name of the first member of a zip archive; empty for any other file."""
         if not self.start.startswith(_ZIP):
             return b""
+        # Bytes 26 and 27 of a local file header are the length of the name, which follows the 30 bytes of the header.
         return self.start[_ZIP_HEADER_BYTES:][: int.from_bytes(self.start[26:28], "little")]
 
     @property
@@ -72,6 +73,7 @@ class Head:
         if not self.is_safetensors:
             return None
         try:
+            # The library reads the header alone, and checks it; the tensors behind it are not touched.
             with safe_open(self.path, framework="np") as file:
                 return dict(file.metadata() or {})
         except (SafetensorError, OSError, ValueError):

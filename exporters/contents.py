@@ -105,6 +105,7 @@ def measured(
     specs = {name: entry.spec for name, entry in file.entries.items()}
     sparse = sum(sum(stored[name]) for name, spec in specs.items() if spec.role == "sparse")
     dense = sum(sum(stored[name]) for name in specs) - sparse
+    # Not held unless the caller holds them anyway: whoever reads a tensor later decodes it again.
     decoded = _Decoded(file) if tensors is None else tensors
     found = footprint(
         decoded,

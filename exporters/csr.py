@@ -53,6 +53,7 @@ class CsrFiles(Container):
 
         file = load_csr(path)
         shapes = {name: entry.spec.shape for name, entry in file.entries.items()}
+        # The file itself tells how it was exported, so `verify` needs no options.
         half = any(entry.spec.weight and entry.dtype == "float16" for entry in file.entries.values())
         return verify_tensors(path, self.name, checked, shapes, file.tensor, half=half, samples=samples, seed=seed)
 

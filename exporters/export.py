@@ -67,6 +67,7 @@ def export(
     refuse_existing(path, force=force)
     checked = CheckedModel(model)
     draft = container.encode(checked, options)
+    # A fixed seed: notes and differences are the same whenever the same model is exported.
     return _write_verified(path, draft, lambda part: container.verify(part, checked, samples=3, seed=0), force=force)
 
 
@@ -132,6 +133,7 @@ def densify_export(
     from exporters.onnx.read import read_onnx
 
     refuse_existing(path, force=force)
+    # The parsed file is also what the result is compared with, since there is no PyTorch model.
     compact_file = read_onnx(source)
     content = densify(compact_file.model).SerializeToString(deterministic=True)
     draft = Draft(lambda part: _write_bytes(part, content))

@@ -111,5 +111,6 @@ def _refuse_without_onnx(error: ImportError, path: Path) -> Model:
 
 def _stored_bytes(entry: OnnxEntry, tensor: SparseTensor) -> StoredBytes:
     """Splits the bytes of a weight: of a compact one, everything beyond its values serves positions, nodes included."""
+    # The delta form may hold fillers, entries of value zero; they serve positions, and the tensor does not have them.
     values = entry.nbytes if entry.codec == "dense" else min(tensor.values.nbytes, entry.nbytes)
     return StoredBytes(entry.nbytes - values, values)

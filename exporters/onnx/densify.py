@@ -80,6 +80,7 @@ def verify_dense(source: OnnxFile, dense: OnnxFile) -> Verification:
 
 def _without(nodes: Sequence[NodeProto], inner: set[str], names: set[str], outputs: set[str]) -> list[NodeProto]:
     """Removes the nodes that make weights, and inner steps that no other node reads."""
+    # From the last node back, so that a node is seen after all of its readers.
     kept: list[NodeProto] = []
     needed = set(outputs)
     for node in reversed(nodes):

@@ -148,11 +148,13 @@ def delta_form(tensor: SparseTensor, bits: int) -> Parts | None:
         return None
     # A weight without entries gets some that are zero, so that no runtime has to fold a sum of nothing.
     missing = -_step_count(positions, farthest) % in_byte if len(positions) else in_byte
+    # Each filler adds exactly one step, so as many are taken as steps are missing in the last byte.
     fillers = _fillers(positions, tensor.mask.size, farthest)[:missing]
     if len(fillers) < missing:
         return None
     at = np.searchsorted(positions, fillers)
     positions, values = np.insert(positions, at, fillers), np.insert(values, at, 0)
+    # A long gap is crossed by whole largest steps; what is left over is the step that ends at the entry.
     gaps, rest = np.divmod(np.diff(positions, prepend=-1) - 1, farthest)
     ends = np.cumsum(gaps + 1) - 1
     steps = np.full(ends[-1] + 1, farthest, np.uint8)

@@ -38,6 +38,7 @@ class OnnxModel:
         self._file = file
         self.path = file.path
         self.graph = graph_of_onnx(file)
+        # The file is of a stranger: a graph that reads a value before it is made would fail in the middle of a run.
         try:
             self.graph.check()
         except FormatError as error:
@@ -129,6 +130,7 @@ def _attribute(file: OnnxFile, attr: AttributeProto) -> Attribute:
         )
     value = helper.get_attribute_value(attr)
     if isinstance(value, bytes):
+        # A string that is no UTF-8 is no value of any operator, so the operator will refuse it by name.
         return value.decode("utf-8", "replace")
     if isinstance(value, (int, float)):
         return value

@@ -68,11 +68,13 @@ def _uses(model: ModelProto, weights: Mapping[str, Shape]) -> dict[str, WeightUs
         if node.domain not in ("", "ai.onnx"):
             continue
         operator = operator_of(node.op_type)
+        # Behind a Transpose or Reshape, a weight is still the same weight under another name.
         if operator.keeps_entries and node.input[0] in origin:
             origin.setdefault(node.output[0], origin[node.input[0]])
         for slot in operator.weights:
             name = origin.get(node.input[slot])
             if name is not None:
+                # For one input, whatever batch the file fixes; per entry, so that callers can count active ones alone.
                 macs = _macs(node, shapes) / batch / max(math.prod(weights[name]), 1)
                 before = uses[name].macs_per_weight if name in uses else 0.0
                 uses[name] = WeightUse(node.op_type, before + macs)
@@ -86,6 +88,7 @@ def _macs(node: NodeProto, shapes: Mapping[str, Shape]) -> int:
         return math.prod(second)
     if first is None or second is None or out is None:
         return 0
+    # Each output entry of a convolution reads one filter; each input entry of a transposed one is spread by one.
     if node.op_type == "Conv":
         return math.prod(out) * math.prod(second[1:])
     if node.op_type == "ConvTranspose":
@@ -106,6 +109,7 @@ def _shapes(model: ModelProto) -> tuple[dict[str, Shape], int]:
     body = helper.make_graph(nodes, "light", model.graph.input, model.graph.output)
     body.initializer.extend(model.graph.initializer)
     light = helper.make_model(body, opset_imports=model.opset_import, ir_version=model.ir_version)
+    # data_prop follows the entries of shape vectors, without which the result of a Reshape stays unknown.
     try:
         graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
     except MemoryError as error:
@@ -159,6 +163,7 @@ def _without_weights(model: ModelProto, weights: Mapping[str, ValueInfoProto], i
             declared.setdefault(tensor.name, _declare(tensor))
         else:
             small.append(tensor)
+    # A weight's decoded type and shape win over whatever the file declares for it.
     inputs = list({**declared, **weights}.values())
     outputs = [ValueInfoProto(name=value.name, type=_unshaped(value)) for value in graph.output]
     body = helper.make_graph(nodes, "light", inputs, outputs, small)

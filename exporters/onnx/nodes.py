@@ -42,6 +42,7 @@ def initializer_bytes(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -
 
 def _with_header(size: int) -> int:
     """Counts the bytes of a field: its content, one byte of tag, and the content's length in groups of 7 bits."""
+    # 2 for the tag and the first group of the length; every further group of 7 bits takes one byte more.
     return size + 2 + (max(size.bit_length(), 1) - 1) // 7
 
 
@@ -118,6 +119,7 @@ class NodeWriter:
 
 
 def _short_names(taken: Collection[str]) -> Iterator[str]:
+    # In a fixed order, so that the same model gives the same bytes.
     letters = itertools.product(string.ascii_letters + string.digits, repeat=_NAME_LENGTH)
     return (name for name in map("".join, letters) if name not in taken)
 
@@ -147,6 +149,7 @@ def match(
         initializers: names of all initializers.
     """
     found = Match()
+    # One object collects the leaves of all branches; if the match fails, it is dropped with whatever it holds.
     return found if _fits(expression, value, nodes, initializers, found) else None
 
 

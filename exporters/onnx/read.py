@@ -193,6 +193,7 @@ def _plain(
     """Describes an initializer; one of float16 that a Cast widens has the name of the result of the Cast."""
     dtype, nbytes = _dtype(values.data_type), field_bytes(stored)
     shape = tuple(int(n) for n in stored.dims)
+    # Such a Cast is ours, or that of a tool that stores half precision: the graph computes with its result.
     to = cast.attribute[0].i if cast is not None and len(cast.attribute) else 0
     if cast is None or values.data_type != TensorProto.FLOAT16 or to not in (TensorProto.FLOAT, TensorProto.DOUBLE):
         return StoredWeight(name, shape, dtype, dtype, codec, nbytes, read)
@@ -216,6 +217,7 @@ def _check_size(path: Path, weights: Iterable[StoredWeight]) -> None:
 
 
 def _entry(stored: StoredWeight, use: WeightUse | None, listed: bool) -> OnnxEntry:
+    # Decoded once to count active entries and to find damage early, then dropped.
     mask = stored.read().mask
     spec = LayerSpec(
         stored.name,
@@ -231,6 +233,7 @@ def _entry(stored: StoredWeight, use: WeightUse | None, listed: bool) -> OnnxEnt
 
 def _record(model: ModelProto) -> Mapping[str, Any]:
     text = next((entry.value for entry in model.metadata_props if entry.key == METADATA), "{}")
+    # Metadata of other tools may have the same key; whatever is no record of ours counts as none.
     try:
         record = json.loads(text)
     except (RecursionError, ValueError):

@@ -62,6 +62,7 @@ def to_onnx(
     """
     if encoding not in ONNX_ENCODINGS:
         raise unknown_name("ONNX encoding", encoding, ONNX_ENCODINGS)
+    # Before folding, which adds biases and drops norms.
     sparse = [name for name in graph.parameters if _is_sparse(tensors[name])]
     graph, tensors = folded(graph, tensors, values=values, specs=specs)
     writer = NodeWriter(_names(graph))
@@ -79,6 +80,7 @@ def to_onnx(
         writer.initializers,
         sparse_initializer=sparse_initializers,
     )
+    # The versions are fixed by us: onnx's own defaults rise with its releases, and runtimes would refuse the file.
     model = helper.make_model(
         body,
         opset_imports=[helper.make_opsetid("", graph.opset)],
@@ -115,6 +117,7 @@ def folded(
         UsageError: an unknown name of values, or a weight that float16 cannot hold.
     """
     dtype = np.dtype(graph.inputs[0].dtype)
+    # Archives may hold float16 weights; folding multiplies them, which must not round a second time.
     typed = {name: tensors[name] for name in graph.parameters}
     for name, tensor in typed.items():
         if tensor.values.dtype.kind == "f":

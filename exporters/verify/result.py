@@ -52,6 +52,7 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for JSON."""
+        # The two properties belong to the documented keys, though they follow from the fields.
         return {
             **asdict(self),
             "path": str(self.path),
@@ -66,6 +67,7 @@ def require(verification: Verification) -> Verification:
     Raises:
         CheckFailed: something does not agree; the message lists it all.
     """
+    # All of them at once: a second export would take as long as the first.
     if verification.problems:
         problems = "; ".join(verification.problems)
         raise CheckFailed(f"{verification.kind} file does not hold the model: {problems}.")

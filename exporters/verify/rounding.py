@@ -45,6 +45,7 @@ def rounding_notes(model: SparseModel, rounded: SparseModel, inputs: Sequence[Ar
         A sentence about the outputs, and one about weights that became zero if there are any.
     """
     notes = [rounding_note(*(outputs_of(frozen_copy(one.module), inputs) for one in (model, rounded)))]
+    # Values below half of float16's smallest subnormal, 3e-8, round to zero; their masks stay active.
     before, after = _nonzero(model), _nonzero(rounded)
     if before != after:
         notes.append(f"{before - after:,} weights became zero by rounding")
