@@ -23,8 +23,9 @@ def write_outputs(comparison: Comparison, grid: Grid) -> tuple[dict[str, Any], s
         FileError: writing fails.
         FormatError: a record or a log is damaged.
     """
+    # Records are read once: another process may finish a cell meanwhile, and the four files must agree.
     table_rows = rows(comparison, grid)
-    results = document(comparison, grid)
+    results = document(comparison, grid, table_rows)
     text = table_text(grid, table_rows)
     files = {
         "table.txt": text + "\n",

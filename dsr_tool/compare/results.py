@@ -123,10 +123,9 @@ def _published(grid: Grid, cell: Cell) -> Mapping[str, Any]:
     return cell.recipe.paper if cell.recipe.data == grid.data.partition(":")[0] else {}
 
 
-def document(comparison: Comparison, grid: Grid) -> dict[str, Any]:
+def document(comparison: Comparison, grid: Grid, table_rows: Sequence[Row]) -> dict[str, Any]:
     """Returns means by row and every cell as plain values, schema `dsr-tool/compare/1`."""
-    all_rows = rows(comparison, grid)
-    cells = [(cell, record) for row in all_rows for cell, record in zip(row.cells, row.records, strict=True)]
+    cells = [(cell, record) for row in table_rows for cell, record in zip(row.cells, row.records, strict=True)]
     states = [record["status"] if record else "not run" for _, record in cells]
     return {
         "schema": SCHEMA,
@@ -134,7 +133,7 @@ def document(comparison: Comparison, grid: Grid) -> dict[str, Any]:
         "title": grid.title,
         "data": grid.data,
         "counts": {status: states.count(status) for status in ("complete", "failed", "paused", "not run")},
-        "rows": [row.to_dict() for row in all_rows],
+        "rows": [row.to_dict() for row in table_rows],
         "cells": [_cell(cell, record) for cell, record in cells],
     }
 

@@ -148,9 +148,10 @@ def _machines(rows: Sequence[Row]) -> list[Table]:
 def _settings(rows: Sequence[Row]) -> list[Table]:
     """Returns a table of the settings that all methods share, and one per method of the others.
 
-    Settings are those at the first sparsity of each method.
+    Settings are those at the lowest sparsity of each method: sparsities share all others, except in families that tune
+    a method for each.
     """
-    # Sparsities differ in their sparsity alone, except in families that tune a method for each.
+    # Rows of a method come in descending sparsity, and the last one stays.
     recipes = {row.method: row.cells[0].recipe for row in rows}
     settings = {
         method: {key: _plain(value) for key, value in {**recipe.model, **recipe.train, **recipe.options}.items()}

@@ -27,7 +27,7 @@ def test_a_failing_cell_gives_exit_code_3_and_the_others_finish(run, grid, tmp_p
     document = json.loads(text)
     assert code == 3 and document["counts"]["complete"] == 1 and "static@0.9-s0" not in err
     assert "broken@0.9-s0: begins" in err
-    # Options win over the file; without either, all that is there is gone on with.
+    # Options override the file. Without either, the command continues every cell of the folder.
     code, text, _ = run("compare", grid, "--methods", "static", "-o", tmp_path / "out", "--quiet")
     assert code == 3 and "static" in text
     code, text, err = run("compare", "-o", tmp_path / "out")
@@ -84,9 +84,9 @@ def test_the_page_logs_no_errors_and_fits_a_phone(tables, tmp_path, scheme):
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         tab = browser.new_context(viewport={"width": 320, "height": 640}, color_scheme=scheme).new_page()
-        said = []
-        tab.on("console", lambda message: said.append(message.text))
+        messages = []
+        tab.on("console", lambda message: messages.append(message.text))
         tab.goto((comparison.path / "page.html").as_uri())
-        assert tab.evaluate("document.documentElement.scrollWidth") == 320 and said == []
+        assert tab.evaluate("document.documentElement.scrollWidth") == 320 and messages == []
         assert tab.evaluate("document.querySelectorAll('.dot').length") >= 6
         browser.close()

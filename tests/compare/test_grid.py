@@ -48,13 +48,13 @@ def test_a_method_may_have_its_own_seeds_sparsities_and_settings(tables):
 
 def test_options_override_the_tables_of_single_methods(tables):
     own = {"dsr": {"seeds": 5, "sparsity": [0.8], "set": {"epochs": 3, "lr": 0.2}}}
-    given = {"seeds": "7", "sparsity": [0.99], "set": {"train.epochs": 1}}
-    grid = make_grid(tables(method=own, methods=["dsr", "ticket"]), "grid", given)
+    options = {"seeds": "7", "sparsity": [0.99], "set": {"train.epochs": 1}}
+    grid = make_grid(tables(method=own, methods=["dsr", "ticket"]), "grid", options)
     assert [cell.name for cell in grid.cells] == ["dsr@0.99-s7", "ticket@0.99-s7"]
     assert [cell.recipe.train["epochs"] for cell in grid.cells] == [1, 1]
     assert [cell.recipe.train.get("lr") for cell in grid.cells] == [0.2, None]
-    # What others start from is added with its own table and the options over it.
-    needed = make_grid(tables(method=own, methods=["ticket"]), "grid", given).cells[0]
+    # A cell that others start from has the table of its own method, and the options override that too.
+    needed = make_grid(tables(method=own, methods=["ticket"]), "grid", options).cells[0]
     assert needed == grid.cells[0]
 
 
@@ -149,7 +149,7 @@ def test_a_plan_accepts_more_cells_and_refuses_other_settings(tables, tmp_path):
         comparison.add(make_grid(tables(set={"epochs": 9}), "grid"))
     with pytest.raises(UsageError, match="comparison in this folder is of small with data"):
         comparison.add(make_grid(tables(data="digits"), "grid"))
-    # Of what has failed, or was never begun, nothing is left that other settings would contradict.
+    # A cell that failed or never began has no results, so its settings may change.
     comparison.write_record("dsr@0.9-s0", {"status": "failed", "error": "x", "at": 0})
     comparison.add(make_grid(tables(set={"epochs": 9}), "grid"))
     assert not comparison.run_folder("dsr@0.9-s0").exists()

@@ -1,4 +1,4 @@
-"""What a comparison leaves when it is interrupted: no process, and a folder that goes on to the same end."""
+"""An interrupted comparison leaves no process, and a folder in which the same command gets the same results."""
 
 import signal
 import subprocess
@@ -20,14 +20,14 @@ linux = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="find
 
 
 def workers(folder):
-    """Processes that work in a folder, except commands."""
+    """Returns the ids of the worker processes of a folder, without the command that started them."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            said = (process / "cmdline").read_bytes().decode().split("\0")
-        except OSError:  # it has ended meanwhile
+            arguments = (process / "cmdline").read_bytes().decode().split("\0")
+        except OSError:  # the process ended after it was listed
             continue
-        if "dsr_tool.compare.work" in said and any(str(folder) in word for word in said):
+        if "dsr_tool.compare.work" in arguments and any(str(folder) in argument for argument in arguments):
             found.append(int(process.name))
     return found
 
@@ -39,22 +39,22 @@ def epochs(comparison, cell):
 
 @pytest.fixture
 def command(family, tmp_path):
-    """The real command over two cells by two processes, and what it works on."""
-    told = f"--recipe {family} --methods dsr,static --data digits --set epochs=12 --jobs 2 -o".split()
+    """The installed command, over two cells by two processes, and its comparison."""
+    arguments = f"--recipe {family} --methods dsr,static --data digits --set epochs=12 --jobs 2 -o".split()
     command = Path(sys.executable).with_name("dsr-tool")
-    return [command, "compare", *told, tmp_path / "cut"], Comparison(tmp_path / "cut")
+    return [command, "compare", *arguments, tmp_path / "cut"], Comparison(tmp_path / "cut")
 
 
 @pytest.fixture(autouse=True)
-def _sigint_is_heard():
-    """Tests that run in the background of a shell ignore SIGINT, and what they start would do so too."""
+def _default_sigint():
+    """A shell makes its background processes ignore SIGINT, and the processes that the tests start inherit that."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 def interrupt(command, comparison, number):
-    """Start the command, and send it a signal once a cell has come further."""
+    """Starts the command, and sends it a signal once two more epochs are complete."""
     before = sum(epochs(comparison, cell) for cell in CELLS)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while sum(epochs(comparison, cell) for cell in CELLS) < before + 2:
@@ -65,8 +65,8 @@ def interrupt(command, comparison, number):
     return process
 
 
-def work_on(comparison, grid):
-    """Do the rest here; whether all is there then."""
+def complete_here(comparison, grid):
+    """Runs the rest of the cells in this process. Returns True if all are complete and the plan is as expected."""
     work(Order(str(comparison.path), CELLS, time.time()), lambda text: None)
     return comparison.plan() == grid and [comparison.record(cell)["status"] for cell in CELLS] == ["complete"] * 2
 
@@ -87,13 +87,13 @@ def test_an_interrupted_comparison_leaves_no_worker_and_resumes(tables, command,
         while workers(cut.path) and time.monotonic() < give_up:
             time.sleep(0.02)
         assert workers(cut.path) == []
-        out, err = process.communicate()  # workers hold its stderr for as long as they are there
+        out, err = process.communicate()  # would block if a worker still held its stderr
         assert out == "" and "Traceback" not in err and [cut.record(cell) for cell in CELLS] == [None, None]
         if number != signal.SIGKILL:
             assert process.returncode == 130 and err.splitlines()[-1] == SENTENCE
     grid, whole = make_grid(tables(data="digits", set={"epochs": 12}), "grid"), Comparison(tmp_path / "whole")
     whole.add(grid)
-    assert work_on(cut, grid) and work_on(whole, grid)
+    assert complete_here(cut, grid) and complete_here(whole, grid)
     for cell in CELLS:
         one, other = cut.record(cell), whole.record(cell)
         assert {key: one[key] for key in SAME} == {key: other[key] for key in SAME}

@@ -62,16 +62,18 @@ def log(path, epochs, accuracy):
 @pytest.fixture
 def comparison(tables, tmp_path):
     """Complete, failed, paused and missing cells."""
-    made = Comparison(tmp_path / "out")
-    made.add(make_grid(tables(methods=["dsr", "static", "dense"], sparsity=[0.9, 0.95], seeds=3), "grid"))
+    comparison = Comparison(tmp_path / "out")
+    comparison.add(make_grid(tables(methods=["dsr", "static", "dense"], sparsity=[0.9, 0.95], seeds=3), "grid"))
     for seed, accuracy in enumerate((0.91, 0.93, 0.98)):
-        made.write_record(f"dsr@0.9-s{seed}", record(accuracy))
-        log(made.run_folder(f"dsr@0.9-s{seed}"), 4 + seed, accuracy)
-    made.write_record("dsr@0.95-s0", record(0.9, archive_bytes=60_000, inference_macs=13_000))
-    log(made.run_folder("dsr@0.95-s0"), 4, 0.9)
-    made.write_record("static@0.9-s0", {"status": "failed", "cell": "static@0.9-s0", "error": "it broke <b>.", "at": 0})
-    made.write_record("static@0.9-s1", {"status": "paused", "epochs": 1, "of_epochs": 2})
-    return made
+        comparison.write_record(f"dsr@0.9-s{seed}", record(accuracy))
+        log(comparison.run_folder(f"dsr@0.9-s{seed}"), 4 + seed, accuracy)
+    comparison.write_record("dsr@0.95-s0", record(0.9, archive_bytes=60_000, inference_macs=13_000))
+    log(comparison.run_folder("dsr@0.95-s0"), 4, 0.9)
+    comparison.write_record(
+        "static@0.9-s0", {"status": "failed", "cell": "static@0.9-s0", "error": "it broke <b>.", "at": 0}
+    )
+    comparison.write_record("static@0.9-s1", {"status": "paused", "epochs": 1, "of_epochs": 2})
+    return comparison
 
 
 def test_rows_are_means_and_sample_standard_deviations(comparison):

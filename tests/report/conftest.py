@@ -78,7 +78,7 @@ def exported(model_folder):
 
 
 @pytest.fixture(scope="session")
-def made():
+def make_source():
     """Returns a function that makes a source of equal layers with names of a pattern."""
 
     def make(layers, name="features.denseblock{0}.denselayer{0}.conv.weight", architecture="net", role="sparse"):
@@ -151,7 +151,7 @@ def extras():
 
 
 @pytest.fixture(scope="session")
-def compacted(made):
+def compacted(make_source):
     """An archive that lost filters in a compaction."""
     record = {
         "weights": [2000, 1500],
@@ -161,7 +161,7 @@ def compacted(made):
         "plain_bytes": 20_000,
         "layers": {"conv.weight": [64, 60, 16, 9]},
     }
-    source = made(2)
+    source = make_source(2)
     config = replace(source.config, conversion={COMPACTED: record, "seed": 3, "nothing": {}})
     return replace(source, config=config, saved=Savings.from_dict(record))
 
@@ -178,6 +178,6 @@ def page():
 
 
 @pytest.fixture
-def hostile(made):
+def hostile(make_source):
     """A source in which every text is an attack by markup."""
-    return made(3, HOSTILE + "{0}", HOSTILE)
+    return make_source(3, HOSTILE + "{0}", HOSTILE)

@@ -1,4 +1,4 @@
-"""The report counts the nodes that no kernel computes, and is silent about files that cannot be compiled."""
+"""The report counts the nodes that no kernel computes, and has no count for files that cannot be compiled."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ KERNELS = pytest.mark.skipif(library() is None, reason="no kernels were built he
 
 
 def document_of(path, *nodes, shape=(None, 2, 6, 6)):
-    """Returns what the report says of an archive with a weight `w` of (3, 2, 3, 3)."""
+    """Returns the fallbacks in the report of an archive with a weight `w` of shape (3, 2, 3, 3)."""
     weight = SparseTensor(Mask.full((3, 2, 3, 3)), np.ones(54, np.float32))
     graph = Graph((Value("x", shape),), (Value("y", (None,)),), nodes, {}, ("w",), 20)
     specs = {"w": LayerSpec("w", (3, 2, 3, 3), "Conv2d", "sparse", True, "")}
@@ -36,7 +36,7 @@ def test_fallbacks_are_counted_and_named_once(tmp_path):
 
 @KERNELS
 def test_a_dense_model_is_compiled_too(tmp_path):
-    """`auto` would hand it to ONNX Runtime, and say nothing about the kernels."""
+    """A session with `auto` would run it on ONNX Runtime, and have no count of kernels."""
     document = document_of(tmp_path / "net.dsr", CONV, Node("Relu", ("a",), ("y",)))
     assert document == {"nodes": 2, "on_reference": 0, "operators": []}
 
@@ -47,7 +47,7 @@ def test_models_that_cannot_be_compiled_are_reported_without_fallbacks(tmp_path)
     assert document_of(tmp_path / "unknown.dsr", CONV, Node("Det", ("a",), ("y",))) is None
 
 
-def test_nothing_is_said_without_kernels(tmp_path, monkeypatch):
+def test_without_kernels_no_fallbacks_are_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("dsr_tool.runtime.session.library", lambda: None)
     assert document_of(tmp_path / "net.dsr", CONV, Node("Relu", ("a",), ("y",))) is None
 

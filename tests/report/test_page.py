@@ -52,12 +52,12 @@ class Outline(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def pages(model_folder, run_folder, exported, page, made, compacted, extras):
+def pages(model_folder, run_folder, exported, page, make_source, compacted, extras):
     files = {"folder": model_folder, "run": run_folder, **exported}
     return {
         **{kind: page(path) for kind, path in files.items()},
-        "dense": page(made(2, role="dense")),
-        "empty": page(made(0)),
+        "dense": page(make_source(2, role="dense")),
+        "empty": page(make_source(0)),
         "extras": page(compacted, **extras),
     }
 
@@ -108,17 +108,19 @@ def test_the_policy_allows_only_the_style_and_script_of_the_page(pages):
         assert f"{tag}-src 'sha256-{digest}'" in policy
 
 
-def test_the_largest_pages_stay_below_a_megabyte(made, page, run_folder):
+def test_the_largest_pages_stay_below_a_megabyte(make_source, page, run_folder):
     """340 layers, as torchvision's deepest classifier has, and 200 epochs."""
     log = read(run_folder).log
     names = [f"features.{i}.block.1.a.long.name.fc2.weight" for i in range(340)]
     rng = np.random.default_rng(0)
     epochs = [replace(epoch, density=dict(zip(names, rng.random(340).tolist(), strict=True))) for epoch in log.epochs]
-    source = replace(made(340, "features.{0}.block.1.a.long.name.fc2.weight"), log=replace(log, epochs=tuple(epochs)))
+    source = replace(
+        make_source(340, "features.{0}.block.1.a.long.name.fc2.weight"), log=replace(log, epochs=tuple(epochs))
+    )
     html = page(source)
     assert len(html.encode()) < MEGABYTE
     assert html.count("<option") == 340
-    assert "largest of 2,000 weights" in page(made(2000))
+    assert "largest of 2,000 weights" in page(make_source(2000))
 
 
 def test_hostile_names_are_shown_as_text(hostile, page, extras):
@@ -181,10 +183,10 @@ def test_compaction_is_shown_before_and_after(pages):
     assert "Compaction" not in pages["folder"]
 
 
-def test_nodes_that_no_kernel_computes_are_a_headline(made, page, pages):
+def test_nodes_that_no_kernel_computes_are_a_headline(make_source, page, pages):
     assert '<dd class="value">121 of 124</dd>' in pages["extras"]
     assert "on the reference: Tile, &lt;script&gt;" in pages["extras"]
-    assert "none on the reference" in page(made(1), fallback={"nodes": 7, "on_reference": 0, "operators": []})
+    assert "none on the reference" in page(make_source(1), fallback={"nodes": 7, "on_reference": 0, "operators": []})
     assert "on the reference" not in pages["folder"]
 
 
@@ -222,8 +224,8 @@ def test_the_order_of_layers_is_named(pages):
     assert "in the order of the file" in pages["onnx"]
 
 
-def test_the_same_input_gives_the_same_bytes(made, page):
-    assert page(made(4)) == page(made(4))
+def test_the_same_input_gives_the_same_bytes(make_source, page):
+    assert page(make_source(4)) == page(make_source(4))
 
 
 def test_the_command_writes_the_page_and_prints_the_report(model_folder, tmp_path):

@@ -1,6 +1,6 @@
 """The page in a headless Chromium: no errors, nothing outside the window, readable, usable by keyboard.
 
-Without a Chromium these tests are left out, except where CI is set: there they fail.
+Without a Chromium these tests are skipped, except where CI is set: there they fail.
 """
 
 import os
@@ -40,12 +40,12 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def files(model_folder, run_folder, exported, made, compacted, extras, tmp_path_factory):
+def files(model_folder, run_folder, exported, make_source, compacted, extras, tmp_path_factory):
     """Pages of a run, a model folder, exported files, and of many layers with long names."""
     folder = tmp_path_factory.mktemp("pages")
     long = "features.denseblock{0}.denselayer{0}.a_name_without_any_place_to_break_a_line_at.weight"
-    sources = {"run": read(run_folder), "folder": read(model_folder), "many": made(120, long, "x" * 90)}
-    sources["hostile"] = made(3, HOSTILE.format("{0}"), HOSTILE.format(9))
+    sources = {"run": read(run_folder), "folder": read(model_folder), "many": make_source(120, long, "x" * 90)}
+    sources["hostile"] = make_source(3, HOSTILE.format("{0}"), HOSTILE.format(9))
     sources |= {"compacted": compacted, **{kind: read(path) for kind, path in exported.items()}}
     for name, source in sources.items():
         write_page(folder / f"{name}.html", source, {**report_document(source), **extras})
@@ -60,16 +60,16 @@ def opened(browser, files):
     def call(name, size="desk", **options):
         width, height = SIZES[size]
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        tab, said = context.new_page(), []
-        tab.on("console", lambda message: said.append(message.text))
-        tab.on("pageerror", lambda error: said.append(str(error)))
-        tab.on("requestfailed", lambda request: said.append(f"failed: {request.url[:80]}"))
+        tab, messages = context.new_page(), []
+        tab.on("console", lambda message: messages.append(message.text))
+        tab.on("pageerror", lambda error: messages.append(str(error)))
+        tab.on("requestfailed", lambda request: messages.append(f"failed: {request.url[:80]}"))
         address = files[name].as_uri()
-        tab.on("request", lambda request: said.append(request.url) if _elsewhere(request.url, address) else None)
+        tab.on("request", lambda request: messages.append(request.url) if _elsewhere(request.url, address) else None)
         tab.goto(address)
         yield tab
         context.close()
-        assert said == []
+        assert messages == []
 
     return call
 

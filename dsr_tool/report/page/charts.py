@@ -116,6 +116,7 @@ def columns(
         step: values of a stepped line across the columns.
         ticks: labels below, if the columns are not layers.
     """
+    # The scale covers the stepped line too: an entropy bound may exceed the bytes of a layer.
     sums = [sum(values) for values in zip(*(one.values for one in series), strict=True)]
     scale = axis(0, max([*sums, *step], default=0), label)
     stacks = tuple(
@@ -129,6 +130,7 @@ def columns(
     path = "".join(
         f"M{i * _COLUMN_WIDTH + 1} {scale.view_y(value)}h{_COLUMN_WIDTH - 2}" for i, value in enumerate(step)
     )
+    # SVG text cannot wrap or thin out by itself, so labels for both widths are on the page and CSS shows one.
     narrow, wide = layer_ticks(names) if ticks is None else (tuple(ticks), tuple(ticks))
     return Columns(
         width=max(len(names), 1) * _COLUMN_WIDTH,
@@ -166,5 +168,6 @@ def _pieces(stack: Sequence[tuple[str, float]], scale: Axis) -> tuple[tuple[str,
         bottom = scale.view_y(total)
         total += value
         if value > 0:
+            # May overlap the piece above by a few units, which is drawn later and covers it.
             pieces.append((style, min(scale.view_y(total), bottom - _MIN_PIECE), bottom))
     return tuple(pieces)

@@ -81,6 +81,7 @@ def _compaction(saved: Savings, size: int) -> Section:
         saved: record of the compaction.
         size: bytes of the compacted file.
     """
+    # The same model without and with compaction; the plain size was measured at export and stands in the record.
     pairs = (
         ("Weights", *saved.weights),
         ("Active weights", *saved.active),
@@ -95,6 +96,7 @@ def _compaction(saved: Savings, size: int) -> Section:
         for layer in saved.layers[:_MAX_ROWS]
         for (filters, kept), (inputs, used) in [(layer.filters, layer.inputs)]
     ]
+    # A removed filter is an input channel that the next layer loses, so both columns are shown.
     headers = ("weight", "filters removed", "of", "input channels removed", "of")
     others = f": the first {_MAX_ROWS}" if len(saved.layers) > _MAX_ROWS else ""
     by_layer = Table(f"Filters and input channels removed, by layer{others}", headers, removed)

@@ -27,6 +27,7 @@ def headline(source: Source) -> list[Number]:
     """Returns the headline numbers, with both denominators of sparsity."""
     measured = source.footprint
     model, prunable, whole = measured.model, measured.prunable, measured.everything
+    # Of everything, buffers included, because a file holds them too.
     share = measured.file_bytes / whole.dense_bytes if whole.dense_bytes else 0
     # Without multiply-adds there is no share to name.
     macs_share = f"{numbers.percent(model.sparse_macs / model.dense_macs)} of " if model.dense_macs else "of "
@@ -58,6 +59,7 @@ def headline(source: Source) -> list[Number]:
 
 def footprint_sections(source: Source) -> list[Section]:
     """Returns all sections of the footprint; those without content are omitted."""
+    # Sums are over all weights, charts over the largest, which keeps the page below a megabyte.
     every = layers_of(source)
     layers, note = largest_layers(every)
     notes = [note] if note else []
@@ -98,6 +100,7 @@ def _parts(source: Source, every: Sequence[Layer]) -> Figure:
         (f"As the file counts: {name}", numbers.count(n), numbers.share(n, total, 1))
         for name, n in source.footprint.parts.items()
     ]
+    # Both kinds of parts add up to the whole file, so a reader can check one against the other.
     ends = [("Whole file", total), ("Entropy bound of the masks, and raw values", bound)]
     rows += [(label, numbers.count(n), numbers.share(n, total, 1)) for label, n in ends]
     pieces = bars(entries, stacked=True)
@@ -106,6 +109,7 @@ def _parts(source: Source, every: Sequence[Layer]) -> Figure:
         "The whole file by part",
         Bars(pieces, kind="stack"),
         Table("Bytes of the whole file by part", ("part", "bytes", "of the file"), rows),
+        # Below 1 it is possible: the archive's codec compresses values too.
         f"{numbers.byte_size(total)} in all, {times} times the entropy bound of {numbers.byte_size(bound)}, which "
         f"counts values without compression.",
         [Key(piece.style, piece.label, piece.text) for piece in pieces],
@@ -140,9 +144,10 @@ def _formats(source: Source) -> Figure:
     # The file itself counts once, with everything in it, so two of its cells are empty.
     rows.append((here[0], "", "", numbers.count(measured.file_bytes)))
     headers = ("format", "prunable weights", "whole model", "with buffers")
+    others = f"{'its graph, ' if source.has_graph else ''}a description, names and headers"
     return Figure(
         "Parameters and buffers in each format",
         Bars(bars([*entries, here])),
         Table("Bytes of the model in each format", headers, rows),
-        "Formats count the weights alone; this file also holds graph, names and headers.",
+        f"Formats count parameters and buffers alone; this {kind_of_file(source.kind)} also holds {others}.",
     )

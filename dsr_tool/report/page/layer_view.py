@@ -64,6 +64,7 @@ class Layer:
 def layers_of(source: Source) -> list[Layer]:
     """Returns the weights of a source, in its order."""
     return [
+        # A file that does not tell positions from values counts all bytes as values.
         Layer(layer, source.stored.get(layer.spec.name, StoredBytes(0, layer.stored_bytes or 0)))
         for layer in source.footprint.layers
         if layer.spec.weight
@@ -72,6 +73,7 @@ def layers_of(source: Source) -> list[Layer]:
 
 def largest_layers(every: Sequence[Layer]) -> tuple[list[Layer], str]:
     """Returns the layers to show, the largest if there are too many, and a sentence about the omitted ones."""
+    # The order stays that of the model: neighbors share labels below the columns.
     if len(every) <= _MAX_LAYERS:
         return list(every), ""
     largest = {layer.name for layer in sorted(every, key=lambda layer: -layer.sizes.parameters)[:_MAX_LAYERS]}
@@ -89,12 +91,13 @@ def bytes_by_layer(source: Source, layers: Sequence[Layer]) -> Figure:
     names = [layer.name for layer in layers]
     stored = [layer.stored.positions + layer.stored.values for layer in layers]
     titles = [f"{name}: {numbers.byte_size(n)}" for name, n in zip(names, stored, strict=True)]
+    # A dense weight has one color for all its bytes: it has no positions, and its values cannot be pruned.
     series = [
         Series("values", "values", [layer.stored.values if layer.sparse else 0 for layer in layers]),
         Series("positions", "positions", [layer.stored.positions if layer.sparse else 0 for layer in layers]),
         Series("kept dense", "rest", [0 if layer.sparse else sum(layer.stored) for layer in layers]),
     ]
-    # One unit for the whole axis, that of its largest value.
+    # One unit for the whole axis, that of its largest value: labels in kB and MB would be hard to compare.
     unit = numbers.scaled(max(stored, default=0), ("B", "kB", "MB", "GB", "TB"))
     rows = [
         (
@@ -169,6 +172,7 @@ def density_by_layer(source: Source, layers: Sequence[Layer]) -> Figure:
     lowest, highest = (numbers.percent(share) for share in (shares[0], shares[-1])) if shares else ("", "")
     if not shares:
         finding = "No weight is sparse."
+    # As texts: densities that differ in the last bit would be a range from 10.00 % to 10.00 %.
     elif lowest == highest:
         finding = f"Every sparse weight has a density of {lowest}."
     else:

@@ -62,6 +62,7 @@ def lines(
         logarithmic: whether equal distances on the y-axis are equal factors.
     """
     finite = [value for one in series for value in one.values if math.isfinite(value)]
+    # Without any value, an axis from 0 to 1 keeps the chart valid.
     scale = axis(min(finite, default=0), max(finite, default=1), label, logarithmic=logarithmic)
     drawn = [one for one in series if any(map(math.isfinite, one.values))]
     # Labels stand at the last finite value: a loss may end as NaN.

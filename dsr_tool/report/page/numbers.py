@@ -24,6 +24,7 @@ __all__ = [
 
 _MAX_NUMBER = 1e30
 """Largest magnitude that is formatted; a larger one is a mistake in a file, and shown as the file has it."""
+# Units are powers of 1000, as on disks and networks; the foot of the page says so.
 _BYTES = ("B", "kB", "MB", "GB", "TB")
 NONE = "\u2013"
 """A dash, in place of a number that does not exist."""
@@ -59,6 +60,7 @@ def scaled(value: float, units: Sequence[str]) -> tuple[float, str]:
 
 def in_unit(value: float, unit: tuple[float, str]) -> str:
     """Formats a round number of an axis in a unit from `scaled`."""
+    # Without a unit the number would end in a gap; a bare 0 needs no unit.
     return f"{value / unit[0]:g}{GAP}{unit[1]}".rstrip() if value else "0"
 
 
@@ -109,12 +111,14 @@ def named_value(name: str, value: object) -> str:
     """Formats a plain value of a document, with the unit that its name ends in."""
     if value is None:
         return NONE
+    # Before numbers, because True is an int to Python.
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, (list, tuple)):
         return ", ".join(named_value(name, one) for one in value) or NONE
     if not isinstance(value, (int, float)) or not abs(value) < _MAX_NUMBER:
         return str(value)
+    # Keys of the JSON documents end in their unit.
     if name.endswith("_bytes"):
         return f"{byte_size(round(value))} ({value:,.0f})" if abs(value) >= 1000 else f"{value:,.0f}{GAP}B"
     if name.endswith("_macs"):

@@ -28,8 +28,10 @@ from dsr_tool.report.sources import Source
 
 __all__ = ["page_html", "rendered", "write_page"]
 
+# Marks that override the direction of text could make one name look like another.
 _DIRECTION_MARKS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _CONTROLS = (*range(9), 11, 12, *range(14, 32), 127)
+# Half of a UTF-16 pair, which a name from a file system or from JSON may hold, and which UTF-8 cannot encode.
 _LONE_SURROGATES = range(0xD800, 0xE000)
 _REPLACEMENTS = dict.fromkeys((*_CONTROLS, *_DIRECTION_MARKS, *_LONE_SURROGATES), "\ufffd")
 """Characters that names in a file must not bring onto a page: they are invisible, reverse text or break UTF-8."""
@@ -47,6 +49,7 @@ def write_page(path: str | Path, source: Source, document: Mapping[str, Any], *,
     Raises:
         FileError: the file exists and `force` is not given, or it cannot be written.
     """
+    # Rendered before the file is opened, so that an error in it leaves nothing behind.
     content = page_html(source, document).encode("utf-8")
     with new_file(Path(path), force=force) as part:
         part.write_bytes(content)
@@ -112,11 +115,12 @@ def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("dsr_tool.report.page", "templates"),
         autoescape=True,
-        undefined=StrictUndefined,
+        undefined=StrictUndefined,  # a misspelt variable must fail, not leave a gap
         finalize=_clean,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    # Once for the page: every color scale refers to this one by its identifier.
     environment.globals["ramp"] = ramp()
     return environment
 

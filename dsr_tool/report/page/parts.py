@@ -188,6 +188,7 @@ def setup_section(config: ModelConfig | None, log: RunLog | None) -> list[Sectio
     """Returns the section of all settings that the model was converted and trained with; none without settings."""
     documents: dict[str, Any] = {}
     if config:
+        # A choice, because the description also holds one label for each class, up to thousands.
         plain = config.to_dict()
         named = ("source", "architecture", "width", "num_classes", "input_shape")
         documents["model"] = {key: plain[key] for key in named}
@@ -199,13 +200,16 @@ def setup_section(config: ModelConfig | None, log: RunLog | None) -> list[Sectio
         nested = {key: value for key, value in log.start.items() if isinstance(value, Mapping)}
         documents["training"] = {key: value for key, value in log.start.items() if key not in nested and key != "kind"}
         documents |= nested
+    # `layout`: several narrow tables stand side by side on a wide screen.
     tables = [table for key, value in documents.items() if value for table in _tables(_title(key), value)]
     figures = [Figure(table.caption, NoChart(), table) for table in tables]
     return [Section("setup", "Model and settings", figures, layout="settings")] if figures else []
 
 
 _UNITS = ("_bytes", "_macs", "_s")
+"""Endings of keys that name a unit; the value is shown with it."""
 _KINDS = {"archive": "archive (.dsr)", "onnx": "ONNX file", "csr": "CSR file (.npz)"}
+"""Name of a container -> name of such a file on a page; the kinds of folders are words already."""
 
 
 def kind_of_file(kind: str) -> str:
@@ -225,6 +229,7 @@ def _field_name(key: str) -> str:
 
 
 def _title(key: str) -> str:
+    """Returns the name of a field as the title of a table."""
     return sentence(_field_name(key))
 
 

@@ -144,7 +144,9 @@ def _x_axis(low: float, high: float, label: Callable[[float], str] | None) -> _X
         return _XAxis(low, high, False, span_ticks(low, high))
     scale = axis(low, high, label, logarithmic=True)
     every = -(-len(scale.ticks) // _MAX_TICKS)
+    # The scale is made for the y-axis, whose distances are from the top: from the left they are the rest of 100.
     ticks = [Tick(round(100 - tick.at, 2), tick.label) for tick in scale.ticks[::every]]
+    # Labels at the ends stay within the plot, so that none is cut off on a phone.
     edges = {0.0: "start", 100.0: "end"}
     return _XAxis(scale.low, scale.high, True, [Tick(t.at, t.label, edges.get(t.at, "middle")) for t in ticks])
 

@@ -34,6 +34,7 @@ T = TypeVar("T")
 
 def run_headline(log: RunLog) -> list[Number]:
     """Returns the headline numbers of a run: status, test accuracy and reallocated weights."""
+    # Headlines come from the summary, which is also in the JSON, so both agree.
     facts = log.summary()
     note = f"{facts['method']} on {facts['data']}"
     last, best = facts["last_test_accuracy"], facts["best_test_accuracy"]
@@ -126,6 +127,7 @@ def _reallocated(epochs: Sequence[Epoch]) -> Figure:
     grown = [sum(epoch.grown.values()) for epoch in kept]
     numbered = [str(epoch.number) for epoch in kept]
     titles = [f"epoch {n}: {d:,} dropped, {g:,} grown" for n, d, g in zip(numbered, dropped, grown, strict=True)]
+    # Columns and line, so that a difference of both is seen: most methods grow what they drop.
     unit = numbers.scaled(max([*dropped, *grown]), ("", "k", "M", "G"))
     chart = columns(
         numbered,
@@ -196,7 +198,7 @@ def _threshold(log: RunLog) -> list[Figure]:
         )
         for one in kept
     ]
-    caption = _caption("Threshold and weights moved by reallocation", kept, every)
+    caption = _caption("Threshold, and weights dropped and grown, by reallocation", kept, every)
     return [
         Figure(
             "Threshold below which weights are dropped, by epoch",
