@@ -15,7 +15,7 @@ from deepsparse import compile_model
 def main(path: str, batch: int, cores: int) -> None:
     """Compiles the model, prints `ready`, then runs it once per line and prints `done`."""
     engine = compile_model(path, batch_size=batch, num_cores=cores)
-    # The same seed as in inference.py, so no arrays have to cross the pipe.
+    # inference.py draws from this seed too, so no arrays have to cross the pipe.
     x = np.random.default_rng(0).standard_normal((batch, 3, 224, 224)).astype(np.float32)
     # The parent waits for this line: compiling is not part of any run.
     print("ready", flush=True)

@@ -121,7 +121,7 @@ class Archives(Container):
 
 @dataclass(frozen=True)
 class _Expected:
-    """What an archive should hold.
+    """The tensors that an archive should hold, and the model to compare it with.
 
     Attributes:
         model: the model to compare with.

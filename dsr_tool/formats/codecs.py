@@ -32,11 +32,11 @@ Decode = Callable[[Mapping[str, Array], tuple[int, ...], int, np.dtype[Any]], Sp
 
 @dataclass(frozen=True)
 class Column:
-    """How reports show the bytes that a codec needs for a model.
+    """The column of reports with the bytes that a codec needs for a model.
 
     Attributes:
         name: header in tables and, in lower case and followed by `_bytes`, the key in JSON.
-        label: the same for the reader of a page who does not know the codec.
+        label: header for readers of a page, who need not know the codec.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Which nodes of a graph run on compiled kernels, and why the others run on the reference."""
+"""Coverage of a graph by compiled kernels: how many nodes they run, and why the others run on the reference."""
 
 from __future__ import annotations
 

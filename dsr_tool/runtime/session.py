@@ -92,7 +92,7 @@ class Session:
 
     @property
     def coverage(self) -> Coverage | None:
-        """Which nodes of the latest plan run on compiled kernels, and which on the reference.
+        """Coverage of the latest plan: the nodes that run on compiled kernels, and those on the reference.
 
         None if no kernels run at all: with the runtimes `scipy` and `onnxruntime`, and before the first run of a model
         whose input shape is not fixed.

@@ -22,7 +22,7 @@ def test_a_failing_cell_gives_exit_code_3_and_the_others_finish(run, grid, tmp_p
     assert {"compare.json", "table.csv", "table.json", "page.html", "runs", "cells"} <= {
         path.name for path in (tmp_path / "out").iterdir()
     }
-    # The same command finds the complete cell complete, and tries the other again.
+    # Repeated, the command skips the complete cell and tries the other again.
     code, text, err = run("compare", grid, "-o", tmp_path / "out", "--json")
     document = json.loads(text)
     assert code == 3 and document["counts"]["complete"] == 1 and "static@0.9-s0" not in err

@@ -188,7 +188,7 @@ def test_the_smallest_sparsity_of_trained_weights_fits_and_a_smaller_one_does_no
     before = archive_bytes(model, graphs["convolutions"])
     limit = round(0.8 * before)
     sparsity = smallest_sparsity(model, limit)
-    # The same weights left out by hand: the smallest of the whole network.
+    # These weights are also removed by hand: the smallest of the whole network.
     for wanted, fits in ((sparsity, True), (sparsity - 0.005, False)):
         magnitudes = torch.cat([weight[model.masks[name]].abs() for name, weight in model.weights.items()])
         keep = round(model.prunable_weights * (1 - wanted))

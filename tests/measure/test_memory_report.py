@@ -41,7 +41,7 @@ class _Network(nn.Module):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The same model as an archive and as an ONNX file."""
+    """Exports one model as an archive and as an ONNX file."""
     from dsr_tool.sparse.sparsify import sparsify
     from dsr_tool.sparsity.budget import Budget
     from dsr_tool.sparsity.config import ModelConfig

@@ -43,7 +43,7 @@ class Net(nn.Module):
 
 
 class Masked(nn.Module):
-    """The same network with a threshold for every output, and masks inside the forward."""
+    """Wraps the network with a threshold for every output, and masks inside the forward pass."""
 
     def __init__(self, net):
         super().__init__()

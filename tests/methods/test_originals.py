@@ -55,7 +55,7 @@ def test_dsr_prunes_grows_and_adapts_as_the_authors_code(layers, seed, threshold
     pruned = sum(map(len, gone))
     survivors = [had - len(lost) for had, lost in zip(weights.counts, gone, strict=True)]
     shares = [pruned * left / sum(survivors) for left in survivors]
-    # Where a layer is full they try again at random, and ours pours over; that is a test of its own.
+    # In a full layer they try again at random, and ours pours over; that is a test of its own.
     assume(all(share <= room - 1 for share, room in zip(shares, weights.free, strict=True)))
     method = DSR(ALWAYS, target=target, threshold=threshold)
     moved = method.update(weights, 1, torch.Generator().manual_seed(seed))

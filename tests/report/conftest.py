@@ -30,7 +30,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run_folder(model_folder):
-    """The same model with the log of a run of 200 epochs, of which one loss was not finite."""
+    """Returns the model with the log of a run of 200 epochs, in which one loss was not finite."""
     path = model_folder.with_name("run")
     shutil.copytree(model_folder, path)
     names = [layer.spec.name for layer in read(path).footprint.layers if layer.spec.role == "sparse"]

@@ -19,7 +19,7 @@ def test_whole_units_leave_less_than_the_smallest_unit_with_room(layers):
     found = whole_units(counts, sizes, units)
     assert all(1 <= n * unit <= size for n, unit, size in zip(found, units, sizes, strict=True))
     left = sum(counts) - sum(n * unit for n, unit in zip(found, units, strict=True))
-    # What is left is less than any unit that still has room.
+    # The remainder is less than any unit that still has room.
     room = [unit for n, unit, size in zip(found, units, sizes, strict=True) if n * unit < size]
     assert 0 <= left < min(room, default=1)
 

@@ -126,7 +126,7 @@ def _reference_weight_bytes(graph: Graph, tensors: Mapping[str, SparseTensor]) -
     for node in graph:
         inputs = [node.inputs[i] for i in operator_of(node.op).weights if i < len(node.inputs)]
         weights = [name for name in inputs if name in tensors]
-        # Where each channel has a filter of its own, the reference applies it densely, tap by tap.
+        # The reference applies filters of single channels densely, tap by tap.
         depthwise = node.attributes.get("group", 1) != 1 and all(tensors[name].mask.shape[1] == 1 for name in weights)
         multiplied.update([] if depthwise else weights)
     return sum(

@@ -160,7 +160,7 @@ def arithmetic(low: Lowering, node: Node) -> Lowered | None:
         return None
     a, b = _whole_vectors(low, first), _whole_vectors(low, second)
     if isinstance(a, Rows) or isinstance(b, Rows):
-        # Of a transformer's residual, one side may still be entries in order.
+        # A transformer adds a residual whose one side may still be entries in order.
         rows = low.rows(first), low.rows(second)
         if rows[0] is None or rows[1] is None:
             return None

@@ -92,7 +92,7 @@ def add_bias(low: Lowering, name: str, vector: str) -> Lowered | None:
         return None
     if not isinstance(maker, Spmm | Gemv) or maker.activate != IDENTITY or maker.other is not None:
         return None
-    # Of a convolution's result the last axis is a row of pixels, not the channels.
+    # The last axis of a convolution's result is a row of pixels, not the channels.
     if not isinstance(value, Rows) and not (isinstance(maker, Gemv) and maker.bias.shape == shape[-1:]):
         return None
     low.segment.replace(maker, dataclasses.replace(maker, bias=maker.bias + dense(bias)))

@@ -1,4 +1,4 @@
-// What the files of the kernels share.
+// Declarations that the files of the kernels share.
 #pragma once
 
 #include "ops.h"

@@ -1,6 +1,6 @@
 // SPMM: sparse or dense weights times planes. Every convolution, linear layers on several rows, average pools.
 //
-// What is computed. For each output channel r and each output vector i:
+// The result, for each output channel r and each output vector i:
 //
 //     out[r][i] = activation(bias[r] + residual[r][i] + sum over records k of r: value[k] * in[base + offset[k] + i])
 //
@@ -8,7 +8,7 @@
 // In the strip layout that distance is the same for all pixels, so a 3 x 3 convolution is a sparse matrix times shifted
 // views of the input: no im2col and no unaligned load.
 //
-// How it walks memory. A tile of T neighbouring output vectors stays in registers while the records of one output
+// Memory order. A tile of T neighbouring output vectors stays in registers while the records of one output
 // channel pass by: one broadcast of the value, then T multiply-adds whose operands come from the first-level cache. Two
 // loads a cycle are the limit, so a wide tile pays: the broadcast is shared by T multiply-adds. Channels that a tile
 // reads are cut into blocks that fit in the first-level cache; between blocks the sums are stored and loaded again.
@@ -31,7 +31,7 @@ constexpr int WIDEST = 14, WIDEST_DENSE = 6;  // of 32 registers
 constexpr int WIDEST = 12, WIDEST_DENSE = 3;  // of 16 registers
 #endif
 
-// What does not change within one op.
+// The operands that do not change within one op.
 struct Product {
     const Op& op;
     const float *in, *residual;
@@ -40,7 +40,7 @@ struct Product {
     Vec low, high;
 };
 
-// Where the tile of one part lies: what it writes and what it adds, as for channel 0.
+// The addresses of one tile, for channel 0: its output, and what is added to it.
 struct Place {
     float* out;
     const float* residual;
@@ -157,7 +157,7 @@ void dense_tile(const Product& p, const Part& part, int64_t column) {
             int64_t row[4];
 #pragma GCC unroll 4
             for (int r = 0; r < 4; r++) {
-                // Where fewer than four channels are left, the last one is computed again and stored over itself.
+                // If fewer than four channels are left, the last one is computed again and stored over itself.
                 row[r] = entry.row + r < p.op.channels ? entry.row + r : p.op.channels - 1;
                 place.template start<T>(sums[r], row[r], first);
             }

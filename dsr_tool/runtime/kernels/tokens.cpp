@@ -1,4 +1,4 @@
-// What transformers need beside products: FROM_ROWS, TO_ROWS, LAYER_NORM and SOFTMAX.
+// The ops of transformers besides matmuls: FROM_ROWS, TO_ROWS, LAYER_NORM and SOFTMAX.
 //
 // Linear layers on tokens run as spmm on planes: features are channels, and the rows (tokens) lie in strips as pixels
 // do. FROM_ROWS and TO_ROWS are the transposition between rows of features and such planes. LAYER_NORM works on planes

@@ -58,7 +58,7 @@ def _average_pool(
         window = dataclasses.replace(window, begin=(0,) * len(size))
     else:
         counted = list(size)
-    # The same sum over ones gives the number of entries that each window counts.
+    # Summing ones in the windows gives the number of entries that each window counts.
     claim(counted, x.dtype)
     result /= _sum_of_taps(window, np.ones((1, 1, *counted), x.dtype), out)
     return result
