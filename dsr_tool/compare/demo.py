@@ -20,7 +20,7 @@ from exporters.verify.result import Verification
 
 __all__ = ["demo_text", "run_demo"]
 
-# Digits are 8 x 8 pixels, resized: a ResNet halves its input five times, so 32 is the smallest size that leaves one.
+# Digits have 8 x 8 pixels and are resized: a ResNet halves its input five times, and 32 leave one pixel at the end.
 _ARCHITECTURE, _INPUT_SIZE, _SPARSITY = "resnet18", 32, 0.9
 # `_STOP`: share of the training after which masks stay fixed, so that the last weights that were grown are trained.
 _BATCH_SIZE, _LR, _WARMUP_EPOCHS, _STOP = 64, 0.05, 1, 0.75

@@ -156,7 +156,7 @@ def _closing(source: Source) -> list[str]:
 
 
 def _dense(measured: Footprint) -> str:
-    """Returns what the dense size is called: `dense fp32`, or with the other types that the weights have."""
+    """Returns the name of the dense size: `dense fp32`, or with the other types that the weights have."""
     # Norms and biases stay in fp32 in an fp16 file, so the name of the type then says that it is the weights'.
     bits = {8 * layer.sizes.dense_bytes // layer.sizes.parameters for layer in measured.layers if layer.spec.weight}
     return f"dense {' and '.join(f'fp{n}' for n in sorted(bits))}".rstrip() + (" (weights)" if bits - {32} else "")

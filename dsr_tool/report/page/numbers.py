@@ -24,13 +24,12 @@ __all__ = [
 
 _MAX_NUMBER = 1e30
 """Largest magnitude that is formatted; a larger one is a mistake in a file, and shown as the file has it."""
-# Units are powers of 1000, as on disks and networks; the foot of the page says so.
-_BYTES = ("B", "kB", "MB", "GB", "TB")
+_BYTES, _COUNTS = ("B", "kB", "MB", "GB", "TB"), ("", "k", "M", "G", "T")
+"""Units of bytes and of counts; each is 1000 times the last, and the foot of the page says so."""
 NONE = "\u2013"
 """A dash, in place of a number that does not exist."""
 GAP = "\u00a0"
 """No-break space, between a number and its unit."""
-_COUNTS = ("", "k", "M", "G", "T")
 
 
 def significant(value: float, digits: int = 4) -> str:
