@@ -101,7 +101,10 @@ class Session:
 
     @property
     def memory(self) -> PlanMemory | None:
-        """Bytes that the latest plan needs, computed from the plan; None whenever `coverage` is None."""
+        """Bytes that the latest plan needs besides the decoded tensors of the session, computed from the plan.
+
+        None whenever `coverage` is None.
+        """
         return self._plan.memory if isinstance(self._plan, _PlanCache) else None
 
     def run(self, x: Array) -> Array:
@@ -151,9 +154,11 @@ class _PlanCache:
 
     @property
     def memory(self) -> PlanMemory | None:
-        """Memory of the plan used last; None if that is not a compiled one."""
+        """Memory of the plan used last, besides the tensors; None if that is not a compiled one."""
         latest = next(reversed(self._plans.values()), None)
-        return latest.memory() if isinstance(latest, Plan) and self._dense is None else None
+        if not isinstance(latest, Plan) or self._dense is not None:
+            return None
+        return latest.memory(tensor.values for tensor in self._tensors.values())
 
     def compile_first(self, shape: tuple[int, ...], *, may_replace: bool, threads: int) -> str:
         """Compiles the plan for a shape, and hands the model to ONNX Runtime if that is allowed and faster.

@@ -158,7 +158,7 @@ class _Training:
     def _train(self, number: int) -> tuple[float, float]:
         """Takes all steps of an epoch. Returns mean loss and accuracy, which stay on the device until the end."""
         device = self.settings.torch_device
-        # Random draws of the model, as for dropout, depend on seed, epoch and rank alone, so a resumed run draws the same.
+        # Draws of the model, as for dropout, depend on seed, epoch and rank alone, so a resumed run draws the same.
         drawn = [self.settings.seed, number, *([self.ranks.rank] if self.ranks.rank else [])]
         torch.manual_seed(int(np.random.SeedSequence(drawn).generate_state(1)[0]))
         self.model.module.train()

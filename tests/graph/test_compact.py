@@ -337,7 +337,7 @@ def test_hidden_channels_of_a_linear_pair_are_removed(turned):
     x = b.add("Add", b.add("MatMul", "x", weight(hidden, "a.weight")), b.weight(np.arange(6.0), "a.bias"))
     y = b.add("MatMul", b.add("Gelu", x), weight(out, "b.weight"))
     _, _, result = compacted(b, b.add("ReduceMean", y, b.constant(np.array([1, 2])), keepdims=0))
-    # Channels 1 and 3 are constant behind the bias. The larger one stays, since a product without a bias cannot hold it.
+    # Channels 1 and 3 are constant behind the bias. The larger one stays: a product without a bias cannot hold it.
     found = removed(result)
     assert found == {"a.weight": ((6, 4), (9, 9)), "b.weight": ((5, 5), (6, 4))}
     np.testing.assert_array_equal(result.tensors["a.bias"].values, [0, 2, 3, 5])

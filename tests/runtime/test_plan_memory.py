@@ -37,6 +37,17 @@ def test_weights_that_two_ops_share_are_counted_once(machine, sparse):
     assert sizes[0] == sizes[1]
 
 
+def test_a_bias_that_the_caller_keeps_is_counted_only_there(machine, sparse):
+    random = np.random.default_rng(0)
+    tensors = {"w": sparse(random, (30, 40), 0.2), "b": sparse(random, (30,), 1.0)}
+    node = Node("Gemm", ("x", "w", "b"), ("y",), {"transB": 1})
+    graph = Graph((Value("x", (1, 40)),), (Value("y", ()),), (node,), {}, ("w", "b"), 20)
+    plan = Plan(graph, tensors, (1, 40), machine)
+    alone, beside = plan.memory(), plan.memory(tensor.values for tensor in tensors.values())
+    assert alone.table_bytes - beside.table_bytes == tensors["b"].values.nbytes == 120
+    assert beside.weight_bytes == alone.weight_bytes
+
+
 def test_arrays_between_segments_are_counted_while_they_are_alive(machine):
     nodes = (
         Node("Relu", ("x",), ("a",)),

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dsr_tool.runtime.compiler.program import FallbackStep, KernelStep
+from dsr_tool.sparsity.tensor import Array
 
 __all__ = ["PlanMemory", "memory_of"]
 
@@ -18,8 +19,9 @@ class PlanMemory:
     Attributes:
         arena_bytes: the arena, which all segments use in turn.
         weight_bytes: packed weights, each counted once however many ops share it.
-        table_bytes: biases, pixel masks and index tables of the ops, and the array of ops itself.
-        constant_bytes: dense weights and constants that fallbacks read.
+        table_bytes: biases, pixel masks and index tables of the ops, and the array of ops itself. A bias that is the
+            memory of a tensor which the caller keeps does not count.
+        constant_bytes: dense weights and constants that fallbacks read, without those of kept tensors likewise.
         array_bytes: arrays that segments and fallbacks hand to each other, at the moment when they are largest
             together; the output is part of it, the input is not.
     """
@@ -36,19 +38,26 @@ class PlanMemory:
         return self.arena_bytes + self.weight_bytes + self.table_bytes + self.constant_bytes + self.array_bytes
 
 
-def memory_of(steps: Sequence[KernelStep | FallbackStep], caller_arrays: Iterable[str]) -> PlanMemory:
+def memory_of(
+    steps: Sequence[KernelStep | FallbackStep], caller_arrays: Iterable[str], kept: Iterable[Array] = ()
+) -> PlanMemory:
     """Returns the memory of steps that run one after another.
 
     Args:
         steps: the segments and fallbacks of a plan, in order.
         caller_arrays: names of arrays that belong to the caller.
+        kept: arrays that the caller keeps and counts itself; tables and constants may be views of them.
     """
     kernel_steps = [step for step in steps if isinstance(step, KernelStep)]
     fallbacks = [step for step in steps if isinstance(step, FallbackStep)]
-    # Ops that share a weight or a mask keep the same array, so arrays are counted by identity.
+    # Ops that share a weight keep the same pack, so packs are counted by identity.
     packs = {id(pack): pack.nbytes for step in kernel_steps for pack in step.packs}
-    tables = {id(table): table.nbytes for step in kernel_steps for table in step.tables}
-    constants = {id(array): array.nbytes for step in fallbacks for array in step.constants.values()}
+    tables = _by_address(table for step in kernel_steps for table in step.tables)
+    constants = _by_address(array for step in fallbacks for array in step.constants.values())
+    # A bias and a dense weight are used where they lie, so the tensor and the table are the same memory.
+    for address in _by_address(kept):
+        tables.pop(address, None)
+        constants.pop(address, None)
     return PlanMemory(
         arena_bytes=max((step.arena_bytes for step in kernel_steps), default=0),
         weight_bytes=sum(packs.values()),
@@ -56,6 +65,11 @@ def memory_of(steps: Sequence[KernelStep | FallbackStep], caller_arrays: Iterabl
         constant_bytes=sum(constants.values()),
         array_bytes=_peak(steps, frozenset(caller_arrays)),
     )
+
+
+def _by_address(arrays: Iterable[Array]) -> dict[int, int]:
+    """Returns the bytes of arrays by their address, so that views of the same memory count once."""
+    return {array.ctypes.data: array.nbytes for array in arrays if array.nbytes}
 
 
 def _peak(steps: Sequence[KernelStep | FallbackStep], caller_arrays: frozenset[str]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -76,12 +76,15 @@ class Plan:
         work = sum(step.work for step in self.steps)
         return work / max(sum(step.dense_work for step in self.steps), 1.0)
 
-    def memory(self) -> PlanMemory:
+    def memory(self, kept: Iterable[Array] = ()) -> PlanMemory:
         """Returns the bytes that one run of this plan needs, computed from the plan, not measured.
 
         `measure/memory` builds its figures for this runtime from these.
+
+        Args:
+            kept: arrays that the caller keeps and counts itself.
         """
-        return memory_of(self.steps, (self._input,))
+        return memory_of(self.steps, (self._input,), kept)
 
     def run(self, x: Array) -> Array:
         """Computes the first output for an input of the plan's shape.
