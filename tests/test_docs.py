@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from dsr_tool.methods import METHODS
+from exporters.containers import CONTAINERS
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 STARTS = [ROOT, ROOT / "dsr_tool", ROOT / "dsr_tool" / "runtime"]
@@ -48,6 +51,13 @@ def test_symbols_that_a_page_names_beside_a_file_are_defined_there(page):
     pairs += [(path, symbol) for symbol, path in re.findall(r"^\| `(\w+)` \| " + _FILE, text, re.M)]
     missing = [f"{path}: {symbol}" for path, symbol in pairs if (file := _found(path)) and symbol not in _defined(file)]
     assert missing == []
+
+
+def test_the_readme_lists_every_method_and_every_container():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for option, table in (("method", METHODS), ("to", CONTAINERS)):
+        (listed,) = re.findall(rf"`--{option} ((?:[a-z-]+ \| )+[a-z-]+)`", text)
+        assert sorted(listed.split(" | ")) == sorted(table), f"README lists other values of --{option}"
 
 
 def test_the_walk_names_a_symbol_at_every_room():
