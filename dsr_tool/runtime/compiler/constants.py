@@ -71,7 +71,7 @@ class Constants:
 
     @property
     def nbytes(self) -> int:
-        """Returns the bytes of all stored values with their zeros."""
+        """Bytes of all stored values with their zeros."""
         return sum(map(dense_bytes, self._values.values()))
 
 

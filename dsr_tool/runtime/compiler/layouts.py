@@ -50,12 +50,12 @@ class Grid:
 
     @property
     def pitch(self) -> int:
-        """Returns the positions from one row to the next."""
+        """Positions from one row to the next."""
         return self.columns + self.pad
 
     @property
     def length(self) -> int:
-        """Returns the vectors of a plane."""
+        """Vectors of a plane."""
         return -(-self.rows * self.pitch // self.lanes)
 
     def fits(self, height: int, width: int, factor: int) -> bool:
@@ -75,12 +75,12 @@ class Value:
 
     @property
     def lead(self) -> int:
-        """Returns the floats between the start of its part of the arena and its first entry: the first halo."""
+        """Floats between the start of its part of the arena and its first entry: the first halo."""
         return 0
 
     @property
     def size(self) -> int:
-        """Returns the floats that it needs in the arena."""
+        """Floats that it needs in the arena."""
         raise NotImplementedError
 
 
@@ -98,12 +98,12 @@ class Flat(Value):
 
     @property
     def entries(self) -> int:
-        """Returns the floats of one piece."""
+        """Floats of one piece."""
         return math.prod(self.shape) // self.batch
 
     @property
     def size(self) -> int:
-        """Returns the floats that it needs in the arena: whole vectors."""
+        """Floats that it needs in the arena: whole vectors."""
         return -(-self.entries // self.lanes) * self.lanes
 
 
@@ -131,32 +131,32 @@ class Planes(Value):
 
     @property
     def phases(self) -> int:
-        """Returns the planes of one channel."""
+        """Planes of one channel."""
         return self.factor * self.factor
 
     @property
     def channels(self) -> int:
-        """Returns the number of channels."""
+        """Number of channels."""
         return self.shape[1]
 
     @property
     def stride(self) -> int:
-        """Returns the vectors from one plane to the next."""
+        """Vectors from one plane to the next."""
         return self.grid.length + self.halo_before + self.halo_after
 
     @property
     def channel_step(self) -> int:
-        """Returns the floats from one channel to the next."""
+        """Floats from one channel to the next."""
         return self.phases * self.stride * self.grid.lanes
 
     @property
     def lead(self) -> int:
-        """Returns the floats before the first vector of the first plane."""
+        """Floats before the first vector of the first plane."""
         return self.halo_before * self.grid.lanes
 
     @property
     def size(self) -> int:
-        """Returns the floats that it needs in the arena."""
+        """Floats that it needs in the arena."""
         return self.channels * self.channel_step
 
     def extend_halo(self, before: int, after: int) -> bool:

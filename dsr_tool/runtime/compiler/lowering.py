@@ -97,7 +97,7 @@ class Lowering:
 
     @property
     def batch(self) -> int:
-        """Returns the number of times that the segment runs."""
+        """Number of times that the segment runs."""
         return self.segment.batch
 
     def alive(self, index: int) -> list[str]:

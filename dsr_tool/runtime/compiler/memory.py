@@ -34,7 +34,7 @@ class PlanMemory:
 
     @property
     def total_bytes(self) -> int:
-        """Returns the sum of all parts."""
+        """Sum of all parts."""
         return self.arena_bytes + self.weight_bytes + self.table_bytes + self.constant_bytes + self.array_bytes
 
 

@@ -52,7 +52,7 @@ class Activate:
 
     @property
     def nonnegative(self) -> bool:
-        """Returns whether no result is negative."""
+        """True if no result is negative."""
         # Limits in the wrong order give `high`, which may be negative.
         clips_at_zero = self.function is Activation.CLIP and 0 <= self.low <= self.high
         return clips_at_zero or self.function is Activation.SIGMOID
@@ -102,12 +102,12 @@ class Op:
 
     @property
     def work(self) -> float:
-        """Returns its multiply-adds, as many as a dense kernel would do in the same time; 0 if it has no weights."""
+        """Its multiply-adds, as many as a dense kernel would do in the same time; 0 if it has no weights."""
         return 0.0
 
     @property
     def dense_work(self) -> float:
-        """Returns the multiply-adds of a dense kernel for the same op; 0 if it has no weights."""
+        """Multiply-adds of a dense kernel for the same op; 0 if it has no weights."""
         return 0.0
 
     def parameters(self, packs: PackCache) -> Parameters:

@@ -62,13 +62,13 @@ class Pack:
 
     @property
     def fields(self) -> dict[str, npt.NDArray[Any]]:
-        """Returns all arrays by name; the structs of ops.def that use a pack have fields of these names."""
+        """All arrays by name; the structs of ops.def that use a pack have fields of these names."""
         arrays = (self.values, self.offsets, self.entries, self.blocks, self.parts)
         return dict(zip(("values", "offsets", "entries", "blocks", "parts"), arrays, strict=True))
 
     @property
     def nbytes(self) -> int:
-        """Returns the bytes of all arrays."""
+        """Bytes of all arrays."""
         return sum(array.nbytes for array in self.fields.values())
 
 

@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def cost(self) -> float:
-        """Returns the estimated time of all products as a share of the time of dense ones."""
+        """Estimated time of all products as a share of the time of dense ones."""
         work = sum(step.work for step in self.steps)
         return work / max(sum(step.dense_work for step in self.steps), 1.0)
 

@@ -59,7 +59,7 @@ class Machine:
 
     @property
     def lanes(self) -> int:
-        """Returns the floats in a vector of the kernels."""
+        """Floats in a vector of the kernels."""
         return self.target.lanes
 
     def arena(self, floats: int) -> int:
@@ -182,7 +182,7 @@ class FallbackStep:
 
     @property
     def output_bytes(self) -> dict[str, int]:
-        """Returns the bytes of each array that it makes, by name."""
+        """Bytes of each array that it makes, by name."""
         return {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype) in self.results.items()}
 
     def run(self, values: dict[str, Array]) -> None:

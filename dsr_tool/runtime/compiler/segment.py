@@ -59,5 +59,5 @@ class Segment:
 
     @property
     def arrays(self) -> Iterable[Flat]:
-        """Returns the arrays of the caller in the order of their buffers, from buffer 1 on."""
+        """Arrays of the caller in the order of their buffers, from buffer 1 on."""
         return (*self.inputs.values(), *self.outputs.values())

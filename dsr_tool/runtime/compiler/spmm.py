@@ -80,19 +80,19 @@ class Spmm(Op):
 
     @property
     def computes_zeros(self) -> bool:
-        """Returns whether the weight is so dense that it is multiplied with its zeros."""
+        """True if the weight is so dense that it is multiplied with its zeros."""
         return self.groups == 1 and self.weight.mask.density >= MIN_DENSE
 
     @property
     def work(self) -> float:
-        """Returns its multiply-adds, unused lanes included, as many as a dense kernel would do in the same time."""
+        """Its multiply-adds, unused lanes included, as many as a dense kernel would do in the same time."""
         mask = self.weight.mask
         positions = self.out.grid.length * self.target.lanes * self.out.phases
         return positions * (mask.size if self.computes_zeros else mask.active * SPARSE_COST)
 
     @property
     def dense_work(self) -> float:
-        """Returns the multiply-adds of a dense kernel for the same op."""
+        """Multiply-adds of a dense kernel for the same op."""
         return math.prod(self.out.shape[2:]) * self.weight.mask.size
 
     def parameters(self, packs: PackCache) -> Parameters:
