@@ -41,12 +41,12 @@ def export(
     Args:
         model: the model; its weights and masks must agree, and `config.input_shape` must be known.
         path: the new file.
-        to: `archive`, `onnx`, `csr`, `safetensors` or `state-dict`. None takes the container with the ending of
-            `path`, or an archive if no container has that ending.
+        to: name of a container in `exporters.containers.CONTAINERS`, such as `archive` or `onnx`. None takes the
+            container with the ending of `path`, or an archive if no container has that ending.
         encoding: `auto` for the smallest encoding of each layer, or one that the container has.
         values: `fp32` stores weights exactly, `fp16` rounds them.
-        compact: True to fold normalisation and remove channels that no active weight reaches (`archive` and `onnx`).
-            Such a file is for inference: it does not go back into the module.
+        compact: True to fold normalisation and remove channels that no active weight reaches, in containers that hold
+            a graph. Such a file is for inference: it does not go back into the module.
         force: True to replace an existing file.
 
     Returns:
