@@ -13,8 +13,12 @@ from torch import nn
 
 from dsr_tool.errors import FormatError, UsageError
 from dsr_tool.files import require_file
+from dsr_tool.formats.tensor_file import is_safetensors
 
 __all__ = ["fill", "is_state_file", "load_strictly", "read_state"]
+
+_START_BYTES = 16
+"""Bytes of a file that are read to recognise safetensors."""
 
 
 def is_state_file(weights: str) -> bool:
@@ -85,8 +89,10 @@ def fill(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
 
 def _read(path: Path) -> object:
     """Returns the content of a file; pickles are read as data and cannot run code."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    with warnings.catch_warnings():
+    # By content: files of either kind are called `.bin`. torch.load gets the open file, since it goes by names as well.
+    with path.open("rb") as file, warnings.catch_warnings():
+        if is_safetensors(file.read(_START_BYTES)):
+            return load_file(path)
+        file.seek(0)
         warnings.simplefilter("ignore")  # about unusual pickles, which `read_state` refuses if they are no state_dict
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)

@@ -22,7 +22,7 @@ from dsr_tool.formats.documents import is_count, parse_json
 from dsr_tool.sparsity.mask import MAX_RANK
 from dsr_tool.sparsity.tensor import Array
 
-__all__ = ["Stream", "TensorFile", "header_bytes"]
+__all__ = ["Stream", "TensorFile", "header_bytes", "is_safetensors"]
 
 _LENGTH_BYTES = 8
 """Bytes before the header; they hold its length."""
@@ -160,6 +160,13 @@ class TensorFile:
             end += stream.nbytes
         if end != self.nbytes:
             raise FormatError(f"its streams end at byte {end:,}, but it has {self.nbytes:,} bytes")
+
+
+def is_safetensors(start: bytes) -> bool:
+    """Returns whether a file begins as safetensors files do, from its first nine bytes or more."""
+    # Eight bytes are the length of the header, a JSON object. No header reaches 4 GiB, so four of them are zero;
+    # without that test, any file with a brace as its ninth byte would count.
+    return start[4:9] == b"\0\0\0\0{"
 
 
 def header_bytes(path: Path) -> int:

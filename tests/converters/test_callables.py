@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from converters.callables import build, is_callable_name
 from converters.conversion import convert
@@ -92,6 +93,15 @@ def test_weights_come_from_a_file(nets, tmp_path):
     assert torch.equal(model.module.layers[3].bias, state["layers.3.bias"])
     with pytest.raises(UsageError, match="no state_dict of my_nets_for_test:makers.wide"):
         convert(f"{nets}:makers.wide", weights=str(tmp_path / "w.pth"), sparsity=0.5, input_shape=(1, 8, 8))
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".bin", ".pth"])
+@pytest.mark.parametrize("write", [save_file, torch.save])
+def test_a_file_of_weights_is_recognised_by_its_content(nets, tmp_path, write, ending):
+    state = build(f"{nets}:Net", 7).state_dict()
+    write(state, tmp_path / f"w{ending}")
+    model = convert(f"{nets}:Net", weights=str(tmp_path / f"w{ending}"), sparsity=0.5, input_shape=(1, 8, 8))
+    assert torch.equal(model.module.layers[3].bias, state["layers.3.bias"])
 
 
 @pytest.mark.parametrize(
