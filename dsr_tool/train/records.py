@@ -100,19 +100,19 @@ class Observer:
     """Base class of what is notified while a training runs; each method does nothing by default."""
 
     def on_start(self, model: SparseModel, total_steps: int) -> None:
-        """Called before the first step, with the model in its initial state."""
+        """Is called before the first step, with the model in its initial state."""
 
     def on_step(self, step: int) -> None:
-        """Called after each optimizer step, which a GPU may still be computing."""
+        """Is called after each optimizer step, which a GPU may still be computing."""
 
     def on_reallocation(self, step: int, moved: Reallocation) -> None:
-        """Called after each reallocation, except for methods that update at every step."""
+        """Is called after each reallocation, except for methods that update at every step."""
 
     def on_epoch(self, model: SparseModel, record: EpochRecord) -> None:
-        """Called after each epoch, when it has been evaluated and checked."""
+        """Is called after each epoch, when it has been evaluated and checked."""
 
     def on_state(self, model: SparseModel, state: Mapping[str, Any]) -> None:
-        """Called after `on_epoch` with the state from which `train(..., state=...)` resumes."""
+        """Is called after `on_epoch` with the state from which `train(..., state=...)` resumes."""
 
     def on_pause(self, epoch: int) -> None:
-        """Called at the end if the deadline leaves no time for the epochs after this one."""
+        """Is called at the end if the deadline leaves no time for the epochs after this one."""
