@@ -113,7 +113,7 @@ def bench_document(path: Path, settings: Settings, say: Callable[[str], None] = 
             "runtime": settings.runtime,
             "runs_on": ours.runtime,
             "kernels": level() if ours.runtime == "native" else None,
-            "fallback": ours.coverage.to_json() if ours.coverage else None,
+            "fallback": ours.coverage.to_dict() if ours.coverage else None,
             "latency": latency,
             "outputs": outputs,
             # Empty dicts would read as measurements without sides.

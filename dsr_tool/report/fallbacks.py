@@ -28,4 +28,4 @@ def fallback_document(source: Source) -> CoverageDocument | None:
     except DsrError:
         # A report is about bytes and weights, which are there whether or not the model can be executed.
         return None
-    return coverage.to_json() if coverage else None
+    return coverage.to_dict() if coverage else None

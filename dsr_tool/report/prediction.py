@@ -115,7 +115,7 @@ def prediction_document(
         "schema": "dsr-tool/predict/1",
         "file": str(file),
         "runtime": runtime,
-        "fallback": session.coverage.to_json() if isinstance(session, Session) and session.coverage else None,
+        "fallback": session.coverage.to_dict() if isinstance(session, Session) and session.coverage else None,
         "predictions": [
             # A classifier has one score a class and input; a segmentation model has one a class and pixel.
             {"input": source, "top": (_top_classes if row.ndim == 1 else _pixel_shares)(row, names, top)}

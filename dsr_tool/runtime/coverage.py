@@ -55,7 +55,7 @@ class Coverage:
     nodes: int
     fallbacks: tuple[Fallback, ...] = ()
 
-    def to_json(self) -> CoverageDocument:
+    def to_dict(self) -> CoverageDocument:
         """Returns what the JSON documents of `bench`, `predict` and `report` say under the key `fallback`."""
         operators = dict.fromkeys(fallback.operator for fallback in self.fallbacks)
         return {"nodes": self.nodes, "on_reference": len(self.fallbacks), "operators": list(operators)}

@@ -208,7 +208,7 @@ def test_every_kernel_is_reached():
 
 def test_a_sentence_and_a_document_name_the_fallbacks():
     fallbacks = [Fallback(op, "y", "no kernel") for op in ("Tile", "GridSample", "Tile")]
-    document = Coverage(124, tuple(fallbacks)).to_json()
+    document = Coverage(124, tuple(fallbacks)).to_dict()
     assert document == {"nodes": 124, "on_reference": 3, "operators": ["Tile", "GridSample"]}
     assert coverage_text(document) == "3 of 124 nodes run on the reference: Tile, GridSample"
-    assert coverage_text(Coverage(124).to_json()) == "all 124 nodes run on compiled kernels"
+    assert coverage_text(Coverage(124).to_dict()) == "all 124 nodes run on compiled kernels"

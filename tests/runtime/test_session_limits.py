@@ -162,7 +162,7 @@ def test_coverage_follows_the_plan_used_last(tmp_path):
     session.run(inputs(1))
     assert session.coverage == Coverage(3, (Fallback("Exp", "b", "no kernel"),))
     session.run(inputs(2)[:, :, :3])
-    assert session.coverage.to_json() == {"nodes": 3, "on_reference": 1, "operators": ["Exp"]}
+    assert session.coverage.to_dict() == {"nodes": 3, "on_reference": 1, "operators": ["Exp"]}
 
 
 @KERNELS
