@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["trace"]
 
 _ONE = np.ones(1)
+"""Stands for an input that is no constant, where only [-1] or zeros would be simplified."""
 _SCALARS: dict[str, type[int] | type[float] | type[str]] = {"INT": int, "FLOAT": float, "STRING": str}
 """Python type of a node's attribute, by its ONNX type; lists of these are allowed as well, and nothing else."""
 

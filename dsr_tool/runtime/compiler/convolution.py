@@ -37,6 +37,7 @@ class Windowed(NamedTuple):
 
 def conv(low: Lowering, node: Node, *, group: int = 1, **_: Any) -> Lowered | None:
     """Lowers a convolution with a known weight and bias."""
+    # The other attributes describe the window; `window_of` reads them from the node.
     weight = low.constants.get(node.inputs[1])
     bias_name = node.inputs[2] if len(node.inputs) > 2 else ""
     bias = low.constants.get(bias_name)
