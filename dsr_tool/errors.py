@@ -6,9 +6,19 @@ Every message names the parameter, its value, what is allowed and what to do nex
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-__all__ = ["CheckFailed", "DsrError", "FileError", "FormatError", "UsageError", "closest", "first_line", "unknown_name"]
+__all__ = [
+    "CheckFailed",
+    "DsrError",
+    "FileError",
+    "FormatError",
+    "UsageError",
+    "closest",
+    "first_line",
+    "join_words",
+    "unknown_name",
+]
 
 
 _MAX_MESSAGE = 450
@@ -59,6 +69,11 @@ class CheckFailed(DsrError):  # noqa: N818 - "failed" already says that it is an
     """Two things that must agree do not: weights and masks, or a file and its model (exit code 3)."""
 
     exit_code = 3
+
+
+def join_words(words: Sequence[str], conjunction: str = "or") -> str:
+    """Joins words as in a sentence: "dsr, static or set"."""
+    return f" {conjunction} ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
 def first_line(error: BaseException) -> str:

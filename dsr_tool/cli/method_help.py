@@ -6,10 +6,12 @@ The table imports torch, so it is read only when help is shown: the other comman
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
+
+from dsr_tool.errors import join_words
 
 if TYPE_CHECKING:
     from dsr_tool.methods import Method
@@ -72,7 +74,8 @@ def _defaults(values: dict[str, object]) -> str:
         return ""
     ranked = [value for value, _ in Counter(given.values()).most_common()]
     others = [
-        f", for {_join([name for name, own in given.items() if own == value])} {_format(value)}" for value in ranked[1:]
+        f", for {join_words([name for name, own in given.items() if own == value], 'and')} {_format(value)}"
+        for value in ranked[1:]
     ]
     return f"; default {_format(ranked[0])}{''.join(others)}"
 
@@ -88,7 +91,3 @@ def _method_help(row: type[Method]) -> str:
 def _format(value: object) -> str:
     """Returns a default as it is written on the command line."""
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _join(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import optim
 
-from dsr_tool.errors import UsageError
+from dsr_tool.errors import UsageError, join_words
 from dsr_tool.methods.base import Method, Reallocation
 from dsr_tool.methods.plugins import plugin_error, reporting_plugin
-from dsr_tool.methods.table import METHODS, listed, make
+from dsr_tool.methods.table import METHODS, make
 from dsr_tool.methods.validation import check_counts, check_positions
 from dsr_tool.sparse.active import ActiveWeights, gather
 from dsr_tool.sparse.keeper import MaskKeeper
@@ -206,7 +206,7 @@ def _check_granularity(name: str, model: SparseModel, method: Method) -> None:
         fitting = [row.name for row in METHODS.values() if granularity in row.granularities and not row.starts_dense]
         raise UsageError(
             f"method {name} prunes and grows single weights, and the model was converted with --granularity "
-            f"{granularity}; train it with {listed(fitting)}, or convert it with --granularity weight."
+            f"{granularity}; train it with {join_words(fitting)}, or convert it with --granularity weight."
         )
     if granularity == "kernel":
         kernels = {name: mask.flatten(2) for name, mask in model.masks.items() if mask.ndim > 2}

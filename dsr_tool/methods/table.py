@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dsr_tool.errors import UsageError, unknown_name
+from dsr_tool.errors import UsageError, join_words, unknown_name
 from dsr_tool.methods.base import Method
 from dsr_tool.methods.deepr import DeepR
 from dsr_tool.methods.dense import Dense
@@ -20,7 +20,7 @@ from dsr_tool.methods.set import SET
 from dsr_tool.methods.static import Static
 from dsr_tool.methods.tied import Tied
 
-__all__ = ["METHODS", "listed", "make", "names", "option_names"]
+__all__ = ["METHODS", "make", "names", "option_names"]
 
 METHODS: dict[str, type[Method]] = {
     row.name: row for row in (DSR, Static, Dense, SET, DeepR, RigL, GradualPruning, DST, Tied, NeuronSET)
@@ -76,11 +76,6 @@ def option_names() -> list[str]:
     return sorted({option for row in METHODS.values() for option in row.option_defaults()})
 
 
-def listed(words: Sequence[str]) -> str:
-    """Joins words as in a sentence: "dsr, static or set"."""
-    return " or ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
-
-
 def _require_own_options(row: type[Method], options: dict[str, Any]) -> None:
     own = [option.replace("_", "-") for option in row.option_defaults()]
     for option in options:
@@ -90,6 +85,6 @@ def _require_own_options(row: type[Method], options: dict[str, Any]) -> None:
         # An option of another method is no typing mistake, so the answer names its owners.
         owners = [other.name for other in METHODS.values() if option in other.option_defaults()]
         if owners:
-            raise UsageError(f"option {name} goes with method {listed(owners)}, not with {row.name}; leave it out.")
+            raise UsageError(f"option {name} goes with method {join_words(owners)}, not with {row.name}; leave it out.")
         allowed = f"the options of {row.name} are {', '.join(own)}" if own else f"{row.name} has no options"
         raise UsageError(f"option {name} is unknown to every method; {allowed}.")
