@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 from safetensors import SafetensorError, safe_open
 
 from dsr_tool.errors import FileError
+from dsr_tool.formats.tensor_file import is_safetensors
 from exporters.values import VALUES
 
 if TYPE_CHECKING:
@@ -63,9 +64,7 @@ class Head:
     @property
     def is_safetensors(self) -> bool:
         """True for a file that begins as safetensors files do, even if the rest of its header is damaged."""
-        # Eight bytes are the length of the header, a JSON object. No header reaches 4 GiB, so four of them are zero;
-        # without that test, any file with a brace as its ninth byte would count.
-        return self.start[4:9] == b"\0\0\0\0{"
+        return is_safetensors(self.start)
 
     @cached_property
     def safetensors_metadata(self) -> Mapping[str, str] | None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsr_tool.errors import UsageError, unknown_name
+from dsr_tool.errors import UsageError, join_words, unknown_name
 from dsr_tool.files import new_file, refuse_existing
 from exporters.base import Container, Draft, ExportOptions
 from exporters.checked import CheckedModel
@@ -186,10 +186,10 @@ def _check_options(container: Container, options: ExportOptions) -> None:
             raise unknown_name(option, value, allowed)
         raise UsageError(
             f"{option} {value!r} does not exist in {container.name} files, which take {', '.join(allowed)}; give one "
-            f"of these, or --to {' or '.join(others)}."
+            f"of these, or --to {join_words(others)}."
         )
     if options.compact and not container.compacts:
-        able = " or ".join(name for name, one in CONTAINERS.items() if one.compacts)
+        able = join_words([name for name, one in CONTAINERS.items() if one.compacts])
         raise UsageError(
             f"--compact removes channels from a graph, which {container.name} files lack; leave it out, or use --to "
             f"{able}."
