@@ -1,4 +1,4 @@
-"""dsr-tool: sparse models at an exact budget, trained, exported small, and measured honestly.
+"""dsr-tool: sparse models at an exact budget, trained, exported small, and measured.
 
 The public names below are imported when they are first used, so a program that only predicts never imports torch.
 """

@@ -18,8 +18,10 @@ _MAX_DOCUMENT_BYTES = 64 << 20
 """Largest decompressed document, in bytes."""
 
 _FREE_DOCUMENT_BYTES = 4 << 20
+"""Bytes that any document may have, however small its file is."""
+
 _MAX_DOCUMENT_RATIO = 256
-"""A document may have `_FREE_DOCUMENT_BYTES` plus this many times its stored bytes, so small files fail fast."""
+"""Bytes that a document may have beyond that, per stored byte, so that small files fail fast."""
 
 _MAX_QUOTED = 80
 """Characters of a repeated name that an error quotes."""

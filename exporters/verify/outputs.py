@@ -162,6 +162,7 @@ def compare_outputs(
 
 
 _ROUNDED = "the same rounded weights, stored dense,"
+"""Reference of a file with rounded weights, as messages name it."""
 
 
 def _output_faults(runtimes: Mapping[str, float], scale: float, tolerance: float, reference: str) -> list[str]:
