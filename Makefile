@@ -9,7 +9,7 @@ KERNELS := $(wildcard dsr_tool/runtime/kernels/*.cpp dsr_tool/runtime/kernels/*.
 
 .PHONY: help demo test test-slow fuzz lint bench zoo kernels sanitize neon clean
 help:
-	@echo "make demo   set up and run the main job on a small real data set (one to three minutes on two cores, after the installation)"
+	@echo "make demo   set up and run the main job on a small real data set (one to four minutes on two cores, after the installation)"
 	@echo "make test   set up and run linters, type checker, import contracts and tests"
 	@echo "make kernels, make sanitize, make neon   build the kernels; test them with sanitizers, and under emulation"
 	@echo "make test-slow, make fuzz, make lint, make bench, make zoo, make clean"
