@@ -94,7 +94,7 @@ def training_document(
         "epochs": settings.epochs,
         "finished": last.epoch == settings.epochs,
         "steps": last.step,
-        # Of all calls: a resumed run keeps the epochs of the call before.
+        # All calls count: a resumed run keeps the epochs of the call before.
         "time_s": round(sum(record.time_s for record in result.epochs), 3),
         "last": {"epoch": last.epoch, "test_accuracy": last.test_accuracy, "test_loss": last.test_loss},
         "best": {"epoch": best.epoch, "test_accuracy": best.test_accuracy},

@@ -149,16 +149,14 @@ class _PlanCache:
     @property
     def coverage(self) -> Coverage | None:
         """Coverage of the plan used last; None if that is not a compiled one."""
-        latest = next(reversed(self._plans.values()), None)
-        return latest.coverage if isinstance(latest, Plan) and self._dense is None else None
+        latest = self._latest()
+        return latest.coverage if latest else None
 
     @property
     def memory(self) -> PlanMemory | None:
         """Memory of the plan used last, besides the tensors; None if that is not a compiled one."""
-        latest = next(reversed(self._plans.values()), None)
-        if not isinstance(latest, Plan) or self._dense is not None:
-            return None
-        return latest.memory(tensor.values for tensor in self._tensors.values())
+        latest = self._latest()
+        return latest.memory(tensor.values for tensor in self._tensors.values()) if latest else None
 
     def compile_first(self, shape: tuple[int, ...], *, may_replace: bool, threads: int) -> str:
         """Compiles the plan for a shape, and hands the model to ONNX Runtime if that is allowed and faster.
@@ -188,6 +186,11 @@ class _PlanCache:
                     raise
                 # A plan holds for one set of shapes inside the graph; the reference computes any.
                 return self._interpreter().run(x)
+
+    def _latest(self) -> Plan | None:
+        """Returns the plan used last; None if that was the reference or ONNX Runtime."""
+        latest = next(reversed(self._plans.values()), None)
+        return latest if isinstance(latest, Plan) and self._dense is None else None
 
     def _plan_for(self, shape: tuple[int, ...]) -> Plan | Interpreter:
         """Returns the plan for an input shape, compiled if there is none, as the latest in the cache."""

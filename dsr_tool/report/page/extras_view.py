@@ -81,7 +81,7 @@ def _compaction(saved: Savings, size: int) -> Section:
         saved: record of the compaction.
         size: bytes of the compacted file.
     """
-    # The same model without and with compaction; the plain size was measured at export and stands in the record.
+    # Both rows are one model, without and with compaction; the record holds the plain size, measured at export.
     pairs = (
         ("Weights", *saved.weights),
         ("Active weights", *saved.active),

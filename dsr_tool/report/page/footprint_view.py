@@ -27,7 +27,7 @@ def headline(source: Source) -> list[Number]:
     """Returns the headline numbers, with both denominators of sparsity."""
     measured = source.footprint
     model, prunable, whole = measured.model, measured.prunable, measured.everything
-    # Of everything, buffers included, because a file holds them too.
+    # Buffers count too, because a file holds them.
     share = measured.file_bytes / whole.dense_bytes if whole.dense_bytes else 0
     # Without multiply-adds there is no share to name.
     macs_share = f"{numbers.percent(model.sparse_macs / model.dense_macs)} of " if model.dense_macs else "of "

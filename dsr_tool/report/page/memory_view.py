@@ -89,7 +89,7 @@ def _size(nbytes: int | None) -> str:
 def _training(training: Mapping[str, Any]) -> list[Figure]:
     """Returns the figures of a training step's memory at its peak, and of the state of other optimizers."""
     held, peak = dict(training["held_bytes"]), dict(training["at_peak_bytes"])
-    # What the forward pass saves for the backward pass is part of the activations at the peak: one row for both.
+    # Activations saved for the backward pass are part of the activations at the peak: one row for both.
     held["activations"] = held.pop("saved activations", 0)
     total = training["computed_bytes"]
     shown = {name: peak.get(name, 0) for name in _STEP_STYLES}

@@ -101,7 +101,7 @@ def rendered(**values: Any) -> str:
 def _sections(source: Source, document: Mapping[str, Any]) -> list[Section]:
     """Returns all sections, the run first and the settings last."""
     return [
-        # How the run went comes first: a reader of a run folder asks for accuracy before bytes.
+        # The course of the run comes first: a reader of a run folder asks for accuracy before bytes.
         *(run_section(source.log) if source.log else []),
         *extra_sections(source, document),
         *footprint_sections(source),
