@@ -1,0 +1,1 @@
+"""Pretrained networks: layer budgets, masks, values and norms by which a conversion keeps what a network learned."""
