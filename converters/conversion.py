@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
 from converters.budgets import Fitted, fit
 from converters.presets import make_rules
-from converters.sources import find_source, load_network
+from converters.request import NetworkOptions, SelectionOptions, build_network, parse_budget, refuse_with
 from converters.thin import fit_thin
 from converters.tickets import CHECKSUM, checksum, make_ticket
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparse.sparsify import Sparsifier
 from dsr_tool.sparsity.budget import Budget
-from dsr_tool.sparsity.config import LONGEST_SIDE, ModelConfig
 
 __all__ = ["convert"]
 
@@ -81,10 +80,10 @@ def convert(
     if seed is not None and not 0 <= seed < 1 << 63:
         raise UsageError(f"seed {seed} is not allowed; give a whole number from 0 to 2^63 - 1.")
     # A structure needs to know whether a seed was given; the others take 0.
-    network = _Network(source, weights, num_classes, input_size, input_shape, seed or 0)
-    selection = _Selection(preset, keep_dense, sparsify_patterns, distribution, positions, granularity)
+    network = NetworkOptions(source, weights, num_classes, input_size, input_shape, seed or 0)
+    selection = SelectionOptions(preset, keep_dense, sparsify_patterns, distribution, positions, granularity)
     if structure is not None:
-        _refuse_with(
+        refuse_with(
             "--structure",
             sparsity=sparsity,
             budget=budget,
@@ -104,52 +103,28 @@ def convert(
     elif init is not None:
         raise UsageError("--init goes with --structure, the folder whose masks to use; leave it out.")
     elif thin:
-        _refuse_with("--thin", weights=weights)
-        fitted = _to_thin(network, selection, _parse_budget(sparsity, budget))
+        refuse_with("--thin", weights=weights)
+        fitted = _to_thin(network, selection, parse_budget(sparsity, budget))
     else:
-        fitted = _to_budget(network, selection, _parse_budget(sparsity, budget))
+        fitted = _to_budget(network, selection, parse_budget(sparsity, budget))
     if on_fitted is not None:
         on_fitted(fitted)
     return fitted.model
 
 
-@dataclass(frozen=True)
-class _Network:
-    """The options of `convert` that say what the network is; see there."""
-
-    source: str | nn.Module
-    weights: str | None
-    num_classes: int | None
-    input_size: int | None
-    input_shape: Sequence[int]
-    seed: int
-
-
-@dataclass(frozen=True)
-class _Selection:
-    """The options of `convert` that say which weights are active; see there."""
-
-    preset: str | None
-    keep_dense: Sequence[str]
-    sparsify: Sequence[str]
-    distribution: str | None
-    positions: str | None
-    granularity: str | None
-
-
-def _to_budget(network: _Network, selection: _Selection, budget: Budget) -> Fitted:
+def _to_budget(network: NetworkOptions, selection: SelectionOptions, budget: Budget) -> Fitted:
     """Converts to a sparse model that meets a budget."""
     return fit(_sparsifier(network, selection), budget)
 
 
-def _to_thin(network: _Network, selection: _Selection, budget: Budget) -> Fitted:
+def _to_thin(network: NetworkOptions, selection: SelectionOptions, budget: Budget) -> Fitted:
     """Converts to the thin dense model that has as many parameters as the sparse one."""
     return fit_thin(_sparsifier(network, selection), budget, network.seed)
 
 
-def _sparsifier(network: _Network, selection: _Selection) -> Sparsifier:
+def _sparsifier(network: NetworkOptions, selection: SelectionOptions) -> Sparsifier:
     """Builds the network, and prepares its conversion."""
-    module, config, may_be_trained = _build(network)
+    module, config, may_be_trained = build_network(network)
     trained = network.weights is not None
     record = {
         "preset": selection.preset,
@@ -176,51 +151,3 @@ def _sparsifier(network: _Network, selection: _Selection) -> Sparsifier:
         ),
         seed=network.seed,
     )
-
-
-def _build(network: _Network) -> tuple[nn.Module, ModelConfig, bool]:
-    """Returns the network, its description, and whether its weights may be trained."""
-    # Options are checked before the network is built, which may take seconds or download weights.
-    source, shape = network.source, _checked_shape(network)
-    if isinstance(source, str):
-        module, config = load_network(
-            source,
-            network.weights,
-            num_classes=network.num_classes,
-            input_size=network.input_size,
-            input_shape=shape,
-            seed=network.seed,
-        )
-        return module, config, find_source(source).may_be_trained
-    if network.weights is not None or network.num_classes is not None:
-        raise UsageError("weights, num_classes and input_size go with a model name; a module has its own.")
-    # A module has no name that could build it again; its class name is for messages only.
-    return source, ModelConfig("module", type(source).__name__, 0, shape), True
-
-
-def _checked_shape(network: _Network) -> tuple[int, ...]:
-    """Returns the input shape that was given; empty for none."""
-    shape, size = tuple(int(n) for n in network.input_shape), network.input_size
-    if any(not 1 <= n < LONGEST_SIDE for n in shape):
-        raise UsageError(f"--input-shape {list(shape)} is not allowed; give numbers from 1 to {LONGEST_SIDE - 1:,}.")
-    if shape and size is not None:
-        raise UsageError("--input-size and --input-shape exclude each other; give one of the two.")
-    if size is not None and not isinstance(network.source, str):
-        raise UsageError("weights, num_classes and input_size go with a model name; a module has its own.")
-    return shape
-
-
-def _parse_budget(sparsity: float | str | None, budget: str | None) -> Budget:
-    if (sparsity is None) == (budget is None):
-        raise UsageError("exactly one of --sparsity and --budget is needed; give one of the two.")
-    return Budget.parse(budget) if budget is not None else Budget.of_sparsity(sparsity if sparsity is not None else 0)
-
-
-def _refuse_with(option: str, **others: object) -> None:
-    """Raises `UsageError` if one of the other options is given."""
-    # `is not False`, since 0 == False: --sparsity 0 is given.
-    given = [name for name, value in others.items() if value is not False and value not in (None, (), [])]
-    if given:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        pronoun = "it" if len(given) == 1 else "them"
-        raise UsageError(f"{option} cannot be combined with {names}; leave {pronoun} out.")

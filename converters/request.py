@@ -1,0 +1,88 @@
+"""The options of `convert`, grouped by what they say, and the checks that need nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from converters.sources import find_source, load_network
+from dsr_tool.errors import UsageError
+from dsr_tool.sparsity.budget import Budget
+from dsr_tool.sparsity.config import LONGEST_SIDE, ModelConfig
+
+__all__ = ["NetworkOptions", "SelectionOptions", "build_network", "parse_budget", "refuse_with"]
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """The options of `convert` that say what the network is; see there."""
+
+    source: str | nn.Module
+    weights: str | None
+    num_classes: int | None
+    input_size: int | None
+    input_shape: Sequence[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class SelectionOptions:
+    """The options of `convert` that say which weights are active; see there."""
+
+    preset: str | None
+    keep_dense: Sequence[str]
+    sparsify: Sequence[str]
+    distribution: str | None
+    positions: str | None
+    granularity: str | None
+
+
+def build_network(network: NetworkOptions) -> tuple[nn.Module, ModelConfig, bool]:
+    """Returns the network, its description, and whether its weights may be trained."""
+    # Options are checked before the network is built, which may take seconds or download weights.
+    source, shape = network.source, _checked_shape(network)
+    if isinstance(source, str):
+        module, config = load_network(
+            source,
+            network.weights,
+            num_classes=network.num_classes,
+            input_size=network.input_size,
+            input_shape=shape,
+            seed=network.seed,
+        )
+        return module, config, find_source(source).may_be_trained
+    if network.weights is not None or network.num_classes is not None:
+        raise UsageError("weights, num_classes and input_size go with a model name; a module has its own.")
+    # A module has no name that could build it again; its class name is for messages only.
+    return source, ModelConfig("module", type(source).__name__, 0, shape), True
+
+
+def _checked_shape(network: NetworkOptions) -> tuple[int, ...]:
+    """Returns the input shape that was given; empty for none."""
+    shape, size = tuple(int(n) for n in network.input_shape), network.input_size
+    if any(not 1 <= n < LONGEST_SIDE for n in shape):
+        raise UsageError(f"--input-shape {list(shape)} is not allowed; give numbers from 1 to {LONGEST_SIDE - 1:,}.")
+    if shape and size is not None:
+        raise UsageError("--input-size and --input-shape exclude each other; give one of the two.")
+    if size is not None and not isinstance(network.source, str):
+        raise UsageError("weights, num_classes and input_size go with a model name; a module has its own.")
+    return shape
+
+
+def parse_budget(sparsity: float | str | None, budget: str | None) -> Budget:
+    """Returns the budget that exactly one of two options gives; raises `UsageError` otherwise."""
+    if (sparsity is None) == (budget is None):
+        raise UsageError("exactly one of --sparsity and --budget is needed; give one of the two.")
+    return Budget.parse(budget) if budget is not None else Budget.of_sparsity(sparsity if sparsity is not None else 0)
+
+
+def refuse_with(option: str, **others: object) -> None:
+    """Raises `UsageError` if one of the other options is given."""
+    # `is not False`, since 0 == False: --sparsity 0 is given.
+    given = [name for name, value in others.items() if value is not False and value not in (None, (), [])]
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        pronoun = "it" if len(given) == 1 else "them"
+        raise UsageError(f"{option} cannot be combined with {names}; leave {pronoun} out.")
