@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -14,7 +18,16 @@ from dsr_tool.sparse.macs import with_macs
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.config import ModelConfig
-from dsr_tool.sparsity.distribution import DISTRIBUTIONS, by_magnitude, erk, largest, uniform
+from dsr_tool.sparsity.distribution import (
+    DISTRIBUTIONS,
+    Lamp,
+    by_magnitude,
+    erk,
+    floors,
+    largest,
+    least_total,
+    uniform,
+)
 from dsr_tool.sparsity.granularity import GRANULARITIES, unit_size, whole_units
 from dsr_tool.sparsity.layers import LayerSpec
 
@@ -49,9 +62,31 @@ class Sparsifier:
         granularity: str = "weight",
         rules: Rules | None = None,
         seed: int = 0,
+        importance: Mapping[str, torch.Tensor] | None = None,
+        shares: Mapping[str, float] | None = None,
+        spread: Callable[[int], list[int]] | None = None,
+        fresh: Collection[str] = (),
+        allow_starved: bool = False,
     ) -> None:
-        """Finds the layers; see `sparsify` for the arguments and errors."""
-        if distribution not in DISTRIBUTIONS:
+        """Finds the layers; see `sparsify` for the other arguments and errors.
+
+        Args:
+            module: the network.
+            config: description of the model.
+            distribution: one of `DISTRIBUTIONS`, or with `spread` any name, for the record.
+            positions: see `sparsify`.
+            granularity: see `sparsify`.
+            rules: see `sparsify`.
+            seed: see `sparsify`.
+            importance: for sparse weights by name, non-negative values of the weight's shape that replace |w| wherever
+                weights are ranked: for the positions `magnitude` and the distribution `lamp`.
+            shares: for the distribution `lamp`, the share of each layer in what later layers read; see `Lamp`.
+            spread: number of active weights of each sparse layer, in the order of `sparse`, for a total.
+            fresh: names of weights that were never trained. Where values decide, they get the density of the network
+                and random positions, because their values mean nothing.
+            allow_starved: whether `lamp` may leave a layer fewer weights than `floors` says.
+        """
+        if distribution not in DISTRIBUTIONS and spread is None:
             raise unknown_name("distribution", distribution, DISTRIBUTIONS)
         if positions not in POSITIONS:
             raise unknown_name("positions", positions, POSITIONS)
@@ -62,7 +97,9 @@ class Sparsifier:
         self.specs = with_macs(module, specs, config.input_shape) if config.input_shape else specs
         self.sparse = [spec for spec in self.specs.values() if spec.role == "sparse"]
         self._distribution, self._positions, self._seed = distribution, positions, seed
-        self._granularity = granularity
+        self._granularity, self._spread, self._fresh = granularity, spread, frozenset(fresh)
+        self._importance, self._shares = importance or {}, shares or {}
+        self._has_floors = distribution == "lamp" and spread is None and not allow_starved
         self.units = [unit_size(spec.shape, granularity) for spec in self.sparse]
         # Magnitudes of NaN have no order, so a mask chosen by them would be arbitrary.
         _check_values(module, self.specs)
@@ -74,8 +111,8 @@ class Sparsifier:
 
     @property
     def least(self) -> int:
-        """Smallest number of active weights: one weight or kernel per sparse layer."""
-        return sum(self.units)
+        """Smallest number of active weights: one weight or kernel per sparse layer, or the floors of all layers."""
+        return max(sum(self.units), least_total(self._shapes) if self._has_floors and self.sparse else 0)
 
     def active_weights(self, budget: Budget) -> int:
         """Returns the number of active weights that a sparsity or a number of parameters allows.
@@ -90,10 +127,17 @@ class Sparsifier:
             )
         other = count(self.specs)["parameters"] - self.prunable
         total = budget.active_weights(self.prunable, other, len(self.sparse))
-        if total < self.least:
+        if total < sum(self.units):
             raise UsageError(
                 f"{total:,} active weights are too few at --granularity kernel, where each of the {len(self.sparse)} "
                 f"sparse layers keeps a kernel; allow {self.least:,} or more, or give --granularity weight."
+            )
+        if total < self.least:
+            highest = math.floor(1e4 * (1 - self.least / self.prunable)) / 1e4
+            raise UsageError(
+                f"{total:,} active weights would starve a layer: with a weight for each of their channels the "
+                f"{len(self.sparse)} sparse layers need {self.least:,}, so the highest sparsity is "
+                f"{highest:g}; allow more weights, or give --allow-starved."
             )
         return total
 
@@ -105,17 +149,52 @@ class Sparsifier:
         """
         if not self.sparse:
             return {}
-        if self._distribution == "magnitude":
-            parameters = dict(self.module.named_parameters())
-            # On the CPU with numpy, so that the counts do not depend on the device.
-            weights = [parameters[spec.name].detach().float().cpu().numpy() for spec in self.sparse]
-            counts = by_magnitude(total, weights)
-        else:
-            counts = (uniform if self._distribution == "uniform" else erk)(total, [spec.shape for spec in self.sparse])
+        counts = self._spread(total) if self._spread is not None else self._distributed(total)
         if any(unit > 1 for unit in self.units):
             units = whole_units(counts, [spec.size for spec in self.sparse], self.units)
             counts = [number * unit for number, unit in zip(units, self.units, strict=True)]
         return {spec.name: active for spec, active in zip(self.sparse, counts, strict=True)}
+
+    def _distributed(self, total: int) -> list[int]:
+        """Returns the active weights of each sparse layer under the distribution."""
+        shapes = self._shapes
+        if self._distribution in ("uniform", "erk"):
+            return (uniform if self._distribution == "uniform" else erk)(total, shapes)
+        trained = self._trained
+        least = floors(total, shapes) if self._has_floors else [1] * len(shapes)
+        counts = uniform(total, shapes)
+        # Near the smallest total, an even share of the fresh layers would take from the floors of the others.
+        if sum(counts[i] for i in trained) < sum(least[i] for i in trained):
+            counts = list(least)
+        left = total - sum(counts[i] for i in range(len(shapes)) if i not in trained)
+        if self._distribution == "magnitude":
+            shared = by_magnitude(left, [self._values(self.sparse[i].name) for i in trained]) if trained else []
+        else:
+            shared = self._lamp.counts(left, [least[i] for i in trained])
+        for i, number in zip(trained, shared, strict=True):
+            counts[i] = number
+        return counts
+
+    @property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        return [spec.shape for spec in self.sparse]
+
+    @property
+    def _trained(self) -> list[int]:
+        """Indices of the sparse layers whose values mean something."""
+        return [i for i, spec in enumerate(self.sparse) if spec.name not in self._fresh]
+
+    @cached_property
+    def _lamp(self) -> Lamp:
+        # Sorted once for all totals: a search for a budget in bytes or multiply-adds asks for a dozen.
+        names = [self.sparse[i].name for i in self._trained]
+        arrays = [self._importance[n].cpu().numpy() if n in self._importance else self._values(n) for n in names]
+        return Lamp(arrays, [self._shares.get(name, 1.0) for name in names])
+
+    def _values(self, name: str) -> npt.NDArray[np.float32]:
+        # On the CPU with numpy, so that the counts do not depend on the device.
+        values: npt.NDArray[np.float32] = self.module.get_parameter(name).detach().float().cpu().numpy()
+        return values
 
     @torch.no_grad()
     def preview(self, total: int, budget: Budget) -> SparseModel:
@@ -130,7 +209,7 @@ class Sparsifier:
         parameters = dict(self.module.named_parameters())
         counts = self.counts(total)
         masks = {
-            name: _choose(parameters[name], active, unit, self._positions, generator)
+            name: _choose(self._ranked(parameters[name], name), active, unit, self._positions_of(name), generator)
             for (name, active), unit in zip(counts.items(), self.units, strict=True)
         }
         conversion = {
@@ -143,6 +222,15 @@ class Sparsifier:
             "active_weights": sum(counts.values()),
         }
         return SparseModel(self.module, self.specs, masks, replace(self.config, conversion=conversion))
+
+    def _ranked(self, weight: torch.Tensor, name: str) -> torch.Tensor:
+        """Returns what ranks the weights of a layer, in the memory format of the weight."""
+        if name not in self._importance:
+            return weight
+        return torch.empty_like(weight, dtype=torch.float32).copy_(self._importance[name])
+
+    def _positions_of(self, name: str) -> str:
+        return "random" if name in self._fresh else self._positions
 
     def apply(self, total: int, budget: Budget) -> SparseModel:
         """Returns the model with `total` active weights and zeroes all others in the module, which cannot be undone.

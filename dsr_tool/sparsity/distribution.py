@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
 
+from dsr_tool.errors import UsageError
 from dsr_tool.sparsity.apportion import apportion
 
-__all__ = ["DISTRIBUTIONS", "by_magnitude", "erk", "largest", "uniform"]
+__all__ = ["DISTRIBUTIONS", "Lamp", "by_magnitude", "erk", "floors", "largest", "least_total", "uniform"]
 
-DISTRIBUTIONS = ("uniform", "erk", "magnitude")
-"""Values of `--distribution`."""
+DISTRIBUTIONS = ("uniform", "erk", "magnitude", "lamp")
+"""Names of the distributions that need only the weights."""
+
+_FLOOR_DENSITY = Fraction(1, 10)
+"""Smallest density of a layer, as a fraction of the density of the network, where floors apply."""
+_CHUNK = 1 << 22
+"""Weights whose sum is accumulated in float64 at a time: 32 MiB, however large the layer."""
+_LARGEST_BITS = 0x7F800000
+"""Bits of the float32 infinity: as integers, the bits of non-negative floats have the order of the floats."""
 
 
 def uniform(total: int, shapes: Sequence[tuple[int, ...]]) -> list[int]:
@@ -74,6 +83,111 @@ def by_magnitude(total: int, weights: Sequence[npt.NDArray[np.floating]]) -> lis
         counts[i] += tied
         missing -= tied
     return counts
+
+
+def floors(total: int, shapes: Sequence[tuple[int, ...]]) -> list[int]:
+    """Returns the smallest number of active weights of each layer that keeps it from being starved.
+
+    A layer keeps a tenth of the density of the network, and as many weights as it has outputs or inputs, whichever are
+    more, so that a channel keeps one weight on average. A global threshold on |w| left MobileNetV2 layers of density
+    3e-5 at sparsity .8, and one such layer is enough to lose what the network learned.
+
+    Args:
+        total: number of active weights of the network.
+        shapes: shapes of the sparse weights: outputs, inputs, kernel dimensions.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    density = _FLOOR_DENSITY * total / sum(sizes)
+    return [min(size, max(math.ceil(density * size), *shape[:2])) for size, shape in zip(sizes, shapes, strict=True)]
+
+
+def least_total(shapes: Sequence[tuple[int, ...]]) -> int:
+    """Returns the smallest total that gives every layer its floor."""
+    total = 0
+    # Floors grow with the total by a tenth of its growth, so this converges from below in a few rounds.
+    while (needed := sum(floors(total, shapes))) > total:
+        total = needed
+    return total
+
+
+class Lamp:
+    """Layer budgets by LAMP scores (Lee et al., ICLR 2021, section 3), for any number of totals.
+
+    The score of a weight is its squared importance divided by the sum of those in its layer that are not smaller: the
+    relative error that pruning it adds to what is left. A network prunes its lowest scores first. This maximizes the
+    product over all layers of the fraction of the squared importance that stays.
+
+    Layers are sorted once; a total then costs a search in each layer.
+    """
+
+    def __init__(self, importances: Sequence[npt.NDArray[np.floating]], shares: Sequence[float] | None = None) -> None:
+        """Sorts the scores of every layer. It needs 4 bytes for each weight, and 4 more for the largest layer.
+
+        Args:
+            importances: for each layer non-negative values of any shape; with magnitudes, scores are the paper's.
+            shares: for each layer the fraction of what later layers read that it contributes, in (0, 1]; 1 except on
+                branches that are added to others. Relative errors count by this fraction. Default: 1, the paper's.
+        """
+        shares = shares or [1.0] * len(importances)
+        self._scores = [_lamp_scores(array, share) for array, share in zip(importances, shares, strict=True)]
+
+    def counts(self, total: int, least: Sequence[int]) -> list[int]:
+        """Returns the number of active weights per layer: those with the highest scores, but at least the floors.
+
+        Args:
+            total: number of active weights of the network, from `sum(least)` to the number of weights.
+            least: floor of each layer, at most its size.
+
+        Returns:
+            One number per layer; they sum to `total`. Of equal scores, earlier layers get theirs.
+
+        Raises:
+            UsageError: `total` is below the sum of floors or above the number of weights.
+        """
+        most = sum(scores.size for scores in self._scores)
+        if not sum(least) <= total <= most:
+            raise UsageError(
+                f"{total:,} active weights cannot be spread over these layers; they hold {sum(least):,} to {most:,}."
+            )
+        # The smallest bits above which at most `total` weights lie; bisection is exact on integers.
+        low, high = 0, _LARGEST_BITS
+        while low < high:
+            middle = (low + high) // 2
+            if sum(self._above(middle, least)) <= total:
+                high = middle
+            else:
+                low = middle + 1
+        counts = self._above(low, least)
+        missing = total - sum(counts)
+        for i, tied_too in enumerate(self._above(low - 1, least)):
+            tied = min(tied_too - counts[i], missing)
+            counts[i] += tied
+            missing -= tied
+        return counts
+
+    def _above(self, bits: int, least: Sequence[int]) -> list[int]:
+        """Returns how many scores of each layer are above a threshold, or its floor if that is more."""
+        found = (scores.size - int(np.searchsorted(scores, np.int32(bits), side="right")) for scores in self._scores)
+        return [max(count, floor) for count, floor in zip(found, least, strict=True)]
+
+
+def _lamp_scores(importances: npt.NDArray[np.floating], share: float) -> npt.NDArray[np.int32]:
+    """Returns the bits of the scores of one layer in float32, from the smallest to the largest."""
+    scores = np.abs(importances, dtype=np.float32).reshape(-1)  # a copy, changed below
+    scores.sort()
+    # Scores have no unit, and without this the squares of small weights would underflow.
+    scores /= scores[-1] or np.float32(1)
+    scores *= scores
+    # What stays of the sum of other branches: nothing for a share of 1.
+    rest = float(scores.sum(dtype=np.float64)) * (1 - share) / share
+    for end in range(scores.size, 0, -_CHUNK):
+        chunk = scores[max(end - _CHUNK, 0) : end]
+        sums = np.cumsum(chunk[::-1], dtype=np.float64)[::-1] + rest
+        rest = float(sums[0])
+        # Zeros have the score zero, also where nothing is left to divide by.
+        chunk /= np.where(sums > 0, sums, 1)
+    bits: npt.NDArray[np.int32] = scores.view(np.int32)
+    return bits
 
 
 def largest(magnitudes: npt.NDArray[np.floating], active: int) -> npt.NDArray[np.int64]:
