@@ -1,0 +1,162 @@
+"""Chooses the active weights of one layer and their values, so that its output changes least.
+
+The error of a layer is a quadratic function of its weights, given by the second moments of its inputs. The mask comes
+from ADMM (Boza 2024, arXiv 2401.02938), the values from least squares on the mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Problem", "Solution", "solve"]
+
+_DAMPING = 0.01
+"""Share of the mean diagonal that is added to the second moments, as in SparseGPT (Frantar & Alistarh 2023)."""
+
+_ITERATIONS, _GRADUAL = 20, 15
+"""ADMM iterations, and those in which the number of active weights falls to its target."""
+
+_STEPS = 30
+"""Steps of conjugate gradients where factorising each row's system would cost more."""
+
+_CHUNK = 1 << 26
+"""Most entries of the systems that are factorised together: 256 MiB."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The error of a layer as a function of its weights, for groups or parts ("blocks") with their own inputs.
+
+    Attributes:
+        weight: the dense weights, shape (blocks, rows, columns).
+        moments: second moments E[x x^T] of the inputs, shape (blocks, columns, columns).
+        target: E[t x^T] of the wanted outputs, shape (blocks, rows, columns).
+        importance: weight of each output's squared error, shape (blocks, rows).
+        taps: number of weights of a kernel if whole kernels are active together, else 1. The columns are ordered by
+            tap, then by channel.
+    """
+
+    weight: torch.Tensor
+    moments: torch.Tensor
+    target: torch.Tensor
+    importance: torch.Tensor
+    taps: int = 1
+
+    def error(self, weight: torch.Tensor) -> float:
+        """Returns the weighted squared error up to a constant that does not depend on the weights."""
+        quadratic = (weight @ self.moments * weight).sum(-1) - 2 * (self.target * weight).sum(-1)
+        return float((quadratic * self.importance).sum())
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Active weights and values, in the shapes of the problem's weight."""
+
+    mask: torch.Tensor
+    weight: torch.Tensor
+
+
+def solve(problem: Problem, count: int) -> Solution:
+    """Returns the mask of exactly `count` weights and the values with the smallest error that was found.
+
+    Args:
+        problem: the layer.
+        count: active weights of the layer, over all rows; a multiple of `taps`.
+    """
+    problem, scale = _normalised(problem)
+    if count >= problem.weight.numel():
+        mask = torch.ones_like(problem.weight, dtype=torch.bool)
+    else:
+        mask = _admm(problem, count)
+    weight = least_squares(problem, mask)
+    return Solution(mask, weight * scale)
+
+
+def _normalised(problem: Problem) -> tuple[Problem, torch.Tensor]:
+    """Returns the problem with damped moments of unit diagonal, and the factor that takes its weights back."""
+    diagonal = problem.moments.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True).clamp_min(1e-12)
+    damping = _DAMPING * mean
+    # Damping pulls towards the dense weights, which are right for inputs that were hardly seen.
+    moments = problem.moments + torch.diag_embed(damping.expand_as(diagonal))
+    target = problem.target + problem.weight * damping[:, None]
+    scale = (diagonal + damping).rsqrt()[:, None]
+    return (
+        Problem(problem.weight / scale, moments * scale * scale.mT, target * scale, problem.importance, problem.taps),
+        scale,
+    )
+
+
+def _largest(scores: torch.Tensor, count: int, taps: int) -> torch.Tensor:
+    """Returns the mask of the `count` weights with the largest scores; of whole kernels by their sums."""
+    if taps > 1:
+        scores = scores.unflatten(-1, (taps, -1)).sum(-2)
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    mask.view(-1)[scores.reshape(-1).topk(count // taps, sorted=False).indices] = True
+    return mask.repeat(*[1] * (mask.dim() - 1), taps) if taps > 1 else mask
+
+
+def _admm(problem: Problem, count: int) -> torch.Tensor:
+    """Returns a mask of exactly `count` weights."""
+    identity = torch.eye(problem.moments.shape[-1])
+    inverse = torch.linalg.inv(problem.moments + identity)
+    importance = problem.importance[..., None]
+    size = problem.weight.numel()
+    sparse, dual = problem.weight, torch.zeros_like(problem.weight)
+    mask = torch.ones_like(problem.weight, dtype=torch.bool)
+    for i in range(_ITERATIONS):
+        weight = (problem.target + (sparse - dual)) @ inverse
+        # The cubic schedule of Zhu & Gupta 2017, as in Boza's code.
+        share = 1 - min((i + 1) / _GRADUAL, 1.0)
+        active = count + int((size - count) * share**3) // problem.taps * problem.taps
+        mask = _largest((weight + dual).square() * importance, active, problem.taps)
+        sparse = (weight + dual) * mask
+        dual = dual + weight - sparse
+    return mask
+
+
+def least_squares(problem: Problem, mask: torch.Tensor) -> torch.Tensor:
+    """Returns the weights with the smallest error on a mask."""
+    if mask.all():
+        solved: torch.Tensor = torch.linalg.solve(problem.moments, problem.target.mT)
+        return solved.mT
+    rows, columns = mask.shape[1:]
+    active = mask.sum(-1)
+    most = int(active.max())
+    if rows * most**3 / 3 > 4 * _STEPS * rows * columns**2:
+        return _conjugate_gradients(problem, mask)
+    result = torch.zeros_like(problem.weight)
+    # The active columns of each row first, filled up with others that are cut off by the identity.
+    order = mask.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :most]
+    step = max(1, _CHUNK // max(most * most, 1))
+    for b in range(len(mask)):
+        for start in range(0, rows, step):
+            chosen = order[b, start : start + step]
+            inside = torch.arange(most) < active[b, start : start + step, None]
+            systems = problem.moments[b][chosen[:, :, None], chosen[:, None, :]]
+            systems *= inside[:, :, None] & inside[:, None, :]
+            systems.diagonal(dim1=-2, dim2=-1).add_((~inside).float())
+            right = problem.target[b, start : start + step].gather(-1, chosen) * inside
+            factor = torch.linalg.cholesky(systems)
+            found = torch.cholesky_solve(right[..., None], factor)[..., 0]
+            result[b, start : start + step].scatter_(-1, chosen, found)
+    return result * mask
+
+
+def _conjugate_gradients(problem: Problem, mask: torch.Tensor) -> torch.Tensor:
+    """Returns nearly the same as the exact solution: conjugate gradients of all rows at once, kept on the mask."""
+    weight = problem.weight * mask
+    residual = (problem.target - weight @ problem.moments) * mask
+    direction = residual
+    square = residual.square().sum(-1, keepdim=True)
+    for _ in range(_STEPS):
+        image = direction @ problem.moments * mask
+        step = square / (direction * image).sum(-1, keepdim=True).clamp_min(1e-30)
+        weight = weight + step * direction
+        residual = residual - step * image
+        new = residual.square().sum(-1, keepdim=True)
+        direction = residual + new / square.clamp_min(1e-30) * direction
+        square = new
+    return weight
