@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from dsr_tool.errors import UsageError, first_line
+from dsr_tool.sparse.feeding import tensor_form
 from dsr_tool.sparsity.layers import LayerSpec
 
 __all__ = ["output_shape", "with_macs"]
@@ -56,6 +57,8 @@ class _Counter(TorchDispatchMode):
 
 def with_macs(module: nn.Module, specs: Mapping[str, LayerSpec], input_shape: tuple[int, ...]) -> dict[str, LayerSpec]:
     """Returns the specs with `macs_per_weight` for one input. On the meta device, nothing is computed or copied.
+
+    Detectors with two stages count as many regions in the second one as it gets at most.
 
     Args:
         module: the network.
@@ -108,7 +111,8 @@ def _run(module: nn.Module, state: dict[str, torch.Tensor], input_shape: tuple[i
     try:
         module.eval()
         with torch.no_grad():
-            output: object = torch.func.functional_call(module, state, (example,))
+            # Without values there are no boxes, so a detector runs in its form without their choice.
+            output: object = torch.func.functional_call(tensor_form(module, regions=None), state, (example,))
             return output
     except Exception as error:  # a module may raise anything
         raise UsageError(
