@@ -20,15 +20,10 @@ import numpy.typing as npt
 
 from dsr_tool.errors import UsageError
 from dsr_tool.sparsity.apportion import apportion
+from dsr_tool.sparsity.distribution import floors
 from dsr_tool.sparsity.layers import LayerSpec
 
-__all__ = ["LEAST_DENSITY", "Curve", "Curves"]
-
-LEAST_DENSITY = 0.1
-"""Smallest density of a layer as a fraction of the density of all sparse layers together.
-
-LAMP's smallest was a quarter, and ranks by magnitude, which kill pretrained networks, gave one weight to a layer.
-"""
+__all__ = ["Curve", "Curves"]
 
 
 @dataclass(frozen=True)
@@ -38,19 +33,19 @@ class Curve:
     Attributes:
         counts: numbers of active weights, ascending from 0 to the size of the layer; int64, shape (points,).
         costs: cost at each of them in any unit that all layers share; float64, shape (points,), 0 at the end.
-        least: number of active weights that the layer should keep, whatever they cost.
+        shape: shape of the weight, for the floor of the layer.
     """
 
     counts: npt.NDArray[np.int64]
     costs: npt.NDArray[np.float64]
-    least: int = 1
+    shape: tuple[int, ...]
 
     @classmethod
     def of(cls, spec: LayerSpec, densities: Sequence[float], costs: Sequence[float]) -> Curve:
         """Returns the largest decreasing convex function below the points of a measurement, and below 0 at density 1.
 
         Args:
-            spec: the layer. It should keep one weight per output or input channel, whichever are more.
+            spec: the layer.
             densities: densities in [0, 1], in any order.
             costs: cost at each of them; negative ones, which a noisy measurement gives, count as 0.
 
@@ -76,8 +71,7 @@ class Curve:
             slope = (ordered[0] - ordered[1]) / (counts[1] - counts[0]) if len(counts) > 1 else 0.0
             counts, ordered = np.append(0, counts), np.append(ordered[0] + slope * counts[0], ordered)
         hull = _lower_hull(counts, ordered)
-        # Fewer weights than outputs leave outputs constant; fewer than inputs leave inputs unread.
-        return cls(counts[hull], ordered[hull], min(spec.size, max(spec.shape[:2], default=1)))
+        return cls(counts[hull], ordered[hull], spec.shape)
 
     @property
     def size(self) -> int:
@@ -91,9 +85,15 @@ class Curve:
 
 @dataclass(frozen=True)
 class Curves:
-    """The curves of all sparse layers, by weight name in the order of the specs."""
+    """The curves of all sparse layers.
+
+    Attributes:
+        layers: curve of each layer by weight name, in the order of the specs.
+        allow_starved: whether a layer may get less than its floor (`sparsity.distribution.floors`).
+    """
 
     layers: Mapping[str, Curve]
+    allow_starved: bool = False
 
     def cost(self, counts: Sequence[int]) -> float:
         """Returns the summed cost of numbers of active weights, one per layer."""
@@ -102,19 +102,18 @@ class Curves:
     def spread(self, total: int) -> list[int]:
         """Returns the number of active weights per layer that have the least summed cost; they sum to `total`.
 
-        Each layer keeps its `least` and `LEAST_DENSITY` of the overall density, or a proportional part of these where
-        `total` is too small, and at least one weight.
+        Each layer keeps its floor, or a proportional part of it where `total` is too small, and at least one weight.
 
         Raises:
             UsageError: `total` is less than one weight per layer, or more than all weights.
         """
         sizes = [curve.size for curve in self.layers.values()]
-        floors = self._floors(total / max(sum(sizes), 1))
-        if total <= sum(floors):
-            return apportion(total, floors, floors, [1] * len(floors))
         if total > sum(sizes):
             raise UsageError(f"{total:,} active weights are more than the {sum(sizes):,} of these layers.")
-        return self._fill(floors, [Fraction(1)] * len(sizes), Fraction(total))
+        least = self._floors(total)
+        if total <= sum(least):
+            return apportion(total, least, least, [1] * len(least))
+        return self._fill(least, [Fraction(1)] * len(sizes), Fraction(total))
 
     def spread_for(self, cost_per_weight: Sequence[float], limit: float) -> list[int]:
         """Returns the number of active weights per layer that have the least summed cost within a limit on their work.
@@ -137,22 +136,22 @@ class Curves:
         prices = [Fraction(cost) for cost in cost_per_weight]
         curves, bound = list(self.layers.values()), Fraction(limit)
         whole = sum(price * curve.size for price, curve in zip(prices, curves, strict=True))
-        floors = self._floors(float(bound / whole) if whole else 1.0)
-        floors = _reduce(floors, prices, bound)
-        return self._fill(floors, prices, bound)
+        # The total is not known before; floors take the part of the work that is allowed for the density.
+        density = min(bound / whole, Fraction(1)) if whole else Fraction(1)
+        least = self._floors(round(density * sum(curve.size for curve in curves)))
+        return self._fill(_reduce(least, prices, bound), prices, bound)
 
-    def _floors(self, density: float) -> list[int]:
-        """Returns the smallest count of each layer at an overall density."""
-        return [
-            min(curve.size, max(curve.least, math.ceil(LEAST_DENSITY * density * curve.size)))
-            for curve in self.layers.values()
-        ]
+    def _floors(self, total: int) -> list[int]:
+        """Returns the smallest count of each layer."""
+        if self.allow_starved:
+            return [1] * len(self.layers)
+        return floors(total, [curve.shape for curve in self.layers.values()])
 
-    def _fill(self, floors: Sequence[int], prices: Sequence[Fraction], limit: Fraction) -> list[int]:
+    def _fill(self, least: Sequence[int], prices: Sequence[Fraction], limit: Fraction) -> list[int]:
         """Adds weights to the floors where a unit of work reduces the cost most, until nothing more fits."""
-        counts = list(floors)
+        counts = list(least)
         left = limit - sum(price * count for price, count in zip(prices, counts, strict=True))
-        for layer, end in self._steepest_first(floors, prices):
+        for layer, end in self._steepest_first(least, prices):
             room, price = end - counts[layer], prices[layer]
             # A convex curve offers its segments in order; one that does not fit leaves less than one weight's price.
             fitting = room if price * room <= left else math.floor(left / price)
@@ -160,10 +159,10 @@ class Curves:
             left -= price * fitting
         return counts
 
-    def _steepest_first(self, floors: Sequence[int], prices: Sequence[Fraction]) -> list[tuple[int, int]]:
+    def _steepest_first(self, least: Sequence[int], prices: Sequence[Fraction]) -> list[tuple[int, int]]:
         """Returns layer and last count of each segment above the floors, those with the largest gain per work first."""
         segments = []
-        for layer, (curve, floor, price) in enumerate(zip(self.layers.values(), floors, prices, strict=True)):
+        for layer, (curve, floor, price) in enumerate(zip(self.layers.values(), least, prices, strict=True)):
             gains = -np.diff(curve.costs) / np.diff(curve.counts)
             for index, (gain, end) in enumerate(zip(gains.tolist(), curve.counts[1:].tolist(), strict=True)):
                 if end > floor:
@@ -185,15 +184,15 @@ def _lower_hull(counts: npt.NDArray[np.int64], costs: npt.NDArray[np.float64]) -
     return hull
 
 
-def _reduce(floors: list[int], prices: Sequence[Fraction], limit: Fraction) -> list[int]:
+def _reduce(least: list[int], prices: Sequence[Fraction], limit: Fraction) -> list[int]:
     """Returns the floors, or a proportional part of them where their work exceeds the limit; at least one weight each.
 
     Raises:
         UsageError: not even one weight per layer is within the limit.
     """
-    work = sum(price * floor for price, floor in zip(prices, floors, strict=True))
+    work = sum(price * floor for price, floor in zip(prices, least, strict=True))
     if work <= limit:
-        return floors
+        return least
     single = sum(prices, Fraction(0))
     if single > limit:
         raise UsageError(
@@ -201,4 +200,4 @@ def _reduce(floors: list[int], prices: Sequence[Fraction], limit: Fraction) -> l
         )
     # One weight each, and the same part of what the floors have above that.
     part = (limit - single) / (work - single)
-    return [1 + math.floor(part * (floor - 1)) for floor in floors]
+    return [1 + math.floor(part * (floor - 1)) for floor in least]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dsr_tool.calibrate.allocation import Curve, Curves
 from dsr_tool.errors import UsageError
+from dsr_tool.sparsity.distribution import floors
 from dsr_tool.sparsity.layers import LayerSpec
 
 
@@ -19,9 +20,11 @@ def spec(name, *shape):
 
 def curves_of(costs_by_count):
     """Returns curves without floors, from the cost at every count from 0 to the size."""
-    return Curves(
-        {str(i): Curve(np.arange(len(costs)), np.array(costs, float)) for i, costs in enumerate(costs_by_count)}
-    )
+    layers = {
+        str(i): Curve(np.arange(len(costs)), np.array(costs, float), (1, len(costs) - 1))
+        for i, costs in enumerate(costs_by_count)
+    }
+    return Curves(layers, allow_starved=True)
 
 
 @st.composite
@@ -84,11 +87,9 @@ def test_counts_sum_to_the_total_within_floors_and_sizes(shapes, random, positio
     counts = curves.spread(total)
     assert sum(counts) == total
     assert all(1 <= count <= size for count, size in zip(counts, sizes, strict=True))
-    floors = [
-        min(size, max(*shape, 0.1 * total / sum(sizes) * size)) for size, shape in zip(sizes, shapes, strict=True)
-    ]
-    if sum(floors) + len(floors) <= total:
-        assert all(count >= floor for count, floor in zip(counts, floors, strict=True))
+    least = floors(total, shapes)
+    if sum(least) <= total:
+        assert all(count >= floor for count, floor in zip(counts, least, strict=True))
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(-1, 10)), min_size=1, max_size=12))
