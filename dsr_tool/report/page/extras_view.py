@@ -1,4 +1,7 @@
-"""Parts of a page that only some reports have: kernels, a budget and compaction; `memory_view` has memory."""
+"""Parts of a page that only some reports have: kernels, a budget and compaction.
+
+`accuracy_view` has accuracy, `memory_view` memory.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 from dsr_tool.graph.compact.record import Savings
 from dsr_tool.report.budget import BudgetDocument
 from dsr_tool.report.page import numbers
+from dsr_tool.report.page.accuracy_view import accuracy_section
 from dsr_tool.report.page.charts import bars
 from dsr_tool.report.page.memory_view import memory_section
 from dsr_tool.report.page.parts import Bars, Figure, NoChart, Number, Section, Table, sentence
@@ -30,8 +34,9 @@ def extra_sections(source: Source, document: Mapping[str, Any]) -> list[Section]
         document: the document of `dsr-tool report --json`.
     """
     budget: BudgetDocument | None = document.get("budget")
-    memory = document.get("memory")
+    memory, accuracy = document.get("memory"), document.get("accuracy")
     return [
+        *([accuracy_section(accuracy)] if accuracy else []),
         *([_budget(budget)] if budget else []),
         *([memory_section(memory)] if memory else []),
         *([_compaction(source.saved, source.footprint.file_bytes)] if source.saved else []),

@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from dsr_tool.files import new_file
 from dsr_tool.report.page import numbers
+from dsr_tool.report.page.accuracy_view import accuracy_headline
 from dsr_tool.report.page.extras_view import budget_headline, coverage_headline, extra_sections
 from dsr_tool.report.page.footprint_view import footprint_sections, headline
 from dsr_tool.report.page.mask_pictures import ramp
@@ -43,7 +44,7 @@ def write_page(path: str | Path, source: Source, document: Mapping[str, Any], *,
     Args:
         path: the new file.
         source: the measured file or folder.
-        document: the report as plain values; its budget and memory get sections if they are there.
+        document: the report as plain values; its budget, memory and accuracy get sections if they are there.
         force: replace an existing file.
 
     Raises:
@@ -65,6 +66,7 @@ def page_html(source: Source, document: Mapping[str, Any]) -> str:
         path=str(source.path),
         headline=[
             *headline(source),
+            *accuracy_headline(document),
             *coverage_headline(document),
             *budget_headline(document),
             *(run_headline(source.log) if source.log else []),
