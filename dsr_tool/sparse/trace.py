@@ -13,6 +13,7 @@ from dsr_tool.errors import UsageError
 from dsr_tool.graph.ir import Attribute, Graph, Node, Value
 from dsr_tool.graph.operators import operator_of
 from dsr_tool.sparse.capture import INPUT, OUTPUT, capture
+from dsr_tool.sparse.feeding import detector_kind
 from dsr_tool.sparsity.tensor import Array
 
 if TYPE_CHECKING:
@@ -38,9 +39,14 @@ def trace(module: nn.Module, input_shape: tuple[int, ...]) -> Graph:
 
     Raises:
         UsageError: the input shape is missing, torch cannot capture the module with it, the module returns several
-            tensors, or it needs an operator that is not in the ONNX standard.
+            tensors or is a detector, or it needs an operator that is not in the ONNX standard.
     """
     name = type(module).__name__
+    if detector_kind(module) is not None:
+        raise UsageError(
+            f"{name} is a detector, which takes a list of pictures and returns lists of boxes, so it has no "
+            f"graph to capture; export its weights (--to csr, safetensors or state-dict), and give no budget in bytes."
+        )
     if not input_shape or min(input_shape) < 1:
         raise UsageError(
             f"input shape {tuple(input_shape)} of {name} is not allowed; give the positive dimensions of one "

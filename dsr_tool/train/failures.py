@@ -10,9 +10,28 @@ from torch import nn
 
 from dsr_tool.errors import CheckFailed, DsrError, UsageError, first_line
 from dsr_tool.methods import Attached
+from dsr_tool.sparse.feeding import detector_kind
 from dsr_tool.train.settings import TrainSettings
 
-__all__ = ["diverged", "explained", "first_bad", "first_bad_step", "require_budget", "require_end", "require_scores"]
+__all__ = [
+    "diverged",
+    "explained",
+    "first_bad",
+    "first_bad_step",
+    "require_budget",
+    "require_classifier",
+    "require_end",
+    "require_scores",
+]
+
+
+def require_classifier(module: nn.Module) -> None:
+    """Raises `UsageError` for a detector, whose losses need boxes, which no data set here has."""
+    if detector_kind(module) is not None:
+        raise UsageError(
+            f"the model is a detector ({type(module).__name__}), but `dsr-tool train` trains classifiers; train it in "
+            f"a loop of your own with `dsr_tool.attach`, which takes any model."
+        )
 
 
 def require_scores(outputs: object, classes: int) -> torch.Tensor:

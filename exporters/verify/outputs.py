@@ -13,6 +13,7 @@ from torch import nn
 from dsr_tool.errors import FormatError, UsageError, first_line
 from dsr_tool.graph.ir import Value
 from dsr_tool.sparse.capture import frozen_copy
+from dsr_tool.sparse.feeding import float_tensors, tensor_form
 from dsr_tool.sparsity.tensor import Array
 from exporters.verify.result import Verification
 
@@ -58,19 +59,22 @@ def random_inputs(value: Value, samples: int, seed: int) -> list[Array]:
 
 
 def outputs_of(module: nn.Module, inputs: Sequence[Array]) -> list[Array]:
-    """Returns PyTorch's outputs.
+    """Returns PyTorch's outputs; of a detector its raw predictions, one after the other.
 
     Raises:
         UsageError: the module cannot be run on such inputs (an embedding takes no random numbers).
     """
+    network = tensor_form(module)
     try:
         with torch.no_grad():
-            outputs = [module(torch.from_numpy(x)) for x in inputs]
+            outputs = [network(torch.from_numpy(x)) for x in inputs]
     except Exception as error:  # a network of the user's own may raise anything
         raise UsageError(
             f"the model cannot be verified: it fails on random inputs of {inputs[0].shape} ({first_line(error)}); "
             f"only models of continuous inputs can be exported."
         ) from error
+    if network is not module:
+        return [torch.cat([part.reshape(-1) for part in float_tensors(y)]).numpy() for y in outputs]
     # Segmentation networks of torchvision return a dict.
     return [(y["out"] if isinstance(y, Mapping) else y).numpy() for y in outputs]
 
