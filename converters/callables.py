@@ -7,13 +7,14 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from converters.base import Source
-from converters.state_dicts import load_strictly, read_state
+from converters.state_dicts import load_file
+from converters.torch_prune import prune_module
 from dsr_tool.errors import UsageError, first_line, unknown_name
 from dsr_tool.sparse.macs import output_shape
 from dsr_tool.sparsity.config import MOST_CLASSES, ModelConfig
@@ -57,11 +58,14 @@ def load(
     if not input_shape:
         raise UsageError(f"{name!r} needs --input-shape, the shape of one input, such as 3,224,224.")
     module = build(name, seed)
+    record: dict[str, Any] = {"weights": weights}
     if weights is not None:
-        load_strictly(module, name, read_state(Path(weights)), weights)
+        found = load_file(module, name, weights)
+        prune_module(module, found.masks)
+        record |= {"weights_read": list(found.notes)} if found.notes else {}
     shape = output_shape(module, input_shape)
     classes = min(shape[0], MOST_CLASSES) if shape else 0
-    return module, ModelConfig("callable", name, classes, input_shape, conversion={"weights": weights})
+    return module, ModelConfig("callable", name, classes, input_shape, conversion=record)
 
 
 def build(name: str, seed: int = 0) -> nn.Module:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from converters.base import Source
 from converters.paper_networks import Perceptron, WideBlock, WideResNet
-from converters.state_dicts import is_state_file, load_strictly, read_state
+from converters.state_dicts import is_state_file, load_file
+from converters.torch_prune import prune_module
 from dsr_tool.errors import UsageError
 from dsr_tool.sparsity.config import LONGEST_SIDE, ModelConfig, Preprocessing
 
@@ -123,15 +124,18 @@ def load(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = build(name, num_classes or _CLASSES, shape, width)
+    record: dict[str, Any] = {"weights": weights}
     if weights is not None:
-        load_strictly(module, name, read_state(Path(weights)), weights)
+        found = load_file(module, name, weights)
+        prune_module(module, found.masks)
+        record |= {"weights_read": list(found.notes)} if found.notes else {}
     config = ModelConfig(
         source="paper",
         architecture=name,
         num_classes=num_classes or _CLASSES,
         input_shape=shape,
         preprocessing=_preprocessing(shape),
-        conversion={"weights": weights},
+        conversion=record,
         width=width,
     )
     return module, config

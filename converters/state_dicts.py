@@ -1,57 +1,92 @@
-"""state_dict files: reading pickles (as data) and safetensors, and loading them into a module strictly."""
+"""Weights from files: the entries of a checkpoint that fit a network, loaded into it strictly."""
 
 from __future__ import annotations
 
-import warnings
-from collections import OrderedDict
-from collections.abc import Mapping
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from dsr_tool.errors import FormatError, UsageError
-from dsr_tool.files import require_file
-from dsr_tool.formats.tensor_file import is_safetensors
+from converters.checkpoints import Checkpoint, Found
+from converters.pickles import read_file
+from dsr_tool.errors import FormatError, UsageError, join_words
 
-__all__ = ["fill", "is_state_file", "load_strictly", "read_state"]
+__all__ = ["fill", "fitting", "is_state_file", "load_file", "load_strictly", "read_weights"]
 
-_START_BYTES = 16
-"""Bytes of a file that are read to recognise safetensors."""
+_SHOWN = 3
+"""Largest number of names of a file that an error lists."""
 
 
 def is_state_file(weights: str) -> bool:
     """Returns whether `--weights` means a file: by its ending, or because the file exists."""
-    return bool(weights) and (Path(weights).suffix in (".pth", ".pt", ".safetensors", ".bin") or Path(weights).exists())
+    path, _ = _split(weights)
+    return bool(weights) and (path.suffix in (".pth", ".pt", ".safetensors", ".bin", ".ckpt") or path.exists())
 
 
-def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """Reads a state_dict, alone in its file or under the key `state_dict` of a checkpoint.
+def read_weights(weights: str, module: nn.Module, optional: Sequence[str] = ()) -> Found:
+    """Reads the entries of a file that fit a network best, under the network's names.
+
+    Args:
+        weights: path of the file, or `FILE#KEY` to choose one of several sets of weights in it.
+        module: the network, which may be on the meta device; it does not change.
+        optional: starts of names that may be missing, or there without need.
+
+    Returns:
+        The entries, which may be those of another network: `load_strictly` checks them.
 
     Raises:
+        UsageError: the file has no weights of that key.
         FileError: the file does not exist.
         FormatError: the file is damaged, or holds something else.
     """
-    require_file(path, "--weights file")
+    path, choice = _split(weights)
+    content = read_file(path)
     try:
-        state = _read(path)
-    except Exception as error:  # a damaged pickle or zip may raise anything in its reader
-        raise FormatError(
-            f"--weights file {str(path)!r} cannot be read as a state_dict: it is damaged, or was written neither by "
-            f"torch.save nor by safetensors."
-        ) from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
-    ):
-        raise FormatError(f"--weights file {str(path)!r} holds no state_dict of tensors.")
-    # DataParallel prefixes every name with this.
-    return {key.removeprefix("module."): value for key, value in state.items()}
+        return fitting(content, module, optional, choice)
+    except LookupError as error:
+        raise FormatError(f"--weights file {str(path)!r} holds no state_dict of tensors.") from error
 
 
-def load_strictly(module: nn.Module, name: str, state: Mapping[str, torch.Tensor], origin: str) -> None:
+def fitting(content: object, module: nn.Module, optional: Sequence[str] = (), choice: str = "") -> Found:
+    """Returns the entries of a checkpoint that fit a network best; see `read_weights`.
+
+    Args:
+        content: a state_dict, or mappings that hold one.
+        module: the network.
+        optional: starts of names that may be missing, or there without need.
+        choice: keys or prefix of the entries that are meant; empty for the best.
+
+    Raises:
+        LookupError: there are no tensors.
+        UsageError: there are no weights of that choice.
+    """
+    own = module.state_dict()
+    shapes = {name: tuple(value.shape) for name, value in own.items()}
+    found = Checkpoint.of(content, shapes).find(shapes, optional, choice)
+    notes = [*found.notes, *_conversions(found.state, own)]
+    if found.masks:
+        notes.append(f"took the masks of {len(found.masks)} pruned weights")
+    return replace(found, notes=tuple(notes))
+
+
+def load_file(module: nn.Module, name: str, weights: str) -> Found:
+    """Fills a module with exactly the weights of a file; see `read_weights` and `load_strictly`.
+
+    Returns:
+        What was loaded, with notes on how it was found.
+    """
+    found = read_weights(weights, module)
+    load_strictly(module, name, found.state, weights, found.label)
+    return found
+
+
+def load_strictly(
+    module: nn.Module, name: str, state: Mapping[str, torch.Tensor], origin: str, label: str = ""
+) -> None:
     """Fills a module, which may be on the meta device, with exactly its own entries.
 
     Args:
@@ -59,9 +94,10 @@ def load_strictly(module: nn.Module, name: str, state: Mapping[str, torch.Tensor
         name: name of the module, for messages.
         state: every entry of its state_dict.
         origin: where the state is from, for messages.
+        label: keys and prefix under which the state was found there, for messages.
 
     Raises:
-        UsageError: names are missing or unknown, or shapes differ.
+        UsageError: names are missing or unknown, shapes differ, or integers are to become real numbers.
     """
     own = module.state_dict()
     # Files from before torch 0.4.1 lack the counters of batch normalisation.
@@ -72,11 +108,20 @@ def load_strictly(module: nn.Module, name: str, state: Mapping[str, torch.Tensor
     differing = sorted(key for key in set(own) & set(state) if own[key].shape != state[key].shape)
     if missing or unknown or differing:
         first = (missing or unknown or differing)[0][:80]  # the file decides how long a name is
+        where = f", nearest under {label[:80]!r}" if label else ""
+        there = [repr(key[:80]) for key in state if key in unknown][:_SHOWN]
         raise UsageError(
             f"--weights {origin!r} is no state_dict of {name}: {len(missing)} names missing, {len(unknown)} unknown, "
-            f"{len(differing)} of another shape (first: {first!r}); give the architecture that the file was made for."
+            f"{len(differing)} of another shape (first: {first!r}{where}){' with names such as ' * bool(there)}"
+            f"{join_words(there, 'and')}; give the architecture that the file was made for."
         )
-    fill(module, {key: value.to(own[key].dtype, copy=True) for key, value in state.items()})
+    for key, value in state.items():
+        if own[key].is_floating_point() and not value.is_floating_point():
+            raise UsageError(
+                f"--weights {origin!r} holds {key!r} as {value.dtype}, but {name} has {own[key].dtype}; give weights "
+                f"that are not quantised."
+            )
+    fill(module, {key: _dense(value).to(own[key].dtype, copy=True) for key, value in state.items()})
 
 
 def fill(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
@@ -87,12 +132,27 @@ def fill(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     module.load_state_dict(versioned, assign=True)
 
 
-def _read(path: Path) -> object:
-    """Returns the content of a file; pickles are read as data and cannot run code."""
-    # By content: files of either kind are called `.bin`. torch.load gets the open file, since it goes by names as well.
-    with path.open("rb") as file, warnings.catch_warnings():
-        if is_safetensors(file.read(_START_BYTES)):
-            return load_file(path)
-        file.seek(0)
-        warnings.simplefilter("ignore")  # about unusual pickles, which `read_state` refuses if they are no state_dict
-        return torch.load(file, map_location="cpu", weights_only=True)
+def _split(weights: str) -> tuple[Path, str]:
+    """Returns path and key of `FILE#KEY`; the key is empty if there is none, or if a file has the whole as its name."""
+    path, _, key = weights.rpartition("#")
+    return (Path(path), key) if path and not Path(weights).exists() else (Path(weights), "")
+
+
+def _dense(value: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor in the usual layout; pruned weights are sometimes saved in a sparse one."""
+    return value if value.layout == torch.strided else value.to_dense()
+
+
+def _conversions(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> list[str]:
+    """Returns which types of values change when they are loaded, in words."""
+    # Counters of batch normalisation are floats where they were averaged as well.
+    pairs = Counter((value.dtype, own[key].dtype) for key, value in state.items() if key in own and value.ndim)
+    return [
+        f"converted {count} entries from {_short(one)} to {_short(other)}"
+        for (one, other), count in pairs.items()
+        if one != other
+    ]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return re.sub(r"^torch\.", "", str(dtype))

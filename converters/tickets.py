@@ -18,6 +18,7 @@ from torch import nn
 
 from converters.budgets import Fitted
 from converters.sources import find_source, load_network
+from converters.torch_prune import take_masks
 from dsr_tool.errors import CheckFailed, FileError, FormatError, UsageError, unknown_name
 from dsr_tool.sparse.discover import discover
 from dsr_tool.sparse.folder import read_folder
@@ -159,7 +160,7 @@ def _build(
     if not isinstance(source, str):
         return source, ModelConfig("module", type(source).__name__, 0, config.input_shape)
     try:
-        return load_network(
+        module, described = load_network(
             source,
             start.weights,
             num_classes=config.num_classes if find_source(source).has_options else None,
@@ -169,6 +170,8 @@ def _build(
         )
     except FileError as error:
         raise FileError(f"the original weights of {str(folder)!r} cannot be made again: {error}") from error
+    take_masks(module)  # a ticket has the masks of the folder, also if its weights are from a file with pruning
+    return module, described
 
 
 def _require_shapes(module: nn.Module, shapes: dict[str, tuple[int, ...]], folder: str | Path) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,18 +16,20 @@ from torchvision.models.regnet import ResBottleneckBlock
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from converters.base import Source
-from converters.state_dicts import is_state_file, load_strictly, read_state
+from converters.checkpoints import Found
+from converters.state_dicts import fitting, is_state_file, load_strictly, read_weights
+from converters.torch_prune import prune_module
 from converters.torchvision_builders import OWN_NORMALISATION, architectures, build, reason, structure, task_of
 from converters.widths import WIDTHS
-from dsr_tool.errors import FileError, unknown_name
+from dsr_tool.errors import FileError, UsageError, unknown_name
 from dsr_tool.sparsity.config import ModelConfig, Preprocessing
 
 __all__ = ["SOURCE", "load"]
 
 _FRAMES = 16
 """Frames per clip; torchvision's own video weights were trained on clips of this length."""
-_AUXILIARY = "aux_classifier."
-"""Prefix of the auxiliary head of trained segmentation models; their output in eval mode does not depend on it."""
+_AUXILIARY = ("aux_classifier.", "aux1.", "aux2.", "AuxLogits.")
+"""Prefixes of auxiliary heads, which files may have or lack; the output in eval mode does not depend on them."""
 
 
 def load(
@@ -59,15 +61,17 @@ def load(
     """
     task = task_of(name)
     enum: WeightsEnum | None = None
+    record: dict[str, Any] = {}
     # A fork, so that the caller's random state is as it was: a conversion must not change a training that follows.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if weights is None:
             module = build(name, num_classes, width)
         elif is_state_file(weights):
-            module = _with_state(name, read_state(Path(weights)), num_classes, weights)
+            found = read_weights(weights, structure(name), _AUXILIARY)
+            module, record = _with_state(name, found, num_classes, weights)
         else:
-            module, enum = _from_enum(name, weights, num_classes)
+            module, record, enum = _from_enum(name, weights, num_classes)
     # Class names belong to the head of the weights; a new head has none.
     own_head = num_classes is None or num_classes == len(_categories(enum))
     shape = input_shape or _input_shape(name, task, module, enum, input_size)
@@ -78,14 +82,14 @@ def load(
         input_shape=shape,
         preprocessing=_preprocessing(name, enum, shape[-1], trained=weights is not None),
         labels=tuple(_categories(enum)) if own_head else (),
-        conversion={"weights": weights if enum is None else str(enum)},
+        conversion={"weights": weights if enum is None else str(enum), **record},
         width=width,
     )
     return module, config
 
 
-def _from_enum(name: str, weights: str, num_classes: int | None) -> tuple[nn.Module, WeightsEnum]:
-    """Returns a model with published weights, downloaded if they are not in torch's cache."""
+def _from_enum(name: str, weights: str, num_classes: int | None) -> tuple[nn.Module, dict[str, Any], WeightsEnum]:
+    """Returns a model with published weights, downloaded if they are not in torch's cache; else as `_with_state`."""
     enum_class = models.get_model_weights(name)
     short = weights.removeprefix(f"{enum_class.__name__}.")
     known = list({"DEFAULT": None, **enum_class.__members__})
@@ -101,30 +105,60 @@ def _from_enum(name: str, weights: str, num_classes: int | None) -> tuple[nn.Mod
         raise FileError(
             f"--weights {weights!r} could not be downloaded ({error}); give the path of a state_dict file instead."
         ) from error
-    return _with_state(name, state, num_classes, str(enum)), enum
+    return *_with_state(name, fitting(state, structure(name), _AUXILIARY), num_classes, str(enum)), enum
 
 
-def _with_state(name: str, state: Mapping[str, torch.Tensor], num_classes: int | None, what: str) -> nn.Module:
-    """Returns a model with a state loaded strictly, and a new head if another number of classes is wanted."""
+def _with_state(name: str, found: Found, num_classes: int | None, what: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Returns a model with a state loaded strictly, and a new head if another number of classes is wanted.
+
+    Returns:
+        The model, pruned by torch's hooks if the file has masks; and what the description of the model records:
+        `weights_read`, how the weights were found in the file, and `fresh`, the names of random parameters.
+    """
     # Without values: random ones would be replaced at once.
     module = structure(name)
-    if not any(key.startswith(_AUXILIARY) for key in module.state_dict()):
-        state = {key: value for key, value in state.items() if not key.startswith(_AUXILIARY)}
     path, outputs = _head(module)
     # The file may hold a model with another number of classes than torchvision's default.
-    head = state.get(f"{path}.weight")
+    head = found.state.get(f"{path}.weight")
     if head is not None and head.ndim >= 2 and head.shape[0] != outputs:
         outputs = head.shape[0]
         module = structure(name, outputs)
-    load_strictly(module, name, state, what)
-    if num_classes in (None, outputs):
-        return module
-    # A new head: everything that has the same shape in both is copied, the rest keeps its random values.
-    target = build(name, num_classes or outputs)
-    fitting = {key: value.shape for key, value in target.state_dict().items()}
-    kept = {key: value for key, value in module.state_dict().items() if fitting.get(key) == value.shape}
-    target.load_state_dict(kept, strict=False)
-    return target
+    fresh = [key for key in module.state_dict() if key not in found.state and key.startswith(_AUXILIARY)]
+    fresh += _missing_head(found, path, num_classes, what, name)
+    random = build(name, outputs).state_dict() if fresh else {}
+    load_strictly(module, name, {**found.state, **{key: random[key] for key in fresh}}, what, found.label)
+    if num_classes not in (None, outputs):
+        # A new head: everything that has the same shape in both is copied, the rest keeps its random values.
+        target = build(name, num_classes or outputs)
+        shapes = {key: value.shape for key, value in target.state_dict().items()}
+        kept = {key: value for key, value in module.state_dict().items() if shapes.get(key) == value.shape}
+        target.load_state_dict(kept, strict=False)
+        fresh += [key for key in shapes if key not in kept]
+        module = target
+    parameters = {key for key, _ in module.named_parameters()}
+    prune_module(module, found.masks)
+    names = sorted(parameters.intersection(fresh))
+    return module, {
+        **({"weights_read": list(found.notes)} if found.notes else {}),
+        **({"fresh": names} if names else {}),
+    }
+
+
+def _missing_head(found: Found, path: str, num_classes: int | None, what: str, name: str) -> list[str]:
+    """Returns the names of a head that a file lacks, if nothing else is missing and a new head is wanted anyway.
+
+    Raises:
+        UsageError: the head is missing, and no number of classes is given.
+    """
+    child = path.partition(".")[0]
+    if not found.missing or not all(key.startswith(f"{child}.") for key in found.missing):
+        return []
+    if num_classes is None:
+        raise UsageError(
+            f"--weights {what!r} holds {name} without its head {child!r}, as files for transfer do; give --num-classes "
+            f"for a new one."
+        )
+    return list(found.missing)
 
 
 def _head(module: nn.Module) -> tuple[str, int]:
