@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from dsr_tool.calibrate.inflow import Inflow
 from dsr_tool.errors import UsageError
 
-__all__ = ["DENSITIES", "PASSES", "differentiable", "gradient_costs", "rank"]
+__all__ = ["DENSITIES", "PASSES", "differentiable", "gradient_costs", "pruned_sums", "rank"]
 
 DENSITIES: tuple[float, ...] = tuple(np.geomspace(0.01, 1.0, 32).round(5).tolist())
 """Densities at which a layer's cost is known. Neighbours differ by 16 %, less than the noise of the costs."""
@@ -76,7 +76,8 @@ def gradient_costs(
         for gradients in _gradients(module, weights, inflow, picture, classifier, generator, number):
             for layer, (weight, gradient) in enumerate(zip(weights.values(), gradients, strict=True)):
                 if gradient is not None:  # else the outputs do not depend on this layer
-                    squares[layer] += _products(ranks[layer], gradient, weight.detach()) ** 2
+                    # The change of a pruned weight is -w.
+                    squares[layer] += pruned_sums(ranks[layer], gradient * weight.detach()) ** 2
         on_picture()
     return squares / (2 * _PROBES * max(len(pictures), 1))
 
@@ -147,10 +148,10 @@ def _value_probe(leaves: Sequence[torch.Tensor], generator: torch.Generator) -> 
     return total
 
 
-def _products(ranks: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor) -> npt.NDArray[np.float64]:
-    """Returns gradient times change of the weights at each density: minus the sum over the pruned weights of g w."""
+def pruned_sums(ranks: torch.Tensor, values: torch.Tensor) -> npt.NDArray[np.float64]:
+    """Returns the sum of a value of each weight over the weights that are pruned at each of `DENSITIES`."""
     sums = torch.zeros(len(DENSITIES), dtype=torch.float64)
-    for part, first in zip((gradient * weight).reshape(-1).split(_CHUNK), ranks.split(_CHUNK), strict=True):
+    for part, first in zip(values.reshape(-1).split(_CHUNK), ranks.split(_CHUNK), strict=True):
         sums.index_add_(0, first.long(), part.double())
     # At density k, the weights of all later ranks are pruned.
-    return np.asarray(sums.cumsum(0) - sums.sum())
+    return np.asarray(sums.sum() - sums.cumsum(0))

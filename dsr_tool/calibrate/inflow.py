@@ -69,6 +69,16 @@ class Inflow:
             return weight.abs()
         return weight.abs() * self._of_inputs(name, self.squares[name].sqrt(), weight)
 
+    def errors(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Returns the squared error of the layer's outputs when one weight is pruned and their mean is given back.
+
+        It is w^2 times the variance of the input; w^2 alone where the inputs are not known.
+        """
+        if name not in self.squares:
+            return weight.square()
+        variance = (self.squares[name] - self.means[name].square()).clamp_min(0.0)
+        return weight.square() * self._of_inputs(name, variance, weight)
+
     def by_mean(self, name: str, by_shift: torch.Tensor | None) -> torch.Tensor | float:
         """Returns the part of a weight's gradient that acts through the layer's mean output.
 

@@ -1,7 +1,8 @@
 """Measures what pruning each layer does to the network's outputs, as one cost curve per layer.
 
-Gradients give the shape of every curve (`gradients`), and two points of each are measured by pruning that layer alone
-(`trials`), which scales it. Together they cost a tenth of measuring whole curves.
+A curve is the squared error of the layer's own outputs, times a power of the density that brings it closest to the
+costs by `gradients`: these know what the outputs are worth to the network, but are noisy. Then two points of each
+curve are measured by pruning the layer for real (`trials`), which scales it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from dsr_tool.calibrate.allocation import Curve, Curves
-from dsr_tool.calibrate.gradients import DENSITIES, PASSES, differentiable, gradient_costs, rank
+from dsr_tool.calibrate.gradients import DENSITIES, PASSES, differentiable, gradient_costs, pruned_sums, rank
 from dsr_tool.calibrate.inflow import Inflow
 from dsr_tool.calibrate.segments import evaluating
 from dsr_tool.calibrate.trials import is_classifier, prune_each
@@ -26,7 +27,7 @@ __all__ = ["measure"]
 _PICTURES, _GRADIENT_MACS = 64, 1e12
 """Most pictures for gradients, and multiply-adds of one pass over them: 2 to 3 minutes for 64 pictures of VGG-16."""
 
-_TRIAL_PICTURES, _TRIAL_MACS, _FEWEST = 16, 4e12, 4
+_TRIAL_PICTURES, _TRIAL_MACS, _FEWEST = 32, 4e12, 4
 """Most pictures for trials, and multiply-adds of one pass over them for every layer: some 3 minutes on an AVX2 core.
 
 Where that leaves fewer than four, as for the larger EfficientNets, the gradients stand alone.
@@ -35,8 +36,8 @@ Where that leaves fewer than four, as for the larger EfficientNets, the gradient
 _TRIALS = (0.1, 0.3)
 """Densities of the network for which each layer is tried at the density that its curve leads to."""
 
-_NEARLY_DENSE = 0.9
-"""Density of a layer from which a trial would show little but noise."""
+_SPARSEST, _NEARLY_DENSE = 0.02, 0.9
+"""Densities of a layer between which costs are fitted and tried. Above, trials would show little but noise."""
 
 _MOST = 20.0
 """Largest factor by which a trial corrects a gradient. On MobileNetV2 they were between 1/10 and 15."""
@@ -80,7 +81,9 @@ def measure(
         inflow = Inflow.of(module, weights, pictures)
         ranks = [rank(inflow.scores(name, weight)) for name, weight in weights.items()]
         generator = torch.Generator().manual_seed(seed)
-        costs = gradient_costs(module, weights, ranks, inflow, pictures, told, generator, lambda: clock.advance(PASSES))
+        noisy = gradient_costs(module, weights, ranks, inflow, pictures, told, generator, lambda: clock.advance(PASSES))
+        errors = [pruned_sums(first, inflow.errors(*item)) for first, item in zip(ranks, weights.items(), strict=True)]
+    costs = np.array([_smooth(row, error) for row, error in zip(noisy, errors, strict=True)])
     if not costs.any():
         raise UsageError(
             f"the outputs of {type(module).__name__} have no gradient by any sparse layer; give another distribution."
@@ -92,9 +95,8 @@ def measure(
             for spec, first, chosen in zip(sparse, ranks, levels, strict=True)
         }
         found = prune_each(module, masks, few, told, lambda: clock.advance(len(few) // 2))
-        costs *= [
-            _factors(row, chosen, found[spec.name]) for row, spec, chosen in zip(costs, sparse, levels, strict=True)
-        ]
+        tried = zip(costs, levels, found.values(), strict=True)
+        costs = np.array([_through(*row) for row in tried])
     clock.finish()
     return _curves(sparse, costs)
 
@@ -106,6 +108,19 @@ def _affordable(most: int, limit: float, macs: float) -> int:
 
 def _curves(sparse: Sequence[LayerSpec], costs: npt.NDArray[np.float64]) -> Curves:
     return Curves({spec.name: Curve.of(spec, DENSITIES, row.tolist()) for spec, row in zip(sparse, costs, strict=True)})
+
+
+def _smooth(noisy: npt.NDArray[np.float64], errors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Returns errors times the power of the density that is closest to noisy costs, by logarithms.
+
+    Without this, single low points would be corners of the convex curve, and many totals would lead to them.
+    """
+    fitted = (noisy > 0) & (errors > 0) & (np.array(DENSITIES) > _SPARSEST) & (np.array(DENSITIES) < _NEARLY_DENSE)
+    if fitted.sum() < 2:
+        return noisy
+    logs = np.log(DENSITIES)
+    power, constant = np.polyfit(logs[fitted], np.log(noisy[fitted] / errors[fitted]), 1)
+    return errors * np.exp(float(constant) + float(power) * logs)
 
 
 def _levels(sparse: Sequence[LayerSpec], costs: npt.NDArray[np.float64]) -> list[list[int]]:
@@ -121,17 +136,17 @@ def _levels(sparse: Sequence[LayerSpec], costs: npt.NDArray[np.float64]) -> list
     return levels
 
 
-def _factors(
+def _through(
     costs: npt.NDArray[np.float64], levels: Sequence[int], found: Sequence[float | None]
 ) -> npt.NDArray[np.float64]:
-    """Returns the factor at each density that takes a curve through its trials; between them it is a power law."""
-    tried = [(level, cost) for level, cost in zip(levels, found, strict=True) if cost is not None and costs[level] > 0]
+    """Returns a curve through its trials: costs times a factor that is a power of the density between them."""
+    tried = sorted((level, cost) for level, cost in zip(levels, found, strict=True) if cost is not None)
+    tried = [(level, cost) for level, cost in tried if costs[level] > 0]
     if not tried:
-        return np.ones(len(DENSITIES))
-    factors = [np.clip(cost / costs[level], 1 / _MOST, _MOST) for level, cost in sorted(tried)]
-    known = np.log([DENSITIES[level] for level, _ in sorted(tried)])
-    result: npt.NDArray[np.float64] = np.exp(np.interp(np.log(DENSITIES), known, np.log(factors)))
-    return result
+        return costs
+    logs = np.log(DENSITIES)
+    factors = [np.clip(cost / costs[level], 1 / _MOST, _MOST) for level, cost in tried]
+    return costs * np.exp(np.interp(logs, [logs[level] for level, _ in tried], np.log(factors)))
 
 
 class _Clock:

@@ -61,7 +61,7 @@ def prune_each(
         classifier: see `distance`.
         on_trial: called after each mask.
     """
-    costs: dict[str, list[float | None]] = {}
+    costs: dict[str, list[float | None]] = {name: [] for name in masks}
     parameters = dict(module.named_parameters())
     with evaluating(module):
         segments = Segments.of(module, pictures[:2])
@@ -75,7 +75,6 @@ def prune_each(
             for name in names:
                 if len(means[name]) != len(values):  # a layer that is called several times has no single mean
                     means[name].clear()
-                costs[name] = []
                 for mask in masks[name]:
                     trial = _Trial(parameters[name], mask, owners[name], means[name])
                     costs[name].append(_try(segments, stage, values, dense, trial, classifier))

@@ -68,7 +68,7 @@ def test_a_layer_that_nothing_reads_costs_nothing_and_gets_its_floor():
     assert counts["branch.weight"] == counts["unused.weight"] == 12 < counts["stem.weight"]
 
 
-def test_costs_are_the_divergence_of_the_outputs_when_little_is_pruned():
+def test_costs_are_about_the_divergence_of_the_outputs():
     # Without biases that could give a mean back: the inputs have mean 0 instead.
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(20, 20, bias=False), nn.Linear(20, 6, bias=False))
@@ -80,13 +80,13 @@ def test_costs_are_the_divergence_of_the_outputs_when_little_is_pruned():
     score = (weight.abs() * x.square().mean(0).sqrt()).reshape(-1)
     with torch.no_grad():
         dense = module(x).log_softmax(1)
-        for density in (0.5, 0.7):
+        for density in (0.2, 0.4, 0.7):
             mask = torch.zeros(400, dtype=torch.bool)
             mask[score.topk(round(400 * density)).indices] = True
             module[0].weight.copy_(weight * mask.reshape(20, 20))
             pruned = module(x).log_softmax(1)
             measured = float((dense.exp() * (dense - pruned)).sum(1).mean())
-            assert curve.cost(round(400 * density)) == pytest.approx(measured, rel=0.5)
+            assert 0.5 < curve.cost(round(400 * density)) / measured < 2
 
 
 def test_a_mean_that_a_bias_can_give_back_costs_nothing():
