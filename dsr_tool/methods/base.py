@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint
 from typing import Any, ClassVar
@@ -60,6 +60,8 @@ class Method(ABC):
         granularities: units that it can prune and grow: single weights, or whole kernels (see `ActiveWeights`).
         bytes_per_weight: bytes held per weight of a sparse layer, on top of weight, gradient, masks and optimizer
             state.
+        fine_tuning: defaults for a model that starts from trained weights, where they differ: options, and `stop` of
+            the schedule.
         final_step: optimizer step at which the final sparsity is reached; 0 if the density is constant.
         plugin: entry point that the method was loaded from; None for the methods of this package.
     """
@@ -72,6 +74,7 @@ class Method(ABC):
     continuous: ClassVar[bool] = False
     granularities: ClassVar[tuple[str, ...]] = ("weight",)
     bytes_per_weight: ClassVar[int] = 0
+    fine_tuning: ClassVar[Mapping[str, float | str]] = {}
     final_step: int = 0
     plugin: EntryPoint | None = None
 

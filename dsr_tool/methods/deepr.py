@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ class DeepR(Method):
     summary = "prunes weights whose sign flips in a random walk, grows anywhere"
     continuous = True
     bytes_per_weight = 1  # the sign of each position, as bool
+    fine_tuning: ClassVar = {"stop": 0.5}
 
     def __init__(
         self,

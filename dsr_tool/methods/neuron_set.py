@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,7 @@ class NeuronSET(Method):
     name = "neuron-set"
     summary = "does what set does, and removes weak hidden units"
     bytes_per_weight = 1  # whether each position belongs to a removed unit, as bool
+    fine_tuning: ClassVar = {"drop_fraction": 0.01, "stop": 0.5}  # as set
 
     def __init__(
         self,

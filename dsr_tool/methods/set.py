@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from dsr_tool.errors import UsageError
@@ -25,6 +27,7 @@ class SET(Method):
     name = "set"
     summary = "prunes a share of every layer, grows at random in the same layer"
     granularities = GRANULARITIES
+    fine_tuning: ClassVar = {"drop_fraction": 0.01, "stop": 0.5}  # as dsr
 
     def __init__(self, schedule: ReallocationSchedule, *, drop_fraction: float = 0.14) -> None:
         """Sets the method up.

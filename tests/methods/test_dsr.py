@@ -74,6 +74,44 @@ def test_the_threshold_is_halved_doubled_or_unchanged_by_the_papers_rule(target,
     assert method.threshold == 0.5 * factor
 
 
+@pytest.mark.parametrize("target", [0.03, 0.5, 7, 10**9])
+def test_an_automatic_threshold_prunes_the_target_at_the_first_update(target):
+    weights = network([(400, 200), (300, 100)], 3)
+    method = DSR(ALWAYS, target=target, threshold="auto")
+    assert method.threshold is None
+    moved = method.update(weights, 1, torch.Generator().manual_seed(0))
+    ordered = weights.values.abs().sort().values
+    wanted = min(round(target * 300) if target < 1 else target, 299)
+    assert moved.facts["threshold"] == ordered[wanted].item()
+    if wanted < 299:  # if all but one are below it, layers keep their largest
+        assert len(moved.dropped.flat) == wanted and moved.facts["share"] == wanted / 300
+        assert method.threshold == moved.facts["threshold"]  # exactly N_p were below it
+
+
+def test_an_automatic_threshold_is_above_zero_whatever_was_just_grown():
+    values = torch.tensor([0.0, 0.0, 0.0, 0.3, 0.2, 0.4])
+    weights = ActiveWeights(Positions((20,), (6,), torch.arange(6)), values)
+    method = DSR(ALWAYS, target=1, threshold="auto")
+    moved = method.update(weights, 1, torch.Generator())
+    assert moved.facts["threshold"] == pytest.approx(0.3) and moved.dropped.flat.tolist() == [0, 1, 2, 4]
+    empty = DSR(ALWAYS, threshold="auto")
+    empty.update(ActiveWeights(Positions((20,), (6,), torch.arange(6)), torch.zeros(6)), 1, torch.Generator())
+    assert empty.threshold > 0
+
+
+def test_an_automatic_threshold_is_chosen_once_also_after_a_resumption():
+    weights = network([(400, 200)], 0)
+    first = DSR(ALWAYS, target=0.1, threshold="auto")
+    unmoved, moved = DSR(ALWAYS, threshold="auto"), DSR(ALWAYS, target=0.1, threshold="auto")
+    unmoved.load_state_dict(first.state_dict())
+    assert unmoved.threshold is None
+    first.update(weights, 1, torch.Generator())
+    moved.load_state_dict(first.state_dict())
+    other = network([(400, 200)], 0, scale=100.0)
+    answers = [m.update(other, 2, torch.Generator()).facts["threshold"] for m in (first, moved)]
+    assert answers[0] == answers[1] == moved.state_dict()["threshold"] / 2
+
+
 def test_the_threshold_does_not_grow_if_every_weight_is_below_it():
     weights = network([(50, 10)], 0)
     method = DSR(ALWAYS, target=1000, threshold=1e6)
@@ -102,7 +140,9 @@ def test_a_layer_that_would_be_empty_keeps_its_largest_weight():
     assert moved.dropped.flat.tolist() == [0, 2]
 
 
-@pytest.mark.parametrize("option", [{"target": 0}, {"target": -3}, {"tolerance": 1}, {"threshold": 0}])
+@pytest.mark.parametrize(
+    "option", [{"target": 0}, {"target": -3}, {"tolerance": 1}, {"threshold": 0}, {"threshold": "low"}]
+)
 def test_values_out_of_range_are_refused(option):
     with pytest.raises(UsageError, match=next(iter(option))):
         DSR(ALWAYS, **option)
