@@ -6,7 +6,7 @@ The table imports torch, so it is read only when help is shown: the other comman
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import click
@@ -16,7 +16,7 @@ from dsr_tool.errors import join_words
 if TYPE_CHECKING:
     from dsr_tool.methods import Method
 
-__all__ = ["MethodsCommand", "method_names", "option_help", "stop_help"]
+__all__ = ["MethodsCommand", "lr_help", "method_names", "option_help", "stop_help"]
 
 
 class MethodsCommand(click.Command):
@@ -49,7 +49,8 @@ def option_help(option: str, text: str) -> Callable[[], str]:
         defaults = {
             name: row.option_defaults()[option] for name, row in METHODS.items() if option in row.option_defaults()
         }
-        return f"{', '.join(defaults)}: {text}{_defaults(defaults)}."
+        tuned = {name: row.fine_tuning[option] for name, row in METHODS.items() if option in row.fine_tuning}
+        return f"{', '.join(defaults)}: {text}{_defaults(defaults)}{_defaults(tuned, 'from trained weights')}."
 
     return describe
 
@@ -63,11 +64,24 @@ def stop_help() -> str:
     stops: dict[str, object] = {
         name: schedule.stop / length for name, schedule in schedules.items() if schedule is not None
     }
-    return f"Fraction of the training after which nothing is pruned or grown{_defaults(stops)}."
+    tuned = {name: row.fine_tuning["stop"] for name, row in METHODS.items() if "stop" in row.fine_tuning}
+    # The others, such as gmp, have one default for all models.
+    named = _defaults(tuned, f"from trained weights, for {join_words(list(tuned), 'and')}")
+    return f"Fraction of the training after which nothing is pruned or grown{_defaults(stops)}{named}."
 
 
-def _defaults(values: dict[str, object]) -> str:
-    """Returns "; default 0.95, for rigl, gmp and dst 0.75" for values by method; empty if there is no default."""
+def lr_help() -> str:
+    """Returns the help of `--lr`, with the default of each optimizer."""
+    from dsr_tool.train.settings import FINE_TUNING_RATES, LEARNING_RATES
+
+    usual, tuned = (
+        f"{rates['sgd']:g} for sgd, {rates['adam']:g} for the others" for rates in (LEARNING_RATES, FINE_TUNING_RATES)
+    )
+    return f"Peak learning rate; default {usual}; from trained weights {tuned}."
+
+
+def _defaults(values: Mapping[str, object], when: str = "default") -> str:
+    """Returns "; default 0.95, for rigl, gmp and dst 0.75" for values by name; empty if there is no default."""
     # None means that there is no default, as for a final sparsity, which must be given.
     given = {name: value for name, value in values.items() if value is not None}
     if not given:
@@ -77,7 +91,7 @@ def _defaults(values: dict[str, object]) -> str:
         f", for {join_words([name for name, own in given.items() if own == value], 'and')} {_format(value)}"
         for value in ranked[1:]
     ]
-    return f"; default {_format(ranked[0])}{''.join(others)}"
+    return f"; {when} {_format(ranked[0])}{''.join(others)}"
 
 
 def _method_help(row: type[Method]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from dsr_tool.cli.common import TableOption, emit, examples, model_option, output_options
-from dsr_tool.cli.method_help import MethodsCommand, method_names, option_help, stop_help
+from dsr_tool.cli.method_help import MethodsCommand, lr_help, method_names, option_help, stop_help
 
 __all__ = ["command"]
 
@@ -24,6 +24,17 @@ def _parse_numbers(
         return tuple(float(part) for part in value.split(",")) if value is not None else None
     except ValueError as error:
         raise click.BadParameter(f"{value!r} is not a list of numbers; write it as 60,120,160.") from error
+
+
+def _parse_threshold(
+    context: click.Context,  # noqa: ARG001 - click's signature
+    parameter: click.Parameter,  # noqa: ARG001
+    value: str | None,
+) -> float | str | None:
+    try:
+        return value if value in (None, "auto") else float(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is neither a number nor auto; write it as 0.001.") from error
 
 
 @click.command(
@@ -59,7 +70,7 @@ def _parse_numbers(
 @click.option("--method", cls=TableOption, describe=method_names)
 @click.option("--epochs", type=int, help="Passes over the training images; default 30.")
 @click.option("--batch-size", type=int, help="Images per step; default 128.")
-@click.option("--lr", type=float, help="Peak learning rate; default 0.1 for sgd, 0.001 for the others.")
+@click.option("--lr", type=float, cls=TableOption, describe=lr_help)
 @click.option("--schedule", help="cosine (default) or step.")
 @click.option(
     "--milestones",
@@ -92,9 +103,10 @@ def _parse_numbers(
 )
 @click.option(
     "--threshold",
-    type=float,
+    callback=_parse_threshold,
+    metavar="X",
     cls=TableOption,
-    describe=option_help("threshold", "magnitude below which weights are pruned at first"),
+    describe=option_help("threshold", "magnitude below which weights are pruned at first, or auto for a quantile"),
 )
 @click.option(
     "--drop-fraction",
@@ -113,6 +125,18 @@ def _parse_numbers(
     cls=TableOption,
     describe=option_help("final_sparsity", "fraction of zeros at the end, or for tied 1 - values / weights"),
 )
+@click.option(
+    "--fine-tune/--no-fine-tune",
+    default=None,
+    help="Take the defaults of a model that starts from trained weights, or the usual ones; default: those that fit.",
+)
+@click.option(
+    "--teacher",
+    metavar="PATH",
+    help="Model folder, run folder or state_dict file of the same architecture, whose outputs are learned from.",
+)
+@click.option("--teacher-weight", type=float, help="Share of the loss that compares with the teacher; default 0.7.")
+@click.option("--teacher-temperature", type=float, help="Divisor of both scores in that loss; default 2.")
 @click.option(
     "--option",
     "method_options",
@@ -154,6 +178,9 @@ def command(
     With the default method dsr, small weights are pruned and as many grow elsewhere, within and across layers. The run
     folder is a model folder too: it has the model of the last epoch, that of the best epoch in best/, and log.jsonl.
 
+    A model that was converted from trained weights has defaults that keep what these learned: a lower learning rate,
+    and methods that move fewer weights and stop earlier. What you give, and what a recipe says, always wins.
+
     A run that was interrupted in any way resumes after its last complete epoch when the same command is given with
     --resume; on the CPU it ends with the same bits as a run without interruption.
 
@@ -166,6 +193,7 @@ def command(
     from dsr_tool.report.budget import check_trained, too_large
     from dsr_tool.report.training import training_document, training_text
     from dsr_tool.train import Follower, RunFolder, TrainSettings, joined, load_data, train_in_folder
+    from dsr_tool.train.failures import require_classifier
 
     given = {name: value for name, value in options.items() if value is not None}
     row = resolve_training(recipe, sets, given, method_options)
@@ -175,6 +203,8 @@ def command(
     settings.check()
     if max_time is not None and not 0 < max_time < math.inf:
         raise UsageError(f"--max-time {max_time} is not allowed; give a positive number of seconds.")
+    if settings.teacher is None and not resume and given.keys() & {"teacher_weight", "teacher_temperature"}:
+        raise UsageError("--teacher-weight and --teacher-temperature go with --teacher; give that, or leave them out.")
     if resume and force:
         raise UsageError(f"--resume continues {str(output)!r} and --force replaces it; give one of the two.")
     if output.resolve() == model_dir.resolve():
@@ -183,6 +213,7 @@ def command(
     # Before the model is loaded from it: a run folder is locked against other processes.
     run = RunFolder(output, force=force, resume=resume) if ranks.first else Follower(output, resume=resume)
     model = load(output if run.stopped else model_dir, maker)
+    require_classifier(model.module)  # before the data, which does not fit a detector either
     images = load_data(data, model.config)
     facts = {"model": str(model_dir), "data": data}
     if not run.stopped:  # when it resumes, the run itself checks that model and data are the same

@@ -104,6 +104,7 @@ class RunSummary(TypedDict):
         epochs: number of completed epochs.
         reallocations: number of reallocations.
         weights_moved: number of weights dropped in all of them.
+        start_test_accuracy: fraction of test images classified correctly before the first step; None in older logs.
         last_test_accuracy: fraction of test images classified correctly after the last epoch; None before the first.
         best_test_accuracy: highest such fraction; None before the first epoch.
         best_epoch: number of the epoch that reached it; None before the first.
@@ -115,6 +116,7 @@ class RunSummary(TypedDict):
     epochs: int
     reallocations: int
     weights_moved: int
+    start_test_accuracy: float | None
     last_test_accuracy: float | None
     best_test_accuracy: float | None
     best_epoch: int | None
@@ -152,6 +154,7 @@ class RunLog:
             "epochs": len(self.epochs),
             "reallocations": len(self.reallocations),
             "weights_moved": sum(reallocation.dropped for reallocation in self.reallocations),
+            "start_test_accuracy": None if (start := self.start.get("start_accuracy")) is None else _fraction(start),
             "last_test_accuracy": self.epochs[-1].test_accuracy if self.epochs else None,
             "best_test_accuracy": best.test_accuracy if best else None,
             "best_epoch": best.number if best else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from dsr_tool.report.budget import BudgetCheck, BudgetDocument
 from dsr_tool.sparse.model import SparseModel
@@ -38,6 +38,9 @@ class TrainingDocument(TypedDict):
         epochs: number of epochs that were asked for.
         finished: False if `--max-time` ended the run before its last epoch.
         steps: number of optimizer steps.
+        settings: settings of the run, with all defaults filled in.
+        start_accuracy: fraction of test images classified correctly before the first step; None in runs that were
+            started before this was measured.
         time_s: duration of all epochs in seconds, evaluation included.
         last: the last epoch.
         best: the epoch with the highest test accuracy.
@@ -56,6 +59,8 @@ class TrainingDocument(TypedDict):
     epochs: int
     finished: bool
     steps: int
+    settings: dict[str, Any]
+    start_accuracy: float | None
     time_s: float
     last: LastEpoch
     best: BestEpoch
@@ -94,6 +99,8 @@ def training_document(
         "epochs": settings.epochs,
         "finished": last.epoch == settings.epochs,
         "steps": last.step,
+        "settings": settings.to_dict(),
+        "start_accuracy": result.start_accuracy,
         # All calls count: a resumed run keeps the epochs of the call before.
         "time_s": round(sum(record.time_s for record in result.epochs), 3),
         "last": {"epoch": last.epoch, "test_accuracy": last.test_accuracy, "test_loss": last.test_loss},

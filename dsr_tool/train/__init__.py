@@ -8,9 +8,10 @@ from dsr_tool.train.launch import train_in_folder
 from dsr_tool.train.loop import train
 from dsr_tool.train.progress import Progress
 from dsr_tool.train.ranks import Follower, Ranks, joined
-from dsr_tool.train.records import EpochRecord, Observer, TrainResult
+from dsr_tool.train.records import EpochRecord, Observer, Start, TrainResult
 from dsr_tool.train.run import RunFolder
 from dsr_tool.train.settings import TrainSettings
+from dsr_tool.train.teacher import Teacher, open_teacher
 
 __all__ = [
     "Data",
@@ -20,11 +21,14 @@ __all__ = [
     "Progress",
     "Ranks",
     "RunFolder",
+    "Start",
+    "Teacher",
     "TrainResult",
     "TrainSettings",
     "evaluate",
     "joined",
     "load_data",
+    "open_teacher",
     "train",
     "train_in_folder",
 ]

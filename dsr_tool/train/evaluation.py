@@ -10,6 +10,7 @@ from dsr_tool.train.data import Data
 from dsr_tool.train.failures import require_scores
 from dsr_tool.train.ranks import Ranks
 from dsr_tool.train.settings import TrainSettings
+from dsr_tool.train.teacher import distillation
 
 __all__ = ["AUXILIARY_WEIGHT", "evaluate", "training_loss"]
 
@@ -18,7 +19,11 @@ AUXILIARY_WEIGHT = 0.3
 
 
 def training_loss(
-    outputs: object, labels: torch.Tensor, classes: int, settings: TrainSettings
+    outputs: object,
+    labels: torch.Tensor,
+    classes: int,
+    settings: TrainSettings,
+    taught: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the loss of a batch, and the scores by which its accuracy is counted, shape (batch, classes).
 
@@ -26,7 +31,8 @@ def training_loss(
         outputs: outputs of the model; GoogLeNet and Inception return auxiliary outputs after the main one.
         labels: class numbers, shape (batch,).
         classes: number of classes of the data.
-        settings: for the smoothing of labels.
+        settings: for the smoothing of labels, and for weight and temperature of the teacher.
+        taught: scores of a teacher for this batch, shape (batch, outputs); None without one.
 
     Raises:
         UsageError: the outputs are not scores.
@@ -39,17 +45,26 @@ def training_loss(
         for output in every
         if output is not None
     )
+    if taught is not None:
+        learned = distillation(scores.float(), taught.float(), settings.teacher_temperature)
+        main = (1 - settings.teacher_weight) * main + settings.teacher_weight * learned
     return main + AUXILIARY_WEIGHT * sum(auxiliary), scores
 
 
 @torch.no_grad()
 def evaluate(model: SparseModel, data: Data, settings: TrainSettings) -> tuple[float, float]:
-    """Returns mean loss and accuracy over all test images, in fp32. In a distributed run, all ranks must call it."""
+    """Returns mean loss and accuracy over all test images, in fp32.
+
+    In a distributed run, all ranks must call it.
+
+    Raises:
+        UsageError: the model's outputs are not scores.
+    """
     model.module.eval()
     # Summed on the device in float64: one transfer to the host at the end, and no rounding over many batches.
     totals = torch.zeros(2, dtype=torch.float64, device=settings.torch_device)
     for inputs, labels in data.test_batches(settings):
-        outputs = model(inputs)
+        outputs = require_scores(model(inputs), data.dataset.num_classes)
         loss = cross_entropy(outputs, labels, reduction="sum")
         totals += torch.stack([loss, (outputs.argmax(1) == labels).sum()])
     loss_sum, correct = Ranks.current().total(totals).tolist()

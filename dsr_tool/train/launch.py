@@ -8,12 +8,15 @@ from typing import Any
 
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.train.data import Data
+from dsr_tool.train.failures import require_classifier
+from dsr_tool.train.fine_tuning import announcement, starts_trained
 from dsr_tool.train.loop import train
 from dsr_tool.train.progress import Progress
 from dsr_tool.train.ranks import Follower, Ranks
 from dsr_tool.train.records import TrainResult
 from dsr_tool.train.run import RunFolder
 from dsr_tool.train.settings import TrainSettings
+from dsr_tool.train.teacher import open_teacher
 
 __all__ = ["train_in_folder"]
 
@@ -43,16 +46,24 @@ def train_in_folder(
         The settings with all defaults filled in, and all epochs of the run, those of earlier calls included.
 
     Raises:
-        UsageError: a setting is not allowed, or differs from those of the run to resume.
+        UsageError: the model is a detector; a setting is not allowed, or differs from those of the run to resume; or
+            the teacher does.
         DsrError: see `train`.
     """
+    require_classifier(model.module)
     stopped = run.stopped
-    settings = (stopped.settings(given) if stopped else TrainSettings(**given)).resolve(data.dataset.augment)
+    settings = stopped.settings(given) if stopped else TrainSettings(**given)
+    settings = settings.resolve(data.dataset.augment, trained=starts_trained(model.config))
     settings.require_update(settings.epochs * data.steps(settings.batch_size))
-    run.facts = {**facts, **data.sizes, "settings": settings.to_dict()}
+    teacher = open_teacher(settings.teacher, model) if settings.teacher is not None else None
+    taught = {} if teacher is None else {"teacher_sha256": teacher.checksum}
+    run.facts = {**facts, **taught, **data.sizes, "settings": settings.to_dict()}
     before = stopped.epochs if stopped else ()
     Ranks.current().wait()  # until every rank has read the files that rank 0 changes from here on
     with run, Progress(settings.epochs, done=len(before), quiet=quiet) as progress:
+        if settings.fine_tune:
+            progress.note(announcement(settings))
         state = stopped.state if stopped else None
-        result = train(model, data, settings, [run, progress], state=state, deadline=deadline)
-    return settings, TrainResult((*before, *result.epochs))
+        result = train(model, data, settings, [run, progress], teacher=teacher, state=state, deadline=deadline)
+    start = stopped.start_accuracy if stopped else result.start_accuracy
+    return settings, TrainResult((*before, *result.epochs), start)

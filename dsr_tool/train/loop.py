@@ -17,10 +17,12 @@ from dsr_tool.train.data import Data
 from dsr_tool.train.device import on_device
 from dsr_tool.train.evaluation import evaluate
 from dsr_tool.train.failures import diverged, explained, first_bad, first_bad_step, require_budget, require_end
+from dsr_tool.train.fine_tuning import doubt, starts_trained
 from dsr_tool.train.ranks import Ranks
-from dsr_tool.train.records import EpochRecord, Moved, Observer, TrainResult
+from dsr_tool.train.records import EpochRecord, Moved, Observer, Start, TrainResult
 from dsr_tool.train.settings import TrainSettings
 from dsr_tool.train.step import NonFiniteLossError, Stepper
+from dsr_tool.train.teacher import Teacher, open_teacher
 
 __all__ = ["train"]
 
@@ -34,6 +36,7 @@ def train(
     settings: TrainSettings,
     observers: Sequence[Observer] = (),
     *,
+    teacher: Teacher | None = None,
     state: Mapping[str, Any] | None = None,
     deadline: float = math.inf,
 ) -> TrainResult:
@@ -46,6 +49,7 @@ def train(
         data: the data, opened for this model.
         settings: all settings; checked first.
         observers: observers to notify of steps and epochs; on several processes, only those of rank 0.
+        teacher: network whose outputs are learned from; by default that of the settings, if they name one.
         state: what `Observer.on_state` received at the end of an epoch of the same training, to resume from there; on
             the CPU, the result is the same to the last bit.
         deadline: reading of `time.monotonic()` by which to stop. After the first epoch of this call, no epoch starts
@@ -61,14 +65,16 @@ def train(
         CheckFailed: something else changed the masks, or the method did not reach its final sparsity.
     """
     settings.check()
+    settings = settings.resolve(data.dataset.augment, trained=starts_trained(model.config))
     model.config = data.describe(model.config)
+    if teacher is None and settings.teacher is not None:
+        teacher = open_teacher(settings.teacher, model)
     device = settings.torch_device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), on_device(settings):
-        training = _Training(model, data, settings, observers)
+        training = _Training(model, data, settings, observers, teacher)
         try:
-            if state is not None:
-                training.load_state(state)
-            return TrainResult(tuple(training.epochs(deadline)))
+            accuracy = training.start(state)
+            return TrainResult(tuple(training.epochs(deadline)), accuracy)
         except RuntimeError as error:
             if known := explained(error, settings):
                 raise known from error
@@ -81,7 +87,14 @@ def train(
 class _Training:
     """One training: its epochs, and who is notified of them."""
 
-    def __init__(self, model: SparseModel, data: Data, settings: TrainSettings, observers: Sequence[Observer]) -> None:
+    def __init__(
+        self,
+        model: SparseModel,
+        data: Data,
+        settings: TrainSettings,
+        observers: Sequence[Observer],
+        teacher: Teacher | None,
+    ) -> None:
         self.model, self.data, self.settings = model, data, settings
         self.ranks = Ranks.current()
         self.ranks.part(min(settings.batch_size, len(data.dataset.train.labels)))  # refuses uneven shares
@@ -89,14 +102,40 @@ class _Training:
         self.steps = data.steps(settings.batch_size)
         classes = data.dataset.num_classes
         self.stepper = Stepper(
-            model, settings, classes=classes, steps_per_epoch=self.steps, on_reallocation=self._on_reallocation
+            model,
+            settings,
+            classes=classes,
+            steps_per_epoch=self.steps,
+            on_reallocation=self._on_reallocation,
+            teacher=teacher,
         )
         self.attached = self.stepper.attached
         self.moved = Moved.nothing(model)
         self.done = 0
         self.budget = model.active_weights
+
+    def start(self, state: Mapping[str, Any] | None) -> float | None:
+        """Evaluates the model that a training starts from, or loads the state of one to resume.
+
+        Returns:
+            The fraction of test images classified correctly before the first step; None for a training to resume.
+        """
+        start = self._evaluate_start() if state is None else None
         for observer in self.observers:
-            observer.on_start(model, self.steps * settings.epochs)
+            if start is not None:
+                observer.on_evaluated_start(start)
+            observer.on_start(self.model, self.steps * self.settings.epochs)
+        if state is not None:
+            self.load_state(state)
+        return start.test_accuracy if start else None
+
+    def _evaluate_start(self) -> Start:
+        """Evaluates the model, so that one which a conversion has ruined is seen before hours are spent on it."""
+        self._seed_draws(0)
+        loss, accuracy = evaluate(self.model, self.data, self.settings)
+        labels = self.data.dataset.test.labels
+        counts = torch.bincount(labels, minlength=self.data.dataset.num_classes).tolist()
+        return Start(accuracy, loss, doubt(self.model.config, accuracy, counts))
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.stepper.load_state(state)
@@ -158,9 +197,7 @@ class _Training:
     def _train(self, number: int) -> tuple[float, float]:
         """Takes all steps of an epoch. Returns mean loss and accuracy, which stay on the device until the end."""
         device = self.settings.torch_device
-        # Draws of the model, as for dropout, depend on seed, epoch and rank alone, so a resumed run draws the same.
-        drawn = [self.settings.seed, number, *([self.ranks.rank] if self.ranks.rank else [])]
-        torch.manual_seed(int(np.random.SeedSequence(drawn).generate_state(1)[0]))
+        self._seed_draws(number)
         self.model.module.train()
         losses = torch.zeros(self.steps, device=device)
         correct = torch.zeros((), dtype=torch.int64, device=device)
@@ -182,6 +219,11 @@ class _Training:
                 observer.on_step(first + index)
         ranks = self.ranks.count
         return totals.mean().item() / ranks, self.ranks.total(correct).item() / (seen * ranks)
+
+    def _seed_draws(self, number: int) -> None:
+        """Seeds draws of the model, as for dropout, by seed, epoch and rank alone, so a resumed run draws the same."""
+        drawn = [self.settings.seed, number, *([self.ranks.rank] if self.ranks.rank else [])]
+        torch.manual_seed(int(np.random.SeedSequence(drawn).generate_state(1)[0]))
 
     def _diverged(self, when: str, inputs: torch.Tensor) -> DsrError:
         saves = any(type(observer).on_state is not Observer.on_state for observer in self.observers)

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from dsr_tool.sparse.model import SparseModel
-from dsr_tool.train.records import EpochRecord, Observer
+from dsr_tool.train.records import EpochRecord, Observer, Start
 
 __all__ = ["Progress", "summary"]
 
@@ -53,6 +53,20 @@ class Progress(Observer):
         if self._shown:
             self._bar.stop()
 
+    def note(self, line: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(line)
+
+    def on_evaluated_start(self, start: Start) -> None:
+        """Prints the line of epoch 0, and the warning if there is one."""
+        width = len(str(self._epochs))
+        self.note(
+            f"epoch {0:>{width}}/{self._epochs}  accuracy {start.test_accuracy:.4f}  test loss {start.test_loss:.4f}, "
+            f"before the training"
+        )
+        if start.doubt:
+            self.note(start.doubt)
+
     def on_start(self, model: SparseModel, total_steps: int) -> None:  # noqa: ARG002 - the observer's signature
         """Starts the bar's clock."""
         self._bar.start_task(self._task)
@@ -77,7 +91,9 @@ def summary(record: EpochRecord, epochs: int) -> str:
     moved = sum(record.dropped.values())
     if not moved:
         return line
-    return f"{line}  moved {moved:,}{_largest_changes(record)}"
+    share = record.facts.get("share")
+    last = "" if share is None else f" ({share:.1%} in the last update)"
+    return f"{line}  moved {moved:,}{last}{_largest_changes(record)}"
 
 
 def _largest_changes(record: EpochRecord, most: int = 3) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from dsr_tool.methods import Reallocation
 from dsr_tool.sparse.model import SparseModel
 
-__all__ = ["EpochRecord", "Moved", "Observer", "TrainResult"]
+__all__ = ["EpochRecord", "Moved", "Observer", "Start", "TrainResult"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,21 @@ class EpochRecord:
     facts: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Start:
+    """Figures of the model before its first step.
+
+    Attributes:
+        test_accuracy: fraction of all test images classified correctly.
+        test_loss: mean loss over all test images; may be NaN or inf.
+        doubt: warning if the model comes from trained weights and only guesses; empty if it does not.
+    """
+
+    test_accuracy: float
+    test_loss: float
+    doubt: str = ""
+
+
 @dataclass
 class Moved:
     """Totals of the reallocations of one epoch.
@@ -81,9 +96,12 @@ class TrainResult:
 
     Attributes:
         epochs: the records, in order; at least one.
+        start_accuracy: fraction of test images classified correctly before the first step; None if the training was
+            resumed, or started before this was measured.
     """
 
     epochs: tuple[EpochRecord, ...]
+    start_accuracy: float | None = None
 
     @property
     def last(self) -> EpochRecord:
@@ -98,6 +116,9 @@ class TrainResult:
 
 class Observer:
     """Base class of what is notified while a training runs; each method does nothing by default."""
+
+    def on_evaluated_start(self, start: Start) -> None:
+        """Is called before `on_start` of a training that is not resumed."""
 
     def on_start(self, model: SparseModel, total_steps: int) -> None:
         """Is called before the first step, with the model in its initial state."""

@@ -20,8 +20,8 @@ __all__ = ["LOG", "SETTINGS", "Stopped", "find_stopped"]
 
 LOG, SETTINGS = "log.jsonl", "settings.json"
 
-_MAY_DIFFER = ("device", "workers")
-"""Settings that may be changed when a run resumes: they say where it is computed, not what."""
+_MAY_DIFFER = ("device", "workers", "teacher")
+"""Settings that may be changed when a run resumes: they say where it is computed, or where the teacher is, not what."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Stopped:
         epochs: records of the complete epochs.
         state: state to pass to `train`.
         log_bytes: length of its log at the end of the last complete epoch.
+        start_accuracy: fraction of test images that its model classified before the first step; None in old logs.
         explored: packed bits of the weights that were ever active until then, as `Exploration.bits` returns them.
     """
 
@@ -44,6 +45,7 @@ class Stopped:
     epochs: tuple[EpochRecord, ...]
     state: Mapping[str, Any]
     log_bytes: int
+    start_accuracy: float | None
     explored: Mapping[str, torch.Tensor]
 
     def settings(self, given: Mapping[str, Any]) -> TrainSettings:
@@ -73,6 +75,11 @@ class Stopped:
     def require(self, facts: Mapping[str, Any]) -> None:
         """Raises `UsageError` if model or data are not those that the run was started with."""
         for name, value in facts.items():
+            if name == "teacher_sha256" and self.facts.get(name) != value:
+                raise UsageError(
+                    f"{str(self.path)!r} was not started with this --teacher: its weights are others; give the same "
+                    f"weights to resume, or another folder to train from the start."
+                )
             if self.facts.get(name) != value:
                 raise UsageError(
                     f"{str(self.path)!r} was started with {name} {self.facts.get(name)!r}, not {value!r}; give the "
@@ -102,24 +109,30 @@ def find_stopped(path: Path) -> Stopped | None:
         return None
     state = read_state(file)
     try:
-        epochs = _complete_epochs(path, state)
+        lines = _complete_lines(path, state)
+        epochs = _complete_epochs(lines, state)
         facts = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
         explored = {name: bits for name, bits in state["explored"].items() if isinstance(bits, torch.Tensor)}
         started = _parse_settings(facts["settings"])
-        return Stopped(path, dict(facts), started, epochs, state["training"], state["log_bytes"], explored)
+        accuracy = lines[0].get("start_accuracy")
+        return Stopped(path, dict(facts), started, epochs, state["training"], state["log_bytes"], accuracy, explored)
     except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise FormatError(
             f"run {str(path)!r} is damaged and cannot be resumed ({error}); train again in another folder."
         ) from error
 
 
-def _complete_epochs(path: Path, state: Mapping[str, Any]) -> tuple[EpochRecord, ...]:
-    """Reads the records of the epochs in a checkpoint from the log; raises `ValueError` if they disagree."""
+def _complete_lines(path: Path, state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Reads the lines of the log up to a checkpoint; raises `ValueError` if some are missing."""
     # Lines after the last checkpoint belong to an epoch that will be trained again.
     log = (path / LOG).read_bytes()[: state["log_bytes"]]
     if len(log) < state["log_bytes"]:
         raise ValueError(f"{LOG} is shorter than {CHECKPOINT} says")
-    lines = [json.loads(line) for line in log.splitlines()]
+    return [json.loads(line) for line in log.splitlines()]
+
+
+def _complete_epochs(lines: list[dict[str, Any]], state: Mapping[str, Any]) -> tuple[EpochRecord, ...]:
+    """Returns the records of the epochs in a checkpoint; raises `ValueError` if the log's lines disagree."""
     epochs = tuple(
         EpochRecord(**{name: value for name, value in line.items() if name not in ("kind", "explored")})
         for line in lines
@@ -133,7 +146,8 @@ def _complete_epochs(path: Path, state: Mapping[str, Any]) -> tuple[EpochRecord,
 def _parse_settings(values: Mapping[str, Any]) -> TrainSettings:
     """Returns the settings of a run, checked except for what depends on the machine."""
     known = {field.name for field in fields(TrainSettings)}
-    given = {name: value for name, value in values.items() if name in known}
+    # Runs from before there were other defaults for trained weights go on with those that they were started with.
+    given = {"fine_tune": False} | {name: value for name, value in values.items() if name in known}
     if given.get("optimizer") in LEARNING_RATES.keys() - MOMENTA:
         given["momentum"] = None  # old runs recorded a momentum even for optimizers that have none
     settings = TrainSettings(**given)

@@ -22,7 +22,7 @@ from dsr_tool.sparsity.config import installed_versions
 from dsr_tool.train.checkpoint import PART, finish_replacing, replace_model, sync
 from dsr_tool.train.exploration import Exploration
 from dsr_tool.train.lock import Lock
-from dsr_tool.train.records import EpochRecord, Observer
+from dsr_tool.train.records import EpochRecord, Observer, Start
 from dsr_tool.train.resume import LOG, SETTINGS, Stopped, find_stopped
 
 __all__ = ["LOG", "SETTINGS", "RunFolder"]
@@ -68,6 +68,7 @@ class RunFolder(Observer):
         self.stopped: Stopped | None = find_stopped(self.path) if resume else None
         self._resume = resume
         refuse_existing(self.path, force=force or resume, marker=CONFIG)
+        self._start: dict[str, float] = {}
         self._explored: Exploration | None = None
         self._best: float | None = None
         self._done = 0
@@ -87,6 +88,10 @@ class RunFolder(Observer):
             if self._lock is not None:
                 self._lock.release()
 
+    def on_evaluated_start(self, start: Start) -> None:
+        """Keeps the figures for the first line of the log, where older readers skip them."""
+        self._start = {"start_accuracy": start.test_accuracy, "start_loss": start.test_loss}
+
     def on_start(self, model: SparseModel, total_steps: int) -> None:
         """Creates the folder, or restores the existing one to its last complete epoch."""
         model.check()
@@ -102,6 +107,7 @@ class RunFolder(Observer):
             "parameters": model.parameters,
             "prunable_weights": model.prunable_weights,
             "active_weights": model.active_weights,
+            **self._start,
         }
         if self.path.is_dir() and any(self.path.iterdir()):
             self._move_aside()

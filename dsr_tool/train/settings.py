@@ -11,13 +11,15 @@ from typing import Any
 import torch
 
 from dsr_tool.errors import UsageError, unknown_name
-from dsr_tool.methods import Method, ReallocationSchedule, make, names
+from dsr_tool.methods import METHODS, Method, ReallocationSchedule, make, names
 from dsr_tool.train.augment import AUGMENTATIONS
 
-__all__ = ["LEARNING_RATES", "MOMENTA", "PRECISIONS", "SCHEDULES", "TrainSettings"]
+__all__ = ["FINE_TUNING_RATES", "LEARNING_RATES", "MOMENTA", "PRECISIONS", "SCHEDULES", "TrainSettings"]
 
 LEARNING_RATES = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3}
 """Default peak learning rate of each optimizer; its keys are the optimizers there are."""
+FINE_TUNING_RATES = {"sgd": 0.003, "adam": 1e-4, "adamw": 1e-4, "rmsprop": 1e-4}
+"""The same for a model that starts from trained weights."""
 MOMENTA = {"sgd": 0.9, "rmsprop": 0.9}
 """Default momentum of each optimizer that has one."""
 SCHEDULES = ("cosine", "step")
@@ -28,6 +30,9 @@ _DEVICES = ("auto", "cpu", "cuda")
 @dataclass(frozen=True)
 class TrainSettings:
     """All settings of a training; defaults are those of the paper's CIFAR-10 runs if it has them, cosine aside.
+
+    A model that starts from trained weights has defaults of its own, which keep what they learned: a lower learning
+    rate (`FINE_TUNING_RATES`), and methods that move less (`Method.fine_tuning`). What is given always wins.
 
     Attributes:
         method: name of a training method.
@@ -52,6 +57,12 @@ class TrainSettings:
         stop: fraction of the training after which the masks stay; None for the method's default.
         doubling: epochs at which `every` doubles; empty for the method's default.
         options: options of the method by name.
+        fine_tune: whether to take the defaults of a model that starts from trained weights; None for what the model's
+            description says, see `starts_trained`.
+        teacher: model folder, run folder or state_dict file of a network of the same architecture, whose outputs are
+            learned from; None for none.
+        teacher_weight: share of the loss that compares the outputs with the teacher's, in (0, 1].
+        teacher_temperature: divisor of both scores there; see `distillation`.
     """
 
     method: str = "dsr"
@@ -76,6 +87,10 @@ class TrainSettings:
     stop: float | None = None
     doubling: tuple[float, ...] = ()
     options: Mapping[str, float | str] = field(default_factory=dict)
+    fine_tune: bool | None = None
+    teacher: str | None = None
+    teacher_weight: float = 0.7
+    teacher_temperature: float = 2.0
 
     def check(self) -> None:
         """Raises one `UsageError` that lists every value that is not allowed, each with what is allowed."""
@@ -112,6 +127,8 @@ class TrainSettings:
             ("weight_decay", 0, math.inf, "0 or more"),
             ("label_smoothing", 0, 1 - 1e-9, "a fraction in [0, 1)"),
             ("workers", 0, math.inf, "0 or more processes"),
+            ("teacher_weight", 1e-12, 1, "a share of the loss in (0, 1]"),
+            ("teacher_temperature", 1e-12, math.inf, "a positive number"),
             ("seed", 0, 2**63 - 1, "a whole number from 0 on"),
             ("every", 1, math.inf, "1 or more steps"),
             ("stop", 0, 1, "a fraction of the training in [0, 1]"),
@@ -172,7 +189,8 @@ class TrainSettings:
     @property
     def learning_rate(self) -> float:
         """The peak learning rate."""
-        return self.lr if self.lr is not None else LEARNING_RATES[self.optimizer]
+        rates = FINE_TUNING_RATES if self.fine_tune else LEARNING_RATES
+        return self.lr if self.lr is not None else rates[self.optimizer]
 
     @property
     def resolved_momentum(self) -> float | None:
@@ -195,14 +213,24 @@ class TrainSettings:
                 f"of {total_steps}; lower it, raise --stop, or train longer."
             )
 
-    def resolve(self, augment: str) -> TrainSettings:
+    def resolve(self, augment: str, *, trained: bool = False) -> TrainSettings:
         """Returns the settings with every None that stands for a default filled in, as they are logged.
 
         Args:
             augment: the augmentation that suits the data.
+            trained: whether the model starts from trained weights.
         """
-        rates = replace(self, lr=self.learning_rate, momentum=self.resolved_momentum)
-        return replace(rates, augment=self.augment or augment, device=self.torch_device.type)
+        chosen = replace(self, fine_tune=trained if self.fine_tune is None else self.fine_tune)
+        chosen = replace(chosen, lr=chosen.learning_rate, momentum=self.resolved_momentum)
+        if chosen.fine_tune and self.method in METHODS:  # a plugin method has its own defaults
+            options = dict(METHODS[self.method].fine_tuning)
+            stop = options.pop("stop", None)
+            chosen = replace(
+                chosen,
+                stop=float(stop) if self.stop is None and stop is not None else self.stop,
+                options={**options, **self.options},
+            )
+        return replace(chosen, augment=self.augment or augment, device=self.torch_device.type)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for JSON."""

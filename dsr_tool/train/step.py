@@ -18,6 +18,7 @@ from dsr_tool.train.evaluation import training_loss
 from dsr_tool.train.optimizers import load_optimizer, lr_factor, make_optimizer
 from dsr_tool.train.ranks import Ranks
 from dsr_tool.train.settings import PRECISIONS, TrainSettings
+from dsr_tool.train.teacher import Teacher
 
 __all__ = ["NonFiniteLossError", "Stepper"]
 
@@ -43,6 +44,7 @@ class Stepper:
         classes: int,
         steps_per_epoch: int,
         on_reallocation: Callable[[int, Reallocation], None],
+        teacher: Teacher | None = None,
     ) -> None:
         """Moves the model to its device, and makes what trains it there.
 
@@ -52,6 +54,7 @@ class Stepper:
             classes: number of classes of the data.
             steps_per_epoch: optimizer steps per epoch, from which learning rate and method take their schedules.
             on_reallocation: called with the step and the reallocation after each update of the method.
+            teacher: network whose outputs are learned from; moved to the device. None for labels alone.
 
         Raises:
             UsageError: the model or the settings do not fit the method.
@@ -62,6 +65,10 @@ class Stepper:
         device = settings.torch_device
         # First of all: the optimizer must see the parameters that are on the device.
         model.to(device, memory_format=settings.memory_format)
+        self._teacher = teacher
+        if teacher is not None:
+            teacher.module.to(device)
+            teacher.module.to(memory_format=settings.memory_format)
         self.optimizer = make_optimizer(model.module, settings)
         self._scheduler = optim.lr_scheduler.LambdaLR(self.optimizer, lr_factor(settings, steps_per_epoch))
         self._scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
@@ -96,7 +103,9 @@ class Stepper:
         if self._settings.compile:
             torch.compiler.cudagraph_mark_step_begin()
         with mixed:
-            loss, scores = training_loss(self._forward(inputs), labels, self._classes, self._settings)
+            # The teacher is not compiled: its forward pass has no gradients, and a second graph would cost minutes.
+            taught = None if self._teacher is None else self._teacher(inputs)
+            loss, scores = training_loss(self._forward(inputs), labels, self._classes, self._settings, taught)
         # Stop before the step spreads it to all weights. Reading the loss would stall a GPU, so there the loop looks at
         # many losses at once, later.
         if loss.device.type == "cpu" and self._ranks.count == 1 and not math.isfinite(loss.item()):

@@ -40,13 +40,15 @@ def run_headline(log: RunLog) -> list[Number]:
     last, best = facts["last_test_accuracy"], facts["best_test_accuracy"]
     if last is None or best is None:
         return [Number("Training", facts["status"], f"{note}; no epoch was completed")]
+    start = facts["start_test_accuracy"]
+    before = "" if start is None else f", {numbers.percent(start)} before the training"
     grown = sum(reallocation.grown for reallocation in log.reallocations)
     return [
         Number("Training", facts["status"], f"{note}, {facts['epochs']} of {log.settings.get('epochs', '?')} epochs"),
         Number(
             "Test accuracy",
             numbers.percent(last),
-            f"best {numbers.percent(best)} in epoch {facts['best_epoch']}",
+            f"best {numbers.percent(best)} in epoch {facts['best_epoch']}{before}",
         ),
         Number(
             "Weights dropped",
