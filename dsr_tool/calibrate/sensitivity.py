@@ -24,10 +24,13 @@ from dsr_tool.sparsity.layers import LayerSpec
 
 __all__ = ["measure"]
 
-_PICTURES, _GRADIENT_MACS = 64, 1e12
-"""Most pictures for gradients, and multiply-adds of one pass over them: 2 to 3 minutes for 64 pictures of VGG-16."""
+_PICTURES, _LEAST_PICTURES, _GRADIENT_MACS = 64, 8, 1e12
+"""Most pictures for gradients, fewest, and multiply-adds of one pass over them.
 
-_TRIAL_PICTURES, _TRIAL_MACS, _FEWEST = 32, 4e12, 4
+All 64 are used up to 16 GMACs a picture, as VGG-16 has. With very few, linear layers would seem to read constants.
+"""
+
+_TRIAL_PICTURES, _LEAST_TRIAL_PICTURES, _TRIAL_MACS = 32, 4, 4e12
 """Most pictures for trials, and multiply-adds of one pass over them for every layer: some 3 minutes on an AVX2 core.
 
 Where that leaves fewer than four, as for the larger EfficientNets, the gradients stand alone.
@@ -72,7 +75,7 @@ def measure(
     """
     sparse = [spec for spec in specs.values() if spec.role == "sparse"]
     macs = sum(spec.macs_per_weight * spec.size for spec in specs.values())
-    pictures = pictures[: _affordable(_PICTURES, _GRADIENT_MACS, macs)]
+    pictures = pictures[: max(_affordable(_PICTURES, _GRADIENT_MACS, macs), _LEAST_PICTURES)]
     few = pictures[: _affordable(_TRIAL_PICTURES, _TRIAL_MACS, macs * len(sparse))]
     # A trial starts at its layer, so it takes half a pass on average.
     clock = _Clock(len(pictures) * PASSES + len(sparse) * len(_TRIALS) * len(few) // 2, on_progress)
@@ -88,7 +91,7 @@ def measure(
         raise UsageError(
             f"the outputs of {type(module).__name__} have no gradient by any sparse layer; give another distribution."
         )
-    if len(few) >= _FEWEST:
+    if len(few) >= min(_LEAST_TRIAL_PICTURES, len(pictures)):
         levels = _levels(sparse, costs)
         masks = {
             spec.name: [(first <= level).reshape(spec.shape) for level in chosen]
@@ -102,8 +105,8 @@ def measure(
 
 
 def _affordable(most: int, limit: float, macs: float) -> int:
-    """Returns the number of pictures that a limit of multiply-adds allows, at most `most` and at least one."""
-    return max(1, min(most, int(limit / max(macs, 1.0))))
+    """Returns the number of pictures that a limit of multiply-adds allows, at most `most`."""
+    return min(most, int(limit / max(macs, 1.0)))
 
 
 def _curves(sparse: Sequence[LayerSpec], costs: npt.NDArray[np.float64]) -> Curves:

@@ -1,12 +1,14 @@
 """Cost curves of layers. Pruning each layer for real, and the KL divergence of the outputs, are the referee."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from dsr_tool.calibrate import sensitivity
 from dsr_tool.calibrate.gradients import DENSITIES
 from dsr_tool.calibrate.sensitivity import measure
 from dsr_tool.errors import UsageError
@@ -208,3 +210,24 @@ def test_progress_grows_to_the_end():
 
 def test_densities_end_at_one():
     assert DENSITIES[-1] == 1.0 and np.all(np.diff(DENSITIES) > 0)
+
+
+def test_slow_networks_go_by_gradients_alone(monkeypatch):
+    module, x = network(), pictures()
+    trials = measure(module, specs_of(module), x)
+    monkeypatch.delattr(sensitivity, "prune_each")
+    specs = {name: replace(spec, macs_per_weight=1e12) for name, spec in specs_of(module).items()}
+    alone = measure(module, specs, x)
+    for name, curve in alone.layers.items():
+        assert 0.05 < curve.cost(curve.size // 4) / trials.layers[name].cost(curve.size // 4) < 20
+
+
+def test_a_smooth_curve_passes_through_its_trials_and_ends_at_zero():
+    errors = (1 - np.array(DENSITIES)) ** 2
+    noisy = 5 * errors * np.exp(np.random.default_rng(0).normal(0, 0.5, len(errors)))
+    smooth = sensitivity._smooth(noisy, errors)
+    assert smooth[-1] == 0 and np.all(np.diff(smooth) < 0)
+    assert np.exp(np.mean(np.log(smooth[10:-5] / errors[10:-5]))) == pytest.approx(5, rel=0.3)
+    through = sensitivity._through(smooth, [20, 8], [0.7, 2 * float(smooth[8])])
+    assert through[20] == pytest.approx(0.7) and through[[8, 0]] == pytest.approx(2 * smooth[[8, 0]])
+    assert np.array_equal(sensitivity._through(smooth, [8], [None]), smooth)
