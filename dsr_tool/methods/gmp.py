@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import ClassVar
 
 import torch
 
@@ -15,10 +16,11 @@ from dsr_tool.methods.schedule import ReallocationSchedule, Timing
 from dsr_tool.sparse.active import ActiveWeights, Positions
 from dsr_tool.sparsity.apportion import apportion
 from dsr_tool.sparsity.budget import Budget
+from dsr_tool.sparsity.distribution import Lamp
 
 __all__ = ["GradualPruning"]
 
-_SCOPES = ("layer", "global")
+_SCOPES = ("layer", "global", "lamp")
 _PRUNINGS = 20
 """Number of prunings of the default schedule."""
 
@@ -33,6 +35,8 @@ class GradualPruning(Method):
     summary = "prunes the smallest weights of a dense model along a cubic curve, grows nothing"
     starts_dense = True
     changes_density = True
+    # Trained layers need very different densities, and magnitudes are not comparable between them.
+    fine_tuning: ClassVar = {"scope": "lamp"}
 
     def __init__(
         self, schedule: ReallocationSchedule, *, final_sparsity: float | str | None = None, scope: str = "layer"
@@ -43,7 +47,8 @@ class GradualPruning(Method):
             schedule: steps at which to prune; at the last one the final sparsity is reached.
             final_sparsity: fraction of zeros among the sparse weights at the end, in (0, 1).
             scope: where magnitudes are compared: within each `layer`, so that all end equally sparse, or in the whole
-                network (`global`), which leaves small layers with large weights denser.
+                network (`global`), which leaves small layers with large weights denser; or in the whole network by
+                `lamp` scores, which compare a weight with the larger ones of its layer.
 
         Raises:
             UsageError: the final sparsity is missing or outside its range, or the scope is unknown.
@@ -95,7 +100,10 @@ class GradualPruning(Method):
         if self.scope == "global":
             return smallest_of_all(weights, max(sum(weights.counts) - total, 0))
         # Shares by size, but no layer gets more than it has: a sparser layer leaves the rest of its share to others.
-        if total < sum(weights.counts):
+        if total < sum(weights.counts) and self.scope == "lamp":
+            magnitudes = [values.abs().cpu().numpy() for values in weights.values.split(weights.counts)]
+            targets = Lamp(magnitudes).counts(total, [min(count, 1) for count in weights.counts])
+        elif total < sum(weights.counts):
             targets = apportion(total, weights.sizes, weights.counts, [1] * len(weights.sizes))
         else:
             targets = list(weights.counts)

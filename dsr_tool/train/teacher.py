@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import kl_div, log_softmax
 
-from converters.state_dicts import load_strictly
+from converters.state_dicts import load_strictly, read_weights
 from converters.tickets import checksum
 from dsr_tool.errors import DsrError, FileError, FormatError, UsageError
 from dsr_tool.sparse.folder import read_folder
@@ -72,8 +72,6 @@ def open_teacher(path: str, model: SparseModel) -> Teacher:
 def _read_file(path: str, module: nn.Module) -> dict[str, torch.Tensor]:
     if not Path(path.partition("#")[0]).exists():  # the key of one of several states may follow
         raise FileError(f"--teacher {path!r} does not exist; give a model folder, a run folder or a state_dict file.")
-    from converters.state_dicts import read_weights
-
     try:
         return read_weights(path, module).state
     except DsrError as error:  # its sentence is about --weights, which nobody gave here

@@ -206,6 +206,20 @@ def test_gmp_with_scope_global_compares_magnitudes_of_all_layers(sizes, seed):
     assert not dropped.any() or not others or magnitude[dropped].max() <= magnitude[others].min()
 
 
+def test_gmp_with_scope_lamp_keeps_the_best_relative_squares_of_every_layer():
+    weights = network([(200, 200), (90, 90)], 5)
+    weights = replace(weights, values=weights.values * torch.cat([torch.full((200,), 1e-3), torch.ones(90)]))
+    method = GradualPruning(ReallocationSchedule(((0, 1),), 1), final_sparsity=0.5, scope="lamp")
+    moved = method.update(weights, 1, torch.Generator())
+    scores = []
+    for piece in weights.values.double().square().split([200, 90]):
+        scores += [(value / piece[piece >= value].sum()).item() for value in piece]
+    worst = sorted(range(290), key=scores.__getitem__)[:145]
+    assert moved.dropped.flat.tolist() == sorted(worst)
+    # A layer whose weights are a thousandth of the other's is not emptied, as it is by magnitudes.
+    assert min(moved.dropped.counts) > 20
+
+
 def _pieces(values, counts):
     return zip(np.cumsum([0, *counts]).tolist(), values.split(counts), strict=False)
 

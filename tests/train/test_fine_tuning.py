@@ -62,7 +62,7 @@ def test_the_defaults_of_both_kinds_of_models_are_pinned():
     gradual = TrainSettings(method="gmp", optimizer="adam", options={"final_sparsity": 0.8}).resolve(
         "none", trained=True
     )
-    assert (gradual.lr, gradual.stop, gradual.options) == (1e-4, None, {"final_sparsity": 0.8})
+    assert (gradual.lr, gradual.stop, gradual.options) == (1e-4, None, {"final_sparsity": 0.8, "scope": "lamp"})
 
 
 def test_what_is_given_wins_over_both_kinds_of_defaults():
