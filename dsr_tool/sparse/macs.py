@@ -1,8 +1,9 @@
-"""Counts the multiply-adds of every weight by running the module on the meta device."""
+"""Counts the multiply-adds of every weight by running the module, on the meta device if possible."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,8 @@ from dsr_tool.sparsity.layers import LayerSpec
 
 __all__ = ["output_shape", "with_macs"]
 
+_Mode = Callable[[Mapping[str, torch.Tensor]], contextlib.AbstractContextManager[object]]
+
 _BATCH = 2
 """Number of inputs of the run; counts are divided by it."""
 
@@ -28,11 +31,10 @@ class _Counter(TorchDispatchMode):
         macs: multiply-adds of `_BATCH` inputs by parameter name.
     """
 
-    def __init__(self, owners: Mapping[int, str]) -> None:
-        """Takes the parameter name of each storage, by address."""
+    def __init__(self, owners: Mapping[int, str], macs: dict[str, int]) -> None:
+        """Takes the parameter name of each storage, by address, and the counts to add to."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self._owners = owners
-        self.macs: dict[str, int] = {}
+        self._owners, self.macs = owners, macs
 
     def __torch_dispatch__(
         self,
@@ -56,8 +58,9 @@ class _Counter(TorchDispatchMode):
 
 
 def with_macs(module: nn.Module, specs: Mapping[str, LayerSpec], input_shape: tuple[int, ...]) -> dict[str, LayerSpec]:
-    """Returns the specs with `macs_per_weight` for one input. On the meta device, nothing is computed or copied.
+    """Returns the specs with `macs_per_weight` for one input.
 
+    The module runs on the meta device, where nothing is computed or copied; if it decides by values, on noise instead.
     Detectors with two stages count as many regions in the second one as it gets at most.
 
     Args:
@@ -68,14 +71,16 @@ def with_macs(module: nn.Module, specs: Mapping[str, LayerSpec], input_shape: tu
     Raises:
         UsageError: the network does not accept such an input.
     """
-    state = _meta_state(module)
-    counter = _Counter({state[name].untyped_storage()._cdata: name for name, spec in specs.items() if spec.weight})
-    with counter:
-        _run(module, state, input_shape)
+    macs: dict[str, int] = {}
+
+    def counter(state: Mapping[str, torch.Tensor]) -> _Counter:
+        macs.clear()  # of a run that failed
+        names = (name for name, spec in specs.items() if spec.weight)
+        return _Counter({state[name].untyped_storage()._cdata: name for name in names}, macs)
+
+    _run(module, input_shape, counter)
     return {
-        name: replace(spec, macs_per_weight=counter.macs.get(name, 0) / _BATCH / max(spec.size, 1))
-        if spec.weight
-        else spec
+        name: replace(spec, macs_per_weight=macs.get(name, 0) / _BATCH / max(spec.size, 1)) if spec.weight else spec
         for name, spec in specs.items()
     }
 
@@ -88,38 +93,52 @@ def output_shape(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, 
     Raises:
         UsageError: the network does not accept such an input.
     """
-    output = _run(module, _meta_state(module), input_shape)
+    output = _run(module, input_shape)
     if isinstance(output, Mapping):
         output = output.get("out")
     return tuple(output.shape[1:]) if isinstance(output, torch.Tensor) else ()
 
 
-def _meta_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns every parameter and buffer on the meta device, without values."""
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+def _run(module: nn.Module, input_shape: tuple[int, ...], mode: _Mode = lambda _: contextlib.nullcontext()) -> object:
+    """Returns the output for `_BATCH` inputs in eval mode. The module itself stays as it is.
 
-
-def _run(module: nn.Module, state: dict[str, torch.Tensor], input_shape: tuple[int, ...]) -> object:
-    """Returns the output for `_BATCH` inputs in eval mode. The module itself stays as it is."""
-    training = {child: child.training for child in module.modules()}
-    dtype = next((t.dtype for t in module.parameters() if t.is_floating_point()), torch.float32)
-    example = torch.empty((_BATCH, *input_shape), dtype=dtype, device="meta")
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    # The fused attention of eval mode would hide the products with the projections.
-    torch.backends.mha.set_fastpath_enabled(False)
+    Args:
+        module: the network.
+        input_shape: shape of one input.
+        mode: returns the context of a run, given all parameters and buffers that it reads.
+    """
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    first = next((t for t in module.parameters() if t.is_floating_point()), torch.empty(0))
+    shape = (_BATCH, *input_shape)
     try:
-        module.eval()
-        with torch.no_grad():
-            # Without values there are no boxes, so a detector runs in its form without their choice.
-            output: object = torch.func.functional_call(tensor_form(module, regions=None), state, (example,))
-            return output
+        try:
+            meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+            return _forward(module, meta, torch.empty(shape, dtype=first.dtype, device="meta"), mode)
+        except Exception as error:
+            # Control flow that depends on values, or an operator without a rule for shapes.
+            if "meta" not in str(error).lower():
+                raise
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        return _forward(module, state, noise.to(first.device, first.dtype), mode)
     except Exception as error:  # a module may raise anything
         raise UsageError(
             f"input shape {list(input_shape)} does not fit {type(module).__name__}: {first_line(error)}; "
             f"give another --input-size or --input-shape."
         ) from error
+
+
+def _forward(module: nn.Module, state: dict[str, torch.Tensor], example: torch.Tensor, mode: _Mode) -> object:
+    training = {child: child.training for child in module.modules()}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    # The fused attention of eval mode would hide the products with the projections.
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        module.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), mode(state):
+            # The boxes of a detector depend on values, so it runs in its form without their choice.
+            output: object = torch.func.functional_call(tensor_form(module, regions=None), state, (example,))
+            return output
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for child, mode in training.items():
-            child.training = mode
+        for child, mode_before in training.items():
+            child.training = mode_before
