@@ -1,0 +1,176 @@
+"""Estimates the memory of a calibration before it starts, and compares it with what the machine has left."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dsr_tool.calibrate.segments import evaluating
+from dsr_tool.errors import UsageError, first_line
+from dsr_tool.sparse.discover import discover
+
+__all__ = ["Need", "available_bytes", "memory_need", "require_memory"]
+
+_FLOAT = 4
+"""Bytes of a float32."""
+
+_WEIGHTS = 4
+"""Copies of all weights besides the network itself: dense values to go back to, those swapped out, gradients, masks."""
+
+_MOMENTS = 14
+"""Matrices of columns x columns that are alive while a layer is solved: 11 in the solver, measured on layers of 256 to
+2,048 columns, and 3 of sums and means."""
+
+_SYSTEMS = 3 << 28
+"""Most bytes of the rows' own systems, which are factorised in chunks: three times 256 MiB."""
+
+_BATCH, _ALIVE = 16, 4
+"""Pictures of one pass, and activations of the largest size that are alive in it, with the samples taken of them."""
+
+_KEPT = 3 << 29
+"""Most bytes of the values that are kept between two stages: 1 GiB, and half of that again while a stage advances."""
+
+_INPUT, _VALUE = 8, 6
+"""Bytes per float of a picture, which is held twice, and of a kept value: float16, dense and sparse, half of it twice.
+"""
+
+
+@dataclass(frozen=True)
+class Need:
+    """The estimated memory of a calibration.
+
+    Attributes:
+        fixed_bytes: bytes that do not depend on the number of pictures: weights, moments of the largest layer, a batch.
+        picture_bytes: bytes per picture for its pixels.
+        kept_bytes: bytes per picture for values between stages, up to a bound on all of them.
+    """
+
+    fixed_bytes: int
+    picture_bytes: int
+    kept_bytes: int
+
+    def of(self, count: int) -> int:
+        """Returns the bytes for a number of pictures."""
+        return self.fixed_bytes + count * self.picture_bytes + min(count * self.kept_bytes, _KEPT)
+
+    def fitting(self, nbytes: int) -> int:
+        """Returns the largest number of pictures that these bytes suffice for; 0 if not even one fits."""
+        left = nbytes - self.fixed_bytes
+        # Either all pictures keep what they need, or the bound on all of them is reached.
+        return max(left // (self.picture_bytes + self.kept_bytes), (left - _KEPT) // self.picture_bytes, 0)
+
+
+def require_memory(module: nn.Module, input_shape: tuple[int, ...], count: int) -> None:
+    """Raises `UsageError` if calibrating a network on `count` pictures would take more memory than there is.
+
+    Args:
+        module: the network.
+        input_shape: shape of one input.
+        count: number of pictures.
+    """
+    available = available_bytes()
+    need = memory_need(module, input_shape)
+    if available is None or need.of(count) <= available:
+        return
+    fitting = need.fitting(available)
+    remedy = f"give --calibration-images {fitting}" if fitting else "not even one fits: use a machine with more memory"
+    raise UsageError(
+        f"calibrating {type(module).__name__} on {count} pictures needs about {need.of(count) / 1e9:.1f} GB, and "
+        f"{available / 1e9:.1f} GB of memory are available; {remedy}, or convert without --calibrate."
+    )
+
+
+def memory_need(module: nn.Module, input_shape: tuple[int, ...]) -> Need:
+    """Estimates the memory of calibrating a network; it is run once on an input of zeros.
+
+    Raises:
+        UsageError: the module does not take such an input.
+    """
+    pixels, largest = torch.Size(input_shape).numel(), _largest_activation(module, input_shape)
+    weights = sum(parameter.numel() for parameter in module.parameters())
+    moments, systems = map(max, zip((0, 0), *_solving(module), strict=True))
+    fixed = _FLOAT * (_WEIGHTS * weights + _MOMENTS * moments + _BATCH * _ALIVE * largest) + min(systems, _SYSTEMS)
+    return Need(fixed, _INPUT * pixels, _VALUE * largest)
+
+
+def _solving(module: nn.Module) -> Iterator[tuple[int, int]]:
+    """Yields, for each weight, the entries of its moments, and the bytes of its rows' systems in one piece."""
+    for name, spec in discover(module).items():
+        if spec.weight:
+            rows, columns = spec.shape[0], math.prod(spec.shape[1:])
+            groups = getattr(module.get_submodule(name.rpartition(".")[0]), "groups", 1)
+            # A convolution has moments for each group; whatever a module of the user's own calls groups is ignored.
+            yield (groups if isinstance(groups, int) else 1) * columns**2, 3 * _FLOAT * rows * columns**2
+
+
+def _largest_activation(module: nn.Module, input_shape: tuple[int, ...]) -> int:
+    """Returns the floats of the largest output of a layer for one input."""
+    largest = torch.Size(input_shape).numel()
+
+    def look(_: nn.Module, __: object, output: object) -> None:
+        nonlocal largest
+        if isinstance(output, torch.Tensor):
+            largest = max(largest, output.numel())
+
+    hooks = [child.register_forward_hook(look) for child in module.modules()]
+    try:
+        with evaluating(module):
+            module(torch.zeros(1, *input_shape))
+    except Exception as error:  # the network may be the user's own, and raise anything
+        raise UsageError(
+            f"{type(module).__name__} does not take inputs of shape {list(input_shape)}: {first_line(error)}."
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return largest
+
+
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Returns the memory that this process can still get: the machine's, or that of its control group if that is less.
+
+    Args:
+        root: folder that stands for `/`.
+
+    Returns:
+        Bytes; None where the system does not tell, which only Linux does.
+    """
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _read(root / "proc/meminfo"))
+    limits = [int(found[1]) * 1024] if found else []
+    # A line is `0::/path` in version 2 of control groups, and `4:memory:/path` in version 1.
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2) if line.count(":") > 1 else ("", "-", "")
+        if controllers == "":
+            limits += _group_limits(root / "sys/fs/cgroup", path, "memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            limits += _group_limits(root / "sys/fs/cgroup/memory", path, *names)
+    return max(min(limits), 0) if limits else None
+
+
+def _group_limits(mount: Path, path: str, limit: str, usage: str) -> Iterator[int]:
+    """Yields what is left of the limit of a control group and of every group around it."""
+    group = mount / path.strip("/")
+    # Inside a container, the path may be that of the host; its own group is then mounted at the top.
+    for folder in [group, *group.parents]:
+        allowed, used = (_read(folder / name).strip() for name in (limit, usage))
+        if allowed.isdecimal() and used.isdecimal():
+            # The page cache counts as used, and is given back when memory is short.
+            cache = re.search(r"^(?:total_)?inactive_file (\d+)", _read(folder / "memory.stat"), re.MULTILINE)
+            yield int(allowed) - int(used) + (int(cache[1]) if cache else 0)
+        if folder == mount:
+            return
+
+
+def _read(path: Path) -> str:
+    """Returns the text of a file of the system; empty if there is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""

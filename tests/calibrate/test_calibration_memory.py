@@ -1,0 +1,95 @@
+"""The memory of a calibration is estimated before it starts, and the limit of a control group counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dsr_tool.calibrate import memory
+from dsr_tool.calibrate.memory import Need, available_bytes, memory_need, require_memory
+from dsr_tool.errors import UsageError
+
+SHAPE = (3, 16, 16)
+
+
+def net(width: int = 8) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(width * 256, 10))
+
+
+def system(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_need_grows_with_pictures_and_fitting_is_its_inverse():
+    need = Need(1000, 10, 20)
+    assert need.of(5) == 1000 + 150
+    assert [need.fitting(need.of(n)) for n in (1, 5, 77)] == [1, 5, 77]
+    assert need.fitting(1000) == need.fitting(10) == 0
+    bounded = Need(0, 1, memory._KEPT)
+    assert bounded.of(1000) == 1000 + memory._KEPT and bounded.fitting(bounded.of(1000)) == 1000
+
+
+def test_the_largest_layer_and_activation_count():
+    small, wide = memory_need(net(8), SHAPE), memory_need(net(16), SHAPE)
+    assert wide.kept_bytes == 2 * small.kept_bytes and wide.picture_bytes == small.picture_bytes == 8 * 3 * 256
+    # The linear layer has 4,096 columns in place of 2,048, and a matrix of moments has columns x columns.
+    assert wide.fixed_bytes - small.fixed_bytes > 4 * memory._MOMENTS * (4096**2 - 2048**2)
+    grouped = memory_need(nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 3, groups=64)), SHAPE)
+    assert (
+        grouped.fixed_bytes < memory_need(nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 3)), SHAPE).fixed_bytes
+    )
+
+
+def test_the_network_stays_as_it_is():
+    module = net().train()
+    memory_need(module, SHAPE)
+    assert module.training and not any(child._forward_hooks for child in module.modules())
+    with pytest.raises(UsageError, match="does not take inputs of shape"):
+        memory_need(module, (3, 8, 8))
+    assert not any(child._forward_hooks for child in module.modules())
+
+
+def test_too_little_memory_names_the_pictures_that_fit(monkeypatch):
+    need = memory_need(net(), SHAPE)
+    monkeypatch.setattr(memory, "available_bytes", lambda: need.of(40))
+    require_memory(net(), SHAPE, 40)
+    with pytest.raises(UsageError, match="on 41 pictures .* --calibration-images 40"):
+        require_memory(net(), SHAPE, 41)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1)
+    with pytest.raises(UsageError, match="not even one fits"):
+        require_memory(net(), SHAPE, 16)
+    monkeypatch.setattr(memory, "available_bytes", lambda: None)
+    require_memory(net(), SHAPE, 10**9)
+
+
+def test_the_smallest_limit_around_the_process_counts(tmp_path):
+    machine = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:  8000 kB\n"}
+    assert available_bytes(system(tmp_path, machine)) == 8000 * 1024
+    version2 = {
+        "proc/self/cgroup": "0::/user/job\n",
+        "sys/fs/cgroup/user/job/memory.max": "max\n",
+        "sys/fs/cgroup/user/job/memory.current": "5\n",
+        "sys/fs/cgroup/user/memory.max": "7000\n",
+        "sys/fs/cgroup/user/memory.current": "5000\n",
+        "sys/fs/cgroup/user/memory.stat": "anon 1\nactive_file 7\ninactive_file 900\n",
+    }
+    assert available_bytes(system(tmp_path, version2)) == 7000 - 5000 + 900
+    version1 = {
+        "proc/self/cgroup": "5:cpu:/x\n4:memory,hugetlb:/x\n",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "600\n",
+        "sys/fs/cgroup/memory/memory.usage_in_bytes": "100\n",
+    }
+    assert available_bytes(system(tmp_path, version1)) == 500
+    assert available_bytes(tmp_path / "other system") is None
+
+
+def test_this_machine_has_memory_where_it_tells():
+    found = available_bytes()
+    assert found is None or found > torch.zeros(1).nbytes
