@@ -102,9 +102,20 @@ _MEASURED = {"computed_bytes": 5400, "measured_bytes": 6000, "difference": -0.1,
 _COMPUTED = {"computed_bytes": 1234, "measured_bytes": None, "difference": None, "load_peak_bytes": None}
 
 
+_SIDE = {
+    "path": HOSTILE,
+    "kind": "model folder",
+    "runtime": "pytorch",
+    "top1_fraction": 0.84,
+    "top1_interval": [0.756, 0.899],
+    "top5_fraction": 0.98,
+    "top5_interval": [0.93, 0.994],
+}
+
+
 @pytest.fixture(scope="session")
 def extras():
-    """Parts of a report's JSON: a budget that is exceeded, fallbacks, and memory."""
+    """Parts of a report's JSON: a budget that is exceeded, fallbacks, memory and accuracy."""
     runtimes = [("PyTorch", _MEASURED), (HOSTILE, _COMPUTED)]
     sizes = {"weights_bytes": 400, "activations_bytes": 5000, "moment": "Conv -> a_name_without_any_place_to_break"}
     unknown = dict.fromkeys(("weights_bytes", "activations_bytes", "moment", "computed_bytes", "difference"))
@@ -146,6 +157,17 @@ def extras():
             },
             "training_note": None,
             "measurement_note": "nothing was measured twice",
+        },
+        "accuracy": {
+            "data": HOSTILE,
+            "pictures": 100,
+            "labels": "labels.csv, column a_header_without_any_place_to_break",
+            "this": {**_SIDE, "top1_fraction": 0.0, "top1_interval": [0.0, 0.037]},
+            "against": {**_SIDE, "path": "dense"},
+            "agreement_fraction": 0.64,
+            "agreement_interval": [0.542, 0.727],
+            "kl_divergence_nats": 1.0031,
+            "notes": [HOSTILE],
         },
     }
 
