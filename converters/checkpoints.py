@@ -10,6 +10,7 @@ import re
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 
@@ -19,12 +20,12 @@ from dsr_tool.errors import UsageError, join_words
 __all__ = ["Checkpoint", "Found"]
 
 Shapes = Mapping[str, Sequence[int]]
-"""Shapes of a network's state_dict by name."""
-
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 """Parts of names that wrappers of modules add, anywhere in a name: DataParallel and AveragedModel, compile, FSDP."""
-_COUNTERS = ("n_averaged", "total_ops", "total_params")
-"""Last parts of entries that are not weights: of AveragedModel, and of the package thop."""
+_COUNTERS = ("num_batches_tracked", "n_averaged", "total_ops", "total_params")
+"""Ends of names of no weights, which may be missing or unknown: of norms, AveragedModel, and the package thop."""
+_OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
+"""Names in torchvision's published DenseNets, which its own loader renames too: `denselayer1.norm.1.weight`."""
 _AVERAGED = re.compile(r"(^|[._])(ema|swa|avg|averaged)($|[._])")
 """Keys of averaged weights, such as `model_ema`, `state_dict_ema`, `ema` and `swa_model`."""
 _TRIED = 16
@@ -44,6 +45,7 @@ class Found:
         masks: masks of `torch.nn.utils.prune` by name, True where active.
         missing: names of the network without a tensor, apart from counters of batch normalisation.
         problems: number of names that are missing or unknown, and of shapes that differ.
+        fits: number of names that have a tensor of the right shape, apart from those counters.
         label: the keys and the prefix that lead to the entries, joined by dots; empty for a plain state_dict.
         notes: what was chosen, removed and left out, in words; empty for a plain state_dict.
     """
@@ -52,18 +54,13 @@ class Found:
     masks: dict[str, torch.Tensor]
     missing: tuple[str, ...]
     problems: int
+    fits: int
     label: str
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Start:
-    """A beginning of paths.
-
-    Attributes:
-        prefix: the beginning, which the network's names do not have.
-        child: what the network's names have instead, for weights of one of its children; usually empty.
-    """
+class _Start(NamedTuple):
+    """A beginning of paths, and the child of the network that is there instead: usually none, the whole network."""
 
     prefix: str
     child: str
@@ -99,7 +96,7 @@ class Checkpoint:
         # mmengine saves them so, and its checkpoints have this key.
         result = cls({}, swapped=isinstance(content, dict) and "message_hub" in content)
         for keys, name, tensor in _walk(content, (), set()):
-            parts = name.split(".")
+            parts = _OLD_DENSENET.sub(r"\1\2", name).split(".")
             removed = tuple(part for part in parts if part in _WRAPPERS and part not in own)
             path = ".".join([*keys, *(part for part in parts if part not in removed)])
             result.tensors.setdefault(path, tensor)
@@ -137,15 +134,16 @@ class Checkpoint:
                     f"--weights ...#{choice} names no weights in the file; it has {known or 'only one set'}."
                 )
             found = chosen
-        least = min(one.problems for one in found)
-        fitting = [one for one in found if one.problems == least]
+        # Not the fewest problems first: of a larger network, a block that fits would have fewer than the whole.
+        most = max((one.fits, -one.problems) for one in found)
+        fitting = [one for one in found if (one.fits, -one.problems) == most]
         best = min(fitting, key=lambda one: not self._is_averaged(one.label))
         others = dict.fromkeys(one.label for one in fitting if one.label != best.label)
         if not others:
             return best
-        what = repr(best.label) if best.label else "what has no key"
         named = join_words([repr(label) for label in others][:_SHOWN], "and")
-        told = f"read {what}, not {named} (add #{next(iter(others))} to the file to choose that)"
+        told = f"read {repr(best.label) if best.label else 'what has no key'}, not {named}"
+        told += f" (add #{next(iter(others))} to the file to choose that)"
         return replace(best, notes=(told, *(note for note in best.notes if not note.startswith("read "))))
 
     def _starts(self, shapes: Shapes) -> list[_Start]:
@@ -175,12 +173,13 @@ class Checkpoint:
         taken = {name: path for name, path in taken.items() if path in self.tensors}
         keys = {self.keys[path] for path in taken.values()} or {self.keys[next(iter(self.tensors))]}
         inside = [path for path in self.tensors if self.keys[path] in keys]
-        missing = [name for name in shapes if name not in taken and not name.endswith("num_batches_tracked")]
+        missing = [name for name in shapes if name not in taken and not name.endswith(_COUNTERS)]
         elsewhere = self._elsewhere(missing, set(inside) - set(taken.values())) if len(missing) < len(taken) else {}
         used = {*taken.values(), *elsewhere.values()}
         rest = [path for path in inside if path not in used]
-        unknown = {start.child + path[len(start.prefix) :]: path for path in rest if path.startswith(start.prefix)}
-        unknown = {name: path for name, path in unknown.items() if not _may_be_left_out(name, optional)}
+        beside = [path for path in rest if path.startswith(start.prefix) and not path.endswith(_COUNTERS)]
+        unknown = {start.child + path[len(start.prefix) :]: path for path in beside}
+        unknown = {name: path for name, path in unknown.items() if not name.startswith(tuple(optional))}
         taken |= elsewhere
         missing = [name for name in missing if name not in taken and not name.startswith(tuple(optional))]
         differing = [name for name, path in taken.items() if self.tensors[path].shape != torch.Size(shapes[name])]
@@ -190,6 +189,7 @@ class Checkpoint:
             {name: self.masks[path] for name, path in taken.items() if path in self.masks},
             tuple(missing),
             len(missing) + len(unknown) + len(differing),
+            sum(not name.endswith(_COUNTERS) for name in taken) - len(differing),
             start.prefix.rstrip("."),
             self._notes(start, taken, left_out),
         )
@@ -248,7 +248,3 @@ def _walk(
             yield keys, key, value
         elif isinstance(key, str):
             yield from _walk(value, (*keys, key), seen)
-
-
-def _may_be_left_out(name: str, optional: Sequence[str]) -> bool:
-    return name.startswith(tuple(optional)) or name.rpartition(".")[2] in _COUNTERS

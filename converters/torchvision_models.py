@@ -20,6 +20,7 @@ from converters.checkpoints import Found
 from converters.state_dicts import fitting, is_state_file, load_strictly, read_weights
 from converters.torch_prune import prune_module
 from converters.torchvision_builders import OWN_NORMALISATION, architectures, build, reason, structure, task_of
+from converters.torchvision_similar import similar_architecture
 from converters.widths import WIDTHS
 from dsr_tool.errors import FileError, UsageError, unknown_name
 from dsr_tool.sparsity.config import ModelConfig, Preprocessing
@@ -126,7 +127,12 @@ def _with_state(name: str, found: Found, num_classes: int | None, what: str) -> 
     fresh = [key for key in module.state_dict() if key not in found.state and key.startswith(_AUXILIARY)]
     fresh += _missing_head(found, path, num_classes, what, name)
     random = build(name, outputs).state_dict() if fresh else {}
-    load_strictly(module, name, {**found.state, **{key: random[key] for key in fresh}}, what, found.label)
+    try:
+        load_strictly(module, name, {**found.state, **{key: random[key] for key in fresh}}, what, found.label)
+    except UsageError as error:
+        if (other := similar_architecture(name, found.state, _AUXILIARY)) is None:
+            raise
+        raise UsageError(f"--weights {what!r} is no state_dict of {name}, but of {other}; give that as ARCH.") from error
     if num_classes not in (None, outputs):
         # A new head: everything that has the same shape in both is copied, the rest keeps its random values.
         target = build(name, num_classes or outputs)

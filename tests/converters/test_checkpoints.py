@@ -4,6 +4,7 @@ import argparse
 import collections
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -259,6 +260,30 @@ def test_another_network_is_refused_with_names_from_the_file():
     for content in ({}, {"a": 1}, [MAIN], torch.ones(2), None):
         with pytest.raises(LookupError):
             fitting(content, Net())
+
+
+def test_a_block_that_fits_is_not_preferred_to_the_whole_of_another_network():
+    deeper = {**MAIN, **{f"more.{i}.fc.bias": HEAD["fc.bias"] for i in range(30)}}
+    del deeper["fc.weight"]
+    found = fitting({"model": {"module." + name: value for name, value in deeper.items()}}, Net())
+    assert found.label == "model" and found.missing == ("fc.weight",) and found.problems == 1 + 30
+
+
+def test_a_file_of_a_sibling_is_named(tmp_path):
+    torch.save({"model": under("module.", build("squeezenet1_0", 4).state_dict())}, tmp_path / "s.pth")
+    with pytest.raises(UsageError, match="no state_dict of squeezenet1_1, but of squeezenet1_0; give that as ARCH"):
+        load_network("squeezenet1_1", str(tmp_path / "s.pth"))
+    with pytest.raises(UsageError, match="no state_dict of lenet-300-100"):
+        load_network("lenet-300-100", str(tmp_path / "s.pth"))
+
+
+def test_published_densenets_have_names_of_older_versions():
+    module = build("densenet121")
+    state = module.state_dict()
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12]\.)", r"\1.\2", name): value for name, value in state.items()}
+    assert old.keys() != state.keys()
+    found = fitting(old, module)
+    assert found.problems == 0 and found.notes == () and all(found.state[name] is state[name] for name in state)
 
 
 def test_nested_without_end_or_twice_is_read_once():
