@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dsr_tool.calibrate.linear import Linear
+from dsr_tool.calibrate.paths import Paths, Step
 from dsr_tool.calibrate.rules import (
     Value,
     computed,
@@ -33,7 +34,7 @@ from dsr_tool.graph.operators import operator_of
 from dsr_tool.runtime.reference.interpreter import live_nodes
 from dsr_tool.sparse.trace import trace
 
-__all__ = ["Moments", "derive", "input_moments", "untrained"]
+__all__ = ["InputMoments", "Moments", "derive", "input_moments", "untrained"]
 
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
@@ -49,6 +50,7 @@ class Moments:
         transposed: whether the weight has its inputs in the first dimension, as those of transposed convolutions.
         norm: state_dict names of scale, shift, mean and variance of the batch norm that alone reads the output.
         bias: state_dict name of the layer's bias.
+        measured: whether the norm's statistics were measured, and not folded or left at mean 0 and variance 1.
     """
 
     mean: Float
@@ -57,9 +59,22 @@ class Moments:
     transposed: bool = False
     norm: tuple[str, ...] | None = None
     bias: str | None = None
+    measured: bool = False
 
 
-def input_moments(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, Moments | str]:
+class InputMoments(dict[str, Moments | str]):
+    """For each weight by name the moments of its layer's input, or in words why they are not known.
+
+    Attributes:
+        paths: how the layers' outputs reach the network's output.
+    """
+
+    def __init__(self, moments: Mapping[str, Moments | str], paths: Paths) -> None:
+        super().__init__(moments)
+        self.paths = paths
+
+
+def input_moments(module: nn.Module, input_shape: tuple[int, ...]) -> InputMoments:
     """Derives the moments of the input of every convolution and linear layer.
 
     The network's own input is taken as normalised: mean 0 and variance 1 in every channel, as pictures have about.
@@ -69,8 +84,7 @@ def input_moments(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, 
         input_shape: shape of one input, without the batch dimension.
 
     Returns:
-        For each weight by name its moments, or in words why they are not known. Weights that the output does not depend
-        on are missing.
+        The moments of each layer. Weights that the output does not depend on are missing.
 
     Raises:
         UsageError: the module cannot be captured with this input shape.
@@ -78,14 +92,14 @@ def input_moments(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, 
     return derive(trace(module, input_shape), module.state_dict())
 
 
-def derive(graph: Graph, state: Mapping[str, torch.Tensor]) -> dict[str, Moments | str]:
+def derive(graph: Graph, state: Mapping[str, torch.Tensor]) -> InputMoments:
     """Returns what `input_moments` does, for a graph that was captured already and the state_dict of its module."""
-    walk = _Walk(graph, state)
+    walk, steps = _Walk(graph, state), []
     with np.errstate(all="ignore"):
         for node, release in live_nodes(graph.nodes, graph.outputs[0].name):
-            walk.visit(node)
+            steps.append(walk.visit(node))
             walk.forget(release)
-    return walk.found
+    return InputMoments(walk.found, Paths(tuple(step for step in steps if step.inputs)))
 
 
 def untrained(state: Mapping[str, torch.Tensor]) -> list[str]:
@@ -104,12 +118,10 @@ class _Walk:
 
     Attributes:
         found: moments, or a reason, by weight name.
-        parts: for each value that adds or joins others, the fraction of its variance that each input contributes.
     """
 
     def __init__(self, graph: Graph, state: Mapping[str, torch.Tensor]) -> None:
         self.found: dict[str, Moments | str] = {}
-        self.parts: dict[str, list[float]] = {}
         self._state, self._users = state, graph.users()
         self._makers = {name: node for node in graph for name in node.outputs}
         self._values: dict[str, Value] = dict(graph.constants)
@@ -117,8 +129,8 @@ class _Walk:
         shape = (1, *(size or 1 for size in image.shape[1:]))
         self._values[image.name] = Signal(shape, np.zeros([1] * len(shape)), np.ones([1] * len(shape)))
 
-    def visit(self, node: Node) -> None:
-        """Derives the outputs of a node, and records the input of a layer."""
+    def visit(self, node: Node) -> Step:
+        """Derives the outputs of a node, records the input of a layer, and returns what the node does on paths."""
         inputs = [self._value(name) for name in node.inputs]
         try:
             outputs = self._outputs(node, inputs)
@@ -126,6 +138,17 @@ class _Walk:
             reason = f"is behind an operator {node.op} that moments do not pass ({first_line(error)[:80]})"
             outputs = [Unknown((), reason) for _ in node.outputs]
         self._values.update((name, value) for name, value in zip(node.outputs, outputs, strict=False) if name)
+        return self._step(node, inputs)
+
+    def _step(self, node: Node, inputs: Sequence[Value | None]) -> Step:
+        varying = [i for i, value in enumerate(inputs) if isinstance(value, Signal | Unknown)]
+        weight = self.weight_of(node.inputs[1]) if node.op in _LAYERS and len(varying) == 1 else ""
+        parts = [1.0]
+        if node.op in ("Add", "Sub", "Mul", "Concat") and len(varying) > 1:
+            shares = fractions(node.op, inputs)
+            parts = [shares[i] for i in varying]
+        names = tuple(node.inputs[i] for i in varying) if node.op != "Shape" else ()
+        return Step(names, tuple(name for name in node.outputs if name), weight, tuple(parts))
 
     def forget(self, names: Iterable[str]) -> None:
         """Frees values that no later node reads."""
@@ -159,8 +182,6 @@ class _Walk:
         if node.op == "MatMul":
             return [self._attention(node, inputs)]
         known = [value for value in signals if isinstance(value, Signal)]
-        if node.op in ("Add", "Sub", "Mul", "Concat") and len(signals) > 1:
-            self.parts[node.outputs[0]] = fractions(node.op, inputs)
         by_entry = operator_of(node.op).elementwise
         if len(known) < len(signals):
             (reason, *_) = (value.reason for value in signals if isinstance(value, Unknown))
@@ -187,7 +208,9 @@ class _Walk:
             raise ValueError(f"{len(mean)} channels do not fit {layer.inputs} inputs")
         # A linear layer on flattened pixels reads each channel several times in a row.
         mean, variance = (np.repeat(array, layer.inputs // len(array)) for array in (mean, variance))
-        self._record(name, Moments(mean, variance, layer.groups, layer.transposed, *self._readers(node)))
+        norm, reader = self._readers(node)
+        measured = norm is not None and not _is_new(self._state[norm[2]], self._state[norm[3]])
+        self._record(name, Moments(mean, variance, layer.groups, layer.transposed, norm, reader, measured))
         bias = inputs[2] if len(inputs) > 2 else None
         return layer.output(shape, mean, variance, bias if isinstance(bias, np.ndarray) else None)
 
