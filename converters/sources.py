@@ -32,8 +32,8 @@ def find_source(name: str) -> Source:
     for source in SOURCES.values():
         if reason := source.reason(name):
             raise UsageError(
-                f"ARCH {name!r} is {reason}; give a torchvision model for classification, segmentation or video, or "
-                f"module:callable for a network of your own."
+                f"ARCH {name!r} is {reason}; give a torchvision model for classification, segmentation, video or "
+                f"detection, or module:callable for a network of your own."
             )
     # A file of weights as ARCH is a common mistake, and close names would not help.
     if name and ("/" in name or Path(name).suffix or Path(name).exists()):

@@ -1,4 +1,4 @@
-"""Building torchvision's classification, segmentation and video models, with random weights or without values."""
+"""Building torchvision's models, with random weights or without values."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from dsr_tool.errors import UsageError, unknown_name
 
 __all__ = ["OWN_NORMALISATION", "TASKS", "architectures", "build", "reason", "structure", "task_of"]
 
-TASKS: dict[str, ModuleType] = {"classification": models, "segmentation": models.segmentation, "video": models.video}
-"""The modules of torchvision with models that map one tensor to one tensor, by task."""
+TASKS: dict[str, ModuleType] = {
+    "classification": models,
+    "segmentation": models.segmentation,
+    "video": models.video,
+    "detection": models.detection,
+}
+"""The modules of torchvision with models that can be converted, by task."""
 OWN_NORMALISATION = ("googlenet", "inception_v3")
 """Architectures that torchvision builds, with their trained weights, to undo ImageNet's normalisation inside."""
 
 _OTHER_TASKS = {
-    models.detection: "a detector, which takes a list of pictures and returns lists of boxes of any length",
     models.optical_flow: "an optical-flow model, which takes two pictures at once",
     models.quantization: "a model for 8-bit integers, whose weights torch keeps packed",
 }
@@ -42,11 +46,11 @@ def build(name: str, num_classes: int | None = None, width: float = 1.0) -> nn.M
 
     Args:
         name: torchvision's name.
-        num_classes: number of outputs; torchvision's own when absent.
+        num_classes: number of outputs; torchvision's own when absent. Detectors count the background as a class.
         width: factor on the architecture's own width, for those in `WIDTHS`.
 
     Raises:
-        UsageError: torchvision has no model of that name, or one that does not map a tensor to a tensor.
+        UsageError: torchvision has no model of that name that can be converted.
     """
     task = task_of(name)
     # torchvision's get_model passes no width for most of these, so WIDTHS calls their constructors.
@@ -57,7 +61,7 @@ def build(name: str, num_classes: int | None = None, width: float = 1.0) -> nn.M
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if name in OWN_NORMALISATION:
         options["init_weights"] = True  # without it, these two warn that the default will change
-    if task == "segmentation":
+    if task in ("segmentation", "detection"):
         options["weights_backbone"] = None  # without it, torchvision downloads a trained backbone
     module: nn.Module = models.get_model(name, weights=None, **options)
     return module
@@ -66,8 +70,12 @@ def build(name: str, num_classes: int | None = None, width: float = 1.0) -> nn.M
 def structure(name: str, num_classes: int | None = None, width: float = 1.0) -> nn.Module:
     """Returns a model without values, on the meta device, to be filled with `load_state_dict(..., assign=True)`.
 
-    If the builder computes with values, which the meta device does not have (RegNet), the model is a real one.
+    If the builder computes with values, which the meta device does not have, the model is a real one: RegNet, and
+    detectors, whose anchors are in no state_dict.
     """
+    if task_of(name) == "detection":
+        with torch.random.fork_rng(devices=[]):
+            return build(name, num_classes, width)
     try:
         with torch.device("meta"):
             return build(name, num_classes, width)

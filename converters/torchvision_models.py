@@ -1,4 +1,4 @@
-"""Source: torchvision's classification, segmentation and video models, with their published weights."""
+"""Source: torchvision's models for classification, segmentation, video and detection, with published weights."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torchvision.models import WeightsEnum
 from torchvision.models.regnet import ResBottleneckBlock
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from converters import torchvision_detectors as detectors
 from converters.base import Source
 from converters.checkpoints import Found
 from converters.state_dicts import fitting, is_state_file, load_strictly, read_weights
@@ -23,6 +24,7 @@ from converters.torchvision_builders import OWN_NORMALISATION, architectures, bu
 from converters.torchvision_similar import similar_architecture
 from converters.widths import WIDTHS
 from dsr_tool.errors import FileError, UsageError, unknown_name
+from dsr_tool.sparse.feeding import detector_kind
 from dsr_tool.sparsity.config import ModelConfig, Preprocessing
 
 __all__ = ["SOURCE", "load"]
@@ -76,14 +78,19 @@ def load(
     # Class names belong to the head of the weights; a new head has none.
     own_head = num_classes is None or num_classes == len(_categories(enum))
     shape = input_shape or _input_shape(name, task, module, enum, input_size)
+    origin = weights if enum is None else str(enum)
+    if task == "detection":
+        module = detectors.adapt(module, name, origin, shape)
     config = ModelConfig(
         source="torchvision",
         architecture=name,
         num_classes=num_classes or _head(module)[1],
         input_shape=shape,
-        preprocessing=_preprocessing(name, enum, shape[-1], trained=weights is not None),
+        preprocessing=detectors.preprocessing(shape[-1])
+        if task == "detection"
+        else _preprocessing(name, enum, shape[-1], trained=weights is not None),
         labels=tuple(_categories(enum)) if own_head else (),
-        conversion={"weights": weights if enum is None else str(enum), **record},
+        conversion={"weights": origin, **record},
         width=width,
     )
     return module, config
@@ -118,11 +125,12 @@ def _with_state(name: str, found: Found, num_classes: int | None, what: str) -> 
     """
     # Without values: random ones would be replaced at once.
     module = structure(name)
-    path, outputs = _head(module)
+    found = detectors.with_new_names(found, module)
+    path, outputs, each = _head(module)
     # The file may hold a model with another number of classes than torchvision's default.
     head = found.state.get(f"{path}.weight")
-    if head is not None and head.ndim >= 2 and head.shape[0] != outputs:
-        outputs = head.shape[0]
+    if head is not None and head.ndim >= 2 and head.shape[0] not in (0, outputs * each):
+        outputs = max(1, head.shape[0] // each)
         module = structure(name, outputs)
     fresh = [key for key in module.state_dict() if key not in found.state and key.startswith(_AUXILIARY)]
     fresh += _missing_head(found, path, num_classes, what, name)
@@ -132,7 +140,9 @@ def _with_state(name: str, found: Found, num_classes: int | None, what: str) -> 
     except UsageError as error:
         if (other := similar_architecture(name, found.state, _AUXILIARY)) is None:
             raise
-        raise UsageError(f"--weights {what!r} is no state_dict of {name}, but of {other}; give that as ARCH.") from error
+        raise UsageError(
+            f"--weights {what!r} is no state_dict of {name}, but of {other}; give that as ARCH."
+        ) from error
     if num_classes not in (None, outputs):
         # A new head: everything that has the same shape in both is copied, the rest keeps its random values.
         target = build(name, num_classes or outputs)
@@ -167,19 +177,26 @@ def _missing_head(found: Found, path: str, num_classes: int | None, what: str, n
     return list(found.missing)
 
 
-def _head(module: nn.Module) -> tuple[str, int]:
-    """Returns name and outputs of the last linear or convolutional layer: the classifier in every torchvision model."""
+def _head(module: nn.Module) -> tuple[str, int, int]:
+    """Returns the path of the layer that predicts classes, their number, and the layer's outputs for each.
+
+    In every model but a detector, it is the last linear or convolutional layer.
+    """
+    if detector_kind(module) is not None:
+        return detectors.class_head(module)
     layers = {
         path: child for path, child in module.named_modules() if isinstance(child, (nn.Linear, nn.Conv2d, nn.Conv3d))
     }
     path, layer = list(layers.items())[-1]
-    return path, int(layer.weight.shape[0])
+    return path, int(layer.weight.shape[0]), 1
 
 
 def _input_shape(
     name: str, task: str, module: nn.Module, enum: WeightsEnum | None, size: int | None
 ) -> tuple[int, ...]:
     """Returns the shape for a square of `size`, or else that of the weights or of the architecture."""
+    if size is None and task == "detection":
+        size = detectors.picture_size(module)
     # Vision transformers have position embeddings for one size, which they know.
     if size is None and enum is None and isinstance(getattr(module, "image_size", None), int):
         size = int(module.image_size)  # type: ignore[arg-type]
@@ -214,7 +231,11 @@ def _categories(enum: WeightsEnum | None) -> list[str]:
 
 
 def _structure_of(config: ModelConfig) -> nn.Module:
-    return structure(config.architecture, config.num_classes, config.width)
+    module = structure(config.architecture, config.num_classes, config.width)
+    if detector_kind(module) is None:
+        return module
+    weights = config.conversion.get("weights")
+    return detectors.adapt(module, config.architecture, None if weights is None else str(weights), config.input_shape)
 
 
 def _preset_dense(block: nn.Module) -> Iterator[tuple[nn.Module, str]]:
