@@ -46,6 +46,13 @@ class Call:
         return self.geometry[6] if self.geometry else 1
 
     @property
+    def columns(self) -> int:
+        """Length of an input vector."""
+        if self.geometry is None:
+            return self.operand.shape[-1]
+        return self.operand.shape[1] // self.groups * math.prod(self.geometry[0][2:])
+
+    @property
     def length(self) -> int:
         """Number of input vectors: positions of all pictures."""
         if self.geometry is None:

@@ -1,39 +1,41 @@
 """Masks and values of a whole network by reconstruction, layer by layer, from the first to the last.
 
 Each layer is fitted to what it wrote in the dense network, on the inputs that it gets in the sparse one (He et al.,
-ICCV 2017, section 3.2), so that later layers repair what earlier ones changed. Where a layer closes a residual branch,
-its target includes what the stream has lost (section 3.3 there).
+ICCV 2017, section 3.2), so that later layers repair what earlier ones changed. Where a layer's output is added to a
+stream, its target includes what the stream has lost (section 3.3 there).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from dsr_tool.calibrate.calls import Call, rows_of_weight, weight_of_rows
-from dsr_tool.calibrate.inputs import Collector, Layer, Reached, Statistics, survey
+from dsr_tool.calibrate.calls import Call
+from dsr_tool.calibrate.fitting import Fitting, by_magnitude
+from dsr_tool.calibrate.inputs import Collector, Layer, Reached, survey
 from dsr_tool.calibrate.segments import Segments, Values, evaluating, kept, used
-from dsr_tool.calibrate.solver import Problem, solve
 
 __all__ = ["Reconstruction", "reconstruct"]
 
 _BATCH = 16
 """Pictures of one pass. Larger ones were no faster, and need memory in proportion."""
 
-_VECTORS = 16384
-"""Input vectors that a layer is fitted to, at least where it has as many."""
+_VECTORS, _VECTORS_PER_COLUMN = 16384, 6
+"""Input vectors that a layer is fitted to: at least so many, and so many per column of its weight, if there are."""
 
-_VECTORS_PER_COLUMN = 6
-"""Input vectors per column of a weight, where that is more."""
+_KEPT_VALUES = 1 << 28
+"""Values between two stages, of all pictures: 1 GiB in half precision for the dense and the sparse network."""
 
-_PASSES = 12
-"""Most passes over one stage. A stage with more layers solves several from one pass."""
+_MOST_PASSES, _MACS = 12, 1.5e13
+"""Most passes over one stage of several layers, and the multiply-adds of all of them, about ten minutes of one core."""
 
-_KEPT_BYTES = 1 << 30
-"""Bytes of the values between two stages, of the dense and the sparse network together."""
+_MOMENT_BYTES = 1 << 29
+"""Bytes of the second moments that are summed in one pass."""
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Reconstruction:
 
     Attributes:
         masks: for each weight with a count, True where active, in its shape.
-        errors: relative squared error of each fitted layer's output on the pictures, 0 to about 1.
+        errors: squared error of each fitted layer's outputs on the pictures, relative to their variance, by weight.
         unfitted: why a weight with a count was chosen by magnitude, by name.
     """
 
@@ -58,225 +60,151 @@ def reconstruct(
     *,
     units: Mapping[str, int] | None = None,
     seed: int = 0,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Reconstruction:
     """Makes a dense network sparse in place.
 
+    Weights without a count stay dense and are fitted too, because they can repair what was lost before them.
+
     Args:
-        module: the dense network. Its weights, biases and the means of its norms change.
+        module: the dense network. Its weights, biases and the means of its batch norms change, nothing else.
         counts: number of active weights of each sparse weight, by name.
         pictures: inputs, shape (pictures, *input_shape), float32.
-        units: weights that are active together, by name; 1 where absent.
+        units: number of weights that are active together, by name; 1 where absent.
         seed: seed of the choice of positions.
-        on_progress: receives the number of fitted layers, and of all layers.
+        on_progress: receives the number of layers that are done, and of all.
 
     Raises:
         CheckFailed: the inputs of a layer contain NaN or inf.
         UsageError: the module does not take the pictures.
     """
-    return _Run(module, counts, pictures, units or {}, seed, on_progress).result()
+    with evaluating(module):
+        return _Run(module, counts, pictures, units or {}, seed).result(on_progress)
 
 
 class _Run:
     """One reconstruction, stage by stage."""
 
     def __init__(
-        self,
-        module: nn.Module,
-        counts: Mapping[str, int],
-        pictures: torch.Tensor,
-        units: Mapping[str, int],
-        seed: int,
-        on_progress: Callable[[int, int], None],
+        self, module: nn.Module, counts: Mapping[str, int], pictures: torch.Tensor, units: Mapping[str, int], seed: int
     ) -> None:
         self._module, self._counts, self._units, self._seed = module, counts, units, seed
-        self._on_progress = on_progress
-        self._parameters = dict(module.named_parameters())
-        self._buffers = dict(module.named_buffers())
+        self._state = {**dict(module.named_buffers()), **dict(module.named_parameters())}
         self._pictures = len(pictures)
-        self._segments = Segments.of(module, pictures[:2], most_values=_KEPT_BYTES // 4 // len(pictures))
-        with evaluating(module):
-            self._layers = survey(module, lambda: self._segments.run(self._segments.begin(pictures[:1].clone())))
-        self._dense_values = [self._segments.begin(batch) for batch in pictures.split(_BATCH)]
-        self._sparse_values = self._dense_values
-        # Dense values of everything that has changed so far.
-        self._dense: dict[str, torch.Tensor] = {}
+        self._segments = Segments.of(module, pictures[:2], most_values=_KEPT_VALUES // len(pictures))
+        first = self._segments.begin(pictures[:1])
+        self._layers = survey(module, lambda: self._segments.run(used(first)))
+        self._dense = [self._segments.begin(batch) for batch in pictures.split(_BATCH)]
+        self._sparse = list(self._dense)
+        self._changed: dict[str, torch.Tensor] = {}  # dense values of everything that has changed
         self._result = Reconstruction()
 
-    def result(self) -> Reconstruction:
-        """Runs everything."""
-        with evaluating(self._module):
-            for name in self._counts:
-                if name not in self._layers:
-                    self._by_magnitude(name)
-            fitted = [layer for layer in self._layers.values() if layer.name in self._parameters]
-            done = 0
-            for stage in range(len(self._segments)):
-                own = [layer for layer in fitted if self._segments.stage_of[layer.name] == stage]
-                size = -(-len(own) // _PASSES)
-                groups = [own[i : i + size] for i in range(0, len(own), max(size, 1))]
-                for group in groups:
-                    self._fit(stage, group, last=group is groups[-1])
-                    done += len(group)
-                    self._on_progress(done, len(fitted))
-                self._advance(stage, dense=not groups)
+    def result(self, on_progress: Callable[[int, int], None] | None) -> Reconstruction:
+        """Fits every layer in order."""
+        for name in self._counts.keys() - self._layers.keys():
+            self._fall_back(name)
+        done = 0
+        for stage in range(len(self._segments)):
+            groups = self._groups([x for x in self._layers.values() if self._segments.stage_of[x.name] == stage])
+            last = stage == len(self._segments) - 1
+            for i, group in enumerate(groups):
+                self._fit(stage, group, advance=i == len(groups) - 1 and not last)
+                done += len(group)
+                if on_progress is not None:
+                    on_progress(done, len(self._layers))
+            if not last:
+                self._advance(stage, both=not groups)
         return self._result
 
-    def _advance(self, stage: int, dense: bool) -> None:
-        shared = self._sparse_values is self._dense_values
-        if shared and not self._dense:
-            pass
-        self._sparse_values = [
-            self._kept(self._segments.advance(stage, used(values))) for values in self._sparse_values
-        ]
-        if dense:
-            with self._as_dense():
-                self._dense_values = [self._kept(self._segments.advance(stage, used(v))) for v in self._dense_values]
+    def _groups(self, layers: Sequence[Layer]) -> list[list[Layer]]:
+        """Returns the layers of one stage in groups that are fitted from the same passes."""
+        macs = sum(layer.length * self._state[layer.name].numel() / layer.groups for layer in self._layers.values())
+        # Each pass costs about half a run of the dense network, and half a run of the sparse one.
+        affordable = int(_MACS / max(macs * self._pictures, 1))
+        size = -(-len(layers) // max(2, min(_MOST_PASSES, affordable)))
+        groups: list[list[Layer]] = []
+        room = 0
+        for layer in layers:
+            nbytes = 4 * layer.groups * layer.parts * layer.columns**2
+            if not groups or len(groups[-1]) >= size or nbytes > room:
+                groups.append([])
+                room = _MOMENT_BYTES
+            groups[-1].append(layer)
+            room -= nbytes
+        return groups
 
-    def _kept(self, values: Values) -> Values:
-        return kept(values, half=True)
-
-    def _as_dense(self):
-        import contextlib
-
-        @contextlib.contextmanager
-        def swap():
-            state = {**self._buffers, **self._parameters}
-            sparse = {name: state[name].data.clone() for name in self._dense}
-            for name, value in self._dense.items():
-                state[name].data.copy_(value)
-            try:
-                yield
-            finally:
-                for name, value in sparse.items():
-                    state[name].data.copy_(value)
-
-        return swap()
-
-    def _by_magnitude(self, name: str) -> None:
-        weight = self._parameters[name].data
-        mask = torch.zeros(weight.numel(), dtype=torch.bool)
-        mask[weight.abs().reshape(-1).topk(self._counts[name]).indices] = True
-        self._result.masks[name] = mask.reshape(weight.shape)
-        self._result.unfitted[name] = "no input of this layer was seen"
-        self._change(name, weight * self._result.masks[name])
+    def _fall_back(self, name: str) -> None:
+        """Chooses a layer that no run reached by magnitude."""
+        self._result.masks[name] = by_magnitude(self._module, name, self._counts[name], self._units.get(name, 1))
+        self._result.unfitted[name] = "the pictures do not reach it as a convolution or a product of matrices"
+        self._change(name, self._state[name] * self._result.masks[name])
 
     def _change(self, name: str, value: torch.Tensor) -> None:
-        tensor = self._parameters.get(name, self._buffers.get(name))
-        self._dense.setdefault(name, tensor.data.clone())
-        tensor.data.copy_(value)
+        self._changed.setdefault(name, self._state[name].detach().clone())
+        self._state[name].copy_(value)
 
-    def _fit(self, stage: int, group: Sequence[Layer], last: bool) -> None:
-        statistics = {layer.name: None for layer in group}
-        for number in range(len(self._dense_values)):
+    @contextlib.contextmanager
+    def _as_dense(self, stage: int) -> Iterator[None]:
+        """Gives a stage the values of the dense network for a while."""
+        names = self._changed.keys() & self._segments.names(stage)
+        sparse = {name: self._state[name].clone() for name in names}
+        for name in names:
+            self._state[name].copy_(self._changed[name])
+        try:
+            yield
+        finally:
+            for name, value in sparse.items():
+                self._state[name].copy_(value)
 
-            def rows(call: Call, use: int) -> torch.Tensor:
-                layer = self._layers[call.name]
-                columns = rows_of_weight(self._parameters[call.name].data, self._kind(call.name), layer.groups).shape[
-                    -1
-                ]
-                share = max(_VECTORS, _VECTORS_PER_COLUMN * columns) / (layer.length * self._pictures)
-                wanted = min(call.length, -(-int(call.length * share * 1000) // 1000))
-                if wanted >= call.length:
-                    return torch.arange(call.length)
-                generator = torch.Generator().manual_seed(hash((self._seed, number, use)) % (1 << 31))
-                return torch.randperm(call.length, generator=generator)[:wanted].sort().values
+    def _fit(self, stage: int, group: Sequence[Layer], advance: bool) -> None:
+        """Samples and fits some layers; the dense values go on to the next stage if asked for."""
+        fittings = {layer.name: Fitting(self._module, layer) for layer in group}
+        for number, (dense_values, sparse_values) in enumerate(zip(self._dense, self._sparse, strict=True)):
 
-            with self._as_dense():
-                dense = Collector(self._module, group, rows, inputs=False, to_the_end=last)
-                values = self._pass(stage, self._dense_values[number], dense)
-                if last:
-                    self._next = getattr(self, "_next", [])
-                    self._next.append(self._kept(values))
+            def rows(call: Call, use: int, number: int = number) -> torch.Tensor:
+                return self._rows(call, f"{number} {use}")
+
+            dense = Collector(self._module, group, rows, inputs=False, to_the_end=advance)
+            with self._as_dense(stage):
+                after = self._pass(stage, dense_values, dense)
+            if advance:
+                self._dense[number] = kept(after, half=True)
             sparse = Collector(self._module, group, rows, inputs=True)
-            self._pass(stage, self._sparse_values[number], sparse)
-            for layer in group:
-                statistics[layer.name] = self._add(layer, statistics[layer.name], dense, sparse)
-        if last:
-            if self._sparse_values is self._dense_values:
-                self._sparse_values = list(self._dense_values)
-            self._dense_values = self._next
-            del self._next
-        for layer in group:
-            self._solve(layer, statistics.pop(layer.name))
+            self._pass(stage, sparse_values, sparse)
+            for name, fitting in fittings.items():
+                fitting.add(dense.samples[name], sparse.samples[name])
+        for name, fitting in fittings.items():
+            size = self._state[name].numel()
+            fitted = fitting.fit(self._counts.get(name, size), self._units.get(name, 1))
+            self._result.errors[name] = fitted.error
+            if name in self._counts:
+                self._result.masks[name] = fitted.mask
+            for changed, value in fitted.changes.items():
+                self._change(changed, value)
+
+    def _rows(self, call: Call, salt: str) -> torch.Tensor:
+        """Returns the positions to sample of a call: the same ones in the dense and the sparse network."""
+        layer = self._layers[call.name]
+        vectors = max(_VECTORS, _VECTORS_PER_COLUMN * layer.columns)
+        wanted = -int(-call.length * vectors // max(layer.length * self._pictures, 1))
+        if wanted >= call.length:
+            return torch.arange(call.length)
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {salt}".encode()))
+        return torch.randperm(call.length, generator=generator)[:wanted].sort().values
 
     def _pass(self, stage: int, values: Values, collector: Collector) -> Values:
+        """Runs a stage while a collector watches; returns the values after it, none if it ended early."""
         try:
             with collector:
                 return self._segments.advance(stage, used(values))
         except Reached:
             return {}
 
-    def _kind(self, name: str) -> str:
-        return type(self._module.get_submodule(name.rpartition(".")[0])).__name__
-
-    def _norm(self, layer: Layer) -> nn.Module | None:
-        return self._module.get_submodule(layer.norm) if layer.norm else None
-
-    def _gain(self, layer: Layer) -> torch.Tensor:
-        norm = self._norm(layer)
-        if norm is None:
-            return torch.ones(1)
-        gain = (norm.running_var + norm.eps).rsqrt()
-        return gain * norm.weight.data if norm.weight is not None else gain
-
-    def _add(self, layer: Layer, sums: Statistics | None, dense: Collector, sparse: Collector) -> Statistics:
-        weight = rows_of_weight(self._parameters[layer.name].data, self._kind(layer.name), layer.groups)
-        blocks = layer.groups * layer.parts
-        weight = weight.reshape(blocks, -1, weight.shape[-1])
-        if sums is None:
-            sums = Statistics.zeros(*weight.shape)
-        for d, s in zip(dense.samples[layer.name], sparse.samples[layer.name], strict=True):
-            target = d.outputs
-            if layer.joins:
-                gain = self._gain(layer)
-                usable = gain.abs() > 1e-3 * gain.abs().mean()
-                target = target + torch.where(usable, (d.addend - s.addend) / gain, 0.0)
-            for group in range(layer.groups):
-                block = group if layer.groups > 1 else s.call.first_row // weight.shape[1]
-                t = target.reshape(len(target), layer.groups, -1)[:, group]
-                if t.shape[1] == weight.shape[1]:
-                    sums.add(block, s.inputs[group], t)
-                else:
-                    for part in range(layer.parts):
-                        sums.add(part, s.inputs[0], t[:, part * weight.shape[1] : (part + 1) * weight.shape[1]])
-        return sums
-
-    def _solve(self, layer: Layer, sums: Statistics) -> None:
-        parameter = self._parameters[layer.name]
-        kind = self._kind(layer.name)
-        weight = rows_of_weight(parameter.data, kind, layer.groups)
-        shape = weight.shape
-        weight = weight.reshape(sums.tx.shape)
-        n = sums.count.clamp_min(1)[:, None]
-        mean_x, mean_t = sums.x / n, sums.t / n
-        bias = layer.name[: -len("weight")] + "bias"
-        if kind == "MultiheadAttention":
-            bias = layer.name.replace("weight", "bias")
-        free = bool(layer.norm) or bias in self._parameters
-        xx, tx, tt = sums.xx / n[..., None], sums.tx / n[..., None], sums.tt / n
-        if free:
-            xx = xx - mean_x[:, :, None] * mean_x[:, None, :]
-            tx = tx - mean_t[:, :, None] * mean_x[:, None, :]
-            tt = tt - mean_t.square()
-        importance = torch.ones_like(mean_t)
-        if layer.norm:
-            importance = self._gain(layer).square().reshape(importance.shape)
-        count = self._counts.get(layer.name, parameter.numel())
-        problem = Problem(weight, xx, tx, importance, self._units.get(layer.name, 1))
-        solution = solve(problem, count)
-        total = float((tt * importance).sum())
-        self._result.errors[layer.name] = (problem.error(solution.weight) + total) / max(total, 1e-12)
-        if layer.name in self._counts:
-            self._result.masks[layer.name] = weight_of_rows(solution.mask.reshape(shape), parameter.shape, kind)
-        self._change(layer.name, weight_of_rows(solution.weight.reshape(shape), parameter.shape, kind))
-        if free:
-            # What the outputs lack in the mean.
-            shift = (mean_t - (solution.weight * mean_x[:, None]).sum(-1)).reshape(-1)
-            if layer.norm:
-                if bias in self._parameters:
-                    shift = shift - self._parameters[bias].data
-                name = f"{layer.norm}.running_mean"
-                self._change(name, self._buffers[name] - shift)
-            else:
-                self._change(bias, shift)
+    def _advance(self, stage: int, both: bool) -> None:
+        """Takes the sparse values to the next stage, and the dense ones where no fit did."""
+        for number, values in enumerate(self._sparse):
+            self._sparse[number] = kept(self._segments.advance(stage, used(values)), half=True)
+        if both:
+            with self._as_dense(stage):
+                for number, values in enumerate(self._dense):
+                    self._dense[number] = kept(self._segments.advance(stage, used(values)), half=True)

@@ -54,7 +54,7 @@ class Segments:
 
     Attributes:
         module: the network itself.
-        stage_of: number of the stage that first uses a parameter, by the parameter's name.
+        stage_of: number of the stage that first uses a parameter or buffer, by its name.
     """
 
     def __init__(
@@ -62,12 +62,8 @@ class Segments:
     ) -> None:
         """Takes what `of` found."""
         self.module, self._graph, self._stages, self._channels_last = module, graph, stages, channels_last
-        names = [name for name, _ in module.named_parameters()]
-        self.stage_of = dict.fromkeys(names, 0)
-        for number in reversed(range(len(stages))):
-            targets = {str(n.target) for n in stages[number].nodes if n.op in ("call_module", "get_attr")}
-            held = {name for name in names if _prefixes(name) & targets}
-            self.stage_of.update(dict.fromkeys(held, number))
+        self._names = [_names(module, stage) for stage in stages]
+        self.stage_of = {name: number for number in reversed(range(len(stages))) for name in self._names[number]}
 
     def __len__(self) -> int:
         return len(self._stages)
@@ -103,6 +99,10 @@ class Segments:
         if self._channels_last:
             pictures = pictures.contiguous(memory_format=torch.channels_last)
         return {self._input: pictures}
+
+    def names(self, stage: int) -> frozenset[str]:
+        """Returns the names of the parameters and buffers that a stage uses."""
+        return self._names[stage]
 
     @property
     def _input(self) -> str:
@@ -294,6 +294,21 @@ def _sizes(module: nn.Module, graph: fx.Graph, example: torch.Tensor) -> dict[fx
 def _below(path: str, module: str) -> bool:
     """Returns whether a module's path lies in another module, or is it."""
     return path == module or path.startswith(f"{module}.")
+
+
+def _names(module: nn.Module, stage: _Stage) -> frozenset[str]:
+    """Returns the names of the parameters and buffers that a stage uses; all of them for the whole module."""
+    names = [name for tensors in (module.named_parameters(), module.named_buffers()) for name, _ in tensors]
+    if not stage.nodes:
+        return frozenset(names)
+    # Those that a function reads are fetched by nodes outside the stage.
+    nodes = {*stage.nodes, *(source for node in stage.nodes for source in node.all_input_nodes)}
+    targets = {
+        str(node.target)
+        for node in nodes
+        if node.op == "get_attr" or (node in stage.nodes and node.op == "call_module")
+    }
+    return frozenset(name for name in names if _prefixes(name) & targets)
 
 
 def _prefixes(name: str) -> set[str]:

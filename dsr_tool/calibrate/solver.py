@@ -10,13 +10,17 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Problem", "Solution", "solve"]
+__all__ = ["Problem", "Solution", "largest", "least_squares", "solve"]
 
 _DAMPING = 0.01
 """Share of the mean diagonal that is added to the second moments, as in SparseGPT (Frantar & Alistarh 2023)."""
 
-_ITERATIONS, _GRADUAL = 20, 15
-"""ADMM iterations, and those in which the number of active weights falls to its target."""
+_PENALTIES = (0.1, 0.2, 0.4, 0.7, 1.0)
+"""ADMM's penalty rho, from loose to tight. Against a constant 1 with 20 iterations, the error of MobileNetV2's last
+projection at density .28 fell from .065 to .054; a constant .3 diverged on another layer."""
+
+_ITERATIONS, _GRADUAL = 10, 40
+"""ADMM iterations per penalty, and those in all in which the number of active weights falls to its target."""
 
 _STEPS = 30
 """Steps of conjugate gradients where factorising each row's system would cost more."""
@@ -34,6 +38,7 @@ class Problem:
         moments: second moments E[x x^T] of the inputs, shape (blocks, columns, columns).
         target: E[t x^T] of the wanted outputs, shape (blocks, rows, columns).
         importance: weight of each output's squared error, shape (blocks, rows).
+        vectors: number of input vectors behind the moments, shape (blocks,).
         taps: number of weights of a kernel if whole kernels are active together, else 1. The columns are ordered by
             tap, then by channel.
     """
@@ -42,6 +47,7 @@ class Problem:
     moments: torch.Tensor
     target: torch.Tensor
     importance: torch.Tensor
+    vectors: torch.Tensor
     taps: int = 1
 
     def error(self, weight: torch.Tensor) -> float:
@@ -84,12 +90,19 @@ def _normalised(problem: Problem) -> tuple[Problem, torch.Tensor]:
     target = problem.target + problem.weight * damping[:, None]
     scale = (diagonal + damping).rsqrt()[:, None]
     return (
-        Problem(problem.weight / scale, moments * scale * scale.mT, target * scale, problem.importance, problem.taps),
+        Problem(
+            problem.weight / scale,
+            moments * scale * scale.mT,
+            target * scale,
+            problem.importance,
+            problem.vectors,
+            problem.taps,
+        ),
         scale,
     )
 
 
-def _largest(scores: torch.Tensor, count: int, taps: int) -> torch.Tensor:
+def largest(scores: torch.Tensor, count: int, taps: int) -> torch.Tensor:
     """Returns the mask of the `count` weights with the largest scores; of whole kernels by their sums."""
     if taps > 1:
         scores = scores.unflatten(-1, (taps, -1)).sum(-2)
@@ -101,19 +114,21 @@ def _largest(scores: torch.Tensor, count: int, taps: int) -> torch.Tensor:
 def _admm(problem: Problem, count: int) -> torch.Tensor:
     """Returns a mask of exactly `count` weights."""
     identity = torch.eye(problem.moments.shape[-1])
-    inverse = torch.linalg.inv(problem.moments + identity)
     importance = problem.importance[..., None]
     size = problem.weight.numel()
     sparse, dual = problem.weight, torch.zeros_like(problem.weight)
     mask = torch.ones_like(problem.weight, dtype=torch.bool)
-    for i in range(_ITERATIONS):
-        weight = (problem.target + (sparse - dual)) @ inverse
-        # The cubic schedule of Zhu & Gupta 2017, as in Boza's code.
-        share = 1 - min((i + 1) / _GRADUAL, 1.0)
-        active = count + int((size - count) * share**3) // problem.taps * problem.taps
-        mask = _largest((weight + dual).square() * importance, active, problem.taps)
-        sparse = (weight + dual) * mask
-        dual = dual + weight - sparse
+    for level, penalty in enumerate(_PENALTIES):
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.moments + penalty * identity))
+        for i in range(level * _ITERATIONS + 1, (level + 1) * _ITERATIONS + 1):
+            weight = (problem.target + penalty * (sparse - dual)) @ inverse
+            # The cubic schedule of Zhu & Gupta 2017, as in Boza's code.
+            share = 1 - min(i / _GRADUAL, 1.0)
+            active = count + int((size - count) * share**3) // problem.taps * problem.taps
+            dual = dual + weight
+            mask = largest(dual.square() * importance, active, problem.taps)
+            sparse = dual * mask
+            dual = dual - sparse
     return mask
 
 

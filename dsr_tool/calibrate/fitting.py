@@ -1,0 +1,153 @@
+"""Fits one layer: from what was sampled of its inputs and targets to its mask, values and bias."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from dsr_tool.calibrate.calls import rows_of_weight, weight_of_rows
+from dsr_tool.calibrate.inputs import Layer, Sample, Statistics
+from dsr_tool.calibrate.solver import Problem, largest, solve
+
+__all__ = ["Fitted", "Fitting", "by_magnitude"]
+
+_LEAST_GAIN = 1e-3
+"""Share of a norm's mean gain below which a channel's output is too small to repair the stream that it is added to."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What fitting a layer gave.
+
+    Attributes:
+        mask: True where active, in the weight's shape.
+        changes: new values of parameters and buffers by name.
+        error: squared error of the outputs relative to their variance, or their square where no bias is free.
+    """
+
+    mask: torch.Tensor
+    changes: dict[str, torch.Tensor]
+    error: float
+
+
+class Fitting:
+    """One layer of a network: its matrices, and what may change with them.
+
+    Attributes:
+        layer: what a run showed about the layer.
+        sums: the sums of everything that was added.
+    """
+
+    def __init__(self, module: nn.Module, layer: Layer) -> None:
+        """Takes the network and one of its layers."""
+        self.layer = layer
+        self._state: dict[str, torch.Tensor] = {**dict(module.named_buffers()), **dict(module.named_parameters())}
+        self._owner = module.get_submodule(layer.name.rpartition(".")[0])
+        self._norm = module.get_submodule(layer.norm) if layer.norm else None
+        # A copy, because the weight changes when it is fitted.
+        self._weight = self._matrices(self._state[layer.name].detach().clone())
+        self.sums = Statistics.zeros(*self._weight.shape)
+
+    def _matrices(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the layer's weight, shape (groups or parts, rows, columns)."""
+        rows = rows_of_weight(tensor, type(self._owner).__name__, self.layer.groups)
+        return rows.reshape(self.layer.groups * self.layer.parts, -1, rows.shape[-1])
+
+    def _tensor(self, matrices: torch.Tensor) -> torch.Tensor:
+        """Returns the inverse of `_matrices`."""
+        parts = matrices.reshape(self.layer.groups, -1, matrices.shape[-1])
+        return weight_of_rows(parts, self._state[self.layer.name].shape, type(self._owner).__name__)
+
+    @cached_property
+    def _bias(self) -> tuple[str, int]:
+        """Name of the layer's bias, empty if it has none, and the first of its entries that belong to this weight."""
+        path, _, local = self.layer.name.rpartition(".")
+        name = "in_proj_bias" if isinstance(self._owner, nn.MultiheadAttention) else "bias"
+        full = f"{path}.{name}" if path else name
+        part = {"k_proj_weight": 1, "v_proj_weight": 2}.get(local, 0)
+        return (full if full in self._state else ""), part * self._weight.shape[0] * self._weight.shape[1]
+
+    @property
+    def _gain(self) -> torch.Tensor:
+        """Factor of the norm that follows on every output, shape (outputs,); 1 without one."""
+        if self._norm is None:
+            return torch.ones(self._weight.shape[0] * self._weight.shape[1])
+        variance, weight = self._state[f"{self.layer.norm}.running_var"], self._norm.weight
+        gain = (variance + float(getattr(self._norm, "eps", 0.0))).rsqrt()
+        return gain * weight.detach() if isinstance(weight, torch.Tensor) else gain
+
+    def add(self, dense: Sequence[Sample], sparse: Sequence[Sample]) -> None:
+        """Adds the uses of the layer in one batch, in the dense and the sparse network."""
+        for there, here in zip(dense, sparse, strict=False):
+            assert here.inputs is not None and there.outputs is not None  # noqa: S101 - for the type checker
+            groups, rows = self.layer.groups, self._weight.shape[1]
+            first = here.call.first_row // rows
+            target = there.outputs
+            if self.layer.joins and there.addend is not None and here.addend is not None:
+                gain = self._gain
+                usable = gain.abs() > _LEAST_GAIN * gain.abs().mean()
+                target = target + torch.where(usable, (there.addend - here.addend) / gain, 0.0)
+            # Groups have inputs of their own; parts that are read in one call share theirs.
+            blocks = target.reshape(len(target), -1, rows).transpose(0, 1)
+            inputs = here.inputs.expand(len(blocks), -1, -1)
+            if not self.layer.aligned or len(inputs[0]) != len(target):
+                # Without a partner in the dense network, the target is what the dense weights make of the inputs.
+                blocks = inputs @ self._weight[first : first + len(inputs)].mT + self._old_bias(first, len(inputs))
+            self.sums.add(first if groups == 1 else 0, inputs, blocks)
+
+    def _old_bias(self, first: int, count: int) -> torch.Tensor | float:
+        name, start = self._bias
+        if not name:
+            return 0.0
+        rows = self._weight.shape[1]
+        bias = self._state[name].detach()[start + first * rows : start + (first + count) * rows]
+        return bias.reshape(count, 1, rows)
+
+    def fit(self, count: int, unit: int) -> Fitted:
+        """Returns the mask and values with `count` active weights, and the bias or mean that goes with them."""
+        sums, free = self.sums, bool(self.layer.norm or self._bias[0])
+        n = sums.count.clamp_min(1)[:, None]
+        x, t, tt = sums.x / n, sums.t / n, sums.tt / n
+        xx, tx = sums.xx / n[..., None], sums.tx / n[..., None]
+        if free:  # means are given back afterwards, so only what varies must fit
+            xx -= x[:, :, None] * x[:, None, :]
+            tx -= t[:, :, None] * x[:, None, :]
+            tt -= t.square()
+        origin = sums.origin
+        if not free:
+            xx += origin[:, :, None] * (x + origin)[:, None, :] + x[:, :, None] * origin[:, None, :]
+            tx += t[:, :, None] * origin[:, None, :]
+        x = x + origin
+        importance = self._gain.square().reshape(t.shape)
+        problem = Problem(self._weight, xx, tx, importance, n[:, 0], unit)
+        solution = solve(problem, count)
+        total = max(float((tt * importance).sum()), 1e-12)
+        changes = {self.layer.name: self._tensor(solution.weight)}
+        if free:
+            changes.update(self._shifted((t - (solution.weight * x[:, None]).sum(-1)).reshape(-1)))
+        return Fitted(self._tensor(solution.mask), changes, max(problem.error(solution.weight) / total + 1, 0.0))
+
+    def _shifted(self, bias: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns the norm's mean, or the bias, with which the outputs have the means of their targets."""
+        name, start = self._bias
+        if not self.layer.norm:
+            value = self._state[name].detach().clone()
+            value[start : start + len(bias)] = bias
+            return {name: value}
+        mean = f"{self.layer.norm}.running_mean"
+        own = self._state[name].detach() if name else 0.0
+        return {mean: self._state[mean] - bias + own}
+
+
+def by_magnitude(module: nn.Module, name: str, count: int, unit: int) -> torch.Tensor:
+    """Returns the mask of the `count` largest weights of a layer, in its shape; kernels count by their norm."""
+    scores = module.get_parameter(name).detach().square()
+    if unit == 1:
+        return largest(scores, count, 1)
+    # Kernels are the last dimensions of a weight of any convolution.
+    mask = largest(scores.flatten(2).transpose(1, 2).flatten(1), count, unit)
+    return mask.reshape(len(scores), unit, -1).transpose(1, 2).reshape(scores.shape)
