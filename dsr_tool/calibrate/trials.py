@@ -61,10 +61,13 @@ def prune_each(
         classifier: see `distance`.
         on_trial: called after each mask.
     """
-    costs: dict[str, list[float | None]] = {name: [] for name in masks}
     parameters = dict(module.named_parameters())
     with evaluating(module):
         segments = Segments.of(module, pictures[:2])
+        # A layer that no stage uses leaves the outputs as they are.
+        costs: dict[str, list[float | None]] = {
+            name: [] if name in segments.stage_of else [0.0] * len(tried) for name, tried in masks.items()
+        }
         values = [segments.begin(batch) for batch in pictures.split(_BATCH)]
         dense = [segments.run(used(value)) for value in values]
         for stage in range(len(segments)):

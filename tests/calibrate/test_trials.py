@@ -71,6 +71,14 @@ def test_a_full_mask_changes_nothing():
     assert all(cost == pytest.approx(0, abs=1e-9) for (cost,) in costs.values())
 
 
+def test_a_layer_that_nothing_calls_changes_nothing():
+    module = nn.Sequential(nn.Linear(6, 6))
+    module[0].spare = nn.Linear(6, 6)
+    none = torch.zeros(6, 6, dtype=torch.bool)
+    costs = prune_each(module, {"0.spare.weight": [none, none], "0.weight": [none]}, torch.randn(8, 6), False)
+    assert costs["0.spare.weight"] == [0, 0] and costs["0.weight"][0] > 0.1
+
+
 def test_a_layer_that_is_used_twice_is_pruned_in_both():
     class Twice(nn.Module):
         def __init__(self):
