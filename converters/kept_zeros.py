@@ -34,6 +34,7 @@ def keep(
     config: ModelConfig,
     rules: Rules | None = None,
     masks: Mapping[str, torch.Tensor] | None = None,
+    seed: int = 0,
 ) -> Fitted:
     """Makes a sparse model of a pruned network, without changing a value.
 
@@ -45,6 +46,7 @@ def keep(
         config: description of the model; with an `input_shape`, multiply-adds are counted.
         rules: layers that stay dense although they may have zeros; the defaults for small layers do not apply.
         masks: masks by parameter name that are used instead of the zeros, as `take_masks` returns them.
+        seed: seed of random weights, such as those of a new head; for the record.
 
     Returns:
         The model with the sparsity that it has; its record has `"budget": "keep"`.
@@ -73,7 +75,7 @@ def keep(
         )
     model.apply_masks()  # values outside a mask are zero, but some may be -0
     budget = Budget(sparsity=Fraction(prunable - active, prunable))
-    record = {"budget": KEEP, **budget.to_record(), "granularity": "weight", "active_weights": active}
+    record = {"budget": KEEP, **budget.to_record(), "granularity": "weight", "seed": seed, "active_weights": active}
     model.config = replace(config, conversion={**config.conversion, **record})
     return Fitted(model, budget)
 
