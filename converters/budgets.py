@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from converters.search import Bracket, search
-from dsr_tool.errors import UsageError
+from dsr_tool.errors import CheckFailed, UsageError
 from dsr_tool.files import writing
 from dsr_tool.formats.archive import encode_archive
 from dsr_tool.graph.ir import Graph
@@ -32,6 +32,8 @@ __all__ = [
     "Fitted",
     "archive_bytes",
     "fit",
+    "solve",
+    "trim",
     "smallest_sparsity",
 ]
 
@@ -61,19 +63,19 @@ class Fitted:
         model: the sparse model.
         budget: the budget that was asked for.
         archive_bytes: size of the archive that it exports to; None unless the budget is in bytes.
+        notes: sentences on what the conversion decided by itself, such as which part of a checkpoint it read.
+        warnings: sentences on what the user should look at, such as layers that keep very few weights.
     """
 
     model: SparseModel
     budget: Budget
     archive_bytes: int | None = None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def fit(sparsifier: Sparsifier, budget: Budget) -> Fitted:
-    """Makes a model sparse so that it meets a budget of any kind.
-
-    Sparsity and parameters are met exactly. An archive has at most the bytes of its budget, less a margin for its
-    growth in training, and multiply-adds are at most those allowed. Both are at least `LEAST_BYTES` and `LEAST_MACS` of
-    the budget, or as close to it as whole weights allow.
+    """Makes a model sparse so that it meets a budget of any kind; see `solve`.
 
     Args:
         sparsifier: the model with the options of its conversion; applied here.
@@ -82,10 +84,29 @@ def fit(sparsifier: Sparsifier, budget: Budget) -> Fitted:
     Raises:
         UsageError: the budget is out of the model's reach, its multiply-adds are unknown, or it cannot be captured.
     """
+    total, nbytes = solve(sparsifier, budget)
+    return Fitted(sparsifier.apply(total, budget), budget, nbytes)
+
+
+def solve(sparsifier: Sparsifier, budget: Budget) -> tuple[int, int | None]:
+    """Returns the number of active weights that meets a budget, and the bytes of the archive if it is in bytes.
+
+    Sparsity and parameters are met exactly. An archive has at most the bytes of its budget, less a margin for its
+    growth in training, and multiply-adds are at most those allowed. Both are at least `LEAST_BYTES` and `LEAST_MACS` of
+    the budget, or as close to it as whole weights allow.
+
+    Args:
+        sparsifier: the model with the options of its conversion; not changed.
+        budget: the budget.
+
+    Raises:
+        UsageError: the budget is out of the model's reach, its multiply-adds are unknown, or it cannot be captured.
+    """
     if budget.kind == "bytes":
-        return _fit_bytes(sparsifier, budget)
-    total = _solve_macs(sparsifier, budget) if budget.kind == "macs" else sparsifier.active_weights(budget)
-    return Fitted(sparsifier.apply(total, budget), budget)
+        return _solve_bytes(sparsifier, budget)
+    if budget.kind == "macs":
+        return _solve_macs(sparsifier, budget), None
+    return sparsifier.active_weights(budget), None
 
 
 def archive_bytes(model: SparseModel, graph: Graph | None = None) -> int:
@@ -109,24 +130,60 @@ def smallest_sparsity(model: SparseModel, limit: int) -> float | None:
     Returns:
         Fraction of zeros among the prunable weights, rounded up to four digits; None if no sparsity is enough.
     """
+    kept = _largest_within(model, limit)
+    if kept is None:
+        return None
+    # Rounded up, so that the rounded sparsity still fits.
+    return math.ceil((1 - sum(tensor.values.size for tensor in kept.values()) / model.prunable_weights) * 1e4) / 1e4
+
+
+def trim(model: SparseModel, limit: int) -> int:
+    """Prunes the smallest weights of a model until its archive has at most `limit` bytes, usually none.
+
+    Returns:
+        The bytes of the archive.
+
+    Raises:
+        CheckFailed: no number of weights is small enough.
+    """
+    if (nbytes := archive_bytes(model)) <= limit:
+        return nbytes
+    kept = _largest_within(model, limit)
+    if kept is None:
+        raise CheckFailed(f"the archive takes {nbytes:,} bytes, and the budget is {limit:,}; give a larger budget.")
+    for name, tensor in kept.items():
+        model.masks[name].copy_(torch.from_numpy(tensor.mask.to_bool()))
+    model.apply_masks()
+    return archive_bytes(model)
+
+
+def _largest_within(model: SparseModel, limit: int) -> dict[str, SparseTensor] | None:
+    """Returns the largest weights of a model whose archive has at most `limit` bytes; None if there are none."""
     # Captured once for all sizes, since a capture takes a second or more.
     graph, tensors = _graph(model.module, model.config.input_shape), model.tensors()
     sparse = {name: tensors[name] for name in model.masks}
 
-    def size(total: int) -> int:
+    def kept(total: int) -> dict[str, SparseTensor]:
         counts = by_magnitude(total, [tensor.values for tensor in sparse.values()])
-        kept = {name: _largest_of(sparse[name], count) for name, count in zip(sparse, counts, strict=True)}
-        return _encoded_bytes(model, {**tensors, **kept}, graph)
+        return {name: _largest_of(sparse[name], count) for name, count in zip(sparse, counts, strict=True)}
 
     most = model.active_weights
-    found = search(size, len(sparse), most, most, math.ceil(_CLOSE * limit), limit) if sparse else None
-    if found is None or found.below is None:
-        return None
-    # Rounded up, so that the rounded sparsity still fits.
-    return math.ceil((1 - found.below[0] / model.prunable_weights) * 1e4) / 1e4
+    found = (
+        search(
+            lambda total: _encoded_bytes(model, {**tensors, **kept(total)}, graph),
+            len(sparse),
+            most,
+            most,
+            math.ceil(_CLOSE * limit),
+            limit,
+        )
+        if sparse
+        else None
+    )
+    return None if found is None or found.below is None else kept(found.below[0])
 
 
-def _fit_bytes(sparsifier: Sparsifier, budget: Budget) -> Fitted:
+def _solve_bytes(sparsifier: Sparsifier, budget: Budget) -> tuple[int, int]:
     graph = _graph(sparsifier.module, sparsifier.config.input_shape)
 
     def size(total: int) -> int:
@@ -136,8 +193,7 @@ def _fit_bytes(sparsifier: Sparsifier, budget: Budget) -> Fitted:
     limit, enough = budget.amount, math.ceil(LEAST_BYTES * budget.amount)
     guess = limit // _BYTES_PER_WEIGHT
     found = search(size, sparsifier.least, sparsifier.prunable, guess, enough, math.floor(limit * (1 - MARGIN)))
-    total, nbytes = _nearest(found, size, budget, enough, sparsifier.least, sparsifier.prunable)
-    return Fitted(sparsifier.apply(total, budget), budget, nbytes)
+    return _nearest(found, size, budget, enough, sparsifier.least, sparsifier.prunable)
 
 
 def _solve_macs(sparsifier: Sparsifier, budget: Budget) -> int:

@@ -1,22 +1,28 @@
-"""convert: any source of models to a SparseModel, in one of three ways: to a budget, thin, or from a structure."""
+"""convert: any source of models to a SparseModel, to a budget, thin, with the zeros it has, or from a structure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from converters.budgets import Fitted, fit
-from converters.presets import make_rules
-from converters.request import NetworkOptions, SelectionOptions, build_network, parse_budget, refuse_with
+from converters.budgets import Fitted
+from converters.calibration import calibrated
+from converters.kept_zeros import KEEP, few_zeros_warning, keep
+from converters.prepared import prepare
+from converters.pretrained import density_file, make_sparsifier, without_data
+from converters.request import CalibrationOptions, NetworkOptions, SelectionOptions, parse_budget, refuse_with
 from converters.thin import fit_thin
-from converters.tickets import CHECKSUM, checksum, make_ticket
+from converters.tickets import make_ticket
+from dsr_tool.calibrate.pictures import DEFAULT_COUNT
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.model import SparseModel
-from dsr_tool.sparse.sparsify import Sparsifier
 from dsr_tool.sparsity.budget import Budget
+from dsr_tool.sparsity.density_file import PREFIX
 
 __all__ = ["convert"]
 
@@ -40,14 +46,19 @@ def convert(
     thin: bool = False,
     structure: str | Path | None = None,
     init: str | None = None,
+    calibrate: str | Path | torch.Tensor | Iterable[object] | None = None,
+    calibration_images: int | None = None,
+    allow_starved: bool = False,
     on_fitted: Callable[[Fitted], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> SparseModel:
     """Converts a model to an exact sparse budget.
 
     Args:
         source: a torchvision model name, a paper's network (`lenet-300-100`, `wrn-22-2`, `wrn-28-2`),
             `module:callable` that returns a module, or a module, which is changed in place.
-        sparsity: fraction of zeros among the prunable weights, in [0, 1).
+        sparsity: fraction of zeros among the prunable weights, in [0, 1); or `keep` to take the zeros that a pruned
+            network has, and the masks of `torch.nn.utils.prune`, as they are.
         budget: instead of a sparsity, non-zero parameters of the whole model (`5.1Mparams`), bytes of its archive
             (`12MB`, `12MiB`) or its multiply-adds for one input (`0.8GMACs`).
         weights: for a name, torchvision enum name or state_dict file; random when absent. For others, a state_dict
@@ -56,7 +67,8 @@ def convert(
         input_size: for a name, side of the square input in pixels.
         input_shape: shape of one input: channels, frames for video, height, width. A callable needs it, a module for
             multiply-adds and exports; a name has its own.
-        distribution: `uniform` (default), `erk`, or `magnitude` (default with `weights`).
+        distribution: `uniform` (default), `erk`, `lamp` (default with `weights`), `magnitude`, `output` (default with
+            `calibrate`, and only there), or `file:FILE.csv` with the density of each layer, which needs no budget.
         positions: which weights of a layer stay active: `magnitude` (default with weights, and for modules and
             callables, which may be trained) or `random` (default for random weights).
         granularity: `weight` (default), or `kernel` for whole kernels of convolutions that are active or inactive; the
@@ -69,7 +81,12 @@ def convert(
         structure: instead of a budget, a model or run folder of the same architecture, whose masks are used unchanged.
         init: with a structure, `fresh` for random weights (default) or `original` for those that its model had before
             it was converted.
+        calibrate: unlabelled pictures, by which layer budgets, masks and values are chosen so that the outputs of the
+            network change least: a folder, a tensor of shape (N, *input_shape), or a loader.
+        calibration_images: largest number of these pictures; default 256.
+        allow_starved: whether layers may be left with so few weights that they carry no signal.
         on_fitted: called with the model and the budget that it meets.
+        on_progress: receives the steps of the calibration that are done, and all of them.
 
     Raises:
         UsageError: a parameter has a value that is not allowed.
@@ -81,7 +98,11 @@ def convert(
         raise UsageError(f"seed {seed} is not allowed; give a whole number from 0 to 2^63 - 1.")
     # A structure needs to know whether a seed was given; the others take 0.
     network = NetworkOptions(source, weights, num_classes, input_size, input_shape, seed or 0)
-    selection = SelectionOptions(preset, keep_dense, sparsify_patterns, distribution, positions, granularity)
+    selection = SelectionOptions(
+        preset, keep_dense, sparsify_patterns, distribution, positions, granularity, seed or 0, allow_starved
+    )
+    how = {"distribution": distribution, "positions": positions, "granularity": granularity}
+    care = {"calibrate": calibrate, "calibration_images": calibration_images, "allow_starved": allow_starved}
     if structure is not None:
         refuse_with(
             "--structure",
@@ -95,59 +116,57 @@ def convert(
             preset=preset,
             keep_dense=keep_dense,
             sparsify=sparsify_patterns,
-            distribution=distribution,
-            positions=positions,
-            granularity=granularity,
+            **how,
+            **care,
         )
         fitted = make_ticket(source, structure, init or "fresh", seed)
     elif init is not None:
         raise UsageError("--init goes with --structure, the folder whose masks to use; leave it out.")
     elif thin:
-        refuse_with("--thin", weights=weights)
+        refuse_with("--thin", weights=weights, **care)
         fitted = _to_thin(network, selection, parse_budget(sparsity, budget))
+    elif sparsity == KEEP:
+        refuse_with("--sparsity keep", budget=budget, **how, **care)
+        fitted = _with_its_zeros(network, selection)
     else:
-        fitted = _to_budget(network, selection, parse_budget(sparsity, budget))
+        if calibrate is None and calibration_images is not None:
+            raise UsageError("--calibration-images goes with --calibrate, the folder of pictures; give that too.")
+        images = DEFAULT_COUNT if calibration_images is None else calibration_images
+        options = CalibrationOptions(calibrate, images, on_progress or (lambda _, __: None))
+        fitted = _to_budget(network, selection, sparsity, budget, options)
     if on_fitted is not None:
         on_fitted(fitted)
     return fitted.model
 
 
-def _to_budget(network: NetworkOptions, selection: SelectionOptions, budget: Budget) -> Fitted:
-    """Converts to a sparse model that meets a budget."""
-    return fit(_sparsifier(network, selection), budget)
+def _to_budget(
+    network: NetworkOptions,
+    selection: SelectionOptions,
+    sparsity: float | str | None,
+    budget: str | None,
+    options: CalibrationOptions,
+) -> Fitted:
+    """Converts to a sparse model that meets a budget, with pictures or without."""
+    # A file of densities is a budget too. Any other is checked before the network is built, which may take seconds.
+    from_file = sparsity is None and budget is None and (selection.distribution or "").startswith(PREFIX)
+    given = None if from_file else parse_budget(sparsity, budget)
+    prepared = prepare(network, selection)
+    file = density_file(prepared, selection)
+    own = Budget(sparsity=1 - Fraction(file.total, sum(file.sizes))) if file else None
+    wanted = given or own or parse_budget(sparsity, budget)
+    if options.source is None:
+        return without_data(prepared, selection, wanted, file)
+    return calibrated(prepared, selection, wanted, file, options)
 
 
 def _to_thin(network: NetworkOptions, selection: SelectionOptions, budget: Budget) -> Fitted:
     """Converts to the thin dense model that has as many parameters as the sparse one."""
-    return fit_thin(_sparsifier(network, selection), budget, network.seed)
+    return fit_thin(make_sparsifier(prepare(network, selection), selection), budget, network.seed)
 
 
-def _sparsifier(network: NetworkOptions, selection: SelectionOptions) -> Sparsifier:
-    """Builds the network, and prepares its conversion."""
-    module, config, may_be_trained = build_network(network)
-    trained = network.weights is not None
-    record = {
-        "preset": selection.preset,
-        "keep_dense": list(selection.keep_dense),
-        "sparsify": list(selection.sparsify),
-        # Taken before anything becomes zero, so that a ticket can check that it has the original weights again.
-        CHECKSUM: checksum(module),
-    }
-    # The largest of random weights are no better than others, so their positions are random by default. Magnitudes may
-    # mean something in a network of the user's own, but they are compared between layers only if it is known.
-    default_distribution = "magnitude" if trained else "uniform"
-    default_positions = "magnitude" if trained or may_be_trained else "random"
-    return Sparsifier(
-        module,
-        replace(config, conversion={**config.conversion, **record}),
-        distribution=default_distribution if selection.distribution is None else selection.distribution,
-        positions=default_positions if selection.positions is None else selection.positions,
-        granularity=selection.granularity or "weight",
-        rules=make_rules(
-            module,
-            preset=selection.preset,
-            keep_dense=tuple(selection.keep_dense),
-            sparsify=tuple(selection.sparsify),
-        ),
-        seed=network.seed,
-    )
+def _with_its_zeros(network: NetworkOptions, selection: SelectionOptions) -> Fitted:
+    """Converts a pruned network to a sparse model with the zeros that it has."""
+    prepared = prepare(network, selection)
+    fitted = keep(prepared.module, prepared.config, prepared.rules, prepared.masks)
+    warning = few_zeros_warning(fitted.model)
+    return replace(fitted, notes=prepared.notes, warnings=(warning,) if warning else ())

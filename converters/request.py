@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from torch import nn
 
 from converters.sources import find_source, load_network
@@ -12,7 +14,7 @@ from dsr_tool.errors import UsageError
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.config import LONGEST_SIDE, ModelConfig
 
-__all__ = ["NetworkOptions", "SelectionOptions", "build_network", "parse_budget", "refuse_with"]
+__all__ = ["CalibrationOptions", "NetworkOptions", "SelectionOptions", "build_network", "parse_budget", "refuse_with"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,17 @@ class SelectionOptions:
     distribution: str | None
     positions: str | None
     granularity: str | None
+    seed: int
+    allow_starved: bool
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """The options of `convert` that say how pictures are used; see there."""
+
+    source: str | Path | torch.Tensor | Iterable[object] | None
+    images: int
+    on_progress: Callable[[int, int], None]
 
 
 def build_network(network: NetworkOptions) -> tuple[nn.Module, ModelConfig, bool]:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from dsr_tool.cli.common import emit, examples, output_options
+from dsr_tool.cli.progress import progress_bar
 
 __all__ = ["command"]
 
@@ -28,6 +29,7 @@ def _parse_shape(
     epilog=examples(
         "dsr-tool convert resnet18 --num-classes 10 --input-size 32 --sparsity 0.9 -o resnet18-90",
         "dsr-tool convert mobilenet_v2 --weights DEFAULT --sparsity 0.5 --keep-dense 'classifier.*' -o mobilenet-50",
+        "dsr-tool convert mobilenet_v2 --weights DEFAULT --sparsity 0.7 --calibrate photographs -o mobilenet-70",
         "dsr-tool convert --recipe wrn-28-2/dsr@0.9 -o wrn-90",
         "dsr-tool convert mypackage.nets:small --input-shape 3,64,64 --sparsity 0.8 -o small-80",
         "dsr-tool convert wrn-28-2 --preset paper --sparsity 0.9 --thin -o wrn-thin",
@@ -48,11 +50,25 @@ def _parse_shape(
     metavar="C,H,W",
     help="Shape of one input instead, C,T,H,W for video; needed for module:callable.",
 )
-@click.option("--sparsity", help="Fraction of zeros among the prunable weights, in [0, 1).")
+@click.option(
+    "--sparsity",
+    help="Fraction of zeros among the prunable weights, in [0, 1); or keep: the zeros that a pruned network has.",
+)
 @click.option(
     "--budget", help="Budget of the whole model instead: 5.1Mparams, 12MB or 12MiB (of its archive), or 0.8GMACs."
 )
-@click.option("--distribution", help="uniform (default without weights), erk, or magnitude (default with weights).")
+@click.option(
+    "--distribution",
+    help="uniform (default without weights), erk, lamp (default with weights), output (default with --calibrate), "
+    "magnitude, or file:FILE.csv with a density for each layer.",
+)
+@click.option(
+    "--calibrate",
+    metavar="DIR",
+    help="Photographs, unlabelled, to choose layer budgets, masks and values by, so that the outputs stay.",
+)
+@click.option("--calibration-images", type=int, metavar="N", help="Use at most N of them; default 256.")
+@click.option("--allow-starved", is_flag=True, help="Convert even if a layer would carry no signal.")
 @click.option(
     "--granularity", help="weight (default), or kernel: a convolution kernel is active as a whole or not at all."
 )
@@ -88,13 +104,16 @@ def command(
 ) -> None:
     """Convert ARCH, or the architecture of a recipe, to a sparse model with masks.
 
-    ARCH is a torchvision model for classification, segmentation or video, a network of the papers (lenet-300-100,
-    wrn-22-2 or wrn-28-2), or module:callable. The callable returns a torch.nn.Module; its module may be in the current
-    directory.
+    ARCH is a torchvision model for classification, segmentation, detection or video, a network of the papers
+    (lenet-300-100, wrn-22-2 or wrn-28-2), or module:callable. The callable returns a torch.nn.Module; its module may
+    be in the current directory.
 
     Weights are found by the type of their layer: convolutions, linear layers, embeddings and attention projections.
-    Depthwise and tiny layers stay dense unless --sparsify names them. The number of active weights equals the target
-    to the last weight.
+    Depthwise and tiny layers stay dense unless --sparsify names them, and so does a new head of trained weights. The
+    number of active weights equals the target to the last weight.
+
+    Trained weights: layers get their budgets by LAMP scores, and norms are corrected from the weights alone. With
+    --calibrate, a folder of photographs keeps far more of what the network learned; the time depends on the network.
     """
     from converters.budgets import Fitted
     from converters.conversion import convert
@@ -116,7 +135,10 @@ def command(
     if "arch" not in options:
         raise UsageError("ARCH is missing; name the model to convert, or give --recipe.")
     fitted: list[Fitted] = []
-    model = convert(**to_parameters(options), on_fitted=fitted.append)
+    with progress_bar("calibrating", quiet=quiet or "calibrate" not in options) as on_progress:
+        model = convert(**to_parameters(options), on_fitted=fitted.append, on_progress=on_progress)
     model.save(output, force=force)
+    for warning in fitted[0].warnings:
+        click.echo(f"warning: {warning}", err=True)
     document = conversion_document(fitted[0], output)
     emit(document, conversion_text(document, short=quiet), as_json=as_json)

@@ -37,6 +37,8 @@ class ConversionDocument(TypedDict):
         sparsity_of_whole_model: fraction of zeros among all parameters.
         budget: check of the budget; None for a budget given as a sparsity.
         archive_bytes: predicted size of the exported archive in bytes; None unless the budget is in bytes.
+        notes: sentences on what the conversion decided by itself.
+        warnings: sentences on what the user should look at.
         layers: each entry of the state_dict: its specification, `parameters` and `active` counts.
     """
 
@@ -51,6 +53,8 @@ class ConversionDocument(TypedDict):
     sparsity_of_whole_model: float
     budget: FittedBudget | None
     archive_bytes: int | None
+    notes: list[str]
+    warnings: list[str]
     layers: list[dict[str, Any]]
 
 
@@ -77,6 +81,8 @@ def conversion_document(fitted: Fitted, path: Path) -> ConversionDocument:
         "sparsity_of_whole_model": model.model_sparsity,
         "budget": _budget(fitted, counts["parameters"]),
         "archive_bytes": fitted.archive_bytes,
+        "notes": list(fitted.notes),
+        "warnings": list(fitted.warnings),
         "layers": layers,
     }
 
@@ -98,7 +104,9 @@ def conversion_text(document: ConversionDocument, *, short: bool = False) -> str
     # Every share names its denominator: the whole model also has weights that are kept dense, biases and norms.
     if document["budget"]:
         closing += f"\n{document['budget']['line']}"
-    return closing if short else f"{render(_layers(document))}\n{closing}"
+    if short:
+        return closing
+    return "\n".join([render(_layers(document)).rstrip("\n"), *document["notes"], closing])
 
 
 def _budget(fitted: Fitted, parameters: int) -> FittedBudget | None:

@@ -1,0 +1,92 @@
+"""A network before its conversion: its values, what is known about them, and which weights may become sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from converters.presets import make_rules
+from converters.request import NetworkOptions, SelectionOptions, build_network
+from converters.tickets import CHECKSUM, checksum
+from converters.torch_prune import take_masks
+from dsr_tool.sparse.discover import Rules, discover
+from dsr_tool.sparsity.config import ModelConfig
+
+__all__ = ["Prepared", "prepare"]
+
+_FRESH = "new head: its values are random"
+"""Reason of a weight that stays dense because it was never trained."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A dense network and what decides about its weights.
+
+    Attributes:
+        module: the network, without hooks of pruning.
+        config: its description, with a record of the options that select weights.
+        rules: which weights stay dense.
+        masks: masks that the weights came with, by parameter name; usually none.
+        trained: whether its weights are known to be trained.
+        may_be_trained: whether they may be.
+        fresh: names of weights that are sparse by the user's will although their values are random.
+        notes: sentences on what was decided.
+    """
+
+    module: nn.Module
+    config: ModelConfig
+    rules: Rules
+    masks: Mapping[str, torch.Tensor]
+    trained: bool
+    may_be_trained: bool
+    fresh: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def prepare(network: NetworkOptions, selection: SelectionOptions) -> Prepared:
+    """Builds the network and finds out what is known about its weights.
+
+    Raises:
+        UsageError, FileError, FormatError: see `convert`.
+    """
+    module, config, may_be_trained = build_network(network)
+    masks = take_masks(module)
+    rules = make_rules(
+        module,
+        preset=selection.preset,
+        keep_dense=tuple(selection.keep_dense),
+        sparsify=tuple(selection.sparsify),
+    )
+    fresh = [name for name in config.conversion.get("fresh", ()) if module.get_parameter(name).ndim > 1]
+    # Ranked by its values, a new head would be pruned at random, and it has few weights.
+    rules = replace(rules, preset_dense={**rules.preset_dense, **dict.fromkeys(fresh, _FRESH)})
+    specs = discover(module, rules)
+    chosen = tuple(name for name in fresh if specs[name].role == "sparse")
+    record = {
+        "preset": selection.preset,
+        "keep_dense": list(selection.keep_dense),
+        "sparsify": list(selection.sparsify),
+        # Taken before anything becomes zero, so that a ticket can check that it has the original weights again.
+        CHECKSUM: checksum(module),
+    }
+    return Prepared(
+        module,
+        replace(config, conversion={**config.conversion, **record}),
+        rules,
+        masks,
+        trained=network.weights is not None,
+        may_be_trained=may_be_trained,
+        fresh=chosen,
+        notes=tuple(_notes(config, [name for name in fresh if name not in chosen], chosen)),
+    )
+
+
+def _notes(config: ModelConfig, kept: Sequence[str], chosen: Sequence[str]) -> list[str]:
+    read = config.conversion.get("weights_read")
+    notes = [f"weights: {'; '.join(read)}"] if read else []
+    notes += [f"the new head {', '.join(kept)} stays dense: its values are random"] * bool(kept)
+    notes += [f"the new head {', '.join(chosen)} has random positions: its values are random"] * bool(chosen)
+    return notes
