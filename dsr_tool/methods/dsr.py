@@ -42,7 +42,7 @@ class DSR(Method):
     summary = "prunes below one global threshold, grows across layers"
     granularities = GRANULARITIES
     # Grown weights learn little at a low learning rate, so a short training cannot repair what larger moves undo.
-    fine_tuning: ClassVar = {"target": 0.01, "threshold": "auto", "stop": 0.5}
+    fine_tuning: ClassVar = {"target": 0.03, "threshold": "auto", "stop": 0.5}
 
     def __init__(
         self,

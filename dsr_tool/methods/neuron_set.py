@@ -48,7 +48,7 @@ class NeuronSET(Method):
     name = "neuron-set"
     summary = "does what set does, and removes weak hidden units"
     bytes_per_weight = 1  # whether each position belongs to a removed unit, as bool
-    fine_tuning: ClassVar = {"drop_fraction": 0.01, "stop": 0.5}  # as set
+    fine_tuning: ClassVar = {"drop_fraction": 0.03, "stop": 0.5}  # as set
 
     def __init__(
         self,

@@ -27,7 +27,7 @@ class SET(Method):
     name = "set"
     summary = "prunes a share of every layer, grows at random in the same layer"
     granularities = GRANULARITIES
-    fine_tuning: ClassVar = {"drop_fraction": 0.01, "stop": 0.5}  # as dsr
+    fine_tuning: ClassVar = {"drop_fraction": 0.03, "stop": 0.5}  # as dsr
 
     def __init__(self, schedule: ReallocationSchedule, *, drop_fraction: float = 0.14) -> None:
         """Sets the method up.

@@ -49,12 +49,12 @@ def test_the_defaults_of_both_kinds_of_models_are_pinned():
     usual, tuned = (TrainSettings(device="cpu").resolve("none", trained=answer) for answer in (False, True))
     assert (usual.lr, usual.stop, usual.options, usual.fine_tune) == (0.1, None, {}, False)
     assert (tuned.lr, tuned.stop, tuned.fine_tune) == (0.003, 0.5, True)
-    assert tuned.options == {"target": 0.01, "threshold": "auto"}
+    assert tuned.options == {"target": 0.03, "threshold": "auto"}
     assert (tuned.weight_decay, tuned.warmup_epochs, tuned.momentum) == (5e-4, 0.0, 0.9)
     for name, options in (
-        ("set", {"drop_fraction": 0.01}),
-        ("rigl", {"drop_fraction": 0.02}),
-        ("neuron-set", {"drop_fraction": 0.01}),
+        ("set", {"drop_fraction": 0.03}),
+        ("rigl", {"drop_fraction": 0.06}),
+        ("neuron-set", {"drop_fraction": 0.03}),
         ("deepr", {}),
     ):
         settings = TrainSettings(method=name, device="cpu").resolve("none", trained=True)
@@ -100,12 +100,12 @@ def test_trained_weights_take_small_steps_and_stop_at_half_time(tiny, tmp_path):
     settings, _ = in_folder(tiny, tmp_path / "run", trained(tiny.model()), epochs=5)
     assert settings.lr == 0.003
     saved = json.loads((tmp_path / "run" / "settings.json").read_text())["settings"]
-    assert (saved["lr"], saved["stop"], saved["options"]) == (0.003, 0.5, {"target": 0.01, "threshold": "auto"})
+    assert (saved["lr"], saved["stop"], saved["options"]) == (0.003, 0.5, {"target": 0.03, "threshold": "auto"})
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     moves = [line for line in lines if line["kind"] == "reallocation"]
     active = lines[0]["active_weights"]
-    assert sum(moves[0]["dropped"].values()) == round(0.01 * active)
-    assert moves[0]["share"] == pytest.approx(0.01, abs=0.005) and max(move["step"] for move in moves) <= 10
+    assert sum(moves[0]["dropped"].values()) == round(0.03 * active)
+    assert moves[0]["share"] == pytest.approx(0.03, abs=0.01) and max(move["step"] for move in moves) <= 10
 
 
 def test_a_run_from_before_resumes_with_the_settings_that_it_was_started_with(tiny, tmp_path):
@@ -131,7 +131,7 @@ def test_the_announcement_says_what_changed():
         for name, options in (("dsr", {}), ("dsr", {"target": 200.0}), ("static", {}), ("gmp", {"final_sparsity": 0.8}))
     ]
     assert lines == [
-        "from trained weights: learning rate 0.003, dsr moves 1 % a time until half time",
+        "from trained weights: learning rate 0.003, dsr moves 3 % a time until half time",
         "from trained weights: learning rate 0.003, dsr moves 200 weights a time until half time",
         "from trained weights: learning rate 0.003",
         "from trained weights: learning rate 0.003",
@@ -186,7 +186,7 @@ def test_the_command_prints_the_defaults_the_first_evaluation_and_the_doubt(tmp_
     arguments = [str(tmp_path / "model"), "-o", str(tmp_path / "run"), "--data", "digits", "--epochs", "1", "--json"]
     done = CliRunner().invoke(command, arguments, catch_exceptions=False)
     lines = done.stderr.splitlines()
-    assert lines[0] == "from trained weights: learning rate 0.003, dsr moves 1 % a time until half time"
+    assert lines[0] == "from trained weights: learning rate 0.003, dsr moves 3 % a time until half time"
     assert lines[1].startswith("epoch 0/1  accuracy 0.") and lines[1].endswith("before the training")
     assert lines[2].startswith("warning: before the training the network is at chance")
     document = json.loads(done.stdout)
@@ -198,7 +198,7 @@ def test_help_says_both_defaults():
     text = " ".join(CliRunner().invoke(command, ["--help"]).output.split())
     for words in (
         "default 0.1 for sgd, 0.001 for the others; from trained weights 0.003 for sgd, 0.0001 for the others",
-        "default 0.15; from trained weights 0.01",
+        "default 0.15; from trained weights 0.03",
         "from trained weights, for dsr, set, deepr, rigl and neuron-set 0.5",
         "default 0.001; from trained weights auto",
     ):
