@@ -23,9 +23,9 @@ _FLOAT = 4
 _WEIGHTS = 4
 """Copies of all weights besides the network itself: dense values to go back to, those swapped out, gradients, masks."""
 
-_MOMENTS = 14
-"""Matrices of columns x columns that are alive while a layer is solved: 11 in the solver, measured on layers of 256 to
-2,048 columns, and 3 of sums and means."""
+_MOMENTS, _WITH_SYSTEMS = 14, 5
+"""Matrices of columns x columns that are alive while a mask is chosen: 11 in the solver, measured on layers of 256 to
+2,048 columns, and 3 of sums and means; and those that are alive while values are fitted, beside the rows' systems."""
 
 _SYSTEMS = 3 << 28
 """Most bytes of the rows' own systems, which are factorised in chunks: three times 256 MiB."""
@@ -94,19 +94,20 @@ def memory_need(module: nn.Module, input_shape: tuple[int, ...]) -> Need:
     """
     pixels, largest = torch.Size(input_shape).numel(), _largest_activation(module, input_shape)
     weights = sum(parameter.numel() for parameter in module.parameters())
-    moments, systems = map(max, zip((0, 0), *_solving(module), strict=True))
-    fixed = _FLOAT * (_WEIGHTS * weights + _MOMENTS * moments + _BATCH * _ALIVE * largest) + min(systems, _SYSTEMS)
+    fixed = _FLOAT * (_WEIGHTS * weights + _BATCH * _ALIVE * largest) + max(_solving(module), default=0)
     return Need(fixed, _INPUT * pixels, _VALUE * largest)
 
 
-def _solving(module: nn.Module) -> Iterator[tuple[int, int]]:
-    """Yields, for each weight, the entries of its moments, and the bytes of its rows' systems in one piece."""
+def _solving(module: nn.Module) -> Iterator[int]:
+    """Yields, for each weight, the bytes that solving its layer takes at most."""
     for name, spec in discover(module).items():
         if spec.weight:
             rows, columns = spec.shape[0], math.prod(spec.shape[1:])
             groups = getattr(module.get_submodule(name.rpartition(".")[0]), "groups", 1)
             # A convolution has moments for each group; whatever a module of the user's own calls groups is ignored.
-            yield (groups if isinstance(groups, int) else 1) * columns**2, 3 * _FLOAT * rows * columns**2
+            moments = _FLOAT * (groups if isinstance(groups, int) else 1) * columns**2
+            systems = min(3 * _FLOAT * rows * columns**2, _SYSTEMS)
+            yield max(_MOMENTS * moments, _WITH_SYSTEMS * moments + systems)
 
 
 def _largest_activation(module: nn.Module, input_shape: tuple[int, ...]) -> int:
