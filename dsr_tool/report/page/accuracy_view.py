@@ -36,7 +36,7 @@ def accuracy_section(accuracy: Mapping[str, Any]) -> Section:
     pictures = numbers.count(accuracy["pictures"])
     # In percent of the whole plot, which stands for all pictures; `charts.bars` would stretch the longest to its width.
     shares = [
-        Bar(name, _with_interval(value, interval), style, 0.0, 100 * value)
+        Bar(f"{name} ({_ends(interval)})", numbers.percent(value, 1), style, 0.0, 100 * value)
         for name, style, value, interval in fractions
     ]
     rows = [
@@ -64,16 +64,15 @@ def accuracy_headline(document: Mapping[str, Any]) -> list[Number]:
         if known
         else (accuracy["agreement_fraction"], accuracy["agreement_interval"])
     )
-    low, high = (f"{100 * end:.1f}" for end in interval)
     beside = f"; against: {numbers.percent(other['top1_fraction'], 1)}" if known and other else ""
-    note = f"95{numbers.GAP}% interval {low} to {high}, n = {numbers.count(accuracy['pictures'])}{beside}"
+    note = f"95{numbers.GAP}% interval {_ends(interval)}, n = {numbers.count(accuracy['pictures'])}{beside}"
     return [Number("Top-1" if known else "Agreement", numbers.percent(value, 1), note)]
 
 
-def _with_interval(fraction: float, interval: Sequence[float]) -> str:
-    """Returns a fraction in percent with its interval, so that none is read without the other."""
+def _ends(interval: Sequence[float]) -> str:
+    """Returns an interval in percent; it stands beside every bar, so that no fraction is read without it."""
     low, high = (f"{100 * end:.1f}" for end in interval)
-    return f"{numbers.percent(fraction, 1)} ({low} to {high})"
+    return f"{low} to {high}"
 
 
 def _finding(accuracy: Mapping[str, Any]) -> str:
