@@ -261,7 +261,7 @@ def sparsify(
         module: the network; its inactive weights are set to zero.
         config: description of the model; with an `input_shape`, multiply-adds are counted.
         budget: number of active weights, as a sparsity or a number of parameters.
-        distribution: spread over the layers: `uniform`, `erk` or `magnitude`.
+        distribution: spread over the layers: `uniform`, `erk`, `magnitude` or `lamp`.
         positions: `magnitude` keeps the largest weights of each layer, `random` any.
         granularity: `weight`, or `kernel` for convolutions whose kernels are active or inactive as a whole; the number
             of active weights is then the nearest below that whole kernels can make.
