@@ -64,7 +64,9 @@ def calibrated(
     """
     if selection.positions == "random":
         raise UsageError("--calibrate chooses the active weights by pictures, so their positions are not random.")
-    pictures = read_calibration(options.source or (), prepared.config, options.images, selection.seed)
+    pictures = read_calibration(
+        () if options.source is None else options.source, prepared.config, options.images, selection.seed
+    )
     shape = prepared.config.input_shape or tuple(pictures.inputs.shape[1:])
     prepared = replace(prepared, config=replace(prepared.config, input_shape=shape))
     with _trained_part(prepared) as network:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from converters.budgets import Fitted
-from converters.calibration import calibrated
+from converters.calibration import OUTPUT, calibrated
 from converters.kept_zeros import KEEP, few_zeros_warning, keep
 from converters.prepared import prepare
 from converters.pretrained import density_file, make_sparsifier, without_data
@@ -102,7 +102,11 @@ def convert(
         preset, keep_dense, sparsify_patterns, distribution, positions, granularity, seed or 0, allow_starved
     )
     how = {"distribution": distribution, "positions": positions, "granularity": granularity}
-    care = {"calibrate": calibrate, "calibration_images": calibration_images, "allow_starved": allow_starved}
+    care = {
+        "calibrate": calibrate is not None,
+        "calibration_images": calibration_images,
+        "allow_starved": allow_starved,
+    }
     if structure is not None:
         refuse_with(
             "--structure",
@@ -126,7 +130,7 @@ def convert(
         refuse_with("--thin", weights=weights, **care)
         fitted = _to_thin(network, selection, parse_budget(sparsity, budget))
     elif sparsity == KEEP:
-        refuse_with("--sparsity keep", budget=budget, **how, **care)
+        refuse_with("--sparsity keep", budget=budget, sparsify=sparsify_patterns, **how, **care)
         fitted = _with_its_zeros(network, selection)
     else:
         if calibrate is None and calibration_images is not None:
@@ -150,9 +154,13 @@ def _to_budget(
     # A file of densities is a budget too. Any other is checked before the network is built, which may take seconds.
     from_file = sparsity is None and budget is None and (selection.distribution or "").startswith(PREFIX)
     given = None if from_file else parse_budget(sparsity, budget)
+    if options.source is None and selection.distribution == OUTPUT:
+        raise UsageError("--distribution output needs --calibrate, a folder of pictures; give that too.")
     prepared = prepare(network, selection)
+    if options.source is not None and not (prepared.trained or prepared.may_be_trained):
+        raise UsageError("--calibrate keeps what trained weights do, and these are random; give --weights.")
     file = density_file(prepared, selection)
-    own = Budget(sparsity=1 - Fraction(file.total, sum(file.sizes))) if file else None
+    own = Budget(sparsity=1 - Fraction(file.total, sum(file.sizes) or 1)) if file else None
     wanted = given or own or parse_budget(sparsity, budget)
     if options.source is None:
         return without_data(prepared, selection, wanted, file)
@@ -167,6 +175,6 @@ def _to_thin(network: NetworkOptions, selection: SelectionOptions, budget: Budge
 def _with_its_zeros(network: NetworkOptions, selection: SelectionOptions) -> Fitted:
     """Converts a pruned network to a sparse model with the zeros that it has."""
     prepared = prepare(network, selection)
-    fitted = keep(prepared.module, prepared.config, prepared.rules, prepared.masks)
+    fitted = keep(prepared.module, prepared.config, prepared.rules, prepared.masks, selection.seed)
     warning = few_zeros_warning(fitted.model)
     return replace(fitted, notes=prepared.notes, warnings=(warning,) if warning else ())
