@@ -12,12 +12,14 @@ import torch
 
 __all__ = ["Problem", "Solution", "largest", "least_squares", "solve", "values"]
 
-_DAMPING = 0.01
-"""Share of the mean diagonal that is added to the second moments, as in SparseGPT (Frantar & Alistarh 2023)."""
+_DAMPING = 0.04
+"""Share of the mean diagonal that is added to the second moments. MobileNetV2 at .7 from 128 pictures had a KL of 2.61,
+2.55 and 2.30 on 44 others with .001, .01 and .04."""
 
-_FEW = 1.0
-"""Further damping per column and input vector: with few vectors, least squares fits their noise. On a classifier with
-1,280 columns and 256 pictures, the error on other pictures fell from .147 without it to .105 with 3 to 10 in all."""
+_FEW = 0.02
+"""Further damping per column and input vector, because least squares on few vectors fits their noise: .1 for a
+classifier with 1,280 columns and 256 pictures. At 1 it keeps dense weights that no longer fit their inputs: KL 3.2
+against 2.5."""
 
 _PENALTIES = (0.1, 0.2, 0.4, 0.7, 1.0)
 """ADMM's penalty rho, from loose to tight. Against a constant 1 with 20 iterations, the error of MobileNetV2's last
