@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -14,11 +13,11 @@ from converters.prepared import Prepared
 from converters.pretrained import check_signal, known_moments, make_sparsifier
 from converters.request import CalibrationOptions, SelectionOptions
 from dsr_tool.calibrate.allocation import Curves
-from dsr_tool.calibrate.finish import Finished, finish
 from dsr_tool.calibrate.memory import require_memory
 from dsr_tool.calibrate.pictures import Pictures, read_calibration
 from dsr_tool.calibrate.reconstruct import Reconstruction, reconstruct
 from dsr_tool.calibrate.sensitivity import measure
+from dsr_tool.calibrate.views import affordable_views, with_views
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.discover import discover
 from dsr_tool.sparse.feeding import tensor_form
@@ -33,10 +32,8 @@ __all__ = ["OUTPUT", "calibrated"]
 
 OUTPUT = "output"
 """Name of the distribution by what pruning each layer does to the outputs."""
-_BUDGETS, _MASKS, _FINISH = 0.25, 0.35, 0.4
-"""Shares of the three stages in the time of a calibration: MobileNetV2 and ResNet-50 on one core, about."""
-_HELD = 8
-"""One of so many pictures judges the last pass."""
+_BUDGETS = 0.2
+"""Share of the layer budgets in the time of a calibration: MobileNetV2 and ResNet-50 on one core, about."""
 _STEPS = 1000
 """Number of steps in which the progress of a calibration is reported."""
 
@@ -87,33 +84,22 @@ def calibrated(
     draft = sparsifier.preview(total, budget)
     units = {spec.name: unit for spec, unit in zip(sparsifier.sparse, sparsifier.units, strict=True)}
     counts = {name: count for name, count in sparsifier.counts(total).items() if name not in prepared.fresh}
-    # The last pass is judged by pictures that no layer was fitted to.
-    fitted, held = pictures.inputs.split([pictures.count - pictures.count // _HELD, pictures.count // _HELD])
+    macs = sum(spec.size * spec.macs_per_weight for spec in draft.specs.values())
     with _trained_part(prepared) as network:
-        dense = copy.deepcopy(network)
         found = reconstruct(
             network,
             counts,
-            fitted,
+            with_views(pictures.inputs, affordable_views(macs, pictures.count), selection.seed),
             units=units,
             seed=selection.seed,
-            on_progress=_stage(options, _BUDGETS, _MASKS),
-        )
-        finished = finish(
-            network,
-            dense,
-            found.masks,
-            fitted,
-            held=held if len(held) else fitted,
-            seed=selection.seed,
-            on_progress=_stage(options, _BUDGETS + _MASKS, _FINISH),
+            on_progress=_stage(options, _BUDGETS, 1 - _BUDGETS),
         )
     masks = {name: found.masks.get(name, mask) for name, mask in draft.masks.items()}
     model = SparseModel(prepared.module, draft.specs, masks, _recorded(draft.config, pictures))
     model.apply_masks()
     # Other values take another number of bytes than those that the search for the budget saw.
     nbytes = trim(model, budget.amount) if nbytes is not None else None
-    notes = (*prepared.notes, *([f"densities: {file.note}"] if file else []), *_told(found, finished, pictures))
+    notes = (*prepared.notes, *([f"densities: {file.note}"] if file else []), *_told(found, pictures))
     return Fitted(model, budget, nbytes, notes, (*pictures.warnings, *check_signal(model, selection)))
 
 
@@ -205,13 +191,8 @@ def _recorded(config: ModelConfig, pictures: Pictures) -> ModelConfig:
     return replace(config, conversion={**config.conversion, "calibration": {"pictures": pictures.count}})
 
 
-def _told(found: Reconstruction, finished: Finished, pictures: Pictures) -> list[str]:
+def _told(found: Reconstruction, pictures: Pictures) -> list[str]:
     """Returns what was done, in words."""
     notes = [f"calibrated with {pictures.count} pictures: {len(found.errors)} layers fitted to the dense outputs"]
-    notes.append(
-        f"last pass: distance to the dense outputs {finished.before:.3f} before, {finished.after:.3f} after"
-        if not finished.undone
-        else "last pass: made the outputs no closer to the dense ones, so it was undone"
-    )
     notes += [f"chosen by magnitude: {name}, since {reason}" for name, reason in found.unfitted.items()]
     return notes
