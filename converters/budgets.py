@@ -3,39 +3,19 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 
+from converters.archive_size import archive_bytes, captured, largest_within
 from converters.search import Bracket, search
 from dsr_tool.errors import CheckFailed, UsageError
-from dsr_tool.files import writing
-from dsr_tool.formats.archive import encode_archive
-from dsr_tool.graph.ir import Graph
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparse.sparsify import Sparsifier
-from dsr_tool.sparse.trace import trace
 from dsr_tool.sparsity.budget import Budget
-from dsr_tool.sparsity.config import installed_versions
-from dsr_tool.sparsity.distribution import by_magnitude, largest
-from dsr_tool.sparsity.mask import Mask
-from dsr_tool.sparsity.tensor import SparseTensor
 
-__all__ = [
-    "LEAST_BYTES",
-    "LEAST_MACS",
-    "MARGIN",
-    "Fitted",
-    "archive_bytes",
-    "fit",
-    "solve",
-    "trim",
-    "smallest_sparsity",
-]
+__all__ = ["LEAST_BYTES", "LEAST_MACS", "MARGIN", "Fitted", "solve", "trim"]
 
 LEAST_BYTES = 0.98
 """Smallest fraction of a budget in bytes that an archive takes, if the model is large enough."""
@@ -74,20 +54,6 @@ class Fitted:
     warnings: tuple[str, ...] = ()
 
 
-def fit(sparsifier: Sparsifier, budget: Budget) -> Fitted:
-    """Makes a model sparse so that it meets a budget of any kind; see `solve`.
-
-    Args:
-        sparsifier: the model with the options of its conversion; applied here.
-        budget: the budget.
-
-    Raises:
-        UsageError: the budget is out of the model's reach, its multiply-adds are unknown, or it cannot be captured.
-    """
-    total, nbytes = solve(sparsifier, budget)
-    return Fitted(sparsifier.apply(total, budget), budget, nbytes)
-
-
 def solve(sparsifier: Sparsifier, budget: Budget) -> tuple[int, int | None]:
     """Returns the number of active weights that meets a budget, and the bytes of the archive if it is in bytes.
 
@@ -109,34 +75,6 @@ def solve(sparsifier: Sparsifier, budget: Budget) -> tuple[int, int | None]:
     return sparsifier.active_weights(budget), None
 
 
-def archive_bytes(model: SparseModel, graph: Graph | None = None) -> int:
-    """Returns the exact size in bytes of the archive that a model exports to: smallest encodings, fp32 values.
-
-    Args:
-        model: the model; its weights outside the masks do not matter.
-        graph: its graph; captured here when absent.
-
-    Raises:
-        UsageError: the model cannot be captured, or not all of its parameters are float32.
-    """
-    return _encoded_bytes(model, model.tensors(), graph or _graph(model.module, model.config.input_shape))
-
-
-def smallest_sparsity(model: SparseModel, limit: int) -> float | None:
-    """Returns the smallest sparsity at which the archive of a model has at most `limit` bytes.
-
-    It is estimated by pruning the smallest weights of the whole network, with the values that the model has now.
-
-    Returns:
-        Fraction of zeros among the prunable weights, rounded up to four digits; None if no sparsity is enough.
-    """
-    kept = _largest_within(model, limit)
-    if kept is None:
-        return None
-    # Rounded up, so that the rounded sparsity still fits.
-    return math.ceil((1 - sum(tensor.values.size for tensor in kept.values()) / model.prunable_weights) * 1e4) / 1e4
-
-
 def trim(model: SparseModel, limit: int) -> int:
     """Prunes the smallest weights of a model until its archive has at most `limit` bytes, usually none.
 
@@ -148,7 +86,7 @@ def trim(model: SparseModel, limit: int) -> int:
     """
     if (nbytes := archive_bytes(model)) <= limit:
         return nbytes
-    kept = _largest_within(model, limit)
+    kept = largest_within(model, limit)
     if kept is None:
         raise CheckFailed(f"the archive takes {nbytes:,} bytes, and the budget is {limit:,}; give a larger budget.")
     for name, tensor in kept.items():
@@ -157,34 +95,8 @@ def trim(model: SparseModel, limit: int) -> int:
     return archive_bytes(model)
 
 
-def _largest_within(model: SparseModel, limit: int) -> dict[str, SparseTensor] | None:
-    """Returns the largest weights of a model whose archive has at most `limit` bytes; None if there are none."""
-    # Captured once for all sizes, since a capture takes a second or more.
-    graph, tensors = _graph(model.module, model.config.input_shape), model.tensors()
-    sparse = {name: tensors[name] for name in model.masks}
-
-    def kept(total: int) -> dict[str, SparseTensor]:
-        counts = by_magnitude(total, [tensor.values for tensor in sparse.values()])
-        return {name: _largest_of(sparse[name], count) for name, count in zip(sparse, counts, strict=True)}
-
-    most = model.active_weights
-    found = (
-        search(
-            lambda total: _encoded_bytes(model, {**tensors, **kept(total)}, graph),
-            len(sparse),
-            most,
-            most,
-            math.ceil(_CLOSE * limit),
-            limit,
-        )
-        if sparse
-        else None
-    )
-    return None if found is None or found.below is None else kept(found.below[0])
-
-
 def _solve_bytes(sparsifier: Sparsifier, budget: Budget) -> tuple[int, int]:
-    graph = _graph(sparsifier.module, sparsifier.config.input_shape)
+    graph = captured(sparsifier.module, sparsifier.config.input_shape)
 
     def size(total: int) -> int:
         return archive_bytes(sparsifier.preview(total, budget), graph)
@@ -235,28 +147,3 @@ def _nearest(
     if chosen[1] < enough and chosen[0] == most:
         raise budget.out_of_reach(size(least) + _RECORD * (budget.kind == "bytes"), chosen[1])
     return chosen
-
-
-def _graph(module: torch.nn.Module, input_shape: tuple[int, ...]) -> Graph:
-    other = next((p.dtype for p in module.parameters() if p.dtype != torch.float32), None)
-    if other is not None:
-        raise UsageError(
-            f"a budget in bytes needs float32 weights, and this model has {other}; call model.to(torch.float32) first."
-        )
-    return trace(module, input_shape)
-
-
-def _encoded_bytes(model: SparseModel, tensors: dict[str, SparseTensor], graph: Graph) -> int:
-    """Returns the size of the archive, written to a temporary folder."""
-    # Written, not estimated: a budget in bytes must hold to the byte, with all headers and alignment.
-    encoded = encode_archive(tensors, model.specs, graph, model.config, versions=installed_versions())
-    with tempfile.TemporaryDirectory() as folder, writing(Path(folder)):
-        path = Path(folder) / "size.dsr"
-        encoded.save(path)
-        return path.stat().st_size
-
-
-def _largest_of(tensor: SparseTensor, count: int) -> SparseTensor:
-    """Returns a tensor with only its `count` largest values."""
-    kept = np.sort(largest(np.abs(tensor.values), count))
-    return SparseTensor(Mask(tensor.mask.shape, tensor.mask.positions[kept]), tensor.values[kept])

@@ -120,7 +120,7 @@ def check_source(source: Source, budget: Budget, maker: str | None = None) -> Bu
     if not source.path.is_dir():
         return BudgetCheck(budget, source.footprint.file_bytes, "on disk")
     # Here, because both import torch, which the check of a file does without.
-    from converters.budgets import archive_bytes
+    from converters.archive_size import archive_bytes
     from converters.loading import load
 
     return BudgetCheck(budget, archive_bytes(load(source.path, maker)), ARCHIVE)
@@ -135,7 +135,7 @@ def check_exported(model: SparseModel, verification: Verification) -> BudgetChec
 
 def check_trained(model: SparseModel) -> BudgetCheck | None:
     """Checks a trained model against the budget in bytes that it was converted for; None if it has no such budget."""
-    from converters.budgets import archive_bytes
+    from converters.archive_size import archive_bytes
 
     # Checked again after training: trained values compress less well than the ones that the conversion measured.
     budget = Budget.of_record(model.config.conversion)
@@ -150,7 +150,7 @@ def too_large(check: BudgetCheck, model: SparseModel, path: object) -> CheckFail
         model: the trained model.
         path: where the model was saved.
     """
-    from converters.budgets import smallest_sparsity
+    from converters.archive_size import smallest_sparsity
 
     # Days of training may be lost, so the error names a sparsity that fits instead of asking for a guess.
     sparsity = smallest_sparsity(model, check.budget.amount)

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import converters.budgets
-from converters.budgets import LEAST_BYTES, LEAST_MACS, archive_bytes, fit, smallest_sparsity
+import converters.archive_size
+from converters.archive_size import archive_bytes, smallest_sparsity
+from converters.budgets import LEAST_BYTES, LEAST_MACS, solve
 from converters.conversion import convert
 from converters.loading import load
 from converters.search import search
@@ -56,12 +57,17 @@ def graphs():
 def trace_once(monkeypatch, graphs):
     """Replaces the capture of the networks above, a second each, by the fixture."""
     by_length = {len(make()): graphs[name] for name, make in NETWORKS.items()}
-    monkeypatch.setattr(converters.budgets, "trace", lambda module, shape: by_length[len(module)])
+    monkeypatch.setattr(converters.archive_size, "trace", lambda module, shape: by_length[len(module)])
 
 
 def planned(name, **options):
     torch.manual_seed(0)
     return Sparsifier(NETWORKS[name](), ModelConfig("module", name, 0, SHAPE), **options)
+
+
+def fitted(sparsifier, budget):
+    """Returns the model that meets a budget."""
+    return sparsifier.apply(solve(sparsifier, budget)[0], budget)
 
 
 def written(model, graph, path):
@@ -99,10 +105,11 @@ def test_an_archive_has_at_most_its_budget_and_98_percent_of_it(graphs, tmp_path
         for total in (len(sparsifier.sparse), sparsifier.prunable)
     )
     budget = Budget(bytes=least + 200 + (most - least - 200) * position // 10**6, unit="kB")
-    fitted = fit(sparsifier, budget)
-    fitted.model.check()
-    assert fitted.archive_bytes == written(fitted.model, graphs[name], path)
-    assert LEAST_BYTES * budget.bytes <= fitted.archive_bytes <= budget.bytes
+    total, nbytes = solve(sparsifier, budget)
+    model = sparsifier.apply(total, budget)
+    model.check()
+    assert nbytes == written(model, graphs[name], path)
+    assert LEAST_BYTES * budget.bytes <= nbytes <= budget.bytes
 
 
 @given(st.sampled_from(sorted(NETWORKS)), st.floats(0.01, 0.99), options)
@@ -115,7 +122,7 @@ def test_multiply_adds_are_within_one_percent_or_one_weight(name, position, opti
         macs(sparsifier.preview(total, Budget.parse("1MAC"))) for total in (len(sparsifier.sparse), sparsifier.prunable)
     )
     budget = Budget(macs=round(least + position * (most - least)), unit="MMACs")
-    model = fit(sparsifier, budget).model
+    model = fitted(sparsifier, budget)
     found = macs(model)
     assert found <= budget.macs
     # One weight of a convolution has up to 256 multiply-adds here, which is more than one percent of small budgets.
@@ -132,7 +139,7 @@ def test_parameters_are_exact(name, position, options):
     parameters = sum(parameter.numel() for parameter in sparsifier.module.parameters())
     least = parameters - sparsifier.prunable + len(sparsifier.sparse)
     budget = Budget(parameters=least + int(position * (parameters - least)))
-    model = fit(sparsifier, budget).model
+    model = fitted(sparsifier, budget)
     assert parameters - sparsifier.prunable + model.active_weights == budget.parameters
 
 
@@ -158,10 +165,10 @@ def test_a_budget_out_of_reach_names_a_range_whose_ends_can_be_reached(kind):
     unit = {"bytes": "kB", "macs": "kMACs"}[kind]
     for amount, says in ((100, "can have from"), (10**9, "more than this model can fill")):
         with pytest.raises(UsageError, match=says) as refused:
-            fit(planned("convolutions"), Budget(**{kind: amount}, unit=unit))
+            solve(planned("convolutions"), Budget(**{kind: amount}, unit=unit))
         low, high = re.search(r" from (\S+ \S+) to (\S+ \S+?)[;,]", str(refused.value)).groups()
         for end in (low, high):
-            fit(planned("convolutions"), Budget.parse(end))
+            solve(planned("convolutions"), Budget.parse(end))
 
 
 def test_multiply_adds_need_an_input_shape():
