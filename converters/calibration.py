@@ -17,6 +17,7 @@ from dsr_tool.calibrate.memory import require_memory
 from dsr_tool.calibrate.pictures import Pictures, read_calibration
 from dsr_tool.calibrate.reconstruct import Reconstruction, reconstruct
 from dsr_tool.calibrate.sensitivity import measure
+from dsr_tool.calibrate.views import affordable_views, with_views
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.discover import discover
 from dsr_tool.sparse.feeding import tensor_form
@@ -83,11 +84,12 @@ def calibrated(
     draft = sparsifier.preview(total, budget)
     units = {spec.name: unit for spec, unit in zip(sparsifier.sparse, sparsifier.units, strict=True)}
     counts = {name: count for name, count in sparsifier.counts(total).items() if name not in prepared.fresh}
+    macs = sum(spec.size * spec.macs_per_weight for spec in draft.specs.values())
     with _trained_part(prepared) as network:
         found = reconstruct(
             network,
             counts,
-            pictures.inputs,
+            with_views(pictures.inputs, affordable_views(macs, pictures.count), selection.seed),
             units=units,
             seed=selection.seed,
             on_progress=_stage(options, _BUDGETS, 1 - _BUDGETS),
