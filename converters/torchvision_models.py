@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -17,13 +15,10 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from converters import torchvision_detectors as detectors
 from converters.base import Source
-from converters.checkpoints import Found
-from converters.state_dicts import fitting, is_state_file, load_strictly, read_weights
-from converters.torch_prune import prune_module
+from converters.state_dicts import is_state_file
 from converters.torchvision_builders import OWN_NORMALISATION, architectures, build, reason, structure, task_of
-from converters.torchvision_similar import similar_architecture
+from converters.torchvision_weights import class_head, from_enum, from_file
 from converters.widths import WIDTHS
-from dsr_tool.errors import FileError, UsageError, unknown_name
 from dsr_tool.sparse.feeding import detector_kind
 from dsr_tool.sparsity.config import ModelConfig, Preprocessing
 
@@ -31,8 +26,6 @@ __all__ = ["SOURCE", "load"]
 
 _FRAMES = 16
 """Frames per clip; torchvision's own video weights were trained on clips of this length."""
-_AUXILIARY = ("aux_classifier.", "aux1.", "aux2.", "AuxLogits.")
-"""Prefixes of auxiliary heads, which files may have or lack; the output in eval mode does not depend on them."""
 
 
 def load(
@@ -71,10 +64,9 @@ def load(
         if weights is None:
             module = build(name, num_classes, width)
         elif is_state_file(weights):
-            found = read_weights(weights, structure(name), _AUXILIARY)
-            module, record = _with_state(name, found, num_classes, weights)
+            module, record = from_file(name, weights, num_classes)
         else:
-            module, record, enum = _from_enum(name, weights, num_classes)
+            module, record, enum = from_enum(name, weights, num_classes)
     # Class names belong to the head of the weights; a new head has none.
     own_head = num_classes is None or num_classes == len(_categories(enum))
     shape = input_shape or _input_shape(name, task, module, enum, input_size)
@@ -84,7 +76,7 @@ def load(
     config = ModelConfig(
         source="torchvision",
         architecture=name,
-        num_classes=num_classes or _head(module)[1],
+        num_classes=num_classes or class_head(module)[1],
         input_shape=shape,
         preprocessing=detectors.preprocessing(shape[-1])
         if task == "detection"
@@ -94,101 +86,6 @@ def load(
         width=width,
     )
     return module, config
-
-
-def _from_enum(name: str, weights: str, num_classes: int | None) -> tuple[nn.Module, dict[str, Any], WeightsEnum]:
-    """Returns a model with published weights, downloaded if they are not in torch's cache; else as `_with_state`."""
-    enum_class = models.get_model_weights(name)
-    short = weights.removeprefix(f"{enum_class.__name__}.")
-    known = list({"DEFAULT": None, **enum_class.__members__})
-    if short not in known:
-        prefix = f"{enum_class.__name__}." if "." in weights else ""
-        raise unknown_name("--weights", weights, [prefix + key for key in known])
-    enum: WeightsEnum = enum_class[short]
-    try:
-        # torch.hub announces the download on stderr even without a progress bar.
-        with contextlib.redirect_stderr(io.StringIO()):
-            state = enum.get_state_dict(progress=False, check_hash=True)
-    except OSError as error:
-        raise FileError(
-            f"--weights {weights!r} could not be downloaded ({error}); give the path of a state_dict file instead."
-        ) from error
-    return *_with_state(name, fitting(state, structure(name), _AUXILIARY), num_classes, str(enum)), enum
-
-
-def _with_state(name: str, found: Found, num_classes: int | None, what: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Returns a model with a state loaded strictly, and a new head if another number of classes is wanted.
-
-    Returns:
-        The model, pruned by torch's hooks if the file has masks; and what the description of the model records:
-        `weights_read`, how the weights were found in the file, and `fresh`, the names of random parameters.
-    """
-    # Without values: random ones would be replaced at once.
-    module = structure(name)
-    found = detectors.with_new_names(found, module)
-    path, outputs, each = _head(module)
-    # The file may hold a model with another number of classes than torchvision's default.
-    head = found.state.get(f"{path}.weight")
-    if head is not None and head.ndim >= 2 and head.shape[0] not in (0, outputs * each):
-        outputs = max(1, head.shape[0] // each)
-        module = structure(name, outputs)
-    fresh = [key for key in module.state_dict() if key not in found.state and key.startswith(_AUXILIARY)]
-    fresh += _missing_head(found, path, num_classes, what, name)
-    random = build(name, outputs).state_dict() if fresh else {}
-    try:
-        load_strictly(module, name, {**found.state, **{key: random[key] for key in fresh}}, what, found.label)
-    except UsageError as error:
-        if (other := similar_architecture(name, found.state, _AUXILIARY)) is None:
-            raise
-        raise UsageError(
-            f"--weights {what!r} is no state_dict of {name}, but of {other}; give that as ARCH."
-        ) from error
-    if num_classes not in (None, outputs):
-        # A new head: everything that has the same shape in both is copied, the rest keeps its random values.
-        target = build(name, num_classes or outputs)
-        shapes = {key: value.shape for key, value in target.state_dict().items()}
-        kept = {key: value for key, value in module.state_dict().items() if shapes.get(key) == value.shape}
-        target.load_state_dict(kept, strict=False)
-        fresh += [key for key in shapes if key not in kept]
-        module = target
-    parameters = {key for key, _ in module.named_parameters()}
-    prune_module(module, found.masks)
-    names = sorted(parameters.intersection(fresh))
-    return module, {
-        **({"weights_read": list(found.notes)} if found.notes else {}),
-        **({"fresh": names} if names else {}),
-    }
-
-
-def _missing_head(found: Found, path: str, num_classes: int | None, what: str, name: str) -> list[str]:
-    """Returns the names of a head that a file lacks, if nothing else is missing and a new head is wanted anyway.
-
-    Raises:
-        UsageError: the head is missing, and no number of classes is given.
-    """
-    child = path.partition(".")[0]
-    if not found.missing or not all(key.startswith(f"{child}.") for key in found.missing):
-        return []
-    if num_classes is None:
-        raise UsageError(
-            f"--weights {what!r} holds {name} without its head {child!r}, as files for transfer do; give --num-classes "
-            f"for a new one."
-        )
-    return list(found.missing)
-
-
-def _head(module: nn.Module) -> tuple[str, int, int]:
-    """Returns the path of the layer that predicts classes, their number, and the layer's outputs for each.
-
-    In every model but a detector, it is the last linear or convolutional layer.
-    """
-    if detector_kind(module) is not None:
-        return detectors.class_head(module)
-    layers = {
-        path: child for path, child in module.named_modules() if isinstance(child, (nn.Linear, nn.Conv2d, nn.Conv3d))
-    }
-    path, layer = list(layers.items())[-1]
-    return path, int(layer.weight.shape[0]), 1
 
 
 def _input_shape(
