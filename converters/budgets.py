@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,7 +32,7 @@ _CLOSE = 0.999
 _BYTES_PER_WEIGHT = 4
 """Bytes per active weight of an archive, for the first guess of a search."""
 _RECORD = 32
-"""Bytes by which an archive may grow with the digits of the budget that is recorded in it."""
+"""Bytes by which an archive may grow with the digits of the numbers that are recorded in it."""
 
 
 @dataclass(frozen=True)
@@ -82,16 +82,19 @@ def trim(model: SparseModel, limit: int) -> int:
         The bytes of the archive.
 
     Raises:
-        CheckFailed: no number of weights is small enough.
+        CheckFailed: no number of weights is small enough, or whole kernels would not stay whole.
     """
     if (nbytes := archive_bytes(model)) <= limit:
         return nbytes
-    kept = largest_within(model, limit)
+    whole_kernels = model.config.conversion.get("granularity") == "kernel"
+    kept = None if whole_kernels else largest_within(model, limit - _RECORD)
     if kept is None:
         raise CheckFailed(f"the archive takes {nbytes:,} bytes, and the budget is {limit:,}; give a larger budget.")
     for name, tensor in kept.items():
         model.masks[name].copy_(torch.from_numpy(tensor.mask.to_bool()))
     model.apply_masks()
+    record = {**model.config.conversion, "active_weights": model.active_weights}
+    model.config = replace(model.config, conversion=record)
     return archive_bytes(model)
 
 

@@ -12,11 +12,11 @@ from torch import nn
 
 import converters.archive_size
 from converters.archive_size import archive_bytes, smallest_sparsity
-from converters.budgets import LEAST_BYTES, LEAST_MACS, solve
+from converters.budgets import LEAST_BYTES, LEAST_MACS, solve, trim
 from converters.conversion import convert
 from converters.loading import load
 from converters.search import search
-from dsr_tool.errors import UsageError
+from dsr_tool.errors import CheckFailed, UsageError
 from dsr_tool.formats.archive import encode_archive, open_archive
 from dsr_tool.formats.footprint import footprint
 from dsr_tool.sparse.discover import Rules
@@ -203,6 +203,28 @@ def test_the_smallest_sparsity_of_trained_weights_fits_and_a_smaller_one_does_no
         masks = {name: model.masks[name] & (weight.abs() >= cut) for name, weight in model.weights.items()}
         smaller = type(model)(model.module, model.specs, masks, model.config)
         assert (written(smaller, graphs["convolutions"], tmp_path / "a.dsr") <= limit) == fits
+
+
+@pytest.mark.usefixtures("trace_once")
+def test_a_trimmed_archive_has_at_most_its_limit_and_the_largest_weights(graphs, tmp_path):
+    model = planned("convolutions").apply(30_000, Budget.of_sparsity(0))
+    limit = round(0.9 * archive_bytes(model, graphs["convolutions"]))
+    before = model.masks["7.weight"].clone()
+    nbytes = trim(model, limit)
+    assert nbytes == written(model, graphs["convolutions"], tmp_path / "a.dsr")
+    assert LEAST_BYTES * limit <= nbytes <= limit
+    model.check()
+    assert model.config.conversion["active_weights"] == model.active_weights < 30_000
+    assert trim(model, limit) == nbytes
+    after, weight = model.masks["7.weight"], planned("convolutions").module[7].weight.detach().abs()
+    assert weight[after].min() >= weight[before & ~after].max()
+
+
+@pytest.mark.usefixtures("trace_once")
+def test_whole_kernels_are_not_trimmed():
+    model = planned("convolutions", granularity="kernel").apply(30_000, Budget.of_sparsity(0))
+    with pytest.raises(CheckFailed, match="give a larger budget"):
+        trim(model, archive_bytes(model) - 1)
 
 
 @pytest.mark.usefixtures("trace_once")
