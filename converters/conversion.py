@@ -13,7 +13,7 @@ from torch import nn
 from converters.budgets import Fitted
 from converters.calibration import OUTPUT, calibrated
 from converters.kept_zeros import KEEP, few_zeros_warning, keep
-from converters.prepared import prepare
+from converters.prepared import Prepared, prepare
 from converters.pretrained import density_file, make_sparsifier, without_data
 from converters.request import CalibrationOptions, NetworkOptions, SelectionOptions, parse_budget, refuse_with
 from converters.thin import fit_thin
@@ -22,7 +22,7 @@ from dsr_tool.calibrate.pictures import DEFAULT_COUNT
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.budget import Budget
-from dsr_tool.sparsity.density_file import PREFIX
+from dsr_tool.sparsity.density_file import PREFIX, DensityFile
 
 __all__ = ["convert"]
 
@@ -135,6 +135,8 @@ def convert(
     else:
         if calibrate is None and calibration_images is not None:
             raise UsageError("--calibration-images goes with --calibrate, the folder of pictures; give that too.")
+        if isinstance(calibrate, str) and not calibrate:
+            raise UsageError("--calibrate is empty; give a folder of pictures.")  # not the current one
         images = DEFAULT_COUNT if calibration_images is None else calibration_images
         options = CalibrationOptions(calibrate, images, on_progress or (lambda _, __: None))
         fitted = _to_budget(network, selection, sparsity, budget, options)
@@ -162,9 +164,26 @@ def _to_budget(
     file = density_file(prepared, selection)
     own = Budget(sparsity=1 - Fraction(file.total, sum(file.sizes) or 1)) if file else None
     wanted = given or own or parse_budget(sparsity, budget)
+    _require_reachable(prepared, selection, wanted, file, pictures=options.source is not None)
     if options.source is None:
         return without_data(prepared, selection, wanted, file)
     return calibrated(prepared, selection, wanted, file, options)
+
+
+def _require_reachable(
+    prepared: Prepared, selection: SelectionOptions, wanted: Budget, file: DensityFile | None, *, pictures: bool
+) -> None:
+    """Raises `UsageError` for an unknown option and for a budget that no conversion meets, before either takes long.
+
+    Budgets in bytes and multiply-adds depend on the masks; they are checked when those are known.
+    """
+    if selection.distribution == OUTPUT:
+        selection = replace(selection, distribution=None)
+    # The floors of LAMP are those of layer budgets by pictures as well.
+    default = "lamp" if pictures else None
+    sparsifier = make_sparsifier(prepared, selection, distribution=default, spread=file.spread if file else None)
+    if wanted.kind in ("sparsity", "parameters"):
+        sparsifier.active_weights(wanted)
 
 
 def _to_thin(network: NetworkOptions, selection: SelectionOptions, budget: Budget) -> Fitted:

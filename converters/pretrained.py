@@ -55,11 +55,13 @@ def without_data(prepared: Prepared, selection: SelectionOptions, budget: Budget
     # Before anything becomes zero.
     zeros = unused_zeros_warning(prepared.module, sparsifier.specs, 1 - total / max(sparsifier.prunable, 1))
     parameters = dict(prepared.module.named_parameters())
-    dense = {spec.name: parameters[spec.name].detach().clone() for spec in sparsifier.sparse if moments}
+    known = moments if isinstance(moments, InputMoments) and total < sparsifier.prunable else None
+    copied = sparsifier.sparse if known is not None else ()
+    dense = {spec.name: parameters[spec.name].detach().clone() for spec in copied}
     model = sparsifier.apply(total, budget)
     notes = [*prepared.notes, *([f"densities: {file.note}"] if file else [])]
-    if isinstance(moments, InputMoments) and total < sparsifier.prunable:
-        corrected = correct_norms(model, dense, moments)
+    if known is not None:
+        corrected = correct_norms(model, dense, known)
         notes += _told(corrected.names, corrected.left_alone)
         # Corrected norms are coded in another number of bytes.
         nbytes = trim(model, budget.amount) if nbytes is not None else None

@@ -161,7 +161,7 @@ def test_a_new_head_stays_dense_and_says_so(tmp_path):
 
 def test_layers_without_a_signal_are_refused_unless_allowed(trained):
     # One layer has values so small that a global threshold leaves it one weight.
-    name, weights, net = trained
+    _, weights, _ = trained
     state = torch.load(weights, weights_only=True)
     state["3.weight"] *= 1e-3
     torch.save(state, weights)
@@ -174,7 +174,7 @@ def test_layers_without_a_signal_are_refused_unless_allowed(trained):
 
 
 def test_norms_that_were_never_measured_are_left_alone_and_told(trained):
-    name, weights, net = trained
+    _, weights, net = trained
     fresh = {k: torch.zeros_like(v) if "running_mean" in k else v for k, v in net.state_dict().items()}
     fresh = {k: torch.ones_like(v) if "running_var" in k else v for k, v in fresh.items()}
     torch.save(fresh, weights)
@@ -204,7 +204,9 @@ def test_a_file_of_densities_is_a_budget_of_its_own(trained, tmp_path):
         ({"sparsity": 0.5, "calibrate": torch.zeros(20, 3, 5, 5)}, "shape"),
         ({"sparsity": 0.5, "calibrate": torch.zeros(20, *SHAPE), "positions": "random"}, "not random"),
         ({"sparsity": 0.5, "calibrate": torch.zeros(20, *SHAPE), "calibration_images": 0}, "--calibration-images 0"),
+        ({"sparsity": 0.5, "calibrate": ""}, "--calibrate is empty"),
         ({"sparsity": 0.995}, "starve"),
+        ({"sparsity": 0.995, "calibrate": torch.zeros(20, *SHAPE)}, "starve"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(trained, options, message):
