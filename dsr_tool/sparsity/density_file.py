@@ -62,8 +62,14 @@ class DensityFile:
 
 
 def parse_spec(text: str) -> tuple[Path, str | None]:
-    """Returns path and column of `file:FILE.csv` or `file:FILE.csv:COLUMN`; the column is None if it is not named."""
+    """Returns path and column of `file:FILE.csv` or `file:FILE.csv:COLUMN`; the column is None if it is not named.
+
+    Raises:
+        UsageError: no file is named.
+    """
     rest = text.removeprefix(PREFIX)
+    if not rest:
+        raise UsageError("--distribution file: names no file; write it as file:FILE.csv.")
     path, colon, column = rest.rpartition(":")
     # A path may have a colon of its own, as on Windows.
     if not colon or Path(rest).exists():

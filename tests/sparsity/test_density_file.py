@@ -163,3 +163,5 @@ def test_a_spec_names_a_file_and_perhaps_a_column(tmp_path):
     assert parse_spec(f"file:{path}") == (path, None)
     assert parse_spec(f"file:{path}:90.23") == (path, "90.23")
     assert [str(part) for part in parse_spec("file:d.csv")] == ["d.csv", "None"]
+    with pytest.raises(UsageError, match="names no file"):
+        parse_spec("file:")
