@@ -55,10 +55,10 @@ def accuracy_document(path: Path, request: AccuracyRequest, on_progress: Progres
     scores, damaged = _scores(found, networks, on_progress)
     if not scores.count:
         raise FileError(
-            f"--accuracy {str(request.data)!r} holds {len(found.files)} pictures, all damaged, such as "
-            f"{damaged[0].name!r}; give a folder with pictures that can be read."
+            f"--accuracy {str(request.data)!r} holds no picture that can be read: {len(damaged)} damaged, such as "
+            f"{damaged[0].name!r}; give a folder with others."
         )
-    skipped = [f"{len(damaged)} damaged files were not counted: {shown(path.name for path in damaged)}"]
+    skipped = [f"damaged files, which were not counted: {len(damaged)} ({shown(path.name for path in damaged)})"]
     return {
         "data": str(request.data),
         "pictures": scores.count,
