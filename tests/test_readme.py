@@ -34,9 +34,15 @@ def test_commands_and_options_exist(line):
     command.make_context(name, arguments)
 
 
+NEEDS_MORE = re.compile(r"--weights DEFAULT|mobilenet-70")
+"""Commands that need downloaded weights, or pictures of the user's own."""
+
+
 @pytest.mark.slow
 def test_the_main_job_runs_as_written(tmp_path):
     for line in re.findall(r"^    ((?:dsr-tool|python) .*)$", README, re.M):
+        if NEEDS_MORE.search(line):
+            continue
         arguments = shlex.split(line)
         arguments[0] = str(Path(sys.executable).parent / arguments[0])
         done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
