@@ -46,11 +46,16 @@ class Call:
         return self.geometry[6] if self.geometry else 1
 
     @property
+    def taps(self) -> int:
+        """Entries of a kernel of a convolution, else 1."""
+        return math.prod(self.geometry[0][2:]) if self.geometry else 1
+
+    @property
     def columns(self) -> int:
         """Length of an input vector."""
         if self.geometry is None:
             return self.operand.shape[-1]
-        return self.operand.shape[1] // self.groups * math.prod(self.geometry[0][2:])
+        return self.operand.shape[1] // self.groups * self.taps
 
     @property
     def length(self) -> int:

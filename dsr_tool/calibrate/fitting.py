@@ -12,6 +12,7 @@ from torch import nn
 from dsr_tool.calibrate.calls import rows_of_weight, weight_of_rows
 from dsr_tool.calibrate.inputs import Layer, Sample, Statistics
 from dsr_tool.calibrate.solver import Problem, largest, solve
+from dsr_tool.calibrate.wide import join_slices, solve_slices, split_slices
 
 __all__ = ["Fitted", "Fitting", "by_magnitude"]
 
@@ -48,18 +49,22 @@ class Fitting:
         self._state: dict[str, torch.Tensor] = {**dict(module.named_buffers()), **dict(module.named_parameters())}
         self._owner = module.get_submodule(layer.name.rpartition(".")[0])
         self._norm = module.get_submodule(layer.norm) if layer.norm else None
+        self._slices = layer.slices
         # A copy, because the weight changes when it is fitted.
         self._weight = self._matrices(self._state[layer.name].detach().clone())
+        self._outputs = self._weight.shape[0] // self._slices * self._weight.shape[1]
         self.sums = Statistics.zeros(*self._weight.shape)
 
     def _matrices(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the layer's weight, shape (groups or parts, rows, columns)."""
+        """Returns the layer's weight, shape (groups or parts, in slices, rows, columns of a slice)."""
         rows = rows_of_weight(tensor, type(self._owner).__name__, self.layer.groups)
-        return rows.reshape(self.layer.groups * self.layer.parts, -1, rows.shape[-1])
+        blocks = rows.reshape(self.layer.groups * self.layer.parts, -1, rows.shape[-1])
+        return split_slices(blocks, self._slices, self.layer.taps)
 
     def _tensor(self, matrices: torch.Tensor) -> torch.Tensor:
         """Returns the inverse of `_matrices`."""
-        parts = matrices.reshape(self.layer.groups, -1, matrices.shape[-1])
+        blocks = join_slices(matrices, self._slices, self.layer.taps)
+        parts = blocks.reshape(self.layer.groups, -1, blocks.shape[-1])
         return weight_of_rows(parts, self._state[self.layer.name].shape, type(self._owner).__name__)
 
     @cached_property
@@ -69,13 +74,13 @@ class Fitting:
         name = "in_proj_bias" if isinstance(self._owner, nn.MultiheadAttention) else "bias"
         full = f"{path}.{name}" if path else name
         part = {"k_proj_weight": 1, "v_proj_weight": 2}.get(local, 0)
-        return (full if full in self._state else ""), part * self._weight.shape[0] * self._weight.shape[1]
+        return (full if full in self._state else ""), part * self._outputs
 
     @property
     def _gain(self) -> torch.Tensor:
         """Factor of the norm that follows on every output, shape (outputs,); 1 without one."""
         if self._norm is None:
-            return torch.ones(self._weight.shape[0] * self._weight.shape[1])
+            return torch.ones(self._outputs)
         variance, weight = self._state[f"{self.layer.norm}.running_var"], self._norm.weight
         gain = (variance + float(getattr(self._norm, "eps", 0.0))).rsqrt()
         return gain * weight.detach() if isinstance(weight, torch.Tensor) else gain
@@ -84,7 +89,7 @@ class Fitting:
         """Adds the uses of the layer in one batch, in the dense and the sparse network."""
         for there, here in zip(dense, sparse, strict=False):
             assert here.inputs is not None and there.outputs is not None  # noqa: S101 - for the type checker
-            groups, rows = self.layer.groups, self._weight.shape[1]
+            rows = self._weight.shape[1]
             first = here.call.first_row // rows
             target = there.outputs
             if self.layer.joins and there.addend is not None and here.addend is not None:
@@ -94,41 +99,67 @@ class Fitting:
             # Groups have inputs of their own; parts that are read in one call share theirs.
             blocks = target.reshape(len(target), -1, rows).transpose(0, 1)
             inputs = here.inputs.expand(len(blocks), -1, -1)
-            if not self.layer.aligned or len(inputs[0]) != len(target):
-                # Without a partner in the dense network, the target is what the dense weights make of the inputs.
-                blocks = inputs @ self._weight[first : first + len(inputs)].mT + self._old_bias(first, len(inputs))
-            self.sums.add(first if groups == 1 else 0, inputs, blocks)
+            known = self.layer.aligned and len(inputs[0]) == len(target)
+            if not known or self._slices > 1:
+                blocks = self._from_inputs(first, inputs, blocks if known else None)
+            self.sums.add(first * self._slices, split_slices(inputs, self._slices, self.layer.taps), blocks)
 
-    def _old_bias(self, first: int, count: int) -> torch.Tensor | float:
+    def _from_inputs(self, first: int, inputs: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
+        """Returns what the dense weights of each slice make of the inputs, and its share of the rest of the target.
+
+        Args:
+            first: the first of the blocks.
+            inputs: inputs of consecutive blocks, shape (blocks, vectors, columns).
+            target: what the blocks should write, shape (blocks, vectors, rows). None where nothing in the dense network
+                corresponds to the inputs: the rest is then the dense bias.
+
+        Returns:
+            Targets of the slices, shape (blocks * slices, vectors, rows).
+        """
+        count, slices = len(inputs), self._slices
+        weight = self._weight[first * slices : (first + count) * slices]
+        made = split_slices(inputs, slices, self.layer.taps) @ weight.mT
+        rest = self._old_bias(first, count)
+        if target is not None:
+            rest = target - made.unflatten(0, (count, slices)).sum(1)
+        # With equal shares, the slices together never repair more than there is.
+        return made + (rest / slices).repeat_interleave(slices, 0)
+
+    def _old_bias(self, first: int, count: int) -> torch.Tensor:
         name, start = self._bias
         if not name:
-            return 0.0
+            return torch.zeros(count, 1, 1)
         rows = self._weight.shape[1]
         bias = self._state[name].detach()[start + first * rows : start + (first + count) * rows]
         return bias.reshape(count, 1, rows)
 
     def fit(self, count: int, unit: int) -> Fitted:
-        """Returns the mask and values with `count` active weights, and the bias or mean that goes with them."""
+        """Returns the mask and values with `count` active weights, and the bias or mean that goes with them.
+
+        The sums become means in place, so this is done once.
+        """
         sums, free = self.sums, bool(self.layer.norm or self._bias[0])
         n = sums.count.clamp_min(1)[:, None]
         x, t, tt = sums.x / n, sums.t / n, sums.tt / n
-        xx, tx = sums.xx / n[..., None], sums.tx / n[..., None]
+        xx, tx = sums.xx.div_(n[..., None]), sums.tx.div_(n[..., None])
         if free:  # means are given back afterwards, so only what varies must fit
-            xx -= x[:, :, None] * x[:, None, :]
-            tx -= t[:, :, None] * x[:, None, :]
+            xx.baddbmm_(x[:, :, None], x[:, None, :], alpha=-1)
+            tx.baddbmm_(t[:, :, None], x[:, None, :], alpha=-1)
             tt -= t.square()
         origin = sums.origin
         if not free:
-            xx += origin[:, :, None] * (x + origin)[:, None, :] + x[:, :, None] * origin[:, None, :]
-            tx += t[:, :, None] * origin[:, None, :]
+            xx.baddbmm_(origin[:, :, None], (x + origin)[:, None, :])
+            xx.baddbmm_(x[:, :, None], origin[:, None, :])
+            tx.baddbmm_(t[:, :, None], origin[:, None, :])
         x = x + origin
-        importance = self._gain.square().reshape(t.shape)
+        importance = self._gain.square().reshape(-1, t.shape[1]).repeat_interleave(self._slices, 0)
         problem = Problem(self._weight, xx, tx, importance, n[:, 0], unit)
-        solution = solve(problem, count)
+        solution = solve(problem, count) if self._slices == 1 else solve_slices(problem, count)
         total = max(float((tt * importance).sum()), 1e-12)
         changes = {self.layer.name: self._tensor(solution.weight)}
         if free:
-            changes.update(self._shifted((t - (solution.weight * x[:, None]).sum(-1)).reshape(-1)))
+            left = t - (solution.weight @ x[..., None])[..., 0]
+            changes.update(self._shifted(left.unflatten(0, (-1, self._slices)).sum(1).reshape(-1)))
         return Fitted(self._tensor(solution.mask), changes, max(problem.error(solution.weight) / total + 1, 0.0))
 
     def _shifted(self, bias: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -89,7 +89,9 @@ def differentiable(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str
     flags = {parameter: parameter.requires_grad for parameter in parameters.values()}
     for parameter in parameters.values():
         parameter.requires_grad_(False)
-    weights = {name: parameters[name].requires_grad_() for name in names}
+    weights = {name: parameters[name] for name in names}
+    for weight in weights.values():
+        weight.requires_grad_()
     try:
         yield weights
     finally:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dsr_tool.calibrate.calls import Call, Watch, owners_of, storage
+from dsr_tool.calibrate.wide import moment_bytes, slices_of
 from dsr_tool.errors import CheckFailed
 
 __all__ = ["Collector", "Layer", "Reached", "Sample", "Statistics", "survey"]
@@ -29,6 +30,7 @@ class Layer:
         uses: number of calls that read it.
         columns: length of its input vectors.
         groups: groups of a convolution.
+        taps: entries of a kernel of a convolution, else 1.
         parts: number of parts in which it is read; 3 for a packed projection with separate inputs.
         length: input vectors per picture, over all uses.
         norm: module path of the batch norm that directly follows, empty if none does.
@@ -40,11 +42,22 @@ class Layer:
     uses: int = 0
     columns: int = 1
     groups: int = 1
+    taps: int = 1
     parts: int = 1
     length: float = 0.0
     norm: str = ""
     joins: bool = False
     aligned: bool = True
+
+    @property
+    def slices(self) -> int:
+        """Number of slices in which its columns are fitted; 1 unless its moments would be too large."""
+        return slices_of(self.groups * self.parts, self.columns, self.taps)
+
+    @property
+    def moment_bytes(self) -> int:
+        """Bytes of the second moments of its inputs."""
+        return moment_bytes(self.groups * self.parts, self.columns, self.taps)
 
 
 class Reached(Exception):  # noqa: N818 - ends a pass early, no error
@@ -69,7 +82,7 @@ class _Survey(Watch):
             return
         layer = self.layers.setdefault(call.name, Layer(call.name, aligned=self._aligned))
         layer.uses += 1
-        layer.groups, layer.columns = call.groups, call.columns
+        layer.groups, layer.columns, layer.taps = call.groups, call.columns, call.taps
         layer.length += call.length
         rows = call.output.shape[1 if call.geometry else -1]
         if not call.geometry:

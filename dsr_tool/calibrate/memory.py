@@ -11,21 +11,30 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dsr_tool.calibrate.calls import rows_of_weight
 from dsr_tool.calibrate.segments import evaluating
+from dsr_tool.calibrate.wide import moment_bytes, slices_of
 from dsr_tool.errors import UsageError, first_line
 from dsr_tool.sparse.discover import discover
+from dsr_tool.sparsity.layers import LayerSpec
 
 __all__ = ["Need", "available_bytes", "memory_need", "require_memory"]
 
 _FLOAT = 4
 """Bytes of a float32."""
 
-_WEIGHTS = 4
-"""Copies of all weights besides the network itself: dense values to go back to, those swapped out, gradients, masks."""
+_GRADIENTS, _WEIGHTS = 13, 9
+"""Bytes per weight of the network, besides itself: while layer budgets are measured (two gradients, ranks, a product),
+and while layers are fitted (dense values to go back to, those swapped out, masks)."""
 
-_MOMENTS, _WITH_SYSTEMS = 14, 5
+_SUMMED, _OWN = 8, 17
+"""Bytes per weight of the layer that is fitted: while batches are summed (weights, targets), and while it is solved
+(weights, targets, scores, values, mask)."""
+
+_MOMENTS, _WITH_SYSTEMS = 12, 5
 """Matrices of columns x columns that are alive while a mask is chosen: 11 in the solver, measured on layers of 256 to
-2,048 columns, and 3 of sums and means; and those that are alive while values are fitted, beside the rows' systems."""
+2,048 columns, and the sums; and those that are alive while values are fitted, beside the rows' systems. Of a
+wide layer, the sums of all slices are alive, and the rest for one slice at a time."""
 
 _SYSTEMS = 3 << 28
 """Most bytes of the rows' own systems, which are factorised in chunks: three times 256 MiB."""
@@ -92,22 +101,27 @@ def memory_need(module: nn.Module, input_shape: tuple[int, ...]) -> Need:
     Raises:
         UsageError: the module does not take such an input.
     """
-    pixels, largest = torch.Size(input_shape).numel(), _largest_activation(module, input_shape)
+    largest = _largest_activation(module, input_shape)
     weights = sum(parameter.numel() for parameter in module.parameters())
-    fixed = _FLOAT * (_WEIGHTS * weights + _BATCH * _ALIVE * largest) + max(_solving(module), default=0)
-    return Need(fixed, _INPUT * pixels, _VALUE * largest)
+    batch = _FLOAT * _BATCH * _ALIVE * largest
+    fitting = [_fitting(module, spec, batch) for spec in discover(module).values() if spec.weight]
+    fixed = max(_GRADIENTS * weights + batch, _WEIGHTS * weights + max(fitting, default=batch))
+    return Need(fixed, _INPUT * torch.Size(input_shape).numel(), _VALUE * largest)
 
 
-def _solving(module: nn.Module) -> Iterator[int]:
-    """Yields, for each weight, the bytes that solving its layer takes at most."""
-    for name, spec in discover(module).items():
-        if spec.weight:
-            rows, columns = spec.shape[0], math.prod(spec.shape[1:])
-            groups = getattr(module.get_submodule(name.rpartition(".")[0]), "groups", 1)
-            # A convolution has moments for each group; whatever a module of the user's own calls groups is ignored.
-            moments = _FLOAT * (groups if isinstance(groups, int) else 1) * columns**2
-            systems = min(3 * _FLOAT * rows * columns**2, _SYSTEMS)
-            yield max(_MOMENTS * moments, _WITH_SYSTEMS * moments + systems)
+def _fitting(module: nn.Module, spec: LayerSpec, batch: int) -> int:
+    """Returns the bytes that a layer takes at most, while batches are summed or while it is solved."""
+    found = getattr(module.get_submodule(spec.name.rpartition(".")[0]), "groups", 1)
+    # A convolution has moments for each group; whatever a module of the user's own calls groups is ignored.
+    groups = found if spec.kind.startswith("Conv") and isinstance(found, int) else 1
+    _, rows, columns = rows_of_weight(torch.empty(spec.shape, device="meta"), spec.kind, groups).shape
+    taps = math.prod(spec.shape[2:])
+    sums, slices = moment_bytes(groups, columns, taps), slices_of(groups, columns, taps)
+    # The solver sees all groups of a layer together, and slices one by one.
+    solved = sums if slices == 1 else sums // (groups * slices)
+    systems = min(3 * _FLOAT * rows * (columns // slices) ** 2 * (groups if slices == 1 else 1), _SYSTEMS)
+    solving = max((_MOMENTS - 1) * solved, (_WITH_SYSTEMS - 1) * solved + systems) + _OWN * spec.size
+    return sums + max(solving, _SUMMED * spec.size + batch)
 
 
 def _largest_activation(module: nn.Module, input_shape: tuple[int, ...]) -> int:

@@ -46,11 +46,13 @@ class Reconstruction:
         masks: for each weight with a count, True where active, in its shape.
         errors: squared error of each fitted layer's outputs on the pictures, relative to their variance, by weight.
         unfitted: why a weight with a count was chosen by magnitude, by name.
+        sliced: number of slices in which a weight was fitted whose moments would be too large (`wide`), by name.
     """
 
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     unfitted: dict[str, str] = field(default_factory=dict)
+    sliced: dict[str, int] = field(default_factory=dict)
 
 
 def reconstruct(
@@ -94,7 +96,7 @@ class _Run:
         self._segments = Segments.of(module, pictures[:2], most_values=_KEPT_VALUES // len(pictures))
         first = self._segments.begin(pictures[:1])
         self._layers = survey(module, lambda: self._segments.run(used(first)))
-        self._dense = [self._segments.begin(batch) for batch in pictures.split(_BATCH)]
+        self._dense = [kept(self._segments.begin(batch), half=True) for batch in pictures.split(_BATCH)]
         self._sparse = list(self._dense)
         self._changed: dict[str, torch.Tensor] = {}  # dense values of everything that has changed
         self._result = Reconstruction()
@@ -125,12 +127,11 @@ class _Run:
         groups: list[list[Layer]] = []
         room = 0
         for layer in layers:
-            nbytes = 4 * layer.groups * layer.parts * layer.columns**2
-            if not groups or len(groups[-1]) >= size or nbytes > room:
+            if not groups or len(groups[-1]) >= size or layer.moment_bytes > room:
                 groups.append([])
                 room = _MOMENT_BYTES
             groups[-1].append(layer)
-            room -= nbytes
+            room -= layer.moment_bytes
         return groups
 
     def _fall_back(self, name: str) -> None:
@@ -177,6 +178,8 @@ class _Run:
             size = self._state[name].numel()
             fitted = fitting.fit(self._counts.get(name, size), self._units.get(name, 1))
             self._result.errors[name] = fitted.error
+            if fitting.layer.slices > 1:
+                self._result.sliced[name] = fitting.layer.slices
             if name in self._counts:
                 self._result.masks[name] = fitted.mask
             for changed, value in fitted.changes.items():
@@ -185,7 +188,7 @@ class _Run:
     def _rows(self, call: Call, salt: str) -> torch.Tensor:
         """Returns the positions to sample of a call: the same ones in the dense and the sparse network."""
         layer = self._layers[call.name]
-        vectors = max(_VECTORS, _VECTORS_PER_COLUMN * layer.columns)
+        vectors = max(_VECTORS, _VECTORS_PER_COLUMN * layer.columns // layer.slices)
         wanted = -int(-call.length * vectors // max(layer.length * self._pictures, 1))
         if wanted >= call.length:
             return torch.arange(call.length)

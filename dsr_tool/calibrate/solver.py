@@ -56,6 +56,18 @@ class Problem:
     vectors: torch.Tensor
     taps: int = 1
 
+    def block(self, number: int) -> Problem:
+        """Returns one group or part as a problem of its own."""
+        one = slice(number, number + 1)
+        return Problem(
+            self.weight[one],
+            self.moments[one],
+            self.target[one],
+            self.importance[one],
+            self.vectors[one],
+            self.taps,
+        )
+
     def error(self, weight: torch.Tensor) -> float:
         """Returns the weighted squared error up to a constant that does not depend on the weights."""
         quadratic = (weight @ self.moments * weight).sum(-1) - 2 * (self.target * weight).sum(-1)

@@ -41,6 +41,8 @@ def test_the_largest_layer_and_activation_count():
     assert wide.kept_bytes == 2 * small.kept_bytes and wide.picture_bytes == small.picture_bytes == 8 * 3 * 256
     # The linear layer has 4,096 columns in place of 2,048, and a matrix of moments has columns x columns.
     assert wide.fixed_bytes - small.fixed_bytes > 4 * memory._WITH_SYSTEMS * (4096**2 - 2048**2)
+    # With 8,192 it is fitted in slices, one after another.
+    assert memory_need(net(32), SHAPE).fixed_bytes < wide.fixed_bytes
     grouped = memory_need(nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 3, groups=64)), SHAPE)
     assert (
         grouped.fixed_bytes < memory_need(nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 3)), SHAPE).fixed_bytes
