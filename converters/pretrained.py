@@ -81,7 +81,7 @@ def check_signal(model: SparseModel, selection: SelectionOptions) -> list[str]:
     silent = silent_layers(model.specs, {name: tensors[name] for name in model.masks})
     if silent and not selection.allow_starved:
         name, found = next(iter(silent.items()))
-        more = f", and {len(silent) - 1} more layers are like it" if len(silent) > 1 else ""
+        more = f", nor would {len(silent) - 1} more" if len(silent) > 1 else ""
         raise CheckFailed(
             f"layer {name!r} would carry no signal ({found}){more}, so what the network learned would be lost; give a "
             f"lower sparsity, --distribution lamp or --calibrate, or --allow-starved to convert it all the same."
@@ -92,7 +92,8 @@ def check_signal(model: SparseModel, selection: SelectionOptions) -> list[str]:
         return []
     named = "; ".join(f"{name} ({found})" for name, found in list(starved.items())[:_NAMED])
     more = f"; and {len(starved) - _NAMED} more" if len(starved) > _NAMED else ""
-    return [f"{len(starved)} layers keep very few weights: {named}{more}."]
+    layers = "1 layer keeps" if len(starved) == 1 else f"{len(starved)} layers keep"
+    return [f"{layers} very few weights: {named}{more}."]
 
 
 def density_file(prepared: Prepared, selection: SelectionOptions) -> DensityFile | None:

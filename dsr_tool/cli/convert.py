@@ -41,7 +41,10 @@ def _parse_shape(
     "--recipe", metavar="NAME", help="Take options from a recipe: one that `dsr-tool recipes` lists, or a file."
 )
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipe; repeatable.")
-@click.option("--weights", help="torchvision enum name, or a state_dict file (.pth, .safetensors); absent: random.")
+@click.option(
+    "--weights",
+    help="torchvision enum name, or a checkpoint (.pth, .safetensors), or FILE#KEY for a part of one; absent: random.",
+)
 @click.option("--num-classes", type=int, help="Replace the classifier head by one with this many classes.")
 @click.option("--input-size", type=int, help="Side of the square input in pixels; default: the architecture's.")
 @click.option(
