@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from converters.search import search
@@ -18,6 +19,7 @@ from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparse.trace import trace
 from dsr_tool.sparsity.config import installed_versions
 from dsr_tool.sparsity.distribution import by_magnitude, largest
+from dsr_tool.sparsity.granularity import unit_size
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
 
@@ -56,29 +58,29 @@ def smallest_sparsity(model: SparseModel, limit: int) -> float | None:
 
 
 def largest_within(model: SparseModel, limit: int) -> dict[str, SparseTensor] | None:
-    """Returns the largest weights of a model whose archive has at most `limit` bytes; None if there are none."""
+    """Returns the largest weights of a model whose archive has at most `limit` bytes; None if there are none.
+
+    At kernel granularity, kernels stay or go as a whole, ranked by their mean magnitudes.
+    """
     # Captured once for all sizes, since a capture takes a second or more.
     graph, tensors = captured(model.module, model.config.input_shape), model.tensors()
-    sparse = {name: tensors[name] for name in model.masks}
+    granularity = str(model.config.conversion.get("granularity"))
+    units = {name: unit_size(model.specs[name].shape, granularity) for name in model.masks}
+    sizes = {name: np.abs(tensors[name].values).reshape(-1, unit).mean(1) for name, unit in units.items()}
 
     def kept(total: int) -> dict[str, SparseTensor]:
-        counts = by_magnitude(total, [tensor.values for tensor in sparse.values()])
-        return {name: _largest_of(sparse[name], count) for name, count in zip(sparse, counts, strict=True)}
+        counts = by_magnitude(total, list(sizes.values()))
+        chosen = {name: np.sort(largest(size, n)) for (name, size), n in zip(sizes.items(), counts, strict=True)}
+        return {name: _part(tensors[name], rows, units[name]) for name, rows in chosen.items()}
 
-    most = model.active_weights
-    found = (
-        search(
-            lambda total: _encoded_bytes(model, {**tensors, **kept(total)}, graph),
-            len(sparse),
-            most,
-            most,
-            math.ceil(_CLOSE * limit),
-            limit,
-        )
-        if sparse
-        else None
-    )
-    return None if found is None or found.below is None else kept(found.below[0])
+    def nbytes(total: int) -> int:
+        return _encoded_bytes(model, {**tensors, **kept(total)}, graph)
+
+    if not sizes:
+        return None
+    most = sum(size.size for size in sizes.values())
+    found = search(nbytes, len(sizes), most, most, math.ceil(_CLOSE * limit), limit)
+    return None if found.below is None else kept(found.below[0])
 
 
 def captured(module: torch.nn.Module, input_shape: tuple[int, ...]) -> Graph:
@@ -105,7 +107,7 @@ def _encoded_bytes(model: SparseModel, tensors: dict[str, SparseTensor], graph: 
         return path.stat().st_size
 
 
-def _largest_of(tensor: SparseTensor, count: int) -> SparseTensor:
-    """Returns a tensor with only its `count` largest values."""
-    kept = np.sort(largest(np.abs(tensor.values), count))
-    return SparseTensor(Mask(tensor.mask.shape, tensor.mask.positions[kept]), tensor.values[kept])
+def _part(tensor: SparseTensor, rows: npt.NDArray[np.int64], unit: int) -> SparseTensor:
+    """Returns a tensor with some of its active units, by their indices in ascending order."""
+    positions, values = (array.reshape(-1, unit)[rows].reshape(-1) for array in (tensor.mask.positions, tensor.values))
+    return SparseTensor(Mask(tensor.mask.shape, positions), values)

@@ -76,18 +76,17 @@ def solve(sparsifier: Sparsifier, budget: Budget) -> tuple[int, int | None]:
 
 
 def trim(model: SparseModel, limit: int) -> int:
-    """Prunes the smallest weights of a model until its archive has at most `limit` bytes, usually none.
+    """Prunes the smallest weights or kernels of a model until its archive has at most `limit` bytes, usually none.
 
     Returns:
         The bytes of the archive.
 
     Raises:
-        CheckFailed: no number of weights is small enough, or whole kernels would not stay whole.
+        CheckFailed: no number of weights is small enough.
     """
     if (nbytes := archive_bytes(model)) <= limit:
         return nbytes
-    whole_kernels = model.config.conversion.get("granularity") == "kernel"
-    kept = None if whole_kernels else largest_within(model, limit - _RECORD)
+    kept = largest_within(model, limit - _RECORD)
     if kept is None:
         raise CheckFailed(f"the archive takes {nbytes:,} bytes, and the budget is {limit:,}; give a larger budget.")
     for name, tensor in kept.items():

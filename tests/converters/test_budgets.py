@@ -221,10 +221,20 @@ def test_a_trimmed_archive_has_at_most_its_limit_and_the_largest_weights(graphs,
 
 
 @pytest.mark.usefixtures("trace_once")
-def test_whole_kernels_are_not_trimmed():
+def test_whole_kernels_stay_whole_in_a_trim(graphs):
     model = planned("convolutions", granularity="kernel").apply(30_000, Budget.of_sparsity(0))
+    limit = round(0.9 * archive_bytes(model, graphs["convolutions"]))
+    before = int(model.masks["4.weight"].sum())
+    assert LEAST_BYTES * limit <= trim(model, limit) <= limit
+    kernels = model.masks["4.weight"].flatten(2)
+    assert torch.equal(kernels.any(2), kernels.all(2))
+    assert 0 < kernels.sum() < before
+
+
+@pytest.mark.usefixtures("trace_once")
+def test_no_number_of_weights_is_small_enough_for_a_tiny_archive():
     with pytest.raises(CheckFailed, match="give a larger budget"):
-        trim(model, archive_bytes(model) - 1)
+        trim(planned("convolutions").apply(30_000, Budget.of_sparsity(0)), 1000)
 
 
 @pytest.mark.usefixtures("trace_once")
