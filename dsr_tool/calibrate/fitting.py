@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from dsr_tool.calibrate.calls import rows_of_weight, weight_of_rows
-from dsr_tool.calibrate.inputs import Layer, Sample, Statistics
-from dsr_tool.calibrate.solver import Problem, largest, solve
+from dsr_tool.calibrate.inputs import Sample, Statistics
+from dsr_tool.calibrate.solver import Problem, largest_mask, solve
+from dsr_tool.calibrate.survey import Layer
 from dsr_tool.calibrate.wide import join_slices, solve_slices, split_slices
 
 __all__ = ["Fitted", "Fitting", "by_magnitude"]
@@ -178,7 +179,7 @@ def by_magnitude(module: nn.Module, name: str, count: int, unit: int) -> torch.T
     """Returns the mask of the `count` largest weights of a layer, in its shape; kernels count by their norm."""
     scores = module.get_parameter(name).detach().square()
     if unit == 1:
-        return largest(scores, count, 1)
+        return largest_mask(scores, count, 1)
     # Kernels are the last dimensions of a weight of any convolution.
-    mask = largest(scores.flatten(2).transpose(1, 2).flatten(1), count, unit)
+    mask = largest_mask(scores.flatten(2).transpose(1, 2).flatten(1), count, unit)
     return mask.reshape(len(scores), unit, -1).transpose(1, 2).reshape(scores.shape)

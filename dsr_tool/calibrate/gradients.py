@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from dsr_tool.calibrate.inflow import Inflow
 from dsr_tool.errors import UsageError
+from dsr_tool.sparse.feeding import float_tensors
 
 __all__ = ["DENSITIES", "PASSES", "differentiable", "gradient_costs", "pruned_sums", "rank"]
 
@@ -113,7 +113,7 @@ def _gradients(
         # Only here: a generator that is paused inside would leave gradients on for its caller.
         with torch.enable_grad():
             output = module(picture)
-            leaves = [x for x in tree_leaves(output) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+            leaves = float_tensors(output)
             if not all(leaf.isfinite().all() for leaf in leaves):
                 raise UsageError(
                     f"the output for picture {number + 1} contains NaN or inf; check the weights, and how pictures are "

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from dsr_tool.calibrate.calls import rows_of_weight
-from dsr_tool.calibrate.segments import evaluating
 from dsr_tool.calibrate.wide import moment_bytes, slices_of
 from dsr_tool.errors import UsageError, first_line
 from dsr_tool.sparse.discover import discover
+from dsr_tool.sparse.feeding import evaluating
 from dsr_tool.sparsity.layers import LayerSpec
 
 __all__ = ["Need", "available_bytes", "memory_need", "require_memory"]

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from dsr_tool.calibrate.linear import Linear
-from dsr_tool.calibrate.paths import Paths, Step
-from dsr_tool.calibrate.rules import (
+from dsr_tool.calibrate.moment_layers import Linear
+from dsr_tool.calibrate.moment_rules import (
     Value,
     computed,
     elementwise,
@@ -27,6 +26,7 @@ from dsr_tool.calibrate.rules import (
     shape_of,
     whole,
 )
+from dsr_tool.calibrate.paths import Paths, Step
 from dsr_tool.calibrate.signals import Float, Signal, Unknown, root_window
 from dsr_tool.errors import DsrError, first_line
 from dsr_tool.graph.ir import Graph, Node

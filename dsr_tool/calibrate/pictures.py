@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,10 +45,6 @@ class Pictures:
     def count(self) -> int:
         """Number of pictures."""
         return len(self.inputs)
-
-    def batches(self, size: int) -> Iterator[torch.Tensor]:
-        """Yields views of the pictures in order, `size` at a time; the last may be smaller."""
-        yield from self.inputs.split(size)
 
 
 def read_calibration(

@@ -17,9 +17,9 @@ from torch import nn
 from dsr_tool.calibrate.allocation import Curve, Curves
 from dsr_tool.calibrate.gradients import DENSITIES, PASSES, differentiable, gradient_costs, pruned_sums, rank
 from dsr_tool.calibrate.inflow import Inflow
-from dsr_tool.calibrate.segments import evaluating
 from dsr_tool.calibrate.trials import is_classifier, prune_each
 from dsr_tool.errors import UsageError
+from dsr_tool.sparse.feeding import evaluating
 from dsr_tool.sparsity.layers import LayerSpec
 
 __all__ = ["measure"]

@@ -1,4 +1,4 @@
-"""Signals: mean and variance of the values of a graph, derived from the network's weights alone.
+"""Signals: what the derivation of moments knows of a value of a graph, from the network's weights alone.
 
 A value is described for each channel as a function of one normal variable, sampled at fixed points. Elementwise
 operators are applied to the samples, so ReLU6, SiLU or GELU need no formula of their own, also where the exporter wrote

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Problem", "Solution", "largest", "least_squares", "solve", "values"]
+__all__ = ["Problem", "Solution", "largest_mask", "least_squares", "solve", "values"]
 
 _DAMPING = 0.04
 """Share of the mean diagonal that is added to the second moments. MobileNetV2 at .7 from 128 pictures had a KL of 2.61,
@@ -96,7 +96,7 @@ def solve(problem: Problem, count: int) -> Solution:
     mask = _admm(normal, count)
     weight = least_squares(normal, mask)
     # ADMM promises nothing for a problem that is not convex; the mask by magnitude is its floor.
-    plain = largest(problem.weight.square(), count, problem.taps)
+    plain = largest_mask(problem.weight.square(), count, problem.taps)
     other = least_squares(normal, plain)
     if normal.error(other) < normal.error(weight):
         mask, weight = plain, other
@@ -132,7 +132,7 @@ def _normalised(problem: Problem) -> tuple[Problem, torch.Tensor]:
     )
 
 
-def largest(scores: torch.Tensor, count: int, taps: int) -> torch.Tensor:
+def largest_mask(scores: torch.Tensor, count: int, taps: int) -> torch.Tensor:
     """Returns the mask of the `count` weights with the largest scores; of whole kernels by their sums."""
     if taps > 1:
         scores = scores.unflatten(-1, (taps, -1)).sum(-2)
@@ -156,7 +156,7 @@ def _admm(problem: Problem, count: int) -> torch.Tensor:
             share = 1 - min(i / _GRADUAL, 1.0)
             active = count + int((size - count) * share**3) // problem.taps * problem.taps
             dual = dual + weight
-            mask = largest(dual.square() * importance, active, problem.taps)
+            mask = largest_mask(dual.square() * importance, active, problem.taps)
             sparse = dual * mask
             dual = dual - sparse
     return mask

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
-from dsr_tool.calibrate.segments import Segments, Values, evaluating, used
+from dsr_tool.calibrate.segments import Segments, Values, used
+from dsr_tool.sparse.feeding import evaluating, float_tensors
 
 __all__ = ["distance", "is_classifier", "prune_each"]
 
@@ -33,7 +33,7 @@ def distance(output: object, dense: object, classifier: bool) -> float | None:
     It is the mean of KL(dense || output) in nats for a classifier. Otherwise it is the sum over all tensors of the
     squared error relative to the square; tensors of other shapes, such as lists of detected boxes, have none.
     """
-    pairs = list(zip(_floats(output), _floats(dense), strict=False))
+    pairs = list(zip(float_tensors(output), float_tensors(dense), strict=False))
     if not pairs or any(ours.shape != theirs.shape for ours, theirs in pairs):
         return None
     if classifier:
@@ -118,10 +118,6 @@ def _try(
     finally:
         trial.weight.copy_(before)
     return total
-
-
-def _floats(output: object) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
 
 
 def _mean(owner: nn.Module, output: object) -> torch.Tensor | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from dsr_tool.calibrate.solver import Problem, Solution, largest, solve
+from dsr_tool.calibrate.solver import Problem, Solution, largest_mask, solve
 
 __all__ = ["join_slices", "moment_bytes", "slices_of", "solve_slices", "split_slices"]
 
@@ -77,7 +77,7 @@ def solve_slices(problem: Problem, count: int) -> Solution:
     scores = problem.weight.square()
     scores *= problem.moments.diagonal(dim1=-2, dim2=-1)[:, None]
     scores *= problem.importance[..., None]
-    mask = largest(scores, count, problem.taps)
+    mask = largest_mask(scores, count, problem.taps)
     weight = scores.zero_()
     for number, share in enumerate(mask.sum((1, 2)).tolist()):
         if share:

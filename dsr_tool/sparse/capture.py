@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dsr_tool.errors import UsageError, first_line
+from dsr_tool.sparse.feeding import plain_attention
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -40,7 +41,7 @@ def capture(module: nn.Module, input_shape: tuple[int, ...]) -> onnx_ir.Model:
     Raises:
         UsageError: torch cannot capture the module with this input shape, or it returns several tensors.
     """
-    with _quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]), _no_fast_attention():
+    with _quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]), plain_attention():
         program = _export(module, input_shape)
         _keep_one_output(program, type(module).__name__)
         _fold(program.model, frozenset(module.state_dict()))
@@ -128,14 +129,3 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(before)
-
-
-@contextlib.contextmanager
-def _no_fast_attention() -> Iterator[None]:
-    """Captures attention as plain operators: the fused one of eval mode exists in torch only."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)

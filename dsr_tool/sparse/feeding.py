@@ -6,6 +6,7 @@ output by output. Its tensor form ends before the boxes are chosen.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,15 @@ import torch
 import torch.fx
 from torch import nn
 
-__all__ = ["REGIONS", "TensorDetector", "detector_kind", "float_tensors", "tensor_form"]
+__all__ = [
+    "REGIONS",
+    "TensorDetector",
+    "detector_kind",
+    "evaluating",
+    "float_tensors",
+    "plain_attention",
+    "tensor_form",
+]
 
 REGIONS = 16
 """Regions of a picture that the second stage of a detector gets; enough to see the whole picture at four levels."""
@@ -51,6 +60,30 @@ def tensor_form(module: nn.Module, regions: int | None = REGIONS) -> nn.Module:
         The module itself, or for a detector of torchvision its `TensorDetector`.
     """
     return module if detector_kind(module) is None else TensorDetector(module, regions)
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Puts a module into eval mode without gradients and with `plain_attention`, and gives every flag back."""
+    training = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        with plain_attention(), torch.no_grad():
+            yield
+    finally:
+        for child, mode in training.items():
+            child.training = mode
+
+
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Turns off the fused attention of eval mode, which is one operator that only torch has."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def float_tensors(output: object) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from dsr_tool.errors import UsageError, first_line
-from dsr_tool.sparse.feeding import tensor_form
+from dsr_tool.sparse.feeding import evaluating, tensor_form
 from dsr_tool.sparsity.layers import LayerSpec
 
 __all__ = ["output_shape", "with_macs"]
@@ -128,17 +128,7 @@ def _run(module: nn.Module, input_shape: tuple[int, ...], mode: _Mode = lambda _
 
 
 def _forward(module: nn.Module, state: dict[str, torch.Tensor], example: torch.Tensor, mode: _Mode) -> object:
-    training = {child: child.training for child in module.modules()}
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    # The fused attention of eval mode would hide the products with the projections.
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        module.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), mode(state):
-            # The boxes of a detector depend on values, so it runs in its form without their choice.
-            output: object = torch.func.functional_call(tensor_form(module, regions=None), state, (example,))
-            return output
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for child, mode_before in training.items():
-            child.training = mode_before
+    with evaluating(module), torch.random.fork_rng(devices=[]), mode(state):
+        # The boxes of a detector depend on values, so it runs in its form without their choice.
+        output: object = torch.func.functional_call(tensor_form(module, regions=None), state, (example,))
+        return output

@@ -5,8 +5,9 @@ import torch
 import torchvision
 from torch import nn
 
-from dsr_tool.calibrate.segments import Segments, evaluating, kept, used
+from dsr_tool.calibrate.segments import Segments, kept, used
 from dsr_tool.errors import UsageError
+from dsr_tool.sparse.feeding import evaluating
 
 
 class Residual(nn.Module):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsr_tool.calibrate import solver
-from dsr_tool.calibrate.solver import Problem, largest, least_squares, solve
+from dsr_tool.calibrate.solver import Problem, largest_mask, least_squares, solve
 
 
 def _problem(seed, blocks=1, rows=8, columns=12, vectors=200, taps=1):
@@ -30,7 +30,9 @@ def test_the_count_is_exact_and_the_error_no_worse_than_by_magnitude(seed, block
     found = solve(problem, count)
     assert int(found.mask.sum()) == count
     assert not found.weight[~found.mask].any()
-    by_magnitude = solver.Solution(mask := largest(problem.weight.square(), count, 1), solver.values(problem, mask))
+    by_magnitude = solver.Solution(
+        mask := largest_mask(problem.weight.square(), count, 1), solver.values(problem, mask)
+    )
     assert problem.error(found.weight) <= problem.error(by_magnitude.weight) + 1e-4 * abs(problem.error(problem.weight))
 
 
@@ -48,7 +50,7 @@ def test_values_equal_the_least_squares_of_numpy_on_their_mask(monkeypatch):
 
 def test_the_gradient_is_zero_on_the_mask_and_both_ways_to_solve_agree():
     problem, _, _ = _problem(1, rows=30, columns=20)
-    mask = largest(problem.weight.square(), 200, 1)
+    mask = largest_mask(problem.weight.square(), 200, 1)
     exact = least_squares(problem, mask)
     gradient = (exact @ problem.moments - problem.target) * mask
     assert float(gradient.abs().max()) < 1e-3 * float(problem.target.abs().max())
@@ -62,7 +64,7 @@ def test_correlated_inputs_leave_far_less_error_than_magnitude(density):
     problem, _, t = _problem(2, rows=40, columns=60, vectors=2000)
     count, total = int(density * problem.weight.numel()), float((t.square().mean(1) * problem.importance).sum())
     errors = [problem.error(solve(problem, count).weight) + total]
-    errors.append(problem.error(solver.values(problem, largest(problem.weight.square(), count, 1))) + total)
+    errors.append(problem.error(solver.values(problem, largest_mask(problem.weight.square(), count, 1))) + total)
     assert errors[0] < 0.85 * errors[1]
 
 

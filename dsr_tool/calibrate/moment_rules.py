@@ -1,4 +1,4 @@
-"""Rules: what each operator of a graph makes of the moments of its inputs."""
+"""Rules of the derivation of moments: what each operator of a graph makes of the signals that it reads."""
 
 from __future__ import annotations
 

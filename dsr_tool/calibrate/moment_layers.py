@@ -1,4 +1,4 @@
-"""Linear: the weight of a convolution or linear layer, as moments see it."""
+"""Convolutions and linear layers in the derivation of moments: sums of independent inputs."""
 
 from __future__ import annotations
 
