@@ -122,6 +122,7 @@ class _Walk:
 
     def __init__(self, graph: Graph, state: Mapping[str, torch.Tensor]) -> None:
         self.found: dict[str, Moments | str] = {}
+        self._uses: dict[str, int] = {}
         self._state, self._users = state, graph.users()
         self._makers = {name: node for node in graph for name in node.outputs}
         self._values: dict[str, Value] = dict(graph.constants)
@@ -218,13 +219,14 @@ class _Walk:
         before = self.found.get(name)
         if not name or isinstance(before, str):
             return
+        self._uses[name] = self._uses.get(name, 0) + 1
         if isinstance(before, Moments) and isinstance(entry, Moments):
-            # A layer that is used several times sees the mixture of its inputs.
-            mean = (before.mean + entry.mean) / 2
-            variance = (before.variance + entry.variance) / 2 + (before.mean - entry.mean) ** 2 / 4
-            entry = replace(
-                before, mean=mean, variance=variance, norm=before.norm if before.norm == entry.norm else None
-            )
+            # A layer that is used several times sees the mixture of its inputs, all uses alike.
+            share, apart = 1 / self._uses[name], entry.mean - before.mean
+            mean = before.mean + share * apart
+            variance = (1 - share) * (before.variance + share * apart**2) + share * entry.variance
+            norm = before.norm if before.norm == entry.norm else None
+            entry = replace(before, mean=mean, variance=variance, norm=norm)
         self.found[name] = entry
 
     def _readers(self, node: Node) -> tuple[tuple[str, ...] | None, str | None]:

@@ -242,3 +242,26 @@ def test_importance_follows_the_variance_of_inputs():
     importance = data_free_importance(module, input_moments(module, SHAPE))
     assert not importance["3.weight"][:, 3].any()
     assert importance["3.weight"][:, :3].all()
+
+
+def test_a_layer_that_is_used_three_times_sees_the_mixture_of_its_inputs():
+    class Thrice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3))
+            self.layer = nn.Conv2d(8, 8, 1)
+
+        def forward(self, x):
+            return sum(self.layer(norm(x)) for norm in self.norms)
+
+    net = Thrice().eval()
+    generator = torch.Generator().manual_seed(0)
+    for norm in net.norms:
+        norm.running_mean += 1  # as after a training
+        norm.weight.data = 0.5 + torch.rand(8, generator=generator)
+        norm.bias.data = torch.randn(8, generator=generator)
+    found = input_moments(net, SHAPE)["layer.weight"]
+    means = torch.stack([norm.bias.detach() for norm in net.norms])
+    squares = torch.stack([norm.weight.detach().square() for norm in net.norms])
+    np.testing.assert_allclose(found.mean, means.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.variance, squares.mean(0) + means.var(0, unbiased=False), rtol=1e-3)
