@@ -17,7 +17,7 @@ from dsr_tool.calibrate.memory import require_memory
 from dsr_tool.calibrate.pictures import Pictures, read_calibration
 from dsr_tool.calibrate.reconstruct import Reconstruction, reconstruct
 from dsr_tool.calibrate.sensitivity import measure
-from dsr_tool.calibrate.views import affordable_views, with_views
+from dsr_tool.calibrate.views import affordable_views
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.discover import discover
 from dsr_tool.sparse.feeding import tensor_form
@@ -89,8 +89,9 @@ def calibrated(
         found = reconstruct(
             network,
             counts,
-            with_views(pictures.inputs, affordable_views(macs, pictures.count), selection.seed),
+            pictures.inputs,
             units=units,
+            views=affordable_views(macs, pictures.count),
             seed=selection.seed,
             on_progress=_stage(options, _BUDGETS, 1 - _BUDGETS),
         )

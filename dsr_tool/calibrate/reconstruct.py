@@ -19,6 +19,7 @@ from dsr_tool.calibrate.calls import Call
 from dsr_tool.calibrate.fitting import Fitting, by_magnitude
 from dsr_tool.calibrate.inputs import Collector, Reached
 from dsr_tool.calibrate.segments import Segments, Values, kept, used
+from dsr_tool.calibrate.views import with_views
 from dsr_tool.calibrate.survey import Layer, survey
 from dsr_tool.sparse.feeding import evaluating
 
@@ -63,6 +64,7 @@ def reconstruct(
     pictures: torch.Tensor,
     *,
     units: Mapping[str, int] | None = None,
+    views: int = 0,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Reconstruction:
@@ -75,7 +77,8 @@ def reconstruct(
         counts: number of active weights of each sparse weight, by name.
         pictures: inputs, shape (pictures, *input_shape), float32.
         units: number of weights that are active together, by name; 1 where absent.
-        seed: seed of the choice of positions.
+        views: number of views of each picture that are shown as well.
+        seed: seed of the choice of positions, and of the views.
         on_progress: receives the number of layers that are done, and of all.
 
     Raises:
@@ -83,21 +86,29 @@ def reconstruct(
         UsageError: the module does not take the pictures.
     """
     with evaluating(module):
-        return _Run(module, counts, pictures, units or {}, seed).result(on_progress)
+        return _Run(module, counts, pictures, units or {}, views, seed).result(on_progress)
 
 
 class _Run:
     """One reconstruction, stage by stage."""
 
     def __init__(
-        self, module: nn.Module, counts: Mapping[str, int], pictures: torch.Tensor, units: Mapping[str, int], seed: int
+        self,
+        module: nn.Module,
+        counts: Mapping[str, int],
+        pictures: torch.Tensor,
+        units: Mapping[str, int],
+        views: int,
+        seed: int,
     ) -> None:
         self._module, self._counts, self._units, self._seed = module, counts, units, seed
         self._state = {**dict(module.named_buffers()), **dict(module.named_parameters())}
+        pictures = with_views(pictures, views, seed)
         self._pictures = len(pictures)
         self._segments = Segments.of(module, pictures[:2], most_values=_KEPT_VALUES // len(pictures))
         first = self._segments.begin(pictures[:1])
         self._layers = survey(module, lambda: self._segments.run(used(first)))
+        # In half precision: views would take half a gigabyte more.
         self._dense = [kept(self._segments.begin(batch), half=True) for batch in pictures.split(_BATCH)]
         self._sparse = list(self._dense)
         self._changed: dict[str, torch.Tensor] = {}  # dense values of everything that has changed
