@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from dsr_tool.calibrate.calls import rows_of_weight
+from dsr_tool.calibrate.views import affordable_views
 from dsr_tool.calibrate.wide import moment_bytes, slices_of
 from dsr_tool.errors import UsageError, first_line
 from dsr_tool.sparse.discover import discover
 from dsr_tool.sparse.feeding import evaluating
+from dsr_tool.sparse.macs import with_macs
 from dsr_tool.sparsity.layers import LayerSpec
 
 __all__ = ["Need", "available_bytes", "memory_need", "require_memory"]
@@ -45,9 +47,9 @@ _BATCH, _ALIVE = 16, 4
 _KEPT = 3 << 29
 """Most bytes of the values that are kept between two stages: 1 GiB, and half of that again while a stage advances."""
 
-_INPUT, _VALUE = 8, 6
-"""Bytes per float of a picture, which is held twice, and of a kept value: float16, dense and sparse, half of it twice.
-"""
+_INPUT, _VALUE = 4, 6
+"""Bytes per float of a picture, and of a kept value: float16, dense and sparse, half of it twice. Inputs of the first
+stage, pictures and views, take 6 bytes as well while they are made: float32, and float16 to keep."""
 
 
 @dataclass(frozen=True)
@@ -56,23 +58,27 @@ class Need:
 
     Attributes:
         fixed_bytes: bytes that do not depend on the number of pictures: weights, moments of the largest layer, a batch.
-        picture_bytes: bytes per picture for its pixels.
-        kept_bytes: bytes per picture for values between stages, up to a bound on all of them.
+        pixels: floats of a picture.
+        largest: floats per picture or view that live between stages at most.
+        macs: multiply-adds per picture, which decide about the number of views.
     """
 
     fixed_bytes: int
-    picture_bytes: int
-    kept_bytes: int
+    pixels: int
+    largest: int
+    macs: float
 
     def of(self, count: int) -> int:
-        """Returns the bytes for a number of pictures."""
-        return self.fixed_bytes + count * self.picture_bytes + min(count * self.kept_bytes, _KEPT)
+        """Returns the bytes for a number of pictures, and for the views of them."""
+        inputs = count * (1 + affordable_views(self.macs, count))
+        # Values between stages are bounded for all inputs together, the inputs themselves are not.
+        kept = max(min(inputs * _VALUE * self.largest, _KEPT), inputs * _VALUE * self.pixels)
+        return self.fixed_bytes + count * _INPUT * self.pixels + kept
 
-    def fitting(self, nbytes: int) -> int:
-        """Returns the largest number of pictures that these bytes suffice for; 0 if not even one fits."""
-        left = nbytes - self.fixed_bytes
-        # Either all pictures keep what they need, or the bound on all of them is reached.
-        return max(left // (self.picture_bytes + self.kept_bytes), (left - _KEPT) // self.picture_bytes, 0)
+    def fitting(self, nbytes: int, most: int) -> int:
+        """Returns the largest number of pictures below `most` that these bytes suffice for; 0 if not even one fits."""
+        # Fewer pictures have more views, so nothing says where to start but the end.
+        return next((count for count in range(most - 1, 0, -1) if self.of(count) <= nbytes), 0)
 
 
 def require_memory(module: nn.Module, input_shape: tuple[int, ...], count: int) -> None:
@@ -87,7 +93,7 @@ def require_memory(module: nn.Module, input_shape: tuple[int, ...], count: int) 
     need = memory_need(module, input_shape)
     if available is None or need.of(count) <= available:
         return
-    fitting = need.fitting(available)
+    fitting = need.fitting(available, count)
     remedy = f"give --calibration-images {fitting}" if fitting else "not even one fits: use a machine with more memory"
     raise UsageError(
         f"calibrating {type(module).__name__} on {count} pictures needs about {need.of(count) / 1e9:.1f} GB, and "
@@ -104,9 +110,11 @@ def memory_need(module: nn.Module, input_shape: tuple[int, ...]) -> Need:
     largest = _largest_activation(module, input_shape)
     weights = sum(parameter.numel() for parameter in module.parameters())
     batch = _FLOAT * _BATCH * _ALIVE * largest
-    fitting = [_fitting(module, spec, batch) for spec in discover(module).values() if spec.weight]
+    specs = with_macs(module, discover(module), input_shape).values()
+    fitting = [_fitting(module, spec, batch) for spec in specs if spec.weight]
     fixed = max(_GRADIENTS * weights + batch, _WEIGHTS * weights + max(fitting, default=batch))
-    return Need(fixed, _INPUT * torch.Size(input_shape).numel(), _VALUE * largest)
+    macs = sum(spec.macs_per_weight * spec.size for spec in specs)
+    return Need(fixed, torch.Size(input_shape).numel(), largest, macs)
 
 
 def _fitting(module: nn.Module, spec: LayerSpec, batch: int) -> int:

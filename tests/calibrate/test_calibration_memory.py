@@ -10,6 +10,7 @@ from torch import nn
 
 from dsr_tool.calibrate import memory
 from dsr_tool.calibrate.memory import Need, available_bytes, memory_need, require_memory
+from dsr_tool.calibrate.views import affordable_views
 from dsr_tool.errors import UsageError
 
 SHAPE = (3, 16, 16)
@@ -28,17 +29,23 @@ def system(root: Path, files: dict[str, str]) -> Path:
 
 
 def test_need_grows_with_pictures_and_fitting_is_its_inverse():
-    need = Need(1000, 10, 20)
-    assert need.of(5) == 1000 + 150
-    assert [need.fitting(need.of(n)) for n in (1, 5, 77)] == [1, 5, 77]
-    assert need.fitting(1000) == need.fitting(10) == 0
-    bounded = Need(0, 1, memory._KEPT)
-    assert bounded.of(1000) == 1000 + memory._KEPT and bounded.fitting(bounded.of(1000)) == 1000
+    need = Need(1000, 10, 20, macs=1e15)  # too slow for views
+    assert need.of(5) == 1000 + 5 * (4 * 10 + 6 * 20)
+    assert [need.fitting(need.of(n), 100) for n in (1, 5, 77)] == [1, 5, 77]
+    assert need.fitting(1000, 100) == need.fitting(10, 100) == 0
+    bounded = Need(0, 1, memory._KEPT, macs=1e15)
+    assert bounded.of(1000) == 4000 + memory._KEPT and bounded.fitting(bounded.of(1000), 2000) == 1000
+
+
+def test_views_count_as_inputs():
+    views = affordable_views(1.0, 10)
+    assert views > 0
+    assert Need(0, 10, 20, macs=1.0).of(10) == 10 * 4 * 10 + (1 + views) * 10 * 6 * 20
 
 
 def test_the_largest_layer_and_activation_count():
     small, wide = memory_need(net(8), SHAPE), memory_need(net(16), SHAPE)
-    assert wide.kept_bytes == 2 * small.kept_bytes and wide.picture_bytes == small.picture_bytes == 8 * 3 * 256
+    assert wide.largest == 2 * small.largest == 16 * 256 and wide.pixels == small.pixels == 3 * 256
     # The linear layer has 4,096 columns in place of 2,048, and a matrix of moments has columns x columns.
     assert wide.fixed_bytes - small.fixed_bytes > 4 * memory._WITH_SYSTEMS * (4096**2 - 2048**2)
     # With 8,192 it is fitted in slices, one after another.
