@@ -6,7 +6,7 @@ output. `importance` ranks weights with that, and `norms` gives back means and v
 
 With pictures: `pictures` reads them and `memory` says whether they fit. `sensitivity` measures what pruning each layer
 costs (`inflow` ranks its weights, `gradients` and `trials` measure), and `allocation` turns the costs into counts.
-`reconstruct` then fits layer after layer on the pictures and on `views` of them: `segments` goes from one of the `stages` to the next, `survey` finds the
-layers by their `calls`, `inputs` samples each, `fitting` makes a problem of it, and `solver` chooses mask and values,
-for layers that are `wide` in slices.
+`reconstruct` then fits layer after layer, on the pictures and `views` of them: `segments` goes from one of the `stages`
+to the next, `survey` finds the layers by their `calls`, `inputs` samples each, `fitting` makes a problem of it, and
+`solver` chooses mask and values, for layers that are `wide` in slices.
 """
