@@ -11,7 +11,9 @@ from torch import nn
 from dsr_tool.calibrate import memory
 from dsr_tool.calibrate.memory import Need, available_bytes, memory_need, require_memory
 from dsr_tool.calibrate.views import affordable_views
+from dsr_tool.calibrate.wide import moment_bytes
 from dsr_tool.errors import UsageError
+from dsr_tool.sparse.discover import discover
 
 SHAPE = (3, 16, 16)
 
@@ -50,6 +52,10 @@ def test_the_largest_layer_and_activation_count():
     assert wide.fixed_bytes - small.fixed_bytes > 4 * memory._WITH_SYSTEMS * (4096**2 - 2048**2)
     # With 8,192 it is fitted in slices, one after another.
     assert memory_need(net(32), SHAPE).fixed_bytes < wide.fixed_bytes
+    with torch.device("meta"):
+        layer = nn.Linear(25088, 8)
+    # All sums, and a solver for one slice.
+    assert 1 < memory._fitting(layer, discover(layer)["weight"], 0) / moment_bytes(1, 25088, 1) < 2
     grouped = memory_need(nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 3, groups=64)), SHAPE)
     assert (
         grouped.fixed_bytes < memory_need(nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 3)), SHAPE).fixed_bytes
