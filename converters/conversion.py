@@ -138,7 +138,8 @@ def convert(
         if isinstance(calibrate, str) and not calibrate:
             raise UsageError("--calibrate is empty; give a folder of pictures.")  # not the current one
         images = DEFAULT_COUNT if calibration_images is None else calibration_images
-        options = CalibrationOptions(calibrate, images, on_progress or (lambda _, __: None))
+        told = on_progress or (lambda _, __: None)
+        options = None if calibrate is None else CalibrationOptions(calibrate, images, told)
         fitted = _to_budget(network, selection, sparsity, budget, options)
     if on_fitted is not None:
         on_fitted(fitted)
@@ -150,22 +151,22 @@ def _to_budget(
     selection: SelectionOptions,
     sparsity: float | str | None,
     budget: str | None,
-    options: CalibrationOptions,
+    options: CalibrationOptions | None,
 ) -> Fitted:
     """Converts to a sparse model that meets a budget, with pictures or without."""
     # A file of densities is a budget too. Any other is checked before the network is built, which may take seconds.
     from_file = sparsity is None and budget is None and (selection.distribution or "").startswith(PREFIX)
     given = None if from_file else parse_budget(sparsity, budget)
-    if options.source is None and selection.distribution == OUTPUT:
+    if options is None and selection.distribution == OUTPUT:
         raise UsageError("--distribution output needs --calibrate, a folder of pictures; give that too.")
     prepared = prepare(network, selection)
-    if options.source is not None and not (prepared.trained or prepared.may_be_trained):
+    if options is not None and not (prepared.trained or prepared.may_be_trained):
         raise UsageError("--calibrate keeps what trained weights do, and these are random; give --weights.")
     file = density_file(prepared, selection)
     own = Budget(sparsity=1 - Fraction(file.total, sum(file.sizes) or 1)) if file else None
     wanted = given or own or parse_budget(sparsity, budget)
-    _require_reachable(prepared, selection, wanted, file, pictures=options.source is not None)
-    if options.source is None:
+    _require_reachable(prepared, selection, wanted, file, pictures=options is not None)
+    if options is None:
         return without_data(prepared, selection, wanted, file)
     return calibrated(prepared, selection, wanted, file, options)
 

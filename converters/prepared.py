@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,10 +13,12 @@ from converters.presets import make_rules
 from converters.request import NetworkOptions, SelectionOptions, build_network
 from converters.tickets import CHECKSUM, checksum
 from converters.torch_prune import take_masks
+from converters.torchvision_weights import AUXILIARY
 from dsr_tool.sparse.discover import Rules, discover
+from dsr_tool.sparse.feeding import detector_kind, tensor_form
 from dsr_tool.sparsity.config import ModelConfig
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Prepared", "prepare", "trained_part"]
 
 _FRESH = "new head: its values are random"
 """Reason of a weight that stays dense because it was never trained."""
@@ -32,6 +35,7 @@ class Prepared:
         masks: masks that the weights came with, by parameter name; usually none.
         trained: whether its weights are known to be trained.
         may_be_trained: whether they may be.
+        new_head: paths of modules with random values that the outputs depend on; empty if all were trained.
         fresh: names of weights that are sparse by the user's will although their values are random.
         notes: sentences on what was decided.
     """
@@ -42,6 +46,7 @@ class Prepared:
     masks: Mapping[str, torch.Tensor]
     trained: bool
     may_be_trained: bool
+    new_head: tuple[str, ...]
     fresh: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -65,6 +70,9 @@ def prepare(network: NetworkOptions, selection: SelectionOptions) -> Prepared:
     rules = replace(rules, preset_dense={**rules.preset_dense, **dict.fromkeys(fresh, _FRESH)})
     specs = discover(module, rules)
     chosen = tuple(name for name in fresh if specs[name].role == "sparse")
+    # Heads for training alone may be random in files; the outputs do not depend on them.
+    kept = [name for name in fresh if name not in chosen and not name.startswith(AUXILIARY)]
+    new_head = sorted({name.rpartition(".")[0] for name in fresh if not name.startswith(AUXILIARY)} - {""})
     record = {
         "preset": selection.preset,
         "keep_dense": list(selection.keep_dense),
@@ -79,9 +87,29 @@ def prepare(network: NetworkOptions, selection: SelectionOptions) -> Prepared:
         masks,
         trained=network.weights is not None,
         may_be_trained=may_be_trained,
+        new_head=tuple(new_head),
         fresh=chosen,
-        notes=tuple(_notes(config, [name for name in fresh if name not in chosen], chosen)),
+        notes=tuple(_notes(config, kept, chosen)),
     )
+
+
+@contextlib.contextmanager
+def trained_part(prepared: Prepared) -> Iterator[nn.Module]:
+    """Gives the network in a form that takes a batch of pictures, without a head that was never trained.
+
+    Its outputs are then the features that the head reads, which is what a conversion should keep.
+    """
+    module = prepared.module
+    # A detector reshapes what its heads return, so they stay.
+    paths = () if detector_kind(module) is not None else prepared.new_head
+    heads = {path: module.get_submodule(path) for path in paths}
+    for path in heads:
+        module.set_submodule(path, nn.Identity())
+    try:
+        yield tensor_form(module)
+    finally:
+        for path, head in heads.items():
+            module.set_submodule(path, head)
 
 
 def _notes(config: ModelConfig, kept: Sequence[str], chosen: Sequence[str]) -> list[str]:

@@ -47,7 +47,7 @@ class SelectionOptions:
 class CalibrationOptions:
     """The options of `convert` that say how pictures are used; see there."""
 
-    source: str | Path | torch.Tensor | Iterable[object] | None
+    source: str | Path | torch.Tensor | Iterable[object]
     images: int
     on_progress: Callable[[int, int], None]
 

@@ -19,9 +19,9 @@ from converters.torchvision_similar import similar_architecture
 from dsr_tool.errors import FileError, UsageError, unknown_name
 from dsr_tool.sparse.feeding import detector_kind
 
-__all__ = ["class_head", "from_enum", "from_file"]
+__all__ = ["AUXILIARY", "class_head", "from_enum", "from_file"]
 
-_AUXILIARY = ("aux_classifier.", "aux1.", "aux2.", "AuxLogits.")
+AUXILIARY = ("aux_classifier.", "aux1.", "aux2.", "AuxLogits.")
 """Prefixes of auxiliary heads, which files may have or lack; the output in eval mode does not depend on them."""
 
 
@@ -33,7 +33,7 @@ def from_file(name: str, weights: str, num_classes: int | None) -> tuple[nn.Modu
         FileError: it does not exist.
         FormatError: it cannot be read.
     """
-    return _with_state(name, read_weights(weights, structure(name), _AUXILIARY), num_classes, weights)
+    return _with_state(name, read_weights(weights, structure(name), AUXILIARY), num_classes, weights)
 
 
 def from_enum(name: str, weights: str, num_classes: int | None) -> tuple[nn.Module, dict[str, Any], WeightsEnum]:
@@ -53,7 +53,7 @@ def from_enum(name: str, weights: str, num_classes: int | None) -> tuple[nn.Modu
         raise FileError(
             f"--weights {weights!r} could not be downloaded ({error}); give the path of a state_dict file instead."
         ) from error
-    return *_with_state(name, fitting(state, structure(name), _AUXILIARY), num_classes, str(enum)), enum
+    return *_with_state(name, fitting(state, structure(name), AUXILIARY), num_classes, str(enum)), enum
 
 
 def _with_state(name: str, found: Found, num_classes: int | None, what: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -90,13 +90,13 @@ def _loaded(name: str, found: Found, num_classes: int | None, what: str) -> tupl
     if head is not None and head.ndim >= 2 and head.shape[0] not in (0, outputs * each):
         outputs = max(1, head.shape[0] // each)
         module = structure(name, outputs)
-    fresh = [key for key in module.state_dict() if key not in found.state and key.startswith(_AUXILIARY)]
+    fresh = [key for key in module.state_dict() if key not in found.state and key.startswith(AUXILIARY)]
     fresh += _missing_head(found, path, num_classes, what, name)
     random = build(name, outputs).state_dict() if fresh else {}
     try:
         load_strictly(module, name, {**found.state, **{key: random[key] for key in fresh}}, what, found.label)
     except UsageError as error:
-        if (other := similar_architecture(name, found.state, _AUXILIARY)) is None:
+        if (other := similar_architecture(name, found.state, AUXILIARY)) is None:
             raise
         raise UsageError(
             f"--weights {what!r} is no state_dict of {name}, but of {other}; give that as ARCH."
