@@ -19,8 +19,8 @@ from dsr_tool.calibrate.calls import Call
 from dsr_tool.calibrate.fitting import Fitting, by_magnitude
 from dsr_tool.calibrate.inputs import Collector, Reached
 from dsr_tool.calibrate.segments import Segments, Values, kept, used
-from dsr_tool.calibrate.views import with_views
 from dsr_tool.calibrate.survey import Layer, survey
+from dsr_tool.calibrate.views import with_views
 from dsr_tool.sparse.feeding import evaluating
 
 __all__ = ["Reconstruction", "reconstruct"]
