@@ -5,29 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from functools import cached_property
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.sparse.discover import Rules, count, discover
+from dsr_tool.sparse.layer_counts import LayerCounts
 from dsr_tool.sparse.macs import with_macs
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.config import ModelConfig
-from dsr_tool.sparsity.distribution import (
-    DISTRIBUTIONS,
-    Lamp,
-    by_magnitude,
-    erk,
-    floors,
-    largest,
-    least_total,
-    uniform,
-)
+from dsr_tool.sparsity.distribution import DISTRIBUTIONS, largest
 from dsr_tool.sparsity.granularity import GRANULARITIES, unit_size, whole_units
 from dsr_tool.sparsity.layers import LayerSpec
 
@@ -97,9 +86,17 @@ class Sparsifier:
         self.specs = with_macs(module, specs, config.input_shape) if config.input_shape else specs
         self.sparse = [spec for spec in self.specs.values() if spec.role == "sparse"]
         self._distribution, self._positions, self._seed = distribution, positions, seed
-        self._granularity, self._spread, self._fresh = granularity, spread, frozenset(fresh)
-        self._importance, self._shares = importance or {}, shares or {}
-        self._has_floors = distribution == "lamp" and spread is None and not allow_starved
+        self._granularity, self._fresh, self._importance = granularity, frozenset(fresh), importance or {}
+        own = LayerCounts(
+            module,
+            self.sparse,
+            distribution if spread is None else "uniform",
+            importance=self._importance,
+            shares=shares or {},
+            fresh=self._fresh,
+            allow_starved=allow_starved,
+        )
+        self._spread, self._least = (own, own.least) if spread is None else (spread, 0)
         self.units = [unit_size(spec.shape, granularity) for spec in self.sparse]
         # Magnitudes of NaN have no order, so a mask chosen by them would be arbitrary.
         _check_values(module, self.specs)
@@ -112,7 +109,7 @@ class Sparsifier:
     @property
     def least(self) -> int:
         """Smallest number of active weights: one weight or kernel per sparse layer, or the floors of all layers."""
-        return max(sum(self.units), least_total(self._shapes) if self._has_floors and self.sparse else 0)
+        return max(sum(self.units), self._least)
 
     def active_weights(self, budget: Budget) -> int:
         """Returns the number of active weights that a sparsity or a number of parameters allows.
@@ -149,52 +146,11 @@ class Sparsifier:
         """
         if not self.sparse:
             return {}
-        counts = self._spread(total) if self._spread is not None else self._distributed(total)
+        counts = self._spread(total)
         if any(unit > 1 for unit in self.units):
             units = whole_units(counts, [spec.size for spec in self.sparse], self.units)
             counts = [number * unit for number, unit in zip(units, self.units, strict=True)]
         return {spec.name: active for spec, active in zip(self.sparse, counts, strict=True)}
-
-    def _distributed(self, total: int) -> list[int]:
-        """Returns the active weights of each sparse layer under the distribution."""
-        shapes = self._shapes
-        if self._distribution in ("uniform", "erk"):
-            return (uniform if self._distribution == "uniform" else erk)(total, shapes)
-        trained = self._trained
-        least = floors(total, shapes) if self._has_floors else [1] * len(shapes)
-        counts = uniform(total, shapes)
-        # Near the smallest total, an even share of the fresh layers would take from the floors of the others.
-        if sum(counts[i] for i in trained) < sum(least[i] for i in trained):
-            counts = list(least)
-        left = total - sum(counts[i] for i in range(len(shapes)) if i not in trained)
-        if self._distribution == "magnitude":
-            shared = by_magnitude(left, [self._values(self.sparse[i].name) for i in trained]) if trained else []
-        else:
-            shared = self._lamp.counts(left, [least[i] for i in trained])
-        for i, number in zip(trained, shared, strict=True):
-            counts[i] = number
-        return counts
-
-    @property
-    def _shapes(self) -> list[tuple[int, ...]]:
-        return [spec.shape for spec in self.sparse]
-
-    @property
-    def _trained(self) -> list[int]:
-        """Indices of the sparse layers whose values mean something."""
-        return [i for i, spec in enumerate(self.sparse) if spec.name not in self._fresh]
-
-    @cached_property
-    def _lamp(self) -> Lamp:
-        # Sorted once for all totals: a search for a budget in bytes or multiply-adds asks for a dozen.
-        names = [self.sparse[i].name for i in self._trained]
-        arrays = [self._importance[n].cpu().numpy() if n in self._importance else self._values(n) for n in names]
-        return Lamp(arrays, [self._shares.get(name, 1.0) for name in names])
-
-    def _values(self, name: str) -> npt.NDArray[np.float32]:
-        # On the CPU with numpy, so that the counts do not depend on the device.
-        values: npt.NDArray[np.float32] = self.module.get_parameter(name).detach().float().cpu().numpy()
-        return values
 
     @torch.no_grad()
     def preview(self, total: int, budget: Budget) -> SparseModel:
