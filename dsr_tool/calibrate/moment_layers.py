@@ -9,6 +9,7 @@ import numpy as np
 
 from dsr_tool.calibrate.signals import Float, Signal
 from dsr_tool.graph.ir import Node
+from dsr_tool.graph.operators import operator_of
 from dsr_tool.graph.windows import Window
 from dsr_tool.sparsity.tensor import Array
 
@@ -41,7 +42,7 @@ class Linear:
             shaped = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1).swapaxes(1, 2)
         else:
             shaped = (weight if node.attributes.get("transB") else weight.T)[None, :, :, None]
-        return cls(node, shaped.astype(np.float64), op in ("Conv", "ConvTranspose"), op == "ConvTranspose")
+        return cls(node, shaped.astype(np.float64), operator_of(op).by_image, op == "ConvTranspose")
 
     @property
     def groups(self) -> int:

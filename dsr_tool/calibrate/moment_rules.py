@@ -31,9 +31,6 @@ _EPSILON = 1e-5
 """Value of a norm's attribute epsilon if the node has none; given by the standard."""
 _MOST_SAMPLES = 1 << 22
 """Largest number of samples of one value; larger ones keep their mean and variance only."""
-_MOVES = ("Concat", "Expand", "Gather", "Pad", "Resize", "Slice", "Split")
-"""Operators, besides those that keep entries, whose results are entries of the first input, or means of a few."""
-_AVERAGES = ("AveragePool", "GlobalAveragePool", "ReduceMean")
 Value = Array | Signal | Unknown
 
 
@@ -95,9 +92,9 @@ def _aligned(signal: Signal, rank: int) -> Array:
 def _linear(op: str, inputs: Sequence[Value | None], shape: tuple[int, ...]) -> Value:
     """Derives the sum or product of a signal and a large constant, such as a position embedding."""
     first, second = inputs[0], inputs[1] if len(inputs) == 2 else None
-    if isinstance(first, np.ndarray) and isinstance(second, Signal) and op in ("Add", "Mul"):
+    if isinstance(first, np.ndarray) and isinstance(second, Signal) and operator_of(op).commutative:
         first, second = second, first
-    if not isinstance(first, Signal) or not isinstance(second, np.ndarray) or op not in ("Add", "Sub", "Mul", "Div"):
+    if not isinstance(first, Signal) or not isinstance(second, np.ndarray) or not operator_of(op).arithmetic:
         return Unknown(shape, f"is behind {op} of values that differ at every position")
     one, zero = np.ones(1), np.zeros(1)
     factor = {"Mul": second, "Div": 1 / second}.get(op, one)
@@ -108,17 +105,18 @@ def moved(node: Node, inputs: Sequence[Value | None]) -> Sequence[Value]:
     """Derives the outputs of an operator that moves, selects, averages or compares entries."""
     if node.op == "Softmax":
         return [Unknown(shape_of(inputs[0]), "is behind Softmax")]
-    if node.op in ("MaxPool", "GlobalMaxPool"):
+    row = operator_of(node.op)
+    if row.pools == "max":
         (out,) = computed(node, [whole(value) for value in inputs])
         first = cast("Signal", inputs[0])
         kernel = cast("tuple[int, ...]", node.attributes.get("kernel_shape", first.shape[2:]))
         return [first.largest_of(out.shape, math.prod(kernel))]
-    if node.op not in (*_AVERAGES, *_MOVES) and not operator_of(node.op).keeps_entries:
+    if not (row.pools or row.selects or row.keeps_entries):
         raise ValueError("no rule for it")
     means = computed(node, [_spread_out(value, "mean") for value in inputs])
     variances = computed(node, [_spread_out(value, "variance") for value in inputs])
     divisor = 1.0
-    if node.op in _AVERAGES:
+    if row.pools == "mean":
         taps = cast("tuple[int, ...]", node.attributes.get("kernel_shape", ()))
         divisor = root_window(math.prod(taps) if taps else math.prod(shape_of(inputs[0])) // means[0].size)
     return [squashed(mean, variance / divisor) for mean, variance in zip(means, variances, strict=True)]

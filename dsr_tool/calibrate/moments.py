@@ -36,8 +36,6 @@ from dsr_tool.sparse.trace import trace
 
 __all__ = ["InputMoments", "Moments", "derive", "input_moments", "untrained"]
 
-_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-
 
 @dataclass(frozen=True, eq=False)
 class Moments:
@@ -143,9 +141,10 @@ class _Walk:
 
     def _step(self, node: Node, inputs: Sequence[Value | None]) -> Step:
         varying = [i for i, value in enumerate(inputs) if isinstance(value, Signal | Unknown)]
-        weight = self.weight_of(node.inputs[1]) if node.op in _LAYERS and len(varying) == 1 else ""
+        weight = self.weight_of(node.inputs[1]) if operator_of(node.op).weights and len(varying) == 1 else ""
         parts = [1.0]
-        if node.op in ("Add", "Sub", "Mul", "Concat") and len(varying) > 1:
+        joins = (operator_of(node.op).arithmetic and node.op != "Div") or node.op == "Concat"
+        if joins and len(varying) > 1:
             shares = fractions(node.op, inputs)
             parts = [shares[i] for i in varying]
         names = tuple(node.inputs[i] for i in varying) if node.op != "Shape" else ()
@@ -160,7 +159,7 @@ class _Walk:
         """Returns the state_dict name of the weight that a value is a view of; empty if it is none."""
         while name not in self._state:
             node = self._makers.get(name)
-            if node is None or not (operator_of(node.op).keeps_entries or node.op in ("Slice", "Split", "Gather")):
+            if node is None or not (operator_of(node.op).keeps_entries or operator_of(node.op).narrows):
                 return ""
             name = node.inputs[0]
         return name
@@ -174,7 +173,7 @@ class _Walk:
         signals = [value for value in inputs if isinstance(value, Signal | Unknown)]
         if not signals or node.op == "Shape":
             return computed(node, [whole(value) for value in inputs])
-        if node.op in _LAYERS:
+        if operator_of(node.op).weights:
             return [self._layer(node, inputs)]
         if node.op == "BatchNormalization":
             return [normalised(node, inputs)]

@@ -134,8 +134,9 @@ def joined(op: str, a: Signal, b: Signal) -> Signal | None:
         The result; None for other operators.
     """
     shape = np.broadcast_shapes(a.shape, b.shape)
-    if op in ("Add", "Sub"):
-        return Signal(shape, a.mean + (b.mean if op == "Add" else -b.mean), a.variance + b.variance)
+    sign = {"Add": 1, "Sub": -1}.get(op)
+    if sign is not None:
+        return Signal(shape, a.mean + sign * b.mean, a.variance + b.variance)
     if op == "Mul":
         variance = a.variance * b.variance + a.variance * b.mean**2 + b.variance * a.mean**2
         return Signal(shape, a.mean * b.mean, variance)

@@ -33,7 +33,11 @@ class Operator:
         weights: positions of the inputs that are weights when they are constant; biases are none.
         identity: returns its first input unchanged at inference.
         keeps_entries: the result holds every entry of the first input once, in another shape, order or type.
+        selects: the result holds entries of the first input, or means of a few, and perhaps those of other inputs.
+        narrows: the result is a part of the first input.
         arithmetic: the sum, difference, product or quotient of two inputs.
+        commutative: two inputs may be swapped.
+        pools: what it makes of the entries of a window, an image or an axis: `mean`, `max`, or empty for neither.
         gate_of: name of the operator that x * gate(x) is.
         all_outputs: all outputs are computed; of other operators only the first is.
         inert: attributes that do not change what the first output holds at inference.
@@ -49,7 +53,11 @@ class Operator:
     weights: tuple[int, ...] = ()
     identity: bool = False
     keeps_entries: bool = False
+    selects: bool = False
+    narrows: bool = False
     arithmetic: bool = False
+    commutative: bool = False
+    pools: str = ""
     gate_of: str = ""
     all_outputs: bool = False
     inert: frozenset[str] = frozenset()
@@ -85,19 +93,19 @@ _ROWS = (
     Operator("Swish", elementwise=True),  # SiLU is Swish with alpha = 1
     Operator("Tanh", elementwise=True),
     # Several inputs, entry by entry.
-    Operator("Add", 2, 2, elementwise=True, arithmetic=True),
-    Operator("And", 2, 2, elementwise=True),
+    Operator("Add", 2, 2, elementwise=True, arithmetic=True, commutative=True),
+    Operator("And", 2, 2, elementwise=True, commutative=True),
     Operator("BatchNormalization", 5, 5, elementwise=True, inert=frozenset({"momentum"})),
     Operator("Div", 2, 2, elementwise=True, arithmetic=True),
-    Operator("Equal", 2, 2, elementwise=True),
+    Operator("Equal", 2, 2, elementwise=True, commutative=True),
     Operator("Greater", 2, 2, elementwise=True),
     Operator("GreaterOrEqual", 2, 2, elementwise=True),
     Operator("Less", 2, 2, elementwise=True),
     Operator("LessOrEqual", 2, 2, elementwise=True),
-    Operator("Max", 1, VARIADIC, elementwise=True),
-    Operator("Min", 1, VARIADIC, elementwise=True),
-    Operator("Mul", 2, 2, elementwise=True, arithmetic=True),
-    Operator("Or", 2, 2, elementwise=True),
+    Operator("Max", 1, VARIADIC, elementwise=True, commutative=True),
+    Operator("Min", 1, VARIADIC, elementwise=True, commutative=True),
+    Operator("Mul", 2, 2, elementwise=True, arithmetic=True, commutative=True),
+    Operator("Or", 2, 2, elementwise=True, commutative=True),
     Operator("Pow", 2, 2, elementwise=True),
     Operator("Sub", 2, 2, elementwise=True, arithmetic=True),
     Operator("Where", 3, 3, elementwise=True),
@@ -108,31 +116,33 @@ _ROWS = (
     Operator("Gemm", 2, 3, by_row=True, weights=(0, 1)),
     Operator("MatMul", 2, 2, by_row=True, weights=(0, 1)),
     # Pools, reductions and normalisations.
-    Operator("AveragePool", windowed=True, by_image=True),
-    Operator("GlobalAveragePool", by_image=True),
-    Operator("GlobalMaxPool", by_image=True),
+    Operator("AveragePool", windowed=True, by_image=True, pools="mean"),
+    Operator("GlobalAveragePool", by_image=True, pools="mean"),
+    Operator("GlobalMaxPool", by_image=True, pools="max"),
     Operator("LayerNormalization", 2, 3, by_row=True, inert=frozenset({"stash_type"})),
-    Operator("MaxPool", windowed=True, by_image=True, inert=frozenset({"storage_order"})),  # orders the second output
+    Operator(
+        "MaxPool", windowed=True, by_image=True, inert=frozenset({"storage_order"}), pools="max"
+    ),  # orders the second output
     Operator("ReduceL2", 1, 2),
-    Operator("ReduceMean", 1, 2),
+    Operator("ReduceMean", 1, 2, pools="mean"),
     Operator("ReduceSum", 1, 2),
     Operator("Softmax"),
     # Operators that move, select or make entries.
-    Operator("Concat", 1, VARIADIC),
+    Operator("Concat", 1, VARIADIC, selects=True),
     Operator("Constant", 0, 0),
     Operator("ConstantOfShape"),
-    Operator("Expand", 2, 2),
+    Operator("Expand", 2, 2, selects=True),
     Operator("Flatten", keeps_entries=True),
-    Operator("Gather", 2, 2),
+    Operator("Gather", 2, 2, selects=True, narrows=True),
     Operator("GatherND", 2, 2),
-    Operator("Pad", 2, 4),
+    Operator("Pad", 2, 4, selects=True),
     Operator("Range", 3, 3),
     Operator("Reshape", 2, 2, keeps_entries=True),
-    Operator("Resize", 1, 4),
+    Operator("Resize", 1, 4, selects=True),
     Operator("ScatterND", 3, 3),
     Operator("Shape"),
-    Operator("Slice", 3, 5),
-    Operator("Split", 1, 2, all_outputs=True),
+    Operator("Slice", 3, 5, selects=True, narrows=True),
+    Operator("Split", 1, 2, all_outputs=True, selects=True, narrows=True),
     Operator("Squeeze", 1, 2, keeps_entries=True),
     Operator("Transpose", keeps_entries=True),
     Operator("Unsqueeze", 2, 2, keeps_entries=True),
