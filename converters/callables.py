@@ -7,14 +7,13 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import nn
 
 from converters.base import Source
-from converters.state_dicts import load_file
-from converters.torch_prune import prune_module
+from converters.state_dicts import fill_from_file
 from dsr_tool.errors import UsageError, first_line, unknown_name
 from dsr_tool.sparse.macs import output_shape
 from dsr_tool.sparsity.config import MOST_CLASSES, ModelConfig
@@ -58,11 +57,7 @@ def load(
     if not input_shape:
         raise UsageError(f"{name!r} needs --input-shape, the shape of one input, such as 3,224,224.")
     module = build(name, seed)
-    record: dict[str, Any] = {"weights": weights}
-    if weights is not None:
-        found = load_file(module, name, weights)
-        prune_module(module, found.masks)
-        record |= {"weights_read": list(found.notes)} if found.notes else {}
+    record = fill_from_file(module, name, weights)
     shape = output_shape(module, input_shape)
     classes = min(shape[0], MOST_CLASSES) if shape else 0
     return module, ModelConfig("callable", name, classes, input_shape, conversion=record)

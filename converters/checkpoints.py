@@ -58,6 +58,11 @@ class Found:
     label: str
     notes: tuple[str, ...] = ()
 
+    @property
+    def record(self) -> dict[str, list[str]]:
+        """Entry of a model's description that says how the weights were found; empty for a plain state_dict."""
+        return {"weights_read": list(self.notes)} if self.notes else {}
+
 
 class _Start(NamedTuple):
     """A beginning of paths, and the child of the network that is there instead: usually none, the whole network."""

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from converters.base import Source
 from converters.paper_networks import Perceptron, WideBlock, WideResNet
-from converters.state_dicts import is_state_file, load_file
-from converters.torch_prune import prune_module
+from converters.state_dicts import fill_from_file, is_state_file
 from dsr_tool.errors import UsageError
 from dsr_tool.sparsity.config import LONGEST_SIDE, ModelConfig, Preprocessing
 
@@ -124,11 +122,7 @@ def load(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = build(name, num_classes or _CLASSES, shape, width)
-    record: dict[str, Any] = {"weights": weights}
-    if weights is not None:
-        found = load_file(module, name, weights)
-        prune_module(module, found.masks)
-        record |= {"weights_read": list(found.notes)} if found.notes else {}
+    record = fill_from_file(module, name, weights)
     config = ModelConfig(
         source="paper",
         architecture=name,

@@ -7,15 +7,17 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from converters.checkpoints import Checkpoint, Found
 from converters.pickles import read_file
+from converters.torch_prune import prune_module
 from dsr_tool.errors import FormatError, UsageError, join_words
 
-__all__ = ["fill", "fitting", "is_state_file", "load_file", "load_strictly", "read_weights"]
+__all__ = ["fill", "fill_from_file", "fitting", "is_state_file", "load_file", "load_strictly", "read_weights"]
 
 _SHOWN = 3
 """Largest number of names of a file that an error lists."""
@@ -82,6 +84,19 @@ def load_file(module: nn.Module, name: str, weights: str) -> Found:
     found = read_weights(weights, module)
     load_strictly(module, name, found.state, weights, found.label)
     return found
+
+
+def fill_from_file(module: nn.Module, name: str, weights: str | None) -> dict[str, Any]:
+    """Fills a module from a file, if one is given, and prunes it by torch's hooks if the file has masks.
+
+    Returns:
+        What the description of the model records: `weights`, and `weights_read`, how they were found in the file.
+    """
+    if weights is None:
+        return {"weights": None}
+    found = load_file(module, name, weights)
+    prune_module(module, found.masks)
+    return {"weights": weights, **found.record}
 
 
 def load_strictly(

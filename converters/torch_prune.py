@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 __all__ = ["prune_module", "split_masks", "take_masks"]
 
 _VALUES, _MASK = "_orig", "_mask"
-"""What torch adds to the name of a pruned parameter, for its values and for its mask."""
+"""Endings that torch adds to the name of a pruned parameter, for its values and for its mask."""
 
 
 def split_masks(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

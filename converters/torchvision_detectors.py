@@ -1,4 +1,4 @@
-"""What only torchvision's detectors have: a class head in the middle, frozen norms, a picture size, renamed layers."""
+"""Peculiarities of torchvision's detectors: a class head in the middle, frozen norms, picture size, renamed layers."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def similar_architecture(name: str, state: Mapping[str, torch.Tensor], optional:
     Returns:
         The architecture that fits best, but for its head; None if none does.
     """
-    # Of one family alone: building all of them takes half a minute.
+    # Only one family is built: building all of them takes half a minute.
     family = re.match("[a-z]*", name.replace("wide_resnet", "resnet").replace("resnext", "resnet"))
     letters = family[0][:6] if family else name
     others = [other for other in architectures("classification") if letters in other and other != name]

@@ -71,7 +71,7 @@ def _with_state(name: str, found: Found, num_classes: int | None, what: str) -> 
     prune_module(module, found.masks)
     names = sorted({key for key, _ in module.named_parameters()}.intersection(fresh))
     return module, {
-        **({"weights_read": list(found.notes)} if found.notes else {}),
+        **found.record,
         **({"fresh": names} if names else {}),
     }
 

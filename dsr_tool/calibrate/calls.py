@@ -16,7 +16,9 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - its name everywhere
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Call", "Watch", "owners_of", "rows_of_weight", "storage", "weight_of_rows"]
+from dsr_tool.sparse.macs import storage
+
+__all__ = ["Call", "Watch", "owners_of", "rows_of_weight", "weight_of_rows"]
 
 _ATEN = torch.ops.aten
 
@@ -168,12 +170,7 @@ def weight_of_rows(rows: torch.Tensor, shape: Sequence[int], kind: str) -> torch
 def owners_of(module: nn.Module) -> dict[int, str]:
     """Returns the names of a module's parameters and buffers by the address of their storage."""
     tensors = {**dict(module.named_buffers()), **dict(module.named_parameters())}
-    return {tensor.untyped_storage()._cdata: name for name, tensor in tensors.items()}
-
-
-def storage(tensor: torch.Tensor) -> int:
-    """Returns what two views of one memory have in common."""
-    return int(tensor.untyped_storage()._cdata)
+    return {storage(tensor): name for name, tensor in tensors.items()}
 
 
 class Watch(TorchDispatchMode):

@@ -23,7 +23,7 @@ _LEAST_GAIN = 1e-3
 
 @dataclass(frozen=True)
 class Fitted:
-    """What fitting a layer gave.
+    """The result of fitting a layer.
 
     Attributes:
         mask: True where active, in the weight's shape.

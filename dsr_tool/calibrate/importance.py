@@ -1,4 +1,4 @@
-"""Which weights matter, from the weights and the derived moments of their inputs alone."""
+"""Importance of weights, from the weights and the derived moments of their inputs alone."""
 
 from __future__ import annotations
 

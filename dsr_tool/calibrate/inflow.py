@@ -1,4 +1,4 @@
-"""What flows into each layer in the mean: ranks weights, and tells a change of the mean output from the rest.
+"""Inflow: means of what each layer reads, by which weights are ranked and changes of the mean output are told apart.
 
 A pruned layer's outputs lose their mean, which the norm or bias after it takes back at no cost; only what varies from
 place to place is lost. Means are by channel: taps at a border, which see padding, count as the others do.

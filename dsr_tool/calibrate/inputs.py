@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dsr_tool.calibrate.calls import Call, Watch, owners_of, storage
+from dsr_tool.calibrate.calls import Call, Watch, owners_of
 from dsr_tool.calibrate.survey import ADDITIONS, NORMS, Layer
 from dsr_tool.errors import CheckFailed
+from dsr_tool.sparse.macs import storage
 
 __all__ = ["Collector", "Reached", "Sample", "Statistics"]
 
@@ -73,7 +74,7 @@ class Statistics:
 
 @dataclass
 class Sample:
-    """What one use of a layer showed in one pass: positions, inputs, outputs, and what its output was added to."""
+    """One use of a layer in one pass: its positions, inputs, outputs, and what its output was added to."""
 
     call: Call
     rows: torch.Tensor

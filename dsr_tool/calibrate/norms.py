@@ -35,7 +35,7 @@ _MOST_TOGETHER = 50.0
 
 @dataclass(frozen=True)
 class Corrected:
-    """Which layers were corrected.
+    """The layers that were corrected, and those that were not.
 
     Attributes:
         names: weights whose norm or bias was changed.
@@ -79,7 +79,7 @@ def correct_norms(model: SparseModel, dense: Mapping[str, torch.Tensor], moments
 
 @dataclass(frozen=True)
 class _Kept:
-    """What a mask keeps of the output of one layer.
+    """The part of a layer's output that a mask keeps.
 
     Attributes:
         shift: change of the mean per output channel.

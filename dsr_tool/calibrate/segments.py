@@ -21,7 +21,7 @@ from dsr_tool.sparse.feeding import evaluating
 __all__ = ["Segments", "Values", "kept", "used"]
 
 Values = dict[str, object]
-"""What lives between two stages, by name: tensors of a batch, sizes, tuples of these."""
+"""Values that live between two stages, by name: tensors of a batch, sizes, tuples of these."""
 
 _MOST_VALUES = 1 << 20
 """Default of the most floats per picture that live at a cut. ResNet-50 at 224 px has 0.8 M between its first blocks."""

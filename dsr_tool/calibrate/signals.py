@@ -34,7 +34,7 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True, eq=False)
 class Signal:
-    """What is known of a value: its shape for one input, and the moments of its entries.
+    """The knowledge of a value: its shape for one input, and the moments of its entries.
 
     Attributes:
         shape: dimensions of the value; the batch has 1.

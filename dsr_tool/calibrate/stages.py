@@ -127,7 +127,7 @@ def names_of(module: nn.Module, stage: Stage) -> frozenset[str]:
     names = [name for tensors in (module.named_parameters(), module.named_buffers()) for name, _ in tensors]
     if not stage.nodes:
         return frozenset(names)
-    # Those that a function reads are fetched by nodes outside the stage.
+    # Weights that a function reads are fetched by nodes outside the stage.
     nodes = {*stage.nodes, *(source for node in stage.nodes for source in node.all_input_nodes)}
     targets = {
         str(node.target)

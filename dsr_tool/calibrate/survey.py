@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dsr_tool.calibrate.calls import Call, Watch, owners_of, storage
+from dsr_tool.calibrate.calls import Call, Watch, owners_of
 from dsr_tool.calibrate.wide import moment_bytes, slices_of
+from dsr_tool.sparse.macs import storage
 
 __all__ = ["ADDITIONS", "NORMS", "Layer", "survey"]
 

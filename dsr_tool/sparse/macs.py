@@ -16,7 +16,7 @@ from dsr_tool.errors import UsageError, first_line
 from dsr_tool.sparse.feeding import evaluating, tensor_form
 from dsr_tool.sparsity.layers import LayerSpec
 
-__all__ = ["output_shape", "with_macs"]
+__all__ = ["output_shape", "storage", "with_macs"]
 
 _Mode = Callable[[Mapping[str, torch.Tensor]], contextlib.AbstractContextManager[object]]
 
@@ -53,8 +53,13 @@ class _Counter(TorchDispatchMode):
 
     def _weights(self, args: Sequence[Any]) -> list[str]:
         # By storage, because operators get views of a weight: transposed, or the parts of a packed projection.
-        storages = [arg.untyped_storage()._cdata for arg in args if isinstance(arg, torch.Tensor)]
-        return [self._owners[storage] for storage in storages if storage in self._owners]
+        storages = [storage(arg) for arg in args if isinstance(arg, torch.Tensor)]
+        return [self._owners[address] for address in storages if address in self._owners]
+
+
+def storage(tensor: torch.Tensor) -> int:
+    """Returns what two views of one memory have in common."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def with_macs(module: nn.Module, specs: Mapping[str, LayerSpec], input_shape: tuple[int, ...]) -> dict[str, LayerSpec]:
@@ -76,7 +81,7 @@ def with_macs(module: nn.Module, specs: Mapping[str, LayerSpec], input_shape: tu
     def counter(state: Mapping[str, torch.Tensor]) -> _Counter:
         macs.clear()  # of a run that failed
         names = (name for name, spec in specs.items() if spec.weight)
-        return _Counter({state[name].untyped_storage()._cdata: name for name in names}, macs)
+        return _Counter({storage(state[name]): name for name in names}, macs)
 
     _run(module, input_shape, counter)
     return {
