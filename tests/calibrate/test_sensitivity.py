@@ -19,20 +19,6 @@ def specs_of(module):
     return discover(module, Rules(small_layers=False))
 
 
-def network(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(8, 8, 3, padding=1, groups=2),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(32, 5),
-    ).eval()
-
-
 def pictures(count=16, seed=1):
     return torch.randn(count, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
 
@@ -100,8 +86,8 @@ def test_a_mean_that_a_bias_can_give_back_costs_nothing():
     assert still < 1e-4 * moving
 
 
-def test_totals_are_exact_and_the_same_every_time():
-    module, x = network(), pictures()
+def test_totals_are_exact_and_the_same_every_time(network):
+    module, x = network.eval(), pictures()
     first, second = (measure(module, specs_of(module), x, seed=3) for _ in range(2))
     size = sum(curve.size for curve in first.layers.values())
     for total in range(3, size + 1, 37):
@@ -109,8 +95,8 @@ def test_totals_are_exact_and_the_same_every_time():
         assert counts == second.spread(total) and sum(counts) == total
 
 
-def test_multiply_adds_are_met_from_below():
-    module = network()
+def test_multiply_adds_are_met_from_below(network):
+    module = network.eval()
     curves = measure(module, specs_of(module), pictures())
     prices = [36.0, 36.0, 1.0]
     limit = 0.4 * sum(price * curve.size for price, curve in zip(prices, curves.layers.values(), strict=True))
@@ -119,8 +105,8 @@ def test_multiply_adds_are_met_from_below():
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_the_module_stays_as_it_is(training):
-    module = network().train(training)
+def test_the_module_stays_as_it_is(training, network):
+    module = network.train(training)
     module[3].weight.requires_grad_(False)
     module[0].weight.grad = torch.ones_like(module[0].weight)
     before = {name: value.clone() for name, value in module.state_dict().items()}
@@ -180,8 +166,8 @@ def test_grouped_and_transposed_layers_find_the_inputs_of_their_weights():
         assert curve.cost(9) < 1e-2 * curve.cost(0)
 
 
-def test_nan_is_named():
-    module = network()
+def test_nan_is_named(network):
+    module = network.eval()
     x = pictures()
     x[2] = math.nan
     with pytest.raises(UsageError, match="picture 3 contains NaN"):
@@ -201,9 +187,9 @@ def test_outputs_without_a_gradient_are_refused():
         measure(Constant(), specs_of(Constant()), torch.randn(2, 4))
 
 
-def test_progress_grows_to_the_end():
+def test_progress_grows_to_the_end(network):
     seen = []
-    measure(network(), specs_of(network()), pictures(8), on_progress=lambda *numbers: seen.append(numbers))
+    measure(network.eval(), specs_of(network), pictures(8), on_progress=lambda *numbers: seen.append(numbers))
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1][0] == seen[-1][1]
 
@@ -212,8 +198,8 @@ def test_densities_end_at_one():
     assert DENSITIES[-1] == 1.0 and np.all(np.diff(DENSITIES) > 0)
 
 
-def test_slow_networks_go_by_gradients_alone(monkeypatch):
-    module, x = network(), pictures()
+def test_slow_networks_go_by_gradients_alone(monkeypatch, network):
+    module, x = network.eval(), pictures()
     trials = measure(module, specs_of(module), x)
     monkeypatch.delattr(sensitivity, "prune_each")
     specs = {name: replace(spec, macs_per_weight=1e12) for name, spec in specs_of(module).items()}

@@ -9,20 +9,6 @@ from torch import nn
 from dsr_tool.calibrate.trials import distance, is_classifier, prune_each
 
 
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(8, 8, 3, padding=1, groups=2),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(32, 5),
-    )
-
-
 def masks_of(module):
     generator = torch.Generator().manual_seed(2)
     return {
@@ -49,8 +35,8 @@ def by_hand(module, name, mask, x):
     return pruned(x)
 
 
-def test_distances_are_those_of_a_pruned_copy():
-    module = network()
+def test_distances_are_those_of_a_pruned_copy(network):
+    module = network
     x = torch.randn(12, 3, 6, 6)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     masks = masks_of(module)
@@ -64,8 +50,8 @@ def test_distances_are_those_of_a_pruned_copy():
             assert cost == pytest.approx(distance(by_hand(module, name, mask, x), dense, True), rel=1e-3, abs=1e-6)
 
 
-def test_a_full_mask_changes_nothing():
-    module = network()
+def test_a_full_mask_changes_nothing(network):
+    module = network
     full = {name: [torch.ones_like(masks[0])] for name, masks in masks_of(module).items()}
     costs = prune_each(module, full, torch.randn(4, 3, 6, 6), classifier=True)
     assert all(cost == pytest.approx(0, abs=1e-9) for (cost,) in costs.values())
