@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from converters.search import search
+from converters.search import CLOSE, search
 from dsr_tool.errors import UsageError
 from dsr_tool.files import writing
 from dsr_tool.formats.archive import encode_archive
@@ -24,9 +24,6 @@ from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
 
 __all__ = ["archive_bytes", "captured", "largest_within", "smallest_sparsity"]
-
-_CLOSE = 0.999
-"""Fraction of a limit at which the search for the largest weights stops."""
 
 
 def archive_bytes(model: SparseModel, graph: Graph | None = None) -> int:
@@ -57,15 +54,14 @@ def smallest_sparsity(model: SparseModel, limit: int) -> float | None:
     return math.ceil((1 - sum(tensor.values.size for tensor in kept.values()) / model.prunable_weights) * 1e4) / 1e4
 
 
-def largest_within(model: SparseModel, limit: int) -> dict[str, SparseTensor] | None:
+def largest_within(model: SparseModel, limit: int, graph: Graph | None = None) -> dict[str, SparseTensor] | None:
     """Returns the largest weights of a model whose archive has at most `limit` bytes; None if there are none.
 
     At kernel granularity, kernels stay or go as a whole, ranked by their mean magnitudes.
     """
     # Captured once for all sizes, since a capture takes a second or more.
-    graph, tensors = captured(model.module, model.config.input_shape), model.tensors()
-    granularity = str(model.config.conversion.get("granularity"))
-    units = {name: unit_size(model.specs[name].shape, granularity) for name in model.masks}
+    graph, tensors = graph or captured(model.module, model.config.input_shape), model.tensors()
+    units = {name: unit_size(model.specs[name].shape, model.granularity) for name in model.masks}
     sizes = {name: np.abs(tensors[name].values).reshape(-1, unit).mean(1) for name, unit in units.items()}
 
     def kept(total: int) -> dict[str, SparseTensor]:
@@ -79,7 +75,7 @@ def largest_within(model: SparseModel, limit: int) -> dict[str, SparseTensor] | 
     if not sizes:
         return None
     most = sum(size.size for size in sizes.values())
-    found = search(nbytes, len(sizes), most, most, math.ceil(_CLOSE * limit), limit)
+    found = search(nbytes, len(sizes), most, most, math.ceil(CLOSE * limit), limit)
     return None if found.below is None else kept(found.below[0])
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from converters.archive_size import archive_bytes, captured, largest_within
-from converters.search import Bracket, search
+from converters.search import CLOSE, Bracket, search
 from dsr_tool.errors import CheckFailed, UsageError
+from dsr_tool.graph.ir import Graph
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparse.sparsify import Sparsifier
 from dsr_tool.sparsity.budget import Budget
@@ -27,8 +28,6 @@ shrank if many grown weights stayed zero; see `docs/decisions/0006-budgets-in-by
 """
 LEAST_MACS = 0.99
 """Smallest fraction of a budget in multiply-adds that a model takes."""
-_CLOSE = 0.999
-"""Fraction of a limit at which a search stops if its sizes are cheap."""
 _BYTES_PER_WEIGHT = 4
 """Bytes per active weight of an archive, for the first guess of a search."""
 _RECORD = 32
@@ -54,7 +53,7 @@ class Fitted:
     warnings: tuple[str, ...] = ()
 
 
-def solve(sparsifier: Sparsifier, budget: Budget) -> tuple[int, int | None]:
+def solve(sparsifier: Sparsifier, budget: Budget, graph: Graph | None = None) -> tuple[int, int | None]:
     """Returns the number of active weights that meets a budget, and the bytes of the archive if it is in bytes.
 
     Sparsity and parameters are met exactly. An archive has at most the bytes of its budget, less a margin for its
@@ -64,19 +63,26 @@ def solve(sparsifier: Sparsifier, budget: Budget) -> tuple[int, int | None]:
     Args:
         sparsifier: the model with the options of its conversion; not changed.
         budget: the budget.
+        graph: the graph of the model, for a budget in bytes; captured here when absent.
 
     Raises:
         UsageError: the budget is out of the model's reach, its multiply-adds are unknown, or it cannot be captured.
     """
     if budget.kind == "bytes":
-        return _solve_bytes(sparsifier, budget)
+        graph = graph or captured(sparsifier.module, sparsifier.config.input_shape)
+        return _solve_bytes(sparsifier, budget, graph)
     if budget.kind == "macs":
         return _solve_macs(sparsifier, budget), None
     return sparsifier.active_weights(budget), None
 
 
-def trim(model: SparseModel, limit: int) -> int:
+def trim(model: SparseModel, limit: int, graph: Graph | None = None) -> int:
     """Prunes the smallest weights or kernels of a model until its archive has at most `limit` bytes, usually none.
+
+    Args:
+        model: the model, changed in place.
+        limit: bytes that are allowed.
+        graph: its graph; captured here when absent.
 
     Returns:
         The bytes of the archive.
@@ -84,9 +90,10 @@ def trim(model: SparseModel, limit: int) -> int:
     Raises:
         CheckFailed: no number of weights is small enough.
     """
-    if (nbytes := archive_bytes(model)) <= limit:
+    graph = graph or captured(model.module, model.config.input_shape)
+    if (nbytes := archive_bytes(model, graph)) <= limit:
         return nbytes
-    kept = largest_within(model, limit - _RECORD)
+    kept = largest_within(model, limit - _RECORD, graph)
     if kept is None:
         raise CheckFailed(f"the archive takes {nbytes:,} bytes, and the budget is {limit:,}; give a larger budget.")
     for name, tensor in kept.items():
@@ -94,12 +101,10 @@ def trim(model: SparseModel, limit: int) -> int:
     model.apply_masks()
     record = {**model.config.conversion, "active_weights": model.active_weights}
     model.config = replace(model.config, conversion=record)
-    return archive_bytes(model)
+    return archive_bytes(model, graph)
 
 
-def _solve_bytes(sparsifier: Sparsifier, budget: Budget) -> tuple[int, int]:
-    graph = captured(sparsifier.module, sparsifier.config.input_shape)
-
+def _solve_bytes(sparsifier: Sparsifier, budget: Budget, graph: Graph) -> tuple[int, int]:
     def size(total: int) -> int:
         return archive_bytes(sparsifier.preview(total, budget), graph)
 
@@ -126,7 +131,7 @@ def _solve_macs(sparsifier: Sparsifier, budget: Budget) -> int:
 
     limit, least, most = budget.amount, sparsifier.least, sparsifier.prunable
     guess = round(most * limit / max(macs(most), 1))
-    found = search(macs, least, most, guess, math.ceil(_CLOSE * limit), limit)
+    found = search(macs, least, most, guess, math.ceil(CLOSE * limit), limit)
     return _nearest(found, macs, budget, math.ceil(LEAST_MACS * limit), least, most)[0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from converters.archive_size import captured
 from converters.budgets import Fitted, solve, trim
 from converters.output_budgets import OutputBudgets
 from converters.prepared import Prepared, trained_part
@@ -58,15 +59,17 @@ def calibrated(
     prepared = replace(prepared, config=replace(prepared.config, input_shape=shape))
     with trained_part(prepared) as network:
         require_memory(network, shape, pictures.count)
-    spread = file.spread if file else None
+    # Before anything that takes minutes: a network that cannot be captured has no size in bytes.
+    graph = captured(prepared.module, shape) if budget.kind == "bytes" else None
+    outputs = None
     if file is None and selection.distribution in (None, OUTPUT):
         outputs = OutputBudgets.measured(prepared, selection, pictures, _stage(options, 0, _BUDGETS))
-        spread = outputs.spread
+    spread = outputs.spread if outputs else file.spread if file else None
     # Layer budgets without pictures rank weights by what is known without pictures.
-    moments = known_moments(prepared) if spread is None else ""
+    moments = known_moments(prepared, graph) if spread is None else ""
     sparsifier = make_sparsifier(prepared, selection, moments, distribution=OUTPUT, spread=spread)
-    total, nbytes = solve(sparsifier, budget)
-    if spread is not None and file is None and budget.macs is not None:
+    total, nbytes = solve(sparsifier, budget, graph)
+    if outputs and budget.macs is not None:
         # Any spread can meet the budget, and `solve` says so if none can; this one spends it where it matters most.
         within = outputs.within(budget.macs)
         sparsifier = make_sparsifier(prepared, selection, distribution=OUTPUT, spread=lambda _: within)
@@ -89,7 +92,7 @@ def calibrated(
     model = SparseModel(prepared.module, draft.specs, masks, _recorded(draft.config, pictures))
     model.apply_masks()
     # Other values take another number of bytes than those that the search for the budget saw.
-    nbytes = trim(model, budget.amount) if nbytes is not None else None
+    nbytes = trim(model, budget.amount, graph) if nbytes is not None else None
     notes = (*prepared.notes, *([f"densities: {file.note}"] if file else []), *_told(prepared, found, pictures))
     return Fitted(model, budget, nbytes, notes, (*pictures.warnings, *check_signal(model, selection)))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from converters.archive_size import captured
 from converters.budgets import Fitted, solve, trim
 from converters.kept_zeros import unused_zeros_warning
 from converters.prepared import Prepared
@@ -15,6 +16,7 @@ from dsr_tool.calibrate.importance import data_free_importance
 from dsr_tool.calibrate.moments import InputMoments, input_moments, untrained
 from dsr_tool.calibrate.norms import correct_norms
 from dsr_tool.errors import CheckFailed, UsageError
+from dsr_tool.graph.ir import Graph
 from dsr_tool.sparse.discover import discover
 from dsr_tool.sparse.feeding import tensor_form
 from dsr_tool.sparse.model import SparseModel
@@ -49,9 +51,12 @@ def without_data(prepared: Prepared, selection: SelectionOptions, budget: Budget
     Raises:
         UsageError, CheckFailed: see `convert`.
     """
-    moments = known_moments(prepared) if prepared.trained else ""
+    # Captured once for all that reads it, since a capture takes seconds.
+    graph = captured(prepared.module, prepared.config.input_shape) if budget.kind == "bytes" else None
+    # With all weights active, nothing is ranked or corrected.
+    moments = known_moments(prepared, graph) if prepared.trained and budget.sparsity != 0 else ""
     sparsifier = make_sparsifier(prepared, selection, moments, spread=file.spread if file else None)
-    total, nbytes = solve(sparsifier, budget)
+    total, nbytes = solve(sparsifier, budget, graph)
     # Before anything becomes zero.
     zeros = unused_zeros_warning(prepared.module, sparsifier.specs, 1 - total / max(sparsifier.prunable, 1))
     parameters = dict(prepared.module.named_parameters())
@@ -64,7 +69,7 @@ def without_data(prepared: Prepared, selection: SelectionOptions, budget: Budget
         corrected = correct_norms(model, dense, known)
         notes += _told(corrected.names, corrected.left_alone)
         # Corrected norms are coded in another number of bytes.
-        nbytes = trim(model, budget.amount) if nbytes is not None else None
+        nbytes = trim(model, budget.amount, graph) if nbytes is not None else None
     elif isinstance(moments, str) and moments:
         notes.append(f"norms were left alone: {moments}")
     starved = check_signal(model, selection) if prepared.trained else []
@@ -143,8 +148,13 @@ def make_sparsifier(
     )
 
 
-def known_moments(prepared: Prepared) -> InputMoments | str:
-    """Returns the moments of the layers' inputs, or else the reason why there are none."""
+def known_moments(prepared: Prepared, graph: Graph | None = None) -> InputMoments | str:
+    """Returns the moments of the layers' inputs, or else the reason why there are none.
+
+    Args:
+        prepared: the dense network.
+        graph: its graph; captured here when absent.
+    """
     if not prepared.config.input_shape:
         return "the shape of the network's input is not known"
     state = prepared.module.state_dict()
@@ -152,7 +162,7 @@ def known_moments(prepared: Prepared) -> InputMoments | str:
     if norms and len(untrained(state)) == len(norms):
         return "their statistics are those of a new network (mean 0 and variance 1), so they say nothing"
     try:
-        return input_moments(tensor_form(prepared.module), prepared.config.input_shape)
+        return input_moments(tensor_form(prepared.module), prepared.config.input_shape, graph)
     except UsageError as error:
         return str(error)
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["Bracket", "search"]
+__all__ = ["CLOSE", "Bracket", "search"]
+
+CLOSE = 0.999
+"""Fraction of a limit at which a search stops if nothing asks for less."""
 
 
 @dataclass

@@ -34,7 +34,7 @@ from dsr_tool.graph.operators import operator_of
 from dsr_tool.runtime.reference.interpreter import live_nodes
 from dsr_tool.sparse.trace import trace
 
-__all__ = ["InputMoments", "Moments", "derive", "input_moments", "untrained"]
+__all__ = ["InputMoments", "Moments", "input_moments", "untrained"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class InputMoments(dict[str, Moments | str]):
         self.paths = paths
 
 
-def input_moments(module: nn.Module, input_shape: tuple[int, ...]) -> InputMoments:
+def input_moments(module: nn.Module, input_shape: tuple[int, ...], graph: Graph | None = None) -> InputMoments:
     """Derives the moments of the input of every convolution and linear layer.
 
     The network's own input is taken as normalised: mean 0 and variance 1 in every channel, as pictures have about.
@@ -80,6 +80,7 @@ def input_moments(module: nn.Module, input_shape: tuple[int, ...]) -> InputMomen
     Args:
         module: the network with its trained weights; it does not change.
         input_shape: shape of one input, without the batch dimension.
+        graph: the graph of the module; captured here when absent.
 
     Returns:
         The moments of each layer. Weights that the output does not depend on are missing.
@@ -87,12 +88,8 @@ def input_moments(module: nn.Module, input_shape: tuple[int, ...]) -> InputMomen
     Raises:
         UsageError: the module cannot be captured with this input shape.
     """
-    return derive(trace(module, input_shape), module.state_dict())
-
-
-def derive(graph: Graph, state: Mapping[str, torch.Tensor]) -> InputMoments:
-    """Returns what `input_moments` does, for a graph that was captured already and the state_dict of its module."""
-    walk, steps = _Walk(graph, state), []
+    graph = graph or trace(module, input_shape)
+    walk, steps = _Walk(graph, module.state_dict()), []
     with np.errstate(all="ignore"):
         for node, release in live_nodes(graph.nodes, graph.outputs[0].name):
             steps.append(walk.visit(node))
