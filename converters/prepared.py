@@ -13,14 +13,14 @@ from converters.presets import make_rules
 from converters.request import NetworkOptions, SelectionOptions, build_network
 from converters.tickets import CHECKSUM, checksum
 from converters.torch_prune import take_masks
-from converters.torchvision_weights import AUXILIARY
+from converters.torchvision_weights import AUXILIARY, FRESH
 from dsr_tool.sparse.discover import Rules, discover
 from dsr_tool.sparse.feeding import detector_kind, tensor_form
 from dsr_tool.sparsity.config import ModelConfig
 
 __all__ = ["Prepared", "prepare", "trained_part"]
 
-_FRESH = "new head: its values are random"
+_NEW_HEAD = "new head: its values are random"
 """Reason of a weight that stays dense because it was never trained."""
 
 
@@ -65,9 +65,9 @@ def prepare(network: NetworkOptions, selection: SelectionOptions) -> Prepared:
         keep_dense=tuple(selection.keep_dense),
         sparsify=tuple(selection.sparsify),
     )
-    fresh = [name for name in config.conversion.get("fresh", ()) if module.get_parameter(name).ndim > 1]
+    fresh = [name for name in config.conversion.get(FRESH, ()) if module.get_parameter(name).ndim > 1]
     # Ranked by its values, a new head would be pruned at random, and it has few weights.
-    rules = replace(rules, preset_dense={**rules.preset_dense, **dict.fromkeys(fresh, _FRESH)})
+    rules = replace(rules, preset_dense={**rules.preset_dense, **dict.fromkeys(fresh, _NEW_HEAD)})
     specs = discover(module, rules)
     chosen = tuple(name for name in fresh if specs[name].role == "sparse")
     # Heads for training alone may be random in files; the outputs do not depend on them.

@@ -19,8 +19,10 @@ from converters.torchvision_similar import similar_architecture
 from dsr_tool.errors import FileError, UsageError, unknown_name
 from dsr_tool.sparse.feeding import detector_kind
 
-__all__ = ["AUXILIARY", "class_head", "from_enum", "from_file"]
+__all__ = ["AUXILIARY", "FRESH", "class_head", "from_enum", "from_file"]
 
+FRESH = "fresh"
+"""Key, in the record of a conversion, of the names of parameters that were never trained."""
 AUXILIARY = ("aux_classifier.", "aux1.", "aux2.", "AuxLogits.")
 """Prefixes of auxiliary heads, which files may have or lack; the output in eval mode does not depend on them."""
 
@@ -72,7 +74,7 @@ def _with_state(name: str, found: Found, num_classes: int | None, what: str) -> 
     names = sorted({key for key, _ in module.named_parameters()}.intersection(fresh))
     return module, {
         **found.record,
-        **({"fresh": names} if names else {}),
+        **({FRESH: names} if names else {}),
     }
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from converters.kept_zeros import KEEP
+from converters.torchvision_weights import FRESH
 from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.train.settings import TrainSettings
 
@@ -13,8 +14,6 @@ __all__ = ["announcement", "chance", "doubt", "starts_trained"]
 
 _FROM_TRAINED = ("weights", "calibration")
 """Keys in the record of a conversion that only trained weights have."""
-_FRESH = "fresh"
-"""Key in that record of the weights that were never trained, such as those of a new head."""
 
 
 def starts_trained(config: ModelConfig) -> bool:
@@ -63,7 +62,7 @@ def doubt(config: ModelConfig, accuracy: float, counts: Sequence[int]) -> str:
         counts: number of test images of each class.
     """
     # A new head guesses until it is trained, whatever comes before it.
-    if not starts_trained(config) or config.conversion.get(_FRESH) or accuracy > chance(counts):
+    if not starts_trained(config) or config.conversion.get(FRESH) or accuracy > chance(counts):
         return ""
     return (
         f"warning: before the training the network is at chance ({accuracy:.4f}), so little is left of its trained "
