@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +13,14 @@ from torch import nn
 from converters import callables
 from converters.sources import build_structure
 from converters.state_dicts import fill
-from dsr_tool.errors import FormatError, UsageError
+from dsr_tool.errors import CheckFailed, FormatError, UsageError, unknown_name
 from dsr_tool.formats.archive import Archive, open_archive
 from dsr_tool.graph.compact.record import COMPACTED
+from dsr_tool.sparse.compact.modules import install
+from dsr_tool.sparse.compact.store import CompactStore, Entry
 from dsr_tool.sparse.discover import discover
 from dsr_tool.sparse.folder import read_folder
-from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparse.model import STORAGES, SparseModel
 from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.mask import Mask
@@ -24,78 +28,125 @@ from dsr_tool.sparsity.mask import Mask
 __all__ = ["load"]
 
 
-def load(path: str | Path, module: nn.Module | str | None = None) -> SparseModel:
+_Items = Iterator[tuple[str, torch.Tensor, Mask | None]]
+"""Name, dense tensor and mask of each entry of a state_dict, read one at a time; no mask for dense entries."""
+
+
+def load(path: str | Path, module: nn.Module | str | None = None, *, storage: str = "masked") -> SparseModel:
     """Loads a model folder or an archive, bit for bit as it was saved.
 
     Args:
         path: a folder that `SparseModel.save`, `dsr-tool convert` or `dsr-tool train` wrote, or a `.dsr` file.
         module: for models that have no name, a fresh module of the same architecture, or `module:callable` that
             returns one.
+        storage: how to hold sparse weights, see `SparseModel`. With `compact`, one dense weight at a time is in memory.
 
     Raises:
         FileError: the path does not exist.
         FormatError: the file or folder is damaged, or not for this module.
-        UsageError: the model has no name and no module is given, or the callable fails.
+        UsageError: the model has no name and no module is given, the callable fails, or there is no such storage.
         CheckFailed: weights and masks disagree.
     """
+    if storage not in STORAGES:
+        raise unknown_name("storage", storage, STORAGES)
     path = Path(path)
     if isinstance(module, str):
         module = callables.build(module)
-    model = _from_archive(open_archive(path), module) if path.is_file() else _from_folder(path, module)
+    if path.is_file():
+        archive = open_archive(path)
+        specs = {name: entry.spec for name, entry in archive.entries.items()}
+        config, items = archive.config, _of_archive(archive, specs)
+    else:
+        folder = read_folder(path)
+        config, specs, items = folder.config, folder.specs, folder.entries()
+    filling = _Filling(module or build_structure(config), config, specs, str(path))
+    for name, weight, mask in items:
+        filling.add(name, weight, mask, compact=storage == "compact")
+    model = filling.finish()
     model.check()
     return model
 
 
-def _from_folder(path: Path, module: nn.Module | None) -> SparseModel:
-    saved = read_folder(path)
-    state, masks = saved.weights(), saved.masks()
-    return _assemble(module or build_structure(saved.config), saved.config, saved.specs, state, masks, str(path))
-
-
-def _from_archive(archive: Archive, module: nn.Module | None) -> SparseModel:
+def _of_archive(archive: Archive, specs: Mapping[str, LayerSpec]) -> _Items:
     # Compaction removed channels, so no module of that architecture has these shapes.
     if COMPACTED in archive.config.conversion:
         raise UsageError(
             f"{str(archive.path)!r} is compacted for inference: its layers are smaller than those of "
             f"{archive.config.architecture}; export without --compact to go back to PyTorch."
         )
-    module = module or build_structure(archive.config)
-    specs = {name: entry.spec for name, entry in archive.entries.items()}
-    state, masks = {}, {}
     for name, tensor in archive:
         array = tensor.to_dense()
         # Weights that were rounded to float16 in the file become float32 in the module; that is exact.
         rounded = array.dtype == np.float16 and specs[name].weight
-        state[name] = torch.from_numpy(array.astype(np.float32) if rounded else array)
-        if specs[name].role == "sparse":
-            masks[name] = tensor.mask
-    return _assemble(module, archive.config, specs, state, masks, str(archive.path))
+        weight = torch.from_numpy(array.astype(np.float32) if rounded else array)
+        yield name, weight, tensor.mask if specs[name].role == "sparse" else None
 
 
-def _assemble(
-    module: nn.Module,
-    config: ModelConfig,
-    specs: dict[str, LayerSpec],
-    state: dict[str, torch.Tensor],
-    masks: dict[str, Mask],
-    where: str,
-) -> SparseModel:
-    """Fills a module with the tensors of a file, once their names, shapes and dtypes are known to be the module's."""
-    # The file is untrusted, and the module may be the user's own: compare everything before anything is assigned.
-    own = {name: spec.shape for name, spec in discover(module).items()}
-    if {name: tuple(tensor.shape) for name, tensor in state.items()} != own or set(specs) != set(own):
-        differing = [
-            name for name in {**own, **state} if name not in state or own.get(name) != tuple(state[name].shape)
-        ]
-        first = differing[0] if differing else min(set(specs) ^ set(own))
-        raise FormatError(
-            f"{where!r} holds {config.architecture} and disagrees about {first!r} with the {type(module).__name__} to "
-            f"be filled; give the model that it was made from, or an intact copy if it is damaged."
-        )
-    # `fill` assigns tensors, so a wrong dtype would silently become the module's.
-    for name, value in module.state_dict().items():
-        if value.dtype != state[name].dtype:
-            raise FormatError(f"{where!r} holds {name!r} as {state[name].dtype}, but the model has {value.dtype}.")
-    fill(module, state)
-    active = {name: torch.from_numpy(mask.to_bool()) for name, mask in masks.items()}
-    return SparseModel(module, specs, active, config)
+@dataclass
+class _Filling:
+    """A module that gets the tensors of a file, once their names, shapes and dtypes are known to be the module's.
+
+    Attributes:
+        module: the module to fill, perhaps on the meta device.
+        config: description of the model.
+        specs: one `LayerSpec` per state_dict entry, by name.
+        where: path of the file or folder, for messages.
+        found: type and shape of each tensor that was added.
+        state: dense tensors.
+        masks: masks of those that are sparse in masked storage.
+        entries: sparse weights in compact storage.
+    """
+
+    module: nn.Module
+    config: ModelConfig
+    specs: Mapping[str, LayerSpec]
+    where: str
+    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict)
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
+    entries: list[Entry] = field(default_factory=list)
+
+    def add(self, name: str, weight: torch.Tensor, mask: Mask | None, *, compact: bool) -> None:
+        """Adds one tensor; in compact storage, of a sparse weight no more than the active values stay."""
+        self.found[name] = weight.dtype, tuple(weight.shape)
+        if mask is None or tuple(weight.shape) != mask.shape:  # another shape is reported at the end
+            self.state[name] = weight
+        elif not compact:
+            self.state[name], self.masks[name] = weight, torch.from_numpy(mask.to_bool())
+        else:
+            positions = torch.from_numpy(mask.positions)
+            values = weight.reshape(-1)[positions]
+            outside = int(torch.count_nonzero(weight)) - int(torch.count_nonzero(values))
+            if outside:
+                raise CheckFailed(
+                    f"weight {name!r} has {outside:,} non-zero values outside its mask; the file is damaged."
+                )
+            self.entries.append(Entry(name, mask.shape, positions.to(torch.int32), values))
+
+    def finish(self) -> SparseModel:
+        """Fills the module."""
+        # The file is untrusted, and the module may be the user's own: compare everything before anything is assigned.
+        self._require_same()
+        parameters = dict(self.module.named_parameters())
+        if self.entries:
+            entries = [replace(entry, trained=parameters[entry.name].requires_grad) for entry in self.entries]
+            install(self.module, CompactStore(entries))
+        fill(self.module, self.state)
+        return SparseModel(self.module, self.specs, self.masks, self.config)
+
+    def _require_same(self) -> None:
+        own = {name: spec.shape for name, spec in discover(self.module).items()}
+        found = {name: shape for name, (_, shape) in self.found.items()}
+        if found != own or set(self.specs) != set(own):
+            differing = [name for name in {**own, **found} if own.get(name) != found.get(name)]
+            first = differing[0] if differing else min(set(self.specs) ^ set(own))
+            raise FormatError(
+                f"{self.where!r} holds {self.config.architecture} and disagrees about {first!r} with the "
+                f"{type(self.module).__name__} to be filled; give the model that it was made from, or an intact copy "
+                f"if it is damaged."
+            )
+        # `fill` assigns tensors, so a wrong dtype would silently become the module's.
+        for name, value in self.module.state_dict().items():
+            dtype = self.found[name][0]
+            if value.dtype != dtype:
+                raise FormatError(f"{self.where!r} holds {name!r} as {dtype}, but the model has {value.dtype}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from converters.checkpoints import Checkpoint, Found
 from converters.pickles import read_file
 from converters.torch_prune import prune_module
 from dsr_tool.errors import FormatError, UsageError, join_words
+from dsr_tool.sparse.compact.modules import store_of
 
 __all__ = ["fill", "fill_from_file", "fitting", "is_state_file", "load_file", "load_strictly", "read_weights"]
 
@@ -140,11 +142,16 @@ def load_strictly(
 
 
 def fill(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Assigns tensors with a module's own names and shapes to it; the module may be on the meta device."""
+    """Assigns tensors with a module's own names and shapes to it; the module may be on the meta device.
+
+    In compact storage, sparse weights are there already, and `state` has the others.
+    """
     # torch keeps the versions of the layers beside the tensors, and some models (MNASNet) read theirs when they load.
     versioned = OrderedDict(state)
-    versioned._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
-    module.load_state_dict(versioned, assign=True)
+    store = store_of(module)
+    with nullcontext() if store is None else store.naming():  # a state_dict without dense weights
+        versioned._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
+    module.load_state_dict(versioned, strict=store is None, assign=True)
 
 
 def _split(weights: str) -> tuple[Path, str]:

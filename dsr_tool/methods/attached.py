@@ -16,7 +16,8 @@ from dsr_tool.methods.plugins import plugin_error, reporting_plugin
 from dsr_tool.methods.table import METHODS, make
 from dsr_tool.methods.validation import check_counts, check_positions
 from dsr_tool.sparse.active import ActiveWeights, gather
-from dsr_tool.sparse.keeper import MaskKeeper
+from dsr_tool.sparse.compact.keeper import CompactKeeper
+from dsr_tool.sparse.keeper import Keeper, MaskKeeper
 from dsr_tool.sparse.model import SparseModel
 
 __all__ = ["Attached", "attach"]
@@ -63,20 +64,22 @@ class Attached:
         self._notify = on_reallocation
         self._gradients: tuple[torch.Tensor, ...] | None = None
         _check_granularity(self.method_name, model, method)
+        _check_storage(self.method_name, model, method)
         self._keeper = self._make_keeper(optimizer, seed)
         self.names = self._keeper.names
-        masks = [model.masks[name] for name in self.names]
+        sizes, counts = model.sizes, model.counts
         # After `keep`, which is where a method may look at more of the model.
         try:
             with self._calling("begin"):
-                method.begin([mask.numel() for mask in masks], [int(mask.count_nonzero()) for mask in masks])
+                method.begin([sizes[name] for name in self.names], [counts[name] for name in self.names])
         except BaseException:
             # The caller gets no Attached object whose remove() would take the hooks off again.
             self._keeper.remove()
             raise
-        device = model.masks[self.names[0]].device if self.names else torch.device("cpu")
+        device = next((p.device for p in model.module.parameters()), torch.device("cpu"))
         self._generator = torch.Generator(device=device).manual_seed(seed)
         self._hook = optimizer.register_step_post_hook(self._after_step)
+        self._expect()
 
     def mask_gradients(self) -> None:
         """Zeroes gradients of inactive weights now. Call it once before clipping by norm, or they count in the norm."""
@@ -103,6 +106,7 @@ class Attached:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned; on another type of device, the random numbers are new ones."""
         self.step = int(state["step"])
+        self._expect()
         with self._calling("load_state_dict"):
             self.method.load_state_dict(state["method"])
         if state["device"] == self._generator.device.type:
@@ -112,13 +116,14 @@ class Attached:
             # repeat the positions of the first steps.
             self._generator.manual_seed(self._generator.initial_seed() + self.step)
 
-    def _make_keeper(self, optimizer: optim.Optimizer, seed: int) -> MaskKeeper:
+    def _make_keeper(self, optimizer: optim.Optimizer, seed: int) -> Keeper:
         before_masking = self._save_gradients if self.method.needs_gradients else None
         with self._calling("keep"):
             keeper = self.method.keep(self.model, optimizer, seed=seed, before_masking=before_masking)
-        if self.method.plugin and not isinstance(keeper, MaskKeeper):
+        expected = MaskKeeper if self.model.store is None else CompactKeeper
+        if self.method.plugin and not isinstance(keeper, expected):
             raise plugin_error(
-                self.method.plugin, f"returned {type(keeper).__name__} from keep(), expected a MaskKeeper"
+                self.method.plugin, f"returned {type(keeper).__name__} from keep(), expected a {expected.__name__}"
             )
         return keeper
 
@@ -134,7 +139,7 @@ class Attached:
         """Copies the dense gradients of a step if the method updates after it."""
         # `mask_gradients` may have been called before clipping: keep what it saved, because the gradients that are
         # there now are masked already.
-        if self._gradients is None and self._due(self.step + 1):
+        if self._gradients is None and self.model.store is None and self._due(self.step + 1):
             parameters = self.model.weights
             weights = (parameters[name] for name in self.names)
             dense = (torch.zeros_like(w) if w.grad is None else w.grad.detach().clone() for w in weights)
@@ -143,10 +148,19 @@ class Attached:
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
         self.step += 1
-        if not self.names or not self._due(self.step):
-            return
+        if self.names and self._due(self.step):
+            self._reallocate()
+        self._expect()
+
+    def _expect(self) -> None:
+        """Lets the keeper prepare for the next step."""
+        self._keeper.expect(update=bool(self.names) and self._due(self.step + 1))
+
+    def _reallocate(self) -> None:
+        """Updates the method once."""
         # Gathered anew at each update: the optimizer changed the values, and the last update the positions.
-        weights = replace(gather(self.model, self.names), gradients=self._gradients)
+        gradients = self._keeper.gradients() if self._gradients is None else self._gradients
+        weights = replace(gather(self.model, self.names), gradients=gradients)
         moved = self._updated(weights)
         self._gradients = None
         self.last = moved.in_weights(weights.units)
@@ -198,6 +212,14 @@ def attach(
             f"constructor of the method."
         )
     return Attached(model, optimizer, method, seed=seed)
+
+
+def _check_storage(name: str, model: SparseModel, method: Method) -> None:
+    if model.storage not in method.storages:
+        raise UsageError(
+            f"method {name} trains in {join_words(method.storages)} storage, and the model is in {model.storage} "
+            f"storage; call model.to_storage({method.storages[0]!r}) before the optimizer is made."
+        )
 
 
 def _check_granularity(name: str, model: SparseModel, method: Method) -> None:

@@ -14,7 +14,8 @@ from torch import optim
 
 from dsr_tool.methods.schedule import ReallocationSchedule, Timing
 from dsr_tool.sparse.active import ActiveWeights, Positions
-from dsr_tool.sparse.keeper import MaskKeeper
+from dsr_tool.sparse.compact.keeper import CompactKeeper
+from dsr_tool.sparse.keeper import Keeper, MaskKeeper
 from dsr_tool.sparse.model import SparseModel
 
 __all__ = ["Method", "Reallocation"]
@@ -58,6 +59,7 @@ class Method(ABC):
         needs_gradients: whether `update` reads the gradients of inactive weights.
         continuous: whether it updates after every step; the log then has one entry per epoch instead.
         granularities: units that it can prune and grow: single weights, or whole kernels (see `ActiveWeights`).
+        storages: how the sparse weights that it trains can be held (`SparseModel.storage`).
         bytes_per_weight: bytes held per weight of a sparse layer, on top of weight, gradient, masks and optimizer
             state.
         fine_tuning: defaults for a model that starts from trained weights, where they differ: options, and `stop` of
@@ -73,6 +75,7 @@ class Method(ABC):
     needs_gradients: ClassVar[bool] = False
     continuous: ClassVar[bool] = False
     granularities: ClassVar[tuple[str, ...]] = ("weight",)
+    storages: ClassVar[tuple[str, ...]] = ("masked",)
     bytes_per_weight: ClassVar[int] = 0
     fine_tuning: ClassVar[Mapping[str, float | str]] = {}
     final_step: int = 0
@@ -130,8 +133,8 @@ class Method(ABC):
         *,
         seed: int,  # noqa: ARG002 - for methods that draw random numbers once, such as tied
         before_masking: Callable[[], None] | None,
-    ) -> MaskKeeper:
-        """Returns the hooks that keep inactive weights at zero around every optimizer step.
+    ) -> Keeper:
+        """Returns what carries out the method's decisions, and keeps inactive weights at zero around every step.
 
         Called once, before `begin`. Override it to hold more than the masks, or to read more of the model than sizes
         and counts.
@@ -140,11 +143,13 @@ class Method(ABC):
             model: the sparse model, already on its device.
             optimizer: an optimizer of its parameters.
             seed: seed of the run; the same on every rank.
-            before_masking: as in `MaskKeeper`.
+            before_masking: as in `MaskKeeper`; not None if the method reads gradients of inactive weights.
 
         Raises:
             UsageError: the method cannot train this model.
         """
+        if model.store is not None:
+            return CompactKeeper(model, optimizer, model.store, gradients=before_masking is not None)
         return MaskKeeper(model, optimizer, before_masking=before_masking)
 
     @abstractmethod

@@ -16,6 +16,7 @@ from dsr_tool.methods.grow import anywhere
 from dsr_tool.methods.prune import keep_at_least
 from dsr_tool.methods.schedule import ReallocationSchedule, Timing
 from dsr_tool.sparse.active import ActiveWeights, Positions
+from dsr_tool.sparse.model import STORAGES
 
 __all__ = ["DeepR"]
 
@@ -40,6 +41,7 @@ class DeepR(Method):
     name = "deepr"
     summary = "prunes weights whose sign flips in a random walk, grows anywhere"
     continuous = True
+    storages = STORAGES
     bytes_per_weight = 1  # the sign of each position, as bool
     fine_tuning: ClassVar = {"stop": 0.5}
 

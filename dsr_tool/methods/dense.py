@@ -14,6 +14,7 @@ class Dense(Static):
     """Trains all weights, and refuses a sparse model, so that nobody mistakes its result for the dense baseline."""
 
     name = "dense"
+    storages = ("masked",)
     summary = "trains all weights of a model without zeros"
     starts_dense = True
 

@@ -14,6 +14,7 @@ from dsr_tool.methods.grow import at_random
 from dsr_tool.methods.prune import below_threshold, keep_at_least
 from dsr_tool.methods.schedule import ReallocationSchedule, Timing
 from dsr_tool.sparse.active import ActiveWeights, Positions
+from dsr_tool.sparse.model import STORAGES
 from dsr_tool.sparsity.apportion import apportion
 from dsr_tool.sparsity.granularity import GRANULARITIES
 
@@ -41,6 +42,7 @@ class DSR(Method):
     name = "dsr"
     summary = "prunes below one global threshold, grows across layers"
     granularities = GRANULARITIES
+    storages = STORAGES
     # Grown weights learn little at a low learning rate, so a short training cannot repair what larger moves undo.
     fine_tuning: ClassVar = {"target": 0.03, "threshold": "auto", "stop": 0.5}
 

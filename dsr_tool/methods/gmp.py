@@ -14,6 +14,7 @@ from dsr_tool.methods.final_sparsity import final_budget
 from dsr_tool.methods.prune import smallest, smallest_of_all
 from dsr_tool.methods.schedule import ReallocationSchedule, Timing
 from dsr_tool.sparse.active import ActiveWeights, Positions
+from dsr_tool.sparse.model import STORAGES
 from dsr_tool.sparsity.apportion import apportion
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.distribution import Lamp
@@ -36,6 +37,7 @@ class GradualPruning(Method):
     starts_dense = True
     changes_density = True
     # Trained layers need very different densities, and magnitudes are not comparable between them.
+    storages = STORAGES
     fine_tuning: ClassVar = {"scope": "lamp"}
 
     def __init__(

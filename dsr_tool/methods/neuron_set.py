@@ -6,6 +6,7 @@ After Liu, Mocanu & Pechenizkiy, "On improving deep learning generalization with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -22,8 +23,8 @@ from dsr_tool.methods.hidden_units import hidden_units
 from dsr_tool.methods.prune import smallest
 from dsr_tool.methods.schedule import ReallocationSchedule, Timing
 from dsr_tool.sparse.active import ActiveWeights, Positions, segment_counts
-from dsr_tool.sparse.keeper import MaskKeeper
-from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparse.keeper import Keeper
+from dsr_tool.sparse.model import STORAGES, SparseModel
 
 __all__ = ["NeuronSET"]
 
@@ -48,6 +49,7 @@ class NeuronSET(Method):
     name = "neuron-set"
     summary = "does what set does, and removes weak hidden units"
     bytes_per_weight = 1  # whether each position belongs to a removed unit, as bool
+    storages = STORAGES
     fine_tuning: ClassVar = {"drop_fraction": 0.03, "stop": 0.5}  # as set
 
     def __init__(
@@ -97,14 +99,17 @@ class NeuronSET(Method):
         *,
         seed: int,
         before_masking: Callable[[], None] | None,
-    ) -> MaskKeeper:
+    ) -> Keeper:
         """Finds the hidden units.
 
         Raises:
             UsageError: there are none, or the model cannot be captured.
         """
         names = model.trained
-        self._weights = [model.weights[name] for name in names]
+        self._weights = model.weights
+        self._names = names
+        self._shapes = [model.specs[name].shape for name in names]
+        self._device = next(model.module.parameters()).device
         self._hidden = hidden_units(model, names)
         if not self._hidden:
             raise UsageError(
@@ -163,15 +168,14 @@ class NeuronSET(Method):
         # Columns of one unit are added on the host, where sums have one order; scattered sums on a GPU have none.
         strength = np.zeros(self._hidden[index].count)
         for reader, units in self._hidden[index].readers:
-            weight = self._weights[reader].detach()
+            weight = self._weights[self._names[reader]].detach()
             columns = weight.abs().transpose(0, 1).flatten(1).sum(1, dtype=torch.float64).cpu().numpy()
             np.add.at(strength, units[units >= 0], columns[units >= 0])
         return strength
 
     def _living_lines(self) -> list[tuple[_Bools, _Bools]]:
         """Returns for each layer which rows and columns of its weight belong to no removed unit."""
-        shapes = [weight.shape for weight in self._weights]
-        lines = [(np.ones(shape[0], np.bool_), np.ones(shape[1], np.bool_)) for shape in shapes]
+        lines = [(np.ones(shape[0], np.bool_), np.ones(shape[1], np.bool_)) for shape in self._shapes]
         for hidden, living in zip(self._hidden, self._living, strict=True):
             lines[hidden.maker][0][:] = living
             for reader, units in hidden.readers:
@@ -181,16 +185,16 @@ class NeuronSET(Method):
     def _has_room(self, counts: Sequence[int]) -> bool:
         """Returns whether every layer's active weights fit into its living rows and columns."""
         return all(
-            count <= int(rows.sum()) * int(columns.sum()) * weight[0, 0].numel()
-            for (rows, columns), weight, count in zip(self._living_lines(), self._weights, counts, strict=True)
+            count <= int(rows.sum()) * int(columns.sum()) * math.prod(shape[2:])
+            for (rows, columns), shape, count in zip(self._living_lines(), self._shapes, counts, strict=True)
         )
 
     def _mark_dead(self) -> None:
         """Computes for every position of the network whether it belongs to a removed unit."""
         marks = []
-        for (rows, columns), weight in zip(self._living_lines(), self._weights, strict=True):
-            alive = torch.from_numpy(np.logical_and.outer(rows, columns)).to(weight.device)
-            marks.append(~alive.repeat_interleave(weight[0, 0].numel(), dim=1).reshape(-1))
+        for (rows, columns), shape in zip(self._living_lines(), self._shapes, strict=True):
+            alive = torch.from_numpy(np.logical_and.outer(rows, columns)).to(self._device)
+            marks.append(~alive.repeat_interleave(math.prod(shape[2:]), dim=1).reshape(-1))
         self._dead = torch.cat(marks)
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dsr_tool.methods.base import Method, Reallocation
 from dsr_tool.methods.prune import smallest
 from dsr_tool.methods.schedule import ReallocationSchedule, Timing
 from dsr_tool.sparse.active import ActiveWeights, Positions
+from dsr_tool.sparse.model import STORAGES
 
 __all__ = ["RigL"]
 
@@ -28,6 +29,7 @@ class RigL(Method):
     name = "rigl"
     summary = "prunes a share of every layer, grows where the dense gradient is largest"
     needs_gradients = True
+    storages = STORAGES
     fine_tuning: ClassVar = {"drop_fraction": 0.06, "stop": 0.5}  # 0.03 on average, as set: the share falls to zero
 
     def __init__(self, schedule: ReallocationSchedule, *, drop_fraction: float = 0.3) -> None:

@@ -12,6 +12,7 @@ from dsr_tool.methods.grow import at_random
 from dsr_tool.methods.prune import smallest
 from dsr_tool.methods.schedule import ReallocationSchedule, Timing
 from dsr_tool.sparse.active import ActiveWeights, Positions
+from dsr_tool.sparse.model import STORAGES
 from dsr_tool.sparsity.granularity import GRANULARITIES
 
 __all__ = ["SET"]
@@ -27,6 +28,7 @@ class SET(Method):
     name = "set"
     summary = "prunes a share of every layer, grows at random in the same layer"
     granularities = GRANULARITIES
+    storages = STORAGES
     fine_tuning: ClassVar = {"drop_fraction": 0.03, "stop": 0.5}  # as dsr
 
     def __init__(self, schedule: ReallocationSchedule, *, drop_fraction: float = 0.14) -> None:

@@ -7,6 +7,7 @@ import torch
 from dsr_tool.errors import UsageError
 from dsr_tool.methods.base import Method, Reallocation
 from dsr_tool.sparse.active import ActiveWeights
+from dsr_tool.sparse.model import STORAGES
 from dsr_tool.sparsity.granularity import GRANULARITIES
 
 __all__ = ["Static"]
@@ -18,6 +19,7 @@ class Static(Method):
     name = "static"
     summary = "keeps the masks of the conversion"
     granularities = GRANULARITIES
+    storages = STORAGES
 
     def due(self, step: int) -> bool:  # noqa: ARG002 - the interface has it
         """Returns False."""

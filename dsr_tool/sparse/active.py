@@ -12,6 +12,7 @@ from itertools import accumulate
 
 import torch
 
+from dsr_tool.sparse.compact.store import CompactStore
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.granularity import groups, unit_size
 
@@ -79,13 +80,14 @@ class ActiveWeights:
         positions: active positions.
         values: their values in float32, shape (active,), in the same order.
         gradients: gradient of each layer at all of its positions, flat and in row-major order, valid for one update;
-            None unless the method asks for gradients.
+            None unless the method asks for gradients. In compact storage each is made on access, and zero at inactive
+            positions but for the largest, as many as the layer has active weights.
         units: number of weights per entry, by layer: kernel sizes, or 1; empty if all are 1.
     """
 
     positions: Positions
     values: torch.Tensor
-    gradients: tuple[torch.Tensor, ...] | None = None
+    gradients: Sequence[torch.Tensor] | None = None
     units: tuple[int, ...] = ()
 
     @property
@@ -118,6 +120,8 @@ def gather(model: SparseModel, names: Sequence[str] | None = None) -> ActiveWeig
         names: sparse weights to read; default: all that are not frozen.
     """
     names = model.trained if names is None else names
+    if model.store is not None:
+        return _gather_compact(model.store, names, [unit_size(model.specs[n].shape, model.granularity) for n in names])
     parameters = model.weights
     weights = [parameters[name] for name in names]
     units = [unit_size(weight.shape, model.granularity) for weight in weights]
@@ -128,6 +132,24 @@ def gather(model: SparseModel, names: Sequence[str] | None = None) -> ActiveWeig
     pieces = zip(weights, positions.per_layer(), units, strict=True)
     values = torch.cat([_values(weight.detach(), local, unit) for weight, local, unit in pieces])
     return ActiveWeights(positions, values, units=tuple(units) if any(unit > 1 for unit in units) else ())
+
+
+def _gather_compact(store: CompactStore, names: Sequence[str], units: Sequence[int]) -> ActiveWeights:
+    """Returns the active weights of a model in compact storage, in O(active)."""
+    layers = [store.layers[name] for name in names]
+    sizes = [layer.size // unit for layer, unit in zip(layers, units, strict=True)]
+    counts = tuple(layer.count // unit for layer, unit in zip(layers, units, strict=True))
+    starts = accumulate(sizes, initial=0)
+    # The weights of a unit are consecutive and share their state, so every unit-th position is the first of one.
+    pieces = [
+        store.positions_of(name)[::unit].long() // unit + start
+        for name, unit, start in zip(names, units, starts, strict=False)
+    ]
+    values = [_means(store.values_of(name).detach().float(), unit) for name, unit in zip(names, units, strict=True)]
+    flat = torch.cat(pieces) if pieces else store.positions[:0].long()
+    positions = Positions(tuple(sizes), counts, flat)
+    joined = torch.cat(values) if values else store.values.detach()[:0].float()
+    return ActiveWeights(positions, joined, units=tuple(units) if any(unit > 1 for unit in units) else ())
 
 
 def _of_units(mask: torch.Tensor, unit: int) -> torch.Tensor:
@@ -145,7 +167,10 @@ def _within(units: torch.Tensor, unit: int) -> torch.Tensor:
 def _values(weight: torch.Tensor, units: torch.Tensor, unit: int) -> torch.Tensor:
     """Returns the values of single weights, or the mean magnitudes of kernels."""
     # `take` counts in row-major order in every memory format.
-    values = weight.take(_within(units, unit)).float()
+    return _means(weight.take(_within(units, unit)).float(), unit)
+
+
+def _means(values: torch.Tensor, unit: int) -> torch.Tensor:
     return values if unit == 1 else values.abs().reshape(-1, unit).mean(1)
 
 

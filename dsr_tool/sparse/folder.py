@@ -6,23 +6,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file as load_tensors
-from safetensors.torch import save_file as save_tensors
 from torch import nn
 
 from dsr_tool.errors import FileError, FormatError
 from dsr_tool.files import new_folder, require_file, share
 from dsr_tool.formats.tensor_file import TensorFile
+from dsr_tool.formats.tensor_writer import Planned, write_arrays
+from dsr_tool.sparse.compact.change import held_state
 from dsr_tool.sparsity.config import ModelConfig, installed_versions
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.mask import Mask
+from dsr_tool.sparsity.tensor import Array
 
 __all__ = [
     "CONFIG",
@@ -44,6 +46,26 @@ NEXT = ".next"
 
 SCHEMA = "dsr-tool/model/1"
 
+_KINDS = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Name of each type in the file."""
+
 
 class Savable(Protocol):
     """The parts of a `SparseModel` that a folder holds; see its attributes.
@@ -53,8 +75,10 @@ class Savable(Protocol):
 
     module: nn.Module
     specs: dict[str, LayerSpec]
-    masks: dict[str, torch.Tensor]
     config: ModelConfig
+
+    def mask_of(self, name: str, shape: tuple[int, ...]) -> Mask:
+        """Returns the mask of an entry."""
 
     def check(self) -> None:
         """Raises `CheckFailed` if weights and masks disagree."""
@@ -135,6 +159,36 @@ class ModelFolder:
         except FormatError as error:
             raise FormatError(f"masks {str(path)!r}: {error}") from error
 
+    def entries(self) -> Iterator[tuple[str, torch.Tensor, Mask | None]]:
+        """Yields name, tensor and mask of each entry of the state_dict, read one at a time; no mask for dense entries.
+
+        Raises:
+            FileError: a file is missing.
+            FormatError: a file is damaged, or the files are of two models.
+        """
+        masks = self.masks()
+        for name, tensor in self._tensors():
+            yield name, tensor, masks.pop(name, None)
+        if masks:
+            raise FormatError(f"{str(self.path)!r} has a mask and no weight {min(masks)!r}; convert the model again.")
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        path = self.file(WEIGHTS)
+        require_file(path, "weights")
+        try:
+            # Plain reads: a mapped file would count as memory of this process for as long as a tensor of it lives.
+            file = TensorFile(path)
+        except (FormatError, OSError):
+            # Types that numpy lacks; and the message about a file that is damaged.
+            yield from self.weights().items()
+            return
+        for name in file.streams:
+            try:
+                array = file.get(name)
+            except (FormatError, OSError) as error:
+                raise FormatError(f"weights {str(path)!r} cannot be read ({error}); the file is damaged.") from error
+            yield name, torch.from_numpy(array)
+
 
 def read_folder(path: str | Path) -> ModelFolder:
     """Opens a model folder.
@@ -177,17 +231,28 @@ def write_model(model: Savable, folder: Path) -> None:
         "layers": [spec.to_dict() for spec in model.specs.values()],
     }
     (folder / CONFIG).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    save_tensors(_on_cpu(model.module.state_dict()), folder / WEIGHTS)
-    bits = {name: Mask.from_bool(mask.cpu().contiguous().numpy()).bits for name, mask in model.masks.items()}
-    save_arrays(bits, folder / MASKS)
-    # safetensors creates files that only their owner can read.
+    # One tensor at a time: of a compact model, no more than one dense weight exists.
+    write_arrays(folder / WEIGHTS, [_planned(name, held, make) for name, held, make in held_state(model.module)])
+    masks = [(spec.name, spec.shape) for spec in model.specs.values() if spec.role == "sparse"]
+    write_arrays(folder / MASKS, [_planned_mask(model, name, shape) for name, shape in masks])
+    # safetensors' own writer makes files that only their owner can read; these are for everybody, as the JSON is.
     for name in (WEIGHTS, MASKS):
         share(folder / name)
 
 
-def _on_cpu(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    # safetensors refuses tensors that are not contiguous, as weights in channels_last are.
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+def _planned(name: str, like: torch.Tensor, make: Callable[[], torch.Tensor]) -> Planned:
+    """Returns how a tensor will be written; `like` has its type and shape."""
+
+    def array() -> Array:
+        # Plain bytes, since numpy has no bfloat16; row-major, since weights may be in channels_last.
+        raw: Array = make().detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return raw
+
+    return Planned(name, _KINDS[like.dtype], tuple(like.shape), array)
+
+
+def _planned_mask(model: Savable, name: str, shape: tuple[int, ...]) -> Planned:
+    return Planned(name, "U8", (-(-math.prod(shape) // 8),), lambda: model.mask_of(name, shape).bits)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""MaskKeeper: zeroes gradients, weights and optimizer state outside the masks, for any torch optimizer."""
+"""Keeper: what stands between a method and an optimizer. MaskKeeper zeroes everything outside the masks."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,13 @@ from weakref import WeakSet
 
 import torch
 from torch import nn, optim
+from torch.utils.hooks import RemovableHandle
 
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.active import Positions, put_
 from dsr_tool.sparse.model import SparseModel
 
-__all__ = ["MaskKeeper"]
+__all__ = ["Keeper", "MaskKeeper"]
 
 _ZERO_STAYS_ZERO = (optim.SGD, optim.Adam, optim.AdamW, optim.RMSprop)
 """Optimizers that keep weight and state at zero if gradient, weight and state are zero and eps is not."""
@@ -61,7 +63,57 @@ class _Layer:
             tensor.masked_fill_(~self.mask, 0.0)
 
 
-class MaskKeeper:
+class Keeper(ABC):
+    """Carries out what a method decides, on the weights and on the state of one optimizer. Each storage has its own.
+
+    Attributes:
+        model: the sparse model.
+        optimizer: the optimizer.
+        names: names of the weights that the method trains: all sparse ones that are not frozen.
+    """
+
+    def __init__(self, model: SparseModel, optimizer: optim.Optimizer, names: list[str]) -> None:
+        """Refuses an optimizer that has a keeper.
+
+        Raises:
+            UsageError: the optimizer has a keeper already.
+        """
+        if optimizer in _ATTACHED:
+            raise UsageError("a method is attached to this optimizer already; call remove() on what attach returned.")
+        self.model, self.optimizer, self.names = model, optimizer, names
+        self._hooks: list[RemovableHandle] = []
+
+    def claim(self) -> None:
+        """Marks the optimizer as having a keeper."""
+        _ATTACHED.add(self.optimizer)
+
+    def remove(self) -> None:
+        """Removes the hooks from the optimizer."""
+        for hook in self._hooks:
+            hook.remove()
+        _ATTACHED.discard(self.optimizer)
+
+    def expect(self, *, update: bool) -> None:  # noqa: B027 - masked gradients are dense anyway
+        """Prepares for the next step, after which the method updates or not."""
+
+    def gradients(self) -> Sequence[torch.Tensor] | None:
+        """Returns gradients of inactive weights that it kept itself, one vector per layer; None for none."""
+        return None
+
+    @abstractmethod
+    def mask_gradients(self) -> None:
+        """Sets all gradients outside the masks to zero."""
+
+    @abstractmethod
+    def move(self, dropped: Positions, grown: Positions) -> None:
+        """Deactivates and activates weights; grown ones start at zero, without momentum (Mostafa & Wang 2019)."""
+
+    @abstractmethod
+    def write(self, active: Positions, values: torch.Tensor) -> None:
+        """Writes values to active weights; gradients and optimizer state stay as they are."""
+
+
+class MaskKeeper(Keeper):
     """Hooks on an optimizer that keep everything outside the masks at exactly zero after every step.
 
     Gradients are masked before each step. In SGD, Adam, AdamW and RMSprop, weights, momentum and second moments then
@@ -86,20 +138,16 @@ class MaskKeeper:
         Raises:
             UsageError: a sparse weight is not among the optimizer's parameters, or the optimizer has a keeper already.
         """
-        if optimizer in _ATTACHED:
-            raise UsageError("a method is attached to this optimizer already; call remove() on what attach returned.")
         model.align_masks()
+        super().__init__(model, optimizer, model.trained)
         optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        weights = model.weights
-        self.names = model.trained
+        weights = dict(model.module.named_parameters())
         absent = [name for name in self.names if id(weights[name]) not in optimized]
         if absent:
             raise UsageError(
                 f"weight {absent[0]!r} is not among the optimizer's parameters; make the optimizer from "
                 f"model.module.parameters() after the model was moved to its device."
             )
-        self.model = model
-        self.optimizer = optimizer
         self._before_masking = before_masking
         self._layers = [_Layer.of(weights[name], model.masks[name]) for name in self.names]
         # A loaded optimizer may have momentum outside the masks, from a dense training.
@@ -109,13 +157,7 @@ class MaskKeeper:
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_load_state_dict_post_hook(lambda _: self._zero_outside()),
         ]
-        _ATTACHED.add(optimizer)
-
-    def remove(self) -> None:
-        """Removes the hooks from the optimizer."""
-        for hook in self._hooks:
-            hook.remove()
-        _ATTACHED.discard(self.optimizer)
+        self.claim()
 
     @torch.no_grad()
     def move(self, dropped: Positions, grown: Positions) -> None:

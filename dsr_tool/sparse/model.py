@@ -6,10 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from dsr_tool.errors import CheckFailed, FormatError, UsageError
+from dsr_tool.errors import CheckFailed, FormatError, UsageError, unknown_name
+from dsr_tool.sparse.compact.change import compacted, held_state, parameters_of
+from dsr_tool.sparse.compact.modules import store_of, uninstall
+from dsr_tool.sparse.compact.store import CompactStore
+from dsr_tool.sparse.compact.views import DenseWeights, Masks
 from dsr_tool.sparse.folder import save_folder
 from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.sparsity.granularity import GRANULARITIES
@@ -17,19 +22,24 @@ from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
 
-__all__ = ["SparseModel"]
+__all__ = ["STORAGES", "SparseModel"]
+
+STORAGES: tuple[str, ...] = ("masked", "compact")
+"""How sparse weights can be held: as dense tensors with exact zeros, or as values and positions."""
 
 
 class SparseModel:
-    """A plain module whose inactive weights are exact zeros, with the masks beside it.
+    """A module, the role of each of its parameters, and which of its weights are active.
 
-    The module is the user's own: its parameters keep their names and types, so optimizers, `state_dict`,
-    `torch.compile` and DistributedDataParallel see an ordinary network.
+    The module is the user's own, in one of two storages. *Masked*: its parameters keep their names and types, inactive
+    weights are exact zeros, and the masks lie beside it, so optimizers, `torch.compile` and everybody else see an
+    ordinary network. *Compact*: all sparse weights are one flat parameter of the active values
+    (`sparse.compact.store`), so gradients, optimizer state and messages between processes have that length. The
+    `state_dict` has the same names and bytes in both.
 
     Attributes:
         module: the network.
         specs: one `LayerSpec` per state_dict entry, by name.
-        masks: a boolean tensor for each sparse weight, by parameter name, with the shape of the weight; True is active.
         config: description of the model.
     """
 
@@ -40,10 +50,17 @@ class SparseModel:
         masks: Mapping[str, torch.Tensor],
         config: ModelConfig,
     ) -> None:
-        """Holds the parts as they are; `check()` compares them."""
+        """Holds the parts as they are; `check()` compares them.
+
+        Args:
+            module: the network; in compact storage it knows its masks itself.
+            specs: one `LayerSpec` per state_dict entry, by name.
+            masks: a boolean tensor for each sparse weight, by parameter name; True is active.
+            config: description of the model.
+        """
         self.module = module
         self.specs = dict(specs)
-        self.masks = dict(masks)
+        self._masks = {} if store_of(module) else dict(masks)
         self.config = config
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -51,15 +68,76 @@ class SparseModel:
         return self.module(*args, **kwargs)
 
     @property
-    def weights(self) -> dict[str, nn.Parameter]:
-        """The sparse weights by name, in the order of `masks`."""
+    def store(self) -> CompactStore | None:
+        """The values and positions of a model in compact storage; None in masked storage."""
+        return store_of(self.module)
+
+    @property
+    def storage(self) -> str:
+        """How sparse weights are held: `masked` or `compact`."""
+        return "masked" if self.store is None else "compact"
+
+    def to_storage(self, storage: str) -> SparseModel:
+        """Changes how sparse weights are held, in place and exactly. Make the optimizer after this.
+
+        Args:
+            storage: `masked` or `compact`.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            UsageError: there is no such storage, or compact storage cannot hold this model.
+            CheckFailed: weights and masks disagree.
+        """
+        if storage not in STORAGES:
+            raise unknown_name("storage", storage, STORAGES)
+        if storage == "compact" and self.store is None:
+            self.check()
+            compacted(self.module, self._masks)
+            self._masks = {}
+        elif storage == "masked" and self.store is not None:
+            masks = dict(self.masks)
+            uninstall(self.module)
+            self._masks = masks
+        return self
+
+    @property
+    def masks(self) -> Mapping[str, torch.Tensor]:
+        """A boolean tensor for each sparse weight by name, True where active; made on access in compact storage."""
+        return self._masks if self.store is None else Masks(self.store)
+
+    @property
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """The dense sparse weights by name, in the order of `masks`: the parameters, or copies in compact storage."""
+        if self.store is not None:
+            return DenseWeights(self.store)
         parameters = dict(self.module.named_parameters())
-        return {name: parameters[name] for name in self.masks}
+        return {name: parameters[name] for name in self._masks}
 
     @property
     def trained(self) -> list[str]:
         """Names of the sparse weights that are not frozen (`requires_grad`); methods leave the others alone."""
+        if self.store is not None:
+            return self.store.trained if self.store.values.requires_grad else []
         return [name for name, weight in self.weights.items() if weight.requires_grad]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of active weights of each sparse layer, in one transfer to the host."""
+        if self.store is not None:
+            return {name: layer.count for name, layer in self.store.layers.items()}
+        if not self._masks:
+            return {}
+        counts: list[int] = torch.stack([mask.count_nonzero() for mask in self._masks.values()]).tolist()
+        return dict(zip(self._masks, counts, strict=True))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of weights of each sparse layer, active or not."""
+        if self.store is not None:
+            return {name: layer.size for name, layer in self.store.layers.items()}
+        return {name: mask.numel() for name, mask in self._masks.items()}
 
     @property
     def granularity(self) -> str:
@@ -76,17 +154,17 @@ class SparseModel:
     @property
     def active_weights(self) -> int:
         """Number of active weights in all sparse layers."""
-        return sum(int(torch.count_nonzero(mask)) for mask in self.masks.values())
+        return sum(self.counts.values())
 
     @property
     def prunable_weights(self) -> int:
         """Number of weights in all sparse layers, active or not."""
-        return sum(mask.numel() for mask in self.masks.values())
+        return sum(self.sizes.values())
 
     @property
     def parameters(self) -> int:
         """Number of parameters of the whole model, zeros included."""
-        return sum(parameter.numel() for parameter in self.module.parameters())
+        return parameters_of(self.module)
 
     @property
     def sparsity(self) -> float:
@@ -107,17 +185,17 @@ class SparseModel:
 
     def align_masks(self) -> None:
         """Moves masks to the device and memory format of their weights, for a module that was moved by itself."""
-        for name, weight in self.weights.items():
-            mask = self.masks[name]
+        for name, weight in self.weights.items() if self.store is None else ():
+            mask = self._masks[name]
             # Masks are read together with their weights element by element, which needs equal strides to be fast.
             if mask.shape == weight.shape and (mask.device != weight.device or mask.stride() != weight.stride()):
-                self.masks[name] = torch.empty_like(weight, dtype=torch.bool).copy_(mask)
+                self._masks[name] = torch.empty_like(weight, dtype=torch.bool).copy_(mask)
 
     @torch.no_grad()
     def apply_masks(self) -> None:
         """Sets every inactive weight to +0."""
         self.align_masks()
-        for name, weight in self.weights.items():
+        for name, weight in self.weights.items() if self.store is None else ():
             weight.masked_fill_(~self.masks[name], 0.0)  # a product with the mask would keep NaN and -0
 
     @torch.no_grad()
@@ -125,8 +203,10 @@ class SparseModel:
         """Raises `CheckFailed` unless every mask fits its weight and every inactive weight is exactly zero.
 
         Loading a dense state_dict into the module undoes its sparsity silently, so this runs before every save and
-        export.
+        export. In compact storage neither can happen.
         """
+        if self.store is not None:
+            return
         parameters = dict(self.module.named_parameters())
         if self.masks.keys() <= parameters.keys():
             self.align_masks()
@@ -150,19 +230,23 @@ class SparseModel:
             UsageError: an entry has a type that numpy lacks.
         """
         tensors = {}
-        for name, value in self.module.state_dict().items():
+        for name, like, make in held_state(self.module):
             # numpy has no bfloat16, and no file format here has complex numbers.
-            if value.dtype in (torch.bfloat16, torch.complex64, torch.complex128):
+            if like.dtype in (torch.bfloat16, torch.complex64, torch.complex128):
                 raise UsageError(
-                    f"{name!r} has type {value.dtype}, which files cannot hold; call model.to(torch.float32) first."
+                    f"{name!r} has type {like.dtype}, which files cannot hold; call model.to(torch.float32) first."
                 )
-            array = value.detach().cpu().contiguous().numpy()
-            if name in self.masks:
-                mask = Mask.from_bool(self.masks[name].cpu().contiguous().numpy())
-            else:
-                mask = Mask.full(array.shape)
-            tensors[name] = SparseTensor.from_dense(array, mask)
+            array = make().detach().cpu().contiguous().numpy()
+            tensors[name] = SparseTensor.from_dense(array, self.mask_of(name, array.shape))
         return tensors
+
+    def mask_of(self, name: str, shape: tuple[int, ...]) -> Mask:
+        """Returns the mask of a state_dict entry of this shape, a full one for a dense entry."""
+        if self.store is not None and name in self.store.layers:
+            return Mask(shape, self.store.positions_of(name).cpu().numpy().astype(np.int64))
+        if name not in self._masks:
+            return Mask.full(shape)
+        return Mask.from_bool(self._masks[name].cpu().contiguous().numpy())
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
         """Writes a model folder: plain weights, packed masks and a description.

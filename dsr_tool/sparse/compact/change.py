@@ -1,0 +1,70 @@
+"""Between the storages: a masked module becomes compact, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from dsr_tool.sparse.compact.modules import VALUES, install, store_of
+from dsr_tool.sparse.compact.store import CompactStore, Entry
+
+__all__ = ["compacted", "held_state", "parameters_of"]
+
+
+@torch.no_grad()
+def compacted(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> CompactStore:
+    """Puts a module into compact storage in place.
+
+    Args:
+        module: a network whose inactive weights are zero.
+        masks: boolean tensor of each sparse weight by name, True where active.
+
+    Raises:
+        UsageError: compact storage cannot hold this module.
+    """
+    parameters = dict(module.named_parameters())
+    entries = []
+    for name, mask in masks.items():
+        weight = parameters[name]
+        positions = mask.reshape(-1).nonzero().squeeze(1)
+        # `take` counts in row-major order in every memory format.
+        values = weight.detach().take(positions)
+        entries.append(Entry(name, tuple(weight.shape), positions.to(torch.int32), values, weight.requires_grad))
+    store = CompactStore(entries)
+    install(module, store)
+    return store
+
+
+def parameters_of(module: nn.Module) -> int:
+    """Returns the number of parameters of a network, those that are inactive included."""
+    store = store_of(module)
+    if store is None:
+        return sum(parameter.numel() for parameter in module.parameters())
+    dense = sum(parameter.numel() for name, parameter in module.named_parameters() if name != VALUES)
+    return dense + sum(layer.size for layer in store.layers.values())
+
+
+def held_state(module: nn.Module) -> list[tuple[str, torch.Tensor, Callable[[], torch.Tensor]]]:
+    """Lists a state_dict in its order: name, a tensor of its type and shape, and what makes the tensor itself.
+
+    Of a compact network the first is a tensor without data, and dense weights exist one at a time.
+    """
+    store = store_of(module)
+    if store is None:
+        return [(name, *_itself(tensor)) for name, tensor in module.state_dict().items()]
+    with store.naming():
+        state: dict[str, torch.Tensor | str] = dict(module.state_dict())
+    return [(name, *_held(store, held)) for name, held in state.items()]
+
+
+def _itself(tensor: torch.Tensor) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
+    return tensor, lambda: tensor
+
+
+def _held(store: CompactStore, held: torch.Tensor | str) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
+    if isinstance(held, torch.Tensor):
+        return _itself(held)
+    shape = store.layers[held].shape
+    return torch.empty(shape, dtype=store.values.dtype, device="meta"), lambda: store.dense(held).detach()

@@ -1,0 +1,167 @@
+"""CompactKeeper: moves values, gradients and optimizer state when a method moves weights in compact storage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import optim
+
+from dsr_tool.errors import UsageError
+from dsr_tool.sparse.active import Positions, segment_counts
+from dsr_tool.sparse.compact.store import CompactStore
+from dsr_tool.sparse.keeper import Keeper
+from dsr_tool.sparse.model import SparseModel
+
+__all__ = ["CompactKeeper", "LargestGradients"]
+
+_NOT_ELEMENTWISE = ("Adafactor", "Muon", "LARS", "Lars", "LAMB", "Lamb", "Shampoo", "SOAP")
+"""Optimizers whose step depends on the shape of a weight or on the norm of a layer, by the name of their class."""
+
+
+class CompactKeeper(Keeper):
+    """Keeps one optimizer's view of a compact network whole while positions move.
+
+    There is nothing outside the masks, so nothing has to be cleared around a step.
+    """
+
+    def __init__(self, model: SparseModel, optimizer: optim.Optimizer, store: CompactStore, *, gradients: bool) -> None:
+        """Checks the optimizer, and claims it.
+
+        Args:
+            model: the sparse model, in compact storage and on its device.
+            optimizer: any torch optimizer that treats each value by itself.
+            store: the model's store.
+            gradients: whether the method grows by the gradients of inactive weights.
+
+        Raises:
+            UsageError: the values are not among the optimizer's parameters, the optimizer has a keeper already, or its
+                steps depend on shapes.
+        """
+        super().__init__(model, optimizer, store.trained if store.values.requires_grad else [])
+        self._store, self._gradients = store, gradients
+        optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        kind = next((base.__name__ for base in type(optimizer).__mro__ if base.__name__ in _NOT_ELEMENTWISE), None)
+        if kind is not None:
+            raise UsageError(
+                f"{kind} steps by the shape of each weight, and compact storage holds all of them in one vector; load "
+                f"the model with storage='masked', or take an optimizer that treats each value by itself, such as SGD."
+            )
+        if self.names and id(store.values) not in optimized:
+            raise UsageError(
+                "the values of the sparse weights are not among the optimizer's parameters; make the optimizer from "
+                "model.module.parameters() after the model was put into its storage and moved to its device."
+            )
+        self.claim()
+        self._hooks = [optimizer.register_step_post_hook(self._after_step)]
+
+    def mask_gradients(self) -> None:
+        """Does nothing: there are no gradients outside the masks."""
+
+    def expect(self, *, update: bool) -> None:
+        """Keeps gradients of inactive weights in the next backward pass if the method updates after the next step."""
+        self._store.wants_gradients = self._gradients and update
+        if not self._store.wants_gradients:
+            self._store.gradients.clear()
+
+    def gradients(self) -> Sequence[torch.Tensor] | None:
+        """Returns what the last backward pass kept, one dense vector per layer, each made on access."""
+        return LargestGradients(self._store, self.names) if self._gradients else None
+
+    @torch.no_grad()
+    def move(self, dropped: Positions, grown: Positions) -> None:
+        """Deactivates and activates weights; weight, gradient and optimizer state of grown ones start at zero.
+
+        Args:
+            dropped: active positions that become inactive.
+            grown: inactive positions that become active.
+
+        Raises:
+            UsageError: more weights would be active than the store has room for.
+        """
+        store = self._store
+        active = global_positions(store, self.names)
+        lost = torch.searchsorted(active, dropped.flat)
+        keep = torch.ones(len(active), dtype=torch.bool, device=active.device)
+        keep[lost] = False
+        kept = active[keep]
+        total = len(kept) + len(grown.flat)
+        if total > store.values.numel():
+            raise UsageError(
+                f"{total:,} weights would be active, and compact storage was made for {store.values.numel():,}; train "
+                f"a method that raises the density in masked storage."
+            )
+        # Two sorted lists are merged: a weight's new index is its own rank plus that among the others.
+        ranks = torch.arange(len(kept), device=active.device) + torch.searchsorted(grown.flat, kept)
+        entered = torch.arange(len(grown.flat), device=active.device) + torch.searchsorted(kept, grown.flat)
+        merged = torch.empty(total, dtype=torch.int64, device=active.device)
+        merged[ranks], merged[entered] = kept, grown.flat
+        for vector in self._vectors():
+            moved = torch.zeros_like(vector)
+            moved[ranks] = vector[: len(active)][keep]
+            vector.copy_(moved)
+        sizes = [store.layers[name].size for name in self.names]
+        counts = segment_counts(merged, sizes)
+        starts = torch.tensor([0, *sizes[:-1]], device=merged.device).cumsum(0)
+        local = merged - starts.repeat_interleave(torch.tensor(counts, device=merged.device), output_size=total)
+        store.replace(local.to(torch.int32), dict(zip(self.names, counts, strict=True)))
+
+    @torch.no_grad()
+    def write(self, active: Positions, values: torch.Tensor) -> None:
+        """Writes values to all active weights; gradients and optimizer state stay as they are.
+
+        Args:
+            active: positions of the weights: all that are active.
+            values: their new values, in the order of the positions.
+        """
+        self._store.values[: len(active.flat)] = values.to(self._store.values.dtype)
+
+    def _vectors(self) -> Iterator[torch.Tensor]:
+        """Yields values, gradient, and every state tensor that holds one number per value."""
+        values = self._store.values
+        yield values.detach()
+        if values.grad is not None:
+            yield values.grad
+        for state in self.optimizer.state.get(values, {}).values():
+            # Step counters are scalars.
+            if isinstance(state, torch.Tensor) and state.shape == values.shape:
+                yield state
+
+    @torch.no_grad()
+    def _after_step(self, *_: Any) -> None:
+        # What a method that lowers the density leaves behind the active values must stay zero: some optimizers divide
+        # zero by zero there.
+        active = self._store.active
+        if active < self._store.values.numel():
+            for vector in self._vectors():
+                vector[active:].zero_()
+
+
+def global_positions(store: CompactStore, names: Sequence[str]) -> torch.Tensor:
+    """Returns the positions of trained layers as int64, counted through the layers as `ActiveWeights` does."""
+    device = store.values.device
+    sizes = [store.layers[name].size for name in names]
+    counts = torch.tensor([store.layers[name].count for name in names], device=device)
+    starts = torch.tensor([0, *sizes], device=device).cumsum(0)[: len(sizes)]
+    total = sum(store.layers[name].count for name in names)
+    return store.positions[:total].long() + starts.repeat_interleave(counts, output_size=total)
+
+
+class LargestGradients(Sequence[torch.Tensor]):
+    """Gradients of one layer after the other as dense float32 vectors, zero wherever none was kept."""
+
+    def __init__(self, store: CompactStore, names: Sequence[str]) -> None:
+        """Reads the store when it is asked."""
+        self._store, self._names = store, names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: Any) -> Any:
+        name = self._names[index]
+        dense = torch.zeros(self._store.layers[name].size, device=self._store.values.device)
+        if name in self._store.gradients:
+            positions, values = self._store.gradients[name]
+            dense[positions] = values
+        return dense
