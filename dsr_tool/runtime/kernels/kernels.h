@@ -22,6 +22,9 @@ struct Call {
 // Calls f(context, i) for every i below n on the threads of the pool; neighbouring i tend to stay on one thread.
 void parallel(Pool* pool, int64_t n, void (*f)(const void*, int64_t), const void* context);
 
+// Threads that take items of a round, the caller among them; 1 without a pool.
+int threads_of(const Pool* pool);
+
 // Calls f(call, i) for every i below `count`, in about 32 shares of neighbouring i.
 void in_shares(const Call& call, void (*f)(const Call&, int64_t), int64_t count);
 

@@ -106,6 +106,8 @@ void run_round(Pool* pool, int64_t first, int64_t n, void (*f)(const void*, int6
 
 }  // namespace
 
+int threads_of(const Pool* pool) { return pool ? pool->workers + 1 : 1; }
+
 void parallel(Pool* pool, int64_t n, void (*f)(const void*, int64_t), const void* context) {
     if (!pool || n < 2) {
         for (int64_t i = 0; i < n; i++) f(context, i);

@@ -1,0 +1,177 @@
+// ConvPlan convolutions: the one operation behind the forward pass and both gradients of sparse convolutions.
+//
+// The result of row r at position (y, x) of a grid is the sum over the records of r of
+//
+//     value * source[channel][stride * (y, x) + offset of the record's tap]
+//
+// where a record is one non-zero weight.
+//
+// - Forward: rows are output channels, source channels are input channels.
+// - Gradient to the input: rows are pairs of an input channel and a phase, source channels are output channels. With
+//   stride s, the input pixels s * q + p of one phase p meet the same taps, and q runs over the grid. All phases read
+//   the same panel.
+// - Gradient to the weights: the records of the forward pass, with sums over the grid instead of the records.
+//
+// An activation is (blocks, channels, height, width, lanes): as many images as there are lanes lie side by side. In a
+// panel a *pixel* is `group` blocks times `lanes` floats: small planes take several blocks together, so that a row of
+// pixels fills the registers.
+#pragma once
+
+#include <stdlib.h>
+
+#include <atomic>
+
+#include "kernels.h"
+
+// One direction of a gather convolution. A *slot* is a row of the panel, or a pixel of such a row.
+struct Axis {
+    int64_t size;     // source positions
+    int64_t outputs;  // positions of the grid
+    int64_t stride;   // source positions from one position of the grid to the next
+    int64_t taps;     // taps of the kernel
+    int64_t tile;     // positions of the grid that share a panel
+    int64_t slots;    // slots of the panel
+    int32_t* slot;    // (taps) slot of each tap for the first position of a tile; -1 if it never meets the source
+    int32_t* from;    // (slots) source position of each slot, from stride * first position of the tile on
+    int32_t* phase;   // (taps) phase of the result that each tap belongs to
+};
+
+// Source channels whose panel lies in the first-level cache together, and the rows that read them.
+struct ChannelBlock {
+    int32_t channel, channels;
+    int32_t row, rows;
+    int32_t first, last;  // whether the sums of the rows begin, and end, in this block
+    int64_t record;       // index of the first record
+    int64_t count;        // index of the first row's number of records
+    int64_t sum;          // index of the first vector of sums, in the gradient to the weights
+};
+
+struct ConvPlan {
+    Axis y, x;
+    int64_t lanes, group;
+    int64_t channels, rows;            // of the source; of the result
+    int64_t out_channels, out_height, out_width;  // of the result
+    int64_t out_stride_y, out_stride_x;
+    int64_t phases;                    // rows of each channel of the result
+    int32_t *phase_y, *phase_x;        // (phases) first position of the result in each phase
+    bool complete;                     // whether the phases cover the whole result
+    bool direct;                       // whether tiles are stored to the result at once, else by way of a buffer
+    int64_t shift;                     // log2 of the bytes of a pixel
+    int64_t pitch;                     // floats of one row of the panel
+    int64_t widest_rows, panel_floats;  // most rows, and most floats of a panel, of any block
+    int tile_rows, tile_columns;       // register tile of the gather, in rows and vectors
+    int weight_rows, weight_columns;   // register tile of the gradient to the weights
+    int64_t records, nnz, sums;        // records; weights, with those of dead taps; vectors of sums
+    ChannelBlock* blocks;
+    int64_t block_count;
+    uint16_t* counts;   // records of each row of each block
+    uint16_t* offsets;  // pixels from the start of the panel to the input of each record
+    int32_t* order;     // canonical index of each record; null if records are in canonical order within each row
+    int64_t bytes;      // of this plan
+};
+
+static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t tiles_of(const Axis& axis) { return divide_up(axis.outputs, axis.tile); }
+
+// The positions of one tile on an axis.
+struct Span {
+    int64_t first, count;
+    Span(const Axis& axis, int64_t index)
+        : first(index * axis.tile), count(least(axis.tile, axis.outputs - index * axis.tile)) {}
+};
+
+// One tile of the grid, for one group of blocks.
+struct Place {
+    int64_t group;
+    Span y, x;
+    Place(const ConvPlan& g, int64_t index)
+        : group(index / (tiles_of(g.x) * tiles_of(g.y))),
+          y(g.y, index / tiles_of(g.x) % tiles_of(g.y)),
+          x(g.x, index % tiles_of(g.x)) {}
+};
+
+static inline int64_t places_of(const ConvPlan& g, int64_t blocks) {
+    return divide_up(blocks, g.group) * tiles_of(g.y) * tiles_of(g.x);
+}
+
+// Vectors of one row of a tile; the last one may be partly outside.
+static inline int64_t vectors_of(const ConvPlan& g, const Span& x) {
+    return divide_up(x.count * g.group * g.lanes, LANES);
+}
+
+// Copies the source channels of a block to the panel; what lies outside of the source is zero.
+void pack_panel(const ConvPlan& g, const ChannelBlock& block, const Place& place, const float* source, int64_t blocks,
+                float* panel);
+
+// The values of the records, from canonical order.
+void gather_values(const ConvPlan& g, const float* canonical, float* ordered);
+
+// Copies between a buffer of register tiles, (rows, tile rows, vectors), and an activation that has the rows as
+// channels: to the activation, or from it with zeros where it ends.
+struct Staging {
+    const ConvPlan& g;
+    const Place& place;
+    int64_t blocks;
+    int64_t row, rows;           // of the block of channels
+    int64_t y, x;                // first position and first vector of the register tile, within the tile
+    int64_t height, vectors;     // of the register tile
+};
+void unstage(const Staging& s, const float* buffer, float* out);
+void stage(const Staging& s, const float* in, float* buffer);
+
+// Records whose sums are reduced to one vector together; what remains of a row is cut into powers of two.
+#if DSR_LANES == 16
+constexpr int REDUCED = 8;
+#else
+constexpr int REDUCED = 4;
+#endif
+
+// Widest register tiles, in vectors, and most rows of one.
+#if DSR_LANES == 16 || defined(__aarch64__)
+constexpr int WIDEST_GATHER = 28, WIDEST_WEIGHTS = 20;  // of 32 registers
+#else
+constexpr int WIDEST_GATHER = 12, WIDEST_WEIGHTS = 10;  // of 16 registers
+#endif
+constexpr int MOST_ROWS = 4;
+
+// Equal buffers for the threads of one call, at the alignment of cache lines. A thread takes any that is free.
+struct Buffers {
+    float* memory;
+    int64_t floats;
+    int count;
+    std::atomic<bool>* taken;
+
+    Buffers(Pool* pool, int64_t floats);
+    ~Buffers();
+    Buffers(const Buffers&) = delete;
+    float* take();
+    void give_back(float* buffer);
+};
+
+// Calls f(index of the first record, canonical index, count) for runs of records that are neighbours in both orders.
+template <class F>
+void each_run(const ConvPlan& g, F f) {
+    if (g.order) {
+        for (int64_t i = 0; i < g.records; i++) f(i, (int64_t)g.order[i], (int64_t)1);
+        return;
+    }
+    // Rows are in canonical order, and so are the records of each row from block to block.
+    int64_t* next = (int64_t*)calloc(g.rows + 1, sizeof(int64_t));
+    for (int64_t b = 0; b < g.block_count; b++)
+        for (int64_t i = 0; i < g.blocks[b].rows; i++) next[g.blocks[b].row + i + 1] += g.counts[g.blocks[b].count + i];
+    for (int64_t row = 0; row < g.rows; row++) next[row + 1] += next[row];
+    for (int64_t b = 0; b < g.block_count; b++) {
+        const ChannelBlock& block = g.blocks[b];
+        int64_t record = block.record;
+        for (int64_t i = 0; i < block.rows; i++) {
+            const int64_t count = g.counts[block.count + i];
+            f(record, next[block.row + i], count);
+            next[block.row + i] += count;
+            record += count;
+        }
+    }
+    free(next);
+}
+
+static inline int64_t whole_lines(int64_t floats) { return (floats + 15) / 16 * 16; }

@@ -1,0 +1,1 @@
+"""Running sparse networks in the blocked layout on the kernels for training."""
