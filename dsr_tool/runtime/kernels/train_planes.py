@@ -9,18 +9,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-import os
-import threading
-from collections import Counter
 
 from dsr_tool.errors import UsageError
+from dsr_tool.runtime.kernels import training
 from dsr_tool.runtime.kernels.library import library
 from dsr_tool.runtime.kernels.ops import Activation
 
-__all__ = ["ACTIVATIONS", "CALLS", "Bend", "Layout", "Shape", "run"]
-
-CALLS: Counter[str] = Counter()
-_LOCK = threading.Lock()
+__all__ = ["ACTIVATIONS", "Bend", "Layout", "MaxPool", "MeanAxis", "MeanPool", "PoolAxis", "Shape", "run"]
 
 
 class Shape(ctypes.Structure):
@@ -46,6 +41,39 @@ class Layout(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("images", "channels", "pixels", "lanes", "image_step")),
         ("channels_last", ctypes.c_int),
     )
+
+
+class PoolAxis(ctypes.Structure):
+    """The windows of a max pool in one direction: output o covers the inputs o * stride - before + k * dilation."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("inputs", "outputs", "kernel", "stride", "before", "dilation"))
+
+
+class MaxPool(ctypes.Structure):
+    """A max pool of `planes` planes."""
+
+    _fields_ = (("planes", ctypes.c_int64), ("lanes", ctypes.c_int64), ("rows", PoolAxis), ("columns", PoolAxis))
+
+
+class MeanAxis(ctypes.Structure):
+    """The windows of a mean in one direction.
+
+    Attributes:
+        first: address of int64 (outputs,): first input of each window.
+        last: address of int64 (outputs,): input after the last one.
+        size: address of int64 (outputs,): what the window counts as in the divisor.
+    """
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("first", "last", "size")),
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs")),
+    )
+
+
+class MeanPool(ctypes.Structure):
+    """Means over the windows of `planes` planes."""
+
+    _fields_ = (("planes", ctypes.c_int64), ("lanes", ctypes.c_int64), ("rows", MeanAxis), ("columns", MeanAxis))
 
 
 class Bend(ctypes.Structure):
@@ -80,34 +108,39 @@ _ARGUMENTS: dict[str, tuple[type, ...]] = {
     "dsr_norm_backward": (*(_POINTER,) * 7, ctypes.c_int, *(_POINTER,) * 5),
     "dsr_add_act_forward": (_NUMBER, *(_POINTER,) * 4),
     "dsr_act_backward": (_NUMBER, *(_POINTER,) * 4),
+    "dsr_max_pool_forward": (_POINTER,) * 4,
+    "dsr_max_pool_backward": (_POINTER,) * 4,
+    "dsr_mean_pool_forward": (_POINTER,) * 3,
+    "dsr_mean_pool_backward": (_POINTER,) * 3,
 }
 """The arguments of each function before the pool, which is the last one."""
 
 
 def run(name: str, threads: int, *arguments: object) -> None:
-    """Runs a kernel by its exported name, and counts the call."""
+    """Runs a kernel and counts the call.
+
+    Args:
+        name: exported name of the function.
+        threads: number of threads, the caller among them.
+        arguments: its arguments but the last one, the pool.
+
+    Raises:
+        UsageError: if there are no compiled kernels.
+    """
     function = _functions()[name]
-    CALLS[name] += 1
-    with _LOCK:
-        function(*arguments, _pool(threads, os.getpid()))
+    training.CALLS[name] += 1
+    # Read from the module, since a forked process has a lock of its own.
+    with training.LOCK:
+        function(*arguments, training.pool(threads))
 
 
 @functools.cache
 def _functions() -> dict[str, ctypes._NamedFuncPointer]:
     loaded = library()
     if loaded is None:
-        raise UsageError("training in the blocked layout needs the compiled kernels; run `make kernels` in a checkout.")
-    loaded.dsr_pool_new.restype = _POINTER
+        raise UsageError("training on kernels needs the compiled library; run `make kernels` in a checkout.")
     functions = {}
     for name, arguments in _ARGUMENTS.items():
-        functions[name] = getattr(loaded, name)
-        functions[name].argtypes = (*arguments, _POINTER)
-        functions[name].restype = None
+        functions[name] = function = getattr(loaded, name)
+        function.restype, function.argtypes = None, (*arguments, _POINTER)
     return functions
-
-
-@functools.cache
-def _pool(threads: int, process: int) -> int | None:  # noqa: ARG001 - a forked process needs threads of its own
-    loaded = library()
-    pool: int | None = loaded.dsr_pool_new(threads) if loaded is not None else None
-    return pool

@@ -70,22 +70,31 @@ def unblock(x: Tensor, images: int, *, channels_last: bool = False) -> Tensor:
     Raises:
         ValueError: if `x` is not a blocked tensor of so many images.
     """
+    x = blocked(x)
     shape_of(x, images)
     return cast(Tensor, _Unblock.apply(x, images, channels_last))
+
+
+def blocked(x: Tensor) -> Tensor:
+    """Returns a blocked tensor itself, or a contiguous copy if its strides are others.
+
+    Raises:
+        ValueError: if `x` is no float32 CPU tensor (blocks, C, H, W, lanes) with 4, 8 or 16 lanes.
+    """
+    if x.dim() != 5 or x.shape[-1] not in LANES or x.dtype != torch.float32 or x.device.type != "cpu":
+        raise ValueError(
+            f"expected a float32 CPU tensor (blocks, C, H, W, lanes) with 4, 8 or 16 lanes, but got {tuple(x.shape)} "
+            f"of {x.dtype} on {x.device}."
+        )
+    return x.contiguous()
 
 
 def shape_of(x: Tensor, images: int) -> train_planes.Shape:
     """Returns the shape of a blocked tensor for the kernels.
 
     Raises:
-        ValueError: if `x` is not a contiguous blocked tensor with just the blocks that so many images need.
+        ValueError: if `x` has other blocks than so many images fill.
     """
-    blocked = x.dim() == 5 and x.shape[-1] in LANES and x.dtype == torch.float32 and x.device.type == "cpu"
-    if not blocked or not x.is_contiguous():
-        raise ValueError(
-            f"expected a contiguous float32 CPU tensor (blocks, C, H, W, lanes) with 4, 8 or 16 lanes, but got "
-            f"{tuple(x.shape)} of {x.dtype} on {x.device} with strides {x.stride()}."
-        )
     blocks, channels, height, width, lanes = x.shape
     if not images or -(-images // lanes) != blocks:
         raise ValueError(f"{images} images do not fill {blocks} blocks of {lanes} lanes.")
@@ -106,9 +115,9 @@ def _to_blocked(x: Tensor, lanes: int) -> Tensor:
     if not image.is_contiguous() and not (x.dim() == 4 and image.permute(1, 2, 0).is_contiguous()):
         x = x.contiguous()
     height, width = x.shape[2:] if x.dim() == 4 else (1, 1)
-    blocked = x.new_empty(-(-x.shape[0] // lanes), x.shape[1], height, width, lanes)
-    _run("dsr_block", x, lanes, x, blocked)
-    return blocked
+    result = x.new_empty(-(-x.shape[0] // lanes), x.shape[1], height, width, lanes)
+    _run("dsr_block", x, lanes, x, result)
+    return result
 
 
 def _to_images(x: Tensor, images: int, channels_last: bool) -> Tensor:

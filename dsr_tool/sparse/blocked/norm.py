@@ -16,7 +16,7 @@ from torch.autograd.graph import increment_version
 
 from dsr_tool.runtime.kernels import train_planes
 from dsr_tool.runtime.kernels.train_planes import ACTIVATIONS, Bend
-from dsr_tool.sparse.blocked.layout import shape_of
+from dsr_tool.sparse.blocked.layout import blocked, shape_of
 
 __all__ = ["act", "add_act", "norm_act"]
 
@@ -59,6 +59,7 @@ def norm_act(
     Raises:
         ValueError: if a shape does not fit, a channel has a single value in training, or `momentum` is missing.
     """
+    x = blocked(x)
     shape = shape_of(x, images)
     bend = _bend(activation, slope)
     training = training or running_mean is None
@@ -79,7 +80,7 @@ def norm_act(
     fused = activation if activation in FROM_VALUE else "none"
     options = (running_mean, running_var, training, momentum or 0.0, eps, images, _bend(fused, slope), fused)
     y = cast(Tensor, _NormAct.apply(x, weight, bias, residual.contiguous(), *options))
-    return y if fused == activation else act(y, activation)
+    return y if fused == activation else act(y, activation, slope)
 
 
 def add_act(x: Tensor, y: Tensor, activation: str = "none", slope: float = 0.01) -> Tensor:
