@@ -21,6 +21,7 @@ struct GatherTile {
     const float* from;  // sums so far; null in the first block
     float* to;
     int64_t from_row, from_pitch, to_row, to_pitch;  // floats
+    int64_t ahead;  // floats from a row's result to the one to prefetch; 0 for none
 };
 
 template <int R, int C>
@@ -42,6 +43,12 @@ void gather_tile(const GatherTile& tile) {
             for (int r = 0; r < R; r++)
 #pragma GCC unroll 28
                 for (int c = 0; c < C; c++) sums[r][c] = start;
+        }
+        if (tile.ahead) {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++)
+#pragma GCC unroll 28
+                for (int c = 0; c < C; c += 16 / LANES) __builtin_prefetch(to + tile.ahead + r * tile.to_pitch + c * LANES, 1);
         }
         const int count = tile.counts[row];
         for (int k = 0; k < count; k++) {
@@ -98,12 +105,13 @@ void gather_block(const Gathering& task, const ChannelBlock& block, const Place&
             GatherTile tile{(const char*)(panel + y * g.pitch + x * LANES), g.pitch * 4, g.shift,
                             g.counts + block.count, g.offsets + block.record, task.values + block.record, block.rows,
                             task.bias ? task.bias + block.row : nullptr, block.first ? nullptr : sums,
-                            sums, floats, width * LANES, floats, width * LANES};
+                            sums, floats, width * LANES, floats, width * LANES, 0};
             if (stored) {
                 tile.to = task.out + (place.group * g.rows + block.row) * plane + (place.y.first + y) * row_floats +
                           place.x.first * g.lanes + x * LANES;
                 tile.to_row = plane;
                 tile.to_pitch = row_floats;
+                tile.ahead = 3 * plane;
             }
             tile_of(height, width)(tile);
             if (block.last && !stored)

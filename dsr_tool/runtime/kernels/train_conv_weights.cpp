@@ -102,6 +102,10 @@ void weight_tile(const WeightTile& tile) {
     for (int64_t row = 0; row < tile.rows; row++, from += tile.gradient_row) {
         const int count = tile.counts[row];
         if (!count) continue;
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 28
+            for (int c = 0; c < C; c += 16 / LANES) __builtin_prefetch(from + 3 * tile.gradient_row + r * tile.gradient_pitch + c * LANES);
         Vec gradient[R][C];
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++)
