@@ -128,11 +128,15 @@ class _Filling:
         # The file is untrusted, and the module may be the user's own: compare everything before anything is assigned.
         self._require_same()
         parameters = dict(self.module.named_parameters())
+        # Layers in the order of the network, which methods and checkpoints count on; files have an order of their own.
+        order = {name: number for number, name in enumerate(self.specs)}
         if self.entries:
-            entries = [replace(entry, trained=parameters[entry.name].requires_grad) for entry in self.entries]
-            install(self.module, CompactStore(entries))
+            entries = sorted(self.entries, key=lambda entry: order[entry.name])
+            trained = [replace(entry, trained=parameters[entry.name].requires_grad) for entry in entries]
+            install(self.module, CompactStore(trained))
         fill(self.module, self.state)
-        return SparseModel(self.module, self.specs, self.masks, self.config)
+        masks = {name: self.masks[name] for name in self.specs if name in self.masks}
+        return SparseModel(self.module, self.specs, masks, self.config)
 
     def _require_same(self) -> None:
         own = {name: spec.shape for name, spec in discover(self.module).items()}

@@ -86,6 +86,11 @@ def _parse_threshold(
 @click.option("--augment", help="none, shift, crop-flip or imagenet; default: what suits the data.")
 @click.option("--device", help="auto (default), cpu or cuda.")
 @click.option("--precision", help="fp32 (default), bf16 or fp16.")
+@click.option(
+    "--storage",
+    help="How sparse weights are held: compact (values and positions), masked (dense, with zeros) or auto (default): "
+    "compact where method, device and network allow it.",
+)
 @click.option("--compile", is_flag=True, default=None, help="Compile the model with torch.compile.")
 @click.option("--workers", type=int, help="Processes that load images; default: 0 in memory, up to 4 on disk.")
 @click.option("--seed", type=int, help="Seed of order, augmentation and random positions; default 0.")
@@ -194,6 +199,7 @@ def command(
     from dsr_tool.report.training import training_document, training_text
     from dsr_tool.train import Follower, RunFolder, TrainSettings, joined, load_data, train_in_folder
     from dsr_tool.train.failures import require_classifier
+    from dsr_tool.train.storage import storage_to_load
 
     given = {name: value for name, value in options.items() if value is not None}
     row = resolve_training(recipe, sets, given, method_options)
@@ -212,7 +218,9 @@ def command(
     ranks = click.get_current_context().with_resource(joined(settings.torch_device))
     # Before the model is loaded from it: a run folder is locked against other processes.
     run = RunFolder(output, force=force, resume=resume) if ranks.first else Follower(output, resume=resume)
-    model = load(output if run.stopped else model_dir, maker)
+    # A run that resumes knows its storage.
+    storage = storage_to_load(run.stopped.started if run.stopped else settings)
+    model = load(output if run.stopped else model_dir, maker, storage=storage)
     require_classifier(model.module)  # before the data, which does not fit a detector either
     images = load_data(data, model.config)
     facts = {"model": str(model_dir), "data": data}

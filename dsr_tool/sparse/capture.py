@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dsr_tool.errors import UsageError, first_line
+from dsr_tool.sparse.compact.modules import uninstall
 from dsr_tool.sparse.feeding import plain_attention
 
 if TYPE_CHECKING:
@@ -55,7 +56,10 @@ def frozen_copy(module: nn.Module) -> nn.Module:
         id(p): nn.Parameter(p.detach().cpu(), p.requires_grad) for p in module.parameters()
     }
     memo |= {id(b): b.detach().cpu() for b in module.buffers()}
-    return copy.deepcopy(module, memo).eval()
+    copied = copy.deepcopy(module, memo).eval()
+    # A captured weight must have its name, which only a parameter has.
+    uninstall(copied)
+    return copied
 
 
 def _export(module: nn.Module, input_shape: tuple[int, ...]) -> torch.onnx.ONNXProgram:

@@ -10,6 +10,7 @@ from torch import nn
 
 from dsr_tool.errors import CheckFailed, DsrError, UsageError, first_line
 from dsr_tool.methods import Attached
+from dsr_tool.sparse.compact.modules import held_values
 from dsr_tool.sparse.feeding import detector_kind
 from dsr_tool.train.settings import TrainSettings
 
@@ -146,7 +147,7 @@ def _blame(name: str, layer: nn.Module, inputs: object, outputs: object) -> Iter
 
 def _tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
     """Returns the parameters of a layer itself, and its buffers if they take part, which is in evaluation."""
-    own: dict[str, torch.Tensor] = dict(layer.named_parameters(recurse=False))
+    own: dict[str, torch.Tensor] = held_values(layer) | dict(layer.named_parameters(recurse=False))
     return own if layer.training else own | dict(layer.named_buffers(recurse=False))
 
 

@@ -16,6 +16,7 @@ from dsr_tool.train.ranks import Follower, Ranks
 from dsr_tool.train.records import TrainResult
 from dsr_tool.train.run import RunFolder
 from dsr_tool.train.settings import TrainSettings
+from dsr_tool.train.storage import apply_storage, storage_line
 from dsr_tool.train.teacher import open_teacher
 
 __all__ = ["train_in_folder"]
@@ -57,12 +58,14 @@ def train_in_folder(
     settings.require_update(settings.epochs * data.steps(settings.batch_size))
     teacher = open_teacher(settings.teacher, model) if settings.teacher is not None else None
     taught = {} if teacher is None else {"teacher_sha256": teacher.checksum}
+    settings, against = apply_storage(model, settings)
     run.facts = {**facts, **taught, **data.sizes, "settings": settings.to_dict()}
     before = stopped.epochs if stopped else ()
     Ranks.current().wait()  # until every rank has read the files that rank 0 changes from here on
     with run, Progress(settings.epochs, done=len(before), quiet=quiet) as progress:
         if settings.fine_tune:
             progress.note(announcement(settings))
+        progress.note(storage_line(model, against))
         state = stopped.state if stopped else None
         result = train(model, data, settings, [run, progress], teacher=teacher, state=state, deadline=deadline)
     start = stopped.start_accuracy if stopped else result.start_accuracy

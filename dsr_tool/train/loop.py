@@ -22,6 +22,7 @@ from dsr_tool.train.ranks import Ranks
 from dsr_tool.train.records import EpochRecord, Moved, Observer, Start, TrainResult
 from dsr_tool.train.settings import TrainSettings
 from dsr_tool.train.step import NonFiniteLossError, Stepper
+from dsr_tool.train.storage import apply_storage
 from dsr_tool.train.teacher import Teacher, open_teacher
 
 __all__ = ["train"]
@@ -67,6 +68,23 @@ def train(
     settings.check()
     settings = settings.resolve(data.dataset.augment, trained=starts_trained(model.config))
     model.config = data.describe(model.config)
+    before = model.storage
+    try:
+        settings, _ = apply_storage(model, settings, state)
+        return _train(model, data, settings, observers, teacher, state, deadline)
+    finally:
+        model.to_storage(before)
+
+
+def _train(
+    model: SparseModel,
+    data: Data,
+    settings: TrainSettings,
+    observers: Sequence[Observer],
+    teacher: Teacher | None,
+    state: Mapping[str, Any] | None,
+    deadline: float,
+) -> TrainResult:
     if teacher is None and settings.teacher is not None:
         teacher = open_teacher(settings.teacher, model)
     device = settings.torch_device
@@ -168,7 +186,7 @@ class _Training:
         if not math.isfinite(test_loss):
             inputs, _ = next(iter(self.data.test_batches(self.settings)))
             raise self._diverged(f"on the test images after epoch {number}", inputs)
-        active = _active_by_layer(self.model)
+        active, sizes = self.model.counts, self.model.sizes
         require_budget(sum(active.values()), self.budget, number)
         if number == self.settings.epochs:
             require_end(self.attached, self.steps * number)
@@ -182,7 +200,7 @@ class _Training:
             lr=self.stepper.lr,
             time_s=time.perf_counter() - start,
             active_weights=self.budget,
-            density={name: count / self.model.masks[name].numel() for name, count in active.items()},
+            density={name: count / sizes[name] for name, count in active.items()},
             dropped=dict(zip(self.attached.names, self.moved.dropped, strict=True)),
             grown=dict(zip(self.attached.names, self.moved.grown, strict=True)),
             threshold=self.moved.facts.get("threshold"),
@@ -235,11 +253,3 @@ class _Training:
         # A method that updates at every step would fill the log; its epoch records have the totals.
         for observer in () if self.attached.method.continuous else self.observers:
             observer.on_reallocation(step, moved)
-
-
-def _active_by_layer(model: SparseModel) -> dict[str, int]:
-    """Counts the active weights of each layer, in one transfer to the host."""
-    if not model.masks:
-        return {}
-    counts: list[int] = torch.stack([mask.count_nonzero() for mask in model.masks.values()]).tolist()
-    return dict(zip(model.masks, counts, strict=True))

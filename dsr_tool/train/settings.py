@@ -12,6 +12,7 @@ import torch
 
 from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.methods import METHODS, Method, ReallocationSchedule, make, names
+from dsr_tool.sparse.model import STORAGES
 from dsr_tool.train.augment import AUGMENTATIONS
 
 __all__ = ["FINE_TUNING_RATES", "LEARNING_RATES", "MOMENTA", "PRECISIONS", "SCHEDULES", "TrainSettings"]
@@ -50,6 +51,8 @@ class TrainSettings:
         augment: name of an augmentation; None for the one that suits the data.
         device: `cpu`, `cuda`, or `auto` for CUDA if there is a GPU.
         precision: precision of forward and backward pass; weights and evaluation are always fp32.
+        storage: how sparse weights are held while training: `masked`, `compact`, or `auto` for compact wherever the
+            method, the device and the network allow it, see `train.storage`.
         compile: whether to compile the model with `torch.compile`.
         workers: number of processes that load images; None for 0 if they are in memory, up to 4 if they are on disk.
         seed: seed of order, augmentation, dropout and random positions.
@@ -80,6 +83,7 @@ class TrainSettings:
     augment: str | None = None
     device: str = "auto"
     precision: str = "fp32"
+    storage: str = "auto"
     compile: bool = False
     workers: int | None = None
     seed: int = 0
@@ -109,6 +113,7 @@ class TrainSettings:
             ("augment", AUGMENTATIONS),
             ("device", _DEVICES),
             ("precision", PRECISIONS),
+            ("storage", ("auto", *STORAGES)),
         ):
             value = getattr(self, name)
             if value is not None and value not in known:
@@ -170,8 +175,17 @@ class TrainSettings:
             yield f"--warmup-epochs {self.warmup_epochs} is not allowed; give fewer than the {self.epochs} epochs."
         if self.device == "cuda" and not torch.cuda.is_available():
             yield "--device 'cuda' is not available: torch finds no GPU; give cpu or auto."
+        if self.storage == "compact" and (reason := self.masked_because()):
+            yield f"--storage compact is not possible: {reason}; give masked or auto."
         if self.precision == "fp16" and self.torch_device.type == "cpu":
             yield "--precision 'fp16' needs a GPU; give bf16 or fp32 on a CPU."
+
+    def masked_because(self) -> str:
+        """Returns why these settings need masked storage whatever the network, or an empty text."""
+        row = METHODS.get(self.method)
+        if row is not None and "compact" not in row.storages:
+            return f"method {self.method} trains dense weights behind its masks"
+        return "torch.compile sees no weights in it" if self.compile else ""
 
     @property
     def torch_device(self) -> torch.device:

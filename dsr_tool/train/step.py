@@ -152,4 +152,5 @@ class Stepper:
 
     def _trained_names(self) -> list[str]:
         """Names of the parameters that are not frozen. A model folder does not say which are."""
-        return [name for name, parameter in self.model.module.named_parameters() if parameter.requires_grad]
+        names = [name for name, parameter in self.model.module.named_parameters() if parameter.requires_grad]
+        return names if self.model.store is None else [*names, *self.model.store.trained]

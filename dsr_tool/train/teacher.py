@@ -16,6 +16,7 @@ from torch.nn.functional import kl_div, log_softmax
 from converters.state_dicts import load_strictly, read_weights
 from converters.tickets import checksum
 from dsr_tool.errors import DsrError, FileError, FormatError, UsageError
+from dsr_tool.sparse.compact.modules import uninstall
 from dsr_tool.sparse.folder import read_folder
 from dsr_tool.sparse.model import SparseModel
 
@@ -65,6 +66,7 @@ def open_teacher(path: str, model: SparseModel) -> Teacher:
             raise FormatError(f"--teacher {path!r}: {key!r} contains NaN or inf; use an earlier checkpoint.")
     _require_fit(path, name, model.module, state)
     module = copy.deepcopy(model.module)
+    uninstall(module)  # a teacher is dense
     load_strictly(module, name, state, path)
     return Teacher(module)
 

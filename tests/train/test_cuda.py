@@ -117,6 +117,7 @@ def test_loaded_optimizer_state_gets_the_memory_format_of_its_parameter(tiny, wa
         def on_state(self, _model, state):
             states.append(state)
 
+    way = {**way, "storage": "masked"}
     settings = tiny.settings(epochs=2, method="static", **way)
     train(tiny.model(), tiny.data(), tiny.settings(epochs=1, method="static", **way), [Keep()])
     flat = {name: value.contiguous() for name, value in states[0]["optimizer"]["state"][0].items()}

@@ -76,11 +76,13 @@ class Spoiler(Observer):
         self.at = at
 
     def on_start(self, model, _):
-        self.weight = model.module.second.weight
+        self.model = model
 
     def on_step(self, step):
         if step == self.at:
-            self.weight.data.view(-1)[0] = torch.nan
+            weight, store = "second.weight", self.model.store
+            values = store.values_of(weight) if store else self.model.module.second.weight.view(-1)
+            values.detach()[0] = torch.nan
 
 
 @pytest.mark.parametrize(("at", "kept"), [(2, ""), (5, "; the state after epoch 1 is kept")])

@@ -187,10 +187,11 @@ def test_the_command_prints_the_defaults_the_first_evaluation_and_the_doubt(tmp_
     done = CliRunner().invoke(command, arguments, catch_exceptions=False)
     lines = done.stderr.splitlines()
     assert lines[0] == "from trained weights: learning rate 0.003, dsr moves 3 % a time until half time"
-    assert lines[1].startswith("epoch 0/1  accuracy 0.") and lines[1].endswith("before the training")
-    assert lines[2].startswith("warning: before the training the network is at chance")
+    assert lines[1].startswith("storage compact: ")
+    assert lines[2].startswith("epoch 0/1  accuracy 0.") and lines[2].endswith("before the training")
+    assert lines[3].startswith("warning: before the training the network is at chance")
     document = json.loads(done.stdout)
-    assert f"accuracy {document['start_accuracy']:.4f}" in lines[1]
+    assert f"accuracy {document['start_accuracy']:.4f}" in lines[2]
     assert document["settings"]["lr"] == 0.003 and document["settings"]["options"]["threshold"] == "auto"
 
 

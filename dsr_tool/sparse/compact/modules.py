@@ -16,7 +16,7 @@ from dsr_tool.errors import UsageError
 from dsr_tool.sparse.compact.rebuild import light
 from dsr_tool.sparse.compact.store import CompactStore
 
-__all__ = ["VALUES", "install", "plain_class", "store_of", "uninstall"]
+__all__ = ["VALUES", "held_values", "install", "plain_class", "store_of", "uninstall"]
 
 VALUES = "sparse_values"
 """Name of the flat parameter in the root module."""
@@ -28,6 +28,12 @@ _STORE, _LAYERS, _ORDER = "_compact_store", "_compact_layers", "_compact_order"
 def store_of(module: nn.Module) -> CompactStore | None:
     """Returns the store of a module in compact storage, or None."""
     return module.__dict__.get(_STORE)
+
+
+def held_values(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the active values of a module's own sparse weights by attribute; none in masked storage."""
+    store, held = store_of(module), module.__dict__.get(_LAYERS, {})
+    return {} if store is None else {attribute: store.values_of(name) for attribute, name in held.items()}
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
