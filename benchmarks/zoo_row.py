@@ -23,6 +23,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from machine import processor
 from torch import nn
 
 from converters.conversion import convert
@@ -179,10 +180,8 @@ def _machine() -> str:
     """Returns versions and hardware in words."""
     names = ("torch", "torchvision", "onnxruntime", "numpy", "scipy")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     ours = f"kernels {level()}" if level() else "scipy"
-    hardware = f"{platform.system()}, {os.cpu_count()} cores of {cpu}"
+    hardware = f"{platform.system()}, {os.cpu_count()} cores of {processor()}"
     return f"Python {platform.python_version()}, {versions}, our own runtime on {ours}; on {hardware}"
 
 
