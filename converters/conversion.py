@@ -19,8 +19,8 @@ from converters.request import CalibrationOptions, NetworkOptions, SelectionOpti
 from converters.thin import fit_thin
 from converters.tickets import make_ticket
 from dsr_tool.calibrate.pictures import DEFAULT_COUNT
-from dsr_tool.errors import UsageError
-from dsr_tool.sparse.model import SparseModel
+from dsr_tool.errors import UsageError, unknown_name
+from dsr_tool.sparse.model import STORAGES, SparseModel
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.density_file import PREFIX, DensityFile
 
@@ -49,6 +49,7 @@ def convert(
     calibrate: str | Path | torch.Tensor | Iterable[object] | None = None,
     calibration_images: int | None = None,
     allow_starved: bool = False,
+    storage: str = "masked",
     on_fitted: Callable[[Fitted], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> SparseModel:
@@ -85,6 +86,7 @@ def convert(
             network change least: a folder, a tensor of shape (N, *input_shape), or a loader.
         calibration_images: largest number of these pictures; default 256.
         allow_starved: whether layers may be left with so few weights that they carry no signal.
+        storage: how the model holds its sparse weights, see `SparseModel`.
         on_fitted: called with the model and the budget that it meets.
         on_progress: receives the steps of the calibration that are done, and all of them.
 
@@ -94,6 +96,8 @@ def convert(
         FormatError: the weights file or the structure cannot be read.
         CheckFailed: the original weights cannot be made again.
     """
+    if storage not in STORAGES:
+        raise unknown_name("storage", storage, STORAGES)
     if seed is not None and not 0 <= seed < 1 << 63:
         raise UsageError(f"seed {seed} is not allowed; give a whole number from 0 to 2^63 - 1.")
     # A structure needs to know whether a seed was given; the others take 0.
@@ -143,7 +147,7 @@ def convert(
         fitted = _to_budget(network, selection, sparsity, budget, options)
     if on_fitted is not None:
         on_fitted(fitted)
-    return fitted.model
+    return fitted.model.to_storage(storage)
 
 
 def _to_budget(

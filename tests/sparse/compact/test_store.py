@@ -158,3 +158,11 @@ def test_weights_cannot_be_read_while_tracing(pair):
     _, compact = pair()
     with compact.store.tracing(), pytest.raises(UnexpectedAccessError, match=r"reads the weight 'first\.weight'"):
         compact.module.first.weight.sum()
+
+
+def test_convert_returns_the_storage_that_is_asked_for():
+    model = convert(nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 10)), sparsity=0.9, storage="compact")
+    assert model.storage == "compact"
+    assert model.store.values.numel() == model.active_weights
+    with pytest.raises(UsageError, match="storage 'packed' is unknown"):
+        convert(nn.Linear(40, 30), sparsity=0.9, storage="packed")
