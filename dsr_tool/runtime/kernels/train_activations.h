@@ -42,8 +42,10 @@ template <Function F> inline Vec bent(const Bend& bend, Vec x) {
     }
 }
 
-// The gradient of the argument, from that of the value. `x` is the argument; for IDENTITY, RELU, BETWEEN and LEAKY it
-// may be the value just as well, since both lie on the same side of every limit.
+// Whether argument and value lie on the same side of every limit, so that the derivative follows from either.
+template <Function F> constexpr bool FROM_VALUE = F == IDENTITY || F == RELU || F == BETWEEN || F == LEAKY;
+
+// The gradient of the argument, from that of the value. `x` is the argument, or the value where FROM_VALUE.
 template <Function F> inline Vec unbent(const Bend& bend, Vec x, Vec gradient) {
     switch (F) {
         case IDENTITY: return gradient;

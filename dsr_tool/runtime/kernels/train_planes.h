@@ -17,6 +17,12 @@ struct Shape {
     int64_t blocks, channels, plane, lanes, images;  // plane: floats of one channel in one block
 
     int64_t start(int64_t block, int64_t channel) const { return (block * channels + channel) * plane; }
+    // Floats to the plane of the same channel in the next block; from the last block to the next channel in the first.
+    int64_t ahead(int64_t block, int64_t channel) const {
+        if (block + 1 < blocks) return channels * plane;
+        return channel + 1 < channels ? plane - block * channels * plane : 0;
+    }
+    int64_t values() const { return plane / lanes * images; }  // of a channel
     int64_t images_in(int64_t block) const {
         const int64_t left = images - block * lanes;
         return left < lanes ? left : lanes;
@@ -36,29 +42,31 @@ inline void put(float* to, Vec v, int64_t left) {
     std::memcpy(to, &v, 4 * left);
 }
 
-// Calls f(i, k, left) for each vector of the floats from begin to end: i is its first float, k < WIDE its sum, and left
-// the floats up to the end, or LANES where that is more.
+// Asks for a cache line that is needed soon: the processor does not see where the next plane lies.
+inline void prefetch(const float* line) { __builtin_prefetch(line, 0, 2); }
+
+// Calls f(i, sum, k, left) for each vector of the floats from begin to end: i is its first float, sum < WIDE the sum that
+// it goes to, k < WIDE its place in a Mask, and left the floats up to the end, or LANES where that is more.
 template <class F> __attribute__((always_inline)) inline void sweep(int64_t begin, int64_t end, F f) {
     int64_t i = begin;
     for (; i + WIDE * LANES <= end; i += WIDE * LANES) {
 #pragma GCC unroll 4
-        for (int k = 0; k < WIDE; k++) f(i + k * LANES, k, LANES);
+        for (int k = 0; k < WIDE; k++) f(i + k * LANES, k, k, LANES);
     }
-#pragma GCC unroll 4
-    for (int k = 0; k < WIDE; k++)
-        if (i + k * LANES < end) f(i + k * LANES, k, end - i - k * LANES);
+    for (int k = 0; i < end; k++, i += LANES) f(i, 0, k, end - i);
 }
 
-// Zeroes what is not an image: lanes of padding in the last block, and floats past the end of a plane.
-template <bool PADDED> struct Real {
-    Bits mask[WIDE];
+// What of a plane is an image, and not a lane of padding in the last block.
+struct Mask {
+    Bits bits[WIDE];
 
-    explicit Real(int64_t lanes, int64_t images) {
-        for (int i = 0; i < WIDE * LANES; i++) mask[i / LANES][i % LANES] = i % lanes < images ? -1 : 0;
+    Mask(int64_t lanes, int64_t images) {
+        for (int i = 0; i < WIDE * LANES; i++) bits[i / LANES][i % LANES] = i % lanes < images ? -1 : 0;
     }
 
+    // The same with zeros past the end of a plane.
     Vec keep(Vec v, int k, int64_t left) const {
-        if (PADDED) v = masked(mask[k], v);
+        v = masked(bits[k], v);
         if (left >= LANES) return v;
         Bits lane;
         for (int l = 0; l < LANES; l++) lane[l] = l;
@@ -66,14 +74,35 @@ template <bool PADDED> struct Real {
     }
 };
 
-inline double total(const Vec* sums) {
-    const Vec v = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    double lane[LANES];
-    for (int i = 0; i < LANES; i++) lane[i] = v[i];
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lane[i] += lane[i + half];
-    return lane[0];
-}
+// The masks of a tensor's blocks.
+struct Masks {
+    Mask all, last;
+    int64_t blocks;
+
+    explicit Masks(const Shape& shape)
+        : all(shape.lanes, shape.lanes), last(shape.lanes, shape.images_in(shape.blocks - 1)), blocks(shape.blocks) {}
+    const Mask& of(int64_t block) const { return block + 1 < blocks ? all : last; }
+};
+
+// Sums of one channel and of products with it, one for each lane of a vector. A chunk is summed in float32.
+struct Sums {
+    double sums[LANES] = {}, products[LANES] = {};
+
+    void add(const Vec* s, const Vec* p) {
+        const Vec a = (s[0] + s[1]) + (s[2] + s[3]), b = (p[0] + p[1]) + (p[2] + p[3]);
+        for (int l = 0; l < LANES; l++) sums[l] += a[l];
+        for (int l = 0; l < LANES; l++) products[l] += b[l];
+    }
+
+    static double total(const double* lanes) {
+        double part[4] = {};
+        for (int l = 0; l < LANES; l += 4)
+            for (int i = 0; i < 4; i++) part[i] += lanes[l + i];
+        return (part[0] + part[1]) + (part[2] + part[3]);
+    }
+    double sum() const { return total(sums); }
+    double product() const { return total(products); }
+};
 
 // Calls f(i) for every i below count, each of which touches `floats` floats, in shares that are worth a thread's while.
 template <class F> void each(Pool* pool, int64_t count, int64_t floats, const F& f) {

@@ -185,7 +185,7 @@ class _NormAct(Function):
         same = not ctx.from_value and not ctx.shape.images % ctx.shape.lanes
         results = [
             torch.empty_like(x) if needed[0] else None,
-            torch.empty_like(x) if needed[3] and not same else None,
+            torch.empty_like(x) if ctx.from_value or (needed[3] and not same) else None,
             torch.empty_like(weight) if needed[1] else None,
             torch.empty_like(bias) if needed[2] else None,
         ]
@@ -199,9 +199,9 @@ class _NormAct(Function):
             *map(_address, results),
         )
         of_x, of_residual, of_weight, of_bias = results
-        if needed[3] and same:
+        if same:
             of_residual = gradient
-        return of_x, of_weight, of_bias, of_residual, *(None,) * 8
+        return of_x, of_weight, of_bias, of_residual if needed[3] else None, *(None,) * 8
 
 
 class _AddAct(Function):
