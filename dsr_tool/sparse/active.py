@@ -140,9 +140,8 @@ def _gather_compact(store: CompactStore, names: Sequence[str], units: Sequence[i
     sizes = [layer.size // unit for layer, unit in zip(layers, units, strict=True)]
     counts = tuple(layer.count // unit for layer, unit in zip(layers, units, strict=True))
     starts = accumulate(sizes, initial=0)
-    # The weights of a unit are consecutive and share their state, so every unit-th position is the first of one.
     pieces = [
-        store.positions_of(name)[::unit].long() // unit + start
+        _units_of(store.positions_of(name), unit).add_(start)
         for name, unit, start in zip(names, units, starts, strict=False)
     ]
     values = [_means(store.values_of(name).detach().float(), unit) for name, unit in zip(names, units, strict=True)]
@@ -150,6 +149,12 @@ def _gather_compact(store: CompactStore, names: Sequence[str], units: Sequence[i
     positions = Positions(tuple(sizes), counts, flat)
     joined = torch.cat(values) if values else store.values.detach()[:0].float()
     return ActiveWeights(positions, joined, units=tuple(units) if any(unit > 1 for unit in units) else ())
+
+
+def _units_of(positions: torch.Tensor, unit: int) -> torch.Tensor:
+    """Returns the units of the sorted positions of a layer as int64, in a new tensor."""
+    # The weights of a unit are consecutive and share their state, so every unit-th position is the first of one.
+    return positions.long() if unit == 1 else positions[::unit].long() // unit
 
 
 def _of_units(mask: torch.Tensor, unit: int) -> torch.Tensor:

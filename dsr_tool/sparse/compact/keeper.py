@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -85,27 +86,30 @@ class CompactKeeper(Keeper):
         lost = torch.searchsorted(active, dropped.flat)
         keep = torch.ones(len(active), dtype=torch.bool, device=active.device)
         keep[lost] = False
-        kept = active[keep]
+        sources = keep.nonzero().squeeze(1)
+        kept = active[sources]
         total = len(kept) + len(grown.flat)
         if total > store.values.numel():
             raise UsageError(
                 f"{total:,} weights would be active, and compact storage was made for {store.values.numel():,}; train "
                 f"a method that raises the density in masked storage."
             )
-        # Two sorted lists are merged: a weight's new index is its own rank plus that among the others.
-        ranks = torch.arange(len(kept), device=active.device) + torch.searchsorted(grown.flat, kept)
+        # Two sorted lists are merged: a grown weight's new index is its own rank plus that among the kept ones, and the
+        # kept ones fill what is left, in their order. There are few grown weights, so few searches.
         entered = torch.arange(len(grown.flat), device=active.device) + torch.searchsorted(kept, grown.flat)
-        merged = torch.empty(total, dtype=torch.int64, device=active.device)
-        merged[ranks], merged[entered] = kept, grown.flat
+        stay = torch.ones(total, dtype=torch.bool, device=active.device)
+        stay[entered] = False
+        merged = torch.empty(total, dtype=torch.int64, device=active.device).masked_scatter_(stay, kept)
+        merged[entered] = grown.flat
         for vector in self._vectors():
             moved = torch.zeros_like(vector)
-            moved[ranks] = vector[: len(active)][keep]
+            moved[:total].masked_scatter_(stay, vector.index_select(0, sources))
             vector.copy_(moved)
         sizes = [store.layers[name].size for name in self.names]
         counts = segment_counts(merged, sizes)
-        starts = torch.tensor([0, *sizes[:-1]], device=merged.device).cumsum(0)
-        local = merged - starts.repeat_interleave(torch.tensor(counts, device=merged.device), output_size=total)
-        store.replace(local.to(torch.int32), dict(zip(self.names, counts, strict=True)))
+        starts = accumulate(sizes, initial=0)
+        local = [(piece - start).to(torch.int32) for piece, start in zip(merged.split(counts), starts, strict=False)]
+        store.replace(torch.cat(local), dict(zip(self.names, counts, strict=True)))
 
     @torch.no_grad()
     def write(self, active: Positions, values: torch.Tensor) -> None:
@@ -140,12 +144,9 @@ class CompactKeeper(Keeper):
 
 def global_positions(store: CompactStore, names: Sequence[str]) -> torch.Tensor:
     """Returns the positions of trained layers as int64, counted through the layers as `ActiveWeights` does."""
-    device = store.values.device
-    sizes = [store.layers[name].size for name in names]
-    counts = torch.tensor([store.layers[name].count for name in names], device=device)
-    starts = torch.tensor([0, *sizes], device=device).cumsum(0)[: len(sizes)]
-    total = sum(store.layers[name].count for name in names)
-    return store.positions[:total].long() + starts.repeat_interleave(counts, output_size=total)
+    starts = accumulate((store.layers[name].size for name in names), initial=0)
+    pieces = [store.positions_of(name).long().add_(start) for name, start in zip(names, starts, strict=False)]
+    return torch.cat(pieces) if pieces else store.positions[:0].long()
 
 
 class LargestGradients(Sequence[torch.Tensor]):
