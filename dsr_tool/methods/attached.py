@@ -19,6 +19,7 @@ from dsr_tool.sparse.active import ActiveWeights, gather
 from dsr_tool.sparse.compact.keeper import CompactKeeper
 from dsr_tool.sparse.keeper import Keeper, MaskKeeper
 from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparse.sharding import refuse_sharded
 
 __all__ = ["Attached", "attach"]
 
@@ -54,8 +55,9 @@ class Attached:
             on_reallocation: called after each reallocation with the step and the weights that were pruned and grown.
 
         Raises:
-            UsageError: the method cannot train this model.
+            UsageError: the method cannot train this model, or FSDP has sharded it.
         """
+        refuse_sharded(model.module)
         self.model = model
         self.method = method
         self.method_name = method.plugin.name if method.plugin else method.name
