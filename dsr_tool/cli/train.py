@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import click
 
 from dsr_tool.cli.common import TableOption, emit, examples, model_option, output_options
+from dsr_tool.cli.ending import ended_by_sigterm
 from dsr_tool.cli.method_help import MethodsCommand, lr_help, method_names, option_help, stop_help
 
 __all__ = ["command"]
@@ -69,7 +71,13 @@ def _parse_threshold(
 )
 @click.option("--method", cls=TableOption, describe=method_names)
 @click.option("--epochs", type=int, help="Passes over the training images; default 30.")
-@click.option("--batch-size", type=int, help="Images per step; default 128.")
+@click.option("--batch-size", type=int, help="Images per optimizer step, of all processes together; default 128.")
+@click.option(
+    "--accumulate",
+    type=int,
+    help="Compute each batch in this many parts one after the other, to save memory; --batch-size images still make "
+    "one step; default 1.",
+)
 @click.option("--lr", type=float, cls=TableOption, describe=lr_help)
 @click.option("--schedule", help="cosine (default) or step.")
 @click.option(
@@ -192,6 +200,9 @@ def command(
     On several processes: torchrun --nproc-per-node 2 --no-python dsr-tool train ...; they share each batch.
     """
     started = time.monotonic()  # --max-time includes the imports below, which take seconds
+    context = click.get_current_context()
+    if "RANK" in os.environ:  # started by torchrun, which ends all processes when it loses one, also in these imports
+        context.with_resource(ended_by_sigterm())
     from converters.loading import load
     from dsr_tool.errors import UsageError
     from dsr_tool.recipes.apply import require_model, resolve_training, training_arguments
@@ -215,7 +226,7 @@ def command(
         raise UsageError(f"--resume continues {str(output)!r} and --force replaces it; give one of the two.")
     if output.resolve() == model_dir.resolve():
         raise UsageError(f"--output {str(output)!r} is the model to train; give another folder.")
-    ranks = click.get_current_context().with_resource(joined(settings.torch_device))
+    ranks = context.with_resource(joined(settings.torch_device))
     # Before the model is loaded from it: a run folder is locked against other processes.
     run = RunFolder(output, force=force, resume=resume) if ranks.first else Follower(output, resume=resume)
     # A run that resumes knows its storage.

@@ -77,7 +77,7 @@ def explained(error: RuntimeError, settings: TrainSettings) -> DsrError | None:
     if isinstance(error, torch.OutOfMemoryError):
         return DsrError(
             f"the GPU ran out of memory at batch size {settings.batch_size}; lower --batch-size, or give "
-            f"--precision bf16."
+            f"--accumulate or --precision bf16."
         )
     # torch raises plain RuntimeError for these, so that only the text tells them apart.
     if any(words in str(error) for words in ("Output size is too small", "Kernel size can't be greater")):

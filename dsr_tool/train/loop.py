@@ -20,6 +20,7 @@ from dsr_tool.train.failures import diverged, explained, first_bad, first_bad_st
 from dsr_tool.train.fine_tuning import doubt, starts_trained
 from dsr_tool.train.ranks import Ranks
 from dsr_tool.train.records import EpochRecord, Moved, Observer, Start, TrainResult
+from dsr_tool.train.replicas import common_tensors
 from dsr_tool.train.settings import TrainSettings
 from dsr_tool.train.step import NonFiniteLossError, Stepper
 from dsr_tool.train.storage import apply_storage
@@ -115,7 +116,7 @@ class _Training:
     ) -> None:
         self.model, self.data, self.settings = model, data, settings
         self.ranks = Ranks.current()
-        self.ranks.part(min(settings.batch_size, len(data.dataset.train.labels)))  # refuses uneven shares
+        self.ranks.part(min(settings.batch_size, len(data.dataset.train.labels)), settings.accumulate)  # refuses
         self.observers = observers if self.ranks.first else ()
         self.steps = data.steps(settings.batch_size)
         classes = data.dataset.num_classes
@@ -181,7 +182,7 @@ class _Training:
         self.moved = Moved.nothing(self.model)
         train_loss, train_accuracy = self._train(number)
         self.ranks.follow_first(self.model.module.buffers())
-        self.ranks.require_equal(self.model.module, self.model.masks)
+        self.ranks.require_equal(common_tensors(self.model))
         test_loss, test_accuracy = evaluate(self.model, self.data, self.settings)
         if not math.isfinite(test_loss):
             inputs, _ = next(iter(self.data.test_batches(self.settings)))

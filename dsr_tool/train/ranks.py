@@ -1,28 +1,28 @@
 """Several processes, started by torchrun, train one model, each on its share of every batch.
 
-Gradients are averaged while they are still dense, so every rank takes the same steps. A method's generator has the
-same seed on every rank, so every rank prunes and grows the same weights. Batch normalisation uses the statistics of a
-rank's own share; after each epoch all ranks take those of rank 0, which also writes the files.
+torch's `DistributedDataParallel` averages the gradients during the backward pass, before any hook of the optimizer
+sees them, so every rank takes the same steps. A method's generator has the same seed on every rank, so every rank
+prunes and grows the same weights. Batch normalisation uses the statistics of a rank's own share; after each epoch all
+ranks take the running ones of rank 0, which also writes the files.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import distributed
 
-from dsr_tool.errors import CheckFailed, DsrError, UsageError
+from dsr_tool.errors import CheckFailed, UsageError
+from dsr_tool.train.checksums import checksums
 from dsr_tool.train.records import Observer
 from dsr_tool.train.resume import find_stopped
 
-__all__ = ["Follower", "Ranks", "joined"]
+__all__ = ["Follower", "Ranks"]
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,24 @@ class Ranks:
         """True on the rank that notifies observers and writes files."""
         return self.rank == 0
 
-    def part(self, batch_size: int) -> int:
+    def part(self, batch_size: int, accumulate: int = 1) -> int:
         """Returns the number of images of a batch that this rank gets.
 
+        Args:
+            batch_size: images of all ranks per step.
+            accumulate: number of parts that each rank computes one after the other.
+
         Raises:
-            UsageError: the batch cannot be divided evenly, or leaves a rank a single image, from which batch
+            UsageError: the batch cannot be divided evenly, or leaves a part of a single image, from which batch
                 normalisation learns nothing.
         """
-        if self.count > 1 and (batch_size % self.count or batch_size < 2 * self.count):
+        parts = self.count * accumulate
+        if parts > 1 and (batch_size % parts or batch_size < 2 * parts):
+            among = f"among {self.count} processes" if self.count > 1 else "into parts"
+            by = f" with --accumulate {accumulate}" if accumulate > 1 else ""
             raise UsageError(
-                f"a batch of {batch_size} images cannot be divided among {self.count} processes; give a --batch-size "
-                f"that is a multiple of {self.count} and at least {2 * self.count}."
+                f"a batch of {batch_size} images cannot be divided {among}{by}; give a --batch-size that is a multiple "
+                f"of {parts} and at least {2 * parts}, and as many images."
             )
         return batch_size // self.count
 
@@ -77,18 +84,6 @@ class Ranks:
             return order, batch_size
         part = self.part(min(batch_size, len(order)))
         return order.reshape(-1, self.count, part)[:, self.rank].reshape(-1), part
-
-    @torch.no_grad()
-    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replaces all gradients by their mean over the ranks, the same on each to the last bit."""
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if self.count == 1 or not gradients:
-            return
-        # One message for all: a small network has many gradients of few values.
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        distributed.all_reduce(flat)
-        pieces = flat.div_(self.count).split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(gradients, [p.view(g.shape) for p, g in zip(pieces, gradients, strict=True)])
 
     def wait(self) -> None:
         """Waits until all ranks have called it."""
@@ -113,52 +108,24 @@ class Ranks:
         self.follow_first([shared])
         return bool(shared)
 
-    @torch.no_grad()
-    def require_equal(self, module: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
-        """Raises `CheckFailed` if weights or masks differ between ranks."""
+    def require_equal(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Raises `CheckFailed` unless all ranks have the same bits: one message with a number per tensor.
+
+        Args:
+            tensors: weights, and the masks or positions of the active ones, on one device; as many on every rank.
+        """
         if self.count == 1:
             return
-        # One checksum per tensor: two small messages instead of all weights.
-        bits = [value.view(torch.uint8).sum(dtype=torch.int64) for value in map(_flat, module.parameters())]
-        positions = [mask.reshape(-1).nonzero().square().sum() for mask in masks.values()]
-        sums = torch.stack([*bits, *positions])
-        least, most = sums.clone(), sums.clone()
-        distributed.all_reduce(least, distributed.ReduceOp.MIN)
+        sums = checksums(tensors)
+        # ~x falls as x rises, so one maximum shows the least and the greatest of all ranks.
+        most = torch.cat([sums, ~sums])
         distributed.all_reduce(most, distributed.ReduceOp.MAX)
-        if not torch.equal(least, most):
+        greatest, least = most.chunk(2)
+        if not torch.equal(greatest, ~least):
             raise CheckFailed(
-                "weights or masks differ between the processes; check that the model uses torch's random numbers only, "
-                "and that all machines have the same software."
+                "weights or masks differ between the processes; check that all started with the same model, that the "
+                "model uses torch's random numbers only, and that all machines have the same software."
             )
-
-
-def _flat(parameter: nn.Parameter) -> torch.Tensor:
-    return parameter.detach().reshape(-1)
-
-
-@contextmanager
-def joined(device: torch.device) -> Iterator[Ranks]:
-    """Joins the other processes if torchrun started this one. Local rank i uses GPU i of its machine.
-
-    Raises:
-        DsrError: another process ended too early.
-    """
-    # Set by torchrun in each process that it starts.
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
-        yield Ranks()
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Ranks.current()
-    except RuntimeError as error:
-        # gloo has no type of error for a lost process, only these words.
-        if "closed by peer" not in str(error) and "reset by peer" not in str(error):
-            raise
-        raise DsrError("another process of this run has ended; see its own message for the reason.") from error
-    finally:
-        distributed.destroy_process_group()
 
 
 @dataclass

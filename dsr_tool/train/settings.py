@@ -38,7 +38,9 @@ class TrainSettings:
     Attributes:
         method: name of a training method.
         epochs: passes over the training images.
-        batch_size: images per optimizer step.
+        batch_size: images per optimizer step, of all processes together.
+        accumulate: number of equal parts of a batch that are computed one after the other, to save memory; their
+            gradients make one step. Batch normalisation uses the statistics of each part.
         lr: peak learning rate; None for the default of the optimizer.
         schedule: `cosine` to zero, or `step`, which multiplies by `gamma` at each milestone.
         milestones: epochs at which `step` lowers the rate; empty for 30, 60 and 80 % of the epochs, as in the paper.
@@ -71,6 +73,7 @@ class TrainSettings:
     method: str = "dsr"
     epochs: int = 30
     batch_size: int = 128
+    accumulate: int = 1
     lr: float | None = None
     schedule: str = "cosine"
     milestones: tuple[float, ...] = ()
@@ -125,6 +128,7 @@ class TrainSettings:
             ("epochs", 1, math.inf, "1 or more"),
             # Batch normalisation learns nothing from a single image.
             ("batch_size", 2, math.inf, "2 or more images"),
+            ("accumulate", 1, math.inf, "1 or more parts of a batch"),
             ("lr", 1e-12, math.inf, "a positive number"),
             ("gamma", 1e-12, 1, "a factor in (0, 1]"),
             ("warmup_epochs", 0, math.inf, "0 or more epochs"),
@@ -166,6 +170,11 @@ class TrainSettings:
                 yield f"--{name} {list(epochs)} is not allowed; give epochs that rise from above 0."
             elif epochs and 1 <= self.epochs <= epochs[-1]:
                 yield f"--{name} {list(epochs)} ends after the training; give epochs before the last of {self.epochs}."
+        if self.accumulate > 1 and (self.batch_size % self.accumulate or self.batch_size < 2 * self.accumulate):
+            yield (
+                f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size} into equal parts of 2 "
+                f"or more images; give a divisor of it, or another --batch-size."
+            )
         if self.milestones and self.schedule == "cosine":
             yield "--milestones needs --schedule step; cosine has none."
         if self.momentum and self.optimizer in LEARNING_RATES.keys() - MOMENTA:

@@ -17,6 +17,7 @@ from dsr_tool.train.device import compiled
 from dsr_tool.train.evaluation import training_loss
 from dsr_tool.train.optimizers import load_optimizer, lr_factor, make_optimizer
 from dsr_tool.train.ranks import Ranks
+from dsr_tool.train.replicas import common_tensors, replicate, without_sync
 from dsr_tool.train.settings import PRECISIONS, TrainSettings
 from dsr_tool.train.teacher import Teacher
 
@@ -72,7 +73,11 @@ class Stepper:
         self.optimizer = make_optimizer(model.module, settings)
         self._scheduler = optim.lr_scheduler.LambdaLR(self.optimizer, lr_factor(settings, steps_per_epoch))
         self._scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
-        self._forward: Callable[[torch.Tensor], object] = compiled(model.module, settings)
+        self._ranks.require_equal(common_tensors(model))
+        # Two images, because batch normalisation needs as many.
+        example = torch.zeros(2, *model.config.input_shape, device=device)
+        # Compiled inside, so that ranks run the same code as a process alone.
+        self._forward = replicate(compiled(model.module, settings), model.module, example)
         method = settings.make_method(steps_per_epoch * settings.epochs)
         self.attached = Attached(model, self.optimizer, method, seed=settings.seed, on_reallocation=on_reallocation)
 
@@ -83,23 +88,39 @@ class Stepper:
         return lr
 
     def step(self, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes one optimizer step.
+        """Takes one optimizer step, on the whole batch or on parts of it one after the other.
 
         Args:
-            inputs: the batch, shape (batch, *input_shape).
+            inputs: this rank's share of the batch, shape (batch, *input_shape).
             labels: class numbers, shape (batch,).
 
         Returns:
-            The loss, and the scores (batch, classes), both detached and on the device.
+            The mean loss, and the scores (batch, classes), both detached and on the device.
 
         Raises:
             NonFiniteLossError: on one CPU process, the loss is NaN or inf; nothing was changed.
             UsageError: the model's outputs are not scores.
         """
-        precision = PRECISIONS[self._settings.precision]
-        mixed = torch.autocast(inputs.device.type, precision) if precision != torch.float32 else nullcontext()
         # Before the forward pass: a CUDA graph may write its outputs where the last gradients are.
         self.optimizer.zero_grad()
+        count = self._settings.accumulate
+        *earlier, last = zip(inputs.chunk(count), labels.chunk(count), strict=True)
+        with without_sync(self._forward):
+            results = [self._add_gradients(*part) for part in earlier]
+        results.append(self._add_gradients(*last))
+        before = self.attached.step
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        # GradScaler skips steps whose gradients overflowed; the schedule must not advance then.
+        if self.attached.step > before:
+            self._scheduler.step()
+        losses, scores = zip(*results, strict=True)
+        return torch.stack(losses).mean(), torch.cat(scores)
+
+    def _add_gradients(self, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds the gradients of a part of the batch. Returns its mean loss, and its scores."""
+        precision, parts = PRECISIONS[self._settings.precision], self._settings.accumulate
+        mixed = torch.autocast(inputs.device.type, precision) if precision != torch.float32 else nullcontext()
         if self._settings.compile:
             torch.compiler.cudagraph_mark_step_begin()
         with mixed:
@@ -110,15 +131,10 @@ class Stepper:
         # many losses at once, later.
         if loss.device.type == "cpu" and self._ranks.count == 1 and not math.isfinite(loss.item()):
             raise NonFiniteLossError
-        self._scaler.scale(loss).backward()
-        self._ranks.average_gradients(self.model.module.parameters())
-        before = self.attached.step
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
-        # GradScaler skips steps whose gradients overflowed; the schedule must not advance then.
-        if self.attached.step > before:
-            self._scheduler.step()
-        return loss.detach(), scores.detach()
+        # Each part has as many images, so the mean of their gradients is that of the whole batch.
+        self._scaler.scale(loss / parts).backward()
+        # A CUDA graph writes the scores of the next part where these are.
+        return loss.detach(), scores.detach().clone() if parts > 1 else scores.detach()
 
     def state(self) -> dict[str, Any]:
         """Returns all that the next step depends on, besides the model."""
@@ -148,6 +164,8 @@ class Stepper:
     def close(self) -> None:
         """Detaches the method and frees the gradients."""
         self.attached.remove()
+        # Frees the hooks on the parameters that averaged gradients: another training of the model adds its own.
+        self._forward = self.model.module
         self.optimizer.zero_grad()
 
     def _trained_names(self) -> list[str]:

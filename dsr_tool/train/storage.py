@@ -83,6 +83,8 @@ def _needs_dense_gradients(settings: TrainSettings) -> str:
     # Only the largest gradients of each backward pass are kept, and those cannot be added up.
     if Ranks.current().count > 1:
         return f"method {settings.method} needs gradients of inactive weights from all processes"
+    if settings.accumulate > 1:
+        return f"method {settings.method} needs gradients of inactive weights from all parts of a batch"
     return ""
 
 

@@ -11,6 +11,8 @@ from converters.conversion import convert
 from dsr_tool import attach
 from dsr_tool.errors import UsageError
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 
 @pytest.fixture
 def alone():
@@ -32,7 +34,7 @@ def try_to_attach(model):
     attach(model, torch.optim.SGD(model.module.parameters(), 0.1), "static")
 
 
-def test_fully_sharded_modules_are_refused(alone):
+def test_fully_sharded_modules_are_refused():
     from torch.distributed.fsdp import fully_shard
 
     model = sparse()
@@ -43,7 +45,7 @@ def test_fully_sharded_modules_are_refused(alone):
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
 @pytest.mark.parametrize("original", [True, False])
-def test_modules_wrapped_in_fsdp_are_refused_inside_and_outside(alone, original):
+def test_modules_wrapped_in_fsdp_are_refused_inside_and_outside(original):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model = sparse()
@@ -54,7 +56,7 @@ def test_modules_wrapped_in_fsdp_are_refused_inside_and_outside(alone, original)
             try_to_attach(model)
 
 
-def test_tensor_parallel_modules_are_refused(alone):
+def test_tensor_parallel_modules_are_refused():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -64,7 +66,7 @@ def test_tensor_parallel_modules_are_refused(alone):
         try_to_attach(model)
 
 
-def test_replicated_modules_are_trained(alone):
+def test_replicated_modules_are_trained():
     model = sparse()
     replica = DistributedDataParallel(model.module)
     optimizer = torch.optim.SGD(model.module.parameters(), 0.1)
