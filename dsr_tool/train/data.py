@@ -128,7 +128,7 @@ class Data:
             scaled = images.float() / 255 if images.dtype == torch.uint8 else images
             # Grey images have one channel; broadcasting against the model's means repeats it.
             inputs = (scaled - mean) / std
-            inputs = inputs.to(memory_format=settings.memory_format)
+            inputs = inputs.to(memory_format=settings.input_format)
             yield from zip(inputs.split(shown.batch_size), labels.split(shown.batch_size), strict=True)
 
     def _images(self, shown: _Pass, settings: TrainSettings) -> Iterator[Batch]:

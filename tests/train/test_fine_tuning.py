@@ -114,7 +114,7 @@ def test_a_run_from_before_resumes_with_the_settings_that_it_was_started_with(ti
     in_folder(tiny, run, trained(tiny.model()), fine_tune=False)
     path = run / "settings.json"
     saved = json.loads(path.read_text())
-    new = ("fine_tune", "teacher", "teacher_weight", "teacher_temperature")
+    new = ("fine_tune", "teacher", "teacher_weight", "teacher_temperature", "channels_last", "accumulate")
     saved["settings"] = {name: value for name, value in saved["settings"].items() if name not in new}
     path.write_text(json.dumps(saved))
     log = run / "log.jsonl"
@@ -123,6 +123,7 @@ def test_a_run_from_before_resumes_with_the_settings_that_it_was_started_with(ti
     stopped = find_stopped(run)
     settings = stopped.settings({"epochs": 2}).resolve("none", trained=True)
     assert (settings.lr, settings.stop, settings.options, settings.fine_tune) == (0.1, None, {}, False)
+    assert (settings.channels_last, settings.accumulate) == (False, 1)
 
 
 def test_the_announcement_says_what_changed():

@@ -174,3 +174,17 @@ def test_outputs_that_are_not_scores_are_refused(tiny, outputs):
     model.module.forward = lambda _: outputs
     with pytest.raises(UsageError, match="score for each of the 10 classes"):
         train(model, tiny.data(), tiny.settings())
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_activations_follow_the_memory_format_of_the_images(tiny, last):
+    model, seen = tiny.model(), []
+
+    def look(_module, _inputs, output):
+        seen.append(output.is_contiguous(memory_format=torch.channels_last))
+
+    hooks = [layer.register_forward_hook(look) for layer in (model.module.first, model.module.norm)]
+    train(model, tiny.data(), tiny.settings(epochs=1, channels_last=last, storage="masked"))
+    for hook in hooks:
+        hook.remove()
+    assert set(seen) == {last} and model.module.first.weight.is_contiguous()

@@ -110,5 +110,21 @@ def test_steps_are_fused_where_that_is_safe(optimizer):
 
 
 @pytest.mark.parametrize(("precision", "layout"), [("fp32", torch.preserve_format), ("bf16", torch.channels_last)])
-def test_memory_format_is_channels_last_in_bf16_only(precision, layout):
+def test_weights_are_channels_last_in_bf16_only(precision, layout):
     assert TrainSettings(device="cpu", precision=precision).memory_format is layout
+
+
+@pytest.mark.parametrize(
+    ("changes", "layout", "recorded"),
+    [
+        ({}, torch.channels_last, True),
+        ({"channels_last": False}, torch.preserve_format, False),
+        ({"channels_last": False, "precision": "bf16"}, torch.channels_last, True),
+    ],
+    ids=str,
+)
+def test_images_are_channels_last_unless_asked_otherwise(changes, layout, recorded):
+    settings = TrainSettings(device="cpu", **changes)
+    assert settings.input_format is layout
+    resolved = settings.resolve("none")
+    assert (resolved.channels_last, resolved.input_format) == (recorded, layout)
