@@ -1,0 +1,54 @@
+"""What a trace depends on: the modules of a network and their settings, quick to compare before each pass."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Fingerprint"]
+
+_SIMPLE = (bool, int, float, str, type(None))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Fingerprint:
+    """The settings of a network, which decide what its forward does."""
+
+    def __init__(self, root: nn.Module) -> None:
+        """Finds the settings of all modules.
+
+        Args:
+            root: the network.
+        """
+        modules = list(root.modules())
+        self._children = [(module._modules, tuple(module._modules.items())) for module in modules if module._modules]
+        self._settings: list[tuple[dict[str, Any], str]] = [
+            (module.__dict__, key)
+            for module in modules
+            for key, value in module.__dict__.items()
+            if not key.startswith("_") and _is_simple(value)
+        ]
+        self._hooks = [getattr(module, name) for module in modules for name in _HOOKS]
+        self._hooked = any(self._hooks)
+
+    def outdated(self) -> bool:
+        """Returns whether a module was replaced, added or removed."""
+        return any(tuple(held.items()) != before for held, before in self._children)
+
+    def state(self) -> tuple[Hashable, ...]:
+        """Returns the settings now: modes, numbers and texts of all modules, and how many hooks they have.
+
+        A setting that became something else is None.
+        """
+        settings = tuple([_simple(held.get(key)) for held, key in self._settings])
+        return settings, (tuple(map(len, self._hooks)) if any(self._hooks) else ())
+
+
+def _is_simple(value: object) -> bool:
+    return isinstance(value, _SIMPLE) or (isinstance(value, tuple) and all(isinstance(each, _SIMPLE) for each in value))
+
+
+def _simple(value: object) -> Hashable:
+    return value if isinstance(value, Hashable) else None

@@ -1,0 +1,244 @@
+"""Steps of pools, means, and of what only rearranges a value: flatten, view, concatenation, chunks, shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dsr_tool.sparse.blocked.context import Context, Run
+from dsr_tool.sparse.blocked.operations import Operation
+from dsr_tool.sparse.blocked.pooling import MOST_ENTRIES, adaptive_avg_pool, avg_pool, global_mean, max_pool
+from dsr_tool.sparse.blocked.values import Value, value_at
+
+__all__ = ["ANSWERS", "REARRANGED", "answer_step", "cat_step", "mean_step", "pool_step", "rearranged_step"]
+
+
+def pool_step(operation: Operation, node: fx.Node, context: Context, otherwise: Run) -> Run | None:
+    """Returns the step of a maximum, average or adaptive average pool."""
+    given = dict(operation.arguments)
+    source = given.pop("input")
+    if any(isinstance(each, fx.Node) for each in given.values()) or not isinstance(source, fx.Node):
+        return None
+    pool = _pool(operation.name, {key: _pair(value) for key, value in given.items()})
+    if pool is None:
+        return None
+    place, out = context.places[source], context.places[node]
+
+    def run(registers: list[Any]) -> None:
+        value = value_at(registers, place)
+        if value is None or value.rank != 4:
+            otherwise(registers)
+        else:
+            registers[out] = value.same(pool(value.image))
+
+    return run
+
+
+def _pool(name: str, given: dict[str, Any]) -> Callable[[Tensor], Tensor] | None:
+    """Returns a pool of a blocked activation, or None if the kernels have none like this."""
+    if name == "adaptive_avg_pool2d":
+        size = given["output_size"]
+        return lambda x: adaptive_avg_pool(x, size)
+    stride = given["stride"] or None
+    if name == "avg_pool2d":
+        if given["divisor_override"]:
+            return None
+        kernel, padding, ceil, counts = (
+            given[key] for key in ("kernel_size", "padding", "ceil_mode", "count_include_pad")
+        )
+        return lambda x: avg_pool(x, kernel, stride, padding, ceil, counts)
+    kernel, padding, dilation, ceil = (given[key] for key in ("kernel_size", "padding", "dilation", "ceil_mode"))
+    entries = kernel**2 if isinstance(kernel, int) else math.prod(kernel)
+    if given["return_indices"] or entries > MOST_ENTRIES:
+        return None
+    return lambda x: max_pool(x, kernel, stride, padding, dilation, ceil)
+
+
+def _pair(value: Any) -> Any:
+    """Returns a list as a tuple, and one number in it as that number."""
+    if isinstance(value, (list, tuple)):
+        return value[0] if len(value) == 1 else tuple(value)
+    return value
+
+
+def mean_step(operation: Operation, node: fx.Node, context: Context, otherwise: Run) -> Run | None:
+    """Returns the step of a mean over all pixels, or None for one over other dimensions."""
+    given = operation.arguments
+    dim, source, keep = given["dim"], given["input"], given["keepdim"]
+    if not isinstance(source, fx.Node) or not isinstance(dim, (list, tuple)) or isinstance(keep, fx.Node):
+        return None
+    if not all(isinstance(each, int) for each in dim) or sorted(each % 4 for each in dim) != [2, 3]:
+        return None
+    place, out = context.places[source], context.places[node]
+
+    def run(registers: list[Any]) -> None:
+        value = registers[place]
+        if type(value) is not Value or not value.in_lanes or value.rank != 4:
+            otherwise(registers)
+            return
+        mean = global_mean(value.image)
+        registers[out] = value.same(mean if keep else mean.view(*mean.shape[:2], mean.shape[4]))
+
+    return run
+
+
+def cat_step(operation: Operation, node: fx.Node, context: Context, otherwise: Run) -> Run | None:
+    """Returns the step of a concatenation of channels."""
+    tensors, dim, out = operation.arguments["tensors"], operation.arguments["dim"], context.places[node]
+    whole = context.places[tensors] if isinstance(tensors, fx.Node) else None
+    parts = [] if whole is not None else list(tensors)
+    if not isinstance(dim, int) or not all(isinstance(each, fx.Node) for each in parts):
+        return None
+    places = [context.places[each] for each in parts]
+
+    def run(registers: list[Any]) -> None:
+        held = [registers[place] for place in places] if whole is None else list(registers[whole])
+        if any(type(each) is Value and each.in_lanes for each in held):
+            # The ones that have no blocked form yet get it: the others are larger or as large.
+            values = held if whole is not None else [value_at(registers, place) for place in places]
+            first = values[0]
+            if type(first) is Value and (dim % first.rank) == 1:
+                alike = [each.lanes for each in values if type(each) is Value and _alike(each, first)]
+                if len(alike) == len(values):
+                    registers[out] = first.same(torch.cat(alike, 1))
+                    return
+        otherwise(registers)
+
+    return run
+
+
+def _alike(value: Value, first: Value) -> bool:
+    return value.images == first.images and value.rank == first.rank
+
+
+def rearranged_step(operation: Operation, node: fx.Node, context: Context, otherwise: Run) -> Run | None:
+    """Returns the step of a rearrangement that leaves images alone; whether it does shows when it runs."""
+    source, out = operation.arguments["input"], context.places[node]
+    if not isinstance(source, fx.Node):
+        return None
+    place, rearrange = context.places[source], REARRANGED[operation.name]
+    read = _reader({key: value for key, value in operation.arguments.items() if key != "input"}, context)
+
+    def run(registers: list[Any]) -> None:
+        value = registers[place]
+        if type(value) is Value and value.in_lanes:
+            made = rearrange(value, **read(registers))
+            if made is not None:
+                registers[out] = made
+                return
+        otherwise(registers)
+
+    return run
+
+
+def _reader(arguments: dict[str, Any], context: Context) -> Callable[[list[Any]], dict[str, Any]]:
+    """Returns a function that reads numbers among the arguments, which the network may have computed."""
+    if not any(isinstance(each, fx.Node) for value in arguments.values() for each in _flat(value)):
+        return lambda _: arguments
+    places = context.places
+
+    def read(registers: list[Any]) -> dict[str, Any]:
+        def one(value: Any) -> Any:
+            if isinstance(value, fx.Node):
+                return registers[places[value]]
+            return tuple(map(one, value)) if isinstance(value, (list, tuple)) else value
+
+        return {key: one(value) for key, value in arguments.items()}
+
+    return read
+
+
+def _flat(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else (value,)
+
+
+def _flatten(value: Value, start_dim: int, end_dim: int) -> Value | None:
+    rank = value.rank
+    start, end = start_dim % rank, end_dim % rank
+    if not start:
+        return None
+    lanes = value.lanes
+    return value.same(lanes.flatten(start, end)) if end > start else value
+
+
+def _view(value: Value, sizes: Any) -> Value | None:
+    wanted = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (list, tuple)) else sizes
+    if len(wanted) < 2 or not all(isinstance(each, int) for each in wanted):
+        return None
+    rest, lanes = tuple(wanted[1:]), value.lanes
+    whole = math.prod(lanes.shape[1:-1])
+    # (-1, F) keeps images apart only if F entries are those of one image.
+    if wanted[0] != value.images and not (wanted[0] == -1 and -1 not in rest and math.prod(rest) == whole):
+        return None
+    return value.same(lanes.reshape(lanes.shape[0], *rest, lanes.shape[-1]))
+
+
+def _transpose(value: Value, dim0: int, dim1: int) -> Value | None:
+    rank = value.rank
+    # Of four dimensions the result is mostly tokens, which torch's own layers take.
+    if rank < 5 or not dim0 % rank or not dim1 % rank:
+        return None
+    return value.same(value.lanes.transpose(dim0 % rank, dim1 % rank))
+
+
+def _chunk(value: Value, chunks: int, dim: int) -> tuple[Value, ...] | None:
+    return tuple(map(value.same, value.lanes.chunk(chunks, dim % value.rank))) if dim % value.rank else None
+
+
+def _split(value: Value, split_size: Any, dim: int) -> tuple[Value, ...] | None:
+    return tuple(map(value.same, value.lanes.split(split_size, dim % value.rank))) if dim % value.rank else None
+
+
+REARRANGED: dict[str, Callable[..., Any]] = {
+    "flatten": _flatten, "view": _view, "transpose": _transpose, "chunk": _chunk, "split": _split,
+}  # fmt: skip
+"""Rearrangements of a value in lanes, by name; None where they would mix images."""
+
+
+def answer_step(operation: Operation, node: fx.Node, context: Context, otherwise: Run) -> Run | None:
+    """Returns the step of a question about a value, or of taking one of several, that needs no layout."""
+    source, out = operation.arguments["input"], context.places[node]
+    if not isinstance(source, fx.Node):
+        return None
+    place, answer = context.places[source], ANSWERS[operation.name]
+    read = _reader({key: value for key, value in operation.arguments.items() if key != "input"}, context)
+
+    def run(registers: list[Any]) -> None:
+        held = registers[place]
+        answered = answer(held, **read(registers)) if type(held) is Value or operation.name == "getitem" else _NONE
+        if answered is _NONE:
+            otherwise(registers)
+        else:
+            registers[out] = answered
+
+    return run
+
+
+_NONE = object()
+_PLAIN = {"dtype": torch.float32, "device": torch.device("cpu"), "is_cuda": False, "layout": torch.strided}
+
+
+def _getattr(value: Value, name: str) -> Any:
+    if name == "shape":
+        return value.shape
+    return value.rank if name == "ndim" else _PLAIN.get(name, _NONE)
+
+
+def _size(value: Value, dim: int | None) -> Any:
+    return value.shape if dim is None else value.shape[dim]
+
+
+def _rank(value: Value) -> int:
+    return value.rank
+
+
+def _getitem(held: Any, index: Any) -> Any:
+    return held[index] if type(held) in (tuple, list, torch.Size) and type(index) is int else _NONE
+
+
+ANSWERS: dict[str, Callable[..., Any]] = {"getattr": _getattr, "size": _size, "rank": _rank, "getitem": _getitem}
+"""Answers by operation."""
