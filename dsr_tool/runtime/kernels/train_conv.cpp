@@ -22,6 +22,7 @@ struct GatherTile {
     float* to;
     int64_t from_row, from_pitch, to_row, to_pitch;  // floats
     int64_t ahead;  // floats from a row's result to the one to prefetch; 0 for none
+    Stream* stream;
 };
 
 template <int R, int C>
@@ -44,6 +45,7 @@ void gather_tile(const GatherTile& tile) {
 #pragma GCC unroll 28
                 for (int c = 0; c < C; c++) sums[r][c] = start;
         }
+        tile.stream->ask();
         if (tile.ahead) {
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++)
@@ -53,11 +55,11 @@ void gather_tile(const GatherTile& tile) {
         const int count = tile.counts[row];
         for (int k = 0; k < count; k++) {
             const Vec weight = splat(value[k]);
-            const char* x = tile.panel + ((uint64_t)offset[k] << tile.shift);
+            const char* line = tile.panel + ((uint64_t)offset[k] << tile.shift);
 #pragma GCC unroll 4
-            for (int r = 0; r < R; r++)
+            for (int r = 0; r < R; r++, line = opaque(line + tile.pitch))
 #pragma GCC unroll 28
-                for (int c = 0; c < C; c++) sums[r][c] += weight * load((const float*)(x + r * tile.pitch) + c * LANES);
+                for (int c = 0; c < C; c++) sums[r][c] += weight * load((const float*)line + c * LANES);
         }
         offset += count;
         value += count;
@@ -94,7 +96,8 @@ struct Gathering {
 };
 
 // All register tiles of one block of channels.
-void gather_block(const Gathering& task, const ChannelBlock& block, const Place& place, const float* panel, float* sums) {
+void gather_block(const Gathering& task, const ChannelBlock& block, const Place& place, const float* panel, float* sums,
+                  Stream& stream) {
     const ConvPlan& g = task.g;
     const int64_t vectors = vectors_of(g, place.x), row_floats = g.out_width * g.lanes, plane = g.out_height * row_floats;
     for (int64_t y = 0; y < place.y.count; y += g.tile_rows) {
@@ -105,13 +108,13 @@ void gather_block(const Gathering& task, const ChannelBlock& block, const Place&
             GatherTile tile{(const char*)(panel + y * g.pitch + x * LANES), g.pitch * 4, g.shift,
                             g.counts + block.count, g.offsets + block.record, task.values + block.record, block.rows,
                             task.bias ? task.bias + block.row : nullptr, block.first ? nullptr : sums,
-                            sums, floats, width * LANES, floats, width * LANES, 0};
+                            sums, floats, width * LANES, floats, width * LANES, 0, &stream};
             if (stored) {
                 tile.to = task.out + (place.group * g.rows + block.row) * plane + (place.y.first + y) * row_floats +
                           place.x.first * g.lanes + x * LANES;
                 tile.to_row = plane;
                 tile.to_pitch = row_floats;
-                tile.ahead = 3 * plane;
+                tile.ahead = g.ahead * plane;
             }
             tile_of(height, width)(tile);
             if (block.last && !stored)
@@ -128,8 +131,11 @@ void gather_place(const void* context, int64_t item) {
     float* panel = task.buffers.take();
     float* sums = panel + whole_lines(g.panel_floats + LANES);
     for (int64_t b = 0; b < g.block_count; b++) {
-        pack_panel(g, g.blocks[b], place, task.source, task.blocks, panel);
-        gather_block(task, g.blocks[b], place, panel, sums);
+        const ChannelBlock& block = g.blocks[b];
+        pack_panel(g, block, place, task.source, task.blocks, panel);
+        const int64_t calls = block.rows * divide_up(place.y.count, g.tile_rows) * divide_up(vectors_of(g, place.x), g.tile_columns);
+        Stream stream = next_panel(g, place, item, b, task.source, places_of(g, task.blocks), 0, g.block_count, calls);
+        gather_block(task, block, place, panel, sums, stream);
     }
     task.buffers.give_back(panel);
 }

@@ -67,6 +67,8 @@ struct ConvPlan {
     uint16_t* counts;   // records of each row of each block
     uint16_t* offsets;  // pixels from the start of the panel to the input of each record
     int32_t* order;     // canonical index of each record; null if records are in canonical order within each row
+    int64_t ahead;      // rows between the result that is computed and the one that is asked for
+    bool streams;       // whether panels are asked for while others are worked on
     int64_t bytes;      // of this plan
 };
 
@@ -104,6 +106,40 @@ static inline int64_t vectors_of(const ConvPlan& g, const Span& x) {
 void pack_panel(const ConvPlan& g, const ChannelBlock& block, const Place& place, const float* source, int64_t blocks,
                 float* panel);
 
+// Asks for the source of a panel, one row of pixels at a time, while another panel is worked on.
+struct Stream {
+    const float* channel;  // first pixel of the current channel
+    const int32_t* from;   // source row of each row of the panel, from `y` on
+    int64_t y, height, slots, plane, pitch;
+    int64_t first, lines;  // floats of a row before those wanted; cache lines wanted
+    int64_t slot, left;    // the row that is next; rows that are left
+    int64_t at_once;       // rows of each call
+
+    Stream() : left(0), at_once(0) {}
+
+    // `calls` is the expected number of calls.
+    Stream(const ConvPlan& g, const ChannelBlock& block, const Place& place, const float* source, int64_t calls);
+
+    void ask() {
+        if (!left) return;
+        for (int64_t i = 0; i < at_once && left; i++, left--) {
+            const int64_t row = y + from[slot];
+            if (row >= 0 && row < height)
+                for (int64_t line = 0; line < lines; line++)
+                    __builtin_prefetch(channel + row * pitch + first + 16 * line, 0, 2);
+            if (++slot == slots) slot = 0, channel += plane;
+        }
+    }
+};
+
+// The panel after that of block b of the place `item`: of the next block, or of the next place.
+static inline Stream next_panel(const ConvPlan& g, const Place& place, int64_t item, int64_t b, const float* source,
+                                int64_t places, int64_t first, int64_t last, int64_t calls) {
+    if (b + 1 < last) return {g, g.blocks[b + 1], place, source, calls};
+    if (item + 1 < places) return {g, g.blocks[first], Place(g, item + 1), source, calls};
+    return {};
+}
+
 // The values of the records, from canonical order.
 void gather_values(const ConvPlan& g, const float* canonical, float* ordered);
 
@@ -119,6 +155,13 @@ struct Staging {
 };
 void unstage(const Staging& s, const float* buffer, float* out);
 void stage(const Staging& s, const float* in, float* buffer);
+
+// Hides from the compiler how an address came about. It would otherwise keep one register, or one spilled register, for
+// each of the distances between the operands of a tile; so each line of a tile costs one addition.
+static inline const char* opaque(const char* address) {
+    asm("" : "+r"(address));
+    return address;
+}
 
 // Records whose sums are reduced to one vector together; what remains of a row is cut into powers of two.
 #if DSR_LANES == 16

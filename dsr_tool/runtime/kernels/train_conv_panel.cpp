@@ -85,6 +85,32 @@ void pack_panel(const ConvPlan& g, const ChannelBlock& block, const Place& place
     }
 }
 
+Stream::Stream(const ConvPlan& g, const ChannelBlock& block, const Place& place, const float* source, int64_t calls)
+    : Stream() {
+    if (!g.streams) return;
+    const int64_t x = place.x.first * g.x.stride;
+    int64_t low = g.x.size, high = 0;
+    for (int64_t i = 0; i < g.x.slots; i++) {
+        const int64_t at = x + g.x.from[i];
+        if (at < 0 || at >= g.x.size) continue;
+        if (at < low) low = at;
+        if (at >= high) high = at + 1;
+    }
+    if (low >= high) return;
+    pitch = g.x.size * g.lanes;
+    plane = g.y.size * pitch;
+    channel = source + (place.group * g.channels + block.channel) * plane;
+    from = g.y.from;
+    y = place.y.first * g.y.stride;
+    height = g.y.size;
+    slots = g.y.slots;
+    first = low * g.lanes;
+    lines = divide_up((high - low) * g.lanes, 16);
+    slot = 0;
+    left = block.channels * slots;
+    at_once = divide_up(left, calls);
+}
+
 namespace {
 
 // Calls move(floats of the buffer, floats of the activation) for each run of lanes of a staged tile; the second is null

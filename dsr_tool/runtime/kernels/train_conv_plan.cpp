@@ -400,6 +400,8 @@ ConvPlan* dsr_conv_plan_new(const int64_t* fields, const int32_t* positions, int
     if (slots) held = least(held, 65535 / slots);
     fill_blocks(*g, layer.groups, held > 0 ? held : 1);
     fill_records(*g, layer, positions, nnz);
+    g->streams = g->group == 1 && g->y.slots == 1 && g->channels * ty.size * tx.size * pixel > 65536;
+    g->ahead = 2;
     return g;
 }
 

@@ -74,6 +74,8 @@ struct WeightTile {
     const float* gradient;  // of the result
     int64_t gradient_row, gradient_pitch;
     float* sums;
+    int64_t ahead;  // floats from a row's gradient to the one to prefetch
+    Stream* stream;
 };
 
 template <int R, int C, int N>
@@ -82,15 +84,20 @@ inline void add_records(const WeightTile& tile, const Vec (*gradient)[C], const 
     const char* x[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
-        total[n] = Vec{};
         x[n] = tile.panel + ((uint64_t)offset[n] << tile.shift);
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++)
+    for (int r = 0; r < R; r++) {
 #pragma GCC unroll 28
         for (int c = 0; c < C; c++)
 #pragma GCC unroll 8
-            for (int n = 0; n < N; n++) total[n] += gradient[r][c] * load((const float*)(x[n] + r * tile.pitch) + c * LANES);
+            for (int n = 0; n < N; n++) {
+                const Vec product = gradient[r][c] * load((const float*)x[n] + c * LANES);
+                total[n] = r + c ? total[n] + product : product;
+            }
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++) x[n] = opaque(x[n] + tile.pitch);
+    }
     store(sums, load(sums) + reduce<N>(total));
 }
 
@@ -101,11 +108,12 @@ void weight_tile(const WeightTile& tile) {
     const float* from = tile.gradient;
     for (int64_t row = 0; row < tile.rows; row++, from += tile.gradient_row) {
         const int count = tile.counts[row];
+        tile.stream->ask();
         if (!count) continue;
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 28
-            for (int c = 0; c < C; c += 16 / LANES) __builtin_prefetch(from + 3 * tile.gradient_row + r * tile.gradient_pitch + c * LANES);
+            for (int c = 0; c < C; c += 16 / LANES) __builtin_prefetch(from + tile.ahead + r * tile.gradient_pitch + c * LANES);
         Vec gradient[R][C];
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++)
@@ -157,7 +165,7 @@ struct Weighing {
 };
 
 void weigh_block(const Weighing& task, const ChannelBlock& block, const Place& place, const float* panel, float* staged,
-                 float* sums) {
+                 float* sums, Stream& stream) {
     const ConvPlan& g = task.g;
     const int64_t vectors = vectors_of(g, place.x), row_floats = g.out_width * g.lanes, plane = g.out_height * row_floats;
     for (int64_t y = 0; y < place.y.count; y += g.weight_rows) {
@@ -165,12 +173,13 @@ void weigh_block(const Weighing& task, const ChannelBlock& block, const Place& p
         for (int64_t x = 0; x < vectors; x += g.weight_columns) {
             const int64_t width = least(g.weight_columns, vectors - x), floats = height * width * LANES;
             WeightTile tile{(const char*)(panel + y * g.pitch + x * LANES), g.pitch * 4, g.shift,
-                            g.counts + block.count, g.offsets + block.record, block.rows, staged, floats, width * LANES, sums};
+                            g.counts + block.count, g.offsets + block.record, block.rows, staged, floats, width * LANES, sums, 0, &stream};
             if (g.direct) {
                 tile.gradient = task.gradient + (place.group * g.rows + block.row) * plane +
                                 (place.y.first + y) * row_floats + place.x.first * g.lanes + x * LANES;
                 tile.gradient_row = plane;
                 tile.gradient_pitch = row_floats;
+                tile.ahead = g.ahead * plane;
             } else if (block.first) {
                 stage({g, place, task.blocks, block.row, block.rows, y, x, height, width}, task.gradient, staged);
             }
@@ -194,7 +203,9 @@ void weigh(const void* context, int64_t item) {
             ChannelBlock block = g.blocks[b];
             block.first |= b == first;
             pack_panel(g, block, place, task.source, task.blocks, panel);
-            weigh_block(task, block, place, panel, staged, sums + block.sum * LANES);
+            const int64_t calls = block.rows * divide_up(place.y.count, g.weight_rows) * divide_up(vectors_of(g, place.x), g.weight_columns);
+            Stream stream = next_panel(g, place, p, b, task.source, (share + 1) * task.places / task.shares, first, last, calls);
+            weigh_block(task, block, place, panel, staged, sums + block.sum * LANES, stream);
         }
     }
     task.buffers.give_back(panel);
