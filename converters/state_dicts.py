@@ -17,7 +17,7 @@ from converters.checkpoints import Checkpoint, Found
 from converters.pickles import read_file
 from converters.torch_prune import prune_module
 from dsr_tool.errors import FormatError, UsageError, join_words
-from dsr_tool.sparse.compact.modules import store_of
+from dsr_tool.sparse.compact.marks import store_of
 
 __all__ = ["fill", "fill_from_file", "fitting", "is_state_file", "load_file", "load_strictly", "read_weights"]
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from dsr_tool.errors import CheckFailed, FormatError, UsageError, unknown_name
 from dsr_tool.sparse.compact.change import compacted, held_state, parameters_of
-from dsr_tool.sparse.compact.modules import store_of, uninstall
+from dsr_tool.sparse.compact.marks import store_of
+from dsr_tool.sparse.compact.modules import uninstall
 from dsr_tool.sparse.compact.store import CompactStore
 from dsr_tool.sparse.compact.views import DenseWeights, Masks
 from dsr_tool.sparse.folder import save_folder

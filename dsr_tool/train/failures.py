@@ -10,7 +10,7 @@ from torch import nn
 
 from dsr_tool.errors import CheckFailed, DsrError, UsageError, first_line
 from dsr_tool.methods import Attached
-from dsr_tool.sparse.compact.modules import held_values
+from dsr_tool.sparse.compact.marks import held_values
 from dsr_tool.sparse.feeding import detector_kind
 from dsr_tool.train.settings import TrainSettings
 

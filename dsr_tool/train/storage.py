@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from dsr_tool.errors import UsageError
-from dsr_tool.sparse.compact.modules import VALUES
+from dsr_tool.sparse.compact.marks import VALUES
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.train.ranks import Ranks
 from dsr_tool.train.settings import TrainSettings

@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from dsr_tool.sparse.compact.modules import plain_class
+from dsr_tool.sparse.compact.marks import plain_class
 
 __all__ = ["Operation", "module_kind", "operation_of", "writes_in_place"]
 

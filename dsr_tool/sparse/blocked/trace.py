@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from dsr_tool.sparse.blocked.operations import module_kind
-from dsr_tool.sparse.compact.modules import plain_class
+from dsr_tool.sparse.compact.marks import plain_class
 from dsr_tool.sparse.compact.store import CompactStore
 
 __all__ = ["Graph", "NotTraceableError", "has_hooks", "sparse_names", "trace"]

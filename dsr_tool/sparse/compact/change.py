@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from dsr_tool.sparse.compact.modules import VALUES, install, store_of
+from dsr_tool.sparse.compact.marks import VALUES, store_of
+from dsr_tool.sparse.compact.modules import install
 from dsr_tool.sparse.compact.store import CompactStore, Entry
 
 __all__ = ["compacted", "held_state", "parameters_of"]

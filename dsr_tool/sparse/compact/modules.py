@@ -13,32 +13,12 @@ import torch
 from torch import nn
 
 from dsr_tool.errors import UsageError
+from dsr_tool.sparse.blocked.runner import Runner
+from dsr_tool.sparse.compact.marks import LAYERS, ORDER, RUNNER, STORE, VALUES, plain_class, store_of
 from dsr_tool.sparse.compact.rebuild import light
 from dsr_tool.sparse.compact.store import CompactStore
 
-__all__ = ["VALUES", "held_values", "install", "plain_class", "store_of", "uninstall"]
-
-VALUES = "sparse_values"
-"""Name of the flat parameter in the root module."""
-
-_STORE, _LAYERS, _ORDER = "_compact_store", "_compact_layers", "_compact_order"
-"""Attributes of a module in compact storage: the store; names of layers by attribute; its parameters in their order."""
-
-
-def store_of(module: nn.Module) -> CompactStore | None:
-    """Returns the store of a module in compact storage, or None."""
-    return module.__dict__.get(_STORE)
-
-
-def held_values(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns the active values of a module's own sparse weights by attribute; none in masked storage."""
-    store, held = store_of(module), module.__dict__.get(_LAYERS, {})
-    return {} if store is None else {attribute: store.values_of(name) for attribute, name in held.items()}
-
-
-def plain_class(module: nn.Module) -> type[nn.Module]:
-    """Returns the class that a module had before compact storage."""
-    return getattr(type(module), "compact_base", type(module))
+__all__ = ["install", "runner_of", "uninstall"]
 
 
 def install(module: nn.Module, store: CompactStore) -> None:
@@ -62,10 +42,10 @@ def install(module: nn.Module, store: CompactStore) -> None:
             layers[owner] = held
     layers.setdefault(module, {})
     for owner, held in layers.items():
-        owner.__dict__[_ORDER] = list(owner._parameters)
+        owner.__dict__[ORDER] = list(owner._parameters)
         for attribute in held:
             del owner._parameters[attribute]
-        owner.__dict__[_STORE], owner.__dict__[_LAYERS] = store, held
+        owner.__dict__[STORE], owner.__dict__[LAYERS] = store, held
         _change_class(owner, _compact_class(type(owner), tuple(held), root=owner is module))
     module.register_parameter(VALUES, store.values)
 
@@ -78,11 +58,12 @@ def uninstall(module: nn.Module) -> None:
     made: dict[str, nn.Parameter] = {}
     del module._parameters[VALUES]
     for owner in module.modules():
-        held: Mapping[str, str] | None = owner.__dict__.pop(_LAYERS, None)
+        held: Mapping[str, str] | None = owner.__dict__.pop(LAYERS, None)
         if held is None:
             continue
-        order = owner.__dict__.pop(_ORDER)
-        del owner.__dict__[_STORE]
+        order = owner.__dict__.pop(ORDER)
+        del owner.__dict__[STORE]
+        owner.__dict__.pop(RUNNER, None)
         _change_class(owner, plain_class(owner))
         for attribute, name in held.items():
             if name not in made:
@@ -91,6 +72,18 @@ def uninstall(module: nn.Module) -> None:
                 made[name] = nn.Parameter(store.dense(name).detach(), requires_grad=trained)
             owner._parameters[attribute] = made[name]
         owner._parameters = {key: owner._parameters[key] for key in order}
+
+
+def runner_of(module: nn.Module) -> Runner | None:
+    """Returns what runs the root of a compact network on kernels; None while it must not."""
+    store = store_of(module)
+    # An update by the gradients of inactive weights needs those of dense weights.
+    if store is None or not store.kernels or store.wants_gradients:
+        return None
+    if RUNNER not in module.__dict__:
+        module.__dict__[RUNNER] = Runner(module, store)
+    runner: Runner = module.__dict__[RUNNER]
+    return runner
 
 
 def _change_class(module: nn.Module, target: type[nn.Module]) -> None:
@@ -112,11 +105,11 @@ class _Layer(nn.Module):
         own: dict[str, Any] = {}
         super()._save_to_state_dict(own, prefix, keep_vars)
         own.pop(prefix + VALUES, None)
-        store, held = self.__dict__[_STORE], self.__dict__[_LAYERS]
+        store, held = self.__dict__[STORE], self.__dict__[LAYERS]
         with torch.no_grad():
             own |= {prefix + attribute: store.for_state(name) for attribute, name in held.items()}
         # Parameters in their old order, then buffers.
-        keys = [prefix + key for key in self.__dict__[_ORDER]]
+        keys = [prefix + key for key in self.__dict__[ORDER]]
         destination.update({key: own.pop(key) for key in keys if key in own})
         destination.update(own)
 
@@ -130,7 +123,7 @@ class _Layer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        store, held = self.__dict__[_STORE], self.__dict__[_LAYERS]
+        store, held = self.__dict__[STORE], self.__dict__[LAYERS]
         mine = {prefix + attribute: name for attribute, name in held.items()}
         others = {key: value for key, value in state_dict.items() if key not in mine}
         super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
@@ -151,7 +144,10 @@ class _Root(_Layer):
     """The root of a network in compact storage."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        store: CompactStore = self.__dict__[_STORE]
+        runner = runner_of(self)
+        if runner is not None and runner.accepts(args, kwargs):
+            return runner(*args, **kwargs)
+        store: CompactStore = self.__dict__[STORE]
         with store.forward(), light():
             return super().forward(*args, **kwargs)
 
@@ -159,7 +155,7 @@ class _Root(_Layer):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         values = self._parameters[VALUES]
         if values is not None:
-            self.__dict__[_STORE].moved(values)
+            self.__dict__[STORE].moved(values)
         return self
 
 
@@ -195,8 +191,8 @@ def _make_class(base: type[nn.Module], attributes: tuple[str, ...], *, root: boo
 
 def _weight(attribute: str) -> property:
     def read(self: nn.Module) -> torch.Tensor:
-        store: CompactStore = self.__dict__[_STORE]
-        return store.dense(self.__dict__[_LAYERS][attribute])
+        store: CompactStore = self.__dict__[STORE]
+        return store.dense(self.__dict__[LAYERS][attribute])
 
     return property(read)
 
