@@ -1,7 +1,7 @@
 """Kernels for training in the blocked layout other than convolutions, by addresses of arrays.
 
-An address is an integer, of a contiguous float32 array unless said otherwise; None is a null pointer. The C++ sources
-`train_layout.cpp`, `train_norm.cpp`, `train_sum.cpp`, `train_pool_max.cpp` and `train_pool_mean.cpp` say what each does.
+An address is an integer, of a contiguous float32 array unless said otherwise; None is a null pointer. The C++ files
+`train_layout`, `train_norm`, `train_sum`, `train_pool_max` and `train_pool_mean` say what each function does.
 """
 
 from __future__ import annotations
