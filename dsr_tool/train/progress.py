@@ -10,6 +10,7 @@ from rich.progress import Progress as Bar
 
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.train.records import EpochRecord, Observer, Start
+from dsr_tool.train.storage import kernels_line
 
 __all__ = ["Progress", "summary"]
 
@@ -67,8 +68,10 @@ class Progress(Observer):
         if start.doubt:
             self.note(start.doubt)
 
-    def on_start(self, model: SparseModel, total_steps: int) -> None:  # noqa: ARG002 - the observer's signature
-        """Starts the bar's clock."""
+    def on_start(self, model: SparseModel, total_steps: int) -> None:
+        """Prints what ran on kernels in the evaluation before, and starts the bar's clock."""
+        if line := kernels_line(model):
+            self.note(line)
         self._bar.start_task(self._task)
         self._bar.update(self._task, total=total_steps)
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.compact.marks import VALUES
+from dsr_tool.sparse.compact.modules import runner_of
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.train.ranks import Ranks
 from dsr_tool.train.settings import TrainSettings
 
-__all__ = ["MOST_DENSITY", "apply_storage", "storage_line", "storage_to_load"]
+__all__ = ["MOST_DENSITY", "apply_storage", "kernels_line", "storage_line", "storage_to_load"]
 
 MOST_DENSITY = 0.75
 """Density up to which compact storage is smaller: value, gradient, momentum and position of an active weight are 16
@@ -66,6 +67,16 @@ def storage_line(model: SparseModel, against: str) -> str:
     if model.store is None:
         return f"storage masked{': ' * bool(against)}{against}"
     return f"storage compact: {model.store.values.numel():,} values of {model.prunable_weights:,} weights"
+
+
+def kernels_line(model: SparseModel) -> str:
+    """Returns the line that says what of a compact model's last pass ran on kernels; empty if there was none."""
+    runner = model.store and runner_of(model.module)
+    if not runner:
+        return ""
+    if runner.note:
+        return f"kernels: none, dense weights are rebuilt layer by layer, because {runner.note}"
+    return f"kernels: {runner.coverage}" if runner.coverage else ""
 
 
 def _settings_against(settings: TrainSettings) -> str:

@@ -33,8 +33,8 @@ def test_the_result_is_one_json_document(model_dir, tmp_path):
     assert done.exit_code == 0 and document["schema"] == "dsr-tool/train/1"
     assert document["active_weights"] == model.active_weights == load(model_dir).active_weights
     assert document["steps"] == 2 and document["best"]["epoch"] == 1
-    storage, before, after = done.stderr.splitlines()
-    assert storage.startswith("storage compact: ")
+    storage, before, kernels, after = done.stderr.splitlines()
+    assert storage.startswith("storage compact: ") and kernels.startswith("kernels: ")
     assert before.startswith("epoch 0/1  accuracy") and after.startswith("epoch 1/1  accuracy")
     saved = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert saved["data"] == "fake:40" and saved["settings"]["lr"] == 0.1 and saved["train_images"] == 40
