@@ -35,21 +35,21 @@ void gather_tile(const GatherTile& tile) {
         if (from) {
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++)
-#pragma GCC unroll 28
+#pragma GCC unroll 20
                 for (int c = 0; c < C; c++) sums[r][c] = load(from + r * tile.from_pitch + c * LANES);
             from += tile.from_row;
         } else {
             const Vec start = splat(tile.bias ? tile.bias[row] : 0.0f);
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++)
-#pragma GCC unroll 28
+#pragma GCC unroll 20
                 for (int c = 0; c < C; c++) sums[r][c] = start;
         }
         tile.stream->ask();
         if (tile.ahead) {
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++)
-#pragma GCC unroll 28
+#pragma GCC unroll 20
                 for (int c = 0; c < C; c += 16 / LANES) __builtin_prefetch(to + tile.ahead + r * tile.to_pitch + c * LANES, 1);
         }
         const int count = tile.counts[row];
@@ -58,14 +58,14 @@ void gather_tile(const GatherTile& tile) {
             const char* line = tile.panel + ((uint64_t)offset[k] << tile.shift);
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++, line = opaque(line + tile.pitch))
-#pragma GCC unroll 28
+#pragma GCC unroll 20
                 for (int c = 0; c < C; c++) sums[r][c] += weight * load((const float*)line + c * LANES);
         }
         offset += count;
         value += count;
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++)
-#pragma GCC unroll 28
+#pragma GCC unroll 20
             for (int c = 0; c < C; c++) store(to + r * tile.to_pitch + c * LANES, sums[r][c]);
     }
 }
@@ -91,34 +91,44 @@ struct Gathering {
     const ConvPlan& g;
     const float *source, *values, *bias;
     float* out;
-    int64_t blocks;
+    int64_t blocks, parts;  // parts: shares of the rows of each block, for grids with few places
     Buffers& buffers;
 };
 
+// The rows of a block that one item computes, and their records.
+struct Rows {
+    int64_t first, count, record;
+    Rows(const ConvPlan& g, const ChannelBlock& block, int64_t part, int64_t parts)
+        : first(block.rows * part / parts), count(block.rows * (part + 1) / parts - first), record(block.record) {
+        for (int64_t i = 0; i < first; i++) record += g.counts[block.count + i];
+    }
+};
+
 // All register tiles of one block of channels.
-void gather_block(const Gathering& task, const ChannelBlock& block, const Place& place, const float* panel, float* sums,
-                  Stream& stream) {
+void gather_block(const Gathering& task, const ChannelBlock& block, const Rows& rows, const Place& place,
+                  const float* panel, float* sums, Stream& stream) {
     const ConvPlan& g = task.g;
     const int64_t vectors = vectors_of(g, place.x), row_floats = g.out_width * g.lanes, plane = g.out_height * row_floats;
+    const int64_t row = block.row + rows.first;
     for (int64_t y = 0; y < place.y.count; y += g.tile_rows) {
         const int64_t height = least(g.tile_rows, place.y.count - y);
         for (int64_t x = 0; x < vectors; x += g.tile_columns) {
             const int64_t width = least(g.tile_columns, vectors - x), floats = height * width * LANES;
             const bool stored = block.last && g.direct;
             GatherTile tile{(const char*)(panel + y * g.pitch + x * LANES), g.pitch * 4, g.shift,
-                            g.counts + block.count, g.offsets + block.record, task.values + block.record, block.rows,
-                            task.bias ? task.bias + block.row : nullptr, block.first ? nullptr : sums,
+                            g.counts + block.count + rows.first, g.offsets + rows.record, task.values + rows.record,
+                            rows.count, task.bias ? task.bias + row : nullptr, block.first ? nullptr : sums,
                             sums, floats, width * LANES, floats, width * LANES, 0, &stream};
             if (stored) {
-                tile.to = task.out + (place.group * g.rows + block.row) * plane + (place.y.first + y) * row_floats +
+                tile.to = task.out + (place.group * g.rows + row) * plane + (place.y.first + y) * row_floats +
                           place.x.first * g.lanes + x * LANES;
                 tile.to_row = plane;
                 tile.to_pitch = row_floats;
-                tile.ahead = g.ahead * plane;
+                tile.ahead = AHEAD_ROWS * plane;
             }
             tile_of(height, width)(tile);
             if (block.last && !stored)
-                unstage({g, place, task.blocks, block.row, block.rows, y, x, height, width}, sums, task.out);
+                unstage({g, place, task.blocks, row, rows.count, y, x, height, width}, sums, task.out);
             sums += g.widest_rows * floats;
         }
     }
@@ -127,15 +137,17 @@ void gather_block(const Gathering& task, const ChannelBlock& block, const Place&
 void gather_place(const void* context, int64_t item) {
     const Gathering& task = *(const Gathering*)context;
     const ConvPlan& g = task.g;
-    const Place place(g, item);
+    const int64_t at = item / task.parts, places = places_of(g, task.blocks);
+    const Place place(g, at);
+    const int64_t tiles = divide_up(place.y.count, g.tile_rows) * divide_up(vectors_of(g, place.x), g.tile_columns);
     float* panel = task.buffers.take();
     float* sums = panel + whole_lines(g.panel_floats + LANES);
     for (int64_t b = 0; b < g.block_count; b++) {
         const ChannelBlock& block = g.blocks[b];
+        const Rows rows(g, block, item % task.parts, task.parts);
         pack_panel(g, block, place, task.source, task.blocks, panel);
-        const int64_t calls = block.rows * divide_up(place.y.count, g.tile_rows) * divide_up(vectors_of(g, place.x), g.tile_columns);
-        Stream stream = next_panel(g, place, item, b, task.source, places_of(g, task.blocks), 0, g.block_count, calls);
-        gather_block(task, block, place, panel, sums, stream);
+        Stream stream = next_panel(g, place, at, b, task.source, places, 0, g.block_count, rows.count * tiles + 1);
+        gather_block(task, block, rows, place, panel, sums, stream);
     }
     task.buffers.give_back(panel);
 }
@@ -154,7 +166,7 @@ int dsr_conv(const ConvPlan* plan, const float* source, int64_t blocks, const fl
                float* out, Pool* pool) {
     const ConvPlan& g = *plan;
     Buffers buffers(pool, whole_lines(g.panel_floats + LANES) + sum_floats(g));
-    float* ordered = (float*)malloc((g.records + 1) * sizeof(float));
+    float* ordered = new_floats(g.records);
     if (!buffers.memory || !buffers.taken || !ordered) {
         free(ordered);
         return -1;
@@ -162,8 +174,11 @@ int dsr_conv(const ConvPlan* plan, const float* source, int64_t blocks, const fl
     if (!g.complete)
         std::memset(out, 0, blocks * g.out_channels * g.out_height * g.out_width * g.lanes * sizeof(float));
     gather_values(g, values, ordered);
-    const Gathering task{g, source, ordered, bias, out, blocks, buffers};
-    if (g.phases) parallel(pool, places_of(g, blocks), gather_place, &task);
+    // The parts change which thread computes a row, and no sum.
+    const int64_t places = places_of(g, blocks), wanted = divide_up(4 * (threads_of(pool) - 1), places);
+    const int64_t most = divide_up(g.widest_rows, 16), parts = wanted < 1 ? 1 : least(wanted, most > 1 ? most : 1);
+    const Gathering task{g, source, ordered, bias, out, blocks, parts, buffers};
+    if (g.phases) parallel(pool, places * parts, gather_place, &task);
     free(ordered);
     return 0;
 }

@@ -67,7 +67,6 @@ struct ConvPlan {
     uint16_t* counts;   // records of each row of each block
     uint16_t* offsets;  // pixels from the start of the panel to the input of each record
     int32_t* order;     // canonical index of each record; null if records are in canonical order within each row
-    int64_t ahead;      // rows between the result that is computed and the one that is asked for
     bool streams;       // whether panels are asked for while others are worked on
     int64_t bytes;      // of this plan
 };
@@ -170,9 +169,12 @@ constexpr int REDUCED = 8;
 constexpr int REDUCED = 4;
 #endif
 
+// Rows between the one that is computed and the one whose result, or gradient, is asked for. 2 to 3 were best on Zen 5.
+constexpr int64_t AHEAD_ROWS = 2;
+
 // Widest register tiles, in vectors, and most rows of one.
 #if DSR_LANES == 16 || defined(__aarch64__)
-constexpr int WIDEST_GATHER = 28, WIDEST_WEIGHTS = 20;  // of 32 registers
+constexpr int WIDEST_GATHER = 20, WIDEST_WEIGHTS = 16;  // of 32 registers
 #else
 constexpr int WIDEST_GATHER = 12, WIDEST_WEIGHTS = 10;  // of 16 registers
 #endif
@@ -218,3 +220,8 @@ void each_run(const ConvPlan& g, F f) {
 }
 
 static inline int64_t whole_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+// Memory at the alignment of cache lines, for free(); null if there is none.
+static inline float* new_floats(int64_t count) {
+    return (float*)aligned_alloc(64, (size_t)whole_lines(count + 1) * sizeof(float));
+}

@@ -113,23 +113,31 @@ Stream::Stream(const ConvPlan& g, const ChannelBlock& block, const Place& place,
 
 namespace {
 
-// Calls move(floats of the buffer, floats of the activation) for each run of lanes of a staged tile; the second is null
-// where the activation ends.
+// Calls move(floats of the buffer, floats of the activation, count) for each run of lanes of a staged tile; the second
+// is null where the activation ends.
 template <class Move>
 inline void each_piece(const Staging& s, float* buffer, float* out, Move move) {
     const ConvPlan& g = s.g;
-    const int64_t pixel = g.group * g.lanes, piece = least(g.lanes, LANES), channels = g.out_channels;
-    const int64_t plane = g.out_height * g.out_width * g.lanes;
+    const int64_t pixel = g.group * g.lanes, piece = least(g.lanes, LANES);
+    const int64_t plane = g.out_height * g.out_width * g.lanes, step = g.out_channels * plane;
+    const int64_t first = s.x * LANES, end = first + s.vectors * LANES;
     for (int64_t row = s.row; row < s.row + s.rows; row++) {
         const int64_t channel = row / g.phases, phase = row % g.phases;
+        float* base = out + s.place.group * g.group * step + channel * plane;
         for (int64_t r = 0; r < s.height; r++) {
             const int64_t y = (s.place.y.first + s.y + r) * g.out_stride_y + g.phase_y[phase];
-            for (int64_t f = s.x * LANES; f < (s.x + s.vectors) * LANES; f += piece, buffer += piece) {
-                const int64_t q = f / pixel, block = s.place.group * g.group + f % pixel / g.lanes;
-                const int64_t x = (s.place.x.first + q) * g.out_stride_x + g.phase_x[phase];
-                const bool inside = y < g.out_height && x < g.out_width && q < s.place.x.count && block < s.blocks;
-                const int64_t at = (block * channels + channel) * plane + (y * g.out_width + x) * g.lanes + f % g.lanes;
-                move(buffer, inside ? out + at : nullptr, piece);
+            int64_t q = first / pixel, block = first % pixel / g.lanes, lane = first % g.lanes;
+            int64_t x = (s.place.x.first + q) * g.out_stride_x + g.phase_x[phase];
+            float* line = y < g.out_height ? base + y * g.out_width * g.lanes : nullptr;
+            for (int64_t f = first; f < end; f += piece, buffer += piece) {
+                const bool inside = line && x < g.out_width && q < s.place.x.count && s.place.group * g.group + block < s.blocks;
+                move(buffer, inside ? line + block * step + x * g.lanes + lane : nullptr, piece);
+                if ((lane += piece) < g.lanes) continue;
+                lane = 0;
+                if (++block < g.group) continue;
+                block = 0;
+                q++;
+                x += g.out_stride_x;
             }
         }
     }
@@ -138,8 +146,12 @@ inline void each_piece(const Staging& s, float* buffer, float* out, Move move) {
 }  // namespace
 
 void unstage(const Staging& s, const float* buffer, float* out) {
-    each_piece(s, const_cast<float*>(buffer), out, [](const float* from, float* to, int64_t count) {
-        if (to) copy(to, from, count);
+    const int64_t ahead = s.g.out_height * s.g.out_width * s.g.lanes;
+    each_piece(s, const_cast<float*>(buffer), out, [=](const float* from, float* to, int64_t count) {
+        if (!to) return;
+        // Rows are planes apart; the stores of this one wait less if the line was asked for.
+        __builtin_prefetch(to + ahead, 1);
+        copy(to, from, count);
     });
 }
 

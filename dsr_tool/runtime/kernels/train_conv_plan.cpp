@@ -2,9 +2,8 @@
 
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
-#include "train_conv.h"
+#include "train_conv_tiles.h"
 
 namespace {
 
@@ -21,156 +20,11 @@ T* zeros(int64_t count) {
     return (T*)calloc(count > 0 ? count : 1, sizeof(T));
 }
 
-// The taps of one direction before the tile is known.
-struct Taps {
-    int64_t size, outputs, stride, count;
-    int64_t *offset, *phase, *limit;  // source offset; phase of the result; positions of the grid in that phase
-
-    Taps(int64_t taps) : size(), outputs(), stride(1), count(taps) { offset = zeros<int64_t>(3 * taps); phase = offset + taps; limit = phase + taps; }
-    ~Taps() { free(offset); }
-    Taps(const Taps&) = delete;
-
-    void forward(int64_t n, int64_t before, int64_t after, int64_t step, int64_t dilation) {
-        size = n;
-        stride = step;
-        outputs = (n + before + after - dilation * (count - 1) - 1) / step + 1;
-        for (int64_t k = 0; k < count; k++) offset[k] = k * dilation - before, limit[k] = outputs;
-    }
-
-    void gradient(int64_t n, int64_t before, int64_t after, int64_t step, int64_t dilation) {
-        size = (n + before + after - dilation * (count - 1) - 1) / step + 1;
-        outputs = divide_up(n, step);
-        for (int64_t k = 0; k < count; k++) {
-            const int64_t p = ((k * dilation - before) % step + step) % step;
-            phase[k] = p;
-            offset[k] = (p + before - k * dilation) / step;
-            limit[k] = divide_up(n - p, step);
-        }
-    }
-
-    bool live(int64_t k) const {
-        for (int64_t q = 0; q < limit[k]; q++)
-            if (q * stride + offset[k] >= 0 && q * stride + offset[k] < size) return true;
-        return false;
-    }
-
-    int64_t base() const {
-        int64_t low = INT64_MAX;
-        for (int64_t k = 0; k < count; k++)
-            if (live(k) && offset[k] < low) low = offset[k];
-        return low;
-    }
-
-    // Slots of a panel for `tile` positions: those of a residue follow each other, and taps far apart leave gaps out.
-    // Fills `slot` (taps) and `from` unless they are null.
-    int64_t slots(int64_t tile, int32_t* slot, int32_t* from) const {
-        int64_t used = 0;
-        if (slot)
-            for (int64_t k = 0; k < count; k++) slot[k] = -1;
-        const int64_t low = base();
-        for (int64_t residue = 0; residue < stride; residue++) {
-            int64_t next = 0;  // first shift that has no slot yet
-            for (int64_t shift = 0;; shift++) {
-                // The smallest shift from here on that a tap of this residue has.
-                int64_t found = INT64_MAX;
-                for (int64_t k = 0; k < count; k++) {
-                    const int64_t e = offset[k] - low;
-                    if (e >= 0 && e % stride == residue && e / stride >= shift && e / stride < found && live(k)) found = e / stride;
-                }
-                if (found == INT64_MAX) break;
-                shift = found;
-                const int64_t begin = shift > next ? shift : next;
-                if (from)
-                    for (int64_t s = begin; s < shift + tile; s++) from[used + s - begin] = (int32_t)(s * stride + residue + low);
-                used += shift + tile - begin;
-                next = shift + tile;
-                if (slot)
-                    for (int64_t k = 0; k < count; k++)
-                        if (offset[k] - low == shift * stride + residue && live(k)) slot[k] = (int32_t)(used - tile);
-            }
-        }
-        return used;
-    }
-};
-
-int64_t cache_bytes() {
-#ifdef _SC_LEVEL1_DCACHE_SIZE
-    const long found = sysconf(_SC_LEVEL1_DCACHE_SIZE);
-    if (found >= 16384 && found <= 262144) return found;
-#endif
-    return 32768;
-}
-
 int64_t log2_of(int64_t n) {
     int64_t bits = 0;
     while (int64_t(1) << bits < n) bits++;
     return bits;
 }
-
-// Cycles of work, about: what the choice between tiles rests on.
-struct Choice {
-    double cost;
-    int64_t tile_y, tile_x;
-    int rows, columns;
-};
-
-struct Chooser {
-    const Taps &ty, &tx;
-    int64_t pixel;     // floats of a pixel
-    double records;    // of a row, over all channels
-    int64_t channels;  // that a row reads
-    int64_t rows;      // that read these channels
-    int64_t budget;    // bytes of a panel
-
-    // Positions that a row of `vectors` covers.
-    int64_t reach(int64_t positions) const { return divide_up(divide_up(positions * pixel, LANES) * LANES, pixel); }
-
-    Choice tile(int64_t tile_y, int64_t tile_x) const {
-        const int64_t vectors = divide_up(tile_x * pixel, LANES);
-        const double panel = double(ty.slots(tile_y, nullptr, nullptr)) * tx.slots(reach(tile_x), nullptr, nullptr) * pixel / LANES;
-        double held = (double)budget / (panel * VECTOR_BYTES);
-        held = held < 1 ? 1 : held > channels ? channels : (double)(int64_t)held;
-        const double blocks = channels / held;
-        Choice best{1e300, tile_y, tile_x, 1, 1};
-        for (int r = 1; r <= MOST_ROWS && r <= tile_y; r++) {
-            const int64_t most = WIDEST_GATHER / r;
-            const int64_t across = divide_up(vectors, most), down = divide_up(tile_y, r);
-            const int c = (int)divide_up(vectors, across);
-            const double tiles = double(across) * down, outputs = double(vectors) * tile_y;
-            double cost = rows * (records * (0.5 * outputs + 2 * tiles) + blocks * (1.5 * outputs + 12 * tiles));
-            cost += 2.5 * channels * panel;
-            // Tiles at the ends of the grid are partly empty.
-            const double useful = double(ty.outputs * tx.outputs) / (divide_up(ty.outputs, tile_y) * divide_up(tx.outputs, tile_x));
-            cost /= useful;
-            if (cost < best.cost) best = {cost, tile_y, tile_x, r, c};
-        }
-        return best;
-    }
-
-    Choice best() const {
-        Choice found{1e300, 1, 1, 1, 1};
-        for (int64_t down = 1; down <= ty.outputs; down++) {
-            const int64_t tile_y = divide_up(ty.outputs, down);
-            if (tile_y > 8) continue;
-            for (int64_t across = 1; across <= tx.outputs; across++) {
-                const int64_t tile_x = evenly(across);
-                if (tile_x * pixel > 64 * LANES) continue;
-                if (tile_x * pixel * 2 < LANES * 2 && tile_x < tx.outputs) break;
-                const Choice choice = tile(tile_y, tile_x);
-                if (choice.cost < found.cost) found = choice;
-                if (tile_x <= 1) break;
-            }
-            if (tile_y == 1) break;
-        }
-        return found;
-    }
-
-    // The width of a tile if there are `across` in a row: whole vectors, except at the end of the row.
-    int64_t evenly(int64_t across) const {
-        const int64_t step = pixel < LANES ? LANES / pixel : 1, width = divide_up(tx.outputs, across);
-        return least(divide_up(width, step) * step, tx.outputs);
-    }
-};
 
 void fill_axis(Axis& axis, const Taps& taps, int64_t tile, int64_t reach) {
     axis.size = taps.size;
@@ -327,7 +181,7 @@ void fill_phases(ConvPlan& g, const Layer& layer, const Taps& ty, const Taps& tx
             bool met = !layer.gradient;
             for (int64_t i = 0; i < ty.count; i++)
                 for (int64_t j = 0; j < tx.count; j++)
-                    met |= ty.phase[i] == py && tx.phase[j] == px && ty.live(i) && tx.live(j);
+                    met |= ty.phase[i] == py && tx.phase[j] == px && ty.live[i] && tx.live[j];
             if (!met) continue;
             g.phase_y[g.phases] = (int32_t)py;
             g.phase_x[g.phases++] = (int32_t)px;
@@ -343,18 +197,6 @@ void flatten(Layer& layer) {
     layer.height = 1;
 }
 
-void weight_tile(ConvPlan& g, int64_t vectors) {
-    double best = 1e300;
-    for (int r = 1; r <= MOST_ROWS && r <= g.y.tile; r++) {
-        const int64_t across = divide_up(vectors, WIDEST_WEIGHTS / r), down = divide_up(g.y.tile, r);
-        const double cost = double(across) * down;
-        if (cost > best) continue;
-        best = cost;
-        g.weight_rows = r;
-        g.weight_columns = (int)divide_up(vectors, across);
-    }
-}
-
 }  // namespace
 
 extern "C" {
@@ -365,14 +207,8 @@ ConvPlan* dsr_conv_plan_new(const int64_t* fields, const int32_t* positions, int
     Layer layer;
     memcpy(&layer, fields, sizeof layer);
     flatten(layer);
-    Taps ty(layer.kernel_y), tx(layer.kernel_x);
-    if (layer.gradient) {
-        ty.gradient(layer.height, layer.top, layer.bottom, layer.stride_y, layer.dilation_y);
-        tx.gradient(layer.width, layer.left, layer.right, layer.stride_x, layer.dilation_x);
-    } else {
-        ty.forward(layer.height, layer.top, layer.bottom, layer.stride_y, layer.dilation_y);
-        tx.forward(layer.width, layer.left, layer.right, layer.stride_x, layer.dilation_x);
-    }
+    const Taps ty(layer.height, layer.top, layer.bottom, layer.kernel_y, layer.stride_y, layer.dilation_y, layer.gradient);
+    const Taps tx(layer.width, layer.left, layer.right, layer.kernel_x, layer.stride_x, layer.dilation_x, layer.gradient);
     ConvPlan* g = zeros<ConvPlan>(1);
     g->bytes = sizeof *g;
     g->lanes = layer.lanes;
@@ -383,25 +219,28 @@ ConvPlan* dsr_conv_plan_new(const int64_t* fields, const int32_t* positions, int
     g->out_channels = layer.gradient ? layer.in_channels : layer.out_channels;
     g->out_height = layer.gradient ? layer.height : ty.outputs;
     g->out_width = layer.gradient ? layer.width : tx.outputs;
-    const int64_t pixel = g->group * g->lanes, budget = layer.panel_bytes ? layer.panel_bytes : cache_bytes() * 3 / 4;
+    const int64_t pixel = g->group * g->lanes;
+    const int64_t budget = layer.panel_bytes ? layer.panel_bytes : first_cache() * 7 / 8;
+    const bool far = g->channels * ty.size * tx.size * pixel * (int64_t)sizeof(float) > second_cache();
     g->shift = log2_of(pixel * sizeof(float));
-    const Chooser chooser{ty, tx, pixel, g->rows ? double(nnz) / g->rows : 0, g->channels / layer.groups, g->rows / layer.groups, budget};
-    Choice choice = chooser.best();
-    if (layer.tile_y) choice = chooser.tile(least(layer.tile_y, ty.outputs), least(layer.tile_x, tx.outputs));
-    fill_axis(g->y, ty, choice.tile_y, choice.tile_y);
-    fill_axis(g->x, tx, choice.tile_x, chooser.reach(choice.tile_x));
+    const Chooser chooser{ty, tx, pixel, g->rows ? double(nnz) / g->rows : 0, g->channels / layer.groups,
+                          g->rows / layer.groups, budget, far};
+    const Choice choice = layer.tile_y ? chooser.estimate(least(layer.tile_y, ty.outputs), least(layer.tile_x, tx.outputs))
+                                       : chooser.best();
+    fill_axis(g->y, ty, choice.y, choice.y);
+    fill_axis(g->x, tx, choice.x, chooser.reach(choice.x));
     g->pitch = g->x.slots * pixel;
     g->tile_rows = choice.rows;
     g->tile_columns = choice.columns;
-    weight_tile(*g, divide_up(choice.tile_x * pixel, LANES));
-    g->direct = g->group == 1 && g->out_stride_y * g->out_stride_x == 1 && tx.outputs * pixel % LANES == 0 && choice.tile_x * pixel % LANES == 0;
+    const int64_t vectors = divide_up(choice.x * pixel, LANES);
+    fewest_tiles(choice.y, vectors, WIDEST_WEIGHTS, g->weight_rows, g->weight_columns);
+    g->direct = g->group == 1 && g->out_stride_y * g->out_stride_x == 1 && tx.outputs * pixel % LANES == 0 && choice.x * pixel % LANES == 0;
     const int64_t slots = g->y.slots * g->x.slots;
     int64_t held = budget / (slots ? slots * pixel * (int64_t)sizeof(float) : 1);
     if (slots) held = least(held, 65535 / slots);
     fill_blocks(*g, layer.groups, held > 0 ? held : 1);
     fill_records(*g, layer, positions, nnz);
-    g->streams = g->group == 1 && g->y.slots == 1 && g->channels * ty.size * tx.size * pixel > 65536;
-    g->ahead = 2;
+    g->streams = far && g->group == 1 && g->y.slots == 1;
     return g;
 }
 

@@ -88,7 +88,7 @@ inline void add_records(const WeightTile& tile, const Vec (*gradient)[C], const 
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-#pragma GCC unroll 28
+#pragma GCC unroll 20
         for (int c = 0; c < C; c++)
 #pragma GCC unroll 8
             for (int n = 0; n < N; n++) {
@@ -112,12 +112,12 @@ void weight_tile(const WeightTile& tile) {
         if (!count) continue;
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++)
-#pragma GCC unroll 28
+#pragma GCC unroll 20
             for (int c = 0; c < C; c += 16 / LANES) __builtin_prefetch(from + tile.ahead + r * tile.gradient_pitch + c * LANES);
         Vec gradient[R][C];
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++)
-#pragma GCC unroll 28
+#pragma GCC unroll 20
             for (int c = 0; c < C; c++) gradient[r][c] = load(from + r * tile.gradient_pitch + c * LANES);
         const uint16_t* end = offset + count;
         for (; end - offset >= REDUCED; offset += REDUCED, sums += LANES) add_records<R, C, REDUCED>(tile, gradient, offset, sums);
@@ -159,53 +159,74 @@ Function tile_of(int64_t rows, int64_t columns) {
 struct Weighing {
     const ConvPlan& g;
     const float *source, *gradient;
-    float* sums;  // (shares, vectors of sums)
+    float* staged;  // (places, floats of a place): the gradient in register tiles; null if the plan needs none
+    float* sums;    // (shares, vectors of sums)
     int64_t blocks, shares, ranges, places;
     Buffers& buffers;
 };
 
-void weigh_block(const Weighing& task, const ChannelBlock& block, const Place& place, const float* panel, float* staged,
+int64_t floats_of_place(const ConvPlan& g) {
+    return g.rows * g.y.tile * divide_up(g.x.tile * g.group * g.lanes, LANES) * LANES;
+}
+
+// Calls f(y, x, height, vectors) for the register tiles of a place.
+template <class F>
+inline void each_tile(const ConvPlan& g, const Place& place, F f) {
+    const int64_t vectors = vectors_of(g, place.x);
+    for (int64_t y = 0; y < place.y.count; y += g.weight_rows)
+        for (int64_t x = 0; x < vectors; x += g.weight_columns)
+            f(y, x, least(g.weight_rows, place.y.count - y), least(g.weight_columns, vectors - x));
+}
+
+void stage_place(const void* context, int64_t item) {
+    const Weighing& task = *(const Weighing*)context;
+    const Place place(task.g, item);
+    float* to = task.staged + item * floats_of_place(task.g);
+    each_tile(task.g, place, [&](int64_t y, int64_t x, int64_t height, int64_t vectors) {
+        stage({task.g, place, task.blocks, 0, task.g.rows, y, x, height, vectors}, task.gradient, to);
+        to += task.g.rows * height * vectors * LANES;
+    });
+}
+
+void weigh_block(const Weighing& task, const ChannelBlock& block, int64_t item, const Place& place, const float* panel,
                  float* sums, Stream& stream) {
     const ConvPlan& g = task.g;
-    const int64_t vectors = vectors_of(g, place.x), row_floats = g.out_width * g.lanes, plane = g.out_height * row_floats;
-    for (int64_t y = 0; y < place.y.count; y += g.weight_rows) {
-        const int64_t height = least(g.weight_rows, place.y.count - y);
-        for (int64_t x = 0; x < vectors; x += g.weight_columns) {
-            const int64_t width = least(g.weight_columns, vectors - x), floats = height * width * LANES;
-            WeightTile tile{(const char*)(panel + y * g.pitch + x * LANES), g.pitch * 4, g.shift,
-                            g.counts + block.count, g.offsets + block.record, block.rows, staged, floats, width * LANES, sums, 0, &stream};
-            if (g.direct) {
-                tile.gradient = task.gradient + (place.group * g.rows + block.row) * plane +
-                                (place.y.first + y) * row_floats + place.x.first * g.lanes + x * LANES;
-                tile.gradient_row = plane;
-                tile.gradient_pitch = row_floats;
-                tile.ahead = g.ahead * plane;
-            } else if (block.first) {
-                stage({g, place, task.blocks, block.row, block.rows, y, x, height, width}, task.gradient, staged);
-            }
-            tile_of(height, width)(tile);
-            staged += g.widest_rows * floats;
+    const int64_t row_floats = g.out_width * g.lanes, plane = g.out_height * row_floats;
+    const float* staged = task.staged ? task.staged + item * floats_of_place(g) : nullptr;
+    each_tile(g, place, [&](int64_t y, int64_t x, int64_t height, int64_t vectors) {
+        const int64_t floats = height * vectors * LANES;
+        WeightTile tile{(const char*)(panel + y * g.pitch + x * LANES), g.pitch * 4, g.shift, g.counts + block.count,
+                        g.offsets + block.record, block.rows, nullptr, floats, vectors * LANES, sums, 0, &stream};
+        if (staged) {
+            tile.gradient = staged + block.row * floats;
+            staged += g.rows * floats;
+        } else {
+            tile.gradient = task.gradient + (place.group * g.rows + block.row) * plane +
+                            (place.y.first + y) * row_floats + place.x.first * g.lanes + x * LANES;
+            tile.gradient_row = plane;
+            tile.gradient_pitch = row_floats;
+            tile.ahead = AHEAD_ROWS * plane;
         }
-    }
+        tile_of(height, vectors)(tile);
+    });
 }
 
 void weigh(const void* context, int64_t item) {
     const Weighing& task = *(const Weighing*)context;
     const ConvPlan& g = task.g;
     const int64_t share = item / task.ranges, range = item % task.ranges;
-    float* panel = task.buffers.take();
-    float* staged = panel + whole_lines(g.panel_floats + LANES);
-    float* sums = task.sums + share * g.sums * LANES;
     const int64_t first = range * g.block_count / task.ranges, last = (range + 1) * g.block_count / task.ranges;
-    for (int64_t p = share * task.places / task.shares; p < (share + 1) * task.places / task.shares; p++) {
+    const int64_t end = (share + 1) * task.places / task.shares;
+    float* panel = task.buffers.take();
+    float* sums = task.sums + share * g.sums * LANES;
+    for (int64_t p = share * task.places / task.shares; p < end; p++) {
         const Place place(g, p);
+        const int64_t tiles = divide_up(place.y.count, g.weight_rows) * divide_up(vectors_of(g, place.x), g.weight_columns);
         for (int64_t b = first; b < last; b++) {
-            ChannelBlock block = g.blocks[b];
-            block.first |= b == first;
+            const ChannelBlock& block = g.blocks[b];
             pack_panel(g, block, place, task.source, task.blocks, panel);
-            const int64_t calls = block.rows * divide_up(place.y.count, g.weight_rows) * divide_up(vectors_of(g, place.x), g.weight_columns);
-            Stream stream = next_panel(g, place, p, b, task.source, (share + 1) * task.places / task.shares, first, last, calls);
-            weigh_block(task, block, place, panel, staged, sums + block.sum * LANES, stream);
+            Stream stream = next_panel(g, place, p, b, task.source, end, first, last, block.rows * tiles);
+            weigh_block(task, block, p, place, panel, sums + block.sum * LANES, stream);
         }
     }
     task.buffers.give_back(panel);
@@ -260,16 +281,19 @@ int dsr_conv_weights(const ConvPlan* plan, const float* source, int64_t blocks, 
     const int64_t shares = least(places, 524288 / ((g.sums + 1) * LANES));
     const int64_t count = shares > 16 ? 16 : shares > 1 ? shares : 1;
     const int64_t ranges = least(g.block_count, divide_up(16, count));
-    Buffers buffers(pool, whole_lines(g.panel_floats + LANES) +
-                              g.widest_rows * g.y.tile * divide_up(g.x.tile * g.group * g.lanes, LANES) * LANES);
-    float* sums = (float*)aligned_alloc(64, whole_lines((count * g.sums + 1) * LANES) * sizeof(float));
-    if (!buffers.memory || !buffers.taken || !sums) {
+    Buffers buffers(pool, g.panel_floats + LANES);
+    float* sums = new_floats((count * g.sums + 1) * LANES);
+    float* staged = g.direct ? nullptr : new_floats(places * floats_of_place(g));
+    if (!buffers.memory || !buffers.taken || !sums || (!g.direct && !staged)) {
         free(sums);
+        free(staged);
         return -1;
     }
     std::memset(sums, 0, count * g.sums * LANES * sizeof(float));
-    const Weighing task{g, source, gradient, sums, blocks, count, ranges, places, buffers};
+    const Weighing task{g, source, gradient, staged, sums, blocks, count, ranges, places, buffers};
+    if (staged) parallel(pool, places, stage_place, &task);
     parallel(pool, count * ranges, weigh, &task);
+    free(staged);
     fold_all(task);
     if (g.records < g.nnz) std::memset(out, 0, g.nnz * sizeof(float));
     each_run(g, [=](int64_t record, int64_t index, int64_t n) {
