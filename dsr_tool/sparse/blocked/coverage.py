@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ class Where(enum.Enum):
 
     KERNEL = "on kernels"
     LANES = "in torch, in the blocked layout"
-    TORCH = "in torch, on rows of images or tokens"
+    TORCH = "in torch, outside of the blocked layout"
     NUMBER = "no tensor"
 
 
@@ -25,7 +26,7 @@ class Coverage:
     Attributes:
         kernels: number of steps on kernels.
         lanes: number of steps that torch ran in the blocked layout.
-        torch: labels of the steps that torch ran on rows, in order.
+        torch: labels of the steps that torch ran on images in rows, or tokens, in order.
         relayouts: number of tensors that changed their layout in the forward pass.
         sparse: number of uses of sparse weights.
         sparse_on_kernels: number of those that no dense weight was made for.
@@ -55,10 +56,16 @@ class Coverage:
         )
 
     def __str__(self) -> str:
-        """Returns one line, such as `20 of 20 sparse layers on kernels; 1 of 49 steps in torch on rows (linear)`."""
+        """Returns one line for a log.
+
+        Such as `20 of 20 sparse layers on kernels; 1 of 44 steps in torch outside of the blocked layout (Conv2d)`.
+        """
         total = self.kernels + self.lanes + len(self.torch)
-        labels = ", ".join(dict.fromkeys(self.torch))
+        labels = ", ".join(f"{count} {label}" for label, count in Counter(self.torch).most_common())
         line = f"{self.sparse_on_kernels} of {self.sparse} sparse layers on kernels; "
-        line += f"{len(self.torch)} of {total} steps in torch on rows" + (f" ({labels})" if labels else "")
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.notes.items())
-        return line + (f"; as they are: {reasons}" if reasons else "")
+        line += f"{len(self.torch)} of {total} steps in torch outside of the blocked layout"
+        line += f" ({labels})" if labels else ""
+        # One module of each kind of reason is enough for a line; `notes` has all.
+        first = {reason: name for name, reason in reversed(list(self.notes.items()))}
+        reasons = "; ".join(f"{name}: {reason}" for reason, name in list(first.items())[:3])
+        return line + (f"; {len(self.notes)} modules as they are ({reasons})" if reasons else "")

@@ -31,24 +31,16 @@ class Fingerprint:
             if not key.startswith("_") and _is_simple(value)
         ]
         self._hooks = [getattr(module, name) for module in modules for name in _HOOKS]
-        self._hooked = any(self._hooks)
 
     def outdated(self) -> bool:
         """Returns whether a module was replaced, added or removed."""
         return any(tuple(held.items()) != before for held, before in self._children)
 
     def state(self) -> tuple[Hashable, ...]:
-        """Returns the settings now: modes, numbers and texts of all modules, and how many hooks they have.
-
-        A setting that became something else is None.
-        """
-        settings = tuple([_simple(held.get(key)) for held, key in self._settings])
+        """Returns the settings now: modes, numbers and texts of all modules, and how many hooks they have."""
+        settings = tuple([held.get(key) for held, key in self._settings])
         return settings, (tuple(map(len, self._hooks)) if any(self._hooks) else ())
 
 
 def _is_simple(value: object) -> bool:
     return isinstance(value, _SIMPLE) or (isinstance(value, tuple) and all(isinstance(each, _SIMPLE) for each in value))
-
-
-def _simple(value: object) -> Hashable:
-    return value if isinstance(value, Hashable) else None

@@ -32,11 +32,17 @@ def convolution_step(node: fx.Node, context: Context) -> Run | None:
         return None
     source, out = context.places[cast(fx.Node, node.args[0])], context.places[node]
     multiply, otherwise = _convolution(module, geometry, context), torch_step(node, context)
+    stem = not sparse_names(module) and geometry.groups == 1 and geometry.kernel != (1, 1)
 
     def run(registers: list[Any]) -> None:
         value = value_at(registers, source)
         if value is None or value.rank != 4 or value.shape[1] != geometry.in_channels:
             otherwise(registers)
+        elif stem and not value.in_lanes:
+            # Torch's own convolution is at its best with channels last, which `block` reads as they lie.
+            registers[source] = value.rows.contiguous(memory_format=torch.channels_last)
+            otherwise(registers)
+            registers[source] = value
         else:
             registers[out] = value.same(multiply(value.image))
 
@@ -72,7 +78,7 @@ def _convolution(module: nn.Conv2d, geometry: Geometry, context: Context) -> Pro
 
     def multiply(x: Tensor) -> Tensor:
         layer = store.layers[name]
-        if prefers_dense(geometry, layer.count / layer.size, x.shape[2] * x.shape[3]):
+        if prefers_dense(geometry, layer.count / layer.size):
             with light():
                 return convolve_dense(x, store.dense(name), geometry, parameters["bias"])
         values, positions = store.values_of(name), store.positions_of(name)
@@ -94,7 +100,7 @@ def linear_step(node: fx.Node, context: Context) -> Run | None:
 
     def run(registers: list[Any]) -> None:
         value, layer = value_at(registers, source), store.layers[name]
-        if value is None or value.rank != 2 or prefers_dense(geometry, layer.count / layer.size, 1):
+        if value is None or value.rank != 2 or prefers_dense(geometry, layer.count / layer.size):
             held = registers[source]
             rows = held.rows if type(held) is Value else held
             if isinstance(rows, Tensor) and rows.dtype is torch.float32 and rows.dim() > 1 and rows.numel():
@@ -129,7 +135,7 @@ def product(module: nn.Module, weight: str, bias: str, geometry: Geometry, conte
 
     def multiply(x: Tensor) -> Tensor:
         layer = store.layers[name]
-        if prefers_dense(geometry, layer.count / layer.size, 1):
+        if prefers_dense(geometry, layer.count / layer.size):
             with light():
                 return functional.linear(x, store.dense(name), parameters[bias])
         values, positions = store.values_of(name), store.positions_of(name)

@@ -24,7 +24,7 @@ _VIEWS = frozenset({
 _NUMBERS = frozenset({"size", "dim", "ndimension", "numel", "stride", "nelement"})
 _OF_NUMBERS = frozenset({
     "add", "sub", "mul", "floordiv", "truediv", "mod", "getitem", "neg", "eq", "ne", "lt", "le", "gt", "ge", "floor",
-    "ceil", "sqrt", "add_", "sub_", "mul_", "div_", "getattr",
+    "ceil", "sqrt", "iadd", "isub", "imul", "itruediv", "getattr",
 })  # fmt: skip
 
 

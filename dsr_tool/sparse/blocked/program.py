@@ -22,6 +22,7 @@ from dsr_tool.sparse.blocked.patterns import Group, grouped
 from dsr_tool.sparse.blocked.plans import Plans
 from dsr_tool.sparse.blocked.trace import Graph, sparse_names
 from dsr_tool.sparse.blocked.values import Registers, Value, detached, plain
+from dsr_tool.sparse.compact.marks import plain_class
 from dsr_tool.sparse.compact.store import CompactStore
 
 __all__ = ["Program"]
@@ -50,6 +51,7 @@ class Step(NamedTuple):
         label: operation or module, for people.
         sparse: names of the sparse weights in it.
         out: register that it writes.
+        constant: whether it only reads a parameter, a buffer or a constant.
     """
 
     run: Run
@@ -57,6 +59,7 @@ class Step(NamedTuple):
     label: str
     sparse: tuple[str, ...]
     out: int
+    constant: bool
 
 
 class Program:
@@ -111,7 +114,7 @@ class Program:
             step.run(registers)
             ran = Counter(CALLS) - before
             relayouts = ran.pop("dsr_block", 0) + ran.pop("dsr_unblock", 0)
-            counts.append((step, _where(step, registers[step.out], bool(ran)), relayouts))
+            counts.append((step, _where(step, registers[step.out], bool(ran), relayouts), relayouts))
             for place in step.ends:
                 registers[place] = None
         self.coverage = Coverage.of(
@@ -133,7 +136,8 @@ class Program:
         for i, (group, run) in enumerate(built):
             ends = tuple(place for place, at in last.items() if at == i and place not in kept)
             sparse = tuple(name for node in group.nodes for name in _sparse(node, context))
-            steps.append(Step(run, ends, _label(group.nodes[0], context), sparse, context.places[group.nodes[-1]]))
+            first, out = group.nodes[0], context.places[group.nodes[-1]]
+            steps.append(Step(run, ends, _label(first, context), sparse, out, first.op == "get_attr"))
         return steps
 
 
@@ -152,15 +156,17 @@ def _label(node: fx.Node, context: Context) -> str:
     if operation is not None:
         return operation.name
     if node.op == "call_module":
-        return type(context.module(node)).__name__
+        return plain_class(context.module(node)).__name__
     return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target))
 
 
-def _where(step: Step, held: Any, kernels: bool) -> Where:
+def _where(step: Step, held: Any, kernels: bool, relayouts: int) -> Where:
     if kernels:
         return Where.KERNEL
+    if step.constant:
+        return Where.NUMBER
     values = held if isinstance(held, tuple) else (held,)
-    if any(type(value) is Value and value.in_lanes for value in values):
+    if any(type(value) is Value and value.in_lanes for value in values) and not relayouts:
         return Where.LANES
     return Where.TORCH if any(isinstance(value, torch.Tensor) for value in values) or step.sparse else Where.NUMBER
 

@@ -106,7 +106,9 @@ class Runner:
         try:
             program = self._programs.get(key)
         except TypeError:
-            return "an argument is neither a tensor nor a constant"
+            # A setting may have become a list, say; next time it does not count as one.
+            self._fingerprint = None
+            return "an argument or a setting of a module is neither a tensor nor a constant"
         if program is None:
             program = self._programs[key] = self._traced(leaves, spec)
         return program if isinstance(program, str) else (program, tensors)

@@ -7,6 +7,7 @@ changes while it is traced: no attribute, no buffer, no random state.
 from __future__ import annotations
 
 import math
+import operator
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from dsr_tool.sparse.blocked.operations import module_kind
-from dsr_tool.sparse.compact.marks import plain_class
+from dsr_tool.sparse.compact.marks import LAYERS, plain_class
 from dsr_tool.sparse.compact.store import CompactStore
 
 __all__ = ["Graph", "NotTraceableError", "has_hooks", "sparse_names", "trace"]
@@ -84,7 +85,7 @@ def trace(module: nn.Module, store: CompactStore, arguments: Sequence[Any], spec
 
 def sparse_names(module: nn.Module) -> Mapping[str, str]:
     """Returns the names in the store of a module's own sparse weights, by attribute."""
-    held: Mapping[str, str] = module.__dict__.get("_compact_layers", {})
+    held: Mapping[str, str] = module.__dict__.get(LAYERS, {})
     return held
 
 
@@ -110,19 +111,19 @@ class _Proxy(fx.Proxy):
 
     # Without these, `x += y` would be recorded as a sum, and other names of x would keep the old value.
     def __iadd__(self, other: Any) -> Any:
-        return self._in_place("add_", other)
+        return self._in_place(operator.iadd, other)
 
     def __isub__(self, other: Any) -> Any:
-        return self._in_place("sub_", other)
+        return self._in_place(operator.isub, other)
 
     def __imul__(self, other: Any) -> Any:
-        return self._in_place("mul_", other)
+        return self._in_place(operator.imul, other)
 
     def __itruediv__(self, other: Any) -> Any:
-        return self._in_place("div_", other)
+        return self._in_place(operator.itruediv, other)
 
-    def _in_place(self, method: str, other: Any) -> Any:
-        return self.tracer.create_proxy("call_method", method, (self, other), {})
+    def _in_place(self, function: Callable[[Any, Any], Any], other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
 
 
 class _Tracer(fx.Tracer):
