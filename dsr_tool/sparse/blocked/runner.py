@@ -64,7 +64,7 @@ class Runner:
         if isinstance(found, str):
             self.note = found
             return False
-        self.note, self._ready.call = "", found
+        self.note, self._ready.call = "", (args, kwargs, found)
         return True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -73,9 +73,8 @@ class Runner:
         Raises:
             ValueError: if it does not accept them.
         """
-        found = self._ready.__dict__.pop("call", None)
-        if found is None or (found[1] is not args and not _same(found[1], args, kwargs)):
-            found = self._find(args, kwargs)
+        before = self._ready.__dict__.pop("call", None)
+        found = before[2] if before is not None and _same(before, args, kwargs) else self._find(args, kwargs)
         if isinstance(found, str):
             raise ValueError(f"the network cannot run on kernels: {found}.")
         self._last, tensors = found
@@ -151,10 +150,15 @@ _ONE = pytree.tree_flatten(((torch.empty(0),), {}))[1]
 """How one tensor is put together into the arguments of a call."""
 
 
-def _same(tensors: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    given = args if not kwargs and len(args) == 1 else pytree.tree_leaves((args, kwargs))
-    given = [leaf for leaf in given if isinstance(leaf, Tensor)]
-    return len(given) == len(tensors) and all(map(lambda a, b: a is b, given, tensors))
+def _same(before: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Returns whether a call that was accepted had the very same arguments."""
+    known_args, known_kwargs, _ = before
+    return (
+        len(known_args) == len(args)
+        and known_kwargs.keys() == kwargs.keys()
+        and all(one is other for one, other in zip(known_args, args, strict=True))
+        and all(known_kwargs[key] is value for key, value in kwargs.items())
+    )
 
 
 def _unfit_tensor(tensor: Tensor) -> str:

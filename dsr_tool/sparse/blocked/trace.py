@@ -70,7 +70,7 @@ def trace(module: nn.Module, store: CompactStore, arguments: Sequence[Any], spec
     tracer = _Tracer(module, arguments, spec)
     try:
         # Traced with gradients, so that a network's own `no_grad` shows.
-        with store.tracing(), torch.enable_grad(), _functions_refused():
+        with store.tracing(), torch.inference_mode(False), torch.enable_grad(), _functions_refused():
             tracer.trace(module)
     except NotTraceableError:
         raise
@@ -99,7 +99,7 @@ def has_hooks(module: nn.Module) -> bool:
 class _Proxy(fx.Proxy):
     """A tensor in a trace: networks that ask whether it is one get the right answer."""
 
-    _is_param = False
+    _is_param = _is_buffer = False
 
     @property
     def __class__(self) -> type:
