@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -38,16 +38,23 @@ def replicate(forward: nn.Module, module: nn.Module, example: torch.Tensor) -> n
     """
     if Ranks.current().count == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
         return forward
+    try:
+        unused = _without_gradient(module, example)
+    except RuntimeError:
+        unused = None  # the first step fails in the same way, and explains it
     options: dict[str, Any] = {
         # Running statistics are not read while training, so one message per epoch gives the same result.
         _SYNC_BUFFERS: False,
         # Gradients lie in the messages instead of beside them. Masking changes them in place, which keeps that.
         "gradient_as_bucket_view": True,
         # The others would wait for a gradient that never comes. torch advises against it where it is not needed.
-        "find_unused_parameters": bool(_without_gradient(module, example)),
+        "find_unused_parameters": bool(unused),
     }
     devices = [torch.cuda.current_device()] if example.device.type == "cuda" else None
-    return DistributedDataParallel(forward, device_ids=devices, **options)
+    replica = DistributedDataParallel(forward, device_ids=devices, **options)
+    if forward is module and unused is not None:  # compiled code is for one batch size
+        _arrange_messages(replica, module, example)
+    return replica
 
 
 def common_tensors(model: SparseModel) -> Iterator[torch.Tensor]:
@@ -66,24 +73,41 @@ def without_sync(module: nn.Module) -> AbstractContextManager[None]:
     return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
 
 
-def _without_gradient(module: nn.Module, example: torch.Tensor) -> list[str]:
-    """Returns the names of parameters that get no gradient in training, such as those of an unused head.
+def _arrange_messages(replica: nn.Module, module: nn.Module, example: torch.Tensor) -> None:
+    """Takes one backward pass, after which DDP arranges its messages by the order in which gradients come.
 
-    Runs the network once, and leaves its buffers and torch's random numbers as they were.
+    The place of a value in a message decides the order in which three or more ranks add it. A run that resumes would
+    otherwise take its first step with other places than a run without a stop.
     """
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    with _nothing_kept(module, example):
+        _total(replica(example)).backward()
+        for parameter in module.parameters():
+            parameter.grad = None
+
+
+def _without_gradient(module: nn.Module, example: torch.Tensor) -> list[str]:
+    """Returns the names of parameters that get no gradient in training, such as those of an unused head."""
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    with _nothing_kept(module, example):
+        found = torch.autograd.grad(_total(module(example)), list(trained.values()), allow_unused=True)
+    return [name for name, gradient in zip(trained, found, strict=True) if gradient is None]
+
+
+def _total(outputs: object) -> torch.Tensor:
+    """Returns the sum of all outputs that have a gradient."""
+    tensors = [each for each in tree_leaves(outputs) if isinstance(each, torch.Tensor) and each.requires_grad]
+    return torch.stack([tensor.float().sum() for tensor in tensors]).sum()
+
+
+@contextmanager
+def _nothing_kept(module: nn.Module, example: torch.Tensor) -> Iterator[None]:
+    """Lets a network run in training mode, and leaves its buffers and torch's random numbers as they were."""
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     module.train()
     try:
         with torch.random.fork_rng(devices=[example.device] if example.device.type == "cuda" else []):
-            outputs = [output for output in tree_leaves(module(example)) if isinstance(output, torch.Tensor)]
-            total = torch.stack([output.float().sum() for output in outputs if output.requires_grad]).sum()
-            found = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
-    except RuntimeError:
-        # The first step fails in the same way, and explains it.
-        return []
+            yield
     finally:
         with torch.no_grad():
             for name, buffer in module.named_buffers():
                 buffer.copy_(buffers[name])
-    return [name for name, gradient in zip(trained, found, strict=True) if gradient is None]

@@ -1,3 +1,9 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -67,3 +73,45 @@ def arrays():
         return path
 
     return write
+
+
+def _environment(**more):
+    root = str(Path(__file__).parents[2])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, **more}
+
+
+@pytest.fixture
+def environment():
+    """Returns a function that gives a process of a test its environment: one thread, and the code under test."""
+    return _environment
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Returns a function that starts `worker.py` as several processes, without torchrun's start-up time.
+
+    It returns an object with codes and messages of the processes, the epochs in the log, and the states that were left.
+    """
+
+    def start(count, folder="", *, wanted=None, **options):
+        folder = tmp_path / (folder or "run")
+        folder.mkdir(exist_ok=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+        command = [sys.executable, Path(__file__).with_name("worker.py"), folder, json.dumps(options)]
+        processes = [
+            subprocess.Popen(command, env=_environment(RANK=str(rank), **meeting), stderr=subprocess.PIPE, text=True)
+            for rank in range(count)
+        ]
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+        codes = [process.returncode for process in processes]
+        assert codes == (wanted or [0] * count), errors
+        log = folder / "run" / "log.jsonl"
+        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        ends = [folder / f"rank{rank}.pt" for rank in range(count)]
+        states = [torch.load(end, weights_only=True) for end in ends if end.exists()]
+        epochs = [line for line in lines if line["kind"] == "epoch"]
+        return SimpleNamespace(folder=folder, errors=errors, epochs=epochs, states=states)
+
+    return start

@@ -1,8 +1,7 @@
-"""Two processes that train one model reach the same result as one process."""
+"""Several processes that train one model reach the same result as one process."""
 
 import json
-import os
-import socket
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,106 +10,89 @@ import pytest
 import torch
 
 from converters.conversion import convert
-from dsr_tool.errors import UsageError
-from dsr_tool.train import Ranks
-
-# A model without batch normalisation, whose batches may be shared out without a trace.
-SCRIPT = """
-import json
-import sys
-import torch
-from torch import nn
-from converters.conversion import convert
-from converters.loading import load
-from dsr_tool.train import Follower, RunFolder, TrainSettings, joined, load_data, train
-
-torch.set_num_threads(1)
-folder, method, resume = sys.argv[1], sys.argv[2], sys.argv[3] == "resume"
-
-def make():
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
-
-with joined(torch.device("cpu")) as ranks:
-    run = RunFolder(folder + "/run", resume=resume) if ranks.first else Follower(folder + "/run", resume)
-    torch.manual_seed(0)
-    model = load(folder + "/run", make()) if run.stopped else convert(
-        make(), sparsity=0.8, input_shape=(3, 8, 8), positions="random", seed=0)
-    data = load_data("fake:200", model.config)
-    settings = TrainSettings(method=method, epochs=3, batch_size=48, every=3, augment="crop-flip", device="cpu")
-    run.facts = {"settings": settings.to_dict()}
-    ranks.wait()
-    with run:
-        train(model, data, settings, [run], state=run.stopped.state if run.stopped else None,
-              deadline=0.0 if resume else float("inf"))
-    torch.save({**model.module.state_dict(), **{"mask " + k: v for k, v in model.masks.items()}},
-               f"{folder}/rank{ranks.rank}.pt")
-"""
+from dsr_tool.errors import CheckFailed, UsageError
+from dsr_tool.train import Ranks, TrainSettings
+from dsr_tool.train.checksums import checksums
 
 
-def environment(**more):
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), **more}
+@pytest.fixture
+def torchrun(environment):
+    def start(*command):
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+        line += map(str, command)
+        return subprocess.run(line, env=environment(), check=False, capture_output=True, text=True)
+
+    return start
 
 
-def torchrun(*command):
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    line += map(str, command)
-    return subprocess.run(line, env=environment(), check=False, capture_output=True, text=True)
+def equal(states, expected):
+    return all(torch.equal(value, state[name]) for state in states for name, value in expected.items())
 
 
-def launch(count, *command):
-    """Starts processes with the environment that torchrun sets, without its start-up time."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
-    processes = [
-        subprocess.Popen([sys.executable, *map(str, command)], env=environment(RANK=str(rank), **meeting))
-        for rank in range(count)
-    ]
-    assert [process.wait() for process in processes] == [0] * count
-
-
-def train_by(folder, method, *, processes, pieces=1):
-    folder.mkdir()
-    (folder / "script.py").write_text(SCRIPT)
-    for _ in range(pieces):
-        launch(processes, folder / "script.py", folder, method, "resume" if pieces > 1 else "")
-    lines = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
-    states = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
-    return [line for line in lines if line["kind"] == "epoch"], states
-
-
-def test_two_processes_train_as_one_does(tmp_path):
-    alone, _ = train_by(tmp_path / "one", "dsr", processes=1)
-    shared, (first, second) = train_by(tmp_path / "two", "dsr", processes=2)
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+def test_two_processes_train_as_one_does(launch):
+    settings = {"method": "dsr", "every": 2}
+    alone = launch(1, "one", settings=settings)
+    shared = launch(2, "two", settings=settings)
+    assert equal(shared.states, shared.states[0]) and shared.states[0].keys() == alone.states[0].keys()
     for name in ("active_weights", "step"):
-        assert [epoch[name] for epoch in shared] == [epoch[name] for epoch in alone]
+        assert [epoch[name] for epoch in shared.epochs] == [epoch[name] for epoch in alone.epochs]
     # Sums of gradients round differently, which a reallocation may turn into another weight.
-    assert shared[0]["train_loss"] == pytest.approx(alone[0]["train_loss"], rel=1e-3)
+    assert shared.epochs[0]["train_loss"] == pytest.approx(alone.epochs[0]["train_loss"], rel=1e-3)
     for name in ("train_loss", "test_loss"):
-        assert [epoch[name] for epoch in shared] == pytest.approx([epoch[name] for epoch in alone], rel=0.1)
+        assert [epoch[name] for epoch in shared.epochs] == pytest.approx([e[name] for e in alone.epochs], rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["plain", "branches"])
+@pytest.mark.parametrize("storage", ["masked", "compact"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_weights_of_processes_are_those_of_one_on_the_whole_batch(launch, network, storage, accumulate):
+    options = {"network": network, "frozen": network == "plain"}
+    settings = {"method": "static", "storage": storage, "epochs": 2}
+    (alone,) = launch(1, "one", settings=settings, **options).states
+    shared = launch(2, "two", settings={**settings, "accumulate": accumulate}, **options)
+    assert equal(shared.states, shared.states[0])
+    assert not any("Warning" in error for error in shared.errors), shared.errors
+    for name, value in alone.items():
+        torch.testing.assert_close(shared.states[0][name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_networks_train_as_others_do(launch):
+    settings = {"method": "static", "epochs": 1, "storage": "masked"}
+    plain = launch(2, "plain", settings=settings)
+    compiled = launch(2, "compiled", settings={**settings, "compile": True, "accumulate": 2})
+    assert equal(compiled.states, compiled.states[0])
+    for name, value in plain.states[0].items():
+        torch.testing.assert_close(compiled.states[0][name], value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["static", "set", "rigl", "deepr"])
-def test_a_run_of_two_processes_resumes_in_pieces(tmp_path, method):
-    whole, ends = train_by(tmp_path / "whole", method, processes=2)
-    pieces, resumed = train_by(tmp_path / "pieces", method, processes=2, pieces=3)
-    assert [epoch["epoch"] for epoch in pieces] == [1, 2, 3]
-    for state in (ends[1], *resumed):
-        assert all(torch.equal(value, state[name]) for name, value in ends[0].items())
-    assert [epoch["test_loss"] for epoch in pieces] == [epoch["test_loss"] for epoch in whole]
+def test_a_run_of_two_processes_resumes_in_pieces(launch, method):
+    options = {"settings": {"method": method, "every": 2}, "network": "norm"}
+    whole = launch(2, "whole", **options)
+    for _ in range(3):
+        pieces = launch(2, "pieces", resume=True, pause=True, **options)
+    assert [epoch["epoch"] for epoch in pieces.epochs] == [1, 2, 3]
+    assert equal((whole.states[1], *pieces.states), whole.states[0])
+    assert [epoch["test_loss"] for epoch in pieces.epochs] == [epoch["test_loss"] for epoch in whole.epochs]
+
+
+def test_processes_that_start_with_different_weights_are_refused(launch):
+    refused = launch(2, differing=True, wanted=[CheckFailed.exit_code] * 2)
+    assert all("weights or masks differ between the processes" in error for error in refused.errors)
 
 
 @pytest.mark.slow
-def test_the_command_runs_under_torchrun(tmp_path):
+def test_the_command_runs_under_torchrun(tmp_path, torchrun):
     convert("shufflenet_v2_x0_5", num_classes=10, input_size=32, sparsity=0.8).save(tmp_path / "model")
     program = Path(sys.executable).with_name("dsr-tool")
     options = ["--data", "fake:80", "--epochs", 2, "--batch-size", 40, "--every", 1, "--device", "cpu", "--json"]
-    done = torchrun(program, "train", tmp_path / "model", "-o", tmp_path / "run", *options)
+    done = torchrun(program, "train", tmp_path / "model", "-o", tmp_path / "run", *options, "--accumulate", 2)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
-    assert document["finished"] and document["steps"] == 4
+    assert document["finished"] and document["steps"] == 4 and document["settings"]["accumulate"] == 2
     odd = torchrun(program, "train", tmp_path / "model", "-o", tmp_path / "odd", *options, "--batch-size", 39)
     assert odd.returncode != 0 and "cannot be divided among 2 processes" in odd.stderr
     assert not (tmp_path / "odd").exists()
@@ -130,3 +112,33 @@ def test_every_rank_takes_its_part_of_each_batch():
 def test_batches_that_cannot_be_divided_are_refused(batch, count):
     with pytest.raises(UsageError, match=f"cannot be divided among {count} processes"):
         Ranks(0, count).share(torch.arange(24), batch)
+
+
+def test_checksums_see_every_bit_and_the_order():
+    torch.manual_seed(0)
+    values = torch.randn(300_001)
+    same = values.clone().as_strided((300_001,), (1,))
+    assert torch.equal(*checksums([values, same]))
+    for index in (0, 131_072, 300_000):
+        for bit in (0, 31):
+            other = values.clone()
+            other.view(torch.int32)[index] ^= torch.tensor(1 << bit).to(torch.int32)
+            assert not torch.equal(*checksums([values, other]))
+    assert not torch.equal(*checksums([values, values.flip(0)]))
+    chunks = values[: 2**20].roll(2**18)  # words change places, in whole chunks and within
+    assert not torch.equal(*checksums([values, chunks]))
+
+
+def test_checksums_do_not_depend_on_memory():
+    weight = torch.randn(6, 4, 3, 3)
+    mask = weight > 0
+    sums = checksums([weight, mask, torch.tensor(True), torch.zeros(0), weight[1:2]])
+    last = [weight.to(memory_format=torch.channels_last), mask.contiguous(memory_format=torch.channels_last)]
+    assert torch.equal(checksums(last), sums[:2])
+    assert torch.equal(checksums([weight[1:2].clone()]), sums[4:]) and len(checksums([])) == 0
+
+
+def test_help_says_that_the_batch_is_that_of_a_step(run):
+    code, out, _ = run("train", "--help")
+    assert code == 0 and TrainSettings.accumulate == 1
+    assert "--batch-size images still make one step" in re.sub(r"\s+", " ", out)
