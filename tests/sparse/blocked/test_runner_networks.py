@@ -64,3 +64,36 @@ def test_a_convolutional_network_of_torchvision_runs_on_kernels_alone(networks, 
     coverage = found.runner.coverage
     assert coverage.sparse_on_kernels == coverage.sparse > 9
     assert not coverage.torch and not coverage.notes
+
+
+def convnext():
+    block = models.convnext.CNBlockConfig
+    return models.ConvNeXt([block(16, 32, 1), block(32, None, 1)], 0.0, 1.0, num_classes=5)
+
+
+TOKENS = {
+    "vit": lambda: models.VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=5),
+    "convnext": convnext,
+    "swin": lambda: models.SwinTransformer(
+        [4, 4], 16, [2, 2], [2, 4], [4, 4], stochastic_depth_prob=0.0, num_classes=5
+    ),
+    "maxvit": lambda: models.MaxVit((32, 32), 16, 4, [16, 32], [1, 1], 8, stochastic_depth_prob=0.0, num_classes=5),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", TOKENS)
+def test_a_network_of_tokens_runs_its_layers_on_kernels(networks, name, training):
+    network = TOKENS[name]()
+    for name_, parameter in network.named_parameters():
+        # The last layer of a ViT and the scales of ConvNeXt start at zero, which hides all before them.
+        if name_.startswith("heads") or name_.endswith("layer_scale"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    found = networks.compare(networks.smooth(network), torch.randn(5, 3, 32, 32), training=training)
+    found.check()
+    coverage = found.runner.coverage
+    if name == "swin":
+        # Each attention reads the weights of two layers itself.
+        assert coverage.sparse - coverage.sparse_on_kernels == 2 * len(coverage.notes) == 8
+    else:
+        assert coverage.sparse_on_kernels == coverage.sparse and not coverage.notes
