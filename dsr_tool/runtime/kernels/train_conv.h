@@ -44,6 +44,7 @@ struct ChannelBlock {
     int64_t record;       // index of the first record
     int64_t count;        // index of the first row's number of records
     int64_t sum;          // index of the first vector of sums, in the gradient to the weights
+    int64_t value;        // canonical index of the first of its weights
 };
 
 struct ConvPlan {
@@ -66,7 +67,10 @@ struct ConvPlan {
     int64_t block_count;
     uint16_t* counts;   // records of each row of each block
     uint16_t* offsets;  // pixels from the start of the panel to the input of each record
-    int32_t* order;     // canonical index of each record; null if records are in canonical order within each row
+    // The canonical index of each record: from its block's first weight on where 16 bits suffice, else from 0 on. Both
+    // are null if records are in canonical order within each row.
+    uint16_t* near;
+    int32_t* order;
     bool streams;       // whether panels are asked for while others are worked on
     int64_t bytes;      // of this plan
 };
@@ -197,8 +201,12 @@ struct Buffers {
 // Calls f(index of the first record, canonical index, count) for runs of records that are neighbours in both orders.
 template <class F>
 void each_run(const ConvPlan& g, F f) {
-    if (g.order) {
-        for (int64_t i = 0; i < g.records; i++) f(i, (int64_t)g.order[i], (int64_t)1);
+    if (g.near || g.order) {
+        for (int64_t b = 0; b < g.block_count; b++) {
+            const int64_t end = b + 1 < g.block_count ? g.blocks[b + 1].record : g.records;
+            for (int64_t i = g.blocks[b].record; i < end; i++)
+                f(i, g.near ? g.blocks[b].value + g.near[i] : (int64_t)g.order[i], (int64_t)1);
+        }
         return;
     }
     // Rows are in canonical order, and so are the records of each row from block to block.

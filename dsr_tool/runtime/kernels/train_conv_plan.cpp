@@ -125,6 +125,19 @@ void each_weight(const Layer& layer, const ConvPlan& g, const Columns& columns, 
     }
 }
 
+// Finds the first weight of each block of a plan for the gradient, whose source channels are rows of the weight, and
+// returns the most weights that a block has.
+int64_t find_values(ConvPlan& g, const Columns& columns, const int32_t* positions, int64_t nnz) {
+    int64_t at = 0, most = 0;
+    for (int64_t b = 0; b < g.block_count; b++) {
+        const int64_t end = (g.blocks[b].channel + g.blocks[b].channels) * columns.count, first = at;
+        while (at < nnz && (uint32_t)positions[at] < end) at++;
+        g.blocks[b].value = first;
+        if (at - first > most) most = at - first;
+    }
+    return most;
+}
+
 void fill_records(ConvPlan& g, const Layer& layer, const int32_t* positions, int64_t nnz) {
     const Columns columns(layer, g);
     int32_t* block_of = zeros<int32_t>(g.channels);
@@ -148,15 +161,16 @@ void fill_records(ConvPlan& g, const Layer& layer, const int32_t* positions, int
     g.offsets = zeros<uint16_t>(g.records);
     g.bytes += g.records * sizeof(uint16_t);
     const bool canonical = !layer.gradient && g.records == nnz;
-    if (!canonical) {
-        g.order = zeros<int32_t>(g.records);
-        g.bytes += g.records * sizeof(int32_t);
-    }
+    const bool near = !canonical && layer.gradient && find_values(g, columns, positions, nnz) <= 65536;
+    if (near) g.near = zeros<uint16_t>(g.records);
+    if (!canonical && !near) g.order = zeros<int32_t>(g.records);
+    g.bytes += canonical ? 0 : g.records * (int64_t)(near ? sizeof(uint16_t) : sizeof(int32_t));
     each_weight(layer, g, columns, block_of, positions, nnz,
                 [&](const ChannelBlock& block, int64_t row, uint16_t offset, int64_t i) {
                     const uint32_t at = next[block.count + row]++;
                     g.offsets[at] = offset;
-                    if (!canonical) g.order[at] = (int32_t)i;
+                    if (near) g.near[at] = (uint16_t)(i - block.value);
+                    if (g.order) g.order[at] = (int32_t)i;
                 });
     free(next);
     free(block_of);
@@ -257,6 +271,7 @@ void dsr_conv_plan_free(ConvPlan* g) {
     free(g->blocks);
     free(g->counts);
     free(g->offsets);
+    free(g->near);
     free(g->order);
     free(g);
 }

@@ -70,7 +70,7 @@ def convolve_dense(x: Tensor, weight: Tensor, geometry: Geometry, bias: Tensor |
         product = torch.matmul(weight.flatten(1), x.view(blocks, channels, height * width * lanes))
         out = product.view(blocks, geometry.out_channels, height, width, lanes)
         return out if bias is None else out + bias.view(-1, 1, 1, 1)
-    if geometry.groups == 1 and geometry.padding in (geometry.pads, (geometry.pads[0][0], geometry.pads[1][0])):
+    if geometry.groups == 1 and geometry.weights > _FEW * geometry.out_channels:
         images = unblock(x, blocks * lanes, channels_last=True)
         return block(_conv2d(images, weight, geometry, bias), lanes)
     values = weight.contiguous().view(-1)
@@ -89,6 +89,13 @@ def _is_matmul(geometry: Geometry) -> bool:
     unpadded = geometry.pads == ((0, 0), (0, 0))
     return geometry.kernel == (1, 1) and geometry.stride == (1, 1) and geometry.groups == 1 and unpadded
 
+
+_FEW = 32
+"""Most weights of an output channel for which the sparse kernels are faster than torch between two relayouts.
+
+Forward and gradient to the weights on Zen 5: 1.07 times faster without the relayouts for 3 x 3 x 3 weights at 32 pixels
+and 0.65 times for 3 x 7 x 7 at 224. Grouped layers have few weights too: depthwise ones were 0.73 to 2.3 times as fast.
+"""
 
 _DENSE = Plans()
 """Plans of dense layers, which differ by their geometry alone."""

@@ -164,6 +164,18 @@ def test_dense_weights_agree_with_torch(geometry, with_bias):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_dense_layers_with_few_weights_of_each_output_run_on_the_kernels():
+    x = torch.randn(1, 6, 9, 9, 16)
+    for geometry, calls in (
+        (Geometry(4, 6, (3, 3)), 0),
+        (Geometry(4, 6, (2, 2)), 1),
+        (Geometry(6, 6, (3, 3), groups=6), 1),
+    ):
+        before = CALLS.copy()
+        convolve_dense(x, torch.randn(geometry.out_channels, 6 // geometry.groups, *geometry.kernel), geometry)
+        assert (CALLS - before)["dsr_conv"] == calls
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"x": torch.zeros(1, 3, 5, 5, 4)}, "(1, 3, 5, 5, 4)"),
     ({"x": torch.zeros(1, 2, 5, 5, 6)}, "4, 8 or 16 lanes"),
