@@ -1,7 +1,9 @@
-"""Estimates the memory of a calibration before it starts, and compares it with what the machine has left."""
+"""Estimates the memory of a calibration, compares it with what the machine has left, and gives freed memory back."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import re
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ from dsr_tool.sparse.feeding import evaluating
 from dsr_tool.sparse.macs import with_macs
 from dsr_tool.sparsity.layers import LayerSpec
 
-__all__ = ["Need", "available_bytes", "memory_need", "require_memory"]
+__all__ = ["Need", "available_bytes", "memory_need", "release_freed", "require_memory"]
 
 _FLOAT = 4
 """Bytes of a float32."""
@@ -33,13 +35,13 @@ _SUMMED, _OWN = 8, 17
 """Bytes per weight of the layer that is fitted: while batches are summed (weights, targets), and while it is solved
 (weights, targets, scores, values, mask)."""
 
-_MOMENTS, _WITH_SYSTEMS = 12, 5
-"""Matrices of columns x columns that are alive while a mask is chosen: 11 in the solver, measured on layers of 256 to
-2,048 columns, and the sums; and those that are alive while values are fitted, beside the rows' systems. Of a
-wide layer, the sums of all slices are alive, and the rest for one slice at a time."""
+_MOMENTS, _WITH_SYSTEMS = 6, 5
+"""Matrices of columns x columns that are alive while a mask is chosen: 4.2 in the solver, measured on 2,304 columns,
+and the sums; and those that are alive while values are fitted, beside the rows' systems. Of a wide layer, the sums of
+all slices are alive, and the rest for one slice at a time."""
 
-_SYSTEMS = 3 << 28
-"""Most bytes of the rows' own systems, which are factorised in chunks: three times 256 MiB."""
+_SYSTEMS = 3 << 26
+"""Most bytes of the rows' own systems, which are factorised in chunks: three times 64 MiB."""
 
 _BATCH, _ALIVE = 16, 4
 """Pictures of one pass, and activations of the largest size that are alive in it, with the samples taken of them."""
@@ -175,6 +177,16 @@ def available_bytes(root: Path = Path("/")) -> int | None:
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
             limits += _group_limits(root / "sys/fs/cgroup/memory", path, *names)
     return max(min(limits), 0) if limits else None
+
+
+def release_freed() -> None:
+    """Returns freed memory to the system, where the C library is glibc; elsewhere it does nothing.
+
+    glibc keeps freed blocks of up to 32 MiB for later ones of that size, and the values of a batch are such blocks. The
+    matrices of a solver are larger, so they would come on top of the gigabyte that the first stages have left.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no such function, or no library to ask
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _group_limits(mount: Path, path: str, limit: str, usage: str) -> Iterator[int]:

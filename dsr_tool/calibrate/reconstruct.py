@@ -18,6 +18,7 @@ from torch import nn
 from dsr_tool.calibrate.calls import Call
 from dsr_tool.calibrate.fitting import Fitting, by_magnitude
 from dsr_tool.calibrate.inputs import Collector, Reached
+from dsr_tool.calibrate.memory import release_freed
 from dsr_tool.calibrate.segments import Segments, Values, kept, used
 from dsr_tool.calibrate.survey import Layer, survey
 from dsr_tool.calibrate.views import with_views
@@ -187,6 +188,7 @@ class _Run:
             self._pass(stage, sparse_values, sparse)
             for name, fitting in fittings.items():
                 fitting.add(dense.samples[name], sparse.samples[name])
+        release_freed()
         for name, fitting in fittings.items():
             size = self._state[name].numel()
             fitted = fitting.fit(self._counts.get(name, size), self._units.get(name, 1))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +17,46 @@ from dsr_tool.calibrate.memory import Need, available_bytes, memory_need, requir
 from dsr_tool.calibrate.views import affordable_views
 from dsr_tool.calibrate.wide import moment_bytes
 from dsr_tool.errors import UsageError
+from dsr_tool.measure.memory.process import ENVIRONMENT, can_measure
 from dsr_tool.sparse.discover import discover
 
 SHAPE = (3, 16, 16)
+
+SOLVED = """
+import sys, torch
+from dsr_tool.calibrate.solver import Problem, solve
+from dsr_tool.measure.memory.process import held_bytes, reset_peak
+def problem(rows, columns):
+    x = torch.randn(columns, columns)
+    weight = torch.randn(1, rows, columns)
+    moments = (x.T @ x / columns)[None]
+    return Problem(weight, moments, weight @ moments, torch.ones(1, rows), torch.tensor([6.0 * columns]))
+solve(problem(2, 64), 50)  # loads what the libraries load late
+large = problem(int(sys.argv[1]), int(sys.argv[2]))
+before = held_bytes("VmRSS")
+reset_peak()
+solve(large, int(float(sys.argv[3]) * large.weight.numel()))
+print(held_bytes("VmHWM") - before)
+"""
+
+FREED = """
+import torch
+from dsr_tool.calibrate.memory import release_freed
+from dsr_tool.measure.memory.process import held_bytes
+torch.ones(7 << 20)  # once 28 MiB are freed, glibc keeps blocks of that size and below
+blocks = [torch.ones(1 << 18) for _ in range(200)]
+del blocks[:-1]  # the last one keeps the heap from shrinking by itself
+before = held_bytes("VmRSS")
+release_freed()
+print(before - held_bytes("VmRSS"))
+"""
+
+
+def told_by_a_child(code: str, *arguments: str, **environment: str) -> int:
+    # A process of its own, because this one has freed blocks of earlier tests to use again.
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **environment})
+    return int(done.stdout)
 
 
 def net(width: int = 8) -> nn.Module:
@@ -60,6 +101,32 @@ def test_the_largest_layer_and_activation_count():
     assert (
         grouped.fixed_bytes < memory_need(nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 3)), SHAPE).fixed_bytes
     )
+
+
+@pytest.mark.skipif(not can_measure(), reason="the system does not tell resident memory")
+@pytest.mark.parametrize("density", [0.3, 0.75])  # by the rows' own systems, and by conjugate gradients
+def test_a_solver_takes_what_the_estimate_says(density):
+    rows, columns = 64, 1536
+    with torch.device("meta"):
+        layer = nn.Linear(columns, rows)
+    estimate, matrix = memory._fitting(layer, discover(layer)["weight"], 0), moment_bytes(1, columns, 1)
+    if density > 0.5:
+        estimate = memory._MOMENTS * matrix + memory._OWN * rows * columns  # no row has a system of its own
+    there = matrix + 8 * rows * columns  # the sums, weights and targets
+    peak = told_by_a_child(SOLVED, str(rows), str(columns), str(density), **ENVIRONMENT)
+    assert 0.5 * estimate < there + peak <= estimate
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_freed_blocks_go_back_to_the_system():
+    assert told_by_a_child(FREED) > 150 << 20
+
+
+def test_without_glibc_nothing_happens(monkeypatch):
+    asked: list[object] = []
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: asked.append(name) or object())
+    memory.release_freed()
+    assert asked == [None]
 
 
 def test_the_network_stays_as_it_is():

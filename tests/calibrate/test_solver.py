@@ -50,6 +50,19 @@ def test_values_equal_the_least_squares_of_numpy_on_their_mask(monkeypatch):
             np.testing.assert_allclose(found.weight[block, row, active], expected, rtol=2e-3, atol=2e-3)
 
 
+def test_the_problem_stays_as_it_is_and_chunks_change_rounding_alone(monkeypatch):
+    problem, _, _ = _problem(2, blocks=2, rows=30, columns=20)
+    before = [tensor.clone() for tensor in (problem.weight, problem.moments, problem.target)]
+    whole = solve(problem, 400)
+    assert all(
+        torch.equal(*pair) for pair in zip(before, (problem.weight, problem.moments, problem.target), strict=True)
+    )
+    monkeypatch.setattr(solver, "_CHUNK", 1)  # one row at a time
+    single = solve(problem, 400)
+    assert torch.equal(whole.mask, single.mask)
+    torch.testing.assert_close(single.weight, whole.weight, rtol=1e-4, atol=1e-5)
+
+
 def test_the_gradient_is_zero_on_the_mask_and_both_ways_to_solve_agree():
     problem, _, _ = _problem(1, rows=30, columns=20)
     mask = largest_mask(problem.weight.square(), 200, 1)
