@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import math
 import operator
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from dsr_tool.sparse.blocked.guard import Guard
 from dsr_tool.sparse.blocked.operations import module_kind
 from dsr_tool.sparse.compact.marks import LAYERS, plain_class
 from dsr_tool.sparse.compact.store import CompactStore
@@ -134,7 +133,7 @@ class _Tracer(fx.Tracer):
     def __init__(self, module: nn.Module, arguments: Sequence[Any], spec: pytree.TreeSpec) -> None:
         super().__init__(autowrap_modules=(math,))
         self._arguments, self._spec = arguments, spec
-        self.before = _State.of(module)
+        self.before = Guard.of(module)
         self.inputs: list[fx.Node] = []
         self.outputs: list[Any] = []
         self.result: pytree.TreeSpec | None = None
@@ -190,7 +189,7 @@ class _Tracer(fx.Tracer):
         """Follows a module, or records a call of it if that fails or would not be the same."""
         path = self.path_of_module(m)
         if not self.is_leaf_module(m, path):
-            before, depth = _State.of(m), (dict(self.module_stack), self.scope.module_path, self.scope.module_type)
+            before, depth = Guard.of(m), (dict(self.module_stack), self.scope.module_path, self.scope.module_type)
             made = len(self.graph.nodes)
             try:
                 result = super().call_module(m, forward, args, kwargs)
@@ -256,50 +255,3 @@ def _functions_refused() -> Iterator[None]:
         yield
     finally:
         torch.autograd.Function.apply = known
-
-
-@dataclass
-class _State:
-    """What tracing a module may not change: its attributes, and the random states."""
-
-    attributes: dict[nn.Module, list[tuple[dict[str, Any], dict[str, Any]]]]
-    random: tuple[Any, ...] = field(default_factory=lambda: _random_state())  # noqa: PLW0108 - defined below
-
-    @classmethod
-    def of(cls, module: nn.Module) -> _State:
-        """Copies the attributes of a module and of all below it."""
-        return cls(
-            {
-                each: [(held, dict(held)) for held in (each.__dict__, each._parameters, each._buffers, each._modules)]
-                for each in module.modules()
-            }
-        )
-
-    def restore(self, module: nn.Module) -> str:
-        """Undoes changes. Returns what changed, or an empty text."""
-        changed = ""
-        for each, dictionaries in self.attributes.items():
-            for held, before in dictionaries:
-                if held.keys() != before.keys() or any(held[key] is not value for key, value in before.items()):
-                    changed = f"{plain_class(each).__name__} sets attributes of itself in forward"
-                    held.clear()
-                    held.update(before)
-        now = _random_state()
-        if not all(map(_same, now, self.random)):
-            torch.set_rng_state(self.random[0])
-            random.setstate(self.random[1])
-            np.random.set_state(self.random[2])
-            changed = f"{plain_class(module).__name__} draws random numbers outside of torch's layers"
-        return changed
-
-
-def _random_state() -> tuple[Any, ...]:
-    return torch.get_rng_state(), random.getstate(), np.random.get_state()
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, tuple):
-        return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
-    return bool(one == other)

@@ -63,11 +63,6 @@ class Value:
         return torch.Size((self.images, *self.lanes.shape[1:-1]))
 
     @property
-    def full(self) -> bool:
-        """Whether no lane is padding."""
-        return not self.images % _lanes(self.images)
-
-    @property
     def lanes(self) -> Tensor:
         """The blocked form, (blocks, *rest, lanes)."""
         if self._lanes is None:

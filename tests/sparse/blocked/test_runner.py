@@ -164,6 +164,26 @@ def test_an_input_is_never_written_to(networks):
     assert torch.equal(x, X)
 
 
+def test_what_a_module_writes_into_its_input_is_seen_behind_it(networks):
+    class Writing(nn.Module):
+        def forward(self, x):
+            return x.mul_(2.0) if len(x) else x
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c, self.writing, self.d = nn.Conv2d(3, 4, 1), Writing(), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            y = nn.functional.gelu(self.c(x))
+            z = self.writing(y)
+            return self.d(y) + z
+
+    found = networks.compare(Outer(), X, density=0.5)
+    found.check()
+    assert list(found.runner.coverage.notes) == ["writing"]
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_the_result_is_the_same_and_has_no_history(made, mode):
     dense, sparse, _, runner = made
@@ -196,6 +216,21 @@ def test_a_part_without_gradients_gets_none(networks):
     c = store.layers["c.weight"]
     assert not store.values.grad[c.start : c.start + c.count].any() and store.values.grad.any()
     assert x.grad is None and sparse.c.bias.grad is None
+
+
+def test_rows_that_a_part_without_gradients_made_are_not_used_outside_of_it(networks):
+    class Peeking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            y = self.c(x)
+            with torch.no_grad():
+                size = torch.nn.functional.layer_norm(y, y.shape[1:])
+            return torch.nn.functional.layer_norm(y, y.shape[1:]) + size
+
+    networks.compare(Peeking(), X, density=0.5).check()
 
 
 def test_frozen_parameters_get_no_gradient(made):

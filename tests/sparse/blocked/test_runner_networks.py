@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchvision import models
 
-from converters.paper_networks import WideResNet
+from converters.paper_networks import Perceptron, WideResNet
 from dsr_tool.runtime.kernels.training import available
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs the compiled kernels")
@@ -97,3 +97,19 @@ def test_a_network_of_tokens_runs_its_layers_on_kernels(networks, name, training
         assert coverage.sparse - coverage.sparse_on_kernels == 2 * len(coverage.notes) == 8
     else:
         assert coverage.sparse_on_kernels == coverage.sparse and not coverage.notes
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_perceptron_runs_on_kernels_with_its_norms(networks, training):
+    found = networks.compare(networks.smooth(Perceptron(64, [32, 16], 10)), torch.randn(24, 1, 8, 8), training=training)
+    found.check()
+    assert found.calls["dsr_conv"] >= 5 and found.calls["dsr_norm_forward"] == 3
+    assert found.runner.coverage.torch == ("flatten",)
+
+
+def test_a_segmenter_returns_a_dictionary(networks):
+    network = models.segmentation.lraspp_mobilenet_v3_large(num_classes=4, weights_backbone=None)
+    found = networks.compare(network, torch.randn(3, 3, 64, 64), training=False)
+    found.check()
+    assert set(found.runner.coverage.torch) == {"interpolate"}
+    assert list(found.runner(torch.randn(3, 3, 64, 64))) == ["out"]

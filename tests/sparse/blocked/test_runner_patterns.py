@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torchvision.ops import FrozenBatchNorm2d
 
 from dsr_tool.runtime.kernels.training import available
 
@@ -67,6 +68,15 @@ def heads(net, x):
     return {"mean": net.fc(x.mean([2, 3])), "flat": net.wide(torch.flatten(functional.avg_pool2d(pooled, 2), 1))}
 
 
+def broadcast(net, x):
+    return net.frozen(net.c(x) * net.p["scale"]) + net.p["shift"]
+
+
+def beside_and_below(net, x):
+    y = net.c(x)
+    return net.d(torch.cat((x, y), 2)).mean((2, 3)) + net.d(torch.cat([x, y], dim=-1)).mean((2, 3))
+
+
 def numbers(net, x):
     count = x.shape[1]
     other = count
@@ -76,6 +86,12 @@ def numbers(net, x):
 
 def norm(**options):
     return nn.BatchNorm2d(8, **options)
+
+
+def switched_off():
+    module = norm()
+    module.track_running_stats = False
+    return module
 
 
 BODIES = {
@@ -103,6 +119,21 @@ BODIES = {
     "squeeze": (squeeze, {"down": nn.Conv2d(8, 4, 1), "up": nn.Conv2d(4, 8, 1)}),
     "shuffle": (shuffle, {"c": conv(), "part": nn.Conv2d(4, 4, 1)}),
     "heads": (heads, {"fc": nn.Linear(8, 5), "wide": nn.Linear(8 * 9, 5)}),
+    "broadcast": (
+        broadcast,
+        {
+            "c": conv(),
+            "p": nn.ParameterDict({"scale": torch.linspace(1, 2, 8).view(8, 1, 1), "shift": torch.ones(1, 8, 1, 1)}),
+            "frozen": FrozenBatchNorm2d(8),
+        },
+    ),
+    "beside and below": (beside_and_below, {"c": conv(), "d": conv()}),
+    "images cut in two": (lambda net, x: net.d(net.c(x).reshape(-1, 4, 12, 12)), {"c": conv(), "d": conv(4, 4)}),
+    "norm called twice": (
+        lambda net, x: torch.relu(net.norm2(net.c(x)) + net.norm2(net.d(x))),
+        {"c": conv(), "d": conv(kernel=1), "norm2": norm()},
+    ),
+    "norm switched off": (lambda net, x: net.norm2(net.c(x)), {"c": conv(), "norm2": switched_off()}),
     "numbers": (numbers, {"c": conv()}),
     "frozen norm": (lambda net, x: net.norm2(net.c(x)), {"c": conv(), "norm2": norm().eval()}),
     "norm without affine": (lambda net, x: net.norm2(net.c(x)), {"c": conv(), "norm2": norm(affine=False)}),
@@ -163,6 +194,12 @@ def test_a_norm_takes_the_sum_and_the_activation_behind_it(networks, name):
     assert found.calls["dsr_norm_forward"] == 1 + FUSED[name]
     # An activation that needs its argument runs by itself behind a residual.
     assert found.calls["dsr_add_act_forward"] == (1 if name == "residual" else 0)
+
+
+def test_attention_drops_nothing_in_evaluation(networks):
+    body, _ = BODIES["tokens first"]
+    network = Net(body, attend=nn.MultiheadAttention(8, 2, dropout=0.5))
+    networks.compare(network, torch.randn(4, 3, 6, 6), training=False, density=0.4).check()
 
 
 @pytest.mark.parametrize("name", ["layer without a kernel", "reflected", "cross attention"])
