@@ -110,9 +110,9 @@ class _Filling:
         """Adds one tensor; in compact storage, of a sparse weight no more than the active values stay."""
         self.found[name] = weight.dtype, tuple(weight.shape)
         if mask is None or tuple(weight.shape) != mask.shape:  # another shape is reported at the end
-            self.state[name] = weight
+            self.state[name] = _aligned(weight)
         elif not compact:
-            self.state[name], self.masks[name] = weight, torch.from_numpy(mask.to_bool())
+            self.state[name], self.masks[name] = _aligned(weight), torch.from_numpy(mask.to_bool())
         else:
             positions = torch.from_numpy(mask.positions)
             values = weight.reshape(-1)[positions]
@@ -154,3 +154,12 @@ class _Filling:
             dtype = self.found[name][0]
             if value.dtype != dtype:
                 raise FormatError(f"{self.where!r} holds {name!r} as {dtype}, but the model has {value.dtype}.")
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a copy in torch's own memory.
+
+    Matrix products may round in another way at addresses that are not aligned as torch aligns its tensors, and a
+    training that resumes must take the same steps as one that never stopped.
+    """
+    return tensor.clone()

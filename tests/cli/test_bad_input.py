@@ -235,7 +235,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_file(run, folder, tmp_path, m
     code, sentence = bad(run, tmp_path, "export", folder, "-o", tmp_path / name)
     assert code == 1
     assert "No space left on device" in sentence
-    monkeypatch.setattr("dsr_tool.sparse.folder.save_tensors", full)
+    monkeypatch.setattr("dsr_tool.sparse.folder.write_arrays", full)
     code, sentence = bad(run, tmp_path, "convert", "squeezenet1_1", "--sparsity", "0.5", "-o", tmp_path / "m")
     assert code == 1
     assert "No space left on device" in sentence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 
@@ -96,11 +97,14 @@ class Plans:
             version: number that changes with the positions.
             positions: (nnz,) int32: flat indices of the non-zeros in the dense weight, ascending.
             geometry: the convolution.
-            shape: (blocks, in_channels, height, width, lanes) of the input; blocks is the expected number alone.
+            shape: (blocks, in_channels, height, width, lanes) of the input.
             gradient: whether the plan is for the gradient to the input.
         """
         blocks, _, height, width, lanes = shape
-        key = (name, geometry, height, width, lanes, gradient)
+        # A plan may take several blocks at once, which changes the order of its sums. It must not depend on the batch
+        # that came first, or a training that resumes would round in another way.
+        blocks = _at_once(blocks, min(height * width, math.prod(geometry.output_size(height, width))) * lanes)
+        key = (name, geometry, height, width, lanes, blocks, gradient)
         made_for, plan = self._plans.get(key, (None, None))
         if plan is None or made_for != version:
             plan = _plan(positions, geometry, (blocks, height, width, lanes), gradient=gradient)
@@ -124,6 +128,16 @@ class Plans:
 
     def __reduce__(self) -> tuple[type[Plans], tuple[()]]:
         return Plans, ()
+
+
+_MOST_FLOATS = 512
+"""Floats of several blocks' rows that one plan may hold in registers, at least; those of AVX-512 hold 320."""
+
+
+def _at_once(blocks: int, floats: int) -> int:
+    """Returns the largest number of blocks, a power of two, that a plan for small planes may take at once."""
+    most = min(blocks, max(_MOST_FLOATS // max(floats, 1), 1))
+    return 1 << (most.bit_length() - 1)
 
 
 def _plan(positions: Tensor, geometry: Geometry, size: tuple[int, int, int, int], *, gradient: bool) -> ConvPlan:
