@@ -215,7 +215,7 @@ def test_memory_is_shown_by_runtime_and_for_a_training_step(pages):
     assert step["activations"] == ["300", "250"]
     assert step["scratch"] == ["0", "600"]
     assert step["in all"] == ["", "5,400"]
-    assert ["adam", "4.000 kB"] in rows(html, "State that each optimizer keeps")
+    assert ["adam", "4.000 kB"] in rows(html, "State that each optimizer keeps, masked storage")
 
 
 def test_the_order_of_layers_is_named(pages):

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dsr_tool.measure.memory.process import Measured, Request, held_bytes, reset_peak
 
@@ -80,15 +80,18 @@ def _training(request: Request) -> Measured:
     _warm_torch()
 
     def load_model() -> Callable[[], object]:
-        model = load(request.path, request.maker)
-        model.module.train()
+        dense = request.storage == "dense"
+        model = load(request.path, request.maker, storage="masked" if dense else request.storage)
+        module: Callable[[torch.Tensor], Any] = model.module.train()
         optimizer = make_optimizer(request.optimizer, model.module.parameters())
-        # `static` has a mask keeper and no updates; an update happens at a moment without activations.
-        attach(model, optimizer, "static")
+        # `static` has a mask keeper and no updates; an update happens at a moment without activations. Without it the
+        # model is gone with its masks, and what is left is the network.
+        if not dense:
+            attach(model, optimizer, "static")
         inputs, labels = torch.zeros(request.shape), torch.zeros(request.shape[0], dtype=torch.int64)
 
         def step() -> None:
-            outputs = model(inputs)
+            outputs = module(inputs)
             # Networks with auxiliary heads return a tuple while they train.
             every = outputs if isinstance(outputs, tuple) else (outputs,)
             loss = sum(cross_entropy(output, labels) for output in every)

@@ -88,12 +88,35 @@ def _folder_document(source: Source, request: MemoryRequest, folder: Path) -> Me
     files = _exported(model, shape, folder) if request.measures else _Files(source.path, source.path)
     document = _inference_document(traced, shape, request, files)
     document["inference"].insert(0, _pytorch_row(model, source, shape, request))
+    # A model may run where it cannot train, for example if a norm sees a single value.
     try:
         document["training"] = _training_step(model, source, shape, request)
     except UsageError as error:
-        # A model may run where it cannot train, for example if a norm sees a single value.
         document["training_note"] = str(error)
+    try:
+        compact = _compact(source, request)
+        document["training_compact"] = _training_step(compact, source, shape, request)
+    except UsageError as error:
+        document["training_compact_note"] = str(error)
     return document
+
+
+def _compact(source: Source, request: MemoryRequest) -> SparseModel:
+    """Loads a model in compact storage.
+
+    Raises:
+        UsageError: it has no sparse weight, its method needs masked storage, or compact storage cannot hold it.
+    """
+    from converters.loading import load
+    from dsr_tool.methods import METHODS
+
+    name = str(source.log.settings["method"]) if source.log else ""
+    if name in METHODS and "compact" not in METHODS[name].storages:
+        raise UsageError(f"method {name} trains in masked storage.")
+    model = load(source.path, request.maker, storage="compact")
+    if model.store is None:
+        raise UsageError("the model has no sparse layer.")
+    return model
 
 
 def _exported(model: SparseModel, shape: tuple[int, ...], folder: Path) -> _Files:
@@ -127,6 +150,8 @@ def _inference_document(model: Model, shape: tuple[int, ...], request: MemoryReq
         ],
         "training": None,
         "training_note": None,
+        "training_compact": None,
+        "training_compact_note": None,
         "measurement_note": _NEEDS_LINUX if request.measured and not request.measures else note,
     }
 
@@ -151,7 +176,7 @@ def _training_step(model: SparseModel, source: Source, shape: tuple[int, ...], r
         "at_peak_bytes": ledger.at_peak,
         "moment": ledger.moment,
         "optimizer_state_bytes": {name: optimizer_state_bytes(model, name) for name in OPTIMIZERS},
-        **_comparison(ledger.peak_bytes, _measured("training", source.path, shape, request)),
+        **_comparison(ledger.peak_bytes, _measured("training", source.path, shape, request, model.storage)),
         "method": _method_memory(source, model.prunable_weights),
     }
 
@@ -166,10 +191,13 @@ def _method_memory(source: Source, weights: int) -> MethodMemory | None:
     return {"name": name, "bytes": per_weight * weights} if per_weight else None
 
 
-def _measured(kind: str, path: Path, shape: tuple[int, ...], request: MemoryRequest) -> Measured | None:
+def _measured(
+    kind: str, path: Path, shape: tuple[int, ...], request: MemoryRequest, storage: str = "masked"
+) -> Measured | None:
     if not request.measures:
         return None
-    return measure(Request(kind, str(path), (request.batch, *shape), request.optimizer_or_default, request.maker))
+    optimizer, maker = request.optimizer_or_default, request.maker
+    return measure(Request(kind, str(path), (request.batch, *shape), optimizer, maker, storage=storage))
 
 
 def _row(row: ComputedRow, measured: Measured | None) -> RuntimeRow:

@@ -44,6 +44,7 @@ class Request:
         optimizer: name of the optimizer, for `training`.
         maker: `module:callable` that builds the network of a folder with a network of the user's own.
         threads: number of worker threads, for `onnxruntime`, `sparse` and `scipy`.
+        storage: how sparse weights are held, for `training`; see `SparseModel`. `dense` trains the plain network.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class Request:
     optimizer: str = "sgd"
     maker: str | None = None
     threads: int = 1
+    storage: str = "masked"
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ class TrainingStep(Comparison):
 
     Attributes:
         optimizer: name of the optimizer.
-        held_bytes: bytes in full by kind, such as `gradients` and `optimizer state`.
+        held_bytes: bytes in full by kind, such as `gradients` and `optimizer state`; `masks` in masked storage,
+            `positions` and `plans` of kernels in compact storage.
         at_peak_bytes: bytes by kind at the moment when their sum is largest.
         moment: the operator that runs at that moment.
         optimizer_state_bytes: bytes of state for each optimizer that could be chosen.
@@ -76,7 +77,19 @@ class TrainingStep(Comparison):
 
 
 class MemoryDocument(TypedDict):
-    """The memory of a model, as `dsr-tool report --memory --json` prints it."""
+    """The memory of a model, as `dsr-tool report --memory --json` prints it.
+
+    Attributes:
+        batch: inputs at once.
+        input_shape: shape of one input.
+        activations: activations alive at once, operator by operator.
+        inference: memory of running by runtime.
+        training: memory of a training step in masked storage; None for a file.
+        training_note: why there is none for a folder; None if there is.
+        training_compact: the same in compact storage.
+        training_compact_note: why there is none for a folder; None if there is.
+        measurement_note: why figures were not measured; None if they were.
+    """
 
     batch: int
     input_shape: list[int]
@@ -84,4 +97,6 @@ class MemoryDocument(TypedDict):
     inference: list[RuntimeRow]
     training: TrainingStep | None
     training_note: str | None
+    training_compact: TrainingStep | None
+    training_compact_note: str | None
     measurement_note: str | None

@@ -23,10 +23,14 @@ def memory_text(document: MemoryDocument) -> str:
         f"{activations['in_order_moment']}), the input included",
         render(_inference_table(document["inference"])),
     ]
-    if training := document["training"]:
-        lines += _training_lines(training)
-    if document["training_note"]:
-        lines.append(f"no training: {document['training_note']}")
+    for storage, training, note in (
+        ("masked", document["training"], document["training_note"]),
+        ("compact", document["training_compact"], document["training_compact_note"]),
+    ):
+        if training:
+            lines += _training_lines(training, storage)
+        if note:
+            lines.append(f"no training in {storage} storage: {note}")
     if document["measurement_note"]:
         lines.append(document["measurement_note"])
     return "\n".join(lines)
@@ -55,9 +59,9 @@ def _megabytes(nbytes: int | None) -> str:
     return "" if nbytes is None else megabytes(nbytes)
 
 
-def _training_lines(training: TrainingStep) -> list[str]:
+def _training_lines(training: TrainingStep, storage: str) -> list[str]:
     numbers = ("in full MB", "at the peak MB")
-    table = plain_table(f"training with {training['optimizer']}", *numbers, numbers=numbers)
+    table = plain_table(f"training with {training['optimizer']}, {storage} storage", *numbers, numbers=numbers)
     # One row for activations: those saved for the backward pass in full, and those alive at the peak.
     held, at_peak = dict(training["held_bytes"]), training["at_peak_bytes"]
     held["activations"] = held.pop("saved activations")

@@ -14,6 +14,7 @@ __all__ = ["memory_section"]
 _STEP_STYLES = {
     "weights": "values",
     "masks": "positions",
+    "positions": "positions",
     "gradients": "rest",
     "optimizer state": "paper",
 }
@@ -34,10 +35,14 @@ def memory_section(memory: Mapping[str, Any]) -> Section:
         _running(memory["inference"]),
         Figure(alive.caption, NoChart(), alive, "The input counts as an activation."),
     ]
-    figures += _training(training) if training else []
+    figures += _training(training, "masked") if training else []
+    # Documents from before compact storage lack its keys.
+    if compact := memory.get("training_compact"):
+        figures += _training(compact, "compact")
     shape = numbers.dimensions(*memory["input_shape"])
     lead = f"For a batch of {numbers.count(memory['batch'])}, each input {shape}, on the CPU."
-    notes = [note for note in (memory["training_note"], memory["measurement_note"]) if note]
+    keys = ("training_note", "training_compact_note", "measurement_note")
+    notes = [note for note in dict.fromkeys(map(memory.get, keys)) if note]
     # Some notes are error messages, which end with a period, and some are not.
     return Section("memory", "Memory", figures, lead, [f"{sentence(note).rstrip('.')}." for note in notes])
 
@@ -86,13 +91,15 @@ def _size(nbytes: int | None) -> str:
     return numbers.NONE if nbytes is None else numbers.byte_size(nbytes)
 
 
-def _training(training: Mapping[str, Any]) -> list[Figure]:
+def _training(training: Mapping[str, Any], storage: str) -> list[Figure]:
     """Returns the figures of a training step's memory at its peak, and of the state of other optimizers."""
     held, peak = dict(training["held_bytes"]), dict(training["at_peak_bytes"])
     # Activations saved for the backward pass are part of the activations at the peak: one row for both.
     held["activations"] = held.pop("saved activations", 0)
     total = training["computed_bytes"]
-    shown = {name: peak.get(name, 0) for name in _STEP_STYLES}
+    # Masks are masked storage's, positions and plans compact storage's.
+    shown = {name: peak.get(name, 0) for name in _STEP_STYLES if name in held or name in peak}
+    rest = "activations, input, plans and scratch" if "plans" in peak else "activations, input and scratch"
     entries = [
         (name, f"{numbers.byte_size(n)}, {numbers.share(n, total, 1)}", _STEP_STYLES[name], float(n))
         for name, n in shown.items()
@@ -101,7 +108,7 @@ def _training(training: Mapping[str, Any]) -> list[Figure]:
     other = total - sum(shown.values())
     entries.append(
         (
-            "activations, input and scratch",
+            rest,
             f"{numbers.byte_size(other)}, {numbers.share(other, total, 1)}",
             "bound",
             other,
@@ -119,10 +126,10 @@ def _training(training: Mapping[str, Any]) -> list[Figure]:
     if own := training["method"]:
         notes += f" Method {own['name']} holds {numbers.byte_size(own['bytes'])} more."
     states = [(name, numbers.byte_size(n)) for name, n in training["optimizer_state_bytes"].items()]
-    state = Table("State that each optimizer keeps", ("optimizer", "bytes"), states)
+    state = Table(f"State that each optimizer keeps, {storage} storage", ("optimizer", "bytes"), states)
     return [
         Figure(
-            f"A training step with {training['optimizer']}, at its peak",
+            f"A training step with {training['optimizer']} in {storage} storage, at its peak",
             Bars(pieces, kind="stack"),
             Table("Bytes of a training step", ("what", "in full", "at the peak"), rows),
             f"{numbers.byte_size(total)} in all, reached in {training['moment']}.{notes}",
