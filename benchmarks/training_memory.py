@@ -5,13 +5,14 @@ kernels keep beside it. Each measurement is a child process of its own, which lo
 peak is that of resident memory above the libraries. The dense network is the same network without masks.
 
 Run: python benchmarks/training_memory.py [--cases resnet50@64x16 ...] [--sparsity 0.9] [--optimizers sgd adam]
+     [--plain-malloc]
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,7 @@ from machine import processor
 import dsr_tool
 from converters.loading import load
 from dsr_tool.measure.memory.ledger import Ledger, training_ledger
-from dsr_tool.measure.memory.process import Request, measure
+from dsr_tool.measure.memory.process import ENVIRONMENT, Request, measure
 
 STORAGES = ("dense", "masked", "compact")
 CASES = ("resnet50@64x16", "resnet50@224x8", "wrn-28-2@32x96")
@@ -77,7 +78,7 @@ def without_masks(ledger: Ledger) -> Ledger:
     return replace(ledger, held={**ledger.held, "masks": 0}, at_peak={**ledger.at_peak, "masks": 0})
 
 
-def row(case: Case, folder: Path, storage: str, optimizer: str) -> Row:
+def row(case: Case, folder: Path, storage: str, optimizer: str, environment: Mapping[str, str]) -> Row:
     """Computes and measures one row."""
     shape = (3, case.size, case.size)
     model = load(folder, storage="compact" if storage == "compact" else "masked")
@@ -85,7 +86,8 @@ def row(case: Case, folder: Path, storage: str, optimizer: str) -> Row:
     if storage == "dense":
         ledger = without_masks(ledger)
     state = sum(ledger.held.get(kind, 0) for kind in _STATE)
-    measured = measure(Request("training", str(folder), (case.batch, *shape), optimizer, storage=storage))
+    request = Request("training", str(folder), (case.batch, *shape), optimizer, storage=storage)
+    measured = measure(request, environment)
     return Row(state, ledger.held.get("plans", 0), ledger.peak_bytes, measured.peak_bytes)
 
 
@@ -115,8 +117,12 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--distribution", default="uniform")
     parser.add_argument("--optimizers", nargs="+", default=["sgd", "adam"])
+    parser.add_argument("--plain-malloc", action="store_true", help="measure without a fixed MALLOC_MMAP_THRESHOLD_")
     arguments = parser.parse_args()
-    print(f"{processor()}, torch {version('torch')}; MB are 10^6 bytes; second '/ density' is state and plans together")
+    environment = dict(ENVIRONMENT)
+    if arguments.plain_malloc:
+        del environment["MALLOC_MMAP_THRESHOLD_"]
+    print(f"{processor()}, torch {version('torch')}; MB are 10^6 bytes; the second /density has plans too")
     for case in map(Case.of, arguments.cases):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "model"
@@ -132,7 +138,7 @@ def main() -> None:
                     f"{density:.3f}"
                 )
                 print(" " * 11 + " ".join(f"{header:>11}" for header in _HEADERS))
-                rows = {storage: row(case, folder, storage, optimizer) for storage in STORAGES}
+                rows = {storage: row(case, folder, storage, optimizer, environment) for storage in STORAGES}
                 print("\n".join(lines(rows, density)), flush=True)
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -102,8 +103,12 @@ def reset_peak() -> None:
         return
 
 
-def measure(request: Request) -> Measured:
+def measure(request: Request, environment: Mapping[str, str] = ENVIRONMENT) -> Measured:
     """Runs the request in a child process.
+
+    Args:
+        request: the work of the child.
+        environment: variables that are added to the environment of the child.
 
     Raises:
         UsageError: the system does not tell resident memory.
@@ -117,7 +122,7 @@ def measure(request: Request) -> Measured:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, **ENVIRONMENT},
+        env={**os.environ, **environment},
     )
     if child.returncode:
         # The last line of a traceback names the error.
