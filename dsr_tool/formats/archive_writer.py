@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.files import new_file
-from dsr_tool.formats.codecs import CODECS, Streams, encode_smallest
+from dsr_tool.formats.codecs import CODECS, encode_smallest
 from dsr_tool.formats.coding import encode_planes
 from dsr_tool.formats.documents import compress_document
 from dsr_tool.formats.manifest import (
@@ -28,6 +28,7 @@ from dsr_tool.formats.manifest import (
     crc32_of,
     packed_stream,
 )
+from dsr_tool.formats.streams import Streams, stream_bytes
 from dsr_tool.graph.ir import Graph
 from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.sparsity.layers import LayerSpec
@@ -37,6 +38,10 @@ __all__ = ["ENCODINGS", "EncodedArchive", "encode_archive", "write_archive"]
 
 ENCODINGS = ("auto", *CODECS)
 """Values of `--encoding` for archives: the smallest codec for each layer, or one codec for all sparse weights."""
+
+
+_STREAM_ENTRY_BYTES = 90
+"""Bytes of header and manifest per stream, beside the name of its tensor; counted in archives of ResNet-50."""
 
 
 class EncodedArchive:
@@ -141,11 +146,28 @@ def encode_archive(
 def _encode(tensor: SparseTensor, spec: LayerSpec, encoding: str) -> tuple[str, Streams]:
     """Returns codec and streams of one tensor. `auto` packs full tensors that are not weights by type: no streams."""
     if encoding == "auto":
-        full = spec.role != "sparse" and not spec.weight and tensor.mask.active == tensor.mask.size
-        return (PACKED, {}) if full else encode_smallest(tensor)
+        if spec.role == "sparse" or spec.weight or tensor.mask.active < tensor.mask.size:
+            return encode_smallest(tensor)
+        palette = _palette_instead_of_packing(tensor, spec)
+        return ("palette", palette) if palette else (PACKED, {})
     # A named codec is for sparse weights; it would make norms and biases larger.
     codec = encoding if spec.role == "sparse" else "dense"
     return codec, CODECS[codec].encode(tensor)
+
+
+def _palette_instead_of_packing(tensor: SparseTensor, spec: LayerSpec) -> Streams | None:
+    """Returns the palette of a norm, bias or buffer if it is smaller than packing, names of streams included."""
+    values = tensor.values
+    # A constant is what an untrained norm is, and a budget in bytes must hold after training as well.
+    if values.dtype.kind != "f" or not values.size or values.tobytes() == values[:1].tobytes() * values.size:
+        return None
+    packed = encode_planes(values, mantissas=False).nbytes
+    palette = CODECS["palette"]
+    if palette.least and palette.least(tensor) > packed:
+        return None
+    streams = palette.encode(tensor)
+    names = len(streams) * (_STREAM_ENTRY_BYTES + len(spec.name))
+    return streams if stream_bytes(streams) + names < packed else None
 
 
 def _shared_streams(graph: Graph, packed: Mapping[str, list[Array]]) -> Iterator[tuple[str, Array]]:

@@ -15,17 +15,17 @@ import numpy as np
 
 from dsr_tool.errors import FormatError
 from dsr_tool.formats.coding import decode_planes, decode_runs, encode_planes, encode_runs
+from dsr_tool.formats.palette import decode_palette, encode_palette, least_palette_bytes
+from dsr_tool.formats.streams import Streams, checked, exact_streams, stream_bytes
 from dsr_tool.sparsity.layers import matrix_shape
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import Array, SparseTensor
 
 __all__ = ["CODECS", "VALUE_SUFFIXES", "Codec", "Column", "Streams", "encode_smallest", "size_columns"]
 
-Streams = dict[str, Array]
-"""Arrays of one tensor by suffix."""
-
-VALUE_SUFFIXES = ("", "values")
+VALUE_SUFFIXES = ("", "values", "table", "indices")
 """Suffixes of streams with values. Streams with any other suffix hold positions, by which reports tell both apart."""
+
 
 Decode = Callable[[Mapping[str, Array], tuple[int, ...], int, np.dtype[Any]], SparseTensor]
 
@@ -60,6 +60,7 @@ class Codec:
             disagree in any way: streams come from untrusted files.
         size: returns the bytes of the streams without making them; None if only encoding tells.
         column: column in reports; None if reports show it otherwise.
+        least: returns a quick lower bound of the bytes, by which a writer can skip the encoding; None without one.
     """
 
     name: str
@@ -68,10 +69,11 @@ class Codec:
     decode: Decode
     size: Callable[[SparseTensor], int] | None = None
     column: Column | None = None
+    least: Callable[[SparseTensor], int] | None = None
 
     def nbytes(self, tensor: SparseTensor) -> int:
         """Returns the exact bytes of the streams that `encode` returns for a tensor."""
-        return self.size(tensor) if self.size else _nbytes(self.encode(tensor))
+        return self.size(tensor) if self.size else stream_bytes(self.encode(tensor))
 
 
 # --- dense: every entry, and a bitmask beside it if some are inactive ------------------------------------
@@ -85,7 +87,7 @@ def _encode_dense(tensor: SparseTensor) -> Streams:
 def _decode_dense(
     streams: Mapping[str, Array], shape: tuple[int, ...], active: int, dtype: np.dtype[Any]
 ) -> SparseTensor:
-    array, *bits = _streams(streams, "", *(("mask",) if active < math.prod(shape) else ()))
+    array, *bits = exact_streams(streams, "", *(("mask",) if active < math.prod(shape) else ()))
     if array.shape != shape:
         raise FormatError(
             f"a dense parameter of shape {shape} is stored with shape {array.shape}; the file is damaged."
@@ -95,7 +97,7 @@ def _decode_dense(
     # Readers that ignore the mask would compute with a stray value, so the archive would mean two models.
     if bits and np.count_nonzero(array) != np.count_nonzero(tensor.values):
         raise FormatError("a dense parameter has non-zero values outside its mask; the file is damaged.")
-    return _checked(mask, tensor.values, active, dtype)
+    return checked(mask, tensor.values, active, dtype)
 
 
 def _dense_size(tensor: SparseTensor) -> int:
@@ -113,8 +115,8 @@ def _encode_bitmask(tensor: SparseTensor) -> Streams:
 def _decode_bitmask(
     streams: Mapping[str, Array], shape: tuple[int, ...], active: int, dtype: np.dtype[Any]
 ) -> SparseTensor:
-    bits, values = _streams(streams, "mask", "values")
-    return _checked(Mask.from_bits(bits, shape), values, active, dtype)
+    bits, values = exact_streams(streams, "mask", "values")
+    return checked(Mask.from_bits(bits, shape), values, active, dtype)
 
 
 def _bitmask_size(tensor: SparseTensor) -> int:
@@ -140,7 +142,7 @@ def _encode_csr(tensor: SparseTensor) -> Streams:
 def _decode_csr(
     streams: Mapping[str, Array], shape: tuple[int, ...], active: int, dtype: np.dtype[Any]
 ) -> SparseTensor:
-    indptr, indices, values = _streams(streams, "indptr", "indices", "values")
+    indptr, indices, values = exact_streams(streams, "indptr", "indices", "values")
     rows, columns = matrix_shape(shape)
     if indptr.dtype != np.int32 or indptr.shape != (rows + 1,) or indices.dtype != np.int32 or indices.ndim != 1:
         raise FormatError(f"CSR of {rows} rows needs {rows + 1} int32 row pointers and int32 column indices.")
@@ -155,7 +157,7 @@ def _decode_csr(
     positions = np.repeat(np.arange(rows, dtype=np.int64) * columns, counts) + indices
     if (np.diff(positions) <= 0).any():
         raise FormatError("CSR columns of a row are not strictly increasing; the file is damaged.")
-    return _checked(Mask(shape, positions), values, active, dtype)
+    return checked(Mask(shape, positions), values, active, dtype)
 
 
 def _csr_size(tensor: SparseTensor) -> int:
@@ -173,10 +175,10 @@ def _encode_delta(tensor: SparseTensor) -> Streams:
 def _decode_delta(
     streams: Mapping[str, Array], shape: tuple[int, ...], active: int, dtype: np.dtype[Any]
 ) -> SparseTensor:
-    runs, planes = _streams(streams, "mask", "values")
+    runs, planes = exact_streams(streams, "mask", "values")
     if runs.dtype != np.uint8 or planes.dtype != np.uint8 or runs.ndim != 1 or planes.ndim != 1:
         raise FormatError("the streams of a delta-coded parameter are not bytes; the file is damaged.")
-    return _checked(decode_runs(runs, shape, active), decode_planes(planes, active, dtype), active, dtype)
+    return checked(decode_runs(runs, shape, active), decode_planes(planes, active, dtype), active, dtype)
 
 
 # --- the table -------------------------------------------------------------------------------------------
@@ -208,6 +210,13 @@ CODECS: dict[str, Codec] = {
             _decode_delta,
             column=Column("coded", "Coded, as in an archive"),
         ),
+        Codec(
+            "palette",
+            "weights with few distinct values, as those that other tools quantised",
+            encode_palette,
+            decode_palette,
+            least=least_palette_bytes,
+        ),
     )
 }
 """Codecs by name, from the simplest to the most elaborate: of two equally small ones the writer takes the earlier."""
@@ -219,12 +228,18 @@ def encode_smallest(tensor: SparseTensor, codecs: Mapping[str, Codec] = CODECS) 
     Returns:
         Name of the codec, and the streams.
     """
-    # A codec whose size only encoding tells is the slow one, so its streams are kept for the case that it wins.
-    encoded = {name: codec.encode(tensor) for name, codec in codecs.items() if codec.size is None}
-    sizes = {
-        name: _nbytes(encoded[name]) if name in encoded else codec.nbytes(tensor) for name, codec in codecs.items()
-    }
-    best = min(sizes, key=sizes.__getitem__)
+    # Sizes that only encoding tells are the slow ones, so they come last, and their streams are kept.
+    order = sorted(codecs, key=lambda name: (codecs[name].size is None, codecs[name].least is not None))
+    sizes: dict[str, int] = {}
+    encoded: dict[str, Streams] = {}
+    for name in order:
+        codec = codecs[name]
+        if codec.least and codec.least(tensor) > min(sizes.values(), default=math.inf):
+            continue
+        if codec.size is None:
+            encoded[name] = codec.encode(tensor)
+        sizes[name] = stream_bytes(encoded[name]) if name in encoded else codec.nbytes(tensor)
+    best = min((name for name in codecs if name in sizes), key=sizes.__getitem__)
     return best, encoded[best] if best in encoded else codecs[best].encode(tensor)
 
 
@@ -232,24 +247,3 @@ def size_columns(codecs: Mapping[str, Codec] = CODECS) -> dict[str, Column]:
     """Returns the columns of reports by codec, sorted by the name of the column."""
     columns = {name: codec.column for name, codec in codecs.items() if codec.column}
     return dict(sorted(columns.items(), key=lambda item: item[1].name))
-
-
-def _nbytes(streams: Streams) -> int:
-    return sum(array.nbytes for array in streams.values())
-
-
-def _streams(streams: Mapping[str, Array], *names: str) -> list[Array]:
-    """Returns the streams of these names; raises `FormatError` if there are others, or one is missing."""
-    if set(streams) != set(names):
-        raise FormatError(f"streams {sorted(streams)} were found where {sorted(names)} were expected.")
-    return [streams[name] for name in names]
-
-
-def _checked(mask: Mask, values: Array, active: int, dtype: np.dtype[Any]) -> SparseTensor:
-    """Returns a decoded tensor; raises `FormatError` unless it has the count and dtype that the manifest lists."""
-    if mask.active != active or values.shape != (active,) or values.dtype != dtype:
-        raise FormatError(
-            f"a parameter of {active} active {dtype} weights is stored with {mask.active} positions and "
-            f"{values.shape} {values.dtype} values; the file is damaged."
-        )
-    return SparseTensor(mask, values)

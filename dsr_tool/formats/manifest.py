@@ -29,7 +29,7 @@ __all__ = [
     "packed_stream",
 ]
 
-FORMAT_VERSION = (1, 0)
+FORMAT_VERSION = (1, 1)
 """Major and minor version of the archives that are written. Readers refuse other majors and accept other minors."""
 
 METADATA = "dsr_archive"

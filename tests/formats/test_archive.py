@@ -157,7 +157,7 @@ def test_weights_kept_dense_take_the_smallest_codec_too(tmp_path, small_model):
         specs[name] = LayerSpec(name, values.shape, "Linear", "dense", True, "weight of Linear")
     write_archive(tmp_path / "a", tensors, specs, graph, config)
     entries = open_archive(tmp_path / "a").entries
-    assert (entries["even"].codec, entries["odd"].codec) == ("delta", "dense")
+    assert (entries["even"].codec, entries["odd"].codec) == ("palette", "dense")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")

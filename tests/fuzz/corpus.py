@@ -26,7 +26,7 @@ def main() -> None:
     for kind in ("archive", "predict", "onnx", "npz", *FOLDER_FILES, "safetensors", "pickle"):
         (root / kind).mkdir(parents=True)
     model = _model()
-    for encoding in ("auto", "delta", "csr", "dense"):
+    for encoding in ("auto", "delta", "csr", "dense", "palette"):
         export(model, root / "archive" / f"{encoding}.dsr", encoding=encoding)
     export(model, root / "archive" / "half.dsr", values="fp16")
     shutil.copy(root / "archive" / "auto.dsr", root / "predict")

@@ -24,7 +24,8 @@ SHAPES = {
     "flags": (3,),
 }
 WEIGHTS = ("conv", "far", "most", "rows", "fc", "kept")
-FILES = ("delta", "bitmask", "csr", "dense", "auto", "fp16")
+FILES = ("delta", "bitmask", "csr", "dense", "palette", "auto-1.1", "fp16-1.1")
+"""Files that this version writes. `auto.dsr` and `fp16.dsr` are of version 1.0, which had no palettes."""
 
 
 def active(name: str) -> np.ndarray:
@@ -42,11 +43,11 @@ def values(name: str, file: str) -> np.ndarray:
         return np.array([True, False, True])
     found = ((active(name) - 10) % 97).astype(np.float32) / 8
     found[1] = -0.0
-    return found.astype(np.float16) if file == "fp16" and name in WEIGHTS else found
+    return found.astype(np.float16) if file.startswith("fp16") and name in WEIGHTS else found
 
 
 def main(folder: Path = Path(__file__).parent) -> None:
-    """Writes the files to a folder."""
+    """Writes the files that a folder lacks."""
     roles = {"fc": "dense", "kept": "dense", "shift": "dense", "scale": "dense", "steps": "buffer", "flags": "buffer"}
     specs = {
         name: LayerSpec(name, shape, "Linear", roles.get(name, "sparse"), name in WEIGHTS, "golden", 1.0)
@@ -62,9 +63,13 @@ def main(folder: Path = Path(__file__).parent) -> None:
     )
     config = ModelConfig("module", "Golden", 3, (4,))
     for file in FILES:
+        path = folder / f"{file}.dsr"
+        # Files of earlier versions stay as they were written.
+        if path.exists():
+            continue
         tensors = {name: SparseTensor(mask(name), values(name, file)) for name in SHAPES}
-        encoding = "auto" if file == "fp16" else file
-        write_archive(folder / f"{file}.dsr", tensors, specs, graph, config, encoding=encoding, force=True)
+        encoding = "auto" if "-" in file else file
+        write_archive(path, tensors, specs, graph, config, encoding=encoding)
 
 
 def mask(name: str) -> Mask:
