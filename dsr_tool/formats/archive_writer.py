@@ -40,8 +40,9 @@ ENCODINGS = ("auto", *CODECS)
 """Values of `--encoding` for archives: the smallest codec for each layer, or one codec for all sparse weights."""
 
 
-_STREAM_ENTRY_BYTES = 90
-"""Bytes of header and manifest per stream, beside the name of its tensor; counted in archives of ResNet-50."""
+_STREAM_ENTRY_BYTES = 75
+"""Bytes of header and manifest per stream, beside the name of its tensor: 71 on average in an archive of 50 biases of
+2,000 entries, and a few more where offsets have more digits."""
 
 
 class EncodedArchive:
