@@ -28,7 +28,7 @@ SLOW += [(0, "saving", 8), (0, "saving", 16), (0, "backward", 13), (0, "step", 2
 
 
 def options(**more):
-    return {"settings": {"method": "dsr", "every": 2, "storage": "masked"}, "network": "dropout", **more}
+    return {"settings": {"method": "dsr", "every": 2, "storage": "compact"}, "network": "dropout", **more}
 
 
 @pytest.fixture(scope="module")
