@@ -2,8 +2,8 @@
 //
 // A larger tile packs fewer pixels for each result, and a smaller one keeps more channels in the first-level cache, so
 // that fewer sums are stored and loaded again. The best compromise depends on the plane, the channels and the density;
-// an estimate of the cycles decides. Its constants were fitted to the times of about 600 tiles of nine layers of wide
-// ResNets and ResNet-50 on Zen 5; the tile it picks was within 3 % of the best one in most layers, within 14 % in all.
+// an estimate of the cycles decides. Its constants were fitted to the times of tiles of nine layers of wide ResNets and
+// ResNet-50 on Zen 5; the tile it picked was within 5 % of the best one in most of these layers, within 14 % in all.
 
 #include "train_conv_tiles.h"
 
