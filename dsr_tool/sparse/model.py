@@ -15,7 +15,7 @@ from dsr_tool.sparse.compact.change import compacted, held_state, parameters_of
 from dsr_tool.sparse.compact.marks import store_of
 from dsr_tool.sparse.compact.modules import uninstall
 from dsr_tool.sparse.compact.store import CompactStore
-from dsr_tool.sparse.compact.views import DenseWeights, Masks
+from dsr_tool.sparse.compact.views import PerLayer
 from dsr_tool.sparse.folder import save_folder
 from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.sparsity.granularity import GRANULARITIES
@@ -106,13 +106,14 @@ class SparseModel:
     @property
     def masks(self) -> Mapping[str, torch.Tensor]:
         """A boolean tensor for each sparse weight by name, True where active; made on access in compact storage."""
-        return self._masks if self.store is None else Masks(self.store)
+        return self._masks if self.store is None else PerLayer(self.store, self.store.mask)
 
     @property
     def weights(self) -> Mapping[str, torch.Tensor]:
         """The dense sparse weights by name, in the order of `masks`: the parameters, or copies in compact storage."""
         if self.store is not None:
-            return DenseWeights(self.store)
+            store = self.store
+            return PerLayer(store, lambda name: store.dense(name).detach())
         parameters = dict(self.module.named_parameters())
         return {name: parameters[name] for name in self._masks}
 
