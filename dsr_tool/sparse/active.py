@@ -16,7 +16,7 @@ from dsr_tool.sparse.compact.store import CompactStore
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.granularity import groups, unit_size
 
-__all__ = ["ActiveWeights", "Positions", "gather", "put_", "segment_counts"]
+__all__ = ["ActiveWeights", "Positions", "gather", "global_positions", "put_", "segment_counts"]
 
 
 def segment_counts(flat: torch.Tensor, sizes: Sequence[int]) -> list[int]:
@@ -139,16 +139,27 @@ def _gather_compact(store: CompactStore, names: Sequence[str], units: Sequence[i
     layers = [store.layers[name] for name in names]
     sizes = [layer.size // unit for layer, unit in zip(layers, units, strict=True)]
     counts = tuple(layer.count // unit for layer, unit in zip(layers, units, strict=True))
+    values = [_means(store.values_of(name).detach().float(), unit) for name, unit in zip(names, units, strict=True)]
+    positions = Positions(tuple(sizes), counts, global_positions(store, names, units))
+    joined = torch.cat(values) if values else store.values.detach()[:0].float()
+    return ActiveWeights(positions, joined, units=tuple(units) if any(unit > 1 for unit in units) else ())
+
+
+def global_positions(store: CompactStore, names: Sequence[str], units: Sequence[int]) -> torch.Tensor:
+    """Returns the positions of layers in compact storage, counted through the layers: int64, shape (active,).
+
+    Args:
+        store: the layers.
+        names: names of trained layers, in the order of the store.
+        units: number of weights per unit, by layer; positions are those of units.
+    """
+    sizes = (store.layers[name].size // unit for name, unit in zip(names, units, strict=True))
     starts = accumulate(sizes, initial=0)
     pieces = [
         _units_of(store.positions_of(name), unit).add_(start)
         for name, unit, start in zip(names, units, starts, strict=False)
     ]
-    values = [_means(store.values_of(name).detach().float(), unit) for name, unit in zip(names, units, strict=True)]
-    flat = torch.cat(pieces) if pieces else store.positions[:0].long()
-    positions = Positions(tuple(sizes), counts, flat)
-    joined = torch.cat(values) if values else store.values.detach()[:0].float()
-    return ActiveWeights(positions, joined, units=tuple(units) if any(unit > 1 for unit in units) else ())
+    return torch.cat(pieces) if pieces else store.positions[:0].long()
 
 
 def _units_of(positions: torch.Tensor, unit: int) -> torch.Tensor:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import optim
 
 from dsr_tool.errors import UsageError
-from dsr_tool.sparse.active import Positions, segment_counts
+from dsr_tool.sparse.active import Positions, global_positions, segment_counts
 from dsr_tool.sparse.compact.store import CompactStore
 from dsr_tool.sparse.keeper import Keeper
 from dsr_tool.sparse.model import SparseModel
@@ -82,7 +82,7 @@ class CompactKeeper(Keeper):
             UsageError: more weights would be active than the store has room for.
         """
         store = self._store
-        active = global_positions(store, self.names)
+        active = global_positions(store, self.names, [1] * len(self.names))
         lost = torch.searchsorted(active, dropped.flat)
         keep = torch.ones(len(active), dtype=torch.bool, device=active.device)
         keep[lost] = False
@@ -142,13 +142,6 @@ class CompactKeeper(Keeper):
                 vector[active:].zero_()
 
 
-def global_positions(store: CompactStore, names: Sequence[str]) -> torch.Tensor:
-    """Returns the positions of trained layers as int64, counted through the layers as `ActiveWeights` does."""
-    starts = accumulate((store.layers[name].size for name in names), initial=0)
-    pieces = [store.positions_of(name).long().add_(start) for name, start in zip(names, starts, strict=False)]
-    return torch.cat(pieces) if pieces else store.positions[:0].long()
-
-
 class LargestGradients(Sequence[torch.Tensor]):
     """Gradients of one layer after the other as dense float32 vectors, zero wherever none was kept."""
 
@@ -159,8 +152,16 @@ class LargestGradients(Sequence[torch.Tensor]):
     def __len__(self) -> int:
         return len(self._names)
 
-    def __getitem__(self, index: Any) -> Any:
-        name = self._names[index]
+    @overload
+    def __getitem__(self, index: int) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[torch.Tensor]: ...
+    def __getitem__(self, index: int | slice) -> torch.Tensor | list[torch.Tensor]:
+        if isinstance(index, slice):
+            return [self._dense(name) for name in self._names[index]]
+        return self._dense(self._names[index])
+
+    def _dense(self, name: str) -> torch.Tensor:
         dense = torch.zeros(self._store.layers[name].size, device=self._store.values.device)
         if name in self._store.gradients:
             positions, values = self._store.gradients[name]
