@@ -75,10 +75,9 @@ def uninstall(module: nn.Module) -> None:
 
 
 def runner_of(module: nn.Module) -> Runner | None:
-    """Returns what runs the root of a compact network on kernels; None while it must not."""
+    """Returns what runs the root of a compact network on kernels; None in masked storage."""
     store = store_of(module)
-    # An update by the gradients of inactive weights needs those of dense weights.
-    if store is None or not store.kernels or store.wants_gradients:
+    if store is None:
         return None
     if RUNNER not in module.__dict__:
         module.__dict__[RUNNER] = Runner(module, store)
