@@ -45,21 +45,18 @@ def apply_storage(
     """
     if state is not None and settings.storage == "auto":
         settings = replace(settings, storage="compact" if VALUES in state.get("trained", ()) else "masked")
-    against = _settings_against(settings) or _model_against(model, settings)
-    if settings.storage == "auto" and not against:
+    if settings.storage == "compact" and (reason := _method_against(settings)):
+        raise UsageError(f"--storage compact is not possible: {reason}; give masked or auto.")
+    against = "" if settings.storage == "compact" else _settings_against(settings) or _model_against(model)
+    if settings.storage != "auto":
+        model.to_storage(settings.storage)
+        return settings, against
+    if not against:
         try:
             model.to_storage("compact")
         except UsageError as error:  # it says what compact storage cannot hold
             against = str(error).partition(";")[0]
-    if settings.storage == "compact":
-        method = settings.make_method(10**6)
-        if "compact" not in method.storages:
-            raise UsageError(f"--storage compact is not possible with method {settings.method}; give masked or auto.")
-        if blocked := _needs_dense_gradients(settings):
-            raise UsageError(f"--storage compact is not possible: {blocked}; give masked or auto.")
-    storage = settings.storage if settings.storage != "auto" else "masked" if against else "compact"
-    model.to_storage(storage)
-    return replace(settings, storage=storage), against if storage == "masked" else ""
+    return replace(settings, storage=model.to_storage("masked" if against else "compact").storage), against
 
 
 def storage_line(model: SparseModel, against: str) -> str:
@@ -85,11 +82,17 @@ def _settings_against(settings: TrainSettings) -> str:
         return "kernels for compact storage run on the CPU"
     if settings.precision != "fp32":
         return f"kernels for compact storage have no {settings.precision}"
-    return settings.masked_because() or _needs_dense_gradients(settings)
+    return _method_against(settings)
 
 
-def _needs_dense_gradients(settings: TrainSettings) -> str:
-    if not settings.make_method(10**6).needs_gradients:
+def _method_against(settings: TrainSettings) -> str:
+    """Returns why a training with these settings cannot be in compact storage; empty if it can."""
+    if reason := settings.masked_because():
+        return reason
+    method = settings.make_method(10**6)  # plugins are in no table
+    if "compact" not in method.storages:
+        return f"method {settings.method} trains in masked storage"
+    if not method.needs_gradients:
         return ""
     # Only the largest gradients of each backward pass are kept, and those cannot be added up.
     if Ranks.current().count > 1:
@@ -99,9 +102,7 @@ def _needs_dense_gradients(settings: TrainSettings) -> str:
     return ""
 
 
-def _model_against(model: SparseModel, settings: TrainSettings) -> str:
-    if "compact" not in settings.make_method(10**6).storages:
-        return f"method {settings.method} trains in masked storage"
+def _model_against(model: SparseModel) -> str:
     if not model.prunable_weights:
         return "the model has no sparse layer"
     density = model.active_weights / model.prunable_weights
