@@ -114,14 +114,13 @@ class _Filling:
         elif not compact:
             self.state[name], self.masks[name] = _aligned(weight), torch.from_numpy(mask.to_bool())
         else:
-            positions = torch.from_numpy(mask.positions)
-            values = weight.reshape(-1)[positions]
-            outside = int(torch.count_nonzero(weight)) - int(torch.count_nonzero(values))
+            entry = Entry.of(name, weight, torch.from_numpy(mask.positions))
+            outside = int(torch.count_nonzero(weight)) - int(torch.count_nonzero(entry.values))
             if outside:
                 raise CheckFailed(
                     f"weight {name!r} has {outside:,} non-zero values outside its mask; the file is damaged."
                 )
-            self.entries.append(Entry(name, mask.shape, positions.to(torch.int32), values))
+            self.entries.append(entry)
 
     def finish(self) -> SparseModel:
         """Fills the module."""

@@ -28,11 +28,8 @@ def compacted(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> CompactSt
     parameters = dict(module.named_parameters())
     entries = []
     for name, mask in masks.items():
-        weight = parameters[name]
-        positions = mask.reshape(-1).nonzero().squeeze(1)
-        # `take` counts in row-major order in every memory format.
-        values = weight.detach().take(positions)
-        entries.append(Entry(name, tuple(weight.shape), positions.to(torch.int32), values, weight.requires_grad))
+        weight, positions = parameters[name], mask.reshape(-1).nonzero().squeeze(1)
+        entries.append(Entry.of(name, weight, positions, trained=weight.requires_grad))
     store = CompactStore(entries)
     install(module, store)
     return store

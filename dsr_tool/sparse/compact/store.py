@@ -48,6 +48,12 @@ class Entry:
     values: torch.Tensor
     trained: bool = True
 
+    @classmethod
+    def of(cls, name: str, weight: torch.Tensor, positions: torch.Tensor, *, trained: bool = True) -> Entry:
+        """Returns the entry of a dense weight, in any memory format, whose active positions are these int64 ones."""
+        # `take` counts in row-major order in every memory format.
+        return cls(name, tuple(weight.shape), positions.to(torch.int32), weight.detach().take(positions), trained)
+
 
 @dataclass(frozen=True)
 class CompactLayer:
