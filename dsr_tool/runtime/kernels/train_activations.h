@@ -42,7 +42,8 @@ template <Function F> inline Vec bent(const Bend& bend, Vec x) {
     }
 }
 
-// Whether argument and value lie on the same side of every limit, so that the derivative follows from either.
+// FROM_VALUE tells whether argument and value lie on the same side of every limit, so that the derivative follows from
+// either.
 template <Function F> constexpr bool FROM_VALUE = F == IDENTITY || F == RELU || F == BETWEEN || F == LEAKY;
 
 // The gradient of the argument, from that of the value. `x` is the argument, or the value where FROM_VALUE.

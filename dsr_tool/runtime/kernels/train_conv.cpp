@@ -1,4 +1,4 @@
-// ConvPlan convolutions: the forward pass, and the gradient to the input.
+// Gather convolutions: the forward pass, and the gradient to the input.
 //
 // A thread takes one tile of the grid at a time. For each block of source channels it packs a panel that fits in the
 // first-level cache, and lets the records of all rows pass over it: T vectors of one row's sums stay in registers, and
@@ -50,7 +50,8 @@ void gather_tile(const GatherTile& tile) {
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++)
 #pragma GCC unroll 20
-                for (int c = 0; c < C; c += 16 / LANES) __builtin_prefetch(to + tile.ahead + r * tile.to_pitch + c * LANES, 1);
+                for (int c = 0; c < C; c += 16 / LANES)
+                    __builtin_prefetch(to + tile.ahead + r * tile.to_pitch + c * LANES, 1);
         }
         const int count = tile.counts[row];
         for (int k = 0; k < count; k++) {
@@ -108,8 +109,8 @@ struct Rows {
 void gather_block(const Gathering& task, const ChannelBlock& block, const Rows& rows, const Place& place,
                   const float* panel, float* sums, Stream& stream) {
     const ConvPlan& g = task.g;
-    const int64_t vectors = vectors_of(g, place.x), row_floats = g.out_width * g.lanes, plane = g.out_height * row_floats;
-    const int64_t row = block.row + rows.first;
+    const int64_t row_floats = g.out_width * g.lanes, plane = g.out_height * row_floats;
+    const int64_t vectors = vectors_of(g, place.x), row = block.row + rows.first;
     for (int64_t y = 0; y < place.y.count; y += g.tile_rows) {
         const int64_t height = least(g.tile_rows, place.y.count - y);
         for (int64_t x = 0; x < vectors; x += g.tile_columns) {
@@ -163,7 +164,7 @@ extern "C" {
 // Computes `out`, all blocks of the result, from `source` and the values in canonical order; `bias` may be null.
 // Returns 0, or -1 if there is no memory.
 int dsr_conv(const ConvPlan* plan, const float* source, int64_t blocks, const float* values, const float* bias,
-               float* out, Pool* pool) {
+             float* out, Pool* pool) {
     const ConvPlan& g = *plan;
     Buffers buffers(pool, whole_lines(g.panel_floats + LANES) + sum_floats(g));
     float* ordered = new_floats(g.records);

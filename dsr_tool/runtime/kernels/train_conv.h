@@ -1,4 +1,4 @@
-// ConvPlan convolutions: the one operation behind the forward pass and both gradients of sparse convolutions.
+// Gather convolutions: the one operation behind the forward pass and both gradients of sparse convolutions.
 //
 // The result of row r at position (y, x) of a grid is the sum over the records of r of
 //

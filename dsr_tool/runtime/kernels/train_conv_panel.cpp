@@ -23,7 +23,7 @@ inline void clear(float* to, int64_t count) {
     for (; i < count; i += 4) std::memset(to + i, 0, sizeof(Four));
 }
 
-// The same, and asks for what lies `ahead` floats further on: channels are far apart, so the hardware prefetches none.
+// Copies, and asks for what lies `ahead` floats further on: channels are far apart, so the hardware prefetches none.
 inline void copy_ahead(float* to, const float* from, int64_t count, int64_t ahead) {
     int64_t i = 0;
     for (; i + 16 <= count; i += 16) {
@@ -44,7 +44,8 @@ void pack_neighbours(const ConvPlan& g, const float* row, int64_t x, int64_t ahe
 }
 
 // One row of the panel pixel by pixel, for strides and for several blocks; `step` floats lie between blocks.
-void pack_pixels(const ConvPlan& g, const float* row, int64_t step, int64_t blocks, int64_t x, int64_t ahead, float* panel) {
+void pack_pixels(const ConvPlan& g, const float* row, int64_t step, int64_t blocks, int64_t x, int64_t ahead,
+                 float* panel) {
     for (int64_t i = 0; i < g.x.slots; i++) {
         const int64_t at = x + g.x.from[i];
         const bool inside = at >= 0 && at < g.x.size;
@@ -120,17 +121,17 @@ inline void each_piece(const Staging& s, float* buffer, float* out, Move move) {
     const ConvPlan& g = s.g;
     const int64_t pixel = g.group * g.lanes, piece = least(g.lanes, LANES);
     const int64_t plane = g.out_height * g.out_width * g.lanes, step = g.out_channels * plane;
-    const int64_t first = s.x * LANES, end = first + s.vectors * LANES;
+    const int64_t first = s.x * LANES, end = first + s.vectors * LANES, first_block = s.place.group * g.group;
     for (int64_t row = s.row; row < s.row + s.rows; row++) {
         const int64_t channel = row / g.phases, phase = row % g.phases;
-        float* base = out + s.place.group * g.group * step + channel * plane;
+        float* base = out + first_block * step + channel * plane;
         for (int64_t r = 0; r < s.height; r++) {
             const int64_t y = (s.place.y.first + s.y + r) * g.out_stride_y + g.phase_y[phase];
             int64_t q = first / pixel, block = first % pixel / g.lanes, lane = first % g.lanes;
             int64_t x = (s.place.x.first + q) * g.out_stride_x + g.phase_x[phase];
             float* line = y < g.out_height ? base + y * g.out_width * g.lanes : nullptr;
             for (int64_t f = first; f < end; f += piece, buffer += piece) {
-                const bool inside = line && x < g.out_width && q < s.place.x.count && s.place.group * g.group + block < s.blocks;
+                const bool inside = line && x < g.out_width && q < s.place.x.count && first_block + block < s.blocks;
                 move(buffer, inside ? line + block * step + x * g.lanes + lane : nullptr, piece);
                 if ((lane += piece) < g.lanes) continue;
                 lane = 0;

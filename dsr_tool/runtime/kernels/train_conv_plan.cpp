@@ -7,7 +7,7 @@
 
 namespace {
 
-// What Python says about a layer, in this order.
+// A Layer is what Python says about one, in this order.
 struct Layer {
     int64_t out_channels, in_channels, kernel_y, kernel_x, stride_y, stride_x, top, left, bottom, right;
     int64_t dilation_y, dilation_x, groups, height, width, lanes, blocks;
@@ -68,7 +68,7 @@ void fill_blocks(ConvPlan& g, int64_t groups, int64_t held) {
     g.bytes += counts * sizeof(uint16_t) + g.block_count * sizeof(ChannelBlock);
 }
 
-// What the positions of one row of the weight, which is one output channel, mean.
+// Columns tells what each position in one row of the weight, which is one output channel, means.
 struct Columns {
     int64_t count;
     uint16_t* offset;  // of the tap in the panel, without the channel
@@ -118,7 +118,8 @@ void each_weight(const Layer& layer, const ConvPlan& g, const Columns& columns, 
         const int64_t column = position - base;
         if (columns.row[column] < 0) continue;
         const int64_t in = channel_base + columns.local[column];
-        const int64_t source = layer.gradient ? out : in, row = layer.gradient ? in * g.phases + columns.row[column] : out;
+        const int64_t source = layer.gradient ? out : in;
+        const int64_t row = layer.gradient ? in * g.phases + columns.row[column] : out;
         const int32_t b = block_of[source];
         const ChannelBlock& block = g.blocks[b];
         f(block, row - block.row, (uint16_t)((source - block.channel) * slots + columns.offset[column]), i);
@@ -221,8 +222,10 @@ ConvPlan* dsr_conv_plan_new(const int64_t* fields, const int32_t* positions, int
     Layer layer;
     memcpy(&layer, fields, sizeof layer);
     flatten(layer);
-    const Taps ty(layer.height, layer.top, layer.bottom, layer.kernel_y, layer.stride_y, layer.dilation_y, layer.gradient);
-    const Taps tx(layer.width, layer.left, layer.right, layer.kernel_x, layer.stride_x, layer.dilation_x, layer.gradient);
+    const Taps ty(layer.height, layer.top, layer.bottom, layer.kernel_y, layer.stride_y, layer.dilation_y,
+                  layer.gradient);
+    const Taps tx(layer.width, layer.left, layer.right, layer.kernel_x, layer.stride_x, layer.dilation_x,
+                  layer.gradient);
     ConvPlan* g = zeros<ConvPlan>(1);
     g->bytes = sizeof *g;
     g->lanes = layer.lanes;
@@ -239,8 +242,9 @@ ConvPlan* dsr_conv_plan_new(const int64_t* fields, const int32_t* positions, int
     g->shift = log2_of(pixel * sizeof(float));
     const Chooser chooser{ty, tx, pixel, g->rows ? double(nnz) / g->rows : 0, g->channels / layer.groups,
                           g->rows / layer.groups, budget, far};
-    const Choice choice = layer.tile_y ? chooser.estimate(least(layer.tile_y, ty.outputs), least(layer.tile_x, tx.outputs))
-                                       : chooser.best();
+    const Choice choice =
+        layer.tile_y ? chooser.estimate(least(layer.tile_y, ty.outputs), least(layer.tile_x, tx.outputs))
+                     : chooser.best();
     fill_axis(g->y, ty, choice.y, choice.y);
     fill_axis(g->x, tx, choice.x, chooser.reach(choice.x));
     g->pitch = g->x.slots * pixel;
@@ -248,7 +252,8 @@ ConvPlan* dsr_conv_plan_new(const int64_t* fields, const int32_t* positions, int
     g->tile_columns = choice.columns;
     const int64_t vectors = divide_up(choice.x * pixel, LANES);
     fewest_tiles(choice.y, vectors, WIDEST_WEIGHTS, g->weight_rows, g->weight_columns);
-    g->direct = g->group == 1 && g->out_stride_y * g->out_stride_x == 1 && tx.outputs * pixel % LANES == 0 && choice.x * pixel % LANES == 0;
+    g->direct = g->group == 1 && g->out_stride_y * g->out_stride_x == 1 && tx.outputs * pixel % LANES == 0 &&
+                choice.x * pixel % LANES == 0;
     const int64_t slots = g->y.slots * g->x.slots;
     int64_t held = budget / (slots ? slots * pixel * (int64_t)sizeof(float) : 1);
     if (slots) held = least(held, 65535 / slots);

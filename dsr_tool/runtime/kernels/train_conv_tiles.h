@@ -14,8 +14,8 @@ struct Taps {
     ~Taps();
     Taps(const Taps&) = delete;
 
-    // Slots of a panel for `tile` positions. Slots of one residue of the stride follow each other, and gaps between taps
-    // that are far apart get none. Fills `slot` (taps) and `from` (slots) unless they are null.
+    // Slots of a panel for `tile` positions. Slots of one residue of the stride follow each other, and gaps between
+    // taps that are far apart get none. Fills `slot` (taps) and `from` (slots) unless they are null.
     int64_t slots(int64_t tile, int32_t* slot, int32_t* from) const;
 };
 

@@ -113,14 +113,16 @@ void weight_tile(const WeightTile& tile) {
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 20
-            for (int c = 0; c < C; c += 16 / LANES) __builtin_prefetch(from + tile.ahead + r * tile.gradient_pitch + c * LANES);
+            for (int c = 0; c < C; c += 16 / LANES)
+                __builtin_prefetch(from + tile.ahead + r * tile.gradient_pitch + c * LANES);
         Vec gradient[R][C];
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 20
             for (int c = 0; c < C; c++) gradient[r][c] = load(from + r * tile.gradient_pitch + c * LANES);
         const uint16_t* end = offset + count;
-        for (; end - offset >= REDUCED; offset += REDUCED, sums += LANES) add_records<R, C, REDUCED>(tile, gradient, offset, sums);
+        for (; end - offset >= REDUCED; offset += REDUCED, sums += LANES)
+            add_records<R, C, REDUCED>(tile, gradient, offset, sums);
         if (REDUCED > 4 && count & 4) {
             add_records<R, C, 4>(tile, gradient, offset, sums);
             offset += 4;
@@ -221,7 +223,8 @@ void weigh(const void* context, int64_t item) {
     float* sums = task.sums + share * g.sums * LANES;
     for (int64_t p = share * task.places / task.shares; p < end; p++) {
         const Place place(g, p);
-        const int64_t tiles = divide_up(place.y.count, g.weight_rows) * divide_up(vectors_of(g, place.x), g.weight_columns);
+        const int64_t across = divide_up(vectors_of(g, place.x), g.weight_columns);
+        const int64_t tiles = divide_up(place.y.count, g.weight_rows) * across;
         for (int64_t b = first; b < last; b++) {
             const ChannelBlock& block = g.blocks[b];
             pack_panel(g, block, place, task.source, task.blocks, panel);
@@ -251,16 +254,17 @@ void fold_all(const Weighing& task) {
     const ConvPlan& g = task.g;
     const int64_t size = g.sums * LANES;
     for (int64_t s = 1; s < task.shares; s++)
-        for (int64_t i = 0; i < size; i += LANES) store(task.sums + i, load(task.sums + i) + load(task.sums + s * size + i));
+        for (int64_t i = 0; i < size; i += LANES)
+            store(task.sums + i, load(task.sums + i) + load(task.sums + s * size + i));
     // A vector holds at most as many records as it has lanes, so no total is written before its sums were read.
     const float* sums = task.sums;
     float* totals = task.sums;
     const ChannelBlock& end = g.blocks[g.block_count - 1];
     for (int64_t i = 0; i < end.count + end.rows; i++) {
-        float row[65536 / 1024];
-        int count = g.counts[i];
-        for (; count > 0; count -= 64) {
-            const int now = count < 64 ? count : 64;
+        constexpr int MOST = 64;  // records at once
+        float row[MOST];
+        for (int count = g.counts[i]; count > 0; count -= MOST) {
+            const int now = count < MOST ? count : MOST;
             fold_row(sums, now, row);
             for (int n = 0; n < now; n++) *totals++ = row[n];
         }
@@ -274,10 +278,11 @@ extern "C" {
 // Computes the gradient to the weights in canonical order, `out` (nnz), by the plan of the forward pass; weights that
 // never meet the input get zero. Returns 0, or -1 if there is no memory.
 int dsr_conv_weights(const ConvPlan* plan, const float* source, int64_t blocks, const float* gradient, float* out,
-                       Pool* pool) {
+                     Pool* pool) {
     const ConvPlan& g = *plan;
     const int64_t places = places_of(g, blocks);
-    // Enough items for 16 threads; the sums of all shares together take 2 MiB, or those of one share if they are larger.
+    // Enough items for 16 threads; the sums of all shares together take 2 MiB, or those of one share if they are
+    // larger.
     const int64_t shares = least(places, 524288 / ((g.sums + 1) * LANES));
     const int64_t count = shares > 16 ? 16 : shares > 1 ? shares : 1;
     const int64_t ranges = least(g.block_count, divide_up(16, count));

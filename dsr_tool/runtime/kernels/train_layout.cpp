@@ -2,8 +2,8 @@
 //
 // Either way squares of images x floats are transposed in registers, so that memory sees whole runs: every float is
 // read once and written once. Where channels come first, an image is one run of channels * pixels floats in the order
-// that a block has too. Where they come last, a square is `lanes` images by some channels of one pixel, and its lines go
-// to as many planes.
+// that a block has too. Where they come last, a square is `lanes` images by some channels of one pixel, and its lines
+// go to as many planes.
 
 #include "train_planes.h"
 
@@ -32,8 +32,8 @@ typedef float F4 __attribute__((vector_size(16)));
 inline F4 low(F4 a, F4 b) { return F4{a[0], b[0], a[1], b[1]}; }
 inline F4 high(F4 a, F4 b) { return F4{a[2], b[2], a[3], b[3]}; }
 
-// `rows` runs of `count` floats, each up to WIDTH and `from_step` apart, become `count` runs of WIDTH floats. `readable`
-// floats from the start of each run may be read, and as many as `writable` written.
+// `rows` runs of `lines` floats, each up to WIDTH and `from_step` apart, become `lines` runs of WIDTH floats.
+// `readable` floats from the start of each run may be read, and as many as `writable` written.
 template <class V>
 __attribute__((always_inline)) inline void square(const float* from, int64_t from_step, int64_t rows, int64_t readable,
                                                   float* to, int64_t to_step, int64_t lines, int64_t writable) {
@@ -115,7 +115,8 @@ struct Move {
             return;
         }
         // Pixels of one share: their channels fill a run, but at least four pixels, which are neighbours in a plane.
-        const int64_t at_once = RUN / l.channels < 4 ? 4 : RUN / l.channels, shares = (l.pixels + at_once - 1) / at_once;
+        const int64_t at_once = RUN / l.channels < 4 ? 4 : RUN / l.channels;
+        const int64_t shares = (l.pixels + at_once - 1) / at_once;
         each(pool, blocks * shares, at_once * l.channels * l.lanes, [&](int64_t item) {
             const int64_t begin = item % shares * at_once;
             const int64_t end = begin + at_once < l.pixels ? begin + at_once : l.pixels;
@@ -146,7 +147,7 @@ void dsr_block(const Layout* layout, const float* rows, float* blocked, Pool* po
     Move{*layout, (float*)rows, blocked, true}.run(pool);
 }
 
-// The same way back.
+// Blocks to images; what lanes without an image hold is left behind.
 void dsr_unblock(const Layout* layout, const float* blocked, float* rows, Pool* pool) {
     Move{*layout, rows, (float*)blocked, false}.run(pool);
 }

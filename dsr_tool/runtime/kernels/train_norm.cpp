@@ -191,8 +191,8 @@ extern "C" {
 void dsr_norm_forward(const Shape* shape, const float* x, const float* residual, const float* weight, const float* bias,
                       float* running_mean, float* running_variance, double momentum, double epsilon, int training,
                       const Bend* bend, double* statistics, float* y, Pool* pool) {
-    const Forward pass{*shape,           Masks(*shape),     x,       residual,   weight,        bias,  running_mean,
-                       running_variance, momentum, epsilon, statistics, training != 0, *bend, y};
+    const Forward pass{*shape, Masks(*shape), x, residual, weight, bias, running_mean, running_variance, momentum,
+                       epsilon, statistics, training != 0, *bend, y};
     with_function(*bend, [&](auto function) {
         constexpr Function F = decltype(function)::value;
         channels(*shape, pool, [&](int64_t channel) {
@@ -203,13 +203,13 @@ void dsr_norm_forward(const Shape* shape, const float* x, const float* residual,
     });
 }
 
-// Gradients of dsr_norm_forward from that of y. If `residual_gradient` is not null there was a residual, and y is needed.
-// Others that are null are not computed; those of x and of the residual are zero in padding.
+// Gradients of dsr_norm_forward from that of y. If `residual_gradient` is not null there was a residual, and y is
+// needed. Others that are null are not computed; those of x and of the residual are zero in padding.
 void dsr_norm_backward(const Shape* shape, const float* x, const float* y, const float* gradient, const float* weight,
                        const float* bias, const double* statistics, int training, const Bend* bend, float* x_gradient,
                        float* residual_gradient, float* weight_gradient, float* bias_gradient, Pool* pool) {
-    const Backward pass{*shape,     Masks(*shape),          x,     y,          gradient,          weight,          bias,
-                        statistics, training != 0, *bend, x_gradient, residual_gradient, weight_gradient, bias_gradient};
+    const Backward pass{*shape, Masks(*shape), x, y, gradient, weight, bias, statistics, training != 0, *bend,
+                        x_gradient, residual_gradient, weight_gradient, bias_gradient};
     with_function(*bend, [&](auto function) {
         constexpr Function F = decltype(function)::value;
         channels(*shape, pool, [&](int64_t channel) {

@@ -1,4 +1,4 @@
-// What the kernels for training share: tensors in the blocked layout, and loops over their planes.
+// The kernels for training share this file: tensors in the blocked layout, and loops over their planes.
 //
 // A blocked tensor is contiguous (blocks, channels, pixels, lanes): `lanes` images side by side, so that a plane, all
 // pixels of one channel in one block, is a run of pixels * lanes floats. Lanes is 4, 8 or 16 in every build, and the
@@ -9,7 +9,8 @@
 
 namespace planes {
 
-constexpr int WIDE = 4;                       // vectors that a loop handles at once, with a sum for each: hides the additions' latency
+// Vectors that a loop handles at once, with a sum for each, which hides the latency of additions.
+constexpr int WIDE = 4;
 constexpr int64_t CHUNK = 16 * WIDE * LANES;  // floats summed in float32 before they are added in float64: 16 a lane
 constexpr int64_t SHARE = 16 * 1024;          // floats that are worth asking another thread for
 
@@ -45,8 +46,8 @@ inline void put(float* to, Vec v, int64_t left) {
 // Asks for a cache line that is needed soon: the processor does not see where the next plane lies.
 inline void prefetch(const float* line) { __builtin_prefetch(line, 0, 2); }
 
-// Calls f(i, sum, k, left) for each vector of the floats from begin to end: i is its first float, sum < WIDE the sum that
-// it goes to, k < WIDE its place in a Mask, and left the floats up to the end, or LANES where that is more.
+// Calls f(i, sum, k, left) for each vector of the floats from begin to end: i is its first float, sum < WIDE the sum
+// that it goes to, k < WIDE its place in a Mask, and left the floats up to the end, or LANES where that is more.
 template <class F> __attribute__((always_inline)) inline void sweep(int64_t begin, int64_t end, F f) {
     int64_t i = begin;
     for (; i + WIDE * LANES <= end; i += WIDE * LANES) {
@@ -56,7 +57,7 @@ template <class F> __attribute__((always_inline)) inline void sweep(int64_t begi
     for (int k = 0; i < end; k++, i += LANES) f(i, 0, k, end - i);
 }
 
-// What of a plane is an image, and not a lane of padding in the last block.
+// A Mask tells the images in a plane from the lanes of padding, which the last block may have.
 struct Mask {
     Bits bits[WIDE];
 
@@ -64,7 +65,7 @@ struct Mask {
         for (int i = 0; i < WIDE * LANES; i++) bits[i / LANES][i % LANES] = i % lanes < images ? -1 : 0;
     }
 
-    // The same with zeros past the end of a plane.
+    // Keeps what is an image in vector k, and zeroes the rest and what lies past the end of a plane.
     Vec keep(Vec v, int k, int64_t left) const {
         v = masked(bits[k], v);
         if (left >= LANES) return v;

@@ -1,4 +1,4 @@
-// What pools share: pixels as vectors.
+// Pools share this file: pixels as vectors.
 //
 // A pixel is a run of lanes, so every window is computed for all of them at once, and planes are independent: threads
 // share them. The backward passes go over the outputs in order and add to the inputs of each window, which are still in

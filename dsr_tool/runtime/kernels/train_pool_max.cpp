@@ -35,12 +35,13 @@ struct MaxPool2d {
 
 namespace {
 
-// The largest entry of a window, and which one it is. As in torch the first of equal ones wins, and NaN over all; planes
-// without NaN need one comparison less. `COLUMNS` is the width of a kernel whose loop is worth unrolling, else 0.
+// The largest entry of a window, and which one it is. As in torch the first of equal ones wins, and NaN over all;
+// planes without NaN need one comparison less. `COLUMNS` is the width of a kernel whose loop is worth unrolling, or 0.
 template <class W, bool NAN_TOO, int COLUMNS>
 __attribute__((always_inline)) inline void largest_of(const MaxPool2d& pool, const float* x, PoolAxis::Range ys,
                                                       PoolAxis::Range xs, float* y, uint8_t* taken) {
-    const int64_t step = pool.columns.dilation * pool.lanes, row = pool.rows.dilation * pool.columns.inputs * pool.lanes;
+    const int64_t step = pool.columns.dilation * pool.lanes;
+    const int64_t row = pool.rows.dilation * pool.columns.inputs * pool.lanes;
     typename W::Floats most = typename W::Floats{} - INFINITY;
     typename W::Ints which = typename W::Ints{} + (int32_t)(ys.first * pool.columns.kernel + xs.first);
     for (int64_t ky = ys.first; ky < ys.last; ky++) {
@@ -95,16 +96,17 @@ bool has_nan(const float* x, int64_t count) {
 }
 
 template <class W> void max_plane(const MaxPool2d& pool, const float* x, float* y, uint8_t* taken) {
-    if (has_nan(x, pool.rows.inputs * pool.columns.inputs * pool.lanes)) return max_plane<W, true, 0>(pool, x, y, taken);
+    if (has_nan(x, inputs(pool))) return max_plane<W, true, 0>(pool, x, y, taken);
     if (pool.columns.kernel == 3) return max_plane<W, false, 3>(pool, x, y, taken);
     if (pool.columns.kernel == 2) return max_plane<W, false, 2>(pool, x, y, taken);
     max_plane<W, false, 0>(pool, x, y, taken);
 }
 
-template <class W> void max_plane_backward(const MaxPool2d& pool, const float* gradient, const uint8_t* taken, float* x) {
+template <class W>
+void max_plane_backward(const MaxPool2d& pool, const float* gradient, const uint8_t* taken, float* x) {
     constexpr int64_t WIDTH = sizeof(typename W::Floats) / 4;
     const PoolAxis &rows = pool.rows, &columns = pool.columns;
-    std::memset(x, 0, 4 * rows.inputs * columns.inputs * pool.lanes);
+    std::memset(x, 0, 4 * inputs(pool));
     for (int64_t oy = 0; oy < rows.outputs; oy++) {
         const auto ys = rows.range(oy);
         for (int64_t ox = 0; ox < columns.outputs; ox++) {

@@ -44,7 +44,7 @@ template <class W> void mean_plane(const MeanPool2d& pool, const float* x, float
 template <class W> void mean_plane_backward(const MeanPool2d& pool, const float* gradient, float* x) {
     constexpr int64_t WIDTH = sizeof(typename W::Floats) / 4;
     const MeanAxis &rows = pool.rows, &columns = pool.columns;
-    std::memset(x, 0, 4 * rows.inputs * columns.inputs * pool.lanes);
+    std::memset(x, 0, 4 * inputs(pool));
     for (int64_t oy = 0; oy < rows.outputs; oy++)
         for (int64_t ox = 0; ox < columns.outputs; ox++)
             for (int64_t lane = 0; lane < pool.lanes; lane += WIDTH) {
