@@ -28,6 +28,7 @@ from dsr_tool.formats.manifest import (
     crc32_of,
     packed_stream,
 )
+from dsr_tool.formats.palette import encode_palette, least_palette_bytes
 from dsr_tool.formats.streams import Streams, stream_bytes
 from dsr_tool.graph.ir import Graph
 from dsr_tool.sparsity.config import ModelConfig
@@ -163,10 +164,9 @@ def _palette_instead_of_packing(tensor: SparseTensor, spec: LayerSpec) -> Stream
     if values.dtype.kind != "f" or not values.size or values.tobytes() == values[:1].tobytes() * values.size:
         return None
     packed = encode_planes(values, mantissas=False).nbytes
-    palette = CODECS["palette"]
-    if palette.least and palette.least(tensor) > packed:
+    if least_palette_bytes(tensor) > packed:
         return None
-    streams = palette.encode(tensor)
+    streams = encode_palette(tensor)
     names = len(streams) * (_STREAM_ENTRY_BYTES + len(spec.name))
     return streams if stream_bytes(streams) + names < packed else None
 

@@ -16,7 +16,7 @@ import numpy as np
 from dsr_tool.errors import FormatError
 from dsr_tool.formats.coding import decode_planes, decode_runs, encode_planes, encode_runs
 from dsr_tool.formats.palette import decode_palette, encode_palette, least_palette_bytes
-from dsr_tool.formats.streams import Streams, checked, exact_streams, stream_bytes
+from dsr_tool.formats.streams import Streams, checked, exact_streams, require_bytes, stream_bytes
 from dsr_tool.sparsity.layers import matrix_shape
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import Array, SparseTensor
@@ -176,8 +176,7 @@ def _decode_delta(
     streams: Mapping[str, Array], shape: tuple[int, ...], active: int, dtype: np.dtype[Any]
 ) -> SparseTensor:
     runs, planes = exact_streams(streams, "mask", "values")
-    if runs.dtype != np.uint8 or planes.dtype != np.uint8 or runs.ndim != 1 or planes.ndim != 1:
-        raise FormatError("the streams of a delta-coded parameter are not bytes; the file is damaged.")
+    require_bytes("a delta-coded parameter", runs, planes)
     return checked(decode_runs(runs, shape, active), decode_planes(planes, active, dtype), active, dtype)
 
 
@@ -236,9 +235,11 @@ def encode_smallest(tensor: SparseTensor, codecs: Mapping[str, Codec] = CODECS) 
         codec = codecs[name]
         if codec.least and codec.least(tensor) > min(sizes.values(), default=math.inf):
             continue
-        if codec.size is None:
+        if codec.size:
+            sizes[name] = codec.size(tensor)
+        else:
             encoded[name] = codec.encode(tensor)
-        sizes[name] = stream_bytes(encoded[name]) if name in encoded else codec.nbytes(tensor)
+            sizes[name] = stream_bytes(encoded[name])
     best = min((name for name in codecs if name in sizes), key=sizes.__getitem__)
     return best, encoded[best] if best in encoded else codecs[best].encode(tensor)
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from dsr_tool.errors import FormatError
 from dsr_tool.formats.coding import decode_planes
 from dsr_tool.formats.manifest import PACKED, Entry
+from dsr_tool.formats.streams import require_bytes
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import Array, SparseTensor
 
@@ -57,8 +57,7 @@ class PackedTensors:
         entry, offset = self._entries[name], self._offsets[name]
         if entry.dtype not in self._decoded:
             stream = read_stream(entry.dtype)
-            if stream.dtype != np.uint8 or stream.ndim != 1:
-                raise FormatError("the stream of packed tensors is not bytes; the file is damaged.")
+            require_bytes("packed tensors", stream)
             self._decoded[entry.dtype] = decode_planes(stream, self.counts[entry.dtype], np.dtype(entry.dtype))
         # A copy, because the caller may write to it.
         values = self._decoded[entry.dtype][offset : offset + entry.spec.size].copy()

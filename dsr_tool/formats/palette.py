@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from dsr_tool.errors import FormatError
 from dsr_tool.formats.coding import decode_planes, decode_runs, encode_planes, encode_runs
-from dsr_tool.formats.streams import Streams, checked, exact_streams
+from dsr_tool.formats.streams import Streams, checked, exact_streams, require_bytes
 from dsr_tool.sparsity.tensor import Array, SparseTensor
 
 __all__ = ["decode_palette", "encode_palette", "least_palette_bytes"]
@@ -43,8 +43,7 @@ def decode_palette(
         FormatError: the table is of another type, has too many entries or is not in order, or an index lies past it.
     """
     runs, table, planes = exact_streams(streams, "mask", "table", "indices")
-    if runs.dtype != np.uint8 or planes.dtype != np.uint8 or runs.ndim != 1 or planes.ndim != 1:
-        raise FormatError("the streams of a parameter with a palette are not bytes; the file is damaged.")
+    require_bytes("a parameter with a palette", runs, planes)
     if table.dtype != dtype or table.ndim != 1 or not min(active, 1) <= len(table) <= active:
         raise FormatError(
             f"a palette has shape {table.shape} and type {table.dtype} where up to {active} values of type {dtype} "

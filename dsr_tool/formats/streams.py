@@ -11,7 +11,7 @@ from dsr_tool.errors import FormatError
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import Array, SparseTensor
 
-__all__ = ["Streams", "checked", "exact_streams", "stream_bytes"]
+__all__ = ["Streams", "checked", "exact_streams", "require_bytes", "stream_bytes"]
 
 Streams = dict[str, Array]
 """Arrays of one tensor by suffix."""
@@ -27,6 +27,12 @@ def exact_streams(streams: Mapping[str, Array], *names: str) -> list[Array]:
     if set(streams) != set(names):
         raise FormatError(f"streams {sorted(streams)} were found where {sorted(names)} were expected.")
     return [streams[name] for name in names]
+
+
+def require_bytes(owner: str, *streams: Array) -> None:
+    """Raises `FormatError` unless all streams of an owner, as in "a delta-coded parameter", are vectors of bytes."""
+    if any(stream.dtype != np.uint8 or stream.ndim != 1 for stream in streams):
+        raise FormatError(f"the streams of {owner} are not bytes; the file is damaged.")
 
 
 def checked(mask: Mask, values: Array, active: int, dtype: np.dtype[Any]) -> SparseTensor:
