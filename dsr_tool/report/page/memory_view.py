@@ -28,17 +28,17 @@ def memory_section(memory: Mapping[str, Any]) -> Section:
         memory: the part `memory` of the report's JSON. The room `measure` describes its keys; it stands above this one,
             so its types cannot be imported here.
     """
-    peaks, training = memory["activations"], memory["training"]
+    peaks = memory["activations"]
     rows = [("operator by operator", numbers.byte_size(peaks["in_order_bytes"]), peaks["in_order_moment"])]
     alive = Table("Activations alive at once", ("execution", "bytes", "at the peak"), rows, frozenset({0, 2}))
     figures = [
         _running(memory["inference"]),
         Figure(alive.caption, NoChart(), alive, "The input counts as an activation."),
     ]
-    figures += _training(training, "masked") if training else []
-    # Documents from before compact storage lack its keys.
-    if compact := memory.get("training_compact"):
-        figures += _training(compact, "compact")
+    for storage, key in (("masked", "training"), ("compact", "training_compact")):
+        # Documents from before compact storage lack its keys.
+        if training := memory.get(key):
+            figures += _training(training, storage)
     shape = numbers.dimensions(*memory["input_shape"])
     lead = f"For a batch of {numbers.count(memory['batch'])}, each input {shape}, on the CPU."
     keys = ("training_note", "training_compact_note", "measurement_note")
