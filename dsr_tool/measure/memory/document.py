@@ -16,6 +16,7 @@ from dsr_tool.report.sources import Source
 from dsr_tool.runtime.source import Model, open_model
 
 if TYPE_CHECKING:
+    from dsr_tool.methods import Method
     from dsr_tool.sparse.model import SparseModel
 
 __all__ = ["memory_document"]
@@ -94,29 +95,25 @@ def _folder_document(source: Source, request: MemoryRequest, folder: Path) -> Me
     except UsageError as error:
         document["training_note"] = str(error)
     try:
-        compact = _compact(source, request)
-        document["training_compact"] = _training_step(compact, source, shape, request)
+        _make_compact(model, source)
+        document["training_compact"] = _training_step(model, source, shape, request)
     except UsageError as error:
         document["training_compact_note"] = str(error)
     return document
 
 
-def _compact(source: Source, request: MemoryRequest) -> SparseModel:
-    """Loads a model in compact storage.
+def _make_compact(model: SparseModel, source: Source) -> None:
+    """Puts a model into compact storage.
 
     Raises:
         UsageError: it has no sparse weight, its method needs masked storage, or compact storage cannot hold it.
     """
-    from converters.loading import load
-    from dsr_tool.methods import METHODS
-
-    name = str(source.log.settings["method"]) if source.log else ""
-    if name in METHODS and "compact" not in METHODS[name].storages:
-        raise UsageError(f"method {name} trains in masked storage.")
-    model = load(source.path, request.maker, storage="compact")
-    if model.store is None:
+    method = _method(source)
+    if method and "compact" not in method.storages:
+        raise UsageError(f"method {method.name} trains in masked storage.")
+    if not model.prunable_weights:
         raise UsageError("the model has no sparse layer.")
-    return model
+    model.to_storage("compact")
 
 
 def _exported(model: SparseModel, shape: tuple[int, ...], folder: Path) -> _Files:
@@ -183,12 +180,18 @@ def _training_step(model: SparseModel, source: Source, shape: tuple[int, ...], r
 
 def _method_memory(source: Source, weights: int) -> MethodMemory | None:
     """Returns the bytes that the method of a run holds besides the ledger; None if there are none."""
+    method = _method(source)
+    # The ledger is that of a method of this package that reallocates; a plugin method does not say what it holds.
+    if not method or not method.bytes_per_weight:
+        return None
+    return {"name": method.name, "bytes": method.bytes_per_weight * weights}
+
+
+def _method(source: Source) -> type[Method] | None:
+    """Returns the method of a run; None for a folder without a log, and for a plugin method."""
     from dsr_tool.methods import METHODS
 
-    name = str(source.log.settings["method"]) if source.log else ""
-    # The ledger is that of a method of this package that reallocates; a plugin method does not say what it holds.
-    per_weight = METHODS[name].bytes_per_weight if name in METHODS else 0
-    return {"name": name, "bytes": per_weight * weights} if per_weight else None
+    return METHODS.get(str(source.log.settings["method"])) if source.log else None
 
 
 def _measured(
