@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dsr_tool.measure.memory.process import Measured, Request, held_bytes, reset_peak
 
@@ -71,10 +71,9 @@ def _pytorch(request: Request) -> Measured:
 
 def _training(request: Request) -> Measured:
     import torch
-    from torch.nn.functional import cross_entropy
 
     from converters.loading import load
-    from dsr_tool.measure.memory.ledger import make_optimizer
+    from dsr_tool.measure.memory.steps import loss_of, make_optimizer
     from dsr_tool.methods import attach
 
     _warm_torch()
@@ -82,21 +81,18 @@ def _training(request: Request) -> Measured:
     def load_model() -> Callable[[], object]:
         dense = request.storage == "dense"
         model = load(request.path, request.maker, storage="masked" if dense else request.storage)
-        module: Callable[[torch.Tensor], Any] = model.module.train()
+        module = model.module.train()
         optimizer = make_optimizer(request.optimizer, model.module.parameters())
         # `static` has a mask keeper and no updates; an update happens at a moment without activations. Without it the
         # model is gone with its masks, and what is left is the network.
         if not dense:
             attach(model, optimizer, "static")
-        inputs, labels = torch.zeros(request.shape), torch.zeros(request.shape[0], dtype=torch.int64)
+        inputs = torch.zeros(request.shape)
 
         def step() -> None:
-            outputs = module(inputs)
-            # Networks with auxiliary heads return a tuple while they train.
-            every = outputs if isinstance(outputs, tuple) else (outputs,)
-            loss = sum(cross_entropy(output, labels) for output in every)
+            loss = loss_of(module, inputs, "fp32")
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[union-attr]
+            loss.backward()
             optimizer.step()
 
         return step
