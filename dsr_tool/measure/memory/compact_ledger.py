@@ -44,7 +44,7 @@ def compact_ledger(
             saved = run_step(hollow, forward, stepped, watch, shape, precision)
     held = dict.fromkeys(("weights", "positions", "optimizer state", "gradients"), 0)
     held |= {**lasting(watch), "saved activations": saved, "plans": plans.bytes}
-    # They exist from the first step on, outside of torch's memory.
+    # Plans exist from the first step on, outside of torch's memory.
     return Ledger(held, {**watch.at_peak, "plans": plans.bytes}, watch.moment)
 
 
@@ -57,10 +57,11 @@ def _forward(
     program = program_of(hollow, store, plans, inputs) if precision == "fp32" else None
     if program is None:
         return hollow.module
+    run = partial(_run, program, store)
     # The first pass notes where steps run, which is no part of a step.
     with hollow.fake, torch.no_grad():
-        loss_of(partial(_run, program, store), inputs, precision)
-    return partial(_run, program, store)
+        loss_of(run, inputs, precision)
+    return run
 
 
 def _run(program: Program, store: CompactStore, inputs: torch.Tensor) -> object:

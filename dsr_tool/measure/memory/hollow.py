@@ -39,7 +39,7 @@ class HollowModel:
                 # Plans are made from the real positions, which are only read.
                 memo |= {id(real): real for real in (store.positions, store.frozen_positions)}
             self.module = copy.deepcopy(model.module, memo)
-            # Those of a compact model are made on access; nothing holds them while it trains.
+            # The masks of a compact model are made on access, and nothing holds them while it trains.
             own = model.masks if store is None else {}
             masks = {name: torch.empty(mask.shape, dtype=torch.bool) for name, mask in own.items()}
         self.model = SparseModel(self.module, model.specs, masks, model.config)

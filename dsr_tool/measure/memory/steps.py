@@ -1,4 +1,4 @@
-"""What the ledgers of both storages share: optimizers, one training step under a watch, and the figures of a ledger."""
+"""Ledgers of both storages share these parts: optimizers, one training step under a watch, and its figures."""
 
 from __future__ import annotations
 
