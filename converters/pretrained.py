@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 
-import torch
-
 from converters.archive_size import captured
 from converters.budgets import Fitted, solve, trim
 from converters.kept_zeros import unused_zeros_warning
@@ -91,8 +89,7 @@ def check_signal(model: SparseModel, selection: SelectionOptions) -> list[str]:
             f"layer {name!r} would carry no signal ({found}){more}, so what the network learned would be lost; give a "
             f"lower sparsity, --distribution lamp or --calibrate, or --allow-starved to convert it all the same."
         )
-    counts = {name: int(torch.count_nonzero(mask)) for name, mask in model.masks.items()}
-    starved = starved_layers(model.specs, counts)
+    starved = starved_layers(model.specs, model.counts)
     if not starved:
         return []
     named = "; ".join(f"{name} ({found})" for name, found in list(starved.items())[:_NAMED])

@@ -161,7 +161,8 @@ class Tied(Method):
             UsageError: the model is sparse, or has more layers than distinct values.
         """
         # One share for all layers, by largest remainder, so that the number of values is exact.
-        sizes = [model.masks[name].numel() for name in model.trained]
+        size_of = model.sizes
+        sizes = [size_of[name] for name in model.trained]
         require_dense(self.name, model)
         self.distinct = self.budget.active_weights(sum(sizes), 0, len(sizes))
         shares = apportion(self.distinct, sizes, sizes, [1] * len(sizes))

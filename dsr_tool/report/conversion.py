@@ -142,7 +142,7 @@ def _macs(model: SparseModel) -> int:
 
 def _active_counts(model: SparseModel) -> dict[str, int]:
     """Returns the number of active entries of each parameter; one without a mask is active as a whole."""
-    masked = {name: int(mask.count_nonzero()) for name, mask in model.masks.items()}
+    masked = model.counts
     return {name: masked.get(name, spec.size) for name, spec in model.specs.items()}
 
 
