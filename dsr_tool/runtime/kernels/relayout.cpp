@@ -7,47 +7,22 @@
 // 4, sources of a factor above 1, every second pixel alone, and planes to entries in order.
 
 #include "kernels.h"
+#include "transpose.h"
 
 namespace {
 
 constexpr int64_t SLACK = 8 * LANES;  // floats that whole vectors read or write past the end
 
-// The first or last halves of two vectors, element by element in turn; and every second element of both.
+// Every second element of two vectors.
 #if DSR_LANES == 16
-inline Vec low(Vec a, Vec b) {
-    return Vec{a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3], a[4], b[4], a[5], b[5], a[6], b[6], a[7], b[7]};
-}
-inline Vec high(Vec a, Vec b) {
-    return Vec{a[8],  b[8],  a[9],  b[9],  a[10], b[10], a[11], b[11],
-               a[12], b[12], a[13], b[13], a[14], b[14], a[15], b[15]};
-}
 inline Vec even(Vec a, Vec b) {
     return Vec{a[0], a[2], a[4], a[6], a[8], a[10], a[12], a[14], b[0], b[2], b[4], b[6], b[8], b[10], b[12], b[14]};
 }
 #elif DSR_LANES == 8
-inline Vec low(Vec a, Vec b) { return Vec{a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3]}; }
-inline Vec high(Vec a, Vec b) { return Vec{a[4], b[4], a[5], b[5], a[6], b[6], a[7], b[7]}; }
 inline Vec even(Vec a, Vec b) { return Vec{a[0], a[2], a[4], a[6], b[0], b[2], b[4], b[6]}; }
 #else
-inline Vec low(Vec a, Vec b) { return Vec{a[0], b[0], a[1], b[1]}; }
-inline Vec high(Vec a, Vec b) { return Vec{a[2], b[2], a[3], b[3]}; }
 inline Vec even(Vec a, Vec b) { return Vec{a[0], a[2], b[0], b[2]}; }
 #endif
-
-// A square of vectors, rows for columns, in log2(LANES) steps of shuffles: each deals the rows out to two halves.
-inline void transpose(Vec* square) {
-#pragma GCC unroll 4
-    for (int step = 1; step < LANES; step *= 2) {
-        Vec dealt[LANES];
-#pragma GCC unroll 8
-        for (int i = 0; i < LANES / 2; i++) {
-            dealt[2 * i] = low(square[i], square[i + LANES / 2]);
-            dealt[2 * i + 1] = high(square[i], square[i + LANES / 2]);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) square[i] = dealt[i];
-    }
-}
 
 // The positions of a plane in order to its vectors.
 void to_strips(const float* positions, int64_t length, float* plane) {

@@ -6,31 +6,13 @@
 // go to as many planes.
 
 #include "train_planes.h"
+#include "transpose.h"
 
 using namespace planes;
 
 namespace {
 
 constexpr int64_t RUN = 512;  // lines that are worth asking another thread for: 32 KiB each way
-
-#if DSR_LANES >= 16
-typedef float F16 __attribute__((vector_size(64)));
-inline F16 low(F16 a, F16 b) {
-    return F16{a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3], a[4], b[4], a[5], b[5], a[6], b[6], a[7], b[7]};
-}
-inline F16 high(F16 a, F16 b) {
-    return F16{a[8],  b[8],  a[9],  b[9],  a[10], b[10], a[11], b[11],
-               a[12], b[12], a[13], b[13], a[14], b[14], a[15], b[15]};
-}
-#endif
-#if DSR_LANES >= 8
-typedef float F8 __attribute__((vector_size(32)));
-inline F8 low(F8 a, F8 b) { return F8{a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3]}; }
-inline F8 high(F8 a, F8 b) { return F8{a[4], b[4], a[5], b[5], a[6], b[6], a[7], b[7]}; }
-#endif
-typedef float F4 __attribute__((vector_size(16)));
-inline F4 low(F4 a, F4 b) { return F4{a[0], b[0], a[1], b[1]}; }
-inline F4 high(F4 a, F4 b) { return F4{a[2], b[2], a[3], b[3]}; }
 
 // `rows` runs of `lines` floats, each up to WIDTH and `from_step` apart, become `lines` runs of WIDTH floats.
 // `readable` floats from the start of each run may be read, and as many as `writable` written.
@@ -47,17 +29,7 @@ __attribute__((always_inline)) inline void square(const float* from, int64_t fro
         if (bytes == sizeof(V)) std::memcpy(&v[i], from + i * from_step, sizeof(V));
         else std::memcpy(&v[i], from + i * from_step, bytes);
     }
-#pragma GCC unroll 4
-    for (int step = 1; step < WIDTH; step *= 2) {
-        V dealt[WIDTH];
-#pragma GCC unroll 8
-        for (int i = 0; i < WIDTH / 2; i++) {
-            dealt[2 * i] = low(v[i], v[i + WIDTH / 2]);
-            dealt[2 * i + 1] = high(v[i], v[i + WIDTH / 2]);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < WIDTH; i++) v[i] = dealt[i];
-    }
+    transpose(v);
 #pragma GCC unroll 16
     for (int i = 0; i < WIDTH; i++) {
         if (i >= lines) continue;
@@ -128,13 +100,7 @@ struct Move {
     }
 
     void run(Pool* pool) const {
-#if DSR_LANES >= 16
-        if (l.lanes >= 16) return run<F16>(pool);
-#endif
-#if DSR_LANES >= 8
-        if (l.lanes >= 8) return run<F8>(pool);
-#endif
-        run<F4>(pool);
+        with_width(l.lanes, [&](auto wide) { run<typename decltype(wide)::Floats>(pool); });
     }
 };
 

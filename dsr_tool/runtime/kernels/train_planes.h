@@ -30,6 +30,32 @@ struct Shape {
     }
 };
 
+// The vectors of a pixel: as wide as the build's, or as the pixel where that is narrower.
+template <int WIDTH> struct Wide {
+    typedef float Floats __attribute__((vector_size(4 * WIDTH)));
+    typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
+    typedef uint8_t Bytes __attribute__((vector_size(WIDTH)));
+
+    static Floats load(const float* from) {
+        Floats v;
+        std::memcpy(&v, from, sizeof v);
+        return v;
+    }
+    static void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
+    static Floats select(Ints mask, Floats a, Floats b) { return (Floats)((mask & (Ints)a) | (~mask & (Ints)b)); }
+};
+
+// Calls run(Wide<...>{}) with the widest vectors that a pixel fills.
+template <class R> void with_width([[maybe_unused]] int64_t lanes, const R& run) {
+#if DSR_LANES >= 16
+    if (lanes >= 16) return run(Wide<16>{});
+#endif
+#if DSR_LANES >= 8
+    if (lanes >= 8) return run(Wide<8>{});
+#endif
+    return run(Wide<4>{});
+}
+
 // The first `left` floats of a vector, and zeros; a whole vector where left is LANES or more.
 inline Vec get(const float* from, int64_t left) {
     if (left >= LANES) return load(from);
