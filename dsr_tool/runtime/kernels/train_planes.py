@@ -10,9 +10,7 @@ import ctypes
 import functools
 import math
 
-from dsr_tool.errors import UsageError
 from dsr_tool.runtime.kernels import training
-from dsr_tool.runtime.kernels.library import library
 from dsr_tool.runtime.kernels.ops import Activation
 
 __all__ = ["ACTIVATIONS", "Bend", "Layout", "MaxPool", "MeanAxis", "MeanPool", "PoolAxis", "Shape", "run"]
@@ -127,20 +125,9 @@ def run(name: str, threads: int, *arguments: object) -> None:
     Raises:
         UsageError: if there are no compiled kernels.
     """
-    function = _functions()[name]
-    training.CALLS[name] += 1
-    # Read from the module, since a forked process has a lock of its own.
-    with training.LOCK:
-        function(*arguments, training.pool(threads))
+    training.run(_functions(), name, threads, *arguments)
 
 
 @functools.cache
-def _functions() -> dict[str, ctypes._NamedFuncPointer]:
-    loaded = library()
-    if loaded is None:
-        raise UsageError("training on kernels needs the compiled library; run `make kernels` in a checkout.")
-    functions = {}
-    for name, arguments in _ARGUMENTS.items():
-        functions[name] = function = getattr(loaded, name)
-        function.restype, function.argtypes = None, (*arguments, _POINTER)
-    return functions
+def _functions() -> training.Functions:
+    return training.functions({name: (None, (*arguments, _POINTER)) for name, arguments in _ARGUMENTS.items()})

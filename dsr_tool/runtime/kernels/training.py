@@ -1,4 +1,4 @@
-"""What all kernels for training share, and the convolutions among them, by addresses of arrays.
+"""Convolutions for training by addresses of arrays, and calls of the library for all kernels for training.
 
 An address is an integer, of a contiguous float32 array unless said otherwise. Nothing here imports torch; callers keep
 the arrays alive and make sure of their sizes.
@@ -11,12 +11,20 @@ import functools
 import os
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
+from typing import TypeAlias
 
 from dsr_tool.errors import UsageError
 from dsr_tool.runtime.kernels.library import library
 
-__all__ = ["CALLS", "LOCK", "ConvPlan", "Layer", "available", "pool"]
+__all__ = ["CALLS", "LOCK", "ConvPlan", "Functions", "Layer", "Signature", "available", "functions", "pool", "run"]
+
+Signature: TypeAlias = tuple[type | None, tuple[type, ...]]
+"""The result and the arguments of a function of the library."""
+
+Functions: TypeAlias = "Mapping[str, ctypes._NamedFuncPointer]"
+"""Functions of the library by exported name."""
 
 CALLS: Counter[str] = Counter()
 """Number of calls of each kernel in this process; tests read it to assert that a kernel ran."""
@@ -25,7 +33,7 @@ LOCK = threading.RLock()
 """Held during every call, since a pool serves one caller at a time."""
 
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
-_SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
+_SIGNATURES: dict[str, Signature] = {
     "dsr_conv_plan_new": (_POINTER, (_POINTER, _POINTER, _NUMBER)),
     "dsr_conv_plan_free": (None, (_POINTER,)),
     "dsr_conv_plan_bytes": (_NUMBER, (_POINTER,)),
@@ -35,12 +43,44 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "dsr_pool_new": (_POINTER, (ctypes.c_int,)),
     "dsr_pool_free": (None, (_POINTER,)),
 }
-"""The result and the arguments of each function."""
 
 
 def available() -> bool:
     """Returns whether this process has compiled kernels."""
     return library() is not None
+
+
+def functions(signatures: Mapping[str, Signature]) -> Functions:
+    """Returns functions of the library, which know their results and arguments from then on.
+
+    Args:
+        signatures: the signature of each one by its exported name.
+
+    Raises:
+        UsageError: if there are no compiled kernels.
+    """
+    loaded = library()
+    if loaded is None:
+        raise UsageError("training on kernels needs the compiled library; run `make kernels` in a checkout.")
+    found = {}
+    for name, (result, arguments) in signatures.items():
+        found[name] = function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    return found
+
+
+def run(known: Functions, name: str, threads: int, *arguments: object) -> object:
+    """Runs a kernel and counts the call. Returns the kernel's own result.
+
+    Args:
+        known: functions, among them the kernel.
+        name: exported name of the kernel.
+        threads: number of threads, the caller among them.
+        arguments: its arguments but the last one, the pool.
+    """
+    CALLS[name] += 1
+    with LOCK:
+        return known[name](*arguments, pool(threads))
 
 
 def pool(threads: int) -> int | None:
@@ -82,7 +122,7 @@ class Layer:
         blocks: expected number of blocks of images; plans serve any number.
         gradient: whether the plan is for the gradient to the input.
         tile_y: rows of a tile, and `tile_x` its pixels in a row; 0 for those that seem fastest.
-        panel_bytes: largest size of a panel; 0 for three quarters of the first-level cache.
+        panel_bytes: largest size of a panel; 0 for seven eighths of the first-level cache.
     """
 
     out_channels: int
@@ -141,7 +181,7 @@ class ConvPlan:
             out: address of the result; blocked.
             threads: number of threads.
         """
-        self._call("dsr_conv", source, blocks, values, bias, out, threads)
+        self._run("dsr_conv", threads, source, blocks, values, bias, out)
 
     def weights(self, source: int, blocks: int, gradient: int, out: int, threads: int) -> None:
         """Computes the gradient to the non-zeros, by the plan of the forward pass.
@@ -153,14 +193,11 @@ class ConvPlan:
             out: address of the result, in the order of the positions.
             threads: number of threads.
         """
-        self._call("dsr_conv_weights", source, blocks, gradient, out, threads)
+        self._run("dsr_conv_weights", threads, source, blocks, gradient, out)
 
-    def _call(self, name: str, source: int, blocks: int, *arguments: int | None) -> None:
-        CALLS[name] += 1
-        *addresses, threads = arguments
-        with LOCK:
-            if _functions()[name](self._address, source, blocks, *addresses, pool(threads or 1)):
-                raise MemoryError(f"no memory for the buffers of {name}.")
+    def _run(self, name: str, threads: int, *arguments: int | None) -> None:
+        if run(_functions(), name, threads, self._address, *arguments):
+            raise MemoryError(f"no memory for the buffers of {name}.")
 
 
 def channel_sums(x: int, blocks: int, channels: int, plane: int, out: int, threads: int) -> None:
@@ -174,18 +211,9 @@ def channel_sums(x: int, blocks: int, channels: int, plane: int, out: int, threa
         out: address of (channels,).
         threads: number of threads.
     """
-    CALLS["dsr_channel_sums"] += 1
-    with LOCK:
-        _functions()["dsr_channel_sums"](x, blocks, channels, plane, out, pool(threads))
+    run(_functions(), "dsr_channel_sums", threads, x, blocks, channels, plane, out)
 
 
 @functools.cache
-def _functions() -> dict[str, ctypes._NamedFuncPointer]:
-    loaded = library()
-    if loaded is None:
-        raise UsageError("training on kernels needs the compiled library; run `make kernels` in a checkout.")
-    functions = {}
-    for name, (result, arguments) in _SIGNATURES.items():
-        functions[name] = function = getattr(loaded, name)
-        function.restype, function.argtypes = result, arguments
-    return functions
+def _functions() -> Functions:
+    return functions(_SIGNATURES)
