@@ -10,7 +10,6 @@ system first, so that taking it again counts.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import torch
 from torch import optim
 
 from converters.conversion import convert
+from dsr_tool.calibrate.memory import release_freed
 from dsr_tool.measure.memory.process import can_measure, held_bytes, reset_peak
 from dsr_tool.methods import (
     DSR,
@@ -144,20 +144,13 @@ def flip(mask: torch.Tensor, weights: torch.Tensor, deviation: float = 4.5e-4) -
     return count
 
 
-def return_freed_memory() -> None:
-    """Has glibc return freed memory to the system: taken again, it would not be counted. Elsewhere does nothing."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
 def measure(update: Ours | ByTopk, rounds: int) -> tuple[float, int | None, int]:
     """Returns median seconds, peak bytes of a first call that is not timed, and the number of weights dropped."""
     # A call of its own: returning freed memory and reading /proc are not part of any time.
     update.prepare()
     peak = None
     if can_measure():
-        return_freed_memory()
+        release_freed()  # taken again, freed memory would not be counted
         reset_peak()
         before = held_bytes("VmRSS")
         update()
