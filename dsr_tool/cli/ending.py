@@ -1,4 +1,4 @@
-"""Ending with a sentence when SIGTERM comes, as torchrun sends it to the other processes of a run that lost one."""
+"""A process ends with a sentence when SIGTERM comes, as torchrun sends it to the others of a run that lost one."""
 
 from __future__ import annotations
 

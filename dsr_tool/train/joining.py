@@ -1,4 +1,4 @@
-"""Joining the processes that torchrun started, and ending with one sentence when one of them is lost.
+"""A process joins the others that torchrun started, and ends with one sentence when one of them is lost.
 
 A process that is lost closes its connections, which gloo reports to its neighbours at once. They end, and so do their
 neighbours. torchrun sends SIGTERM to whoever is left on its machine (`dsr_tool.cli.ending`).

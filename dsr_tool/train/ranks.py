@@ -66,7 +66,7 @@ class Ranks:
             by = f" with --accumulate {accumulate}" if accumulate > 1 else ""
             raise UsageError(
                 f"a batch of {batch_size} images cannot be divided {among}{by}; give a --batch-size that is a multiple "
-                f"of {parts} and at least {2 * parts}, and as many images."
+                f"of {parts} and at least {2 * parts}, and data with at least as many training images."
             )
         return batch_size // self.count
 
