@@ -92,7 +92,7 @@ def row(case: Case, folder: Path, storage: str, optimizer: str, environment: Map
 
 
 def lines(rows: dict[str, Row], density: float) -> Iterator[str]:
-    """Yields a line for each storage; shares of dense are of the first row's figures."""
+    """Yields a line for each storage; shares are those of the dense network's figures."""
     dense = rows["dense"]
     for storage, this in rows.items():
         state, both = this.state / dense.state, (this.state + this.plans) / dense.state
