@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -30,33 +30,16 @@ class CountedPlans(Plans):
         """Reads positions from the store, because those that are passed while steps run dry have no contents."""
         super().__init__()
         self._store = store
-        self._sizes: dict[Hashable, _Unused] = {}
 
-    def get(
-        self,
-        name: str,
-        version: int,
-        positions: Tensor,
-        geometry: Geometry,
-        shape: tuple[int, ...],
-        *,
-        gradient: bool = False,
+    def make(
+        self, name: str, positions: Tensor, geometry: Geometry, size: tuple[int, int, int, int], *, gradient: bool
     ) -> ConvPlan:
-        """Returns a plan that does nothing, of the size of the real one."""
-        key = (name, geometry, shape[2:], gradient)
-        if key not in self._sizes:
-            with _disable_current_modes():
-                known = name in self._store.layers
-                every = self._store.positions_of(name) if known else torch.arange(len(positions), dtype=torch.int32)
-                real = Plans()
-                real.get(name, version, every, geometry, shape, gradient=gradient)
-                self._sizes[key] = _Unused(real.bytes)
-        return cast(ConvPlan, self._sizes[key])
-
-    @property
-    def bytes(self) -> int:
-        """Memory of all plans that were asked for, in bytes."""
-        return sum(plan.bytes for plan in self._sizes.values())
+        """Makes a plan that does nothing, of the size of the real one."""
+        with _disable_current_modes():
+            known = name in self._store.layers
+            every = self._store.positions_of(name) if known else torch.arange(len(positions), dtype=torch.int32)
+            real = super().make(name, every, geometry, size, gradient=gradient)
+        return cast(ConvPlan, _Unused(real.bytes))
 
 
 class _Unused:

@@ -107,9 +107,39 @@ class Plans:
         key = (name, geometry, height, width, lanes, blocks, gradient)
         made_for, plan = self._plans.get(key, (None, None))
         if plan is None or made_for != version:
-            plan = _plan(positions, geometry, (blocks, height, width, lanes), gradient=gradient)
+            plan = self.make(name, positions, geometry, (blocks, height, width, lanes), gradient=gradient)
             self._plans[key] = (version, plan)
         return plan
+
+    def make(
+        self,
+        name: str,  # noqa: ARG002 - for plans of another kind, which read their positions by name
+        positions: Tensor,
+        geometry: Geometry,
+        size: tuple[int, int, int, int],
+        *,
+        gradient: bool,
+    ) -> ConvPlan:
+        """Makes the plan of a layer whose kernel is no larger than its padded input; `get` calls it.
+
+        Args:
+            name: name of the layer.
+            positions: as for `get`.
+            geometry: the convolution.
+            size: blocks that the plan may take at once, height, width and lanes.
+            gradient: whether the plan is for the gradient to the input.
+        """
+        if positions.dtype != torch.int32 or not positions.is_contiguous() or positions.device.type != "cpu":
+            raise ValueError(
+                f"positions are {positions.dtype} on {positions.device}; they must be contiguous int32 on the CPU."
+            )
+        blocks, height, width, lanes = size
+        (top, bottom), (left, right) = geometry.pads
+        layer = Layer(
+            geometry.out_channels, geometry.in_channels, *geometry.kernel, *geometry.stride, top, left, bottom, right,
+            *geometry.dilation, geometry.groups, height, width, lanes, blocks, gradient,
+        )  # fmt: skip
+        return ConvPlan(layer, positions.data_ptr(), positions.numel())
 
     @property
     def bytes(self) -> int:
@@ -138,18 +168,3 @@ def _at_once(blocks: int, floats: int) -> int:
     """Returns the largest number of blocks, a power of two, that a plan for small planes may take at once."""
     most = min(blocks, max(_MOST_FLOATS // max(floats, 1), 1))
     return 1 << (most.bit_length() - 1)
-
-
-def _plan(positions: Tensor, geometry: Geometry, size: tuple[int, int, int, int], *, gradient: bool) -> ConvPlan:
-    if positions.dtype != torch.int32 or not positions.is_contiguous() or positions.device.type != "cpu":
-        raise ValueError(
-            f"positions are {positions.dtype} on {positions.device}; they must be contiguous int32 on the CPU."
-        )
-    blocks, height, width, lanes = size
-    geometry.output_size(height, width)
-    (top, bottom), (left, right) = geometry.pads
-    layer = Layer(
-        geometry.out_channels, geometry.in_channels, *geometry.kernel, *geometry.stride, top, left, bottom, right,
-        *geometry.dilation, geometry.groups, height, width, lanes, blocks, gradient,
-    )  # fmt: skip
-    return ConvPlan(layer, positions.data_ptr(), positions.numel())
