@@ -47,6 +47,10 @@ class Context:
         """Returns the module that a node calls."""
         return self.graph.modules[str(node.target)]
 
+    def place(self, argument: Any) -> int | None:
+        """Returns the register of an argument of a node; None if it is a constant."""
+        return self.places[argument] if isinstance(argument, fx.Node) else None
+
 
 _SEPARATE = {
     operator.iadd: operator.add,
@@ -157,7 +161,7 @@ def reader(argument: Any, places: dict[fx.Node, int]) -> Callable[[Registers], A
     if isinstance(argument, slice):
         parts = [reader(part, places) for part in (argument.start, argument.stop, argument.step)]
         return lambda registers: slice(*(part(registers) for part in parts))
-    if isinstance(argument, dict) and argument:
+    if isinstance(argument, dict):
         read_values = {key: reader(each, places) for key, each in argument.items()}
         return lambda registers: {key: each(registers) for key, each in read_values.items()}
     if isinstance(argument, (list, tuple)) and argument:
@@ -167,6 +171,4 @@ def reader(argument: Any, places: dict[fx.Node, int]) -> Callable[[Registers], A
             return lambda registers: (first(registers),)
         kind = tuple if isinstance(argument, tuple) else list
         return lambda registers: kind([each(registers) for each in items])
-    if isinstance(argument, dict):
-        return lambda _: {}
     return lambda _: argument

@@ -6,6 +6,7 @@ lane of padding holds any number and its gradient of zero must stay zero.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any, cast
@@ -19,16 +20,11 @@ from dsr_tool.sparse.blocked.context import Context, Run
 from dsr_tool.sparse.blocked.layout import block
 from dsr_tool.sparse.blocked.norm import act, add_act
 from dsr_tool.sparse.blocked.operations import Operation
-from dsr_tool.sparse.blocked.values import Value, value_at
+from dsr_tool.sparse.blocked.values import Registers, Value, value_at
 
-__all__ = ["BINARY", "UNARY", "activation_of", "activation_step", "binary_step", "sum_step", "unary_step"]
+__all__ = ["BINARY", "UNARY", "activation_of", "activation_step", "binary_step", "prelu_step", "sum_step", "unary_step"]
 
 Builder = Callable[[Operation, fx.Node, Context, Run], Run | None]
-
-
-def _source(operation: Operation, context: Context) -> int | None:
-    node = operation.arguments["input"]
-    return context.places[node] if isinstance(node, fx.Node) else None
 
 
 def activation_of(operation: Operation | None) -> tuple[str, float] | None:
@@ -41,33 +37,40 @@ def activation_of(operation: Operation | None) -> tuple[str, float] | None:
 
 def activation_step(operation: Operation, node: fx.Node, context: Context, otherwise: Run) -> Run | None:
     """Returns the step of an activation of the kernels."""
-    source, out, known = _source(operation, context), context.places[node], activation_of(operation)
+    source, known = context.place(operation.arguments["input"]), activation_of(operation)
     if source is None or known is None:
         return None
     name, slope = known
-
-    def run(registers: list[Any]) -> None:
-        value = registers[source]
-        if type(value) is Value and value.in_lanes:
-            registers[out] = value.same(act(value.lanes, name, slope))
-        else:
-            otherwise(registers)
-
-    return run
+    return _in_lanes_step(lambda value: act(value.lanes, name, slope), source, context.places[node], otherwise)
 
 
 def unary_step(operation: Operation, node: fx.Node, context: Context, otherwise: Run) -> Run | None:
     """Returns the step of a function of each entry that torch computes."""
-    source, out = _source(operation, context), context.places[node]
+    source = context.place(operation.arguments["input"])
     options = {key: value for key, value in operation.arguments.items() if key != "input"}
     if source is None or any(isinstance(value, fx.Node) for value in options.values()):
         return None
-    function = UNARY[operation.name]
+    function = functools.partial(UNARY[operation.name], **options)
+    return _in_lanes_step(function, source, context.places[node], otherwise)
 
-    def run(registers: list[Any]) -> None:
+
+def prelu_step(node: fx.Node, context: Context, otherwise: Run) -> Run | None:
+    """Returns the step of an nn.PReLU, whose slopes are those of channels in either form."""
+    source, parameters = context.places[cast(fx.Node, node.args[0])], context.module(node)._parameters
+
+    def bent(value: Value) -> Tensor:
+        return functional.prelu(value.lanes, cast(Tensor, parameters["weight"]))
+
+    return _in_lanes_step(bent, source, context.places[node], otherwise)
+
+
+def _in_lanes_step(function: Callable[[Value], Tensor], source: int, out: int, otherwise: Run) -> Run:
+    """Returns the step of a function of one value, which takes it in lanes if it is there."""
+
+    def run(registers: Registers) -> None:
         value = registers[source]
         if type(value) is Value and value.in_lanes:
-            registers[out] = value.same(function(value, **options))
+            registers[out] = value.same(function(value))
         else:
             otherwise(registers)
 
@@ -142,14 +145,12 @@ def binary_step(operation: Operation, node: fx.Node, context: Context, otherwise
     return run
 
 
-def _operand(argument: Any, context: Context) -> Callable[[list[Any]], Any]:
-    if isinstance(argument, fx.Node):
-        place = context.places[argument]
-        return lambda registers: registers[place]
-    return lambda _: argument
+def _operand(argument: Any, context: Context) -> Callable[[Registers], Any]:
+    place = context.place(argument)
+    return (lambda _: argument) if place is None else (lambda registers: registers[place])
 
 
-def _in_lanes(held: Any, beside: Value) -> Any:
+def _in_lanes(held: Any, beside: Value) -> Tensor | int | float | None:
     """Returns an operand in a form that broadcasts against a value in lanes as its rows do; None if there is none."""
     if isinstance(held, (int, float)):
         return held
@@ -189,20 +190,5 @@ def sum_step(
                 step(registers)
             return
         registers[place] = x.same(add_act(x.lanes, y.lanes, name, slope))
-
-    return run
-
-
-def prelu_step(node: fx.Node, context: Context, otherwise: Run) -> Run | None:
-    """Returns the step of an nn.PReLU, whose slopes are those of channels in either form."""
-    source, out = context.places[cast(fx.Node, node.args[0])], context.places[node]
-    parameters = context.module(node)._parameters
-
-    def run(registers: list[Any]) -> None:
-        value = registers[source]
-        if type(value) is Value and value.in_lanes:
-            registers[out] = value.same(functional.prelu(value.lanes, cast(Tensor, parameters["weight"])))
-        else:
-            otherwise(registers)
 
     return run

@@ -73,13 +73,10 @@ def function_step(operation: Operation, node: fx.Node, context: Context, otherwi
     given = operation.arguments
     if any(isinstance(given[key], fx.Node) for key in ("training", "momentum", "eps")):
         return None
-    if not isinstance(given["input"], fx.Node):
+    source, out = context.place(given["input"]), context.places[node]
+    if source is None:
         return None
-    source, out = context.places[given["input"]], context.places[node]
-    places = [
-        context.places[given[key]] if isinstance(given[key], fx.Node) else None
-        for key in ("weight", "bias", "running_mean", "running_var")
-    ]
+    places = [context.place(given[key]) for key in ("weight", "bias", "running_mean", "running_var")]
     options = {"training": given["training"], "momentum": given["momentum"], "eps": given["eps"]}
 
     def run(registers: list[Any]) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from dsr_tool.sparse.blocked.context import Context, Run
+from dsr_tool.sparse.blocked.context import Context, Run, reader
 from dsr_tool.sparse.blocked.operations import Operation
 from dsr_tool.sparse.blocked.pooling import MOST_ENTRIES, adaptive_avg_pool, avg_pool, global_mean, max_pool
-from dsr_tool.sparse.blocked.values import Value, value_at
+from dsr_tool.sparse.blocked.values import Registers, Value, value_at
 
 __all__ = ["ANSWERS", "REARRANGED", "answer_step", "cat_step", "mean_step", "pool_step", "rearranged_step"]
 
@@ -20,13 +20,12 @@ __all__ = ["ANSWERS", "REARRANGED", "answer_step", "cat_step", "mean_step", "poo
 def pool_step(operation: Operation, node: fx.Node, context: Context, otherwise: Run) -> Run | None:
     """Returns the step of a maximum, average or adaptive average pool."""
     given = dict(operation.arguments)
-    source = given.pop("input")
-    if any(isinstance(each, fx.Node) for each in given.values()) or not isinstance(source, fx.Node):
+    place, out = context.place(given.pop("input")), context.places[node]
+    if place is None or any(isinstance(each, fx.Node) for each in given.values()):
         return None
     pool = _pool(operation.name, {key: _pair(value) for key, value in given.items()})
     if pool is None:
         return None
-    place, out = context.places[source], context.places[node]
 
     def run(registers: list[Any]) -> None:
         value = value_at(registers, place)
@@ -68,12 +67,12 @@ def _pair(value: Any) -> Any:
 def mean_step(operation: Operation, node: fx.Node, context: Context, otherwise: Run) -> Run | None:
     """Returns the step of a mean over all pixels, or None for one over other dimensions."""
     given = operation.arguments
-    dim, source, keep = given["dim"], given["input"], given["keepdim"]
-    if not isinstance(source, fx.Node) or not isinstance(dim, (list, tuple)) or isinstance(keep, fx.Node):
+    dim, keep = given["dim"], given["keepdim"]
+    place, out = context.place(given["input"]), context.places[node]
+    if place is None or not isinstance(dim, (list, tuple)) or isinstance(keep, fx.Node):
         return None
     if not all(isinstance(each, int) for each in dim) or sorted(each % 4 for each in dim) != [2, 3]:
         return None
-    place, out = context.places[source], context.places[node]
 
     def run(registers: list[Any]) -> None:
         value = registers[place]
@@ -89,7 +88,7 @@ def mean_step(operation: Operation, node: fx.Node, context: Context, otherwise: 
 def cat_step(operation: Operation, node: fx.Node, context: Context, otherwise: Run) -> Run | None:
     """Returns the step of a concatenation of channels."""
     tensors, dim, out = operation.arguments["tensors"], operation.arguments["dim"], context.places[node]
-    whole = context.places[tensors] if isinstance(tensors, fx.Node) else None
+    whole = context.place(tensors)
     parts = [] if whole is not None else list(tensors)
     if not isinstance(dim, int) or not all(isinstance(each, fx.Node) for each in parts):
         return None
@@ -117,16 +116,15 @@ def _alike(value: Value, first: Value) -> bool:
 
 def rearranged_step(operation: Operation, node: fx.Node, context: Context, otherwise: Run) -> Run | None:
     """Returns the step of a rearrangement that leaves images alone; whether it does shows when it runs."""
-    source, out = operation.arguments["input"], context.places[node]
-    if not isinstance(source, fx.Node):
+    place, options = _read(operation, context)
+    if place is None:
         return None
-    place, rearrange = context.places[source], REARRANGED[operation.name]
-    read = _reader({key: value for key, value in operation.arguments.items() if key != "input"}, context)
+    rearrange, out = REARRANGED[operation.name], context.places[node]
 
     def run(registers: list[Any]) -> None:
         value = registers[place]
         if type(value) is Value and value.in_lanes:
-            made = rearrange(value, **read(registers))
+            made = rearrange(value, **options(registers))
             if made is not None:
                 registers[out] = made
                 return
@@ -135,25 +133,11 @@ def rearranged_step(operation: Operation, node: fx.Node, context: Context, other
     return run
 
 
-def _reader(arguments: dict[str, Any], context: Context) -> Callable[[list[Any]], dict[str, Any]]:
-    """Returns a function that reads numbers among the arguments, which the network may have computed."""
-    if not any(isinstance(each, fx.Node) for value in arguments.values() for each in _flat(value)):
-        return lambda _: arguments
-    places = context.places
-
-    def read(registers: list[Any]) -> dict[str, Any]:
-        def one(value: Any) -> Any:
-            if isinstance(value, fx.Node):
-                return registers[places[value]]
-            return tuple(map(one, value)) if isinstance(value, (list, tuple)) else value
-
-        return {key: one(value) for key, value in arguments.items()}
-
-    return read
-
-
-def _flat(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, (list, tuple)) else (value,)
+def _read(operation: Operation, context: Context) -> tuple[int | None, Callable[[Registers], dict[str, Any]]]:
+    """Returns the register of an operation's input, and a function that reads its other arguments by name."""
+    options = dict(operation.arguments)
+    place = context.place(options.pop("input"))
+    return place, reader(options, context.places)
 
 
 def _flatten(value: Value, start_dim: int, end_dim: int) -> Value | None:
@@ -201,15 +185,14 @@ REARRANGED: dict[str, Callable[..., Any]] = {
 
 def answer_step(operation: Operation, node: fx.Node, context: Context, otherwise: Run) -> Run | None:
     """Returns the step of a question about a value, or of taking one of several, that needs no layout."""
-    source, out = operation.arguments["input"], context.places[node]
-    if not isinstance(source, fx.Node):
+    place, options = _read(operation, context)
+    if place is None:
         return None
-    place, answer = context.places[source], ANSWERS[operation.name]
-    read = _reader({key: value for key, value in operation.arguments.items() if key != "input"}, context)
+    answer, out = ANSWERS[operation.name], context.places[node]
 
     def run(registers: list[Any]) -> None:
         held = registers[place]
-        answered = answer(held, **read(registers)) if type(held) is Value or operation.name == "getitem" else _NONE
+        answered = answer(held, **options(registers)) if type(held) is Value or operation.name == "getitem" else _NONE
         if answered is _NONE:
             otherwise(registers)
         else:
@@ -228,7 +211,7 @@ def _getattr(value: Value, name: str) -> Any:
     return value.rank if name == "ndim" else _PLAIN.get(name, _NONE)
 
 
-def _size(value: Value, dim: int | None) -> Any:
+def _size(value: Value, dim: int | None) -> torch.Size | int:
     return value.shape if dim is None else value.shape[dim]
 
 
