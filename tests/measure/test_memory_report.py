@@ -198,6 +198,11 @@ def test_the_command_reports_the_memory_of_a_folder(tmp_path, run):
     training = memory["training"]
     assert training["computed_bytes"] == sum(training["at_peak_bytes"].values())
     assert training["optimizer_state_bytes"]["adam"] == training["held_bytes"]["optimizer state"]
+    compact = memory["training_compact"]
+    assert compact["computed_bytes"] == sum(compact["at_peak_bytes"].values())
+    assert "positions" in compact["held_bytes"] and "masks" not in compact["held_bytes"]
+    assert compact["held_bytes"]["optimizer state"] < 0.5 * training["held_bytes"]["optimizer state"]
+    assert "training with adam, masked storage" in text and "training with adam, compact storage" in text
 
 
 @pytest.mark.parametrize(("method", "per_weight"), [("dst", 4), ("tied", 12)])
@@ -221,6 +226,8 @@ def test_the_memory_that_a_method_holds_besides_is_reported(method, per_weight, 
     assert training["method"] == {"name": method, "bytes": sum(tensor.nbytes for tensor in held)}
     assert training["method"]["bytes"] == per_weight * model.prunable_weights
     assert f"method {method} holds" in memory_text(memory)
+    assert memory["training_compact"] is None
+    assert f"no training in compact storage: method {method} trains in masked storage" in memory_text(memory)
 
 
 @pytest.mark.skipif(not can_measure(), reason="needs /proc")

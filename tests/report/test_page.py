@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from dsr_tool.cli import cli
 from dsr_tool.errors import FileError
 from dsr_tool.report.page import numbers
+from dsr_tool.report.page.memory_view import memory_section
 from dsr_tool.report.sources import read
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -216,6 +217,26 @@ def test_memory_is_shown_by_runtime_and_for_a_training_step(pages):
     assert step["scratch"] == ["0", "600"]
     assert step["in all"] == ["", "5,400"]
     assert ["adam", "4.000 kB"] in rows(html, "State that each optimizer keeps, masked storage")
+
+
+def test_memory_of_training_is_shown_for_each_storage(extras):
+    masked = extras["memory"]["training"]
+    compact = dict(masked)
+    for key in ("held_bytes", "at_peak_bytes"):
+        kept = {name: nbytes for name, nbytes in masked[key].items() if name != "masks"}
+        compact[key] = {**kept, "positions": 100, "plans": 400}
+    both = memory_section({**extras["memory"], "training_compact": compact})
+    steps = {figure.title: figure for figure in both.figures if figure.title.startswith("A training step")}
+    assert list(steps) == [
+        "A training step with sgd in masked storage, at its peak",
+        "A training step with sgd in compact storage, at its peak",
+    ]
+    rows_of = [[row[0] for row in figure.table.rows] for figure in steps.values()]
+    assert "masks" in rows_of[0] and "masks" not in rows_of[1] and {"positions", "plans"} <= set(rows_of[1])
+    older = memory_section(extras["memory"])  # has no key of compact storage
+    assert not any("compact storage" in figure.title for figure in older.figures)
+    without = memory_section({**extras["memory"], "training_compact": None, "training_compact_note": "no sparse layer"})
+    assert "No sparse layer." in without.notes
 
 
 def test_the_order_of_layers_is_named(pages):

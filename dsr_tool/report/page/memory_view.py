@@ -104,7 +104,7 @@ def _training(training: Mapping[str, Any], storage: str) -> list[Figure]:
         (name, f"{numbers.byte_size(n)}, {numbers.share(n, total, 1)}", _STEP_STYLES[name], float(n))
         for name, n in shown.items()
     ]
-    # Gradients, weights and state are held all the time; what is left of the peak comes and goes within the step.
+    # Those are held all the time; but for plans, what is left of the peak comes and goes within the step.
     other = total - sum(shown.values())
     entries.append(
         (
