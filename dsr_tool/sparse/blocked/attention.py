@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,7 +13,7 @@ from dsr_tool.sparse.blocked.context import Context, Run, torch_step
 from dsr_tool.sparse.blocked.layers import product
 from dsr_tool.sparse.blocked.plans import Geometry
 from dsr_tool.sparse.blocked.trace import sparse_names
-from dsr_tool.sparse.blocked.values import Value
+from dsr_tool.sparse.blocked.values import Registers, rows_at
 
 __all__ = ["attention_step"]
 
@@ -49,10 +50,9 @@ def attention_step(node: fx.Node, context: Context) -> Run | None:
     place, out, otherwise = context.places[cast(fx.Node, source)], context.places[node], torch_step(node, context)
     attend = _attend(module, context, weights=bool(given["need_weights"]), average=bool(given["average_attn_weights"]))
 
-    def run(registers: list[Any]) -> None:
-        held = registers[place]
-        x = held.rows if type(held) is Value else held
-        if not isinstance(x, Tensor) or x.dim() != 3 or x.dtype is not torch.float32 or not x.numel():
+    def run(registers: Registers) -> None:
+        x = rows_at(registers, place)
+        if x is None or x.dim() != 3:
             otherwise(registers)
         else:
             registers[out] = attend(x)
@@ -60,7 +60,10 @@ def attention_step(node: fx.Node, context: Context) -> Run | None:
     return run
 
 
-def _attend(module: nn.MultiheadAttention, context: Context, *, weights: bool, average: bool) -> Any:
+def _attend(
+    module: nn.MultiheadAttention, context: Context, *, weights: bool, average: bool
+) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
+    """Returns self-attention of (N, tokens, features), or (tokens, N, features), and its weights where wanted."""
     features, heads = module.embed_dim, module.num_heads
     project = product(module, "in_proj_weight", "in_proj_bias", Geometry(3 * features, features), context)
     join = product(module.out_proj, "weight", "bias", Geometry(features, features), context)

@@ -132,7 +132,7 @@ def binary_step(operation: Operation, node: fx.Node, context: Context, otherwise
     function, out, divides = BINARY[operation.name], context.places[node], operation.name == "div"
     read_one, read_other = (_operand(each, context) for each in (one, other))
 
-    def run(registers: list[Any]) -> None:
+    def run(registers: Registers) -> None:
         a, b = read_one(registers), read_other(registers)
         first = a if type(a) is Value and a.in_lanes else b
         if type(first) is Value and first.in_lanes and not (divides and not isinstance(b, (int, float))):
@@ -181,7 +181,7 @@ def sum_step(
     one, other, place = context.places[operands[0]], context.places[operands[1]], context.places[out]
     name, slope = activation
 
-    def run(registers: list[Any]) -> None:
+    def run(registers: Registers) -> None:
         a, b = registers[one], registers[other]
         lanes = (type(a) is Value and a.in_lanes) or (type(b) is Value and b.in_lanes)
         x, y = (value_at(registers, one), value_at(registers, other)) if lanes else (None, None)

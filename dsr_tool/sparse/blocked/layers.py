@@ -15,7 +15,7 @@ from dsr_tool.sparse.blocked.convolution import convolve, convolve_dense
 from dsr_tool.sparse.blocked.linear import linear
 from dsr_tool.sparse.blocked.plans import Geometry
 from dsr_tool.sparse.blocked.trace import sparse_names
-from dsr_tool.sparse.blocked.values import Value, value_at
+from dsr_tool.sparse.blocked.values import Registers, rows_at, value_at
 from dsr_tool.sparse.compact.rebuild import light
 
 __all__ = ["Product", "convolution_step", "linear_step", "product"]
@@ -34,7 +34,7 @@ def convolution_step(node: fx.Node, context: Context) -> Run | None:
     multiply, otherwise = _convolution(module, geometry, context), torch_step(node, context)
     stem = not sparse_names(module) and geometry.groups == 1 and geometry.kernel != (1, 1)
 
-    def run(registers: list[Any]) -> None:
+    def run(registers: Registers) -> None:
         value = value_at(registers, source)
         if value is None or value.rank != 4 or value.shape[1] != geometry.in_channels:
             otherwise(registers)
@@ -65,7 +65,7 @@ def geometry_of(module: nn.Conv2d) -> Geometry | None:
     return Geometry(module.out_channels, module.in_channels, kernel, stride, padding, dilation, module.groups)
 
 
-def _convolution(module: nn.Conv2d, geometry: Geometry, context: Context) -> Product:
+def _convolution(module: nn.Conv2d | nn.Linear, geometry: Geometry, context: Context) -> Product:
     parameters = module._parameters
     name = sparse_names(module).get("weight")
     if name is None:
@@ -94,24 +94,20 @@ def linear_step(node: fx.Node, context: Context) -> Run | None:
     if name is None or len(node.args) != 1 or node.kwargs:
         return None
     source, out = context.places[cast(fx.Node, node.args[0])], context.places[node]
-    parameters, store, plans = module._parameters, context.store, context.plans
-    geometry = Geometry(module.out_features, module.in_features)
-    on_rows, otherwise = product(module, "weight", "bias", geometry, context), torch_step(node, context)
+    geometry, store = Geometry(module.out_features, module.in_features), context.store
+    on_images, otherwise = _convolution(module, geometry, context), torch_step(node, context)
+    on_rows = product(module, "weight", "bias", geometry, context)
 
-    def run(registers: list[Any]) -> None:
+    def run(registers: Registers) -> None:
         value, layer = value_at(registers, source), store.layers[name]
         if value is None or value.rank != 2 or prefers_dense(geometry, layer.count / layer.size):
-            held = registers[source]
-            rows = held.rows if type(held) is Value else held
-            if isinstance(rows, Tensor) and rows.dtype is torch.float32 and rows.dim() > 1 and rows.numel():
-                registers[out] = on_rows(rows)
-            else:
+            rows = rows_at(registers, source)
+            if rows is None or rows.dim() < 2:
                 otherwise(registers)
+            else:
+                registers[out] = on_rows(rows)
             return
-        made = convolve(
-            value.image, store.values_of(name), store.positions_of(name), geometry, plans, name, store.version,
-            parameters["bias"],
-        )  # fmt: skip
+        made = on_images(value.image)
         registers[out] = value.same(made.view(*made.shape[:2], made.shape[4]))
 
     return run

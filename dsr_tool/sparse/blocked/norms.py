@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from dsr_tool.sparse.blocked.context import Context, Run
 from dsr_tool.sparse.blocked.norm import norm_act
 from dsr_tool.sparse.blocked.operations import Operation
-from dsr_tool.sparse.blocked.values import Value, value_at
+from dsr_tool.sparse.blocked.values import Registers, Value, value_at
 
 __all__ = ["function_step", "norm_step"]
 
@@ -35,7 +35,7 @@ def norm_step(
     rank = 2 if isinstance(module, nn.BatchNorm1d) else 4
     parameters, buffers, (name, slope) = module._parameters, module._buffers, activation
 
-    def run(registers: list[Any]) -> None:
+    def run(registers: Registers) -> None:
         value = value_at(registers, source)
         added = None if other is None else value_at(registers, other)
         fits = value is not None and value.rank == rank and value.shape[1] == module.num_features
@@ -79,7 +79,7 @@ def function_step(operation: Operation, node: fx.Node, context: Context, otherwi
     places = [context.place(given[key]) for key in ("weight", "bias", "running_mean", "running_var")]
     options = {"training": given["training"], "momentum": given["momentum"], "eps": given["eps"]}
 
-    def run(registers: list[Any]) -> None:
+    def run(registers: Registers) -> None:
         value = value_at(registers, source)
         tensors = [None if place is None else registers[place] for place in places]
         known = all(each is None or (type(each) is not Value and each.dtype is torch.float32) for each in tensors)

@@ -27,7 +27,7 @@ def pool_step(operation: Operation, node: fx.Node, context: Context, otherwise: 
     if pool is None:
         return None
 
-    def run(registers: list[Any]) -> None:
+    def run(registers: Registers) -> None:
         value = value_at(registers, place)
         if value is None or value.rank != 4:
             otherwise(registers)
@@ -74,7 +74,7 @@ def mean_step(operation: Operation, node: fx.Node, context: Context, otherwise: 
     if not all(isinstance(each, int) for each in dim) or sorted(each % 4 for each in dim) != [2, 3]:
         return None
 
-    def run(registers: list[Any]) -> None:
+    def run(registers: Registers) -> None:
         value = registers[place]
         if type(value) is not Value or not value.in_lanes or value.rank != 4:
             otherwise(registers)
@@ -94,7 +94,7 @@ def cat_step(operation: Operation, node: fx.Node, context: Context, otherwise: R
         return None
     places = [context.places[each] for each in parts]
 
-    def run(registers: list[Any]) -> None:
+    def run(registers: Registers) -> None:
         held = [registers[place] for place in places] if whole is None else list(registers[whole])
         if any(type(each) is Value and each.in_lanes for each in held):
             # The ones that have no blocked form yet get it: the others are larger or as large.
@@ -121,7 +121,7 @@ def rearranged_step(operation: Operation, node: fx.Node, context: Context, other
         return None
     rearrange, out = REARRANGED[operation.name], context.places[node]
 
-    def run(registers: list[Any]) -> None:
+    def run(registers: Registers) -> None:
         value = registers[place]
         if type(value) is Value and value.in_lanes:
             made = rearrange(value, **options(registers))
@@ -190,7 +190,7 @@ def answer_step(operation: Operation, node: fx.Node, context: Context, otherwise
         return None
     answer, out = ANSWERS[operation.name], context.places[node]
 
-    def run(registers: list[Any]) -> None:
+    def run(registers: Registers) -> None:
         held = registers[place]
         answered = answer(held, **options(registers)) if type(held) is Value or operation.name == "getitem" else _NONE
         if answered is _NONE:

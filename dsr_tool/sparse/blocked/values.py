@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsr_tool.sparse.blocked.layout import block, lanes_for, unblock
 
-__all__ = ["Registers", "Value", "detached", "plain", "value_at"]
+__all__ = ["Registers", "Value", "detached", "plain", "rows_at", "value_at"]
 
 Registers: TypeAlias = list[Any]
 """The results of the steps so far: values, tensors of another kind, numbers, and tuples of them."""
@@ -143,3 +143,10 @@ def value_at(registers: Registers, index: int) -> Value | None:
         registers[index] = value = Value(held.shape[0], rows=held)
         return value
     return None
+
+
+def rows_at(registers: Registers, index: int) -> Tensor | None:
+    """Returns a register in rows of images, or as the tensor that it is; None if kernels cannot take that."""
+    held = registers[index]
+    rows = held.rows if type(held) is Value else held
+    return rows if isinstance(rows, Tensor) and rows.dtype is torch.float32 and rows.numel() else None
