@@ -71,15 +71,16 @@ def norm_act(
         )
     if training and running_mean is not None and momentum is None:
         raise ValueError("momentum None has no count of batches; pass 1 / number of batches so far.")
-    if residual is None:
-        options = (running_mean, running_var, training, momentum or 0.0, eps, images, bend, activation)
-        return cast(Tensor, _NormAct.apply(x, weight, bias, None, *options))
-    if residual.shape != x.shape:
-        raise ValueError(f"residual has shape {tuple(residual.shape)}, and x {tuple(x.shape)}.")
-    # What other activations need is not kept beside a residual: they get a pass of their own.
-    fused = activation if activation in FROM_VALUE else "none"
-    options = (running_mean, running_var, training, momentum or 0.0, eps, images, _bend(fused, slope), fused)
-    y = cast(Tensor, _NormAct.apply(x, weight, bias, residual.contiguous(), *options))
+    fused = activation
+    if residual is not None:
+        if residual.shape != x.shape:
+            raise ValueError(f"residual has shape {tuple(residual.shape)}, and x {tuple(x.shape)}.")
+        residual = residual.contiguous()
+        # What other activations need is not kept beside a residual: they get a pass of their own.
+        if activation not in FROM_VALUE:
+            fused, bend = "none", _bend("none", slope)
+    options = (running_mean, running_var, training, momentum or 0.0, eps, images, bend, fused)
+    y = cast(Tensor, _NormAct.apply(x, weight, bias, residual, *options))
     return y if fused == activation else act(y, activation, slope)
 
 
