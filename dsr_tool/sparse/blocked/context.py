@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from dsr_tool.sparse.blocked.operations import in_place_argument
+from dsr_tool.sparse.blocked.operations import AUGMENTED, called_name, in_place_argument, names_a_write
 from dsr_tool.sparse.blocked.plans import Plans
 from dsr_tool.sparse.blocked.trace import Graph, sparse_names
 from dsr_tool.sparse.blocked.values import Registers, Value, plain
@@ -50,14 +49,6 @@ class Context:
     def place(self, argument: Any) -> int | None:
         """Returns the register of an argument of a node; None if it is a constant."""
         return self.places[argument] if isinstance(argument, fx.Node) else None
-
-
-_SEPARATE = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
 
 
 def torch_step(node: fx.Node, context: Context) -> Run:
@@ -103,18 +94,17 @@ def _separate(node: fx.Node, context: Context) -> tuple[Callable[..., Any], Any,
     if node.op == "call_module":
         module = context.module(node)
         return module, args, kwargs, getattr(module, "inplace", False) is True
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    writes = str(name).endswith("_") and not str(name).endswith("__") and not node.meta.get("writes")
+    name = called_name(node)
+    base, writes = name.removesuffix("_"), names_a_write(name) and not node.meta.get("writes")
     if node.op == "call_method":
-        method = str(name).removesuffix("_") if writes and hasattr(Tensor, str(name).removesuffix("_")) else str(name)
+        method = base if writes and hasattr(Tensor, base) else name
         return _method(method), args, kwargs, writes and method == name
     target: Any = node.target
     if writes:
-        base = str(name).removesuffix("_")
         other = getattr(functional, base, None) or getattr(torch, base, None)
         return other or target, args, kwargs, other is None
-    if target in _SEPARATE and not node.meta.get("writes"):
-        return _SEPARATE[target], args, kwargs, False
+    if target in AUGMENTED and not node.meta.get("writes"):
+        return AUGMENTED[target], args, kwargs, False
     if in_place_argument(node) is True:
         if "inplace" in kwargs:
             return target, args, kwargs | {"inplace": False}, False

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Fingerprint"]
+__all__ = ["HOOKS", "Fingerprint"]
 
 _SIMPLE = (bool, int, float, str, type(None))
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Attributes of a module that hold its hooks."""
 
 
 class Fingerprint:
@@ -30,7 +31,7 @@ class Fingerprint:
             for key, value in module.__dict__.items()
             if not key.startswith("_") and _is_simple(value)
         ]
-        self._hooks = [getattr(module, name) for module in modules for name in _HOOKS]
+        self._hooks = [getattr(module, name) for module in modules for name in HOOKS]
 
     def outdated(self) -> bool:
         """Returns whether a module was replaced, added or removed."""

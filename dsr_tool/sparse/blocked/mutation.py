@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import fx, nn
 
-from dsr_tool.sparse.blocked.operations import writes_in_place
+from dsr_tool.sparse.blocked.operations import called_name, writes_in_place
 from dsr_tool.sparse.blocked.trace import Graph, NotTraceableError
 
 __all__ = ["is_number", "redirect_writes"]
@@ -88,7 +88,7 @@ def _remove_unread(graph: Graph) -> None:
 def _memory(node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node:
     """Returns the node whose memory a node's result may lie in: its own, or that of what it is a view of."""
     while node.args and isinstance(node.args[0], fx.Node) and not is_number(node):
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        name = called_name(node)
         if node.op == "call_module":
             name = type(modules[str(node.target)]).__name__
         if name not in _VIEWS and not (name == "getattr" and node.args[1:2] == ("data",)):
@@ -103,7 +103,7 @@ def is_number(node: fx.Node) -> bool:
 
 
 def _makes_number(node: fx.Node) -> bool:
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    name = called_name(node)
     if name in _NUMBERS:
         return node.op == "call_method"
     if node.target is getattr:

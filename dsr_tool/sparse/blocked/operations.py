@@ -17,7 +17,16 @@ from torch.nn import functional
 
 from dsr_tool.sparse.compact.marks import plain_class
 
-__all__ = ["Operation", "module_kind", "operation_of", "writes_in_place"]
+__all__ = [
+    "AUGMENTED",
+    "Operation",
+    "called_name",
+    "in_place_argument",
+    "module_kind",
+    "operation_of",
+    "names_a_write",
+    "writes_in_place",
+]
 
 
 class Spelling(NamedTuple):
@@ -204,18 +213,30 @@ def writes_in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Returns whether a node writes into its first argument, as far as its spelling tells."""
     if node.op == "call_module":
         return getattr(modules[str(node.target)], "inplace", False) is True
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    if node.op != "call_function":
+    if node.op not in ("call_method", "call_function"):
         return False
-    if node.target in _AUGMENTED:
+    if node.target in AUGMENTED or names_a_write(called_name(node)):
         return True
-    name = getattr(node.target, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or bool(in_place_argument(node))
+    return node.op == "call_function" and bool(in_place_argument(node))
 
 
-_AUGMENTED: tuple[Callable[..., Any], ...] = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+AUGMENTED: dict[Any, Callable[[Any, Any], Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+"""Augmented assignments, and what they assign."""
+
+
+def called_name(node: fx.Node) -> str:
+    """Returns the name of the method or the function that a node calls; empty if the function has none."""
+    return str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+
+
+def names_a_write(name: str) -> bool:
+    """Returns whether a function or method of this name writes into its first argument, as torch names them."""
+    return name.endswith("_") and not name.endswith("__")
 
 
 def in_place_argument(node: fx.Node) -> Any:

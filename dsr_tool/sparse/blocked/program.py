@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from dsr_tool.runtime.kernels.train_planes import ACTIVATIONS
 from dsr_tool.runtime.kernels.training import CALLS
 from dsr_tool.sparse.blocked import elementwise, norms, shapes
 from dsr_tool.sparse.blocked.attention import attention_step
@@ -28,8 +29,7 @@ from dsr_tool.sparse.compact.store import CompactStore
 __all__ = ["Program"]
 
 _BUILDERS: dict[str, elementwise.Builder] = {
-    **dict.fromkeys(("relu", "relu6", "sigmoid", "silu", "hardsigmoid", "hardswish", "leaky_relu"),
-                    elementwise.activation_step),
+    **dict.fromkeys(ACTIVATIONS, elementwise.activation_step),
     **dict.fromkeys(elementwise.UNARY, elementwise.unary_step),
     **dict.fromkeys(elementwise.BINARY, elementwise.binary_step),
     **dict.fromkeys(shapes.REARRANGED, shapes.rearranged_step),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from dsr_tool.sparse.blocked.fingerprint import HOOKS
 from dsr_tool.sparse.blocked.guard import Guard
 from dsr_tool.sparse.blocked.operations import module_kind
 from dsr_tool.sparse.compact.marks import LAYERS, plain_class
@@ -90,9 +91,7 @@ def sparse_names(module: nn.Module) -> Mapping[str, str]:
 
 def has_hooks(module: nn.Module) -> bool:
     """Returns whether a module must be called itself, because somebody hooked on to that."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return any(getattr(module, name) for name in HOOKS)
 
 
 class _Proxy(fx.Proxy):
