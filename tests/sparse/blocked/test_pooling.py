@@ -24,13 +24,13 @@ def images(height, width, *, ties=False):
     return x.round(decimals=1) if ties else x
 
 
-def both(x, lanes, theirs, ours, kernel):
+def both(x, lanes, theirs, ours, kernel, *options):
     """Returns result and gradient of x by torch in float64 and float32, and by the kernel, which must have run."""
     rows = []
     for name, dtype in (("torch", torch.float64), ("torch", torch.float32), ("ours", torch.float32)):
         leaf = x.to(dtype, copy=True).requires_grad_()
         before = CALLS.copy()
-        y = theirs(leaf) if name == "torch" else unblock(ours(block(leaf, lanes)), x.shape[0])
+        y = theirs(leaf, *options) if name == "torch" else unblock(ours(block(leaf, lanes), *options), x.shape[0])
         gradient = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         y.backward(gradient.to(dtype))
         rows.append((y.detach(), leaf.grad))
@@ -57,14 +57,7 @@ def test_max_pools_take_what_torch_takes(lanes, plane):
         if (padding and kernel == 1) or (kernel == 4 and dilation == 2 and min(plane) < 7):
             continue
         options = (kernel, stride, padding, dilation, ceil)
-
-        def theirs(v, options=options):
-            return functional.max_pool2d(v, *options)
-
-        def ours(v, options=options):
-            return max_pool(v, *options)
-
-        _, torch32, mine = both(x, lanes, theirs, ours, "max")
+        _, torch32, mine = both(x, lanes, functional.max_pool2d, max_pool, "max", *options)
         assert torch.equal(mine[0], torch32[0]), options
         torch.testing.assert_close(mine[1], torch32[1], rtol=1e-6, atol=2e-6)
 
@@ -94,28 +87,14 @@ def test_average_pools_divide_as_torch_does(lanes, plane):
         if padding and kernel == 1:
             continue
         options = (kernel, stride, padding, ceil, count)
-
-        def theirs(v, options=options):
-            return functional.avg_pool2d(v, *options)
-
-        def ours(v, options=options):
-            return avg_pool(v, *options)
-
-        assert_as_near(*both(images(*plane), lanes, theirs, ours, "mean"))
+        assert_as_near(*both(images(*plane), lanes, functional.avg_pool2d, avg_pool, "mean", *options))
 
 
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("size", [1, 2, 3, (4, 2), 7, (None, 3), 20])
 def test_adaptive_pools_cut_as_torch_does(lanes, size):
     for plane in PLANES:
-        rows = both(
-            images(*plane),
-            lanes,
-            lambda v: functional.adaptive_avg_pool2d(v, size),
-            lambda v: adaptive_avg_pool(v, size),
-            "mean",
-        )
-        assert_as_near(*rows)
+        assert_as_near(*both(images(*plane), lanes, functional.adaptive_avg_pool2d, adaptive_avg_pool, "mean", size))
 
 
 @pytest.mark.parametrize("lanes", LANES)
