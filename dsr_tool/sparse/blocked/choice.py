@@ -1,4 +1,4 @@
-"""Which layers run on sparse kernels, and which multiply by a dense weight that is made for the moment."""
+"""The choice between the sparse kernels and a dense weight that is made for the moment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the steps of a network are built with, and the step that calls torch as the network does."""
+"""The context in which the steps of a network are built, and the step that calls torch as the network does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Run: TypeAlias = Callable[[Registers], None]
 
 @dataclass
 class Context:
-    """What builders of steps know.
+    """The network as builders of steps know it.
 
     Attributes:
         root: the network.

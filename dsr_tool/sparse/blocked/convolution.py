@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from dsr_tool.runtime.kernels.training import CALLS, channel_sums
-from dsr_tool.sparse.blocked.layout import block, unblock
+from dsr_tool.sparse.blocked.layout import LANES, block, unblock
 from dsr_tool.sparse.blocked.plans import Geometry, Plans
 
 __all__ = ["CALLS", "Geometry", "Plans", "convolve", "convolve_dense"]
@@ -107,7 +107,7 @@ def _every(count: int) -> Tensor:
 
 
 def _check(x: Tensor, values: Tensor, positions: Tensor, geometry: Geometry, bias: Tensor | None) -> None:
-    if x.dim() != 5 or x.shape[1] != geometry.in_channels or x.shape[4] not in (4, 8, 16):
+    if x.dim() != 5 or x.shape[1] != geometry.in_channels or x.shape[4] not in LANES:
         raise ValueError(
             f"x is {tuple(x.shape)}; it must be (blocks, {geometry.in_channels}, H, W, lanes) with 4, 8 or 16 lanes."
         )

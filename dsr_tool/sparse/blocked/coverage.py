@@ -11,7 +11,7 @@ __all__ = ["Coverage", "Where"]
 
 
 class Where(enum.Enum):
-    """Where a step ran."""
+    """A place where steps run."""
 
     KERNEL = "on kernels"
     LANES = "in torch, in the blocked layout"
@@ -21,7 +21,7 @@ class Where(enum.Enum):
 
 @dataclass(frozen=True)
 class Coverage:
-    """Where the steps of one pass ran.
+    """Counts of the steps of one pass by the place where they ran.
 
     Attributes:
         kernels: number of steps on kernels.

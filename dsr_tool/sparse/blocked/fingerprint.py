@@ -1,4 +1,4 @@
-"""What a trace depends on: the modules of a network and their settings, quick to compare before each pass."""
+"""The modules of a network and their settings, on which a trace depends, quick to compare before each pass."""
 
 from __future__ import annotations
 

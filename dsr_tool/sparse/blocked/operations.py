@@ -30,7 +30,7 @@ __all__ = [
 
 
 class Spelling(NamedTuple):
-    """How an operation is written.
+    """The ways to write an operation.
 
     Attributes:
         parameters: names of the arguments of the functions and methods, in order.

@@ -33,7 +33,7 @@ class Group:
 
     @property
     def residual(self) -> fx.Node | None:
-        """What is added to the norm."""
+        """The node that is added to the norm, or None."""
         if self.operands is None:
             return None
         one, other = self.operands

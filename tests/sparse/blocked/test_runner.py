@@ -1,4 +1,4 @@
-"""When a runner takes a call, and what it keeps to itself."""
+"""A runner takes the calls that kernels can serve, and changes nothing that the network's user would see."""
 
 import copy
 import pickle

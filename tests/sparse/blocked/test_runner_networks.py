@@ -1,3 +1,5 @@
+"""Whole networks run on kernels, with the outputs, gradients and buffers that torch gives them."""
+
 import pytest
 import torch
 from torchvision import models

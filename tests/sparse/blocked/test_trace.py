@@ -1,4 +1,4 @@
-"""What a trace holds, what becomes one node, and what is refused."""
+"""A trace follows a network's own code; what cannot be followed becomes one node or is refused."""
 
 import random
 
