@@ -5,6 +5,8 @@
 // each record costs one broadcast and T multiply-adds whose operands lie in the panel at a fixed distance. The sums of
 // rows that more blocks add to wait in a buffer.
 
+#include <utility>
+
 #include "train_conv.h"
 
 namespace {
@@ -69,10 +71,22 @@ void gather_tile(const GatherTile& tile) {
     }
 }
 
-template <int R, int C>
-struct GatherKernel {
-    static constexpr auto run = gather_tile<R, C>;
-};
+using Function = void (*)(const GatherTile&);
+
+template <int R, int... C>
+Function in_row(std::integer_sequence<int, C...>, int64_t columns) {
+    static constexpr Function tiles[] = {gather_tile<R, C + 1>...};
+    return tiles[columns - 1];
+}
+
+Function tile_of(int64_t rows, int64_t columns) {
+    switch (rows) {
+        case 1: return in_row<1>(std::make_integer_sequence<int, WIDEST_GATHER>(), columns);
+        case 2: return in_row<2>(std::make_integer_sequence<int, WIDEST_GATHER / 2>(), columns);
+        case 3: return in_row<3>(std::make_integer_sequence<int, WIDEST_GATHER / 3>(), columns);
+        default: return in_row<4>(std::make_integer_sequence<int, WIDEST_GATHER / 4>(), columns);
+    }
+}
 
 struct Gathering {
     const ConvPlan& g;
@@ -113,7 +127,7 @@ void gather_block(const Gathering& task, const ChannelBlock& block, const Rows& 
                 tile.to_pitch = row_floats;
                 tile.ahead = AHEAD_ROWS * plane;
             }
-            tile_of<GatherKernel, WIDEST_GATHER>(height, width)(tile);
+            tile_of(height, width)(tile);
             if (block.last && !stored)
                 unstage({g, place, task.blocks, row, rows.count, y, x, height, width}, sums, task.out);
             sums += g.widest_rows * floats;

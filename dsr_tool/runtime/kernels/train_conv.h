@@ -20,7 +20,6 @@
 #include <stdlib.h>
 
 #include <atomic>
-#include <utility>
 
 #include "kernels.h"
 
@@ -184,23 +183,6 @@ constexpr int WIDEST_GATHER = 20, WIDEST_WEIGHTS = 16;  // of 32 registers
 constexpr int WIDEST_GATHER = 12, WIDEST_WEIGHTS = 10;  // of 16 registers
 #endif
 constexpr int MOST_ROWS = 4;
-
-template <template <int, int> class Tile, int R, int... C>
-auto tile_in_row(std::integer_sequence<int, C...>, int64_t columns) {
-    static constexpr decltype(Tile<1, 1>::run) tiles[] = {Tile<R, C + 1>::run...};
-    return tiles[columns - 1];
-}
-
-// Returns Tile<rows, columns>::run, the function for a register tile of at most MOST_ROWS rows and WIDEST vectors.
-template <template <int, int> class Tile, int WIDEST>
-auto tile_of(int64_t rows, int64_t columns) {
-    switch (rows) {
-        case 1: return tile_in_row<Tile, 1>(std::make_integer_sequence<int, WIDEST>(), columns);
-        case 2: return tile_in_row<Tile, 2>(std::make_integer_sequence<int, WIDEST / 2>(), columns);
-        case 3: return tile_in_row<Tile, 3>(std::make_integer_sequence<int, WIDEST / 3>(), columns);
-        default: return tile_in_row<Tile, MOST_ROWS>(std::make_integer_sequence<int, WIDEST / MOST_ROWS>(), columns);
-    }
-}
 
 // Equal buffers for the threads of one call, at the alignment of cache lines. A thread takes any that is free.
 struct Buffers {

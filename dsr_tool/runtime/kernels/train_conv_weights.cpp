@@ -8,6 +8,8 @@
 // The places of the grid are cut into a number of shares that depends on the plan alone, and the shares' sums are added
 // in order, so the result has the same bits for any number of threads.
 
+#include <utility>
+
 #include "train_conv.h"
 
 namespace {
@@ -139,10 +141,22 @@ void weight_tile(const WeightTile& tile) {
     }
 }
 
-template <int R, int C>
-struct WeightKernel {
-    static constexpr auto run = weight_tile<R, C>;
-};
+using Function = void (*)(const WeightTile&);
+
+template <int R, int... C>
+Function in_row(std::integer_sequence<int, C...>, int64_t columns) {
+    static constexpr Function tiles[] = {weight_tile<R, C + 1>...};
+    return tiles[columns - 1];
+}
+
+Function tile_of(int64_t rows, int64_t columns) {
+    switch (rows) {
+        case 1: return in_row<1>(std::make_integer_sequence<int, WIDEST_WEIGHTS>(), columns);
+        case 2: return in_row<2>(std::make_integer_sequence<int, WIDEST_WEIGHTS / 2>(), columns);
+        case 3: return in_row<3>(std::make_integer_sequence<int, WIDEST_WEIGHTS / 3>(), columns);
+        default: return in_row<4>(std::make_integer_sequence<int, WIDEST_WEIGHTS / 4>(), columns);
+    }
+}
 
 struct Weighing {
     const ConvPlan& g;
@@ -195,7 +209,7 @@ void weigh_block(const Weighing& task, const ChannelBlock& block, int64_t item, 
             tile.gradient_pitch = row_floats;
             tile.ahead = AHEAD_ROWS * plane;
         }
-        tile_of<WeightKernel, WIDEST_WEIGHTS>(height, vectors)(tile);
+        tile_of(height, vectors)(tile);
     });
 }
 
