@@ -108,19 +108,19 @@ class _Proxy(fx.Proxy):
         raise TypeError(f"a proxy does not become a {new}")
 
     # Without these, `x += y` would be recorded as a sum, and other names of x would keep the old value.
-    def __iadd__(self, other: Any) -> Any:
+    def __iadd__(self, other: Any) -> fx.Proxy:
         return self._in_place(operator.iadd, other)
 
-    def __isub__(self, other: Any) -> Any:
+    def __isub__(self, other: Any) -> fx.Proxy:
         return self._in_place(operator.isub, other)
 
-    def __imul__(self, other: Any) -> Any:
+    def __imul__(self, other: Any) -> fx.Proxy:
         return self._in_place(operator.imul, other)
 
-    def __itruediv__(self, other: Any) -> Any:
+    def __itruediv__(self, other: Any) -> fx.Proxy:
         return self._in_place(operator.itruediv, other)
 
-    def _in_place(self, function: Callable[[Any, Any], Any], other: Any) -> Any:
+    def _in_place(self, function: Callable[[Any, Any], Any], other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", function, (self, other), {})
 
 
@@ -146,7 +146,9 @@ class _Tracer(fx.Tracer):
         nodes = [node for node in self.graph.nodes if node.op != "output"]
         return Graph(nodes, self.inputs, self.outputs, self.result, self.modules, self.tensors, self.notes)
 
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:  # noqa: ARG002
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None  # noqa: ARG002
+    ) -> tuple[Callable[[], list[fx.Proxy]], list[Any]]:  # fmt: skip
         """Returns a function without arguments that calls the network's own `forward` with proxies."""
         module, leaves = self.root, []
         forward = plain_class(module).forward
@@ -157,7 +159,7 @@ class _Tracer(fx.Tracer):
             leaves.append(argument)
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
 
-        def run() -> Any:
+        def run() -> list[fx.Proxy]:
             flat, self.result = pytree.tree_flatten(forward(module, *args, **kwargs))
             self.outputs = [leaf.node if isinstance(leaf, fx.Proxy) else leaf for leaf in flat]
             if odd := [type(leaf).__name__ for leaf in self.outputs if not isinstance(leaf, _RESULTS)]:
