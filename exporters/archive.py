@@ -17,7 +17,6 @@ from dsr_tool.graph.compact.rewrite import fold_and_compact
 from dsr_tool.sparsity.config import installed_versions
 from exporters.base import Container, Draft, ExportOptions, Head
 from exporters.contents import Contents, StoredBytes, measured
-from exporters.values import stored_as
 
 if TYPE_CHECKING:
     from dsr_tool.graph.ir import Graph
@@ -61,12 +60,12 @@ class Archives(Container):
         model = checked.model
         tensors, specs, config = model.tensors(), model.specs, model.config
         encode = partial(encode_archive, encoding=options.encoding, versions=installed_versions())
-        plain = encode(stored_as(tensors, specs, options.values), specs, checked.graph, config)
+        plain = encode(checked.stored(tensors, specs), specs, checked.graph, config)
         if not options.compact:
             return Draft(plain.save)
         before, small = fold_and_compact(checked.graph, tensors)
         small_specs = compacted_specs(small.tensors, specs)
-        stored = stored_as(small.tensors, small_specs, options.values)
+        stored = checked.stored(small.tensors, small_specs)
 
         def write(path: Path) -> None:
             # The record has the size of the plain archive, which is known once it is written.
@@ -80,8 +79,8 @@ class Archives(Container):
     def verify(self, path: Path, checked: CheckedModel, *, samples: int, seed: int) -> Verification:
         """Compares every tensor bit for bit, and the outputs of the sparse runtime and of ONNX Runtime.
 
-        An archive whose weights are float16 is compared with the model rounded likewise; a note says what the rounding
-        does to the outputs.
+        An archive of rounded weights is compared with the model rounded likewise; notes say what the rounding does to
+        the outputs.
         """
         from exporters.verify.outputs import compare_outputs
         from exporters.verify.tensors import differing_tensors
@@ -104,6 +103,7 @@ class Archives(Container):
             differing=differing,
             notes=(*expected.notes, *faults),
             rounded=expected.rounded,
+            how=expected.how,
         )
 
     def reader(self) -> Callable[[Path], Model]:
@@ -128,32 +128,36 @@ class _Expected:
         tensors: every tensor that the archive should have.
         notes: what rounding did, measured.
         rounded: runs a compacted model with rounded weights, which no module computes; None to compare with PyTorch.
+        how: how its weights are rounded; empty if they are exact.
     """
 
     model: SparseModel
     tensors: dict[str, SparseTensor]
     notes: tuple[str, ...] = ()
     rounded: Run | None = None
+    how: str = ""
 
 
 def _expected(archive: Archive, checked: CheckedModel, samples: int, seed: int) -> _Expected:
-    model = checked.model
-    # The file itself tells how it was exported, so `verify` needs no options.
-    half = any(entry.dtype == "float16" and entry.spec.weight for entry in archive.entries.values())
-    if COMPACTED in archive.config.conversion:
-        _, small = fold_and_compact(checked.graph, model.tensors())
-        if not half:
-            return _Expected(model, dict(small.tensors))
-        tensors = stored_as(small.tensors, compacted_specs(small.tensors, model.specs), "fp16")
-        return _Expected(model, tensors, rounded=_run_by_onnxruntime(small.graph, tensors, "dense"))
-    if not half:
-        return _Expected(model, model.tensors())
     from exporters.verify.outputs import random_inputs
-    from exporters.verify.rounding import rounded_model, rounding_notes
+    from exporters.verify.rounding import expected_tensors, how_rounded, rounded_model, rounding_notes, steps_note
 
-    rounded = rounded_model(model)
-    notes = rounding_notes(model, rounded, random_inputs(archive.graph.inputs[0], samples, seed))
-    return _Expected(rounded, stored_as(model.tensors(), model.specs, "fp16"), notes)
+    model, specs, exact = checked.model, checked.model.specs, checked.model.tensors()
+    compacted = COMPACTED in archive.config.conversion
+    if compacted:
+        _, small = fold_and_compact(checked.graph, exact)
+        exact, specs = dict(small.tensors), compacted_specs(small.tensors, specs)
+    # The file itself tells how it was exported, so `verify` needs no options.
+    tensors = expected_tensors(checked, exact, specs, archive.entries, archive.tensor)
+    how = how_rounded(tensors, specs)
+    if not how:
+        return _Expected(model, tensors)
+    if compacted:
+        run = _run_by_onnxruntime(small.graph, tensors, "dense")
+        return _Expected(model, tensors, steps_note(tensors, exact), run, how)
+    rounded = rounded_model(model, tensors)
+    notes = rounding_notes(model, rounded, how, random_inputs(archive.graph.inputs[0], samples, seed))
+    return _Expected(rounded, tensors, notes + steps_note(tensors, exact), how=how)
 
 
 def _runs(archive: Archive) -> tuple[dict[str, Run], list[str]]:

@@ -85,7 +85,7 @@ class ExportOptions:
 
     Attributes:
         encoding: name of one of the container's encodings.
-        values: `fp32` or `fp16`.
+        values: one of the container's values.
         compact: True to remove channels that no active weight reaches.
     """
 

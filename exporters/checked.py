@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 
 import torch
@@ -9,8 +10,14 @@ import torch
 from dsr_tool.errors import UsageError
 from dsr_tool.graph.ir import Graph, Value
 from dsr_tool.sparse.capture import INPUT
+from dsr_tool.sparse.feeding import require_floats
+from dsr_tool.sparse.macs import run_once
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparse.trace import trace
+from dsr_tool.sparsity.grid import GridTensor
+from dsr_tool.sparsity.layers import LayerSpec
+from dsr_tool.sparsity.tensor import SparseTensor
+from exporters.values import stored_as
 
 __all__ = ["CheckedModel"]
 
@@ -20,19 +27,29 @@ class CheckedModel:
 
     Attributes:
         model: the model.
+        values: how its export stores weights, one of `exporters.values.VALUES`; None outside an export.
     """
 
-    def __init__(self, model: SparseModel) -> None:
+    def __init__(
+        self, model: SparseModel, values: str | None = None, rounded: Mapping[str, GridTensor] | None = None
+    ) -> None:
         """Checks a model.
+
+        Args:
+            model: the model.
+            values: how its export stores weights; None outside an export.
+            rounded: weights that are rounded already, by name, in place of rounding each value by itself.
 
         Raises:
             CheckFailed: weights and masks disagree.
-            UsageError: weights of another type than float32, or an unknown input shape.
+            UsageError: weights of another type than float32, an unknown input shape, or outputs without real numbers.
         """
         # Loading a dense state_dict into a sparse model undoes its sparsity silently; this finds it.
         model.check()
         # Graphs and kernels compute in the type of the input, which is float32 for every export.
-        other = next((p.dtype for p in model.module.parameters() if p.dtype != torch.float32), None)
+        # Whole numbers are stored as they are; complex ones were refused by the check.
+        real = (p.dtype for p in model.module.parameters() if p.is_floating_point())
+        other = next((dtype for dtype in real if dtype != torch.float32), None)
         if other is not None:
             raise UsageError(f"weights of {other} cannot be exported; call model.to(torch.float32) first.")
         if not model.config.input_shape:
@@ -40,12 +57,32 @@ class CheckedModel:
                 f"{model.config.architecture} has no input shape, which an export needs; give an input size when you "
                 f"convert it."
             )
+        # Before anything is encoded. Compact storage holds values that no meta device stands for; its outputs are
+        # looked at when they are compared.
+        if model.store is None:
+            require_floats(run_once(model.module, model.config.input_shape), type(model.module).__name__)
         self.model = model
+        self.values = values
+        self._rounded = dict(rounded or {})
 
     @property
     def input(self) -> Value:
         """Name, shape and type of the model's input; the batch is free."""
         return Value(INPUT, (None, *self.model.config.input_shape), "float32")
+
+    def stored(self, tensors: Mapping[str, SparseTensor], specs: Mapping[str, LayerSpec]) -> dict[str, SparseTensor]:
+        """Returns tensors as the file of this export holds them.
+
+        Args:
+            tensors: those of the model, or of its graph after compaction.
+            specs: description of each.
+
+        Raises:
+            UsageError: a weight that float16 cannot hold.
+        """
+        return stored_as(tensors, specs, self.values or "fp32") | {
+            name: rounded for name, rounded in self._rounded.items() if name in tensors
+        }
 
     @cached_property
     def graph(self) -> Graph:

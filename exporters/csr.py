@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from dsr_tool.sparsity.config import installed_versions
 from exporters.base import Container, Draft, ExportOptions, Head
 from exporters.contents import Contents, StoredBytes, measured
-from exporters.values import stored_as
 
 if TYPE_CHECKING:
     from dsr_tool.formats.csr_file import CsrFile
@@ -25,13 +24,14 @@ class CsrFiles(Container):
     name = "csr"
     endings = (".npz",)
     encodings = ("auto", "csr")
+    values = ("fp32", "fp16")
     measurable = True
 
     def recognises(self, head: Head) -> bool:
         """Looks for an array as the first member of a zip archive."""
         return head.zip_member.endswith(b".npy")
 
-    def encode(self, checked: CheckedModel, options: ExportOptions) -> Draft:
+    def encode(self, checked: CheckedModel, options: ExportOptions) -> Draft:  # noqa: ARG002
         """Rounds the weights if asked for; the matrices are built while they are written.
 
         Raises:
@@ -41,7 +41,7 @@ class CsrFiles(Container):
 
         # Rounding comes first, since it may refuse a weight, and nothing is written by then.
         model = checked.model
-        tensors = stored_as(model.tensors(), model.specs, options.values)
+        tensors = checked.stored(model.tensors(), model.specs)
         return Draft(
             partial(write_csr, tensors=tensors, specs=model.specs, config=model.config, versions=installed_versions())
         )
@@ -53,9 +53,7 @@ class CsrFiles(Container):
 
         file = load_csr(path)
         shapes = {name: entry.spec.shape for name, entry in file.entries.items()}
-        # The file itself tells how it was exported, so `verify` needs no options.
-        half = any(entry.spec.weight and entry.dtype == "float16" for entry in file.entries.values())
-        return verify_tensors(path, self.name, checked, shapes, file.tensor, half=half, samples=samples, seed=seed)
+        return verify_tensors(path, self.name, checked, shapes, file.tensor, samples=samples, seed=seed)
 
     def measure(self, path: Path) -> Contents:
         """Measures the arrays of every tensor, the description and the zip container."""

@@ -44,7 +44,8 @@ def export(
         to: name of a container in `exporters.containers.CONTAINERS`, such as `archive` or `onnx`. None takes the
             container with the ending of `path`, or an archive if no container has that ending.
         encoding: `auto` for the smallest encoding of each layer, or one that the container has.
-        values: `fp32` stores weights exactly, `fp16` rounds them.
+        values: `fp32` stores weights exactly, `fp16` rounds them, `int8`, `int6`, `int5` and `int4` store whole numbers
+            with one scale for each output channel.
         compact: True to fold normalisation and remove channels that no active weight reaches, in containers that hold
             a graph. Such a file is for inference: it does not go back into the module.
         force: True to replace an existing file.
@@ -65,7 +66,7 @@ def export(
     _check_options(container, options)
     # Before the model is captured and encoded, which can take minutes.
     refuse_existing(path, force=force)
-    checked = CheckedModel(model)
+    checked = CheckedModel(model, values)
     draft = container.encode(checked, options)
     # A fixed seed: notes and differences are the same whenever the same model is exported.
     return _write_verified(path, draft, lambda part: container.verify(part, checked, samples=3, seed=0), force=force)

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from safetensors.numpy import save_file
 
-from dsr_tool.errors import FormatError, first_line
+from dsr_tool.errors import FormatError, UsageError, first_line
 from dsr_tool.formats.footprint import footprint
 from dsr_tool.formats.manifest import METADATA
+from dsr_tool.sparsity.grid import GridTensor
+from dsr_tool.sparsity.layers import matrix_shape
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import Array, SparseTensor
 from exporters.base import Container, Draft, ExportOptions, Head
-from exporters.values import stored_as
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from exporters.verify.result import Verification
 
 __all__ = ["SafetensorsFiles", "StateDicts"]
+
+_SCALE = "_scale"
+"""What the name of a weight gets to name its scales, as other tools of quantised weights call them."""
 
 
 class _PlainWeights(Container):
@@ -45,15 +49,15 @@ class _PlainWeights(Container):
     def _read(self, path: Path) -> object:
         """Reads what the file holds; raises whatever the reading library raises."""
 
-    def encode(self, checked: CheckedModel, options: ExportOptions) -> Draft:
+    def encode(self, checked: CheckedModel, options: ExportOptions) -> Draft:  # noqa: ARG002
         """Decodes the weights to dense arrays; a note says how large the file is for a sparse model.
 
         Raises:
-            UsageError: a weight that float16 cannot hold.
+            UsageError: a weight that float16 cannot hold, or a name that the scales of another weight need.
         """
         model = checked.model
-        tensors = stored_as(model.tensors(), model.specs, options.values)
-        state = {name: tensor.to_dense() for name, tensor in tensors.items()}
+        tensors = checked.stored(model.tensors(), model.specs)
+        state = _state_of(tensors)
         coded = footprint(tensors, model.specs).everything.codec_bytes["delta"]
         note = (
             f"zeros are stored in place, so this file is as large as a dense one; an archive (.dsr) holds the same "
@@ -65,18 +69,16 @@ class _PlainWeights(Container):
         """Compares every tensor bit for bit, and the outputs of the module with the tensors of the file."""
         from exporters.verify.tensors import verify_tensors
 
-        model = checked.model
         state = {name: _array(path, name, tensor) for name, tensor in self._state(path).items()}
         # The file has no masks. An active weight may be zero, so the model's masks say which zeros are meant.
-        masks = {name: tensor.mask for name, tensor in model.tensors().items()}
-        weights = [name for name, spec in model.specs.items() if spec.weight and name in state]
+        masks = {name: tensor.mask for name, tensor in checked.model.tensors().items()}
+        scales = {name: state.pop(name + _SCALE) for name in [*state] if _has_scale(name, state, masks)}
         return verify_tensors(
             path,
             self.name,
             checked,
             {name: array.shape for name, array in state.items()},
-            lambda name: _masked(masks[name], state[name]),
-            half=any(state[name].dtype == np.float16 for name in weights),
+            lambda name: _masked(masks[name], state[name], scales.get(name)),
             samples=samples,
             seed=seed,
         )
@@ -97,7 +99,11 @@ class _PlainWeights(Container):
 
 
 class SafetensorsFiles(_PlainWeights):
-    """The container of safetensors files, which plain PyTorch code loads."""
+    """The container of safetensors files, which plain PyTorch code loads.
+
+    A weight in few bits is an int8 tensor of codes, and its scales, one for each first index, have the name of the
+    weight with `_scale` behind it: `weight.float() * weight_scale` is the weight.
+    """
 
     name = "safetensors"
     endings = (".safetensors",)
@@ -118,10 +124,11 @@ class SafetensorsFiles(_PlainWeights):
 
 
 class StateDicts(_PlainWeights):
-    """The container of files that `torch.save` writes."""
+    """The container of files that `torch.save` writes, for code that calls `load_state_dict`: floats alone."""
 
     name = "state-dict"
     endings = (".pth", ".pt")
+    values = ("fp32", "fp16")
 
     def recognises(self, head: Head) -> bool:
         """Looks for the pickle that torch.save writes as the first member of a zip archive."""
@@ -153,10 +160,34 @@ def _array(path: Path, name: str, tensor: torch.Tensor) -> Array:
         raise FormatError(f"{str(path)!r} holds {name!r} as {tensor.dtype}, which no export writes.") from error
 
 
-def _masked(mask: Mask, array: Array) -> SparseTensor:
+def _state_of(tensors: Mapping[str, SparseTensor]) -> dict[str, Array]:
+    """Returns the arrays of a file: one for each tensor, and the scales of those on grids."""
+    state: dict[str, Array] = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, GridTensor):
+            state[name] = tensor.to_dense()
+            continue
+        if name + _SCALE in tensors:
+            raise UsageError(
+                f"--values in few bits stores the scales of {name!r} as {name + _SCALE!r}, which is an entry of the "
+                f"model itself; use --values fp32, or an archive."
+            )
+        state[name] = SparseTensor(tensor.mask, tensor.codes).to_dense()
+        rows, _ = matrix_shape(tensor.mask.shape)
+        # Of the weight's own rank, so that a product with it needs no reshape.
+        state[name + _SCALE] = tensor.scales.reshape(rows, *(1,) * (len(tensor.mask.shape) - 1))
+    return state
+
+
+def _has_scale(name: str, state: Mapping[str, Array], masks: Mapping[str, Mask]) -> bool:
+    scale = name + _SCALE
+    return scale in state and scale not in masks and state[name].dtype == np.int8
+
+
+def _masked(mask: Mask, array: Array, scales: Array | None) -> SparseTensor:
     """Returns the array under the mask of the model, or under its own zeros if it has values outside that mask."""
-    if array.shape == mask.shape:
-        tensor = SparseTensor.from_dense(array, mask)
-        if np.count_nonzero(tensor.values) == np.count_nonzero(array):
-            return tensor
-    return SparseTensor.from_dense(array, Mask.from_bool(array != 0))
+    tensor = SparseTensor.from_dense(array, mask) if array.shape == mask.shape else None
+    if tensor is None or np.count_nonzero(tensor.values) != np.count_nonzero(array):
+        tensor = SparseTensor.from_dense(array, Mask.from_bool(array != 0))
+    fits = scales is not None and scales.size == matrix_shape(array.shape)[0] and scales.dtype == np.float32
+    return GridTensor(tensor.mask, tensor.values, scales.reshape(-1)) if scales is not None and fits else tensor

@@ -1,4 +1,4 @@
-"""The types that weights have in a file: float32, exact, or float16, rounded."""
+"""The types that weights have in a file: exact floats, float16, or whole numbers of few bits on a grid."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ from collections.abc import Mapping
 import numpy as np
 
 from dsr_tool.errors import UsageError, unknown_name
+from dsr_tool.sparsity.grid import GridTensor, distance, to_grid
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.tensor import SparseTensor
 
-__all__ = ["VALUES", "stored_as"]
+__all__ = ["GRID_BITS", "MOST_STEPS", "VALUES", "stored_as", "stored_like"]
 
-VALUES = ("fp32", "fp16")
+VALUES = ("fp32", "fp16", "int8", "int6", "int5", "int4")
+GRID_BITS = {"int8": 8, "int6": 6, "int5": 5, "int4": 4}
+"""Bits of a code, by the names of values that lie on a grid with one scale for each output channel."""
+MOST_STEPS = 2.0
+"""Steps of the grid by which a value in a file may lie from that of its model: half of one if each value was rounded by
+itself, and more if rounding kept the outputs of a layer."""
 
 
 def stored_as(
@@ -23,18 +29,54 @@ def stored_as(
     Args:
         tensors: every entry of the state_dict.
         specs: description of each entry.
-        values: `fp32` changes nothing; `fp16` rounds weights to the nearest float16, ties to even, and leaves norms,
-            biases and buffers. Masks stay, even if a value becomes zero.
+        values: `fp32` changes nothing; `fp16` rounds weights to the nearest float16, ties to even; `int8` to `int4`
+            round them to a grid (`dsr_tool.sparsity.grid.to_grid`). Norms, biases and buffers stay. Masks stay, even if
+            a value becomes zero.
 
     Raises:
-        UsageError: another name, or a weight that float16 cannot hold.
+        UsageError: another name, or a weight that float16 or a grid cannot hold.
     """
     if values not in VALUES:
         raise unknown_name("--values", values, VALUES)
     if values == "fp32":
         return dict(tensors)
     # Norms and biases are a small part of the bytes, and rounding them moves every output of a channel.
-    return {name: _half(name, tensor) if specs[name].weight else tensor for name, tensor in tensors.items()}
+    return {name: _rounded(name, tensor, values) if specs[name].weight else tensor for name, tensor in tensors.items()}
+
+
+def stored_like(found: SparseTensor, exact: SparseTensor, spec: LayerSpec) -> SparseTensor:
+    """Returns the tensor that a file should have, judged by the one that it has: the file tells how it was rounded.
+
+    Args:
+        found: the tensor in the file.
+        exact: that of the model.
+        spec: its description.
+
+    Returns:
+        `found` itself if it is a weight on a grid whose values lie within `MOST_STEPS` steps of the exact ones; the
+        exact values as float16 if it is a weight of that type; else `exact`.
+
+    Raises:
+        UsageError: float16 cannot hold the exact values.
+    """
+    if not spec.weight or not found.mask.equals(exact.mask):
+        return exact
+    if isinstance(found, GridTensor):
+        return found if distance(found, exact) <= MOST_STEPS else exact
+    return _half(spec.name, exact) if found.values.dtype == np.float16 else exact
+
+
+def _rounded(name: str, tensor: SparseTensor, values: str) -> SparseTensor:
+    if tensor.values.dtype.kind != "f":
+        return tensor
+    if values == "fp16":
+        return _half(name, tensor)
+    if not np.isfinite(tensor.values).all():
+        raise UsageError(
+            f"--values {values!r} cannot hold weight {name!r}, which has values that are not finite numbers; use "
+            f"--values fp32, or mend the model first."
+        )
+    return to_grid(tensor, GRID_BITS[values])
 
 
 def _half(name: str, tensor: SparseTensor) -> SparseTensor:

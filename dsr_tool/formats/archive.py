@@ -17,7 +17,7 @@ import numpy as np
 from dsr_tool.errors import FileError, FormatError
 from dsr_tool.files import require_file
 from dsr_tool.formats.archive_writer import ENCODINGS, EncodedArchive, encode_archive, write_archive
-from dsr_tool.formats.codecs import CODECS
+from dsr_tool.formats.codecs import decoder_of
 from dsr_tool.formats.documents import decompress_document, is_count, parse_json
 from dsr_tool.formats.manifest import (
     FORMAT_VERSION,
@@ -147,7 +147,7 @@ class Archive:
             if entry.codec == PACKED:
                 return self._packed.tensor(name, self._packed_stream)
             streams = {suffix: self._stream(entry.stream(suffix), crc32) for suffix, crc32 in entry.crc32.items()}
-            return CODECS[entry.codec].decode(streams, entry.spec.shape, entry.active, np.dtype(entry.dtype))
+            return decoder_of(entry.codec)(streams, entry.spec.shape, entry.active, np.dtype(entry.dtype))
         except FormatError as error:
             raise self._damaged(f"tensor {name!r}: {error}") from error
 

@@ -18,6 +18,7 @@ from dsr_tool.files import new_file
 from dsr_tool.formats.codecs import CODECS, encode_smallest
 from dsr_tool.formats.coding import encode_planes
 from dsr_tool.formats.documents import compress_document
+from dsr_tool.formats.grid import GRID, encode_grid
 from dsr_tool.formats.manifest import (
     FORMAT_VERSION,
     GRAPH,
@@ -32,6 +33,7 @@ from dsr_tool.formats.palette import encode_palette, least_palette_bytes
 from dsr_tool.formats.streams import Streams, stream_bytes
 from dsr_tool.graph.ir import Graph
 from dsr_tool.sparsity.config import ModelConfig
+from dsr_tool.sparsity.grid import GridTensor
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.tensor import Array, SparseTensor
 
@@ -147,6 +149,8 @@ def encode_archive(
 
 def _encode(tensor: SparseTensor, spec: LayerSpec, encoding: str) -> tuple[str, Streams]:
     """Returns codec and streams of one tensor. `auto` packs full tensors that are not weights by type: no streams."""
+    if isinstance(tensor, GridTensor):
+        return GRID, encode_grid(tensor)
     if encoding == "auto":
         if spec.role == "sparse" or spec.weight or tensor.mask.active < tensor.mask.size:
             return encode_smallest(tensor)

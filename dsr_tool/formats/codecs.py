@@ -15,15 +15,26 @@ import numpy as np
 
 from dsr_tool.errors import FormatError
 from dsr_tool.formats.coding import decode_planes, decode_runs, encode_planes, encode_runs
+from dsr_tool.formats.grid import GRID, decode_grid
 from dsr_tool.formats.palette import decode_palette, encode_palette, least_palette_bytes
 from dsr_tool.formats.streams import Streams, checked, exact_streams, require_bytes, stream_bytes
 from dsr_tool.sparsity.layers import matrix_shape
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import Array, SparseTensor
 
-__all__ = ["CODECS", "VALUE_SUFFIXES", "Codec", "Column", "Streams", "encode_smallest", "size_columns"]
+__all__ = [
+    "CODECS",
+    "VALUE_SUFFIXES",
+    "Codec",
+    "Column",
+    "Streams",
+    "decoder_of",
+    "encode_smallest",
+    "is_codec",
+    "size_columns",
+]
 
-VALUE_SUFFIXES = ("", "values", "table", "indices")
+VALUE_SUFFIXES = ("", "values", "table", "indices", "codes", "scales")
 """Suffixes of streams with values. Streams with any other suffix hold positions, by which reports tell both apart."""
 
 
@@ -219,6 +230,19 @@ CODECS: dict[str, Codec] = {
     )
 }
 """Codecs by name, from the simplest to the most elaborate: of two equally small ones the writer takes the earlier."""
+
+
+def is_codec(name: str) -> bool:
+    """Returns whether a manifest may name this codec.
+
+    Grids have a codec that is no choice of a writer: a tensor on a grid has it, and no other.
+    """
+    return name == GRID or name in CODECS
+
+
+def decoder_of(name: str) -> Decode:
+    """Returns what decodes the streams of a codec; `is_codec` tells which there are."""
+    return decode_grid if name == GRID else CODECS[name].decode
 
 
 def encode_smallest(tensor: SparseTensor, codecs: Mapping[str, Codec] = CODECS) -> tuple[str, Streams]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dsr_tool.errors import FormatError
-from dsr_tool.formats.codecs import CODECS
+from dsr_tool.formats.codecs import is_codec
 from dsr_tool.formats.documents import is_count
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.tensor import Array
@@ -96,7 +96,7 @@ class Entry:
         data = dict(data)  # the caller's stays whole; LayerSpec ignores fields that are left
         dtype, codec, active, crc32 = (data.pop(key) for key in ("dtype", "codec", "active", "crc32"))
         spec = LayerSpec.from_dict(data)
-        if dtype not in _DTYPES or (codec not in CODECS and codec != PACKED):
+        if dtype not in _DTYPES or (codec != PACKED and not is_codec(codec)):
             raise FormatError(
                 f"tensor {spec.name!r} has type {dtype!r} and codec {codec!r}, which this version cannot read."
             )

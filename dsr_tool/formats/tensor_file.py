@@ -36,6 +36,12 @@ _MAX_HEADER_BYTES = 64 << 20
 _MAX_ENTRIES = 1 << 48
 """Largest number of entries of an array, which keeps products of sizes and itemsizes within int64."""
 
+_MAX_READ = 1 << 30
+"""Most bytes per call of the system, which refuses 2 GiB on macOS."""
+
+_SEEKING = threading.Lock()
+"""Held between a seek and its read where the system has no read from an offset."""
+
 _OTHER_FORMATS = {b"PK\x03\x04": "a zip file, as .npz and .pth files are", b"\x08": "an ONNX file"}
 """First bytes of files that are opened by mistake, for the error message."""
 
@@ -87,7 +93,6 @@ class TensorFile:
             OSError: the file cannot be read.
         """
         self._file = path.open("rb", buffering=0)
-        self._lock = threading.Lock()
         # The file stays open as long as this object, so decoding continues if the path is replaced meanwhile.
         weakref.finalize(self, self._file.close)
         self.nbytes = os.fstat(self._file.fileno()).st_size
@@ -120,15 +125,12 @@ class TensorFile:
 
     def _read(self, start: int, nbytes: int) -> Array:
         array, done = np.empty(nbytes, np.uint8), 0
-        # Threads share one file position.
-        with self._lock:
-            self._file.seek(start)
-            while done < nbytes:
-                # An unbuffered read may return less than was asked for.
-                count = self._file.readinto(memoryview(array)[done:])  # type: ignore[arg-type]
-                if not count:
-                    raise FormatError("it ends before its last array does")
-                done += count
+        while done < nbytes:
+            # A read may return less than was asked for.
+            count = _read_at(self._file.fileno(), memoryview(array)[done : done + _MAX_READ], start + done)
+            if not count:
+                raise FormatError("it ends before its last array does")
+            done += count
         return array
 
     def _stream(self, name: str, entry: object) -> Stream:
@@ -173,6 +175,20 @@ def header_bytes(path: Path) -> int:
     """Returns the bytes of a safetensors file before its first array, without checking the file."""
     with path.open("rb") as file:
         return _LENGTH_BYTES + int.from_bytes(file.read(_LENGTH_BYTES), "little")
+
+
+def _read_at(file: int, buffer: memoryview, start: int) -> int:
+    """Reads from an offset into a buffer, and returns the number of bytes.
+
+    Threads, and processes that were forked from one another, share a file's position, so it is not used.
+    """
+    if hasattr(os, "preadv"):
+        return os.preadv(file, [buffer], start)
+    with _SEEKING:  # Windows, where nothing forks
+        os.lseek(file, start, os.SEEK_SET)
+        read = os.read(file, len(buffer))
+    buffer[: len(read)] = read
+    return len(read)
 
 
 def _are_counts(values: object) -> TypeGuard[list[int]]:

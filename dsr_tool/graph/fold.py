@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dsr_tool.graph.ir import Graph, Node
+from dsr_tool.sparsity.grid import GridTensor
 from dsr_tool.sparsity.layers import matrix_shape
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import Array, SparseTensor
@@ -136,6 +137,8 @@ class _Folder:
 
 def _scaled(weight: SparseTensor, factor: _Float64) -> SparseTensor:
     """Returns a weight with each output channel times its factor, under the same mask."""
+    if isinstance(weight, GridTensor):
+        return weight.scaled(factor)
     _, columns = matrix_shape(weight.mask.shape)
     # An output channel is a row of the weight as a matrix, so a position tells its channel.
     values = weight.values * factor[weight.mask.positions // columns]

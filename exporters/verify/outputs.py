@@ -13,7 +13,7 @@ from torch import nn
 from dsr_tool.errors import FormatError, UsageError, first_line
 from dsr_tool.graph.ir import Value
 from dsr_tool.sparse.capture import frozen_copy
-from dsr_tool.sparse.feeding import float_tensors, tensor_form
+from dsr_tool.sparse.feeding import require_floats, tensor_form
 from dsr_tool.sparsity.tensor import Array
 from exporters.verify.result import Verification
 
@@ -25,6 +25,7 @@ __all__ = [
     "compare_outputs",
     "largest_difference",
     "largest_output",
+    "mean_difference",
     "outputs_of",
     "random_inputs",
     "rounding_note",
@@ -59,10 +60,11 @@ def random_inputs(value: Value, samples: int, seed: int) -> list[Array]:
 
 
 def outputs_of(module: nn.Module, inputs: Sequence[Array]) -> list[Array]:
-    """Returns PyTorch's outputs; of a detector its raw predictions, one after the other.
+    """Returns PyTorch's outputs; of several tensors, as the raw predictions of a detector, one after the other.
 
     Raises:
-        UsageError: the module cannot be run on such inputs (an embedding takes no random numbers).
+        UsageError: the module cannot be run on such inputs (an embedding takes no random numbers), or it returns no
+            real numbers.
     """
     network = tensor_form(module)
     try:
@@ -73,10 +75,15 @@ def outputs_of(module: nn.Module, inputs: Sequence[Array]) -> list[Array]:
             f"the model cannot be verified: it fails on random inputs of {inputs[0].shape} ({first_line(error)}); "
             f"only models of continuous inputs can be exported."
         ) from error
-    if network is not module:
-        return [torch.cat([part.reshape(-1) for part in float_tensors(y)]).numpy() for y in outputs]
-    # Segmentation networks of torchvision return a dict.
-    return [(y["out"] if isinstance(y, Mapping) else y).numpy() for y in outputs]
+    return [_joined(require_floats(output, type(module).__name__)) for output in outputs]
+
+
+def _joined(tensors: Sequence[torch.Tensor]) -> Array:
+    """Returns one tensor as it is, and several as one vector."""
+    if len(tensors) > 1:
+        tensors = [torch.cat([tensor.reshape(-1) for tensor in tensors])]
+    joined: Array = tensors[0].detach().numpy()
+    return joined
 
 
 def largest_difference(expected: Sequence[Array], found: Sequence[Array]) -> float:
@@ -88,16 +95,32 @@ def largest_difference(expected: Sequence[Array], found: Sequence[Array]) -> flo
         return float(np.max([np.abs(one - other).max(initial=0.0) for one, other in pairs]))
 
 
+def mean_difference(expected: Sequence[Array], found: Sequence[Array]) -> float:
+    """Returns the mean absolute difference over all entries; infinity if shapes differ, zero without entries."""
+    pairs = list(zip(expected, found, strict=True))
+    if any(one.shape != other.shape for one, other in pairs):
+        return float("inf")
+    with np.errstate(invalid="ignore", over="ignore"):
+        differences = np.concatenate([np.abs(one - other).reshape(-1).astype(np.float64) for one, other in pairs])
+        return float(differences.mean()) if differences.size else 0.0
+
+
 def largest_output(outputs: Sequence[Array]) -> float:
     """Returns the largest absolute output; NaN if one of them is."""
     return float(np.max([np.abs(y).max(initial=0.0) for y in outputs]))
 
 
-def rounding_note(exact: Sequence[Array], rounded: Sequence[Array]) -> str:
-    """Says how far outputs move when weights are rounded to float16."""
+def rounding_note(how: str, exact: Sequence[Array], rounded: Sequence[Array]) -> str:
+    """Says how far outputs move when weights are rounded.
+
+    Args:
+        how: as in `rounded to float16`.
+        exact: outputs of the model as it was, by batch.
+        rounded: outputs with the rounded weights.
+    """
     return (
-        f"with weights rounded to float16, outputs differ by up to {largest_difference(exact, rounded):.3g} from those "
-        f"of the model as it was (largest output {largest_output(exact):.3g})"
+        f"with weights {how}, outputs differ by up to {largest_difference(exact, rounded):.3g} from those of the model "
+        f"as it was, {mean_difference(exact, rounded):.3g} on average (largest output {largest_output(exact):.3g})"
     )
 
 
@@ -114,6 +137,7 @@ def compare_outputs(
     problems: Sequence[str] = (),
     notes: Sequence[str] = (),
     rounded: Run | None = None,
+    how: str = "rounded",
 ) -> Verification:
     """Runs a file on random inputs and compares the outputs with those of PyTorch.
 
@@ -129,6 +153,7 @@ def compare_outputs(
         problems: other faults that were found.
         notes: comparisons that were not possible, and remarks.
         rounded: runs the model with its weights rounded as in the file, to compare with in place of PyTorch.
+        how: how they are rounded, for the note about it.
     """
     # A batch of one and a larger one: a batch that was captured as a constant shows in one of them.
     inputs = random_inputs(value, samples, seed)
@@ -136,7 +161,7 @@ def compare_outputs(
     reference = outputs_of(frozen, inputs)
     if rounded is not None:
         exact, reference = reference, [rounded(x) for x in inputs]
-        notes = [*notes, rounding_note(exact, reference)]
+        notes = [*notes, rounding_note(how, exact, reference)]
     scale = largest_output(reference)
     runtimes = {name: largest_difference(reference, [run(x) for x in inputs]) for name, run in runs.items()}
     tolerance = RELATIVE_TOLERANCE * scale

@@ -13,10 +13,9 @@ from dsr_tool.sparse.capture import frozen_copy
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.tensor import Array, SparseTensor
 from exporters.checked import CheckedModel
-from exporters.values import stored_as
 from exporters.verify.outputs import Differing, compare_outputs, outputs_of, random_inputs
 from exporters.verify.result import Verification
-from exporters.verify.rounding import rounded_model, rounding_notes
+from exporters.verify.rounding import expected_tensors, how_rounded, rounded_model, rounding_notes, steps_note
 
 __all__ = ["differing_tensors", "verify_tensors"]
 
@@ -59,7 +58,6 @@ def verify_tensors(
     shapes: Mapping[str, tuple[int, ...]],
     read: Callable[[str], SparseTensor],
     *,
-    half: bool,
     samples: int,
     seed: int,
 ) -> Verification:
@@ -71,20 +69,21 @@ def verify_tensors(
         checked: the model.
         shapes: shapes of the tensors in the file, by state_dict name.
         read: returns one of them.
-        half: True if its weights are float16, so that it is compared with the model rounded likewise.
         samples: size of the second batch of inputs; the first has one.
         seed: seed of the inputs.
 
     Raises:
         CheckFailed: names or shapes differ.
     """
-    model = checked.model
-    expected = model.tensors()
+    model, exact = checked.model, checked.model.tensors()
+    # The file itself tells how it was exported, so `verify` needs no options.
+    expected = expected_tensors(checked, exact, model.specs, shapes, read)
     notes: tuple[str, ...] = ()
-    if half:
-        expected, rounded = stored_as(expected, model.specs, "fp16"), rounded_model(model)
+    if how := how_rounded(expected, model.specs):
+        rounded = rounded_model(model, expected)
         # The notes compare with the model as it was; everything below with the rounded one.
-        notes = rounding_notes(model, rounded, random_inputs(checked.input, samples, seed))
+        notes = rounding_notes(model, rounded, how, random_inputs(checked.input, samples, seed))
+        notes += steps_note(expected, exact)
         model = rounded
     differing = differing_tensors(path, model, expected, shapes, read)
     filled = _filled(model.module, {name: read(name).to_dense() for name in shapes})

@@ -11,9 +11,14 @@ from dsr_tool.errors import CheckFailed, UsageError
 from dsr_tool.formats.archive import open_archive
 from dsr_tool.runtime import Session
 from exporters.export import export, verify
+from exporters.values import stored_as
 from exporters.verify.rounding import rounded_model
 
 pytestmark = pytest.mark.usefixtures("trace_once")
+
+
+def halved(model):
+    return rounded_model(model, stored_as(model.tensors(), model.specs, "fp16"))
 
 
 @pytest.fixture
@@ -41,7 +46,7 @@ def test_verification_compares_with_the_rounded_model_and_notes_the_effect_of_ro
     measured = float(re.search(r"differ by up to (\S+) ", found.notes[0]).group(1))
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((1, *model.config.input_shape)).astype(np.float32))
     with torch.no_grad():
-        moved = (model.module.eval()(x) - rounded_model(model).module(x)).abs().max().item()
+        moved = (model.module.eval()(x) - halved(model).module(x)).abs().max().item()
     assert moved <= measured * 1.01 and 0 < measured < found.scale / 100
     assert verify(tmp_path / "m.dsr", make_model()).notes == found.notes
     assert not export(model, tmp_path / "whole.dsr").notes
@@ -59,7 +64,7 @@ def test_a_model_that_rounds_to_other_values_does_not_pass(make_model, half):
 def test_a_float16_archive_loads_as_float32_and_exports_to_the_same_bytes(make_model, half, tmp_path):
     loaded = load(half, make_model().module)
     assert {tensor.dtype for tensor in loaded.module.state_dict().values()} == {torch.float32, torch.int64}
-    expected = rounded_model(make_model()).module.state_dict()
+    expected = halved(make_model()).module.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.module.state_dict().items())
     again = export(loaded, tmp_path / "again.dsr", values="fp16")
     assert (tmp_path / "again.dsr").read_bytes() == half.read_bytes()
@@ -70,7 +75,7 @@ def test_the_sparse_runtime_computes_with_float32(half, make_model):
     session = Session(half)
     x = np.random.default_rng(1).standard_normal((2, *make_model().config.input_shape)).astype(np.float32)
     with torch.no_grad():
-        expected = rounded_model(make_model()).module(torch.from_numpy(x)).numpy()
+        expected = halved(make_model()).module(torch.from_numpy(x)).numpy()
     assert session.run(x).dtype == np.float32
     np.testing.assert_allclose(session.run(x), expected, atol=1e-5 * np.abs(expected).max())
 
@@ -86,8 +91,8 @@ def test_a_weight_that_float16_cannot_hold_leaves_no_file(make_model, tmp_path, 
 
 
 def test_unknown_values_and_inconsistent_models_leave_no_file(make_model, tmp_path):
-    with pytest.raises(UsageError, match="--values 'int8' is unknown"):
-        export(make_model(), tmp_path / "m.dsr", values="int8")
+    with pytest.raises(UsageError, match="--values 'int7' is unknown"):
+        export(make_model(), tmp_path / "m.dsr", values="int7")
     model = make_model()
     with torch.no_grad():
         model.weights["8.weight"].fill_(1)

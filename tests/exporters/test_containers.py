@@ -81,9 +81,7 @@ class ToyFiles(Container):
             return SparseTensor.from_dense(file.tensor(name).to_dense().astype(dtype), tensors[name].mask)
 
         assert list(state) == list(file.shapes)
-        return verify_tensors(
-            path, self.name, checked, file.shapes, read_as_saved, half=False, samples=samples, seed=seed
-        )
+        return verify_tensors(path, self.name, checked, file.shapes, read_as_saved, samples=samples, seed=seed)
 
     def measure(self, path):
         file = ToyFile(path)
