@@ -90,6 +90,7 @@ def _parse_threshold(
 @click.option("--optimizer", help="sgd (default), adam, adamw or rmsprop.")
 @click.option("--momentum", type=float, help="Momentum of sgd (Nesterov) or rmsprop; default 0.9.")
 @click.option("--weight-decay", type=float, help="L2 penalty on all parameters; default 0.0005.")
+@click.option("--l1", type=float, help="L1 penalty on the weights of sparse layers; default 0.")
 @click.option("--label-smoothing", type=float, help="Fraction of each label spread over all classes; default 0.")
 @click.option("--augment", help="none, shift, crop-flip or imagenet; default: what suits the data.")
 @click.option("--device", help="auto (default), cpu or cuda.")
@@ -155,7 +156,7 @@ def _parse_threshold(
     "method_options",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Any other option of the method, e.g. cross-layer=false (dsr) or temperature=1e-5 (deepr); repeatable.",
+    help="Any other option of the method, e.g. cross-layer=false (dsr) or temperature=1e-7 (deepr); repeatable.",
 )
 @click.option(
     "--resume",

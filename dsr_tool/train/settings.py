@@ -49,6 +49,8 @@ class TrainSettings:
         optimizer: `sgd` (Nesterov when there is momentum), `adam`, `adamw` or `rmsprop`.
         momentum: momentum of `sgd` and `rmsprop`, the only ones with one; None for the default of the optimizer.
         weight_decay: factor of the L2 penalty on all parameters.
+        l1: factor of the L1 penalty, the sum of the magnitudes of all weights of sparse layers; the optimizer takes its
+            gradient together with that of the loss.
         label_smoothing: fraction of each label that is spread over all classes.
         augment: name of an augmentation; None for the one that suits the data.
         device: `cpu`, `cuda`, or `auto` for CUDA if there is a GPU.
@@ -84,6 +86,7 @@ class TrainSettings:
     optimizer: str = "sgd"
     momentum: float | None = None
     weight_decay: float = 5e-4
+    l1: float = 0.0
     label_smoothing: float = 0.0
     augment: str | None = None
     device: str = "auto"
@@ -137,6 +140,7 @@ class TrainSettings:
             ("warmup_epochs", 0, math.inf, "0 or more epochs"),
             ("momentum", 0, 1 - 1e-9, "a fraction in [0, 1)"),
             ("weight_decay", 0, math.inf, "0 or more"),
+            ("l1", 0, math.inf, "0 or more"),
             ("label_smoothing", 0, 1 - 1e-9, "a fraction in [0, 1)"),
             ("workers", 0, math.inf, "0 or more processes"),
             ("teacher_weight", 1e-12, 1, "a share of the loss in (0, 1]"),

@@ -108,6 +108,8 @@ class Stepper:
         with without_sync(self._forward):
             results = [self._add_gradients(*part) for part in earlier]
         results.append(self._add_gradients(*last))
+        if self._settings.l1:
+            self._add_l1()
         before = self.attached.step
         self._scaler.step(self.optimizer)
         self._scaler.update()
@@ -135,6 +137,16 @@ class Stepper:
         self._scaler.scale(loss / parts).backward()
         # A CUDA graph writes the scores of the next part where these are.
         return loss.detach(), scores.detach().clone() if parts > 1 else scores.detach()
+
+    @torch.no_grad()
+    def _add_l1(self) -> None:
+        """Adds the gradient of the L1 penalty, l1 times the sign of each weight of a sparse layer."""
+        # Not a term of the loss: the logged loss stays that of the data, as with weight decay, and inactive weights are
+        # zero, so they get nothing. After backward(), so that ranks have averaged theirs; all of them add the same.
+        store = self.model.store
+        for weight in self.model.weights.values() if store is None else (store.values,):
+            if weight.grad is not None:
+                weight.grad.add_(self._scaler.scale(weight.sign().mul_(self._settings.l1)))
 
     def state(self) -> dict[str, Any]:
         """Returns all that the next step depends on, besides the model."""
