@@ -51,6 +51,7 @@ class Ours:
             parameter.grad = torch.randn_like(parameter)
         # Momentum exists from the first step on, and an update clears it where weights move.
         self.optimizer.step()
+        self.optimizer.param_groups[0]["lr"] = 0.1  # the noise of deepr grows with it
         self.keeper = method.keep(model, self.optimizer, seed=0, before_masking=None)
         method.begin([mask.numel() for mask in model.masks.values()], [int(m.sum()) for m in model.masks.values()])
         self.generator = torch.Generator().manual_seed(0)
@@ -188,7 +189,7 @@ def main() -> None:
         ),
         "set": lambda: Ours(sparse, SET(EVERY_STEP)),
         "  top-k per layer": lambda: ByTopkPerLayer(
-            sparse, lambda m, w: swap(m, w, round(0.14 * int(m.sum())), torch.rand(len(m)))
+            sparse, lambda m, w: swap(m, w, int(0.14 * int(m.sum())) + 1, torch.rand(len(m)))
         ),
         "deepr": lambda: Ours(sparse, DeepR(EVERY_STEP, 20)),
         "  on dense weights": lambda: ByTopk(sparse, flip),

@@ -22,6 +22,7 @@ from dsr_tool.methods.grow import at_random
 from dsr_tool.methods.hidden_units import hidden_units
 from dsr_tool.methods.prune import smallest
 from dsr_tool.methods.schedule import ReallocationSchedule, Timing
+from dsr_tool.methods.set import drop_counts
 from dsr_tool.sparse.active import ActiveWeights, Positions, segment_counts
 from dsr_tool.sparse.keeper import Keeper
 from dsr_tool.sparse.model import STORAGES, SparseModel
@@ -138,11 +139,10 @@ class NeuronSET(Method):
         closed = replace(weights, positions=Positions.of(occupied.nonzero().squeeze(1), weights.sizes))
         living = ActiveWeights(Positions.of(active[~freed], weights.sizes), weights.values[~freed])
         # At a step that is due for removal alone, only the weights of removed units are reallocated.
-        fraction = self.drop_fraction if self.schedule.due(step) else 0.0
-        counts = [
-            min(round(fraction * count), max(count - 1, 0), free - count_lost)
-            for count, free, count_lost in zip(living.counts, closed.free, lost, strict=True)
-        ]
+        counts = [0] * len(lost)
+        if self.schedule.due(step):
+            room = [free - count for free, count in zip(closed.free, lost, strict=True)]
+            counts = drop_counts(self.drop_fraction, living.counts, room)
         drop = freed.clone()
         drop[~freed] = smallest(living, counts)
         grown = at_random(closed, [a + b for a, b in zip(counts, lost, strict=True)], generator)

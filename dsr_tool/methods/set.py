@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from dsr_tool.sparse.active import ActiveWeights, Positions
 from dsr_tool.sparse.model import STORAGES
 from dsr_tool.sparsity.granularity import GRANULARITIES
 
-__all__ = ["SET"]
+__all__ = ["SET", "drop_counts"]
 
 
 class SET(Method):
@@ -58,11 +59,21 @@ class SET(Method):
 
     def update(self, weights: ActiveWeights, step: int, generator: torch.Generator) -> Reallocation:  # noqa: ARG002
         """Returns one reallocation that leaves the number of active weights of every layer unchanged."""
-        # At least one weight of a layer stays, and no more are pruned than there are free positions to grow in: a
-        # pruned weight must not grow again in the same update.
-        counts = [
-            min(round(self.drop_fraction * active), max(active - 1, 0), free)
-            for active, free in zip(weights.counts, weights.free, strict=True)
-        ]
+        counts = drop_counts(self.drop_fraction, weights.counts, weights.free)
         dropped = Positions(weights.sizes, tuple(counts), weights.positions.flat[smallest(weights, counts)])
         return Reallocation(dropped, at_random(weights, counts, generator))
+
+
+def drop_counts(fraction: float, counts: Sequence[int], free: Sequence[int]) -> list[int]:
+    """Returns how many weights each layer prunes: its share rounded down, plus one, as in the code of Mostafa & Wang.
+
+    The one matters where few weights are left: 10 weights and 0.14 make 2. At least one weight of a layer stays, and
+    no more are pruned than there are free positions, since a pruned weight must not grow again in the same update.
+
+    Args:
+        fraction: share of the active weights.
+        counts: number of active weights per layer.
+        free: number of positions per layer that may grow.
+    """
+    wanted = (int(fraction * active) + 1 for active in counts)
+    return [min(want, max(active - 1, 0), room) for want, active, room in zip(wanted, counts, free, strict=True)]

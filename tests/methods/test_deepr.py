@@ -35,6 +35,13 @@ def network(layers, seed, scale=1.0):
     )
 
 
+def alone(layers, *args, eta=1.0, **options):
+    """Returns the method without an optimizer, for so many layers at a given step size."""
+    method = DeepR(*args, **options)
+    method._step_sizes = lambda: [eta] * layers
+    return method
+
+
 def moved_on(weights, moved, rng, scale=0.1):
     """Returns the network after an update and one optimizer step that changes every weight a little."""
     values = dict(zip(weights.positions.flat.tolist(), moved.values.tolist(), strict=True))
@@ -50,7 +57,7 @@ def moved_on(weights, moved, rng, scale=0.1):
 @given(layers, st.integers(0, 10**6), st.sampled_from([0.0, 1e-3, 10.0]))
 def test_the_total_is_exact_and_no_layer_is_emptied(layers, seed, temperature):
     rng = np.random.default_rng(seed)
-    method, generator = DeepR(ALWAYS, 10**9, temperature=temperature), torch.Generator().manual_seed(seed)
+    method, generator = alone(len(layers), ALWAYS, 10**9, temperature=temperature), torch.Generator().manual_seed(seed)
     weights, total = network(layers, seed), sum(count for _, count in layers)
     for step in (1, 2, 3):
         moved = method.update(weights, step, generator)
@@ -62,8 +69,8 @@ def test_the_total_is_exact_and_no_layer_is_emptied(layers, seed, temperature):
 
 def test_three_rewirings_equal_the_papers_algorithm():
     """Bellec et al., Algorithm 1, with theta = sign * weight and the same noise, over three rewirings."""
-    eta, l1, temperature = 0.5, 0.02, 0.01
-    method = DeepR(ALWAYS, 10**9, eta=eta, l1=l1, temperature=temperature)
+    eta, temperature = 0.5, 0.01
+    method = alone(2, ALWAYS, 10**9, eta=eta, temperature=temperature)
     weights, generator, rng = network([(200, 60), (100, 40)], 0, 0.2), torch.Generator(), np.random.default_rng(1)
     signs = {p: 1 if v >= 0 else -1 for p, v in zip(weights.positions.flat.tolist(), weights.values, strict=True)}
     for step in (1, 2, 3):
@@ -71,7 +78,7 @@ def test_three_rewirings_equal_the_papers_algorithm():
         moved = method.update(weights, step, generator.manual_seed(step))
         theta, gone = {}, []
         for p, w, nu in zip(weights.positions.flat.tolist(), weights.values.tolist(), noise, strict=True):
-            theta[p] = signs[p] * w - eta * l1 + math.sqrt(2 * eta * temperature) * signs[p] * nu
+            theta[p] = signs[p] * w + math.sqrt(2 * eta * temperature) * signs[p] * nu
             if theta[p] < 0:
                 gone.append(p)
         assert moved.dropped.flat.tolist() == gone and 5 < len(gone) < 50
@@ -88,7 +95,7 @@ def test_three_rewirings_equal_the_papers_algorithm():
 
 def test_growth_is_uniform_over_the_free_positions_of_the_whole_network():
     weights = network([(30, 20), (60, 10)], 3)
-    method, generator = DeepR(ALWAYS, 10**9, temperature=50.0), torch.Generator().manual_seed(0)
+    method, generator = alone(2, ALWAYS, 10**9, temperature=50.0), torch.Generator().manual_seed(0)
     hits = np.zeros(90)
     for _ in range(1500):
         hits[method.update(weights, 1, generator).grown.flat.numpy()] += 1
@@ -99,9 +106,9 @@ def test_growth_is_uniform_over_the_free_positions_of_the_whole_network():
     assert stats.chisquare(hits[free]).pvalue > 1e-4
 
 
-def test_without_noise_and_shrinkage_only_the_optimizer_flips_signs():
+def test_without_noise_only_the_optimizer_flips_signs():
     weights = network([(50, 20)], 0)
-    method, generator = DeepR(ALWAYS, 100, l1=0.0, temperature=0.0), torch.Generator()
+    method, generator = alone(1, ALWAYS, 100, temperature=0.0), torch.Generator()
     moved = method.update(weights, 1, generator)
     assert not len(moved.dropped.flat) and torch.equal(moved.values, weights.values)
     flipped = ActiveWeights(weights.positions, weights.values * torch.where(torch.arange(20) % 5 == 0, -1, 1))
@@ -111,7 +118,7 @@ def test_without_noise_and_shrinkage_only_the_optimizer_flips_signs():
 
 def test_flipped_weights_that_cannot_be_pruned_become_zero():
     weights = ActiveWeights(Positions((9, 4), (3, 4), torch.tensor([0, 1, 2, 9, 10, 11, 12])), torch.ones(7))
-    method = DeepR(ALWAYS, 100, l1=0.0, temperature=0.0)
+    method = alone(2, ALWAYS, 100, temperature=0.0)
     method.update(weights, 1, torch.Generator())
     turned = ActiveWeights(weights.positions, torch.tensor([-1.0, -2, -1, -1, 1, 1, 1]))
     moved = method.update(turned, 2, torch.Generator())
@@ -119,11 +126,12 @@ def test_flipped_weights_that_cannot_be_pruned_become_zero():
     assert moved.values.tolist() == [0, 0, 0, 0, 1, 1, 1]
 
 
-def test_the_temperature_falls_as_in_the_comparison():
-    method = make("deepr", 20_000)
+def test_the_temperature_changes_at_fractions_of_the_training():
+    method = make("deepr", 20_000, temperature="1e-5 0.125:1e-8 0.4:1e-12 0.7:1e-15")
     steps = (1, 2_500, 2_501, 8_000, 8_001, 14_000, 14_001, 20_000)
     found = [method.temperature(step) for step in steps]
     assert found == pytest.approx([1e-5, 1e-5, 1e-8, 1e-8, 1e-12, 1e-12, 1e-15, 1e-15], rel=1e-12)
+    assert {make("deepr", 100).temperature(step) for step in (1, 50, 100)} == {1e-7}
     assert method.due(1) and method.due(19_000) and not method.due(19_001)
     assert [step for step in range(1, 10) if make("deepr", 100, every=3, stop=0.06).due(step)] == [3, 6]
 
@@ -144,9 +152,9 @@ def steps(model, optimizer, count, seed):
 
 def test_values_reach_weights_of_any_memory_format_and_nothing_else():
     model = small()
-    optimizer = optim.SGD(model.module.parameters(), lr=0.0)
+    optimizer = optim.SGD(model.module.parameters(), lr=1e-9)
     told = []
-    attached = attach(model, optimizer, DeepR(ALWAYS, 10**9, l1=0.0, temperature=1e-6))
+    attached = attach(model, optimizer, DeepR(ALWAYS, 10**9, temperature=1e-6))
     attached._notify = lambda step, moved: told.append((step, moved))
     before = gather(model)
     steps(model, optimizer, 1, 0)
@@ -177,7 +185,51 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("option", [{"eta": 0.0}, {"l1": -1.0}, {"temperature": math.inf}, {"eta": math.nan}])
-def test_values_out_of_range_are_refused(option):
-    with pytest.raises(UsageError, match=next(iter(option))):
-        make("deepr", 100, **option)
+@pytest.mark.parametrize(
+    ("make_optimizer", "eta"),
+    [
+        (lambda p: optim.SGD(p, lr=0.05), 0.05),
+        (lambda p: optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True), 0.5),
+        (lambda p: optim.SGD(p, lr=0.05, momentum=0.9, dampening=0.5), 0.25),
+        (lambda p: optim.Adam(p, lr=0.05), 0.05),
+    ],
+)
+@pytest.mark.parametrize("storage", ["masked", "compact"])
+def test_gradient_and_noise_have_one_step_size(make_optimizer, eta, storage):
+    """A constant gradient moves a weight by eta a step in the long run, and the noise is sqrt(2 * eta * T)."""
+    torch.manual_seed(0)
+    model = convert(nn.Sequential(nn.Linear(400, 300, bias=False)), sparsity=0.5, positions="random")
+    model.to_storage(storage)
+    optimizer = make_optimizer(model.module.parameters())
+    attached = attach(model, optimizer, DeepR(ALWAYS, 10**9, temperature=1e-8))
+    before = gather(model).values
+    parameter = model.store.values if storage == "compact" else model.weights["0.weight"]
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moved = attached.last.values - before
+    assert float(moved.std()) == pytest.approx(math.sqrt(2 * eta * 1e-8), rel=0.02)
+    assert attached.method._step_sizes() == pytest.approx([eta])
+    optimizer.param_groups[0]["lr"] *= 0.1
+    assert attached.method._step_sizes() == pytest.approx([eta / 10])
+    if isinstance(optimizer, optim.SGD):
+        free = nn.Parameter(torch.zeros(1))
+        plain = make_optimizer([free])
+        for _ in range(300):
+            start = free.item()
+            free.grad = torch.ones(1)
+            plain.step()
+        assert start - free.item() == pytest.approx(eta, rel=1e-3)
+
+
+def test_a_method_that_is_not_attached_says_so():
+    with pytest.raises(UsageError, match="deepr takes the step size of an optimizer"):
+        DeepR(ALWAYS, 100).update(network([(9, 3)], 0), 1, torch.Generator())
+
+
+@pytest.mark.parametrize(
+    "temperature",
+    [-1.0, math.inf, math.nan, "", "hot", "1 0.5", "1 0.5:x", "1 0:2", "1 0.5:1 0.4:2", "1 1:2", "1 0.5:-1"],
+)
+def test_temperatures_that_are_not_allowed_are_refused(temperature):
+    with pytest.raises(UsageError, match=r"deepr temperature .* is not allowed; give a number from 0 on"):
+        make("deepr", 100, temperature=temperature)

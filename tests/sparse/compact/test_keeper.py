@@ -26,7 +26,7 @@ def attached(model, optimizer, method, **more):
     if method == "dsr":
         options = {"threshold": "auto", "target": 0.2}
     if method == "deepr":
-        options = {"eta": 0.1, "temperature": 1e-2}
+        options = {"temperature": 1e-2}
     return attach(model, optimizer, method, total_steps=40, seed=3, **options, **more)
 
 
