@@ -35,13 +35,19 @@ class GradualPruning(Method):
     name = "gmp"
     summary = "prunes the smallest weights of a dense model along a cubic curve, grows nothing"
     starts_dense = True
+    layers_may_change = True
     changes_density = True
     # Trained layers need very different densities, and magnitudes are not comparable between them.
     storages = STORAGES
     fine_tuning: ClassVar = {"scope": "lamp"}
 
     def __init__(
-        self, schedule: ReallocationSchedule, *, final_sparsity: float | str | None = None, scope: str = "layer"
+        self,
+        schedule: ReallocationSchedule,
+        *,
+        final_sparsity: float | str | None = None,
+        scope: str = "layer",
+        least: int = 1,
     ) -> None:
         """Sets the method up.
 
@@ -51,14 +57,22 @@ class GradualPruning(Method):
             scope: where magnitudes are compared: within each `layer`, so that all end equally sparse, or in the whole
                 network (`global`), which leaves small layers with large weights denser; or in the whole network by
                 `lamp` scores, which compare a weight with the larger ones of its layer.
+            least: number of weights that every layer keeps, with scope `layer`; a smaller layer keeps all. Mostafa & Wang
+                kept 100 of the last layer of LeNet-300-100, where an equal share would be 10.
 
         Raises:
-            UsageError: the final sparsity is missing or outside its range, or the scope is unknown.
+            UsageError: the final sparsity is missing or outside its range, the scope is unknown, or `least` is below 1
+                or needs another scope.
         """
         if scope not in _SCOPES:
             raise unknown_name("gmp --option scope", scope, _SCOPES)
+        if least < 1 or least != int(least):
+            raise UsageError(f"gmp least {least} is not allowed; give a whole number from 1 on.")
+        if least > 1 and scope != "layer":
+            raise UsageError(f"gmp least {least} goes with scope layer, not with {scope}; leave it out.")
         self.schedule = schedule
         self.scope = scope
+        self.least = int(least)
         self.budget = final_budget(self.name, final_sparsity)
         self.final_step = schedule.last
         if not self.final_step:
@@ -82,11 +96,20 @@ class GradualPruning(Method):
     def begin(self, sizes: Sequence[int], counts: Sequence[int]) -> None:
         """Raises `UsageError` if the model has fewer active weights than it should end with."""
         total = self.budget.active_weights(sum(sizes), 0, len(sizes))
+        if sum(self._floors(counts)) > total:
+            raise UsageError(
+                f"gmp should end at {total:,} active weights, but least {self.least} keeps {sum(self._floors(counts)):,}; "
+                f"lower one of the two."
+            )
         if total > sum(counts):
             raise UsageError(
                 f"gmp should end at {total:,} active weights, but the model starts with {sum(counts):,}; convert it "
                 f"with --sparsity 0."
             )
+
+    def _floors(self, counts: Sequence[int]) -> list[int]:
+        """Returns how many of its active weights each layer keeps at least."""
+        return [min(self.least, count) for count in counts]
 
     def update(self, weights: ActiveWeights, step: int, generator: torch.Generator) -> Reallocation:  # noqa: ARG002
         """Returns a pruning to the sparsity of this step; layers that have fewer weights already stay as they are."""
@@ -106,7 +129,7 @@ class GradualPruning(Method):
             magnitudes = [values.abs().cpu().numpy() for values in weights.values.split(weights.counts)]
             targets = Lamp(magnitudes).counts(total, [min(count, 1) for count in weights.counts])
         elif total < sum(weights.counts):
-            targets = apportion(total, weights.sizes, weights.counts, [1] * len(weights.sizes))
+            targets = apportion(total, weights.sizes, weights.counts, self._floors(weights.counts))
         else:
             targets = list(weights.counts)
         return smallest(weights, [have - want for have, want in zip(weights.counts, targets, strict=True)])

@@ -206,6 +206,21 @@ def test_gmp_with_scope_global_compares_magnitudes_of_all_layers(sizes, seed):
     assert not dropped.any() or not others or magnitude[dropped].max() <= magnitude[others].min()
 
 
+def test_gmp_keeps_the_least_of_every_layer_as_the_authors_do_on_mnist():
+    """100 weights of the last layer, the rest in equal shares: the counts of LeNet-300-100 at 0.99."""
+    sizes = (235_200, 30_000, 1_000)
+    torch.manual_seed(0)
+    flat = torch.arange(sum(sizes))
+    weights = ActiveWeights(Positions(sizes, sizes, flat), torch.randn(len(flat)))
+    method = GradualPruning(ReallocationSchedule(((0, 1),), 1), final_sparsity=0.99, least=100)
+    method.begin(sizes, sizes)
+    moved = method.update(weights, 1, torch.Generator())
+    left = [size - lost for size, lost in zip(sizes, moved.dropped.counts, strict=True)]
+    assert left == [2272, 290, 100] and sum(left) == 2662
+    with pytest.raises(UsageError, match=r"should end at 2,662 active weights, but least 2000 keeps 5,000; lower one"):
+        GradualPruning(ReallocationSchedule(((0, 1),), 1), final_sparsity=0.99, least=2000).begin(sizes, sizes)
+
+
 def test_gmp_with_scope_lamp_keeps_the_best_relative_squares_of_every_layer():
     weights = network([(200, 200), (90, 90)], 5)
     weights = replace(weights, values=weights.values * torch.cat([torch.full((200,), 1e-3), torch.ones(90)]))
@@ -239,6 +254,8 @@ def test_gmp_on_a_sparse_model_is_refused_before_the_first_step():
         ("gmp", {}, "needs a final sparsity"),
         ("gmp", {"final_sparsity": 1}, "gmp --final-sparsity 1 is not in .0, 1."),
         ("gmp", {"final_sparsity": 0.5, "scope": "globl"}, "did you mean global"),
+        ("gmp", {"final_sparsity": 0.5, "least": 0}, "gmp least 0 is not allowed; give a whole number from 1 on"),
+        ("gmp", {"final_sparsity": 0.5, "least": 2, "scope": "lamp"}, "gmp least 2 goes with scope layer, not with lamp"),
         ("static", {"threshold": 1}, "goes with method dsr, not with static"),
         ("dsr", {"drop_fraction": 0.5}, "goes with method set, rigl or neuron-set, not with dsr"),
         ("dsr", {"nonsense": 1}, "is unknown to every method; the options of dsr are target"),

@@ -20,6 +20,7 @@ from dsr_tool.recipes.apply import (
 from dsr_tool.recipes.files import families, find_recipe
 from dsr_tool.recipes.recipe import Recipe
 from dsr_tool.train import TrainSettings
+from dsr_tool.train.optimizers import lr_factor
 
 ROW = "lenet-300-100/dsr@0.99"
 QUICK = (
@@ -54,6 +55,40 @@ def test_shipped_rows_have_the_schedules_of_the_paper():
     assert method.schedule.periods == tuple((5004 * e, 1000 * 2**i) for i, e in enumerate((0, 25, 50, 75)))
     prunes = TrainSettings(**training_arguments(find_recipe("wrn-28-2/gmp@0.9"))).make_method(500 * 50)
     assert sum(map(prunes.due, range(1, 500 * 50 + 1))) == 20 and prunes.final_step == 40 * 500
+
+
+def test_the_authors_schedule_on_mnist_is_theirs():
+    """Their mnist_schedule.yaml and prune_schedule_mnist.yaml, and the options of mnist_experiments.yaml."""
+    family = "lenet-300-100-paper"
+    settings = TrainSettings(**training_arguments(find_recipe(f"{family}/dsr@0.99")))
+    factor = lr_factor(settings, 600)
+    rates = {epoch: 0.1 * factor(600 * epoch) for epoch in (0, 24, 25, 49, 50, 74, 75, 99)}
+    expected = {0: 0.1, 24: 0.1, 25: 0.02, 49: 0.02, 50: 0.004, 74: 0.004, 75: 0.0008, 99: 0.0008}
+    assert rates == pytest.approx(expected)
+    method = settings.make_method(600 * 100)
+    assert method.schedule.periods == tuple((600 * epoch, 100 * 2**i) for i, epoch in enumerate((0, 25, 50, 75)))
+    assert method.schedule.stop == 600 * 90 and method.target == 600 and method.threshold == 1e-3
+    assert (settings.l1, settings.weight_decay, settings.batch_size) == (1e-4, 0.0, 100)
+    static = TrainSettings(**training_arguments(find_recipe(f"{family}/static@0.99")))
+    assert (static.l1, static.weight_decay, static.epochs) == (0.0, 1e-4, 100)
+    pruning = TrainSettings(**training_arguments(find_recipe(f"{family}/gmp@0.99")))
+    gmp = pruning.make_method(600 * 39)
+    assert [step / 600 for step in range(1, 600 * 39) if gmp.due(step)] == list(range(2, 21, 2))
+    factor = lr_factor(pruning, 600)
+    rates = {epoch: 0.02 * factor(600 * epoch) for epoch in (1, 19, 20, 29, 30, 38)}
+    assert rates == pytest.approx({1: 0.02, 19: 0.02, 20: 0.004, 29: 0.004, 30: 0.0008, 38: 0.0008})
+
+
+@pytest.mark.parametrize("family", ["lenet-300-100", "lenet-300-100-paper"])
+def test_figures_that_a_third_party_read_off_a_plot_are_not_published(family):
+    rows = {row.name.partition("/")[2]: row for row in families()[family].rows()}
+    assert not any(row.paper for name, row in rows.items() if name.startswith(("set", "deepr", "rigl")))
+    assert rows["dsr@0.99"].paper == {"accuracy": 0.9775, "sd": 0.0004, "n": 5}
+    for name in ("set", "static", "rigl"):
+        other = {"set": "set-erk", "static": "static-erk", "rigl": "rigl-uniform"}[name]
+        one, two = rows[f"{name}@0.99"], rows[f"{other}@0.99"]
+        assert one.train == two.train and one.options == two.options
+        assert {one.model["distribution"], two.model["distribution"]} == {"uniform", "erk"}
 
 
 def test_the_command_line_wins_over_set_over_the_recipe():
