@@ -57,8 +57,8 @@ class GradualPruning(Method):
             scope: where magnitudes are compared: within each `layer`, so that all end equally sparse, or in the whole
                 network (`global`), which leaves small layers with large weights denser; or in the whole network by
                 `lamp` scores, which compare a weight with the larger ones of its layer.
-            least: number of weights that every layer keeps, with scope `layer`; a smaller layer keeps all. Mostafa & Wang
-                kept 100 of the last layer of LeNet-300-100, where an equal share would be 10.
+            least: number of weights that every layer keeps, with scope `layer`; a smaller layer keeps all. Mostafa &
+                Wang kept 100 of the last layer of LeNet-300-100, where an equal share would be 10.
 
         Raises:
             UsageError: the final sparsity is missing or outside its range, the scope is unknown, or `least` is below 1
@@ -96,10 +96,9 @@ class GradualPruning(Method):
     def begin(self, sizes: Sequence[int], counts: Sequence[int]) -> None:
         """Raises `UsageError` if the model has fewer active weights than it should end with."""
         total = self.budget.active_weights(sum(sizes), 0, len(sizes))
-        if sum(self._floors(counts)) > total:
+        if (kept := sum(self._floors(counts))) > total:
             raise UsageError(
-                f"gmp should end at {total:,} active weights, but least {self.least} keeps {sum(self._floors(counts)):,}; "
-                f"lower one of the two."
+                f"gmp should end at {total:,} active weights, but least {self.least} keeps {kept:,}; lower one of them."
             )
         if total > sum(counts):
             raise UsageError(
