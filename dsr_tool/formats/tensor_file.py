@@ -127,7 +127,7 @@ class TensorFile:
         array, done = np.empty(nbytes, np.uint8), 0
         while done < nbytes:
             # A read may return less than was asked for.
-            count = _read_at(self._file.fileno(), memoryview(array)[done : done + _MAX_READ], start + done)
+            count = _read_at(self._file.fileno(), array.data[done : done + _MAX_READ], start + done)
             if not count:
                 raise FormatError("it ends before its last array does")
             done += count

@@ -6,6 +6,7 @@ The model is serialized here, field by field in the wire format of protocol buff
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
@@ -14,6 +15,7 @@ import numpy as np
 
 from dsr_tool.errors import FormatError, first_line
 from dsr_tool.graph.ir import Attribute, Graph, Node, Value
+from dsr_tool.runtime.kernels.forks import start_anew_in_children
 from dsr_tool.sparsity.tensor import Array, SparseTensor, dense
 
 __all__ = ["OnnxRuntimePlan"]
@@ -40,9 +42,13 @@ class _InferenceSession(Protocol):
 class OnnxRuntimePlan:
     """Computes the first output of a graph with ONNX Runtime, from dense weights."""
 
-    def __init__(self, session: _InferenceSession, input_name: str, output_name: str) -> None:
+    def __init__(
+        self, session: _InferenceSession, graph: Graph, tensors: Mapping[str, SparseTensor], threads: int
+    ) -> None:
         """Wraps a loaded model; `OnnxRuntimePlan.of` loads one."""
-        self._session, self._input, self._output = session, input_name, output_name
+        self._session: _InferenceSession | None = session
+        self._graph, self._tensors, self._threads = graph, tensors, threads
+        start_anew_in_children(self)
 
     @classmethod
     def of(cls, graph: Graph, tensors: Mapping[str, SparseTensor], threads: int) -> OnnxRuntimePlan | None:
@@ -56,20 +62,8 @@ class OnnxRuntimePlan:
         Returns:
             The plan; None if ONNX Runtime is not installed or refuses the model, or if the weights exceed one message.
         """
-        try:
-            import onnxruntime
-        except ImportError:
-            return None
-        if sum(tensor.mask.size * 4 for tensor in tensors.values()) >= _MAX_MESSAGE_BYTES:
-            return None
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.log_severity_level = _LOG_ERRORS
-        try:
-            session = onnxruntime.InferenceSession(_model(graph, tensors), options, ["CPUExecutionProvider"])
-        except Exception:  # noqa: BLE001 - its errors have no common class, and the kernels can run the model too
-            return None
-        return cls(session, graph.inputs[0].name, graph.outputs[0].name)
+        session = _load(graph, tensors, threads)
+        return None if session is None else cls(session, graph, tensors, threads)
 
     def run(self, x: Array) -> Array:
         """Computes the output for an input.
@@ -77,10 +71,41 @@ class OnnxRuntimePlan:
         Raises:
             FormatError: ONNX Runtime refuses the input, or fails on it.
         """
+        if self._session is None:
+            self._session = _load(self._graph, self._tensors, self._threads)
+        if self._session is None:
+            raise FormatError("onnxruntime cannot load the model again in a forked process.")
         try:
-            return np.asarray(self._session.run([self._output], {self._input: x})[0])
+            return np.asarray(self._session.run([self._graph.outputs[0].name], {self._graph.inputs[0].name: x})[0])
         except Exception as error:  # its errors have no common class
             raise FormatError(f"onnxruntime cannot run inputs of shape {x.shape}: {first_line(error)}.") from error
+
+    def start_anew(self) -> None:
+        """Drops the session in a forked process: a run would wait for its threads, which are missing there."""
+        if self._session is not None:
+            # Never freed, since that would wait for the threads too.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._session))
+            self._session = None
+
+
+def _load(graph: Graph, tensors: Mapping[str, SparseTensor], threads: int) -> _InferenceSession | None:
+    """Returns a session of ONNX Runtime; None as in `OnnxRuntimePlan.of`."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    if sum(tensor.mask.size * 4 for tensor in tensors.values()) >= _MAX_MESSAGE_BYTES:
+        return None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = _LOG_ERRORS
+    try:
+        session: _InferenceSession = onnxruntime.InferenceSession(
+            _model(graph, tensors), options, ["CPUExecutionProvider"]
+        )
+    except Exception:  # noqa: BLE001 - its errors have no common class, and the kernels can run the model too
+        return None
+    return session
 
 
 def _model(graph: Graph, tensors: Mapping[str, SparseTensor]) -> bytes:

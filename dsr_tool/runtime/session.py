@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +34,8 @@ _MAX_PLANS = 4
 """Number of input shapes for which a session keeps a plan; the one used least recently is dropped."""
 _MAX_EAGER_SIZE = 1 << 28
 """Largest input, in floats, for which a plan is compiled before the first run."""
+_OPENED = frozenset(("config", "input", "output", "runtime", "_graph", "_tensors", "_plan"))
+"""Attributes of a session that follow from its file and its options, so that no pickle holds them."""
 
 
 class Session:
@@ -41,6 +43,9 @@ class Session:
 
     Weights stored as float16 are converted to the type of the input. Of a model with several outputs, the first is
     computed. Threads may share a session; with compiled kernels, their calls run one after the other.
+
+    A forked process may go on with a session: it makes threads of its own. A pickle holds the path of the file and the
+    options, and opens that file again; a copy shares the weights and has a plan of its own.
 
     Attributes:
         config: architecture, input shape, preprocessing and labels of the model.
@@ -74,21 +79,61 @@ class Session:
             raise UsageError(f"batch {batch} is not positive; give 1 or more, or leave it out.")
         if runtime not in RUNTIMES:
             raise unknown_name("runtime", runtime, RUNTIMES)
-        model = open_model(source)
-        graph = model.graph
-        self.config = model.config
-        self.input: Value = graph.inputs[0]
-        self.output: Value = graph.outputs[0]
         self.threads = threads
-        graph, tensors = decode(model)
-        machine = _machine(runtime, threads, self.input)
+        self._options = (batch, runtime)
+        self._open(open_model(source))
+
+    def _open(self, model: Model) -> None:
+        """Takes and decodes a model, and makes its plan."""
+        self.config = model.config
+        self.input: Value = model.graph.inputs[0]
+        self.output: Value = model.graph.outputs[0]
+        # Absolute, since a process that opens it again may have another current folder.
+        self._path = model.path.absolute()
+        self._graph, self._tensors = decode(model)
+        self._compile()
+
+    def _compile(self) -> None:
+        """Makes the plan of the decoded model, and sets `runtime`."""
+        batch, runtime = self._options
+        machine = _machine(runtime, self.threads, self.input)
         self.runtime = "scipy" if machine is None else "native"
         self._plan: Interpreter | _PlanCache = (
-            Interpreter(graph, tensors) if machine is None else _PlanCache(graph, tensors, machine)
+            Interpreter(self._graph, self._tensors)
+            if machine is None
+            else _PlanCache(self._graph, self._tensors, machine)
         )
         shape = _eager_shape(self.input, batch)
         if isinstance(self._plan, _PlanCache) and shape is not None:
-            self.runtime = self._plan.compile_first(shape, may_replace=runtime == "auto", threads=threads)
+            self.runtime = self._plan.compile_first(shape, may_replace=runtime == "auto", threads=self.threads)
+
+    def __copy__(self) -> Session:
+        copied = object.__new__(type(self))
+        copied.__dict__ |= self.__dict__
+        copied._compile()
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Session:
+        return self.__copy__()
+
+    def __getstate__(self) -> dict[str, object]:
+        if not self._path.is_file():
+            raise UsageError(
+                f"a session is pickled by the path of its file, and {str(self._path)!r} is no file; put it back, or "
+                f"open a session in each process."
+            )
+        state = {name: value for name, value in self.__dict__.items() if name not in _OPENED}
+        return {**state, "_checksum": _checksum(self._tensors)}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        checksum = state.pop("_checksum")
+        self.__dict__ |= state
+        self._open(open_model(self._path))
+        if _checksum(self._tensors) != checksum:
+            raise FormatError(
+                f"{str(self._path)!r} holds other weights than the session that was pickled; open a session of the "
+                f"new file."
+            )
 
     @property
     def coverage(self) -> Coverage | None:
@@ -143,8 +188,6 @@ class _PlanCache:
         self._plans: OrderedDict[tuple[int, ...], Plan | Interpreter] = OrderedDict()
         self._reference: Interpreter | None = None
         self._dense: OnnxRuntimePlan | None = None
-        # All plans compute in the same arena of the machine.
-        self._lock = threading.Lock()
 
     @property
     def coverage(self) -> Coverage | None:
@@ -177,7 +220,8 @@ class _PlanCache:
             # The kernels may compute a batch that ONNX Runtime refuses.
             with contextlib.suppress(FormatError):
                 return self._dense.run(x)
-        with self._lock:
+        # All plans compute in the same arena of the machine.
+        with self._machine.pool.lock:
             plan = self._plan_for(x.shape)
             try:
                 return plan.run(x)
@@ -212,6 +256,17 @@ class _PlanCache:
     def _interpreter(self, folded: Folded | None = None) -> Interpreter:
         self._reference = self._reference or Interpreter(self._graph, self._tensors, folded)
         return self._reference
+
+
+def _checksum(tensors: Mapping[str, SparseTensor]) -> int:
+    """Returns a checksum of names, shapes, positions and values."""
+    total = 0
+    for name, tensor in sorted(tensors.items()):
+        total = zlib.crc32(f"{name} {tensor.mask.shape} {tensor.values.dtype}".encode(), total)
+        if tensor.mask.stored is not None:
+            total = zlib.crc32(np.ascontiguousarray(tensor.mask.stored).data, total)
+        total = zlib.crc32(np.ascontiguousarray(tensor.values).data, total)
+    return total
 
 
 def _eager_shape(value: Value, batch: int | None) -> tuple[int, ...] | None:

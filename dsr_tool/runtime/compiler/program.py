@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import math
 import mmap
-import os
 import weakref
 from collections.abc import Iterable, Mapping
 
@@ -20,6 +19,7 @@ from dsr_tool.runtime.compiler.encoding import encode
 from dsr_tool.runtime.compiler.op import PackCache, Target
 from dsr_tool.runtime.compiler.segment import Segment
 from dsr_tool.runtime.kernels.ops import LAYOUT, LIMITS, library_layout
+from dsr_tool.runtime.kernels.pool import Pool
 from dsr_tool.runtime.reference.call import Call
 from dsr_tool.sparsity.tensor import Array
 
@@ -36,7 +36,7 @@ class Machine:
         library: the loaded library.
         target: the properties of the kernels that the compiler asks for.
         packs: packed weights that some plan uses.
-        pool: address of the threads; 0 or None for a single one.
+        pool: the threads, and the lock that is held during a run.
     """
 
     def __init__(self, library: ctypes.CDLL, threads: int) -> None:
@@ -48,14 +48,8 @@ class Machine:
         self.target = Target(library.dsr_lanes(), threads, library.dsr_widest_tile(0), library.dsr_widest_tile(1))
         # Weak, since a packed weight is needed as long as a plan uses it.
         self.packs: PackCache = weakref.WeakValueDictionary()
-        self.pool: int | None = library.dsr_pool_new(threads)
-        self._process = os.getpid()
+        self.pool = Pool(library)
         self._memory = np.zeros(0, np.float32)
-
-    def __del__(self) -> None:
-        # A forked process has none of the threads, and would wait for them for ever.
-        if hasattr(self, "_process") and self._process == os.getpid():
-            self.library.dsr_pool_free(self.pool)
 
     @property
     def lanes(self) -> int:
@@ -86,9 +80,6 @@ def _pages(nbytes: int) -> Array:
 def _declare(library: ctypes.CDLL) -> None:
     """Tells ctypes the arguments and results of the library's functions."""
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.dsr_pool_new.restype = pointer
-    library.dsr_pool_free.argtypes = (pointer,)
-    library.dsr_pool_free.restype = None
     library.dsr_run.argtypes = (pointer, number, pointer, pointer, number, number, pointer)
     library.dsr_run.restype = None
 
@@ -152,7 +143,8 @@ class KernelStep:
         machine, arena = self._machine, self._machine.arena(self.arena_bytes // 4)
         # Addresses are new in every run; structs refer to buffers by number, so they stay as they are.
         starts = (ctypes.c_void_p * (len(arrays) + 1))(arena, *(array.ctypes.data for array in arrays))
-        machine.library.dsr_run(self.ops, len(self.ops), starts, self._steps, len(starts), self._batch, machine.pool)
+        pool = machine.pool.address(machine.target.threads)
+        machine.library.dsr_run(self.ops, len(self.ops), starts, self._steps, len(starts), self._batch, pool)
         values.update(outputs)
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import threading
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
@@ -17,8 +15,9 @@ from typing import TypeAlias
 
 from dsr_tool.errors import UsageError
 from dsr_tool.runtime.kernels.library import library
+from dsr_tool.runtime.kernels.pool import Pool
 
-__all__ = ["CALLS", "LOCK", "ConvPlan", "Functions", "Layer", "Signature", "available", "functions", "pool", "run"]
+__all__ = ["CALLS", "ConvPlan", "Functions", "Layer", "Signature", "available", "functions", "run"]
 
 Signature: TypeAlias = tuple[type | None, tuple[type, ...]]
 """The result and the arguments of a function of the library."""
@@ -29,9 +28,6 @@ Functions: TypeAlias = "Mapping[str, ctypes._NamedFuncPointer]"
 CALLS: Counter[str] = Counter()
 """Number of calls of each kernel in this process; tests read it to assert that a kernel ran."""
 
-LOCK = threading.RLock()
-"""Held during every call, since a pool serves one caller at a time."""
-
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURES: dict[str, Signature] = {
     "dsr_conv_plan_new": (_POINTER, (_POINTER, _POINTER, _NUMBER)),
@@ -40,8 +36,6 @@ _SIGNATURES: dict[str, Signature] = {
     "dsr_conv": (ctypes.c_int, (_POINTER, _POINTER, _NUMBER, *(_POINTER,) * 4)),
     "dsr_conv_weights": (ctypes.c_int, (_POINTER, _POINTER, _NUMBER, *(_POINTER,) * 3)),
     "dsr_channel_sums": (None, (_POINTER, *(_NUMBER,) * 3, *(_POINTER,) * 2)),
-    "dsr_pool_new": (_POINTER, (ctypes.c_int,)),
-    "dsr_pool_free": (None, (_POINTER,)),
 }
 
 
@@ -59,10 +53,7 @@ def functions(signatures: Mapping[str, Signature]) -> Functions:
     Raises:
         UsageError: if there are no compiled kernels.
     """
-    loaded = library()
-    if loaded is None:
-        raise UsageError("training on kernels needs the compiled library; run `make kernels` in a checkout.")
-    found = {}
+    loaded, found = _library(), {}
     for name, (result, arguments) in signatures.items():
         found[name] = function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
@@ -79,39 +70,21 @@ def run(known: Functions, name: str, threads: int, *arguments: object) -> object
         arguments: its arguments but the last one, the pool.
     """
     CALLS[name] += 1
-    with LOCK:
-        return known[name](*arguments, pool(threads))
+    shared = _pool()
+    with shared.lock:
+        return known[name](*arguments, shared.address(threads))
 
 
-def pool(threads: int) -> int | None:
-    """Returns the address of the pool of threads of this process; None, a null pointer, for one thread.
-
-    It is made again when the number changes, and after a fork, which copies no threads. Hold `LOCK` while using it.
-
-    Args:
-        threads: number of threads, the caller among them.
-    """
-    return _Pool.of(threads)
+@functools.cache
+def _pool() -> Pool:
+    return Pool(_library())
 
 
-class _Pool:
-    process = 0
-    threads = 1
-    address: int | None = None
-
-    @classmethod
-    def of(cls, threads: int) -> int | None:
-        if (cls.process, cls.threads) != (os.getpid(), threads):
-            with LOCK:
-                # The threads of the parent do not exist here, so nothing could be joined.
-                if cls.process == os.getpid():
-                    _functions()["dsr_pool_free"](cls.address)
-                cls.address = _functions()["dsr_pool_new"](threads)
-                cls.process, cls.threads = os.getpid(), threads
-        return cls.address
-
-
-os.register_at_fork(after_in_child=lambda: globals().update(LOCK=threading.RLock()))
+def _library() -> ctypes.CDLL:
+    loaded = library()
+    if loaded is None:
+        raise UsageError("training on kernels needs the compiled library; run `make kernels` in a checkout.")
+    return loaded
 
 
 @dataclass(frozen=True)
