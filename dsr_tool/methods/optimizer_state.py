@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import optim
 
 from dsr_tool.sparse.model import SparseModel
 
-__all__ = ["parameters_of", "step_sizes"]
-
-
-def parameters_of(model: SparseModel, names: Sequence[str]) -> list[torch.Tensor]:
-    """Returns the parameter of each sparse layer; in compact storage all of them share one vector of values."""
-    if model.store is not None:
-        return [model.store.values] * len(names)
-    weights = model.weights
-    return [weights[name] for name in names]
+__all__ = ["step_sizes"]
 
 
 def step_sizes(model: SparseModel, optimizer: optim.Optimizer, names: Sequence[str]) -> list[float]:
@@ -33,7 +25,11 @@ def step_sizes(model: SparseModel, optimizer: optim.Optimizer, names: Sequence[s
     """
     # By identity, since a tensor compares by its values.
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    return [_step_size(groups[id(parameter)]) for parameter in parameters_of(model, names)]
+    store = model.store
+    layers: Mapping[str, torch.Tensor] = model.weights if store is None else store.by_layer or {}
+    # In compact storage all layers may share one vector of values.
+    shared = {} if store is None else groups.get(id(store.values), {})
+    return [_step_size(groups.get(id(layers.get(name)), shared)) for name in names]
 
 
 def _step_size(group: dict[str, float]) -> float:

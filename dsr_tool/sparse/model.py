@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dsr_tool.errors import CheckFailed, FormatError, UsageError, unknown_name
-from dsr_tool.sparse.compact.change import compacted, held_state, parameters_of
+from dsr_tool.sparse.compact.change import compacted, held_state, named_parameters, parameters_of
 from dsr_tool.sparse.compact.marks import store_of
 from dsr_tool.sparse.compact.modules import uninstall
 from dsr_tool.sparse.compact.store import CompactStore
@@ -116,6 +116,14 @@ class SparseModel:
             return PerLayer(store, lambda name: store.dense(name).detach())
         parameters = dict(self.module.named_parameters())
         return {name: parameters[name] for name in self._masks}
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yields every parameter by its name in the `state_dict`, for optimizers with settings by layer.
+
+        In compact storage the parameter of a sparse weight is the vector of its active values, which follows what a
+        method moves. Make an optimizer from all of these, or from `module.parameters()`.
+        """
+        return named_parameters(self.module)
 
     @property
     def trained(self) -> list[str]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
 
-from dsr_tool.sparse.compact.marks import VALUES, store_of
+from dsr_tool.sparse.compact.layer_parameters import LayerParameters
+from dsr_tool.sparse.compact.marks import LAYERS, ORDER, VALUES, store_of
 from dsr_tool.sparse.compact.modules import install
 from dsr_tool.sparse.compact.store import CompactStore, Entry
 
-__all__ = ["compacted", "held_state", "parameters_of"]
+__all__ = ["compacted", "held_state", "named_parameters", "parameters_of"]
 
 
 @torch.no_grad()
@@ -42,6 +43,24 @@ def parameters_of(module: nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
     dense = sum(parameter.numel() for name, parameter in module.named_parameters() if name != VALUES)
     return dense + sum(layer.size for layer in store.layers.values())
+
+
+def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yields the parameters by their names in the `state_dict`, in its order; in compact storage one for each layer."""
+    store = store_of(module)
+    if store is None:
+        yield from module.named_parameters()
+        return
+    if store.by_layer is None:
+        store.by_layer = LayerParameters(store)
+    layers, seen = store.by_layer, {id(store.values)}
+    for path, owner in module.named_modules():
+        held = owner.__dict__.get(LAYERS, {})
+        for attribute in dict.fromkeys([*owner.__dict__.get(ORDER, ()), *owner._parameters]):
+            parameter = layers[held[attribute]] if attribute in held else owner._parameters[attribute]
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield f"{path}.{attribute}" if path else attribute, parameter
 
 
 def held_state(module: nn.Module) -> list[tuple[str, torch.Tensor, Callable[[], torch.Tensor]]]:

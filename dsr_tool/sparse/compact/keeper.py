@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, overload
 
 import torch
-from torch import optim
+from torch import nn, optim
 
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.active import Positions, global_positions, segment_counts
@@ -17,8 +17,11 @@ from dsr_tool.sparse.model import SparseModel
 
 __all__ = ["CompactKeeper", "LargestGradients"]
 
-_NOT_ELEMENTWISE = ("Adafactor", "Muon", "LARS", "Lars", "LAMB", "Lamb", "Shampoo", "SOAP")
-"""Optimizers whose step depends on the shape of a weight or on the norm of a layer, by the name of their class."""
+_BY_SHAPE = ("Adafactor", "Muon", "Shampoo", "SOAP")
+"""Optimizers whose step depends on the shape of a weight, by the name of their class."""
+
+_BY_NORM = ("LARS", "Lars", "LAMB", "Lamb")
+"""Optimizers whose step depends on the norm of a weight: they need a parameter for each layer."""
 
 
 class CompactKeeper(Keeper):
@@ -37,25 +40,62 @@ class CompactKeeper(Keeper):
             gradients: whether the method grows by the gradients of inactive weights.
 
         Raises:
-            UsageError: the values are not among the optimizer's parameters, the optimizer has a keeper already, or its
-                steps depend on shapes.
+            UsageError: the values are not among the optimizer's parameters, or twice; the optimizer has a keeper
+                already; its steps depend on shapes; a layer was frozen after the model became compact; or
+                its state has another length than the weights.
         """
         super().__init__(model, optimizer, store.trained if store.values.requires_grad else [])
         self._store, self._gradients = store, gradients
-        optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        kind = next((base.__name__ for base in type(optimizer).__mro__ if base.__name__ in _NOT_ELEMENTWISE), None)
-        if kind is not None:
-            raise UsageError(
-                f"{kind} steps by the shape of each weight, and compact storage holds all of them in one vector; load "
-                f"the model with storage='masked', or take an optimizer that treats each value by itself, such as SGD."
-            )
-        if self.names and id(store.values) not in optimized:
-            raise UsageError(
-                "the values of the sparse weights are not among the optimizer's parameters; make the optimizer from "
-                "model.module.parameters() after the model was put into its storage and moved to its device."
-            )
+        self._layers: Mapping[str, nn.Parameter] = {} if store.by_layer is None else store.by_layer
+        self._check()
+        self._check_state()
+        self._hooks = [
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_load_state_dict_post_hook(lambda _: self._check_state()),
+        ]
         self.claim()
-        self._hooks = [optimizer.register_step_post_hook(self._after_step)]
+
+    def _check(self) -> None:
+        store, layers = self._store, self._layers
+        optimized = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        flat, own = id(store.values) in optimized, [name for name in self.names if id(layers.get(name)) in optimized]
+        if flat and own:
+            raise UsageError(
+                f"the optimizer has the values of {own[0]!r} twice; make it from model.named_parameters() or from "
+                f"model.module.parameters(), not from both."
+            )
+        if kind := _named(self.optimizer, _BY_SHAPE):
+            raise UsageError(
+                f"{kind} steps by the shape of each weight, and compact storage has only the active values; load the "
+                f"model with storage='masked', or take an optimizer that treats each value by itself, such as SGD."
+            )
+        if flat and (kind := _named(self.optimizer, _BY_NORM)):
+            raise UsageError(
+                f"{kind} steps by the norm of each weight, and model.module.parameters() has all of them in one "
+                f"vector; make the optimizer from model.named_parameters()."
+            )
+        missing = [name for name in self.names if name not in own]
+        if missing and not flat:
+            raise UsageError(
+                f"the values of {missing[0]!r} are not among the optimizer's parameters; make the optimizer from "
+                f"model.module.parameters(), or for settings by layer from all of model.named_parameters(), after the "
+                f"model was put into its storage and moved to its device."
+            )
+        frozen = [name for name in own if not layers[name].requires_grad]
+        if frozen:
+            raise UsageError(
+                f"{frozen[0]!r} was frozen after the model became compact; call model.to_storage('masked'), freeze "
+                f"the layer, and then make the model compact again."
+            )
+
+    def _check_state(self) -> None:
+        for parameter in (self._store.values, *self._layers.values()):
+            for key, vector in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(vector, torch.Tensor) and vector.dim() and vector.shape != parameter.shape:
+                    raise UsageError(
+                        f"the optimizer's {key!r} has shape {tuple(vector.shape)} for {parameter.numel():,} active "
+                        f"weights; load the state that was saved together with this model."
+                    )
 
     def mask_gradients(self) -> None:
         """Does nothing: there are no gradients outside the masks."""
@@ -107,9 +147,29 @@ class CompactKeeper(Keeper):
             vector.copy_(moved)
         sizes = [store.layers[name].size for name in self.names]
         counts = segment_counts(merged, sizes)
+        self._move_by_layer(sources, stay, [new - grew for new, grew in zip(counts, grown.counts, strict=True)], counts)
         starts = accumulate(sizes, initial=0)
         local = [(piece - start).to(torch.int32) for piece, start in zip(merged.split(counts), starts, strict=False)]
         store.replace(torch.cat(local), dict(zip(self.names, counts, strict=True)))
+
+    def _move_by_layer(
+        self, sources: torch.Tensor, stay: torch.Tensor, kept: Sequence[int], counts: Sequence[int]
+    ) -> None:
+        """Moves the state of layers that are parameters of their own; it gets the new length of each layer.
+
+        Args:
+            sources: indices of the kept values in the flat vector, int64 of shape (sum of kept,).
+            stay: whether a value is a kept one, for each new index, shape (sum of counts,).
+            kept: number of kept values of each layer.
+            counts: new number of values of each layer.
+        """
+        for name, source, stays in zip(self.names, sources.split(list(kept)), stay.split(list(counts)), strict=True):
+            state = self.optimizer.state.get(self._layers[name], {}) if name in self._layers else {}
+            start, shape = self._store.layers[name].start, (self._store.layers[name].count,)
+            for key, vector in state.items():
+                if isinstance(vector, torch.Tensor) and vector.shape == shape:
+                    moved = vector.new_zeros(len(stays))
+                    state[key] = moved.masked_scatter_(stays, vector.index_select(0, source - start))
 
     @torch.no_grad()
     def write(self, active: Positions, values: torch.Tensor) -> None:
@@ -140,6 +200,11 @@ class CompactKeeper(Keeper):
         if active < self._store.values.numel():
             for vector in self._vectors():
                 vector[active:].zero_()
+
+
+def _named(optimizer: optim.Optimizer, names: Sequence[str]) -> str | None:
+    """Returns the name of an optimizer's class, or of one of its bases, that is among some names."""
+    return next((base.__name__ for base in type(optimizer).__mro__ if base.__name__ in names), None)
 
 
 class LargestGradients(Sequence[torch.Tensor]):

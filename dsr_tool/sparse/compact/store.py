@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from dsr_tool.errors import UsageError
+from dsr_tool.sparse.compact.layer_parameters import LayerParameters
 from dsr_tool.sparse.compact.rebuild import Rebuilt, rebuild
 
 __all__ = ["CompactLayer", "CompactStore", "Entry", "UnexpectedAccessError"]
@@ -94,6 +95,7 @@ class CompactStore:
         wants_gradients: whether the next backward pass keeps the largest gradients of inactive weights, because a
             method grows by them after the step.
         gradients: what it kept, by layer: int64 positions in the layer, and their gradients in float32.
+        by_layer: parameters of the layers, once somebody asked for them; else None.
     """
 
     def __init__(self, entries: Sequence[Entry]) -> None:
@@ -107,6 +109,7 @@ class CompactStore:
         self.wants_gradients = False
         self.kernels = True
         self.gradients: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.by_layer: LayerParameters | None = None
         self._pieces: dict[str, torch.Tensor] | None = None
         self._tracing = self._naming = False
         trained = [entry for entry in entries if entry.trained]
@@ -188,6 +191,8 @@ class CompactStore:
     def forward(self) -> Iterator[None]:
         """Cuts the parameter into its layers once for a whole forward pass, so that its gradient is joined once."""
         before = self._pieces
+        if self.by_layer is not None:
+            self.by_layer.drop_cleared()
         if self.values.grad is None:  # a new step begins, after one that a gradient scaler may have skipped
             self.gradients.clear()
         pieces = self.values.split(self._cuts())
@@ -219,6 +224,8 @@ class CompactStore:
         for (name, count), start in zip(counts.items(), starts, strict=False):
             self.layers[name] = CompactLayer(name, self.layers[name].shape, start, count)
         self.version += 1
+        if self.by_layer is not None:
+            self.by_layer.follow()
 
     def moved(self, values: nn.Parameter) -> None:
         """Follows the parameter after its module was moved to another device or type."""
@@ -226,14 +233,17 @@ class CompactStore:
         self.frozen_values = self.frozen_values.to(values)
         self.positions = self.positions.to(values.device)
         self.frozen_positions = self.frozen_positions.to(values.device)
+        if self.by_layer is not None:
+            self.by_layer.follow()
 
     def _cuts(self) -> list[int]:
         counts = [self.layers[name].count for name in self.trained]
         return [*counts, self.values.numel() - sum(counts)]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out what belongs to one forward or backward pass."""
-        return {**self.__dict__, "_pieces": None, "gradients": {}, "_tracing": False, "_naming": False}
+        """Leaves out what belongs to one forward or backward pass, or to an optimizer."""
+        left_out: dict[str, Any] = {"_pieces": None, "gradients": {}, "by_layer": None}
+        return {**self.__dict__, **left_out, "_tracing": False, "_naming": False}
 
 
 def _check(entries: Sequence[Entry]) -> None:
