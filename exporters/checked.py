@@ -17,7 +17,7 @@ from dsr_tool.sparse.trace import trace
 from dsr_tool.sparsity.grid import GridTensor
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.tensor import SparseTensor
-from exporters.values import stored_as
+from exporters.values import GRID_BITS, stored_as
 
 __all__ = ["CheckedModel"]
 
@@ -83,6 +83,15 @@ class CheckedModel:
         return stored_as(tensors, specs, self.values or "fp32") | {
             name: rounded for name, rounded in self._rounded.items() if name in tensors
         }
+
+    def before_folding(
+        self, tensors: Mapping[str, SparseTensor], specs: Mapping[str, LayerSpec]
+    ) -> dict[str, SparseTensor]:
+        """Returns tensors as they are folded into a file with norms folded: on their grids, or else exact.
+
+        Folding scales a grid and leaves its codes, but would round float16 a second time.
+        """
+        return self.stored(tensors, specs) if self.values in GRID_BITS else dict(tensors)
 
     @cached_property
     def graph(self) -> Graph:

@@ -41,7 +41,9 @@ def stored_as(
     if values == "fp32":
         return dict(tensors)
     # Norms and biases are a small part of the bytes, and rounding them moves every output of a channel.
-    return {name: _rounded(name, tensor, values) if specs[name].weight else tensor for name, tensor in tensors.items()}
+    # Biases that folding made have no description.
+    weights = {name for name, spec in specs.items() if spec.weight}
+    return {name: _rounded(name, tensor, values) if name in weights else tensor for name, tensor in tensors.items()}
 
 
 def stored_like(found: SparseTensor, exact: SparseTensor, spec: LayerSpec) -> SparseTensor:

@@ -13,7 +13,7 @@ import numpy as np
 from dsr_tool.errors import FormatError
 from dsr_tool.formats.coding import decode_planes, decode_runs, encode_planes, encode_runs
 from dsr_tool.formats.streams import Streams, checked, exact_streams, require_bytes
-from dsr_tool.sparsity.grid import GridTensor, largest_code, row_counts
+from dsr_tool.sparsity.grid import GridTensor, grid_fault
 from dsr_tool.sparsity.layers import matrix_shape
 
 __all__ = ["GRID", "decode_grid", "encode_grid"]
@@ -49,23 +49,7 @@ def decode_grid(streams: Mapping[str, Any], shape: tuple[int, ...], active: int,
     tensor = GridTensor(
         mask, decode_planes(codes, active, _BYTE), decode_planes(scales, matrix_shape(shape)[0], _FLOAT)
     )
-    _check(tensor)
+    if fault := grid_fault(tensor):
+        raise FormatError(f"{fault}; the file is damaged.")
     checked(mask, tensor.codes, active, _BYTE)
     return tensor
-
-
-def _check(tensor: GridTensor) -> None:
-    """Raises `FormatError` for codes and scales that no writer makes: readers would compute different values."""
-    codes, scales = tensor.codes, tensor.scales
-    if codes.min(initial=0) < -largest_code(8):
-        raise FormatError("a code is -128, where codes are symmetric; the file is damaged.")
-    # Written so that NaN fails; -0 is refused by its sign.
-    sound = (scales >= np.finfo(np.float32).smallest_normal) & (scales <= np.finfo(np.float32).max / largest_code(8))
-    zero = (scales == 0) & ~np.signbit(scales)
-    if not (sound | zero).all():
-        raise FormatError(
-            f"a scale is {scales[~(sound | zero)][0]}, where scales are 0 or normal positive numbers of which 127 do "
-            f"not overflow; the file is damaged."
-        )
-    if codes[np.repeat(zero, row_counts(tensor.mask))].any():
-        raise FormatError("a channel with a scale of 0 has codes other than 0; the file is damaged.")

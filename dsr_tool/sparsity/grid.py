@@ -20,6 +20,7 @@ __all__ = [
     "GridTensor",
     "best_scales",
     "distance",
+    "grid_fault",
     "largest_code",
     "nearest_codes",
     "on_grid",
@@ -78,8 +79,30 @@ class GridTensor(SparseTensor):
                 the scale vanishes, makes them zero.
         """
         scales = (self.scales.astype(np.float64) * np.abs(factors)).astype(np.float32)
+        scales[scales < _SMALLEST] = 0
         signs = np.where(scales == 0, 0, np.sign(factors)).astype(np.int8)
         return GridTensor(self.mask, self.codes * np.repeat(signs, row_counts(self.mask)), scales)
+
+
+def grid_fault(tensor: GridTensor) -> str:
+    """Says what is wrong with codes and scales that no writer makes; an empty text if nothing is.
+
+    Files come from strangers, and readers that compute differently with such numbers would see different weights.
+    """
+    codes, scales = tensor.codes, tensor.scales
+    if codes.min(initial=0) < -largest_code(8):
+        return "a code is -128, where codes are symmetric"
+    # Written so that NaN fails; -0 is refused by its sign.
+    sound = (scales >= _SMALLEST) & (scales <= _LARGEST / largest_code(8))
+    zero = (scales == 0) & ~np.signbit(scales)
+    if not (sound | zero).all():
+        return (
+            f"a scale is {scales[~(sound | zero)][0]}, where scales are 0 or normal positive numbers of which 127 do "
+            f"not overflow"
+        )
+    if codes[np.repeat(zero, row_counts(tensor.mask))].any():
+        return "a channel with a scale of 0 has codes other than 0"
+    return ""
 
 
 def largest_code(bits: int) -> int:

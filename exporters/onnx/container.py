@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsr_tool.errors import DsrError, first_line
-from dsr_tool.graph.compact.record import COMPACTED, measure_savings
+from dsr_tool.graph.compact.record import COMPACTED, compacted_specs, measure_savings
 from dsr_tool.graph.compact.rewrite import fold_and_compact
 from exporters.base import Container, Draft, ExportOptions, Head
 from exporters.contents import Contents, StoredBytes, measured
 from exporters.onnx import ONNX_ENCODINGS
+from exporters.values import GRID_BITS
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -48,7 +49,7 @@ class OnnxFiles(Container):
         return head.start.startswith(_FIRST_FIELD) and not head.is_safetensors
 
     def encode(self, checked: CheckedModel, options: ExportOptions) -> Draft:
-        """Builds one ONNX model with a free batch; with `fp16` values, it still computes in float32.
+        """Builds one ONNX model with a free batch; with rounded values, it still computes in float32.
 
         Raises:
             UsageError: a weight that float16 cannot hold, more than 2 GB, or a module that cannot be captured.
@@ -59,16 +60,17 @@ class OnnxFiles(Container):
         build = partial(
             to_onnx,
             encoding=options.encoding,
-            values=options.values,
+            values=options.values if options.values not in GRID_BITS else "fp32",
             specs=model.specs,
             architecture=model.config.architecture,
         )
         # Built even for a compact export, which records the size that it saves.
-        content = build(checked.graph, tensors)
+        content = build(checked.graph, checked.before_folding(tensors, model.specs))
         if options.compact:
             before, small = fold_and_compact(checked.graph, tensors)
             record = measure_savings(before, small, model.specs, content.ByteSize())
-            content = build(small.graph, small.tensors, notes={COMPACTED: record.to_dict()})
+            stored = checked.before_folding(small.tensors, compacted_specs(small.tensors, model.specs))
+            content = build(small.graph, stored, notes={COMPACTED: record.to_dict()})
         return Draft(partial(_write, content))
 
     def verify(self, path: Path, checked: CheckedModel, *, samples: int, seed: int) -> Verification:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from onnx import NodeProto, SparseTensorProto, TensorProto, numpy_helper
+from onnx import NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
 from dsr_tool.errors import FormatError
+from dsr_tool.sparsity.grid import GridTensor, grid_fault
+from dsr_tool.sparsity.layers import matrix_shape
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import Array, SparseTensor
 from exporters.onnx.forms import FLOATS, LARGEST, SHARED, STEP_BITS, Form, expression, nonzero
@@ -19,7 +21,8 @@ __all__ = ["CompactWeight", "decode", "find", "from_coo", "from_dense", "shape_o
 
 _MOST_DIMENSIONS = 32
 """Largest number of dimensions of a weight: that of numpy before version 2."""
-_FORMS = (Form("delta", STEP_BITS[0]), Form("bitmask", 1), Form("bitmask", 1, cut=True))
+_CODECS = (Form("delta", STEP_BITS[0]), Form("bitmask", 1), Form("bitmask", 1, cut=True))
+_FORMS = (*_CODECS, *(replace(form, scaled=True) for form in (Form("dense", 8), *_CODECS)))
 """One form for each computation; the size of delta's steps changes nothing but the tables."""
 _SHARED_LEAVES = {*SHARED, "flags", "steps", "zero"}
 
@@ -55,13 +58,25 @@ def find(name: str, nodes: Mapping[str, NodeProto], arrays: Mapping[str, TensorP
         nodes: every node of the graph by the first value that it makes.
         arrays: every initializer by name.
     """
-    # Nine variants, each of which is dropped at its first operator that differs.
+    # Some variants, each of which is dropped at its first operator that differs.
     for form in _FORMS:
-        for cast in ("", *FLOATS):
+        for cast in FLOATS if form.scaled else ("", *FLOATS):
             computation = expression(form, cast or "float16", "float16")
-            if (found := match(computation, name, nodes, arrays)) is not None:
+            found = match(computation, name, nodes, arrays)
+            if found is not None and _has_types(form, cast, found.leaves, arrays):
                 return CompactWeight(name, form, cast, found.leaves, tuple(found.steps))
     return None
+
+
+def _has_types(form: Form, cast: str, leaves: Mapping[str, str], arrays: Mapping[str, TensorProto]) -> bool:
+    """Tells a weight on a grid from one of floats, and from products of other tools that look like one."""
+    values = arrays[leaves["values"]]
+    if not form.scaled:
+        return bool(values.data_type != TensorProto.INT8)
+    # A scale for each first index; whether its length is that of the weight is checked where the weight is decoded.
+    scale = arrays[leaves["scale"]]
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(cast))
+    return values.data_type == TensorProto.INT8 and scale.data_type == kind and all(n == 1 for n in scale.dims[1:])
 
 
 def shape_of(found: CompactWeight, arrays: Mapping[str, TensorProto]) -> tuple[int, ...]:
@@ -70,6 +85,8 @@ def shape_of(found: CompactWeight, arrays: Mapping[str, TensorProto]) -> tuple[i
     Raises:
         FormatError: the numbers are no shape, or one of 2³¹ entries or more.
     """
+    if found.form.codec == "dense":
+        return tuple(arrays[found.leaves["values"]].dims)
     shape = to_array(arrays[found.leaves["shape"]])
     if shape.dtype != np.int64 or shape.ndim != 1 or len(shape) > _MOST_DIMENSIONS or (shape < 0).any():
         raise _disagree(found.name)
@@ -89,13 +106,30 @@ def decode(found: CompactWeight, arrays: Mapping[str, TensorProto]) -> SparseTen
     name, shape = found.name, shape_of(found, arrays)
     parts = {leaf: to_array(arrays[source]) for leaf, source in found.leaves.items()}
     _check_constants(name, found.form, parts, math.prod(shape))
-    code, values = parts["code"], parts["values"]
-    if code.dtype != np.uint8 or code.ndim != 1 or values.ndim != 1 or values.dtype.kind != "f" or values[:1].any():
+    values, kind = parts["values"], "i" if found.form.scaled else "f"
+    if found.form.codec == "dense":
+        mask = Mask.from_bool(values != 0)
+        return _on_grid(name, mask, values[values != 0], parts["scale"])
+    code = parts["code"]
+    if code.dtype != np.uint8 or code.ndim != 1 or values.ndim != 1 or values.dtype.kind != kind or values[:1].any():
         raise _disagree(name)
     mask = _bitmask(name, shape, code) if found.form.codec == "bitmask" else _delta_mask(name, shape, code, parts)
     if len(values) != mask.active + 1:
         raise _disagree(name)
+    if found.form.scaled:
+        return _on_grid(name, mask, values[1:], parts["scale"])
     return nonzero(SparseTensor(mask, values[1:]))
+
+
+def _on_grid(name: str, mask: Mask, codes: Array, scale: Array) -> SparseTensor:
+    """Returns a weight on a grid, without codes of zero."""
+    expected = (matrix_shape(mask.shape)[0], *(1,) * (len(mask.shape) - 1)) if mask.shape else ()
+    if scale.shape != expected:
+        raise _disagree(name)
+    tensor = GridTensor(mask, codes, scale.reshape(-1).astype(np.float32))
+    if fault := grid_fault(tensor):
+        raise FormatError(f"weight {name!r}: {fault}; the file is damaged.")
+    return nonzero(tensor)
 
 
 def from_dense(proto: TensorProto) -> SparseTensor:

@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 from onnx import SparseTensorProto, helper, numpy_helper
 
+from dsr_tool.sparsity.grid import GridTensor
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import Array, SparseTensor
 from exporters.onnx.nodes import Expression
@@ -29,6 +30,7 @@ __all__ = [
     "bitmask_form",
     "coo",
     "delta_form",
+    "dense_form",
     "expression",
     "nonzero",
 ]
@@ -63,14 +65,16 @@ class Form:
     """A way to store a weight.
 
     Attributes:
-        codec: `delta` or `bitmask`.
+        codec: `delta` or `bitmask`; `dense`, for weights on a grid alone.
         bits: bits of one step; 1 for a bitmask.
         cut: True for a bitmask with bits beyond the last entry, which a Slice removes.
+        scaled: True for a weight on a grid: values are codes, and each output channel has a scale.
     """
 
     codec: str
     bits: int
     cut: bool = False
+    scaled: bool = False
 
     @property
     def tables(self) -> dict[str, Array]:
@@ -78,6 +82,8 @@ class Form:
 
         `flags` has 1 where an entry stands. `steps`, of the delta form alone, is the number of entries to move on.
         """
+        if self.codec == "dense":
+            return {}
         code = np.arange(256, dtype=np.uint8)[:, None]
         if self.codec == "bitmask":
             return {"flags": np.unpackbits(code, axis=1)}
@@ -104,28 +110,44 @@ def expression(form: Form, dtype: str, stored: str) -> Expression:
     """Returns the computation that makes a weight of type `dtype` from values of type `stored`."""
     values: Expression = "values" if stored == dtype else (FLOATS[dtype], "values")
     entries: Expression = ("Gather", values, _SLOTS)
-    if form.codec == "delta":
-        return ("Reshape", ("ScatterElements", ("Expand", "zero", "size"), _POSITIONS, entries), "shape")
-    return ("Reshape", ("Slice", entries, "start", "size") if form.cut else entries, "shape")
+    weight: Expression
+    if form.codec == "dense":
+        weight = values
+    elif form.codec == "delta":
+        weight = ("Reshape", ("ScatterElements", ("Expand", "zero", "size"), _POSITIONS, entries), "shape")
+    else:
+        weight = ("Reshape", ("Slice", entries, "start", "size") if form.cut else entries, "shape")
+    # Not DequantizeLinear: ONNX Runtime keeps that one in the graph, for kernels of integers that sparse weights lack.
+    return ("Mul", weight, "scale") if form.scaled else weight
 
 
 def nonzero(tensor: SparseTensor) -> SparseTensor:
     """Returns the tensor without active entries that are zero: they are of no use in a file for inference."""
-    kept = tensor.values != 0
+    kept = _numbers(tensor) != 0
     if kept.all():
         return tensor
-    return SparseTensor(Mask(tensor.mask.shape, tensor.mask.positions[kept]), tensor.values[kept])
+    mask = Mask(tensor.mask.shape, tensor.mask.positions[kept])
+    if isinstance(tensor, GridTensor):
+        return GridTensor(mask, tensor.codes[kept], tensor.scales)
+    return SparseTensor(mask, tensor.values[kept])
+
+
+def dense_form(tensor: GridTensor) -> Parts:
+    """Encodes a weight on a grid as a code for every entry, inactive ones included."""
+    codes = SparseTensor(tensor.mask, tensor.codes).to_dense()
+    return Parts(Form("dense", 8, scaled=True), {"values": codes, **_scale(tensor)})
 
 
 def bitmask_form(tensor: SparseTensor) -> Parts | None:
     """Encodes a weight as one bit an entry, and the values; None if positions do not fit int32."""
     if tensor.mask.size >= LARGEST:
         return None
-    form = Form("bitmask", 1, cut=tensor.mask.size % 8 != 0)
+    form = Form("bitmask", 1, cut=tensor.mask.size % 8 != 0, scaled=isinstance(tensor, GridTensor))
     own = {
         "code": tensor.mask.bits,
-        "values": _zero_and(tensor.values),
+        "values": _zero_and(_numbers(tensor)),
         "shape": np.array(tensor.mask.shape, np.int64),
+        **_scale(tensor),
     }
     if form.cut:
         own |= {"start": np.array([0], np.int64), "size": np.array([tensor.mask.size], np.int64)}
@@ -143,7 +165,7 @@ def delta_form(tensor: SparseTensor, bits: int) -> Parts | None:
         The parts, or None if positions do not fit int32 or no step can be split.
     """
     farthest, in_byte = (1 << bits) - 1, 8 // bits
-    positions, values = tensor.mask.positions, tensor.values
+    positions, values = tensor.mask.positions, _numbers(tensor)
     if tensor.mask.size >= LARGEST:
         return None
     # A weight without entries gets some that are zero, so that no runtime has to fold a sum of nothing.
@@ -162,7 +184,8 @@ def delta_form(tensor: SparseTensor, bits: int) -> Parts | None:
     shifts = np.arange(8 - bits, -1, -bits, dtype=np.uint8)
     code = np.bitwise_or.reduce(steps.reshape(-1, in_byte) << shifts, axis=1)
     sizes = {"size": np.array([tensor.mask.size], np.int64), "shape": np.array(tensor.mask.shape, np.int64)}
-    return Parts(Form("delta", bits), {"code": code, "values": _zero_and(values), **sizes})
+    form = Form("delta", bits, scaled=isinstance(tensor, GridTensor))
+    return Parts(form, {"code": code, "values": _zero_and(values), **sizes, **_scale(tensor)})
 
 
 def coo(name: str, tensor: SparseTensor) -> SparseTensorProto:
@@ -189,6 +212,19 @@ def _fillers(positions: Array, size: int, farthest: int) -> Array:
     between = (positions - rest)[rest > 0]
     last = int(positions[-1]) if len(positions) else -1
     return np.concatenate((between, np.arange(last + 1, min(last + 1 + farthest, size))))
+
+
+def _numbers(tensor: SparseTensor) -> Array:
+    """Returns what is stored of the active entries: codes of a weight on a grid, else values."""
+    return tensor.codes if isinstance(tensor, GridTensor) else tensor.values
+
+
+def _scale(tensor: SparseTensor) -> dict[str, Array]:
+    """Returns the leaf with the scales of a weight on a grid, which broadcasts over each output channel."""
+    if not isinstance(tensor, GridTensor):
+        return {}
+    rank = len(tensor.mask.shape)
+    return {"scale": tensor.scales.reshape(-1, *(1,) * (rank - 1)) if rank else tensor.scales.reshape(())}
 
 
 def _zero_and(values: Array) -> Array:

@@ -16,8 +16,8 @@ from exporters.onnx.read import OnnxFile, read_onnx
 
 __all__ = ["OnnxModel", "graph_of_onnx", "open_onnx"]
 
-_TYPES = ("float16", "float32", "float64")
-"""Types of weights that the runtimes compute with."""
+_TYPES = ("float16", "float32", "float64", "int8")
+"""Types in which weights that the runtimes compute with are stored; those on a grid are int8."""
 _NO_PREPROCESSING = Preprocessing(resize=0, crop=0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 """Pictures as they are, scaled to [0, 1]: an ONNX file does not say how they become inputs."""
 

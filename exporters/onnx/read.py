@@ -34,7 +34,7 @@ class OnnxEntry:
 
     Attributes:
         spec: name, shape, operator that uses it (`kind`), role, multiply-adds.
-        dtype: numpy name of the type that its values are stored in.
+        dtype: numpy name of the type that its values are stored in; `int8` of a weight on a grid.
         codec: `dense` for an initializer, `delta` or `bitmask` for a compact form, `coo` for a sparse initializer.
         active: number of entries that are not zero.
         nbytes: bytes of everything in the file that makes it, without the parts that other weights need too.
@@ -152,8 +152,8 @@ def stored_weights(graph: GraphProto) -> Iterator[StoredWeight]:
     arrays = {tensor.name: tensor for tensor in graph.initializer} | dict(constants(graph))
     # Initializers that are parts of compact weights, which are no weights of their own.
     taken: set[str] = set()
-    # Every form ends with a Reshape, so other nodes need no look.
-    for name in [name for name, node in nodes.items() if node.op_type == "Reshape"]:
+    # Every form ends with a Reshape, or with a Mul by scales, so other nodes need no look.
+    for name in [name for name, node in nodes.items() if node.op_type in ("Reshape", "Mul")]:
         if found := find(name, nodes, arrays):
             taken.update(found.leaves.values())
             yield _compact(found, nodes, arrays)

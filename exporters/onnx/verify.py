@@ -6,19 +6,22 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx
 
-from dsr_tool.graph.compact.record import COMPACTED
+from dsr_tool.graph.compact.record import COMPACTED, compacted_specs
 from dsr_tool.graph.compact.rewrite import fold_and_compact
-from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparsity.grid import GridTensor
 from dsr_tool.sparsity.tensor import SparseTensor
 from exporters.checked import CheckedModel
 from exporters.onnx.forms import nonzero
 from exporters.onnx.read import OnnxFile, read_onnx
 from exporters.onnx.session import OnnxSession
 from exporters.onnx.write import folded, to_onnx
+from exporters.values import GRID_BITS
 from exporters.verify.outputs import compare_outputs
 from exporters.verify.result import Verification
+from exporters.verify.rounding import expected_tensors, how_rounded, steps_note
 from exporters.verify.tensors import differing_tensors
 
 __all__ = ["verify_onnx"]
@@ -27,8 +30,8 @@ __all__ = ["verify_onnx"]
 def verify_onnx(path: Path, checked: CheckedModel, *, samples: int, seed: int) -> Verification:
     """Verifies an ONNX file.
 
-    A file of float16 values is compared with the same rounded weights stored as float32, both in ONNX Runtime; a note
-    says how far the rounding moves the outputs of the model.
+    A file of rounded weights is compared with the same weights stored as float32, both in ONNX Runtime; a note says how
+    far the rounding moves the outputs of the model.
 
     Args:
         path: the file.
@@ -42,22 +45,27 @@ def verify_onnx(path: Path, checked: CheckedModel, *, samples: int, seed: int) -
     """
     model, graph = checked.model, checked.graph
     file = read_onnx(path)
-    # The file itself tells how it was exported, so `verify` needs no options.
-    values = "fp16" if _has_half_weights(file, model) else "fp32"
-    tensors: Mapping[str, SparseTensor] = model.tensors()
+    exact: Mapping[str, SparseTensor] = model.tensors()
+    specs = model.specs
     if COMPACTED in file.record:
-        small = fold_and_compact(graph, tensors)[1]
-        graph, tensors = small.graph, small.tensors
-    graph, tensors = folded(graph, tensors, values=values, specs=model.specs)
+        small = fold_and_compact(graph, exact)[1]
+        graph, exact, specs = small.graph, small.tensors, compacted_specs(small.tensors, specs)
+    # Grids are rounded before norms are folded, float16 after: one place of the writer decides, the same for both.
+    rounded = checked.before_folding(exact, specs)
+    exact = folded(graph, exact)[1]
+    graph, tensors = folded(graph, rounded)
+    if checked.values not in GRID_BITS:
+        # The file itself tells how it was exported, so `verify` needs no options.
+        tensors = expected_tensors(checked, tensors, specs, file.entries, lambda name: _under(file, name, exact[name]))
     # An exported file has no active zeros and no integer parameters among its weights.
     expected = {name: nonzero(tensor) for name, tensor in tensors.items() if tensor.values.dtype.kind == "f"}
     shapes = {name: entry.spec.shape for name, entry in file.entries.items() if name in expected}
     differing = differing_tensors(path, model, expected, shapes, file.tensor)
     session, left = _load(file)
-    # Rounded weights have no module to compare with, since norms are folded before rounding.
-    rounded = None
-    if values == "fp16":
-        rounded = OnnxSession(to_onnx(graph, tensors, encoding="dense").SerializeToString()).run
+    # Rounded weights have no module to compare with, since norms are folded as well.
+    how, run = how_rounded(tensors, specs), None
+    if how:
+        run = OnnxSession(to_onnx(graph, _as_floats(tensors), encoding="dense").SerializeToString()).run
     return compare_outputs(
         path,
         "onnx",
@@ -68,13 +76,32 @@ def verify_onnx(path: Path, checked: CheckedModel, *, samples: int, seed: int) -
         seed=seed,
         differing=differing,
         problems=[f"onnxruntime decodes weights at every inference ({left[0]})"] if left else [],
-        rounded=rounded,
+        notes=steps_note(tensors, exact),
+        rounded=run,
+        how=how,
     )
 
 
-def _has_half_weights(file: OnnxFile, model: SparseModel) -> bool:
-    half = (name for name, entry in file.entries.items() if entry.dtype == "float16")
-    return any(name in model.specs and model.specs[name].weight for name in half)
+def _under(file: OnnxFile, name: str, exact: SparseTensor) -> SparseTensor:
+    """Decodes a weight; one on a grid under the mask of the model, since the file leaves out codes of zero."""
+    found = file.tensor(name)
+    if not isinstance(found, GridTensor) or found.mask.shape != exact.mask.shape:
+        return found
+    own = found.mask.positions
+    at = np.minimum(np.searchsorted(exact.mask.positions, own), max(exact.mask.active - 1, 0))
+    if not exact.mask.active or (exact.mask.positions[at] != own).any():
+        return found
+    codes = np.zeros(exact.mask.active, np.int8)
+    codes[at] = found.codes
+    return GridTensor(exact.mask, codes, found.scales)
+
+
+def _as_floats(tensors: Mapping[str, SparseTensor]) -> dict[str, SparseTensor]:
+    """Returns weights on grids as plain floats, so that a file of them has no product with scales."""
+    return {
+        name: SparseTensor(tensor.mask, tensor.values) if isinstance(tensor, GridTensor) else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _load(file: OnnxFile) -> tuple[OnnxSession, list[str]]:

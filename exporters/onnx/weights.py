@@ -7,9 +7,10 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
+from dsr_tool.sparsity.grid import GridTensor
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import Array, SparseTensor
-from exporters.onnx.forms import COMPACT_FORMS, FLOATS, SHARED, Parts, expression
+from exporters.onnx.forms import COMPACT_FORMS, FLOATS, SHARED, Parts, dense_form, expression
 from exporters.onnx.nodes import NodeWriter, initializer_bytes
 
 __all__ = ["add_weight", "choose"]
@@ -51,7 +52,7 @@ def choose(tensors: Mapping[str, SparseTensor], encoding: str, dtype: str) -> di
 
 def add_weight(writer: NodeWriter, name: str, tensor: SparseTensor, form: str, dtype: str) -> None:
     """Writes a weight as the value `name`, of type `dtype`; as a dense one if the `form` cannot hold it."""
-    parts = COMPACT_FORMS[form](tensor) if form in COMPACT_FORMS else None
+    parts = _parts(tensor, form)
     if parts is not None:
         _add_parts(writer, name, parts, dtype)
     elif tensor.values.dtype.kind != "f" or tensor.values.dtype.name == dtype:
@@ -66,6 +67,13 @@ def _add_parts(writer: NodeWriter, name: str, parts: Parts, dtype: str) -> None:
     writer.add(expression(parts.form, dtype, stored), parts.own, shared, name)
 
 
+def _parts(tensor: SparseTensor, form: str) -> Parts | None:
+    """Returns a weight in a form; None if the form cannot hold it, or is that of a plain initializer."""
+    if form in COMPACT_FORMS:
+        return COMPACT_FORMS[form](tensor)
+    return dense_form(tensor) if isinstance(tensor, GridTensor) else None
+
+
 def _subsets(count: int) -> list[tuple[int, ...]]:
     """Returns column 0 with every set of the other columns, small sets first."""
     sets = (itertools.combinations(range(1, count), size) for size in range(count))
@@ -74,11 +82,9 @@ def _subsets(count: int) -> list[tuple[int, ...]]:
 
 def _own_bytes(name: str, tensor: SparseTensor, form: str, dtype: str) -> int:
     """Counts the bytes that a weight adds to a file which has the tables of its form already."""
-    if form not in COMPACT_FORMS:
-        return _dense_bytes(name, tensor, dtype)
-    parts = COMPACT_FORMS[form](tensor)
+    parts = _parts(tensor, form)
     if parts is None:
-        return 2 * _PENALTY
+        return 2 * _PENALTY if form in COMPACT_FORMS else _dense_bytes(name, tensor, dtype)
     # Written twice: the second time adds only what the weight does not share.
     writer = NodeWriter()
     _add_parts(writer, name, parts, dtype)

@@ -13,6 +13,7 @@ from onnx import ModelProto, NodeProto, SparseTensorProto, ValueInfoProto, helpe
 from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.graph.fold import fold_norms
 from dsr_tool.graph.ir import Graph, Node, Value
+from dsr_tool.sparsity.grid import GridTensor
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.tensor import SparseTensor
 from exporters.onnx import ONNX_ENCODINGS
@@ -49,7 +50,8 @@ def to_onnx(
         tensors: every parameter of the graph, by name.
         encoding: `delta`, `bitmask` or `coo` stores every sparse weight in that form, `dense` writes plain
             initializers, `auto` takes the smallest of delta, bitmask and dense for each weight.
-        values: `fp16` stores weights as float16, rounded once; the computation stays in its type.
+        values: `fp16` stores weights as float16, rounded once; the computation stays in its type. Weights on a grid
+            are stored on it with any `values`, since folding scales a grid and leaves its codes.
         specs: description of the parameters; `fp16` rounds weights alone.
         architecture: name of the model, for the record.
         notes: more entries of the record, plain values for JSON.
@@ -58,7 +60,8 @@ def to_onnx(
         A model with one free dimension, the batch; the same arguments give the same bytes.
 
     Raises:
-        UsageError: unknown encoding, a model of more than 2 GB, or a value that float16 cannot hold.
+        UsageError: unknown encoding, a model of more than 2 GB, weights on a grid as `coo`, or a value that float16
+            cannot hold.
     """
     if encoding not in ONNX_ENCODINGS:
         raise unknown_name("ONNX encoding", encoding, ONNX_ENCODINGS)
@@ -120,11 +123,13 @@ def folded(
     # Archives may hold float16 weights; folding multiplies them, which must not round a second time.
     typed = {name: tensors[name] for name in graph.parameters}
     for name, tensor in typed.items():
-        if tensor.values.dtype.kind == "f":
+        if tensor.values.dtype.kind == "f" and tensor.values.dtype != dtype:
             typed[name] = SparseTensor(tensor.mask, tensor.values.astype(dtype, copy=False))
     graph, typed = fold_norms(graph, typed)
-    # Biases that folding made have no spec; they stay in the type of the computation.
-    known = {name: tensor for name, tensor in typed.items() if name in (specs or {})}
+    # Biases that folding made have no spec; they stay in the type of the computation, and grids are rounded already.
+    known = {
+        name: tensor for name, tensor in typed.items() if name in (specs or {}) and not isinstance(tensor, GridTensor)
+    }
     return graph, typed | stored_as(known, specs or {}, values)
 
 
@@ -136,6 +141,10 @@ def _add_weights(
     sparse = {name: nonzero(tensors[name]) for name in graph.parameters if _is_sparse(tensors[name])}
     forms = {} if encoding == "coo" else choose(sparse, encoding, dtype)
     sparse_initializers = []
+    if encoding == "coo" and any(isinstance(tensors[name], GridTensor) for name in graph.parameters):
+        raise UsageError(
+            "--encoding 'coo' holds floats, not weights in few bits; use --encoding auto, delta, bitmask or dense."
+        )
     for name in graph.parameters:
         if encoding == "coo" and name in sparse:
             stored = sparse[name].values.dtype.name
