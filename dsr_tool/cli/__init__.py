@@ -9,6 +9,7 @@ import traceback
 
 import click
 
+from dsr_tool.cli.streams import write_anything
 from dsr_tool.errors import DsrError, closest, first_line, unknown_name
 
 __all__ = ["cli", "main"]
@@ -62,6 +63,7 @@ def cli(context: click.Context) -> None:
 
 def main() -> None:
     """Runs a command; the entry point. Every error becomes one sentence and an exit code."""
+    write_anything()
     sys.exit(_run())
 
 
@@ -113,5 +115,6 @@ def _usage_message(error: click.ClickException) -> str:
 
 def _fail(message: str, code: int) -> int:
     """Prints an error to stderr and returns its exit code."""
-    click.echo(f"dsr-tool: {message}", err=True)
+    # The stream is named, since click would write UTF-8 to a stderr that has ASCII.
+    click.echo(f"dsr-tool: {message}", file=sys.stderr)
     return code

@@ -83,4 +83,4 @@ def emit(document: Mapping[str, object], text: str, *, as_json: bool) -> None:
 def note(message: str, *, quiet: bool) -> None:
     """Prints a line to stderr unless the user asked for quiet."""
     if not quiet:
-        click.echo(message, err=True)
+        click.echo(message, file=sys.stderr)

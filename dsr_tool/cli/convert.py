@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dsr_tool.cli.common import emit, examples, output_options
+from dsr_tool.cli.common import emit, examples, note, output_options
 from dsr_tool.cli.progress import progress_bar
 
 __all__ = ["command"]
@@ -142,6 +142,6 @@ def command(
         model = convert(**to_parameters(options), on_fitted=fitted.append, on_progress=on_progress)
     model.save(output, force=force)
     for warning in fitted[0].warnings:
-        click.echo(f"warning: {warning}", err=True)
+        note(f"warning: {warning}", quiet=False)
     document = conversion_document(fitted[0], output)
     emit(document, conversion_text(document, short=quiet), as_json=as_json)

@@ -31,7 +31,7 @@ _FIGURES = (
 """Figures of a record whose means are columns of CSV and JSON."""
 
 # Headings of the text table, between the row's name and its state.
-_COLUMNS = ("accuracy %", "± sd", "n", "published", "zeros", "non-zeros", "MMACs", "archive kB", "train s", "memory MB")
+_COLUMNS = ("accuracy %", "sd", "n", "published", "zeros", "non-zeros", "MMACs", "archive kB", "train s", "memory MB")
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _table_cells(row: Row) -> list[str]:
         _scaled(row.mean("test_accuracy"), 100, 2),
         _scaled(row.sd("test_accuracy"), 100, 2),
         str(len(row.complete)),
-        _scaled(published.get("accuracy"), 100, 2) + (f" ± {100 * published['sd']:.2f}" if "sd" in published else ""),
+        _scaled(published.get("accuracy"), 100, 2) + (f" +/- {100 * published['sd']:.2f}" if "sd" in published else ""),
         _scaled(row.mean("model_sparsity"), 1, 4),
         _scaled(row.mean("nonzeros"), 1, 0),
         "" if (macs := row.mean("inference_macs")) is None else significant(macs / 1e6),

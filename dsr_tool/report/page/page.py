@@ -50,8 +50,9 @@ def write_page(path: str | Path, source: Source, document: Mapping[str, Any], *,
     Raises:
         FileError: the file exists and `force` is not given, or it cannot be written.
     """
-    # Rendered before the file is opened, so that an error in it leaves nothing behind.
-    content = page_html(source, document).encode("utf-8")
+    # Rendered before the file is opened, so that an error in it leaves nothing behind. Names of files may hold bytes
+    # that are no text, which the page shows as escapes.
+    content = page_html(source, document).encode("utf-8", "backslashreplace")
     with new_file(Path(path), force=force) as part:
         part.write_bytes(content)
 
