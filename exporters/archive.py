@@ -17,6 +17,7 @@ from dsr_tool.graph.compact.rewrite import fold_and_compact
 from dsr_tool.sparsity.config import installed_versions
 from exporters.base import Container, Draft, ExportOptions, Head
 from exporters.contents import Contents, StoredBytes, measured
+from exporters.values import GRID_BITS, PALETTE, VALUES
 
 if TYPE_CHECKING:
     from dsr_tool.graph.ir import Graph
@@ -40,6 +41,7 @@ class Archives(Container):
     name = "archive"
     endings = (".dsr",)
     encodings = ENCODINGS
+    values = VALUES
     has_graph = True
     measurable = True
     compacts = True
@@ -55,11 +57,12 @@ class Archives(Container):
         """Encodes weights, graph and description; a compacted archive also records what compaction saved.
 
         Raises:
-            UsageError: a weight that float16 cannot hold, or a module that cannot be captured.
+            UsageError: a weight that float16 cannot hold, an encoding beside values on grids or in palettes, or a
+                module that cannot be captured.
         """
         model = checked.model
         tensors, specs, config = model.tensors(), model.specs, model.config
-        encode = partial(encode_archive, encoding=options.encoding, versions=installed_versions())
+        encode = partial(encode_archive, encoding=_encoding(options), versions=installed_versions())
         plain = encode(checked.stored(tensors, specs), specs, checked.graph, config)
         if not options.compact:
             return Draft(plain.save)
@@ -86,7 +89,7 @@ class Archives(Container):
         from exporters.verify.tensors import differing_tensors
 
         archive = open_archive(path)
-        expected = _expected(archive, checked, samples, seed)
+        expected = _expected(archive, checked)
         shapes = {name: entry.spec.shape for name, entry in archive.entries.items()}
         differing = differing_tensors(path, expected.model, expected.tensors, shapes, archive.tensor)
         runs, faults = _runs(archive)
@@ -103,6 +106,7 @@ class Archives(Container):
             differing=differing,
             notes=(*expected.notes, *faults),
             rounded=expected.rounded,
+            exact=expected.exact.module if expected.exact else None,
             how=expected.how,
         )
 
@@ -119,6 +123,21 @@ class Archives(Container):
         return measured(archive, stored, parts, config=archive.config, record=record)
 
 
+def _encoding(options: ExportOptions) -> str:
+    """Returns the encoding of the weights; grids and palettes are encodings of their own.
+
+    Raises:
+        UsageError: another one is asked for.
+    """
+    palette = options.values == PALETTE
+    if options.encoding not in ("auto", PALETTE) and (palette or options.values in GRID_BITS):
+        raise UsageError(
+            f"--encoding {options.encoding!r} stores floats as they are, and --values {options.values!r} does not; "
+            f"leave one of them out."
+        )
+    return PALETTE if palette else options.encoding
+
+
 @dataclass(frozen=True)
 class _Expected:
     """The tensors that an archive should hold, and the model to compare it with.
@@ -128,6 +147,7 @@ class _Expected:
         tensors: every tensor that the archive should have.
         notes: what rounding did, measured.
         rounded: runs a compacted model with rounded weights, which no module computes; None to compare with PyTorch.
+        exact: the model before rounding, if `model` has rounded weights.
         how: how its weights are rounded; empty if they are exact.
     """
 
@@ -135,12 +155,12 @@ class _Expected:
     tensors: dict[str, SparseTensor]
     notes: tuple[str, ...] = ()
     rounded: Run | None = None
+    exact: SparseModel | None = None
     how: str = ""
 
 
-def _expected(archive: Archive, checked: CheckedModel, samples: int, seed: int) -> _Expected:
-    from exporters.verify.outputs import random_inputs
-    from exporters.verify.rounding import expected_tensors, how_rounded, rounded_model, rounding_notes, steps_note
+def _expected(archive: Archive, checked: CheckedModel) -> _Expected:
+    from exporters.verify.rounding import expected_tensors, how_rounded, rounded_model, steps_note, zeros_note
 
     model, specs, exact = checked.model, checked.model.specs, checked.model.tensors()
     compacted = COMPACTED in archive.config.conversion
@@ -156,8 +176,8 @@ def _expected(archive: Archive, checked: CheckedModel, samples: int, seed: int) 
         run = _run_by_onnxruntime(small.graph, tensors, "dense")
         return _Expected(model, tensors, steps_note(tensors, exact), run, how)
     rounded = rounded_model(model, tensors)
-    notes = rounding_notes(model, rounded, how, random_inputs(archive.graph.inputs[0], samples, seed))
-    return _Expected(rounded, tensors, notes + steps_note(tensors, exact), how=how)
+    notes = zeros_note(model, rounded) + steps_note(tensors, exact)
+    return _Expected(rounded, tensors, notes, exact=model, how=how)
 
 
 def _runs(archive: Archive) -> tuple[dict[str, Run], list[str]]:

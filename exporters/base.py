@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from dsr_tool.errors import FileError
 from dsr_tool.formats.tensor_file import is_safetensors
-from exporters.values import VALUES
+from exporters.values import PALETTE, VALUES
 
 if TYPE_CHECKING:
     from dsr_tool.runtime.source import Model
@@ -124,7 +124,7 @@ class Container(ABC):
     name: ClassVar[str]
     endings: ClassVar[tuple[str, ...]]
     encodings: ClassVar[tuple[str, ...]]
-    values: ClassVar[tuple[str, ...]] = VALUES
+    values: ClassVar[tuple[str, ...]] = tuple(name for name in VALUES if name != PALETTE)
     has_graph: ClassVar[bool] = False
     measurable: ClassVar[bool] = False
     compacts: ClassVar[bool] = False

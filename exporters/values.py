@@ -11,9 +11,13 @@ from dsr_tool.sparsity.grid import GridTensor, distance, to_grid
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.tensor import SparseTensor
 
-__all__ = ["GRID_BITS", "MOST_STEPS", "VALUES", "stored_as", "stored_like"]
+__all__ = ["EXACT", "GRID_BITS", "MOST_STEPS", "PALETTE", "VALUES", "stored_as", "stored_like"]
 
-VALUES = ("fp32", "fp16", "int8", "int6", "int5", "int4")
+VALUES = ("fp32", "fp16", "int8", "int6", "int5", "int4", "palette")
+PALETTE = "palette"
+"""Values that keep every bit, as tables of the distinct ones and coded indices; a choice of archives alone."""
+EXACT = ("fp32", PALETTE)
+"""Values that keep every bit."""
 GRID_BITS = {"int8": 8, "int6": 6, "int5": 5, "int4": 4}
 """Bits of a code, by the names of values that lie on a grid with one scale for each output channel."""
 MOST_STEPS = 2.0
@@ -29,16 +33,16 @@ def stored_as(
     Args:
         tensors: every entry of the state_dict.
         specs: description of each entry.
-        values: `fp32` changes nothing; `fp16` rounds weights to the nearest float16, ties to even; `int8` to `int4`
-            round them to a grid (`dsr_tool.sparsity.grid.to_grid`). Norms, biases and buffers stay. Masks stay, even if
-            a value becomes zero.
+        values: `fp32` and `palette` change nothing; `fp16` rounds weights to the nearest float16, ties to even; `int8`
+            to `int4` round them to a grid (`dsr_tool.sparsity.grid.to_grid`). Norms, biases and buffers stay. Masks
+            stay, even if a value becomes zero.
 
     Raises:
         UsageError: another name, or a weight that float16 or a grid cannot hold.
     """
     if values not in VALUES:
         raise unknown_name("--values", values, VALUES)
-    if values == "fp32":
+    if values in EXACT:
         return dict(tensors)
     # Norms and biases are a small part of the bytes, and rounding them moves every output of a channel.
     # Biases that folding made have no description.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
-WRITTEN = ["delta", "bitmask", "csr", "dense", "palette", "auto-1.1", "fp16-1.1"]
+WRITTEN = ["delta", "bitmask", "csr", "dense", "palette", "grid", "auto-1.1", "fp16-1.1"]
 FILES = [*WRITTEN, "auto", "fp16"]
 
 # --- the reader: begin ---
@@ -64,11 +64,16 @@ def decode(entry, stream):
         where, table = runs(stream("mask")), stream("table")
         width = 1 if len(table) <= 1 << 8 else 2 if len(table) <= 1 << 16 else 4
         values = table[planes(stream("indices"), active, f"<u{width}")]
+    elif entry["codec"] == "grid":
+        where, rows = runs(stream("mask")), entry["shape"][0] if len(entry["shape"]) > 1 else 1
+        codes, scales = planes(stream("codes"), active, "i1"), planes(stream("scales"), rows, "<f4")
     else:
         assert entry["codec"] == "delta", f"this reader has no decoder of {entry['codec']}; add it from docs/format.md"
         where, values = runs(stream("mask")), planes(stream("values"), active, dtype)
-    if entry["codec"] in ("delta", "palette") and 2 * active > size:
+    if entry["codec"] in ("delta", "palette", "grid") and 2 * active > size:
         where = np.setdiff1d(np.arange(size), where)
+    if entry["codec"] == "grid":
+        values = codes.astype("<f4") * scales[where // (size // rows)]
     dense = np.zeros(size, dtype)
     dense[where] = values
     return dense
@@ -160,7 +165,7 @@ def test_frozen_archives_hold_every_codec():
     from dsr_tool.formats.codecs import CODECS
 
     codecs = {entry.codec for file in FILES for entry in open_archive(GOLDEN / f"{file}.dsr").entries.values()}
-    assert codecs == {*CODECS, "packed"}
+    assert codecs == {*CODECS, "grid", "packed"}
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

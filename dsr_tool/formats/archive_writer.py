@@ -156,8 +156,8 @@ def _encode(tensor: SparseTensor, spec: LayerSpec, encoding: str) -> tuple[str, 
             return encode_smallest(tensor)
         palette = _palette_instead_of_packing(tensor, spec)
         return ("palette", palette) if palette else (PACKED, {})
-    # A named codec is for sparse weights; it would make norms and biases larger.
-    codec = encoding if spec.role == "sparse" else "dense"
+    # A named codec is for sparse weights, and would make norms and biases larger; palettes are for every weight.
+    codec = encoding if spec.role == "sparse" or (encoding == "palette" and spec.weight) else "dense"
     return codec, CODECS[codec].encode(tensor)
 
 

@@ -65,4 +65,4 @@ def test_values_beyond_float16_are_refused_in_one_sentence(value):
 def test_unknown_values_are_named():
     with pytest.raises(UsageError, match="--values 'fp61' is unknown; did you mean fp16"):
         stored_as(tensors(0, 0), SPECS, "fp61")
-    assert VALUES == ("fp32", "fp16", "int8", "int6", "int5", "int4")
+    assert VALUES == ("fp32", "fp16", "int8", "int6", "int5", "int4", "palette")

@@ -28,13 +28,16 @@ def main() -> None:
     model = _model()
     for encoding in ("auto", "delta", "csr", "dense", "palette"):
         export(model, root / "archive" / f"{encoding}.dsr", encoding=encoding)
-    export(model, root / "archive" / "half.dsr", values="fp16")
+    for values in ("fp16", "int8", "int4"):
+        export(model, root / "archive" / f"{values}.dsr", values=values)
     shutil.copy(root / "archive" / "auto.dsr", root / "predict")
     # Archives of earlier versions, which must stay readable, are attacked too.
     for path in GOLDEN.glob("*.dsr"):
         shutil.copy(path, root / "archive")
     for encoding in ("auto", "delta", "bitmask", "coo", "dense"):
         export(model, root / "onnx" / f"{encoding}.onnx", encoding=encoding)
+    for encoding in ("delta", "bitmask", "dense"):
+        export(model, root / "onnx" / f"int8-{encoding}.onnx", encoding=encoding, values="int8")
     export(model, root / "npz" / "model.npz")
     model.save(root / "folder")
     for kind, name in FOLDER_FILES.items():

@@ -7,6 +7,7 @@ import numpy as np
 from dsr_tool.formats.archive import write_archive
 from dsr_tool.graph.ir import Graph, Node, Value
 from dsr_tool.sparsity.config import ModelConfig
+from dsr_tool.sparsity.grid import GridTensor
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
@@ -24,8 +25,8 @@ SHAPES = {
     "flags": (3,),
 }
 WEIGHTS = ("conv", "far", "most", "rows", "fc", "kept")
-FILES = ("delta", "bitmask", "csr", "dense", "palette", "auto-1.1", "fp16-1.1")
-"""Files that this version writes. `auto.dsr` and `fp16.dsr` are of version 1.0, which had no palettes."""
+FILES = ("delta", "bitmask", "csr", "dense", "palette", "grid", "auto-1.1", "fp16-1.1")
+"""Files that this version writes. `auto.dsr` and `fp16.dsr` are of version 1.0, which had no palettes and no grids."""
 
 
 def active(name: str) -> np.ndarray:
@@ -41,9 +42,19 @@ def values(name: str, file: str) -> np.ndarray:
         return np.array([70_000], np.int64)
     if name == "flags":
         return np.array([True, False, True])
+    if file == "grid" and name in WEIGHTS:
+        return grid(name).values
     found = ((active(name) - 10) % 97).astype(np.float32) / 8
     found[1] = -0.0
     return found.astype(np.float16) if file.startswith("fp16") and name in WEIGHTS else found
+
+
+def grid(name: str) -> GridTensor:
+    """Returns a weight on a grid; its first channel has no scale, and its last one codes of both ends."""
+    rows = SHAPES[name][0]
+    row_of = active(name) // (int(np.prod(SHAPES[name])) // rows)
+    codes = np.where(row_of == 0, 0, active(name) % 255 - 127).astype(np.int8)
+    return GridTensor(mask(name), codes, np.arange(rows, dtype=np.float32) / 64)
 
 
 def main(folder: Path = Path(__file__).parent) -> None:
@@ -68,7 +79,9 @@ def main(folder: Path = Path(__file__).parent) -> None:
         if path.exists():
             continue
         tensors = {name: SparseTensor(mask(name), values(name, file)) for name in SHAPES}
-        encoding = "auto" if "-" in file else file
+        if file == "grid":
+            tensors |= {name: grid(name) for name in WEIGHTS}
+        encoding = "auto" if "-" in file or file == "grid" else file
         write_archive(path, tensors, specs, graph, config, encoding=encoding)
 
 
