@@ -174,7 +174,7 @@ def _expected(archive: Archive, checked: CheckedModel) -> _Expected:
         return _Expected(model, tensors)
     if compacted:
         run = _run_by_onnxruntime(small.graph, tensors, "dense")
-        return _Expected(model, tensors, steps_note(tensors, exact), run, how)
+        return _Expected(model, tensors, steps_note(tensors, exact), run, how=how)
     rounded = rounded_model(model, tensors)
     notes = zeros_note(model, rounded) + steps_note(tensors, exact)
     return _Expected(rounded, tensors, notes, exact=model, how=how)

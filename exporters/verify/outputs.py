@@ -137,6 +137,7 @@ def compare_outputs(
     problems: Sequence[str] = (),
     notes: Sequence[str] = (),
     rounded: Run | None = None,
+    exact: nn.Module | None = None,
     how: str = "rounded",
 ) -> Verification:
     """Runs a file on random inputs and compares the outputs with those of PyTorch.
@@ -153,15 +154,17 @@ def compare_outputs(
         problems: other faults that were found.
         notes: comparisons that were not possible, and remarks.
         rounded: runs the model with its weights rounded as in the file, to compare with in place of PyTorch.
+        exact: the network before its weights were rounded, if `module` has rounded ones.
         how: how they are rounded, for the note about it.
     """
     # A batch of one and a larger one: a batch that was captured as a constant shows in one of them.
     inputs = random_inputs(value, samples, seed)
     frozen = frozen_copy(module)
     reference = outputs_of(frozen, inputs)
+    before = None if exact is None else outputs_of(frozen_copy(exact), inputs)
     if rounded is not None:
-        exact, reference = reference, [rounded(x) for x in inputs]
-        notes = [*notes, rounding_note(how, exact, reference)]
+        before, reference = reference, [rounded(x) for x in inputs]
+    lost = () if before is None else (rounding_note(how, before, reference),)
     scale = largest_output(reference)
     runtimes = {name: largest_difference(reference, [run(x) for x in inputs]) for name, run in runs.items()}
     tolerance = RELATIVE_TOLERANCE * scale
@@ -186,7 +189,9 @@ def compare_outputs(
         masks_equal=not masks,
         weights_equal=not (masks or values),
         problems=(*faults, *problems),
-        notes=(*notes, *dead),
+        notes=(*lost, *notes, *dead),
+        rounding_largest=None if before is None else largest_difference(before, reference),
+        rounding_mean=None if before is None else mean_difference(before, reference),
     )
 
 

@@ -27,6 +27,12 @@ class Verification:
         weights_equal: True if every stored value is the same, bit for bit.
         problems: everything that does not agree, in words; empty if the file passed.
         notes: comparisons that were not possible, with the reason, and remarks.
+        rounding_largest: largest absolute difference of outputs between the model and the one with rounded weights, on
+            the same random inputs; None if weights are exact.
+        rounding_mean: mean of these differences; None if weights are exact.
+        pictures: number of pictures on which answers were compared.
+        agreement: share of these pictures for which the file gives the same top-1 answer as the model before rounding;
+            None without pictures.
     """
 
     path: Path
@@ -39,6 +45,10 @@ class Verification:
     weights_equal: bool
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    rounding_largest: float | None = None
+    rounding_mean: float | None = None
+    pictures: int = 0
+    agreement: float | None = None
 
     @property
     def largest_difference(self) -> float:

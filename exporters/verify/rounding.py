@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 import torch
@@ -11,12 +11,11 @@ from dsr_tool.sparse.capture import frozen_copy
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.grid import GridTensor, distance
 from dsr_tool.sparsity.layers import LayerSpec
-from dsr_tool.sparsity.tensor import Array, SparseTensor
+from dsr_tool.sparsity.tensor import SparseTensor
 from exporters.checked import CheckedModel
 from exporters.values import stored_like
-from exporters.verify.outputs import outputs_of, rounding_note
 
-__all__ = ["expected_tensors", "how_rounded", "rounded_model", "rounding_notes", "steps_note"]
+__all__ = ["expected_tensors", "how_rounded", "rounded_model", "steps_note", "zeros_note"]
 
 
 def expected_tensors(
@@ -75,24 +74,15 @@ def rounded_model(model: SparseModel, tensors: Mapping[str, SparseTensor]) -> Sp
     return SparseModel(module, model.specs, model.masks, model.config)
 
 
-def rounding_notes(model: SparseModel, rounded: SparseModel, how: str, inputs: Sequence[Array]) -> tuple[str, ...]:
-    """Measures the effect of rounding and describes it.
+def zeros_note(model: SparseModel, rounded: SparseModel) -> tuple[str, ...]:
+    """Says how many weights became zero by rounding; nothing if none did. Their masks stay active.
 
     Args:
         model: the model before rounding.
         rounded: the result of `rounded_model`.
-        how: the result of `how_rounded`.
-        inputs: batches on which both are run.
-
-    Returns:
-        A sentence about the outputs, and one about weights that became zero if there are any.
     """
-    notes = [rounding_note(how, *(outputs_of(frozen_copy(one.module), inputs) for one in (model, rounded)))]
-    # Small values may round to zero; their masks stay active.
     before, after = _nonzero(model), _nonzero(rounded)
-    if before != after:
-        notes.append(f"{before - after:,} weights became zero by rounding")
-    return tuple(notes)
+    return (f"{before - after:,} weights became zero by rounding",) if before != after else ()
 
 
 def steps_note(expected: Mapping[str, SparseTensor], exact: Mapping[str, SparseTensor]) -> tuple[str, ...]:

@@ -13,9 +13,9 @@ from dsr_tool.sparse.capture import frozen_copy
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.tensor import Array, SparseTensor
 from exporters.checked import CheckedModel
-from exporters.verify.outputs import Differing, compare_outputs, outputs_of, random_inputs
+from exporters.verify.outputs import Differing, compare_outputs, outputs_of
 from exporters.verify.result import Verification
-from exporters.verify.rounding import expected_tensors, how_rounded, rounded_model, rounding_notes, steps_note
+from exporters.verify.rounding import expected_tensors, how_rounded, rounded_model, steps_note, zeros_note
 
 __all__ = ["differing_tensors", "verify_tensors"]
 
@@ -80,11 +80,9 @@ def verify_tensors(
     expected = expected_tensors(checked, exact, model.specs, shapes, read)
     notes: tuple[str, ...] = ()
     if how := how_rounded(expected, model.specs):
-        rounded = rounded_model(model, expected)
-        # The notes compare with the model as it was; everything below with the rounded one.
-        notes = rounding_notes(model, rounded, how, random_inputs(checked.input, samples, seed))
-        notes += steps_note(expected, exact)
-        model = rounded
+        # Everything below compares with the rounded model.
+        model = rounded_model(model, expected)
+        notes = zeros_note(checked.model, model) + steps_note(expected, exact)
     differing = differing_tensors(path, model, expected, shapes, read)
     filled = _filled(model.module, {name: read(name).to_dense() for name in shapes})
     return compare_outputs(
@@ -98,6 +96,8 @@ def verify_tensors(
         differing=differing,
         notes=notes,
     )
+        exact=checked.model.module if how else None,
+        how=how,
 
 
 def _check_architecture(

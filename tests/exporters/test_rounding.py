@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from exporters.values import stored_as
-from exporters.verify.rounding import rounded_model, rounding_notes
+from exporters.verify.outputs import outputs_of, rounding_note
+from exporters.verify.rounding import rounded_model, zeros_note
 
 
 def test_the_rounded_model_is_a_copy(make_model):
@@ -20,9 +21,10 @@ def test_the_rounded_model_is_a_copy(make_model):
         halved = tensor.half().float() if model.specs[name].weight else tensor
         assert torch.equal(rounded.module.state_dict()[name], halved)
     inputs = [np.ones((1, *model.config.input_shape), np.float32)]
-    changed, zeros = rounding_notes(model, rounded, "rounded to float16", inputs)
-    assert "outputs differ by up to" in changed and zeros == "5 weights became zero by rounding"
-    (unchanged,) = rounding_notes(rounded, rounded, "rounded to float16", inputs)
+    assert zeros_note(model, rounded) == ("5 weights became zero by rounding",) and not zeros_note(rounded, rounded)
+    before, after = (outputs_of(one.module.eval(), inputs) for one in (model, rounded))
+    changed, unchanged = (rounding_note("rounded to float16", one, after) for one in (before, after))
+    assert "outputs differ by up to" in changed
     measured = re.compile(r"up to (\S+) from .* as it was, (\S+) on average")
     assert all(float(number) > 0 for number in measured.search(changed).groups())
     assert measured.search(unchanged).groups() == ("0", "0")
