@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ _FEW = 16
 """Number of pictures below which the user is warned: means and second moments of so few are mostly noise."""
 
 _NAMED = 3
-"""Largest number of damaged files that a warning names."""
+"""Largest number of skipped files that a warning names."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Pictures:
         inputs: the pictures, contiguous float32 on the CPU, shape (count, *input_shape). They are in random order, so
             the first n of them are a fair sample.
         names: where each is from: a path below the folder, with an index for an array of several; else its number.
-        warnings: sentences for the user, such as which files were damaged.
+        warnings: sentences for the user, such as which files were skipped.
     """
 
     inputs: torch.Tensor
@@ -66,7 +66,7 @@ def read_calibration(
         seed: seed of the sample.
 
     Raises:
-        FileError: there is no such folder, it holds no pictures, or all are damaged.
+        FileError: there is no such folder, it holds no pictures, or none can be used.
         UsageError: `count` is not positive, the model takes no pictures, or a tensor is not finite or does not fit it.
     """
     if count < 1:
@@ -90,17 +90,17 @@ def read_calibration(
 
 
 def _from_folder(folder: Path, config: ModelConfig, count: int, seed: int) -> Pictures:
-    """Reads `count` usable inputs of a folder, fewer if there are no more; a damaged file is replaced by another."""
+    """Reads `count` usable inputs of a folder, fewer if there are no more; others replace files that cannot be."""
     files = input_files(folder, "--calibrate")
     names: list[str] = []
-    damaged: list[str] = []
+    skipped: dict[str, str] = {}
     inputs: torch.Tensor | None = None
     for index in _order(len(files), seed):
         name = files[index].relative_to(folder).as_posix()
         try:
             batch = torch.from_numpy(load_inputs([files[index]], config))
-        except (FileError, FormatError):
-            damaged.append(name)
+        except (FileError, FormatError) as error:
+            skipped[name] = str(error)
             continue
         if inputs is None:
             # One tensor from the start: a list of pictures, concatenated at the end, would take twice the memory.
@@ -113,10 +113,10 @@ def _from_folder(folder: Path, config: ModelConfig, count: int, seed: int) -> Pi
             break
     if inputs is None:
         raise FileError(
-            f"--calibrate {str(folder)!r} holds {len(files)} pictures or arrays, all damaged, such as {damaged[0]!r}; "
-            f"give a folder with pictures that can be read."
+            f"--calibrate {str(folder)!r} holds {len(files)} pictures or arrays, none of which can be used: "
+            f"{next(iter(skipped.values()))}"
         )
-    return Pictures(inputs[: len(names)], tuple(names), _damage_warning(damaged))
+    return Pictures(inputs[: len(names)], tuple(names), _skipped_warning(skipped))
 
 
 def _most(files: Sequence[Path], count: int) -> int:
@@ -130,12 +130,17 @@ def _order(number: int, seed: int) -> list[int]:
     return order
 
 
-def _damage_warning(damaged: Sequence[str]) -> tuple[str, ...]:
-    if not damaged:
+def _skipped_warning(skipped: Mapping[str, str]) -> tuple[str, ...]:
+    """Returns a warning with the reason of the first, since files may be damaged or of a kind that is refused."""
+    if not skipped:
         return ()
-    more = ", ..." if len(damaged) > _NAMED else ""
-    files = "1 damaged file was" if len(damaged) == 1 else f"{len(damaged)} damaged files were"
-    return (f"{files} skipped in the calibration folder: {', '.join(map(repr, damaged[:_NAMED]))}{more}.",)
+    names = list(map(repr, skipped))
+    more = ", ..." if len(names) > _NAMED else ""
+    files = "1 file was" if len(names) == 1 else f"{len(names)} files were"
+    return (
+        f"{files} skipped in the calibration folder: {', '.join(names[:_NAMED])}{more}; of the first, "
+        f"{next(iter(skipped.values()))}",
+    )
 
 
 def _same_shape(name: str, batch: torch.Tensor, inputs: torch.Tensor) -> None:

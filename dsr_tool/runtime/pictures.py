@@ -13,11 +13,15 @@ from dsr_tool.errors import FileError, FormatError, UsageError, unknown_name
 from dsr_tool.files import require_file
 from dsr_tool.sparsity.config import ModelConfig, Preprocessing
 
-__all__ = ["load_inputs"]
+__all__ = ["load_inputs", "to_mode"]
 
 _Float32 = npt.NDArray[np.float32]
 _MODES = {1: "L", 3: "RGB"}
 """Number of channels -> PIL mode that a picture is converted to."""
+_UNBOUNDED = {"F": "floats", "I": "32-bit or signed integers"}
+"""PIL modes whose numbers have no range -> what they hold."""
+_BITS_PER_SAMPLE = 258
+"""Tag of TIFF files."""
 _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -109,7 +113,9 @@ def _open(path: Path, mode: str) -> Image.Image:
     """Returns a picture converted to a PIL mode."""
     try:
         with Image.open(path) as image:
-            converted: Image.Image = image.convert(mode)
+            converted = to_mode(image, mode, f"input {str(path)!r}")
+    except FormatError:  # a ValueError too
+        raise
     except UnidentifiedImageError as error:
         raise FormatError(f"input {str(path)!r} is not a picture; give an image or a .npy file.") from error
     except (Image.DecompressionBombError, SyntaxError, ValueError) as error:
@@ -120,6 +126,47 @@ def _open(path: Path, mode: str) -> Image.Image:
     except OSError as error:
         raise _read_error(path, error) from error
     return converted
+
+
+def to_mode(image: Image.Image, mode: str, name: str) -> Image.Image:
+    """Converts a picture like `Image.convert`, but scales greys of more than 8 bits, which Pillow cuts off at 255.
+
+    Transparency is dropped, whatever colour lies below it, and of several frames the first is taken: as torchvision
+    has it.
+
+    Args:
+        image: an opened picture of any mode.
+        mode: `L` or `RGB`.
+        name: what the picture is, and its path, for messages.
+
+    Raises:
+        FormatError: the picture has numbers without a range.
+        ValueError: Pillow cannot convert it.
+    """
+    if white := _white(image):
+        # Rounded, so that a grey of 8 bits that was widened to 16 comes back as it was.
+        greys = (np.asarray(image, np.int64).clip(0, white) * 255 + white // 2) // white
+        image = Image.fromarray(greys.astype(np.uint8))
+    elif image.mode in _UNBOUNDED:
+        raise FormatError(
+            f"{name} holds {_UNBOUNDED[image.mode]}, for which black and white are not defined; save it with 8 or 16 "
+            f"bits per value."
+        )
+    elif image.mode == "La":  # premultiplied, which has a single conversion
+        image = image.convert("LA")
+    elif image.mode == "LAB" and mode == "L":
+        image = image.convert("RGB")
+    converted: Image.Image = image.convert(mode)
+    return converted
+
+
+def _white(image: Image.Image) -> int:
+    """Returns the largest value of a grey picture of more than 8 bits; 0 for all others."""
+    # Pillow gives greys of 12 bits as they are, and all other depths as 16. It widens some formats to 32 bits.
+    if image.mode.startswith("I;16"):
+        tags = getattr(image, "tag_v2", {})
+        return 4095 if tags.get(_BITS_PER_SAMPLE) == (12,) else 65535
+    return 65535 if image.mode == "I" and image.format in ("PNG", "PPM") else 0
 
 
 def _resize_short_side(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:

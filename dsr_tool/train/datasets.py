@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torchvision import datasets as tv
 
-from dsr_tool.errors import FileError, FormatError, UsageError, first_line, unknown_name
+from dsr_tool.errors import FileError, FormatError, UsageError, unknown_name
+from dsr_tool.runtime.picture_folder import class_folders
 from dsr_tool.train.arrays import read_idx, read_npz
 from dsr_tool.train.images import DataSet, InMemory, OnDisk
 
@@ -107,25 +108,20 @@ def _cifar100(root: Path) -> DataSet:
 
 
 def _images(root: Path) -> DataSet:
-    train, test = (_image_folder(root / part) for part in ("train", "val"))
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))[0]
+    train, test = (class_folders(root / part, "images folder") for part in ("train", "val"))
+    if train.keys() != test.keys():
+        odd = sorted(train.keys() ^ test.keys())[0]
         raise FormatError(
             f"images folder {str(root)!r}: class {odd!r} is only in one of train/ and val/; give it to both."
         )
-    on_disk = [OnDisk([path for path, _ in part.samples], torch.tensor(part.targets)) for part in (train, test)]
-    return DataSet(on_disk[0], on_disk[1], len(train.classes), tuple(train.classes), augment="imagenet")
-
-
-def _image_folder(path: Path) -> tv.ImageFolder:
-    try:
-        return tv.ImageFolder(str(path))
-    except OSError as error:
-        reason = first_line(error)
-        raise FileError(
-            f"images folder {str(path)!r} cannot be used ({reason}); give a ROOT with train/CLASS/ and val/CLASS/ "
-            f"folders of pictures."
-        ) from error
+    parts = [
+        OnDisk(
+            [str(path) for paths in part.values() for path in paths],
+            torch.tensor([label for label, paths in enumerate(part.values()) for _ in paths]),
+        )
+        for part in (train, test)
+    ]
+    return DataSet(parts[0], parts[1], len(train), tuple(train), augment="imagenet")
 
 
 def _arrays(path: Path) -> DataSet:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from dsr_tool.errors import FormatError
+from dsr_tool.runtime.pictures import to_mode
 
 __all__ = ["DataSet", "InMemory", "OnDisk"]
 
@@ -42,12 +43,13 @@ class OnDisk:
         """Reads one picture and converts it to PIL's `mode`.
 
         Raises:
-            FormatError: the file is damaged or not a picture.
+            FormatError: the file is damaged or not a picture, or has numbers without a range.
         """
         try:
             with Image.open(self.paths[index]) as image:
-                converted: Image.Image = image.convert(mode)
-                return converted
+                return to_mode(image, mode, f"image {self.paths[index]!r}")
+        except FormatError:  # a ValueError too
+            raise
         # Pillow raises all of these for damaged files, depending on the format.
         except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
             raise FormatError(

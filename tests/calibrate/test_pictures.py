@@ -73,7 +73,16 @@ def test_damaged_files_are_replaced_and_named(folder):
     found = read_calibration(folder, config(), 20)
     assert found.count == 20 and not any("bad" in name for name in found.names)
     (warning,) = read_calibration(folder, config(), 25).warnings
-    assert "5 damaged files were skipped" in warning and warning.count("bad") == 3
+    named, reason = warning.split("; of the first, ")
+    assert "5 files were skipped in the calibration folder" in named and named.count("bad") == 3
+    assert "cannot be read: Truncated File Read" in reason
+
+
+def test_pictures_without_a_range_are_skipped_with_the_reason(folder):
+    Image.new("F", (24, 20)).save(folder / "depth.tif")
+    (warning,) = read_calibration(folder, config(), 25).warnings
+    assert warning.startswith("1 file was skipped in the calibration folder: 'depth.tif'; of the first, input ")
+    assert "holds floats, for which black and white are not defined; save it with 8 or 16 bits" in warning
 
 
 def test_few_pictures_warn_and_none_are_an_error(tmp_path):
@@ -81,7 +90,7 @@ def test_few_pictures_warn_and_none_are_an_error(tmp_path):
     (warning,) = read_calibration(tmp_path, config()).warnings
     assert "1 usable picture;" in warning and "fewer than 16" in warning
     (tmp_path / "one.png").write_bytes(b"damaged")
-    with pytest.raises(FileError, match=r"1 pictures or arrays, all damaged, such as 'one\.png'"):
+    with pytest.raises(FileError, match=r"1 pictures or arrays, none of which can be used: input '.*one\.png'"):
         read_calibration(tmp_path, config())
     (tmp_path / "one.png").rename(tmp_path / "one.txt")
     with pytest.raises(FileError, match=r"only 1 files of other kinds, such as 'one\.txt'"):

@@ -132,7 +132,7 @@ def test_damaged_pictures_are_not_counted_and_said(models, photos, tmp_path):
     (tmp_path / "2" / "good.png").symlink_to(next(photos.rglob("*.png")))
     (tmp_path / "2" / "bad.png").write_bytes(b"\x89PNG cut off")
     found = measured(models / "sparse", tmp_path)
-    assert found["pictures"] == 1 and "damaged files, which were not counted: 1 ('bad.png')" in found["notes"]
+    assert found["pictures"] == 1 and "files that cannot be used and were not counted: 1 ('bad.png')" in found["notes"]
 
 
 def test_an_onnx_file_needs_a_model_that_says_how_pictures_become_inputs(models, photos):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from dsr_tool.errors import DsrError, FileError, FormatError, UsageError
 from dsr_tool.train.datasets import open_dataset
@@ -121,7 +122,7 @@ def test_fake_images_have_the_size_of_the_input():
         ("fashion-mnist:{tmp}/none", FileError, "FashionMNIST/raw"),
         ("cifar10:{tmp}", FileError, "CIFAR10 folder .* does not hold the official cifar-10-batches-py"),
         ("cifar100:{tmp}/none", FileError, "cifar-100-python"),
-        ("images:{tmp}", FileError, "train' cannot be used"),
+        ("images:{tmp}", FileError, "train' does not exist; give a ROOT"),
         ("images:{tmp}/none", FileError, "give a ROOT with train/CLASS/"),
         ("arrays:{tmp}", FileError, "is not a file"),
         ("arrays:{tmp}/none.npz", FileError, "does not exist"),
@@ -185,8 +186,69 @@ def test_classes_of_both_folders_must_agree(tmp_path):
     with pytest.raises(FormatError, match="class 'bees' is only in one of"):
         open_dataset(f"images:{tmp_path}", SHAPE)
     (tmp_path / "val" / "empty").mkdir()
-    with pytest.raises(FileError, match="empty"):
+    with pytest.raises(FileError, match="val' has a folder 'empty' without pictures, so it cannot be a class"):
         open_dataset(f"images:{tmp_path}", SHAPE)
+
+
+def test_visible_folders_give_what_torchvision_gives(tmp_path):
+    root = write_images(tmp_path, ("b", "A", "a-10", "a"))
+    nested = root / "train" / "a" / "nested" / "deeper"
+    nested.mkdir(parents=True)
+    for name in ("z.png", "a.png", "Z.PNG"):
+        (nested / name).write_bytes(b"")
+        (nested.parent / name).write_bytes(b"")
+    (root / "train" / "beside.png").write_bytes(b"")
+    (root / "train" / "b" / "notes.txt").write_bytes(b"")
+    (root / "train" / "b" / "link").symlink_to(nested)
+    data, theirs = open_dataset(f"images:{root}", SHAPE), ImageFolder(str(root / "train"))
+    assert list(data.classes) == theirs.classes
+    assert list(zip(data.train.paths, data.train.labels.tolist(), strict=True)) == theirs.samples
+
+
+def test_hidden_folders_and_files_are_neither_classes_nor_pictures(tmp_path):
+    root = write_images(tmp_path)
+    plain = open_dataset(f"images:{root}", SHAPE)
+    picture = next((root / "train" / "ants").iterdir()).read_bytes()
+    for hidden in (
+        ".ipynb_checkpoints/0.png",
+        "ants/.ipynb_checkpoints/0-checkpoint.png",
+        "ants/._0.png",
+        "bees/.hidden.jpg",
+        "bees/deep/.hidden/1.png",
+        ".DS_Store",
+        ".cache.png",
+    ):
+        for part in ("train", "val"):
+            (root / part / hidden).parent.mkdir(parents=True, exist_ok=True)
+            (root / part / hidden).write_bytes(picture)
+    (root / ".train").mkdir()
+    data = open_dataset(f"images:{root}", SHAPE)
+    assert data.classes == plain.classes == ("ants", "bees")
+    assert data.train.paths == plain.train.paths
+    assert data.test.labels.tolist() == plain.test.labels.tolist()
+
+
+def test_folders_whose_files_are_all_hidden_are_refused_by_name(tmp_path):
+    root = write_images(tmp_path)
+    (root / "train" / "__MACOSX").mkdir()
+    (root / "train" / "__MACOSX" / "._0.png").write_bytes(b"")
+    with pytest.raises(FileError, match="has a folder '__MACOSX' without pictures.*remove it"):
+        open_dataset(f"images:{root}", SHAPE)
+
+
+def test_a_root_without_class_folders_is_refused(tmp_path):
+    (tmp_path / "train" / ".hidden").mkdir(parents=True)
+    with pytest.raises(FileError, match="train' has no class folders; give a ROOT"):
+        open_dataset(f"images:{tmp_path}", SHAPE)
+
+
+@pytest.mark.parametrize("ending", ["gif", "jp2", "pbm"])
+def test_pictures_that_torchvision_leaves_out_are_found(tmp_path, ending):
+    root = write_images(tmp_path)
+    Image.new("1", (8, 8)).convert("L" if ending != "pbm" else "1").save(root / "train" / "ants" / f"z.{ending}")
+    data = open_dataset(f"images:{root}", SHAPE)
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1]
+    data.train.read(2, "RGB")
 
 
 def test_digits_without_scikit_learn_name_the_command_to_install_it(monkeypatch):

@@ -58,7 +58,9 @@ def accuracy_document(path: Path, request: AccuracyRequest, on_progress: Progres
             f"--accuracy {str(request.data)!r} holds no picture that can be read: {len(damaged)} damaged, such as "
             f"{damaged[0].name!r}; give a folder with others."
         )
-    skipped = [f"damaged files, which were not counted: {len(damaged)} ({shown(path.name for path in damaged)})"]
+    skipped = [
+        f"files that cannot be used and were not counted: {len(damaged)} ({shown(path.name for path in damaged)})"
+    ]
     return {
         "data": str(request.data),
         "pictures": scores.count,
