@@ -9,10 +9,12 @@ from dsr_tool.methods.dense import Dense
 from dsr_tool.methods.dsr import DSR
 from dsr_tool.methods.dst import DST
 from dsr_tool.methods.gmp import GradualPruning
+from dsr_tool.methods.granet import GraNet
 from dsr_tool.methods.neuron_set import NeuronSET
 from dsr_tool.methods.rigl import RigL
 from dsr_tool.methods.schedule import ReallocationSchedule
 from dsr_tool.methods.set import SET
+from dsr_tool.methods.snfs import SNFS
 from dsr_tool.methods.static import Static
 from dsr_tool.methods.table import METHODS, make, names, option_names
 from dsr_tool.methods.tied import Tied
@@ -22,9 +24,11 @@ __all__ = [
     "DST",
     "METHODS",
     "SET",
+    "SNFS",
     "Attached",
     "DeepR",
     "Dense",
+    "GraNet",
     "GradualPruning",
     "Method",
     "NeuronSET",

@@ -12,9 +12,10 @@ from torch import optim
 
 from dsr_tool.errors import UsageError, join_words
 from dsr_tool.methods.base import Method, Reallocation
+from dsr_tool.methods.optimizer_state import momentum_of
 from dsr_tool.methods.plugins import plugin_error, reporting_plugin
 from dsr_tool.methods.table import METHODS, make
-from dsr_tool.methods.validation import check_counts, check_positions
+from dsr_tool.methods.validation import check_counts, check_density, check_positions
 from dsr_tool.sparse.active import ActiveWeights, gather
 from dsr_tool.sparse.compact.keeper import CompactKeeper
 from dsr_tool.sparse.keeper import Keeper, MaskKeeper
@@ -137,11 +138,15 @@ class Attached:
         with self._calling("due"):
             return bool(self.method.due(step))
 
+    def _wants_gradients(self, step: int) -> bool:
+        with self._calling("wants_gradients"):
+            return self.method.needs_gradients and bool(self.method.wants_gradients(step))
+
     def _save_gradients(self) -> None:
         """Copies the dense gradients of a step if the method updates after it."""
         # `mask_gradients` may have been called before clipping: keep what it saved, because the gradients that are
         # there now are masked already.
-        if self._gradients is None and self.model.store is None and self._due(self.step + 1):
+        if self._gradients is None and self.model.store is None and self._wants_gradients(self.step + 1):
             parameters = self.model.weights
             weights = (parameters[name] for name in self.names)
             dense = (torch.zeros_like(w) if w.grad is None else w.grad.detach().clone() for w in weights)
@@ -156,13 +161,16 @@ class Attached:
 
     def _expect(self) -> None:
         """Lets the keeper prepare for the next step."""
-        self._keeper.expect(update=bool(self.names) and self._due(self.step + 1))
+        self._keeper.expect(update=bool(self.names) and self._wants_gradients(self.step + 1))
 
     def _reallocate(self) -> None:
         """Updates the method once."""
         # Gathered anew at each update: the optimizer changed the values, and the last update the positions.
         gradients = self._keeper.gradients() if self._gradients is None else self._gradients
         weights = replace(gather(self.model, self.names), gradients=gradients)
+        if self.method.needs_momentum:
+            momentum = momentum_of(self.model, self._keeper.optimizer, self.names, weights)
+            weights = replace(weights, momentum=momentum)
         moved = self._updated(weights)
         self._gradients = None
         self.last = moved.in_weights(weights.units)
@@ -180,6 +188,8 @@ class Attached:
         check_counts(self.method_name, weights, moved)
         if self.method.plugin:
             check_positions(self.method_name, weights, moved)
+            with self._calling("sparsity"):
+                check_density(self.method_name, self.method, weights, moved, self.step)
         return moved
 
 

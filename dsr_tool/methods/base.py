@@ -6,6 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from importlib.metadata import EntryPoint
 from typing import Any, ClassVar
 
@@ -38,6 +39,20 @@ class Reallocation:
     facts: dict[str, float] = field(default_factory=dict)
     values: torch.Tensor | None = None
 
+    @classmethod
+    def nothing(
+        cls, weights: ActiveWeights, facts: dict[str, float] | None = None, values: torch.Tensor | None = None
+    ) -> Reallocation:
+        """Returns the empty reallocation, after which the same weights are active.
+
+        Args:
+            weights: the weights that `update` got.
+            facts: as in the class.
+            values: as in the class.
+        """
+        none = Positions(weights.sizes, (0,) * len(weights.sizes), weights.positions.flat[:0])
+        return cls(none, none, facts or {}, values)
+
     def in_weights(self, units: Sequence[int]) -> Reallocation:
         """Replaces positions of kernels by the positions of all their weights; see `ActiveWeights.units`."""
         if not units:
@@ -55,8 +70,8 @@ class Method(ABC):
         name: name on the command line.
         summary: one line of help, without a full stop.
         starts_dense: whether it needs a model converted with sparsity 0.
-        changes_density: whether the number of active weights changes while it trains.
-        needs_gradients: whether `update` reads the gradients of inactive weights.
+        needs_gradients: whether `update` reads the gradients of inactive weights; see `wants_gradients`.
+        needs_momentum: whether `update` reads the optimizer's momentum of the active weights.
         continuous: whether it updates after every step; the log then has one entry per epoch instead.
         granularities: units that it can prune and grow: single weights, or whole kernels (see `ActiveWeights`).
         storages: how the sparse weights that it trains can be held (`SparseModel.storage`).
@@ -64,6 +79,8 @@ class Method(ABC):
             state.
         fine_tuning: defaults for a model that starts from trained weights, where they differ: options, and `stop` of
             the schedule.
+        final_sparsity: fraction of zeros among the weights that it trains, from `final_step` on; None for a method that
+            keeps the number of active weights. What `sparsity` declares is exact: `final_sparsity.active_count`.
         final_step: optimizer step at which the final sparsity is reached; 0 if the density is constant.
         plugin: entry point that the method was loaded from; None for the methods of this package.
     """
@@ -71,13 +88,14 @@ class Method(ABC):
     name: ClassVar[str]
     summary: ClassVar[str] = ""
     starts_dense: ClassVar[bool] = False
-    changes_density: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
+    needs_momentum: ClassVar[bool] = False
     continuous: ClassVar[bool] = False
     granularities: ClassVar[tuple[str, ...]] = ("weight",)
     storages: ClassVar[tuple[str, ...]] = ("masked",)
     bytes_per_weight: ClassVar[int] = 0
     fine_tuning: ClassVar[Mapping[str, float | str]] = {}
+    final_sparsity: Fraction | float | None = None
     final_step: int = 0
     plugin: EntryPoint | None = None
 
@@ -155,6 +173,20 @@ class Method(ABC):
     @abstractmethod
     def due(self, step: int) -> bool:
         """Returns whether to update after optimizer step `step`, counted from 1."""
+
+    def sparsity(self, step: int) -> Fraction | float | None:
+        """Returns the fraction of zeros after the update at `step`, to which the method is held; None leaves it open.
+
+        Not asked of a method without a final sparsity. By default only the end is declared.
+        """
+        return self.final_sparsity if step >= self.final_step else None
+
+    def wants_gradients(self, step: int) -> bool:
+        """Returns whether the update after `step` reads the gradients of inactive weights, which are copied then.
+
+        Asked only if `needs_gradients`. By default every update does.
+        """
+        return self.due(step)
 
     @abstractmethod
     def update(self, weights: ActiveWeights, step: int, generator: torch.Generator) -> Reallocation:

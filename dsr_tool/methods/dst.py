@@ -80,6 +80,7 @@ class DST(Method):
         """
         self.schedule = schedule
         self.budget = final_budget(self.name, final_sparsity)
+        self.final_sparsity = self.budget.sparsity
         self._sparsity = float(self.budget.sparsity or 0)
         self.final_step = schedule.last
         if not self.final_step:

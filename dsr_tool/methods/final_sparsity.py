@@ -1,12 +1,44 @@
-"""The option `final_sparsity` of the methods that start from a dense model: gmp, dst and tied."""
+"""The final sparsity of the methods that change the density, and of tied: as an option, a path and exact counts."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
 
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.budget import Budget
 
-__all__ = ["final_budget", "require_dense"]
+__all__ = ["active_count", "cubic_sparsity", "final_budget", "require_dense"]
+
+
+def active_count(sparsity: Fraction | float | str, sizes: Sequence[int]) -> int:
+    """Returns the number of active weights at a sparsity: the nearest integer, and at least one for each layer.
+
+    Methods are held to this number wherever they declare a sparsity.
+
+    Args:
+        sparsity: fraction of zeros, in [0, 1). Decimal digits count as written: 0.9 is exactly 9/10.
+        sizes: number of weights per layer.
+
+    Raises:
+        UsageError: the sparsity is outside its range.
+    """
+    return Budget.of_sparsity(str(sparsity)).active_weights(sum(sizes), 0, len(sizes))
+
+
+def cubic_sparsity(first: Fraction, final: Fraction, step: int, final_step: int) -> Fraction:
+    """Returns the sparsity at a step of the curve of gradual pruning (Zhu & Gupta 2017, equation 1).
+
+    Args:
+        first: fraction of zeros at step 0.
+        final: fraction of zeros from `final_step` on.
+        step: optimizer step.
+        final_step: step at which the curve ends.
+    """
+    # Fractions, so that the last pruning gives the budget to the last weight.
+    left = 1 - Fraction(min(step, final_step), final_step)
+    return final + (first - final) * left**3
 
 
 def final_budget(method: str, final_sparsity: float | str | None) -> Budget:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import ClassVar
 
@@ -10,13 +11,12 @@ import torch
 
 from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.methods.base import Method, Reallocation
-from dsr_tool.methods.final_sparsity import final_budget
+from dsr_tool.methods.final_sparsity import active_count, cubic_sparsity, final_budget
 from dsr_tool.methods.prune import smallest, smallest_of_all
 from dsr_tool.methods.schedule import ReallocationSchedule, Timing
 from dsr_tool.sparse.active import ActiveWeights, Positions
 from dsr_tool.sparse.model import STORAGES
 from dsr_tool.sparsity.apportion import apportion
-from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.distribution import Lamp
 
 __all__ = ["GradualPruning"]
@@ -36,7 +36,6 @@ class GradualPruning(Method):
     summary = "prunes the smallest weights of a dense model along a cubic curve, grows nothing"
     starts_dense = True
     layers_may_change = True
-    changes_density = True
     # Trained layers need very different densities, and magnitudes are not comparable between them.
     storages = STORAGES
     fine_tuning: ClassVar = {"scope": "lamp"}
@@ -74,6 +73,7 @@ class GradualPruning(Method):
         self.scope = scope
         self.least = int(least)
         self.budget = final_budget(self.name, final_sparsity)
+        self.final_sparsity = self.budget.sparsity
         self.final_step = schedule.last
         if not self.final_step:
             raise UsageError(f"gmp has no step to prune at until step {schedule.stop}; train longer, or lower --every.")
@@ -88,14 +88,12 @@ class GradualPruning(Method):
         return self.schedule.due(step)
 
     def sparsity(self, step: int) -> Fraction:
-        """Returns the fraction of zeros after this step, from zero to the final one (equation 1)."""
-        # A Fraction, so that the last pruning gives the budget to the last weight.
-        left = 1 - Fraction(min(step, self.final_step), self.final_step)
-        return (self.budget.sparsity or Fraction(0)) * (1 - left**3)
+        """Returns the fraction of zeros after this step, from zero to the final one."""
+        return cubic_sparsity(Fraction(0), self.budget.sparsity or Fraction(0), step, self.final_step)
 
     def begin(self, sizes: Sequence[int], counts: Sequence[int]) -> None:
         """Raises `UsageError` if the model has fewer active weights than it should end with."""
-        total = self.budget.active_weights(sum(sizes), 0, len(sizes))
+        total = active_count(self.sparsity(self.final_step), sizes)
         if (kept := sum(self._floors(counts))) > total:
             raise UsageError(
                 f"gmp should end at {total:,} active weights, but least {self.least} keeps {kept:,}; lower one of them."
@@ -113,11 +111,9 @@ class GradualPruning(Method):
     def update(self, weights: ActiveWeights, step: int, generator: torch.Generator) -> Reallocation:  # noqa: ARG002
         """Returns a pruning to the sparsity of this step; layers that have fewer weights already stay as they are."""
         sparsity = self.sparsity(step)
-        total = Budget(sparsity=sparsity).active_weights(sum(weights.sizes), 0, len(weights.sizes))
-        drop = self._smallest(weights, total)
+        drop = self._smallest(weights, active_count(sparsity, weights.sizes))
         dropped = Positions.of(weights.positions.flat[drop], weights.sizes)
-        nothing = Positions(weights.sizes, (0,) * len(weights.sizes), dropped.flat[:0])
-        return Reallocation(dropped, nothing, {"sparsity": float(sparsity)})
+        return replace(Reallocation.nothing(weights, {"sparsity": float(sparsity)}), dropped=dropped)
 
     def _smallest(self, weights: ActiveWeights, total: int) -> torch.Tensor:
         """Returns a boolean vector over the active weights, True for those to prune until `total` are left."""

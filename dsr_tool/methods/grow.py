@@ -10,7 +10,7 @@ import torch
 
 from dsr_tool.sparse.active import ActiveWeights, Positions, segment_counts
 
-__all__ = ["anywhere", "at_random", "distinct"]
+__all__ = ["anywhere", "at_random", "distinct", "regrow"]
 
 
 def at_random(weights: ActiveWeights, counts: Sequence[int], generator: torch.Generator) -> Positions:
@@ -38,6 +38,60 @@ def anywhere(weights: ActiveWeights, count: int, generator: torch.Generator) -> 
     whole = Positions((sum(weights.sizes),), (sum(weights.counts),), weights.positions.flat)
     chosen = at_random(ActiveWeights(whole, weights.values), [count], generator)
     return Positions.of(chosen.flat, weights.sizes)
+
+
+def regrow(
+    weights: ActiveWeights, drop: torch.Tensor, scores: Sequence[torch.Tensor], counts: Sequence[int]
+) -> tuple[Positions, Positions]:
+    """Grows where a score is largest, layer by layer, among free positions and those of weights that are pruned.
+
+    A pruned weight that is chosen again is neither pruned nor grown: it stays, with its value, as in the code of RigL.
+
+    Args:
+        weights: the active weights.
+        drop: boolean vector over them, True for those to prune; changed in place.
+        scores: a number for each position of each layer, flat, shapes (size,), such as dense gradients; magnitudes
+            count.
+        counts: number of positions to choose in each layer.
+
+    Returns:
+        The positions that are pruned, and those that grow.
+    """
+    grow = torch.zeros(sum(weights.sizes), dtype=torch.bool, device=drop.device)
+    starts, bounds = accumulate(weights.sizes, initial=0), accumulate(weights.counts, initial=0)
+    for start, bound, active, score, count in zip(starts, bounds, weights.counts, scores, counts, strict=False):
+        if count:
+            segment = slice(bound, bound + active)
+            local = weights.positions.flat[segment] - start
+            chosen = _largest(score, local, drop[segment], count)
+            drop[segment] &= ~chosen[local]
+            chosen[local] = False
+            grow[start : start + len(chosen)] = chosen
+    return (
+        Positions.of(weights.positions.flat[drop], weights.sizes),
+        Positions.of(grow.nonzero().squeeze(1), weights.sizes),
+    )
+
+
+def _largest(values: torch.Tensor, active: torch.Tensor, drop: torch.Tensor, count: int) -> torch.Tensor:
+    """Returns True at the `count` largest magnitudes of a layer among free positions and those of pruned weights.
+
+    Of equal magnitudes the first positions are taken, as in the authors' code, on every device.
+
+    Args:
+        values: a number for each position of the layer, shape (size,).
+        active: active positions in the layer, shape (active,).
+        drop: boolean vector over `active`, True for weights to prune.
+        count: number of positions to choose.
+    """
+    # NaN counts as the largest magnitude, as in a sort: if it counted as none, fewer than `count` positions would be
+    # chosen, and the layer would lose weights.
+    score = values.abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    score[active] = torch.where(drop, score[active], -1.0)
+    # topk breaks ties in another way on each device. So only its smallest value is used, and ties are broken here.
+    least = score.topk(count, sorted=False).values.min()
+    chosen, ties = score > least, score == least
+    return chosen | (ties & (ties.cumsum(0, dtype=torch.int32) <= count - chosen.count_nonzero()))
 
 
 def distinct(counts: Sequence[int], rooms: Sequence[int], generator: torch.Generator) -> torch.Tensor:

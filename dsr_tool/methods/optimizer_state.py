@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import optim
 
+from dsr_tool.errors import UsageError
+from dsr_tool.sparse.active import ActiveWeights
 from dsr_tool.sparse.model import SparseModel
 
-__all__ = ["step_sizes"]
+__all__ = ["momentum_of", "step_sizes"]
 
 
 def step_sizes(model: SparseModel, optimizer: optim.Optimizer, names: Sequence[str]) -> list[float]:
@@ -23,15 +25,74 @@ def step_sizes(model: SparseModel, optimizer: optim.Optimizer, names: Sequence[s
         optimizer: the optimizer of its weights. Its groups are read anew, since schedules and resumed runs change them.
         names: names of the sparse layers.
     """
-    # By identity, since a tensor compares by its values.
-    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    groups = _groups(optimizer)
+    return [_step_size(groups[id(parameter)]) for parameter, _ in _parameters(model, groups, names)]
+
+
+def momentum_of(
+    model: SparseModel, optimizer: optim.Optimizer, names: Sequence[str], weights: ActiveWeights
+) -> torch.Tensor:
+    """Returns the momentum of the active weights in float32, shape (active,); of a kernel, the mean magnitude.
+
+    That is the running mean or sum of gradients that SGD and RMSprop call `momentum_buffer` and Adam `exp_avg`.
+
+    Args:
+        model: the sparse model.
+        optimizer: the optimizer of its weights, after a step.
+        names: names of the sparse layers.
+        weights: their active weights.
+
+    Raises:
+        UsageError: the optimizer has no momentum.
+    """
+    places = _parameters(model, _groups(optimizer), names)
+    buffers = [_buffer(optimizer, parameter) for parameter, _ in places]
+    if names and all(buffer is None for buffer in buffers):
+        raise UsageError(
+            f"the method reads the optimizer's momentum, and this {type(optimizer).__name__} has none; give --momentum "
+            f"0.9, or make the optimizer with one."
+        )
+    units = weights.units or (1,) * len(names)
+    pieces = []
+    for (_, start), buffer, local, unit in zip(
+        places, buffers, weights.positions.weights_of(units).per_layer(), units, strict=True
+    ):
+        if buffer is None:  # a layer without a gradient so far
+            piece = torch.zeros(len(local), device=local.device)
+        else:
+            piece = (buffer.take(local) if model.store is None else buffer[start : start + len(local)]).float()
+        pieces.append(piece if unit == 1 else piece.abs().reshape(-1, unit).mean(1))
+    return torch.cat(pieces) if pieces else weights.values
+
+
+def _groups(optimizer: optim.Optimizer) -> dict[int, Mapping[str, float]]:
+    """Returns the group of each parameter by its identity, since a tensor compares by its values."""
+    return {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _parameters(
+    model: SparseModel, groups: Mapping[int, object], names: Sequence[str]
+) -> list[tuple[torch.Tensor, int]]:
+    """Returns the parameter of each sparse layer, and the index of the layer's first value in it.
+
+    In compact storage an optimizer has one vector of values for all layers, or one for each.
+    """
     store = model.store
-    layers: Mapping[str, torch.Tensor] = model.weights if store is None else store.by_layer or {}
-    # In compact storage all layers may share one vector of values.
-    shared = {} if store is None else groups.get(id(store.values), {})
-    return [_step_size(groups.get(id(layers.get(name)), shared)) for name in names]
+    if store is None:
+        weights = model.weights
+        return [(weights[name], 0) for name in names]
+    own: Mapping[str, torch.Tensor] = store.by_layer or {}
+    return [
+        (own[name], 0) if id(own.get(name)) in groups else (store.values, store.layers[name].start) for name in names
+    ]
 
 
-def _step_size(group: dict[str, float]) -> float:
+def _buffer(optimizer: optim.Optimizer, parameter: torch.Tensor) -> torch.Tensor | None:
+    state = optimizer.state.get(parameter, {})
+    buffer: torch.Tensor | None = state.get("momentum_buffer", state.get("exp_avg"))
+    return buffer
+
+
+def _step_size(group: Mapping[str, float]) -> float:
     momentum, dampening = (float(group.get(name) or 0.0) for name in ("momentum", "dampening"))
     return float(group["lr"]) * (1 - dampening * (momentum > 0)) / (1 - momentum)

@@ -16,6 +16,7 @@ import torch
 from dsr_tool.errors import DsrError, UsageError, first_line
 from dsr_tool.methods.base import Method
 from dsr_tool.methods.schedule import Timing
+from dsr_tool.sparsity.budget import Budget
 
 __all__ = ["GROUP", "load_plugin", "plugin_error", "plugin_names", "reporting_plugin"]
 
@@ -49,9 +50,27 @@ def load_plugin(name: str, timing: Timing, options: Mapping[str, object]) -> Met
         method = maker(dict(timing), **options)
     if not isinstance(method, Method):
         raise plugin_error(point, f"makes {type(method).__name__}, expected a Method of dsr_tool.methods")
+    _check_declaration(point, method)
     # object.__setattr__ also works for a plugin class that is a frozen dataclass.
     object.__setattr__(method, "plugin", point)
     return method
+
+
+def _check_declaration(point: EntryPoint, method: Method) -> None:
+    """Raises `UsageError` if a method declares a final sparsity that is none, or no step at which it is reached."""
+    final = method.final_sparsity
+    if final is None:
+        return
+    try:
+        Budget.of_sparsity(str(final))
+    except UsageError as error:
+        raise plugin_error(
+            point, f"declares a final_sparsity that cannot be ({error.args[0].partition(';')[0]})"
+        ) from None
+    if method.final_step < 1:
+        raise plugin_error(
+            point, f"declares final_sparsity {final} and final_step {method.final_step}, expected a step from 1 on"
+        )
 
 
 @contextmanager

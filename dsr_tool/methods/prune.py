@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
@@ -9,7 +10,12 @@ import torch
 
 from dsr_tool.sparse.active import ActiveWeights
 
-__all__ = ["below_threshold", "keep_at_least", "smallest", "smallest_of_all"]
+__all__ = ["below_threshold", "cosine", "keep_at_least", "smallest", "smallest_of_all"]
+
+
+def cosine(first: float, step: int, last: int) -> float:
+    """Returns a share that falls with a cosine from `first` at step 0 to zero at step `last`."""
+    return first / 2 * (1 + math.cos(math.pi * min(step / max(last, 1), 1)))
 
 
 def below_threshold(weights: ActiveWeights, threshold: float) -> torch.Tensor:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from itertools import accumulate
 from typing import ClassVar
 
 import torch
 
 from dsr_tool.errors import UsageError
 from dsr_tool.methods.base import Method, Reallocation
-from dsr_tool.methods.prune import smallest
+from dsr_tool.methods.grow import regrow
+from dsr_tool.methods.prune import cosine, smallest
 from dsr_tool.methods.schedule import ReallocationSchedule, Timing
-from dsr_tool.sparse.active import ActiveWeights, Positions
+from dsr_tool.sparse.active import ActiveWeights
 from dsr_tool.sparse.model import STORAGES
 
 __all__ = ["RigL"]
@@ -58,7 +57,7 @@ class RigL(Method):
 
     def fraction(self, step: int) -> float:
         """Returns the share of a layer's active weights to prune after this step (section 3, f_decay)."""
-        return self.drop_fraction / 2 * (1 + math.cos(math.pi * min(step / max(self.schedule.stop, 1), 1)))
+        return cosine(self.drop_fraction, step, self.schedule.stop)
 
     def update(self, weights: ActiveWeights, step: int, generator: torch.Generator) -> Reallocation:  # noqa: ARG002
         """Returns one reallocation that leaves the number of active weights of every layer unchanged.
@@ -70,43 +69,5 @@ class RigL(Method):
             raise UsageError("rigl needs the gradients of inactive weights; gather them before they are masked.")
         fraction = self.fraction(step)
         counts = [int(fraction * active) for active in weights.counts]
-        drop = smallest(weights, counts)
-        grow = torch.zeros(sum(weights.sizes), dtype=torch.bool, device=drop.device)
-        starts, bounds = accumulate(weights.sizes, initial=0), accumulate(weights.counts, initial=0)
-        for start, bound, active, gradient, count in zip(
-            starts, bounds, weights.counts, weights.gradients, counts, strict=False
-        ):
-            if count:
-                segment = slice(bound, bound + active)
-                local = weights.positions.flat[segment] - start
-                chosen = _largest(gradient, local, drop[segment], count)
-                # A pruned weight that was chosen again is neither pruned nor grown: it stays, with its value.
-                drop[segment] &= ~chosen[local]
-                chosen[local] = False
-                grow[start : start + len(chosen)] = chosen
-        return Reallocation(
-            Positions.of(weights.positions.flat[drop], weights.sizes),
-            Positions.of(grow.nonzero().squeeze(1), weights.sizes),
-            {"drop_fraction": fraction},
-        )
-
-
-def _largest(gradient: torch.Tensor, active: torch.Tensor, drop: torch.Tensor, count: int) -> torch.Tensor:
-    """Returns True at the `count` largest gradients of a layer among free positions and those of pruned weights.
-
-    Of equal magnitudes the first positions are taken, as in the authors' code, on every device.
-
-    Args:
-        gradient: dense gradient of the layer, flat, shape (size,).
-        active: active positions in the layer, shape (active,).
-        drop: boolean vector over `active`, True for weights to prune.
-        count: number of positions to choose.
-    """
-    # NaN counts as the largest magnitude, as in a sort: if it counted as none, fewer than `count` positions would be
-    # chosen, and the layer would lose weights.
-    score = gradient.abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
-    score[active] = torch.where(drop, score[active], -1.0)
-    # topk breaks ties in another way on each device. So only its smallest value is used, and ties are broken here.
-    least = score.topk(count, sorted=False).values.min()
-    chosen, ties = score > least, score == least
-    return chosen | (ties & (ties.cumsum(0, dtype=torch.int32) <= count - chosen.count_nonzero()))
+        dropped, grown = regrow(weights, smallest(weights, counts), weights.gradients, counts)
+        return Reallocation(dropped, grown, {"drop_fraction": fraction})

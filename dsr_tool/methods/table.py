@@ -12,18 +12,20 @@ from dsr_tool.methods.dense import Dense
 from dsr_tool.methods.dsr import DSR
 from dsr_tool.methods.dst import DST
 from dsr_tool.methods.gmp import GradualPruning
+from dsr_tool.methods.granet import GraNet
 from dsr_tool.methods.neuron_set import NeuronSET
 from dsr_tool.methods.plugins import load_plugin, plugin_names
 from dsr_tool.methods.rigl import RigL
 from dsr_tool.methods.schedule import Timing
 from dsr_tool.methods.set import SET
+from dsr_tool.methods.snfs import SNFS
 from dsr_tool.methods.static import Static
 from dsr_tool.methods.tied import Tied
 
 __all__ = ["METHODS", "make", "names", "option_names"]
 
 METHODS: dict[str, type[Method]] = {
-    row.name: row for row in (DSR, Static, Dense, SET, DeepR, RigL, GradualPruning, DST, Tied, NeuronSET)
+    row.name: row for row in (DSR, Static, Dense, SET, DeepR, RigL, SNFS, GradualPruning, GraNet, DST, Tied, NeuronSET)
 }
 """The methods of this package by name, in the order of the help text. Plugin methods are not in it; see `names`."""
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from dsr_tool.errors import CheckFailed
-from dsr_tool.methods.base import Reallocation
-from dsr_tool.sparse.active import ActiveWeights, Positions, segment_counts
+from dsr_tool.methods.base import Method, Reallocation
+from dsr_tool.methods.final_sparsity import active_count
+from dsr_tool.sparse.active import ActiveWeights, segment_counts
 from dsr_tool.sparsity.granularity import groups
 
-__all__ = ["check_counts", "check_positions"]
+__all__ = ["check_counts", "check_density", "check_positions"]
 
 
 def check_counts(name: str, weights: ActiveWeights, moved: Reallocation) -> None:
@@ -48,7 +49,7 @@ def check_positions(name: str, weights: ActiveWeights, moved: Reallocation) -> N
 
     Raises:
         CheckFailed: a position is not in its layer, not in rising order, pruned though inactive or grown though
-            active; the number of active weights changes or a layer is emptied; or the values have another shape.
+            active; a layer is emptied; or the values have another shape.
     """
     active = weights.positions.flat
     for verb, positions in (("drop", moved.dropped), ("grow", moved.grown)):
@@ -62,7 +63,9 @@ def check_positions(name: str, weights: ActiveWeights, moved: Reallocation) -> N
         if not bool((is_active if verb == "drop" else ~is_active).all()):
             state = "not active" if verb == "drop" else "not free"
             raise CheckFailed(f"method {name} wants to {verb} a weight that is {state}.")
-    _check_budget(name, weights, moved.dropped, moved.grown)
+    for i, had in enumerate(weights.counts):
+        if had and had == moved.dropped.counts[i] - moved.grown.counts[i]:
+            raise CheckFailed(f"method {name} empties layer {i}; each layer keeps at least one weight.")
     values = moved.values
     if values is not None and (values.shape != active.shape or values.dtype != torch.float32):
         raise CheckFailed(
@@ -71,22 +74,48 @@ def check_positions(name: str, weights: ActiveWeights, moved: Reallocation) -> N
         )
 
 
+def check_density(name: str, method: Method, weights: ActiveWeights, moved: Reallocation, step: int) -> None:
+    """Checks that a reallocation leaves as many active weights as the method declares, to the last one.
+
+    Args:
+        name: name of the method, for the message.
+        method: the method.
+        weights: the weights that it was given.
+        moved: its answer, which passed `check_counts`.
+        step: the optimizer step of the update.
+
+    Raises:
+        CheckFailed: the number changes though the method declares no final sparsity, or is not that of its declared
+            sparsity.
+    """
+    if method.final_sparsity is None:
+        _check_kept(name, weights, moved)
+    elif (sparsity := method.sparsity(step)) is not None:
+        left = sum(weights.counts) - len(moved.dropped.flat) + len(moved.grown.flat)
+        declared = active_count(sparsity, weights.sizes)
+        if left != declared:
+            raise CheckFailed(
+                f"method {name} leaves {left:,} active weights after step {step}, but its sparsity there, "
+                f"{float(sparsity):.6g}, means {declared:,}."
+            )
+
+
+def _check_kept(name: str, weights: ActiveWeights, moved: Reallocation) -> None:
+    # Layers with kernels of different sizes have budgets of their own: a 3x3 kernel for a 1x1 kernel would change the
+    # number of weights.
+    units = weights.units or (1,) * len(weights.sizes)
+    for layers in groups(units):
+        lost, got = (sum(positions.counts[i] for i in layers) for positions in (moved.dropped, moved.grown))
+        if lost != got:
+            raise CheckFailed(
+                f"method {name} drops {lost:,} weights and grows {got:,}, which changes the budget; a method that "
+                f"changes it declares a final_sparsity."
+            )
+
+
 def _contains(active: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
     """Returns a boolean vector like `flat`, True for each position in the sorted vector `active`."""
     if not len(active):
         return torch.zeros_like(flat, dtype=torch.bool)
     at = torch.searchsorted(active, flat).clamp_(max=len(active) - 1)
     return active[at] == flat
-
-
-def _check_budget(name: str, weights: ActiveWeights, dropped: Positions, grown: Positions) -> None:
-    # Layers with kernels of different sizes have budgets of their own: a 3x3 kernel for a 1x1 kernel would change the
-    # number of weights.
-    units = weights.units or (1,) * len(weights.sizes)
-    for layers in groups(units):
-        lost, got = (sum(positions.counts[i] for i in layers) for positions in (dropped, grown))
-        if lost != got:
-            raise CheckFailed(f"method {name} drops {lost:,} weights and grows {got:,}, which changes the budget.")
-    for i, had in enumerate(weights.counts):
-        if had and had == dropped.counts[i] - grown.counts[i]:
-            raise CheckFailed(f"method {name} empties layer {i}; each layer keeps at least one weight.")

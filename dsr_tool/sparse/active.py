@@ -82,6 +82,7 @@ class ActiveWeights:
         gradients: gradient of each layer at all of its positions, flat and in row-major order, valid for one update;
             None unless the method asks for gradients. In compact storage each is made on access, and zero at inactive
             positions but for the largest, as many as the layer has active weights.
+        momentum: the optimizer's momentum of each value, float32 of shape (active,); None unless the method asks.
         units: number of weights per entry, by layer: kernel sizes, or 1; empty if all are 1.
     """
 
@@ -89,6 +90,7 @@ class ActiveWeights:
     values: torch.Tensor
     gradients: Sequence[torch.Tensor] | None = None
     units: tuple[int, ...] = ()
+    momentum: torch.Tensor | None = None
 
     @property
     def sizes(self) -> tuple[int, ...]:

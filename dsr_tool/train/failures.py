@@ -10,6 +10,7 @@ from torch import nn
 
 from dsr_tool.errors import CheckFailed, DsrError, UsageError, first_line
 from dsr_tool.methods import Attached
+from dsr_tool.methods.final_sparsity import active_count
 from dsr_tool.sparse.compact.marks import held_values
 from dsr_tool.sparse.feeding import detector_kind
 from dsr_tool.train.settings import TrainSettings
@@ -56,13 +57,30 @@ def require_budget(active: int, budget: int, epoch: int) -> None:
 
 
 def require_end(attached: Attached, steps: int) -> None:
-    """Raises `CheckFailed` if the method did not reach its final sparsity in all `steps` of the training."""
+    """Raises `CheckFailed` if the method is not at its final sparsity after all `steps` of the training."""
     final_step = attached.method.final_step
     if attached.step < final_step:
         raise CheckFailed(
             f"method {attached.method_name} reaches its final sparsity at step {final_step}, but "
             f"{steps - attached.step} of {steps} steps overflowed in fp16 and were skipped; lower --stop, or give "
             f"--precision bf16."
+        )
+    _require_declared(attached)
+
+
+def _require_declared(attached: Attached) -> None:
+    """Raises `CheckFailed` unless exactly the declared weights are active; a method may never have been due."""
+    method, model = attached.method, attached.model
+    if method.final_sparsity is None:
+        return
+    sizes, counts = model.sizes, model.counts
+    active = sum(counts[name] for name in attached.names)
+    declared = active_count(method.final_sparsity, [sizes[name] for name in attached.names])
+    if active != declared:
+        raise CheckFailed(
+            f"method {attached.method_name} ended with {active:,} active weights, but its final sparsity "
+            f"{float(method.final_sparsity):.6g} means {declared:,}; it must update at its final step "
+            f"{method.final_step}."
         )
 
 

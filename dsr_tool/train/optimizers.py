@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn, optim
 
+from dsr_tool.sparse.compact.store import CompactStore
 from dsr_tool.train.settings import TrainSettings
 
-__all__ = ["load_optimizer", "lr_factor", "make_optimizer"]
+__all__ = ["load_optimizer", "lr_factor", "make_optimizer", "optimizer_state"]
 
 
 def make_optimizer(module: nn.Module, settings: TrainSettings) -> optim.Optimizer:
@@ -33,6 +34,24 @@ def _can_be_fused(parameters: list[nn.Parameter], settings: TrainSettings) -> bo
         return False
     # A fused CPU step walks through memory linearly, so parameter and gradient must have one memory format.
     return settings.torch_device.type == "cuda" or all(parameter.is_contiguous() for parameter in parameters)
+
+
+def optimizer_state(optimizer: optim.Optimizer, store: CompactStore | None) -> dict[str, Any]:
+    """Returns the state of an optimizer, to be saved.
+
+    In compact storage it ends where the active values end: a method that lowers the density leaves zeros behind them,
+    for which a model that is loaded anew has no room.
+    """
+    state = optimizer.state_dict()
+    if store is None or store.active == store.values.numel():
+        return state
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    index = next(i for i, parameter in enumerate(parameters) if parameter is store.values)
+    saved = {
+        name: value[: store.active] if isinstance(value, torch.Tensor) and value.ndim else value
+        for name, value in state["state"].get(index, {}).items()
+    }
+    return {**state, "state": {**state["state"], index: saved}}
 
 
 def load_optimizer(optimizer: optim.Optimizer, state: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from dsr_tool.methods import Attached, Reallocation
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.train.device import compiled
 from dsr_tool.train.evaluation import training_loss
-from dsr_tool.train.optimizers import load_optimizer, lr_factor, make_optimizer
+from dsr_tool.train.optimizers import load_optimizer, lr_factor, make_optimizer, optimizer_state
 from dsr_tool.train.ranks import Ranks
 from dsr_tool.train.replicas import common_tensors, replicate, without_sync
 from dsr_tool.train.settings import PRECISIONS, TrainSettings
@@ -152,7 +152,7 @@ class Stepper:
         """Returns all that the next step depends on, besides the model."""
         return {
             "trained": self._trained_names(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.optimizer, self.model.store),
             "scheduler": self._scheduler.state_dict(),
             "scaler": self._scaler.state_dict(),
             "method": self.attached.state_dict(),

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -15,7 +16,10 @@ from torch import nn, optim
 from converters.conversion import convert
 from dsr_tool.errors import CheckFailed, DsrError, UsageError
 from dsr_tool.methods import SET, Method, Reallocation, ReallocationSchedule, attach, make, names, plugins
+from dsr_tool.methods.final_sparsity import active_count
+from dsr_tool.methods.prune import smallest_of_all
 from dsr_tool.sparse.active import Positions
+from dsr_tool.train.failures import require_end
 
 ALWAYS = ReallocationSchedule(((0, 1),), 10**9)
 ROOT = Path(__file__).parents[2]
@@ -93,24 +97,38 @@ def found(monkeypatch):
     """Returns a function that gives the name `mine` to an object, as an entry point does."""
 
     def point(target):
-        entry = EntryPoint("mine", "mine_method:Mine", plugins.GROUP)
-        monkeypatch.setattr(EntryPoint, "load", lambda self: target() if target is broken else target)
-        monkeypatch.setattr(plugins, "entry_points", lambda group: [entry])
+        monkeypatch.setattr(plugins, "entry_points", lambda group: [entry_point("mine", target)])
 
     return point
+
+
+def entry_point(name, target):
+    """Returns an entry point that loads an object, or fails as `broken` does."""
+
+    class Found(EntryPoint):
+        def load(self):
+            return target() if target is broken else target
+
+    return Found(name, f"{name}_method:{name.capitalize()}", plugins.GROUP)
 
 
 def broken():
     raise ImportError("no module named numba")
 
 
-def attached(method):
+def attached_run(method):
+    """Returns an optimizer and its attached method, on the network of `attached`."""
     torch.manual_seed(0)
     model = convert(nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 6)), sparsity=0.6, positions="random")
     optimizer = optim.SGD(model.module.parameters(), lr=0.1)
-    attach(model, optimizer, method)
+    run = attach(model, optimizer, method)
     model(torch.randn(4, 12)).square().sum().backward()
-    return model, optimizer
+    return optimizer, run
+
+
+def attached(method):
+    optimizer, run = attached_run(method)
+    return run.model, optimizer
 
 
 @pytest.mark.parametrize(
@@ -178,7 +196,7 @@ def crash(*_, **__):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (fewer, "drops 21 weights and grows 20, which changes the budget"),
+        (fewer, "drops 23 weights and grows 22, which changes the budget; .* declares a final_sparsity"),
         (not_active, "wants to drop a weight that is not active"),
         (not_free, "wants to grow a weight that is not free"),
         (disordered, "positions to drop that do not rise"),
@@ -198,6 +216,108 @@ def test_a_wrong_reallocation_of_a_plugin_is_refused_before_anything_changes(fou
     assert all(torch.equal(model.masks[name], mask) for name, mask in masks.items())
 
 
+class Falling(Wrong):
+    """Prunes at random to the declared path, unless a test changes the number."""
+
+    def __init__(self, final_sparsity=0.9, final_step=4, more=0, path=None):
+        self.final_sparsity, self.final_step, self.more = final_sparsity, final_step, more
+        if path is not None:
+            self.sparsity = path
+
+    def due(self, step):
+        return step in (2, 4)
+
+    def update(self, weights, step, generator):
+        total = active_count(0.8 if step < 4 else 0.9, weights.sizes) + self.more * (step == 4)
+        drop = smallest_of_all(weights, sum(weights.counts) - total)
+        assert generator is not None
+        return replace(
+            Reallocation.nothing(weights), dropped=with_flat(weights.positions, weights.positions.flat[drop])
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "step", "message"),
+    [
+        ({}, 0, ""),
+        ({"path": lambda step: 0.8 if step < 4 else 0.9}, 0, ""),
+        ({"path": lambda step: None}, 0, ""),
+        ({"more": 1}, 4, "leaves 19 active weights after step 4, but its sparsity there, 0.9, means 18"),
+        ({"path": lambda step: 0.7}, 2, "leaves 36 active weights after step 2, but its sparsity there, 0.7, means 54"),
+        ({"path": crash}, 2, r"failed in sparsity\(\) \(ZeroDivisionError"),
+        ({"path": lambda step: 1.5}, 2, r"sparsity 1\.5 is not in \[0, 1\)"),
+    ],
+)
+def test_a_plugin_that_changes_the_density_is_held_to_its_path(found, options, step, message):
+    found(lambda timing: Falling(**options))
+    model, optimizer = attached(make("mine", 100))
+    for number in range(1, 6):
+        masks = {name: mask.clone() for name, mask in model.masks.items()}
+        if number == step:
+            with pytest.raises(DsrError, match=message):
+                optimizer.step()
+            assert all(torch.equal(model.masks[name], mask) for name, mask in masks.items())
+            return
+        optimizer.step()
+        assert model.active_weights == (72 if number < 2 else 36 if number < 4 else 18)
+    assert not message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"final_sparsity": 1.5}, r"declares a final_sparsity that cannot be \(sparsity 1\.5 is not in \[0, 1\)\)"),
+        ({"final_sparsity": "half"}, r"declares a final_sparsity that cannot be \(sparsity half is not"),
+        ({"final_step": 0}, r"declares final_sparsity 0\.9 and final_step 0, expected a step from 1 on"),
+    ],
+)
+def test_a_declaration_that_cannot_be_is_refused_when_the_plugin_is_made(found, options, message):
+    found(lambda timing: Falling(**options))
+    with pytest.raises(UsageError, match=f"^method 'mine' .*{message}"):
+        make("mine", 100)
+
+
+def test_a_training_that_does_not_end_at_the_declared_sparsity_fails(found):
+    found(lambda timing: Falling(final_step=5))
+    optimizer, run = attached_run(make("mine", 100))
+    for _ in range(3):
+        optimizer.step()
+    with pytest.raises(CheckFailed, match=r"method mine reaches its final sparsity at step 5"):
+        require_end(run, 3)
+    for _ in range(3):
+        optimizer.step()
+    require_end(run, 6)
+    found(lambda timing: Falling(final_step=1))
+    optimizer, run = attached_run(make("mine", 100))
+    optimizer.step()
+    with pytest.raises(
+        CheckFailed, match=r"method mine ended with 72 active weights, but its final sparsity 0\.9 means 18"
+    ):
+        require_end(run, 1)
+
+
+def test_dense_gradients_come_at_the_steps_that_a_plugin_names(found):
+    class Picky(Wrong):
+        needs_gradients = True
+
+        def __init__(self):
+            self.seen = []
+
+        def wants_gradients(self, step):
+            return step == 2
+
+        def update(self, weights, *_):
+            self.seen.append(weights.gradients is not None)
+            return Reallocation.nothing(weights)
+
+    method = Picky()
+    found(lambda timing: method)
+    _, optimizer = attached(make("mine", 100))
+    for _ in range(3):
+        optimizer.step()
+    assert method.seen == [False, True, False]
+
+
 def test_a_plugin_that_returns_no_keeper_is_refused(found, monkeypatch):
     found(lambda timing: Wrong(lambda weights, moved: moved))
     monkeypatch.setattr(Wrong, "keep", lambda *_, **__: None, raising=False)
@@ -211,7 +331,7 @@ def test_a_valid_reallocation_of_a_plugin_is_applied(found):
     before = {name: mask.clone() for name, mask in model.masks.items()}
     optimizer.step()
     changed = sum(int((model.masks[name] != mask).sum()) for name, mask in before.items())
-    assert changed == 42 and model.active_weights == 72
+    assert changed == 46 and model.active_weights == 72
 
 
 def test_counts_are_checked_for_every_method():

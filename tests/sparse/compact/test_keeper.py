@@ -27,10 +27,12 @@ def attached(model, optimizer, method, **more):
         options = {"threshold": "auto", "target": 0.2}
     if method == "deepr":
         options = {"temperature": 1e-2}
+    if method == "granet":
+        options = {"final_sparsity": 0.9, "drop_fraction": 0.2}
     return attach(model, optimizer, method, total_steps=40, seed=3, **options, **more)
 
 
-@pytest.mark.parametrize("method", ["dsr", "set", "rigl", "static", "deepr"])
+@pytest.mark.parametrize("method", ["dsr", "set", "rigl", "static", "deepr", "granet"])
 def test_every_method_takes_the_same_steps(pair, steps, method):
     models = pair()
     pairs = [(model, OPTIMIZERS["momentum"](model.module.parameters())) for model in models]
