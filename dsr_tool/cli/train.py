@@ -91,6 +91,11 @@ def _parse_threshold(
 @click.option("--momentum", type=float, help="Momentum of sgd (Nesterov) or rmsprop; default 0.9.")
 @click.option("--weight-decay", type=float, help="L2 penalty on all parameters; default 0.0005.")
 @click.option("--l1", type=float, help="L1 penalty on the weights of sparse layers; default 0.")
+@click.option(
+    "--values",
+    help="fp32 (default), or int8, int6, int5, int4: train with weights rounded to so few bits, for an export with the "
+    "same --values.",
+)
 @click.option("--label-smoothing", type=float, help="Fraction of each label spread over all classes; default 0.")
 @click.option("--augment", help="none, shift, crop-flip or imagenet; default: what suits the data.")
 @click.option("--device", help="auto (default), cpu or cuda.")

@@ -75,6 +75,7 @@ class Method(ABC):
         continuous: whether it updates after every step; the log then has one entry per epoch instead.
         granularities: units that it can prune and grow: single weights, or whole kernels (see `ActiveWeights`).
         storages: how the sparse weights that it trains can be held (`SparseModel.storage`).
+        computes_weights: whether it computes the weights of a pass from others of its own, so that nothing else may.
         bytes_per_weight: bytes held per weight of a sparse layer, on top of weight, gradient, masks and optimizer
             state.
         fine_tuning: defaults for a model that starts from trained weights, where they differ: options, and `stop` of
@@ -93,6 +94,7 @@ class Method(ABC):
     continuous: ClassVar[bool] = False
     granularities: ClassVar[tuple[str, ...]] = ("weight",)
     storages: ClassVar[tuple[str, ...]] = ("masked",)
+    computes_weights: ClassVar[bool] = False
     bytes_per_weight: ClassVar[int] = 0
     fine_tuning: ClassVar[Mapping[str, float | str]] = {}
     final_sparsity: Fraction | float | None = None

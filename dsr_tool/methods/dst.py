@@ -66,6 +66,7 @@ class DST(Method):
     summary = "trains a threshold per output of a dense model, ends exactly at the final sparsity"
     starts_dense = True
     changes_density = True
+    computes_weights = True
     bytes_per_weight = 4  # the dense weight in fp32, until the projection
 
     def __init__(self, schedule: ReallocationSchedule, *, final_sparsity: float | str | None = None) -> None:

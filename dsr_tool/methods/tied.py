@@ -129,6 +129,7 @@ class Tied(Method):
     name = "tied"
     summary = "shares a few values among the weights of each layer of a dense model by a hash"
     starts_dense = True
+    computes_weights = True
     bytes_per_weight = 12  # order and value number as int32, sign as fp32; see _Ties
 
     def __init__(self, *, final_sparsity: float | str | None = None) -> None:

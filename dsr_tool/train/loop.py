@@ -93,7 +93,10 @@ def _train(
         training = _Training(model, data, settings, observers, teacher)
         try:
             accuracy = training.start(state)
-            return TrainResult(tuple(training.epochs(deadline)), accuracy)
+            epochs = tuple(training.epochs(deadline))
+            if training.stepper.rounding is not None:
+                training.stepper.rounding.settle()
+            return TrainResult(epochs, accuracy)
         except RuntimeError as error:
             if known := explained(error, settings):
                 raise known from error
@@ -151,7 +154,8 @@ class _Training:
     def _evaluate_start(self) -> Start:
         """Evaluates the model, so that one which a conversion has ruined is seen before hours are spent on it."""
         self._seed_draws(0)
-        loss, accuracy = evaluate(self.model, self.data, self.settings)
+        with self.stepper.rounded():
+            loss, accuracy = evaluate(self.model, self.data, self.settings)
         labels = self.data.dataset.test.labels
         counts = torch.bincount(labels, minlength=self.data.dataset.num_classes).tolist()
         return Start(accuracy, loss, doubt(self.model.config, accuracy, counts))
@@ -183,6 +187,13 @@ class _Training:
         train_loss, train_accuracy = self._train(number)
         self.ranks.follow_first(self.model.module.buffers())
         self.ranks.require_equal(common_tensors(self.model))
+        if self.stepper.rounding is not None:
+            self.stepper.rounding.choose_again()
+        with self.stepper.rounded():
+            return self._evaluated(number, start, train_loss, train_accuracy)
+
+    def _evaluated(self, number: int, start: float, train_loss: float, train_accuracy: float) -> EpochRecord:
+        """Evaluates after an epoch, checks the result, and notifies the observers."""
         test_loss, test_accuracy = evaluate(self.model, self.data, self.settings)
         if not math.isfinite(test_loss):
             inputs, _ = next(iter(self.data.test_batches(self.settings)))
@@ -217,6 +228,9 @@ class _Training:
         """Takes all steps of an epoch. Returns mean loss and accuracy, which stay on the device until the end."""
         device = self.settings.torch_device
         self._seed_draws(number)
+        if self.stepper.rounding is not None:
+            # As after a resume, which knows the weights and not their scales.
+            self.stepper.rounding.choose_again()
         self.model.module.train()
         losses = torch.zeros(self.steps, device=device)
         correct = torch.zeros((), dtype=torch.int64, device=device)

@@ -14,6 +14,7 @@ from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.methods import METHODS, Method, ReallocationSchedule, make, names
 from dsr_tool.sparse.model import STORAGES
 from dsr_tool.train.augment import AUGMENTATIONS
+from exporters.values import GRID_BITS
 
 __all__ = ["FINE_TUNING_RATES", "LEARNING_RATES", "MOMENTA", "PRECISIONS", "SCHEDULES", "TrainSettings"]
 
@@ -52,6 +53,8 @@ class TrainSettings:
         l1: factor of the L1 penalty, the sum of the magnitudes of all weights of sparse layers; the optimizer takes its
             gradient together with that of the loss.
         label_smoothing: fraction of each label that is spread over all classes.
+        values: `fp32`, or a grid of few bits (`int8`, `int6`, `int5`, `int4`) that weights are rounded to in all passes
+            and in the model that is saved; steps change exact weights behind them, see `train.rounding`.
         augment: name of an augmentation; None for the one that suits the data.
         device: `cpu`, `cuda`, or `auto` for CUDA if there is a GPU.
         precision: precision of forward and backward pass; weights and evaluation are always fp32.
@@ -88,6 +91,7 @@ class TrainSettings:
     weight_decay: float = 5e-4
     l1: float = 0.0
     label_smoothing: float = 0.0
+    values: str = "fp32"
     augment: str | None = None
     device: str = "auto"
     precision: str = "fp32"
@@ -123,6 +127,7 @@ class TrainSettings:
             ("device", _DEVICES),
             ("precision", PRECISIONS),
             ("storage", ("auto", *STORAGES)),
+            ("values", ("fp32", *GRID_BITS)),
         ):
             value = getattr(self, name)
             if value is not None and value not in known:
@@ -193,6 +198,12 @@ class TrainSettings:
             yield "--device 'cuda' is not available: torch finds no GPU; give cpu or auto."
         if self.storage == "compact" and (reason := self.masked_because()):
             yield f"--storage compact is not possible: {reason}; give masked or auto."
+        row = METHODS.get(self.method)
+        if self.values in GRID_BITS and row is not None and row.computes_weights:
+            yield (
+                f"--values {self.values!r} does not go with --method {self.method}, which computes the weights of a "
+                f"pass from others itself; give fp32, or another method."
+            )
         if self.precision == "fp16" and self.torch_device.type == "cpu":
             yield "--precision 'fp16' needs a GPU; give bf16 or fp32 on a CPU."
 

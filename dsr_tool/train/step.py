@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from dsr_tool.train.evaluation import training_loss
 from dsr_tool.train.optimizers import load_optimizer, lr_factor, make_optimizer, optimizer_state
 from dsr_tool.train.ranks import Ranks
 from dsr_tool.train.replicas import common_tensors, replicate, without_sync
+from dsr_tool.train.rounding import RoundedWeights
 from dsr_tool.train.settings import PRECISIONS, TrainSettings
 from dsr_tool.train.teacher import Teacher
+from exporters.values import GRID_BITS
 
 __all__ = ["NonFiniteLossError", "Stepper"]
 
@@ -35,6 +37,7 @@ class Stepper:
         model: the sparse model, on its device.
         optimizer: optimizer of all parameters.
         attached: the method, attached to the optimizer.
+        rounding: the weights in few bits that passes compute with; None if they compute with exact ones.
     """
 
     def __init__(
@@ -79,7 +82,12 @@ class Stepper:
         # Compiled inside, so that ranks run the same code as a process alone.
         self._forward = replicate(compiled(model.module, settings), model.module, example)
         method = settings.make_method(steps_per_epoch * settings.epochs)
-        self.attached = Attached(model, self.optimizer, method, seed=settings.seed, on_reallocation=on_reallocation)
+        self.attached = Attached(
+            model, self.optimizer, method, seed=settings.seed, on_reallocation=self._on_reallocation
+        )
+        self._told = on_reallocation
+        bits = GRID_BITS.get(settings.values)
+        self.rounding = RoundedWeights(model, bits) if bits else None
 
     @property
     def lr(self) -> float:
@@ -105,9 +113,10 @@ class Stepper:
         self.optimizer.zero_grad()
         count = self._settings.accumulate
         *earlier, last = zip(inputs.chunk(count), labels.chunk(count), strict=True)
-        with without_sync(self._forward):
-            results = [self._add_gradients(*part) for part in earlier]
-        results.append(self._add_gradients(*last))
+        with self.rounded():
+            with without_sync(self._forward):
+                results = [self._add_gradients(*part) for part in earlier]
+            results.append(self._add_gradients(*last))
         if self._settings.l1:
             self._add_l1()
         before = self.attached.step
@@ -118,6 +127,15 @@ class Stepper:
             self._scheduler.step()
         losses, scores = zip(*results, strict=True)
         return torch.stack(losses).mean(), torch.cat(scores)
+
+    def rounded(self) -> AbstractContextManager[None]:
+        """Has passes, evaluations and folders that are written inside see the weights that the settings ask for."""
+        return nullcontext() if self.rounding is None else self.rounding.rounded()
+
+    def _on_reallocation(self, step: int, moved: Reallocation) -> None:
+        if self.rounding is not None:
+            self.rounding.choose_again()
+        self._told(step, moved)
 
     def _add_gradients(self, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds the gradients of a part of the batch. Returns its mean loss, and its scores."""
@@ -156,6 +174,8 @@ class Stepper:
             "scheduler": self._scheduler.state_dict(),
             "scaler": self._scaler.state_dict(),
             "method": self.attached.state_dict(),
+            # The model folder holds the rounded weights.
+            **({} if self.rounding is None else {"weights": self.rounding.state()}),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -167,6 +187,8 @@ class Stepper:
             self._scheduler.load_state_dict(state["scheduler"])
             self._scaler.load_state_dict(state["scaler"])
             self.attached.load_state_dict(state["method"])
+            if self.rounding is not None:
+                self.rounding.load_state(state["weights"])
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise FormatError(
                 f"the checkpoint does not fit this model ({first_line(error)}); resume with the model of the run, or "
