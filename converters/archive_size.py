@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +10,7 @@ import torch
 
 from converters.search import CLOSE, search
 from dsr_tool.errors import UsageError
-from dsr_tool.files import writing
+from dsr_tool.files import temporary_folder
 from dsr_tool.formats.archive import encode_archive
 from dsr_tool.graph.ir import Graph
 from dsr_tool.sparse.model import SparseModel
@@ -97,8 +95,8 @@ def _encoded_bytes(model: SparseModel, tensors: dict[str, SparseTensor], graph: 
     """Returns the size of the archive, written to a temporary folder."""
     # Written, not estimated: a budget in bytes must hold to the byte, with all headers and alignment.
     encoded = encode_archive(tensors, model.specs, graph, model.config, versions=installed_versions())
-    with tempfile.TemporaryDirectory() as folder, writing(Path(folder)):
-        path = Path(folder) / "size.dsr"
+    with temporary_folder() as folder:
+        path = folder / "size.dsr"
         encoded.save(path)
         return path.stat().st_size
 

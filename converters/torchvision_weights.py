@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torchvision import models
 from torchvision.models import WeightsEnum
@@ -17,6 +19,7 @@ from converters.torch_prune import prune_module
 from converters.torchvision_builders import build, structure
 from converters.torchvision_similar import similar_architecture
 from dsr_tool.errors import FileError, UsageError, unknown_name
+from dsr_tool.files import disk_is_full
 from dsr_tool.sparse.feeding import detector_kind
 
 __all__ = ["AUXILIARY", "FRESH", "class_head", "from_enum", "from_file"]
@@ -52,6 +55,12 @@ def from_enum(name: str, weights: str, num_classes: int | None) -> tuple[nn.Modu
         with contextlib.redirect_stderr(io.StringIO()):
             state = enum.get_state_dict(progress=False, check_hash=True)
     except OSError as error:
+        cache = Path(torch.hub.get_dir())
+        if disk_is_full(error, cache):
+            raise FileError(
+                f"--weights {weights!r} could not be stored: the folder {str(cache)!r} is full; free some space there, "
+                f"or set TORCH_HOME to a folder on a disk with more."
+            ) from error
         raise FileError(
             f"--weights {weights!r} could not be downloaded ({error}); give the path of a state_dict file instead."
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -12,9 +13,23 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from dsr_tool.errors import FileError
+from dsr_tool.errors import DsrError, FileError
 
-__all__ = ["new_file", "new_folder", "refuse_existing", "require_file", "share", "writing"]
+__all__ = [
+    "disk_is_full",
+    "new_file",
+    "new_folder",
+    "refuse_existing",
+    "require_file",
+    "share",
+    "temporary_folder",
+    "writing",
+]
+
+_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+"""Numbers of the system's errors for a full disk and an exhausted quota; Windows has no name for the second."""
+_BLOCK = 4096
+"""Free bytes below which a disk takes no further file."""
 
 
 def refuse_existing(path: Path, *, force: bool, marker: str = "") -> None:
@@ -81,13 +96,14 @@ def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
         # In the same folder, because a rename is atomic only within one file system.
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.absolute().parent)
         os.close(handle)
-        part = Path(name)
-        try:
+    part = Path(name)
+    try:
+        with writing(path):  # ends before the part is removed, since a full disk shows only while that fills it
             yield part
             share(part)
             part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -108,12 +124,13 @@ def new_folder(path: Path, *, marker: str, force: bool = False) -> Iterator[Path
     with writing(path):
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.absolute().parent))
-        try:
+    try:
+        with writing(path):  # as in `new_file`
             yield part
             part.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner can open
             _swap(part, path)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def share(path: Path) -> None:
@@ -139,8 +156,37 @@ def _swap(part: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Yields a new folder for files that nobody keeps, where the system puts such folders; it is removed at the end.
+
+    Raises:
+        FileError: there is no place for such a folder, or what is written to it within, also by another library, does
+            not fit on the disk.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="dsr-tool-"))
+    except OSError as error:
+        # Where no place can be written, the error lists those that were tried.
+        raise FileError(
+            f"no temporary folder can be made: {error.strerror or error}; set TMPDIR to a folder that can be written."
+        ) from error
+    try:
+        yield folder
+    except Exception as error:
+        # Also errors of ours: another library's message may have become one, which then blames a wrong file.
+        if not disk_is_full(error, folder):
+            raise
+        raise FileError(
+            f"the temporary folder {str(folder.parent)!r} is full; free some space there, or set TMPDIR to a folder "
+            f"on a disk with more."
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def writing(path: Path, left: str = "nothing was left") -> Iterator[None]:
-    """Turns errors of the system and of safetensors into a `FileError`.
+    """Turns errors of the system, and of libraries on a full disk, into a `FileError`.
 
     Args:
         path: the output that is written within.
@@ -150,10 +196,35 @@ def writing(path: Path, left: str = "nothing was left") -> Iterator[None]:
         yield
     except FileError:
         raise
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        folder = path.absolute() if path.is_dir() else path.absolute().parent
+        if not isinstance(error, DsrError) and disk_is_full(error, folder):
+            raise FileError(
+                f"output {str(path)!r} could not be written: the folder {str(folder)!r} is full; free some space "
+                f"there, or give a path on a disk with more; {left}."
+            ) from error
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
         # safetensors wraps the system's error and has no strerror.
         reason = getattr(error, "strerror", None) or str(error)
         raise FileError(f"output {str(path)!r} could not be written: {reason}; {left}.") from error
+
+
+def disk_is_full(error: BaseException, folder: Path) -> bool:
+    """Returns whether an error comes from a full disk or an exhausted quota, by what it says or by what is free.
+
+    torch raises an error of its own from the system's, safetensors only quotes that, and numpy and ONNX Runtime say
+    nothing of the reason, but leave the part that they wrote.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(cause, "errno", None) in _FULL or any(f"(os error {number})" in str(cause) for number in _FULL):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    try:
+        return shutil.disk_usage(folder).free < _BLOCK
+    except OSError:
+        return False
 
 
 def _umask() -> int:

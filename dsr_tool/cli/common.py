@@ -11,6 +11,8 @@ from typing import Any, TypeVar, cast
 
 import click
 
+from dsr_tool.errors import FileError
+
 __all__ = ["TableOption", "emit", "examples", "model_option", "note", "output_options", "result_options"]
 
 _STDOUT = "dsr_tool.cli.stdout"
@@ -77,7 +79,14 @@ def examples(*lines: str) -> str:
 def emit(document: Mapping[str, object], text: str, *, as_json: bool) -> None:
     """Prints the result to stdout: the document as JSON, or the text."""
     stdout = click.get_current_context().meta[_STDOUT]
-    click.echo(json.dumps(document, indent=1, allow_nan=False) if as_json else text, file=stdout)
+    try:
+        click.echo(json.dumps(document, indent=1, allow_nan=False) if as_json else text, file=stdout)
+    except BrokenPipeError:  # the reader is gone, which is no error of ours
+        raise
+    except OSError as error:
+        raise FileError(
+            f"the result could not be written to stdout: {error.strerror or error}; the work itself is done."
+        ) from error
 
 
 def note(message: str, *, quiet: bool) -> None:

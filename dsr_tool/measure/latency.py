@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from dsr_tool.errors import UsageError, unknown_name
-from dsr_tool.files import require_file
+from dsr_tool.files import require_file, temporary_folder
 from dsr_tool.measure.latency_schema import BenchDocument, Latency, Outputs
 from dsr_tool.measure.memory.process import Measured, Request, can_measure, measure
 from dsr_tool.measure.pairs import paired, spread, verdict
@@ -86,11 +85,11 @@ def bench_document(path: Path, settings: Settings, say: Callable[[str], None] = 
         UsageError: a setting is not allowed, or one of the two runtimes does not support the model.
     """
     settings.check()
-    with tempfile.TemporaryDirectory(prefix="dsr-tool-bench-") as folder:
+    with temporary_folder() as folder:
         say("writing the dense model")
         require_file(path, "FILE")
         model = open_model(path)
-        dense = _dense(model, Path(folder))
+        dense = _dense(model, folder)
         x = _inputs(model, settings.batch)
         say(f"running both, {settings.rounds} rounds")
         # Prepared for this batch, so that compiling it is not part of the first run.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx
 
+from dsr_tool.files import temporary_folder
 from dsr_tool.graph.compact.record import COMPACTED, compacted_specs
 from dsr_tool.graph.compact.rewrite import fold_and_compact
 from dsr_tool.sparsity.grid import GridTensor
@@ -109,8 +109,8 @@ def _load(file: OnnxFile) -> tuple[OnnxSession, list[str]]:
     if not file.decode_steps:
         return OnnxSession(file.path), []
     # ONNX Runtime tells only by a file what its optimised graph looks like.
-    with tempfile.TemporaryDirectory() as folder:
-        optimized = Path(folder) / "optimized.onnx"
+    with temporary_folder() as folder:
+        optimized = folder / "optimized.onnx"
         session = OnnxSession(file.path, optimized=optimized)
         nodes = onnx.load(optimized, load_external_data=False).graph.node
     return session, sorted(file.decode_steps.intersection(name for node in nodes for name in node.output))

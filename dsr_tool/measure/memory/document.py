@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsr_tool.errors import UsageError, unknown_name
+from dsr_tool.files import temporary_folder
 from dsr_tool.measure.memory.inference import ComputedRow, ModelInMemory, computed_inference
 from dsr_tool.measure.memory.process import Measured, Request, measure
 from dsr_tool.measure.memory.request import MemoryRequest
@@ -45,10 +45,10 @@ def memory_document(source: Source, request: MemoryRequest) -> MemoryDocument:
         UsageError: the source has no graph, or a setting is not allowed.
     """
     request.check(source)
-    with tempfile.TemporaryDirectory(prefix="dsr-tool-memory-") as folder:
+    with temporary_folder() as folder:
         if source.is_folder:
-            return _folder_document(source, request, Path(folder))
-        return _file_document(source, request, Path(folder))
+            return _folder_document(source, request, folder)
+        return _file_document(source, request, folder)
 
 
 def _file_document(source: Source, request: MemoryRequest, folder: Path) -> MemoryDocument:
