@@ -192,7 +192,7 @@ def command(
     force: bool,
     **options: Any,
 ) -> None:
-    """Train the model in MODEL_DIR at a constant number of active weights (methods gmp and dst lower it).
+    """Train the model in MODEL_DIR at a constant number of active weights (methods gmp, granet and dst lower it).
 
     With the default method dsr, small weights are pruned and as many grow elsewhere, within and across layers. The run
     folder is a model folder too: it has the model of the last epoch, that of the best epoch in best/, and log.jsonl.
