@@ -7,7 +7,7 @@ end some of these paths; the beginning that most of them share is what the weigh
 from __future__ import annotations
 
 import re
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -17,7 +17,7 @@ import torch
 from converters.torch_prune import split_masks
 from dsr_tool.errors import UsageError, join_words
 
-__all__ = ["Checkpoint", "Found"]
+__all__ = ["Checkpoint", "Found", "dense"]
 
 Shapes = Mapping[str, Sequence[int]]
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
@@ -245,11 +245,16 @@ def _walk(
     content: object, keys: tuple[str, ...], seen: set[int]
 ) -> Iterator[tuple[tuple[str, ...], str, torch.Tensor]]:
     """Yields keys, name and tensor for each tensor in nested mappings; each mapping once, since a file may nest it."""
-    if not isinstance(content, (dict, OrderedDict)) or id(content) in seen or len(keys) > _DEEPEST:
+    if not isinstance(content, dict) or id(content) in seen or len(keys) > _DEEPEST:
         return
     seen.add(id(content))
     for key, value in content.items():
         if isinstance(key, str) and isinstance(value, torch.Tensor):
-            yield keys, key, value
+            yield keys, key, dense(value)
         elif isinstance(key, str):
             yield from _walk(value, (*keys, key), seen)
+
+
+def dense(value: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor in the usual layout; pruned weights and masks are sometimes saved in a sparse one."""
+    return value if value.layout == torch.strided else value.to_dense()

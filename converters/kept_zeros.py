@@ -11,6 +11,7 @@ from torch import nn
 
 from converters.budgets import Fitted
 from dsr_tool.errors import UsageError
+from dsr_tool.sparse.contract import require_values
 from dsr_tool.sparse.discover import Rules, discover
 from dsr_tool.sparse.macs import with_macs
 from dsr_tool.sparse.model import SparseModel
@@ -52,9 +53,10 @@ def keep(
         The model with the sparsity that it has; its record has `"budget": "keep"`.
 
     Raises:
-        UsageError: no weight has a zero, all are zero, or a weight is not finite.
+        UsageError: no weight has a zero, all are zero, or a value is not finite.
     """
     specs = discover(module, replace(rules or Rules(), small_layers=False))
+    require_values(module)
     parameters = dict(module.named_parameters())
     found = {spec.name: _mask(parameters[spec.name], spec, masks) for spec in specs.values() if spec.role == "sparse"}
     sparse = {name: mask for name, mask in found.items() if not mask.all()}
@@ -111,8 +113,6 @@ def unused_zeros_warning(module: nn.Module, specs: Mapping[str, LayerSpec], spar
 
 def _mask(weight: torch.Tensor, spec: LayerSpec, masks: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
     """Returns the given mask of a weight, or else its non-zeros, in its memory format."""
-    if not torch.isfinite(weight).all():
-        raise UsageError(f"weight {spec.name!r} contains NaN or inf; use an earlier checkpoint.")
     given = (masks or {}).get(spec.name)
     return weight != 0 if given is None else torch.empty_like(weight, dtype=torch.bool).copy_(given)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,17 +19,24 @@ import torch
 from safetensors.torch import load_file
 from torch.serialization import get_safe_globals, get_unsafe_globals_in_checkpoint, safe_globals
 
-from dsr_tool.errors import FormatError
+from converters.foreign_files import foreign_kind
+from dsr_tool.errors import FormatError, join_words
 from dsr_tool.files import require_file
 from dsr_tool.formats.tensor_file import is_safetensors
 
-__all__ = ["read_file"]
+__all__ = ["read_file", "without_tensors"]
 
 _START_BYTES = 16
 """Bytes of a file that are read to recognise safetensors."""
 
 _MODULES = ("torch.nn.modules.", "torch.nn.parallel.", "torchvision.models.", "timm.")
 """Starts of names that only the pickle of a whole network has."""
+
+
+_SPLIT = ("torch.distributed.",)
+"""Starts of names of tensors that several processes share."""
+_SHOWN, _SHOWN_KEY = 4, 40
+"""Largest number of keys that a sentence lists, and largest number of characters of each."""
 
 
 class _Ignored:
@@ -41,6 +47,10 @@ class _Ignored:
 
     def __setstate__(self, _: object) -> None:
         """Forgets what the pickle would give to the object."""
+
+
+class _Array(_Ignored):
+    """Stands for an array of numpy, so that a file of arrays is told from one without values."""
 
 
 class _Items(OrderedDict[object, object]):
@@ -69,7 +79,7 @@ _IGNORED = (
     "numpy.dtype",
     "numpy.ndarray",
     # numpy 2 renamed its core.
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *(f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")),
     *(f"numpy.dtypes.{name}DType" for name in ("Bool", "Float16", "Float32", "Float64", "Int32", "Int64", "UInt8")),
     "mmengine.logging.history_buffer.HistoryBuffer",
     *(f"omegaconf.base.{name}" for name in ("ContainerMetadata", "Metadata", "SCMode")),
@@ -103,10 +113,46 @@ def read_file(path: Path) -> object:
         FormatError: it is damaged, holds a whole network or a TorchScript archive, or names code that is not listed.
     """
     require_file(path, "--weights file")
+    # Before it is read: some of these would be read as something else.
+    if kind := foreign_kind(path):
+        raise FormatError(f"--weights file {str(path)!r} {kind}.")
     try:
         return _read(path)
     except Exception as error:  # a damaged pickle or zip may raise anything in its reader
         raise FormatError(f"--weights file {str(path)!r} {_reason(path, error)}") from error
+
+
+def without_tensors(content: object) -> str:
+    """Returns what a file without tensors holds, and what to do, as in "holds a list; ..."."""
+    arrays = _count_arrays(content)
+    if arrays:
+        return (
+            f"holds {arrays} arrays of numpy and no tensors; save them as tensors: torch.save({{name: "
+            f"torch.from_numpy(array) for name, array in state.items()}}, FILE)."
+        )
+    if isinstance(content, (list, tuple)) and any(isinstance(entry, dict) for entry in content):
+        number = next(number for number, entry in enumerate(content) if isinstance(entry, dict))
+        return (
+            f"holds a {type(content).__name__}; save the weights in it: torch.save(torch.load(FILE, "
+            f"weights_only=True)[{number}], OTHER)."
+        )
+    keys = [repr(str(key)[:_SHOWN_KEY]) for key in list(content)[:_SHOWN]] if isinstance(content, dict) else []
+    what = f"the keys {join_words(keys, 'and')}" if keys else f"an object of type {type(content).__name__}"
+    return f"holds no state_dict of tensors but {what}; save the weights: torch.save(model.state_dict(), FILE)."
+
+
+def _count_arrays(content: object) -> int:
+    """Returns the number of arrays of numpy in nested mappings and lists."""
+    seen: set[int] = set()
+    found, left = 0, [content]
+    while left:
+        one = left.pop()
+        if isinstance(one, _Array):
+            found += 1
+        elif isinstance(one, (dict, list, tuple)) and id(one) not in seen:
+            seen.add(id(one))  # a file may nest one object in itself
+            left.extend(one.values() if isinstance(one, dict) else one)
+    return found
 
 
 def _read(path: Path) -> object:
@@ -126,6 +172,7 @@ def _listed() -> Iterator[None]:
         *((_Ignored, name) for name in _IGNORED),
         *((_Items, name) for name in _MAPPINGS),
         (_Elements, "collections.deque"),
+        *((_Array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
     ]
     with safe_globals([entry for entry in stand_ins if entry not in get_safe_globals()]):
         yield
@@ -134,6 +181,12 @@ def _listed() -> Iterator[None]:
 def _reason(path: Path, error: Exception) -> str:
     """Returns why a file cannot be read, and what to do."""
     names = _refused_names(path, error)
+    if any(name.startswith(_SPLIT) for name in names):
+        return (
+            "holds tensors that are split between processes; gather them where it was made: "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True))."
+        )
     if any(name.startswith(_MODULES) for name in names):
         return (
             "holds a whole network, whose code would have to be imported and run; load it where it was made, and save "
@@ -143,11 +196,6 @@ def _reason(path: Path, error: Exception) -> str:
         return (
             f"names code, {names[0][:80]!r}, which is never run; it is hostile, or keeps objects beside its weights. "
             f"If you trust it, save its weights alone: torch.save(model.state_dict(), FILE)."
-        )
-    if _is_torchscript(path):
-        return (
-            "is a TorchScript archive, which holds code; save its weights alone: "
-            "torch.save(torch.jit.load(FILE).state_dict(), OTHER)."
         )
     return (
         "cannot be read as a state_dict: it is damaged, or was written neither by torch.save with its usual protocol "
@@ -166,11 +214,3 @@ def _refused_names(path: Path, error: Exception) -> list[str]:
         names = []
     told = re.search(r"GLOBAL (\S+)", str(error))
     return [*([told[1]] if told else []), *names]
-
-
-def _is_torchscript(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except Exception:  # noqa: BLE001 - a damaged zip may claim any version, and raise anything in its reader
-        return False

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from converters.checkpoints import Checkpoint, Found
-from converters.pickles import read_file
+from converters.checkpoints import Checkpoint, Found, dense
+from converters.pickles import read_file, without_tensors
 from converters.torch_prune import prune_module
 from dsr_tool.errors import FormatError, UsageError, join_words
+from dsr_tool.sparse.aliases import completed
 from dsr_tool.sparse.compact.marks import store_of
 
 __all__ = ["fill", "fill_from_file", "fitting", "is_state_file", "load_file", "load_strictly", "read_weights"]
@@ -52,7 +53,7 @@ def read_weights(weights: str, module: nn.Module, optional: Sequence[str] = ()) 
     try:
         return fitting(content, module, optional, choice)
     except LookupError as error:
-        raise FormatError(f"--weights file {str(path)!r} holds no state_dict of tensors.") from error
+        raise FormatError(f"--weights file {str(path)!r} {without_tensors(content)}") from error
 
 
 def fitting(content: object, module: nn.Module, optional: Sequence[str] = (), choice: str = "") -> Found:
@@ -120,6 +121,7 @@ def load_strictly(
     # Files from before torch 0.4.1 lack the counters of batch normalisation.
     counters = {key: torch.zeros_like(value, device="cpu") for key, value in own.items() if value.ndim == 0}
     state = {**{key: value for key, value in counters.items() if key.endswith("num_batches_tracked")}, **state}
+    state = completed(state, module)
     missing = sorted(set(own) - set(state))
     unknown = sorted(set(state) - set(own))
     differing = sorted(key for key in set(own) & set(state) if own[key].shape != state[key].shape)
@@ -136,18 +138,19 @@ def load_strictly(
         if own[key].is_floating_point() and not value.is_floating_point():
             raise UsageError(
                 f"--weights {origin!r} holds {key!r} as {value.dtype}, but {name} has {own[key].dtype}; give weights "
-                f"that are not quantised."
+                f"of real numbers that are not quantised."
             )
-    fill(module, {key: _dense(value).to(own[key].dtype, copy=True) for key, value in state.items()})
+    fill(module, {key: dense(value).to(own[key].dtype, copy=True) for key, value in state.items()})
 
 
 def fill(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Assigns tensors with a module's own names and shapes to it; the module may be on the meta device.
 
-    In compact storage, sparse weights are there already, and `state` has the others.
+    Of a submodule with several names, `state` may have any of them. In compact storage, sparse weights are there
+    already, and `state` has the others.
     """
     # torch keeps the versions of the layers beside the tensors, and some models (MNASNet) read theirs when they load.
-    versioned = OrderedDict(state)
+    versioned = OrderedDict(completed(state, module))
     store = store_of(module)
     with nullcontext() if store is None else store.naming():  # a state_dict without dense weights
         versioned._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
@@ -158,11 +161,6 @@ def _split(weights: str) -> tuple[Path, str]:
     """Returns path and key of `FILE#KEY`; the key is empty if there is none, or if a file has the whole as its name."""
     path, _, key = weights.rpartition("#")
     return (Path(path), key) if path and not Path(weights).exists() else (Path(weights), "")
-
-
-def _dense(value: torch.Tensor) -> torch.Tensor:
-    """Returns a tensor in the usual layout; pruned weights are sometimes saved in a sparse one."""
-    return value if value.layout == torch.strided else value.to_dense()
 
 
 def _conversions(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> list[str]:

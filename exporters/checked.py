@@ -45,7 +45,7 @@ class CheckedModel:
             UsageError: weights of another type than float32, an unknown input shape, or outputs without real numbers.
         """
         # Loading a dense state_dict into a sparse model undoes its sparsity silently; this finds it.
-        model.check()
+        (model.check if values is None else model.check_writable)()
         # Graphs and kernels compute in the type of the input, which is float32 for every export.
         # Whole numbers are stored as they are; complex ones were refused by the check.
         real = (p.dtype for p in model.module.parameters() if p.is_floating_point())

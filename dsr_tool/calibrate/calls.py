@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - its name everywhere
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsr_tool.sparse.macs import storage
+from dsr_tool.sparse.flow import storage
 
 __all__ = ["Call", "Watch", "owners_of", "rows_of_weight", "weight_of_rows"]
 

@@ -11,7 +11,7 @@ from torch import nn
 from dsr_tool.calibrate.calls import Call, Watch, owners_of
 from dsr_tool.calibrate.survey import ADDITIONS, NORMS, Layer
 from dsr_tool.errors import CheckFailed
-from dsr_tool.sparse.macs import storage
+from dsr_tool.sparse.flow import storage
 
 __all__ = ["Collector", "Reached", "Sample", "Statistics"]
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from dsr_tool.calibrate.calls import Call, Watch, owners_of
 from dsr_tool.calibrate.wide import moment_bytes, slices_of
-from dsr_tool.sparse.macs import storage
+from dsr_tool.sparse.flow import storage
 
 __all__ = ["ADDITIONS", "NORMS", "Layer", "survey"]
 

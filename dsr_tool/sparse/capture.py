@@ -15,7 +15,7 @@ from torch import nn
 
 from dsr_tool.errors import UsageError, first_line
 from dsr_tool.sparse.compact.modules import uninstall
-from dsr_tool.sparse.feeding import plain_attention
+from dsr_tool.sparse.feeding import main_output, plain_attention
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -44,7 +44,6 @@ def capture(module: nn.Module, input_shape: tuple[int, ...]) -> onnx_ir.Model:
     """
     with _quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]), plain_attention():
         program = _export(module, input_shape)
-        _keep_one_output(program, type(module).__name__)
         _fold(program.model, frozenset(module.state_dict()))
     return program.model
 
@@ -64,9 +63,12 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 
 def _export(module: nn.Module, input_shape: tuple[int, ...]) -> torch.onnx.ONNXProgram:
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    name, copied = type(module).__name__, frozen_copy(module)
+    # As a hook of the copy, so that torch captures a network of one output, whatever containers lie around it.
+    copied.register_forward_hook(lambda _module, _inputs, output: main_output(output, name))
     try:
         program = torch.onnx.export(
-            frozen_copy(module),
+            copied,
             # torch specialises a batch of one to a constant.
             (torch.zeros(2, *input_shape, dtype=dtype),),
             dynamo=True,
@@ -77,12 +79,21 @@ def _export(module: nn.Module, input_shape: tuple[int, ...]) -> torch.onnx.ONNXP
             output_names=[OUTPUT],
         )
     except Exception as error:  # torch has a class of its own for each stage, and the module may raise anything
+        if (refused := _usage_error(error)) is not None:
+            raise refused from None
         raise UsageError(
-            f"{type(module).__name__} cannot be captured with input shape {input_shape}: "
+            f"{name} cannot be captured with input shape {input_shape}: "
             f"{first_line(error.__cause__ or error)}; give the shape of its input, and a model without "
             f"data-dependent control flow."
         ) from error
     return cast("torch.onnx.ONNXProgram", program)  # None only with dynamo=False
+
+
+def _usage_error(error: BaseException | None) -> UsageError | None:
+    """Returns the error of `main_output` that another one was raised for, or None."""
+    while error is not None and not isinstance(error, UsageError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _fold(model: onnx_ir.Model, state: Container[str]) -> None:
@@ -99,23 +110,6 @@ def _fold(model: onnx_ir.Model, state: Container[str]) -> None:
             model, input_size_limit=_NO_LIMIT, output_size_limit=_NO_LIMIT, onnx_shape_inference=True
         )
         optimizer.remove_unused_nodes(model)
-
-
-def _keep_one_output(program: torch.onnx.ONNXProgram, name: str) -> None:
-    """Removes every output but the one with the key `out`, if the module returns a mapping."""
-    outputs = program.model.graph.outputs
-    if len(outputs) == 1:
-        return
-    spec = program.exported_program.call_spec.out_spec if program.exported_program else None
-    keys = list(spec.context) if spec is not None and isinstance(spec.context, list) else []
-    if "out" not in keys or len(keys) != len(outputs):
-        raise UsageError(
-            f"{name} returns {len(outputs)} tensors; wrap it in a module that returns one, or a mapping with "
-            f"the key 'out'."
-        )
-    kept = outputs[keys.index("out")]
-    outputs.clear()
-    outputs.append(kept)
 
 
 @contextlib.contextmanager

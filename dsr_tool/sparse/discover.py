@@ -14,9 +14,13 @@ from typing import NamedTuple
 from torch import nn
 
 from dsr_tool.errors import UsageError, unknown_name
+from dsr_tool.sparse.aliases import later_paths
+from dsr_tool.sparse.compact.change import held_state
+from dsr_tool.sparse.compact.marks import LAYERS
+from dsr_tool.sparse.contract import require_state
 from dsr_tool.sparsity.layers import LayerSpec
 
-__all__ = ["TINY_FRACTION", "TINY_WEIGHTS", "Rules", "discover"]
+__all__ = ["TINY_FRACTION", "TINY_WEIGHTS", "Rules", "discover", "is_weight"]
 
 _CONVOLUTIONS = (
     nn.Conv1d,
@@ -64,6 +68,8 @@ class Rules:
 def discover(module: nn.Module, rules: Rules | None = None) -> dict[str, LayerSpec]:
     """Decides for every entry of the state_dict whether it is sparse, dense or a buffer, and why.
 
+    A submodule with several names is one layer, under the first of them; patterns may use any.
+
     Args:
         module: any network; its weights are not read, so it may be on the meta device.
         rules: rules that override the defaults.
@@ -72,66 +78,79 @@ def discover(module: nn.Module, rules: Rules | None = None) -> dict[str, LayerSp
         One spec per state_dict entry, in its order. `with_macs` adds `macs_per_weight`.
 
     Raises:
-        UsageError: a pattern matches no weight, two names share one tensor, or a layer has no shape yet.
+        UsageError: a pattern matches no weight, two modules share one tensor, or the state_dict cannot be saved; see
+            `require_state`.
     """
     rules = rules or Rules()
+    require_state(module)
     entries = _entries(module)
-    # A state_dict may have entries that are no tensors of the module, and leaves out buffers that are not persistent.
-    specs = {name: _by_type(name, entries[name]) for name in module.state_dict() if name in entries}
-    _check_patterns(rules, [name for name, spec in specs.items() if spec.weight])
+    specs = {name: _by_type(name, entry) for name, entry in entries.items()}
+    _check_patterns(rules, [other for name, spec in specs.items() if spec.weight for other in entries[name].names])
     tiny_below = min(TINY_WEIGHTS, TINY_FRACTION * sum(spec.size for spec in specs.values() if spec.weight))
     return {
-        name: _by_rules(spec, entries[name].owner, rules, tiny_below) if spec.weight else spec
-        for name, spec in specs.items()
+        name: _by_rules(spec, entries[name], rules, tiny_below) if spec.weight else spec for name, spec in specs.items()
     }
 
 
 class _Entry(NamedTuple):
-    """One entry of the state_dict: its module, its name there, its shape, and whether it is a parameter or a buffer."""
+    """One entry of the state_dict.
+
+    Attributes:
+        owner: the module that has it.
+        local: its name there.
+        shape: its shape.
+        role: `parameter`, `buffer`, or `extra` for what the module adds to its state_dict beside these.
+        names: its names in the state_dict; several if the module has several.
+    """
 
     owner: nn.Module
     local: str
     shape: tuple[int, ...]
-    is_parameter: bool
+    role: str
+    names: tuple[str, ...]
 
 
 def _entries(module: nn.Module) -> dict[str, _Entry]:
-    """Returns every parameter and buffer by full name."""
+    """Returns every entry of the state_dict by its first name, in its order."""
+    modules = dict(module.named_modules(remove_duplicate=False))
+    paths: dict[str, list[str]] = {}
+    for path, earlier in later_paths(module).items():
+        paths.setdefault(earlier, [earlier]).append(path)
     found: dict[str, _Entry] = {}
     seen: dict[int, str] = {}
-    # With duplicates, so that a module used twice is found as two names of one tensor.
-    for path, owner in module.named_modules(remove_duplicate=False):
-        tensors = [(n, t, True) for n, t in owner._parameters.items()]
-        tensors += [(n, t, False) for n, t in owner._buffers.items()]
-        for local, tensor, is_parameter in tensors:
-            if tensor is None:
-                continue
-            name = f"{path}.{local}" if path else local
-            if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
-                raise UsageError(f"parameter {name!r} has no shape yet; run one input through the model first.")
-            # One tensor under two names would need one mask under two names.
-            if id(tensor) in seen:
-                raise UsageError(
-                    f"entries {seen[id(tensor)]!r} and {name!r} are one shared tensor, which cannot be made sparse; "
-                    f"give each layer its own weights."
-                )
-            seen[id(tensor)] = name
-            found[name] = _Entry(owner, local, tuple(tensor.shape), is_parameter)
+    for name, like, _ in held_state(module):
+        path, _, local = name.rpartition(".")
+        owner = modules.get(path, module)
+        names = tuple(f"{other}.{local}".removeprefix(".") for other in paths.get(path, [path]))
+        tensor = owner._parameters.get(local, owner._buffers.get(local))
+        is_parameter = local in owner._parameters or local in owner.__dict__.get(LAYERS, {})
+        role = "parameter" if is_parameter else "buffer" if tensor is not None else "extra"
+        # One tensor in two modules would need one mask under two names.
+        if tensor is not None and seen.setdefault(id(tensor), name) != name:
+            raise UsageError(
+                f"entries {seen[id(tensor)]!r} and {name!r} are one shared tensor, which cannot be made sparse; give "
+                f"each layer its own weights."
+            )
+        found[name] = _Entry(owner, local, tuple(like.shape), role, names)
     return found
+
+
+def is_weight(owner: nn.Module, local: str) -> bool:
+    """Returns whether an attribute of a module is a weight by the type of the module."""
+    if isinstance(owner, nn.MultiheadAttention):
+        return local in _ATTENTION_WEIGHTS
+    return isinstance(owner, _WEIGHT_LAYERS) and local == "weight"
 
 
 def _by_type(name: str, entry: _Entry) -> LayerSpec:
     """Returns the spec of an entry by the type of its module alone."""
-    owner, local, shape, is_parameter = entry
+    owner, local, shape, role, _ = entry
     kind = type(owner).__name__
-    weight = is_parameter and (
-        (isinstance(owner, _WEIGHT_LAYERS) and local == "weight")
-        or (isinstance(owner, nn.MultiheadAttention) and local in _ATTENTION_WEIGHTS)
-    )
-    if weight:
+    if role == "parameter" and is_weight(owner, local):
         return LayerSpec(name, shape, kind, "sparse", True, f"weight of {kind}")
-    if not is_parameter:
-        return LayerSpec(name, shape, kind, "buffer", False, f"buffer of {kind}")
+    if role != "parameter":
+        what = "buffer" if role == "buffer" else "extra state"
+        return LayerSpec(name, shape, kind, "buffer", False, f"{what} of {kind}")
     if isinstance(owner, _NORMS):
         reason = f"normalisation ({kind})"
     elif isinstance(owner, (*_WEIGHT_LAYERS, nn.MultiheadAttention)) and "bias" in local:
@@ -141,16 +160,16 @@ def _by_type(name: str, entry: _Entry) -> LayerSpec:
     return LayerSpec(name, shape, kind, "dense", False, reason)
 
 
-def _by_rules(spec: LayerSpec, owner: nn.Module, rules: Rules, tiny_below: float) -> LayerSpec:
+def _by_rules(spec: LayerSpec, entry: _Entry, rules: Rules, tiny_below: float) -> LayerSpec:
     """Returns the spec of a weight after patterns, preset and defaults; the first that applies decides."""
     # The user's patterns come first, then the preset, then the defaults.
-    if pattern := _match(spec.name, rules.sparsify):
+    if pattern := _match(entry.names, rules.sparsify):
         return replace(spec, reason=f"{spec.reason}, sparse by pattern {pattern!r}")
-    if pattern := _match(spec.name, rules.keep_dense):
+    if pattern := _match(entry.names, rules.keep_dense):
         return replace(spec, role="dense", reason=f"kept dense by pattern {pattern!r}")
     if spec.name in rules.preset_dense:
         return replace(spec, role="dense", reason=rules.preset_dense[spec.name])
-    if rules.small_layers and _is_depthwise(owner):
+    if rules.small_layers and _is_depthwise(entry.owner):
         return replace(spec, role="dense", reason="depthwise: one input channel per filter")
     if rules.small_layers and spec.size < tiny_below:
         return replace(spec, role="dense", reason=f"tiny: fewer than {TINY_WEIGHTS:,} weights")
@@ -167,18 +186,18 @@ def _is_depthwise(owner: nn.Module) -> bool:
     return owner.groups > 1 and owner.groups == owner.in_channels
 
 
-def _match(name: str, patterns: Sequence[str]) -> str | None:
-    """Returns the first pattern that matches a full name or the path of the module that owns it."""
-    path = name.rpartition(".")[0]
+def _match(names: Sequence[str], patterns: Sequence[str]) -> str | None:
+    """Returns the first pattern that matches one of the full names of an entry, or the path of the module before it."""
+    texts = [text for name in names for text in (name, name.rpartition(".")[0])]
     # fnmatchcase, because fnmatch ignores case on some systems.
-    return next((p for p in patterns if fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(path, p)), None)
+    return next((p for p in patterns if any(fnmatch.fnmatchcase(text, p) for text in texts)), None)
 
 
 def _check_patterns(rules: Rules, weights: Sequence[str]) -> None:
     """Raises `UsageError` for a pattern that matches no weight, which is a typing error most of the time."""
     for parameter, patterns in (("--keep-dense", rules.keep_dense), ("--sparsify", rules.sparsify)):
         for pattern in patterns:
-            if not any(_match(name, [pattern]) for name in weights):
+            if not _match(weights, [pattern]):
                 known = [*weights, *(name.rpartition(".")[0] for name in weights)]
                 raise unknown_name(f"{parameter} pattern", pattern, known)
 

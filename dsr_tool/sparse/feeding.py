@@ -7,6 +7,7 @@ output by output. Its tensor form ends before the boxes are chosen.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +17,17 @@ import torch
 import torch.fx
 from torch import nn
 
+from dsr_tool.errors import UsageError
+
 __all__ = [
     "REGIONS",
     "TensorDetector",
     "detector_kind",
     "evaluating",
     "float_tensors",
+    "main_output",
     "plain_attention",
+    "require_floats",
     "tensor_form",
 ]
 
@@ -32,6 +37,9 @@ REGIONS = 16
 _REGION_CELLS = 14
 """Side of a region in cells of its feature map: the canonical 224 pixels at the level with stride 16 (Lin et al.,
 Feature Pyramid Networks, CVPR 2017, equation 1)."""
+
+_COMPARED = (torch.float16, torch.float32, torch.float64)
+"""Types of outputs that runtimes have."""
 
 _DETECTORS = ("GeneralizedRCNN", "RetinaNet", "FCOS", "SSD")
 """Names of torchvision's classes of detectors; all others are subclasses."""
@@ -87,13 +95,55 @@ def plain_attention() -> Iterator[None]:
 
 
 def float_tensors(output: object) -> list[torch.Tensor]:
-    """Returns the floating-point tensors of an output, in a fixed order.
+    """Returns the tensors of real numbers in an output, in a fixed order.
 
     Args:
-        output: a tensor, or any nesting of mappings, lists and tuples; a mapping with a key `out` counts as that entry,
-            since the others are auxiliary heads.
+        output: a tensor, or any nesting of mappings, lists, tuples and dataclasses; a mapping with a key `out` counts
+            as that entry, since the others are auxiliary heads.
     """
     return list(_flatten(output))
+
+
+def main_output(output: object, network: str) -> torch.Tensor:
+    """Returns the one tensor of real numbers in an output; what lies beside it, such as None, does not count.
+
+    Args:
+        output: see `float_tensors`.
+        network: name of the network's class, for messages.
+
+    Raises:
+        UsageError: there is no such tensor, or there are several.
+    """
+    found = require_floats(output, network)
+    if len(found) > 1:
+        raise UsageError(
+            f"{network} returns {len(found)} tensors; wrap it in a module that returns one, or a mapping with the key "
+            f"'out'."
+        )
+    return found[0]
+
+
+def require_floats(output: object, network: str) -> list[torch.Tensor]:
+    """Returns `float_tensors` of an output.
+
+    Args:
+        output: the output.
+        network: name of the network's class, for messages.
+
+    Raises:
+        UsageError: there are none, or their type is one that numpy lacks.
+    """
+    found = float_tensors(output)
+    if not found:
+        what = f"a tensor of {output.dtype}" if isinstance(output, torch.Tensor) else type(output).__name__
+        raise UsageError(
+            f"{network} returns {what} in eval mode, and an export compares tensors of real numbers; return the scores "
+            f"that it is computed from, as a tensor or in a tuple, list or mapping."
+        )
+    other = next((tensor.dtype for tensor in found if tensor.dtype not in _COMPARED), None)
+    if other is not None:
+        raise UsageError(f"{network} returns a tensor of {other}; return it as float32 (output.float()).")
+    return found
 
 
 def _flatten(output: object) -> Iterator[torch.Tensor]:
@@ -105,6 +155,8 @@ def _flatten(output: object) -> Iterator[torch.Tensor]:
     elif isinstance(output, Sequence) and not isinstance(output, str):
         for part in output:
             yield from _flatten(part)
+    elif dataclasses.is_dataclass(output):
+        yield from _flatten([getattr(output, field.name) for field in dataclasses.fields(output)])
 
 
 class TensorDetector(nn.Module):

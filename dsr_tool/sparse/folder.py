@@ -21,6 +21,7 @@ from dsr_tool.files import new_folder, require_file, share
 from dsr_tool.formats.tensor_file import TensorFile
 from dsr_tool.formats.tensor_writer import Planned, write_arrays
 from dsr_tool.sparse.compact.change import held_state
+from dsr_tool.sparse.contract import DTYPES
 from dsr_tool.sparsity.config import ModelConfig, installed_versions
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.mask import Mask
@@ -46,26 +47,6 @@ NEXT = ".next"
 
 SCHEMA = "dsr-tool/model/1"
 
-_KINDS = {
-    torch.uint64: "U64",
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.complex64: "C64",
-    torch.float32: "F32",
-    torch.uint32: "U32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.uint16: "U16",
-    torch.int16: "I16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""Name of each type in the file."""
-
 
 class Savable(Protocol):
     """The parts of a `SparseModel` that a folder holds; see its attributes.
@@ -80,8 +61,8 @@ class Savable(Protocol):
     def mask_of(self, name: str, shape: tuple[int, ...]) -> Mask:
         """Returns the mask of an entry."""
 
-    def check(self) -> None:
-        """Raises `CheckFailed` if weights and masks disagree."""
+    def check_writable(self) -> None:
+        """Raises `CheckFailed` if weights and masks disagree, or `UsageError` if no file can hold the state."""
 
 
 def current_file(folder: Path, name: str) -> Path:
@@ -217,7 +198,7 @@ def save_folder(model: Savable, path: str | Path, *, force: bool = False) -> Non
         CheckFailed: weights and masks disagree.
         FileError: the folder exists and may not be replaced, or writing fails.
     """
-    model.check()
+    model.check_writable()
     with new_folder(Path(path), marker=CONFIG, force=force) as part:
         write_model(model, part)
 
@@ -248,7 +229,7 @@ def _planned(name: str, like: torch.Tensor, make: Callable[[], torch.Tensor]) ->
         raw: Array = make().detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         return raw
 
-    return Planned(name, _KINDS[like.dtype], tuple(like.shape), array)
+    return Planned(name, DTYPES[like.dtype], tuple(like.shape), array)
 
 
 def _planned_mask(model: Savable, name: str, shape: tuple[int, ...]) -> Planned:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from dsr_tool.errors import CheckFailed, FormatError, UsageError, unknown_name
+from dsr_tool.errors import CheckFailed, FormatError, unknown_name
 from dsr_tool.sparse.compact.change import compacted, held_state, named_parameters, parameters_of
 from dsr_tool.sparse.compact.marks import store_of
 from dsr_tool.sparse.compact.modules import uninstall
 from dsr_tool.sparse.compact.store import CompactStore
 from dsr_tool.sparse.compact.views import PerLayer
+from dsr_tool.sparse.contract import require_exportable, require_state
 from dsr_tool.sparse.folder import save_folder
 from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.sparsity.granularity import GRANULARITIES
@@ -210,20 +212,27 @@ class SparseModel:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Raises `CheckFailed` unless every mask fits its weight and every inactive weight is exactly zero.
+        """Checks the model before every save and export.
 
-        Loading a dense state_dict into the module undoes its sparsity silently, so this runs before every save and
-        export. In compact storage neither can happen.
+        Loading a dense state_dict into the module undoes its sparsity silently; in compact storage it cannot.
+
+        Raises:
+            CheckFailed: a mask does not fit its weight, an inactive weight is not exactly zero, or the state_dict lacks
+                an entry that the model was made with.
+            UsageError: the state_dict has an entry that files cannot hold; see `require_state`.
         """
+        require_state(self.module)
+        self._check_entries()
         if self.store is not None:
             return
         parameters = dict(self.module.named_parameters())
-        if self.masks.keys() <= parameters.keys():
-            self.align_masks()
+        self.align_masks()
         for name, mask in self.masks.items():
-            if name not in parameters or parameters[name].shape != mask.shape:
-                found = f"shape {tuple(parameters[name].shape)}" if name in parameters else "no such parameter"
-                raise CheckFailed(f"mask {name!r} of shape {tuple(mask.shape)} fits no weight; the model has {found}.")
+            if parameters[name].shape != mask.shape:
+                found = tuple(parameters[name].shape)
+                raise CheckFailed(
+                    f"mask {name!r} of shape {tuple(mask.shape)} fits no weight; the model has shape {found}."
+                )
             # count_nonzero counts NaN as well.
             outside = int(torch.count_nonzero(parameters[name].masked_fill(mask, 0.0)))
             if outside:
@@ -232,20 +241,43 @@ class SparseModel:
                     f"loaded over it (apply_masks() zeroes them), or its file is damaged."
                 )
 
+    def check_writable(self) -> None:
+        """Checks the model as `check` does, and that nothing has come to its state_dict since the model was made.
+
+        Raises:
+            CheckFailed, UsageError: see `check`; or there is a new entry, of which no role is known.
+        """
+        self.check()
+        new = next((name for name, *_ in held_state(self.module) if name not in self.specs), None)
+        if new is not None:
+            raise CheckFailed(f"the state_dict has a new entry {new!r}; convert the network as it is now.")
+
+    def _check_entries(self) -> None:
+        """Raises `CheckFailed` if the state_dict lacks entries that the model was made with."""
+        held = {name: tuple(like.shape) for name, like, _ in held_state(self.module)}
+        for name, spec in self.specs.items():
+            if name not in held:
+                there = next((other for other in held if other.endswith(f".{name}")), None)
+                if there is None:
+                    raise CheckFailed(f"the state_dict no longer has {name!r}; convert the network as it is now.")
+                raise CheckFailed(
+                    f"{name!r} is {there!r} in the state_dict now; set model.module to the network without the wrapper "
+                    f"around it."
+                )
+            # Buffers and extra states may grow as a network runs.
+            if spec.role == "buffer" and held[name] != spec.shape:
+                self.specs[name] = replace(spec, shape=held[name])
+
     @torch.no_grad()
     def tensors(self) -> dict[str, SparseTensor]:
         """Returns every entry of the state_dict as numpy values under a mask, a full one for dense entries.
 
         Raises:
-            UsageError: an entry has a type that numpy lacks.
+            UsageError: an entry has a type that files cannot hold.
         """
         tensors = {}
         for name, like, make in held_state(self.module):
-            # numpy has no bfloat16, and no file format here has complex numbers.
-            if like.dtype in (torch.bfloat16, torch.complex64, torch.complex128):
-                raise UsageError(
-                    f"{name!r} has type {like.dtype}, which files cannot hold; call model.to(torch.float32) first."
-                )
+            require_exportable(name, like.dtype)
             array = make().detach().cpu().contiguous().numpy()
             tensors[name] = SparseTensor.from_dense(array, self.mask_of(name, array.shape))
         return tensors

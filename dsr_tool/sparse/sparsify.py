@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dsr_tool.errors import UsageError, unknown_name
+from dsr_tool.sparse.contract import require_values
 from dsr_tool.sparse.discover import Rules, count, discover
 from dsr_tool.sparse.layer_counts import LayerCounts
 from dsr_tool.sparse.macs import with_macs
@@ -82,6 +83,9 @@ class Sparsifier:
         if granularity not in GRANULARITIES:
             raise unknown_name("granularity", granularity, GRANULARITIES)
         specs = discover(module, rules)
+        # Magnitudes of NaN have no order, so a mask chosen by them would be arbitrary.
+        require_values(module)
+        _check_types(module, specs)
         self.module, self.config = module, config
         self.specs = with_macs(module, specs, config.input_shape) if config.input_shape else specs
         self.sparse = [spec for spec in self.specs.values() if spec.role == "sparse"]
@@ -98,8 +102,6 @@ class Sparsifier:
         )
         self._spread, self._least = (own, own.least) if spread is None else (spread, 0)
         self.units = [unit_size(spec.shape, granularity) for spec in self.sparse]
-        # Magnitudes of NaN have no order, so a mask chosen by them would be arbitrary.
-        _check_values(module, self.specs)
 
     @property
     def prunable(self) -> int:
@@ -239,14 +241,10 @@ def sparsify(
     return sparsifier.apply(sparsifier.active_weights(budget), budget)
 
 
-def _check_values(module: nn.Module, specs: Mapping[str, LayerSpec]) -> None:
+def _check_types(module: nn.Module, specs: Mapping[str, LayerSpec]) -> None:
     for name, weight in module.named_parameters():
-        if specs[name].role != "sparse":
-            continue
-        if not weight.is_floating_point():
+        if specs[name].role == "sparse" and not weight.is_floating_point():
             raise UsageError(f"weight {name!r} has type {weight.dtype}; only real floating-point ones can be sparse.")
-        if not torch.isfinite(weight).all():
-            raise UsageError(f"weight {name!r} contains NaN or inf; use an earlier checkpoint.")
 
 
 def _choose(weight: torch.Tensor, active: int, unit: int, positions: str, generator: torch.Generator) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 from dsr_tool.errors import UsageError
 from dsr_tool.graph.ir import Attribute, Graph, Node, Value
 from dsr_tool.graph.operators import operator_of
+from dsr_tool.sparse.aliases import first_name, later_paths
 from dsr_tool.sparse.capture import INPUT, OUTPUT, capture
 from dsr_tool.sparse.feeding import detector_kind
 from dsr_tool.sparsity.tensor import Array
@@ -61,8 +62,9 @@ def trace(module: nn.Module, input_shape: tuple[int, ...]) -> Graph:
 def _first_names(module: nn.Module) -> dict[str, str]:
     """Returns for each state_dict entry the first name of the same tensor: tied weights have one name in the graph."""
     first: dict[int, str] = {}
+    later = later_paths(module)
     state = module.state_dict(keep_vars=True)  # without keep_vars, tied weights are different tensors
-    return {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
+    return {name: first.setdefault(id(tensor), first_name(name, later)) for name, tensor in state.items()}
 
 
 class _Reader:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Collection, Mapping
 import numpy as np
 import torch
 
+from dsr_tool.sparse.aliases import completed
 from dsr_tool.sparse.capture import frozen_copy
+from dsr_tool.sparse.compact.change import held_state
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.grid import GridTensor, distance
 from dsr_tool.sparsity.layers import LayerSpec
@@ -65,12 +67,12 @@ def rounded_model(model: SparseModel, tensors: Mapping[str, SparseTensor]) -> Sp
         tensors: a tensor for each entry of its state_dict, of which weights are taken.
     """
     module = frozen_copy(model.module)
-    state = module.state_dict()
+    state = {name: tensor for name, tensor, _ in held_state(module)}
     for name, tensor in tensors.items():
         if model.specs[name].weight:
             state[name] = torch.from_numpy(tensor.to_dense().astype(np.float32))
     # Assigned, not copied into place: the copy shares its tensors with the model, which must not change.
-    module.load_state_dict(state, assign=True)
+    module.load_state_dict(completed(state, module), assign=True)
     return SparseModel(module, model.specs, model.masks, model.config)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dsr_tool.errors import CheckFailed
+from dsr_tool.sparse.aliases import completed
 from dsr_tool.sparse.capture import frozen_copy
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.tensor import Array, SparseTensor
@@ -95,9 +96,9 @@ def verify_tensors(
         seed=seed,
         differing=differing,
         notes=notes,
-    )
         exact=checked.model.module if how else None,
         how=how,
+    )
 
 
 def _check_architecture(
@@ -120,7 +121,6 @@ def _filled(module: nn.Module, state: Mapping[str, Array]) -> nn.Module:
     types = {name: tensor.dtype for name, tensor in module.state_dict().items()}
     copied = frozen_copy(module)
     # Assigned, not copied into place: the copy shares its tensors with the model, which must not change.
-    copied.load_state_dict(
-        {name: torch.from_numpy(array).to(types[name]) for name, array in state.items()}, assign=True
-    )
+    filled = {name: torch.from_numpy(array).to(types[name]) for name, array in state.items()}
+    copied.load_state_dict(completed(filled, copied), assign=True)
     return copied

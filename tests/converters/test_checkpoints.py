@@ -362,7 +362,7 @@ def test_damaged_files_and_files_without_tensors_are_refused(tmp_path):
     whole = path.read_bytes()
     for part in (whole[:100], whole[:-50], b"", b"hello", whole[:300] + bytes(200) + whole[500:]):
         path.write_bytes(part)
-        with pytest.raises(FormatError, match="is damaged, or was written neither"):
+        with pytest.raises(FormatError, match="is damaged, or was written neither" if part else "is empty"):
             read_file(path)
     torch.save({"epoch": 3}, path)
     with pytest.raises(FormatError, match="holds no state_dict of tensors"):

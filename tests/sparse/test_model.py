@@ -254,10 +254,11 @@ def test_values_that_are_not_finite_or_not_real_are_refused():
         convert(nn.Sequential(nn.Linear(20, 30, dtype=torch.complex64)), sparsity=0.5)
 
 
-def test_a_module_used_twice_is_refused():
+def test_a_module_used_twice_is_one_layer():
     layer = nn.Linear(20, 20)
-    with pytest.raises(UsageError, match="one shared tensor"):
-        convert(nn.Sequential(layer, nn.ReLU(), layer), sparsity=0.5)
+    model = convert(nn.Sequential(layer, nn.ReLU(), layer), sparsity=0.5, input_shape=(20,))
+    assert list(model.specs) == ["0.weight", "0.bias"] and model.parameters == 420
+    assert model.specs["0.weight"].macs_per_weight == 2
 
 
 def test_macs_of_modules_with_buffers_outside_the_state_and_other_types():

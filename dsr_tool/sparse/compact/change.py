@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+from dsr_tool.sparse.aliases import is_alias, later_paths
 from dsr_tool.sparse.compact.layer_parameters import LayerParameters
 from dsr_tool.sparse.compact.marks import LAYERS, ORDER, VALUES, store_of
 from dsr_tool.sparse.compact.modules import install
@@ -66,22 +68,28 @@ def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def held_state(module: nn.Module) -> list[tuple[str, torch.Tensor, Callable[[], torch.Tensor]]]:
     """Lists a state_dict in its order: name, a tensor of its type and shape, and what makes the tensor itself.
 
-    Of a compact network the first is a tensor without data, and dense weights exist one at a time.
+    Of a module with several names, entries are listed under the first. Of a compact network the first tensor has no
+    data, and dense weights exist one at a time.
     """
     store = store_of(module)
     if store is None:
-        return [(name, *_itself(tensor)) for name, tensor in module.state_dict().items()]
+        return [(name, *_itself(tensor)) for name, tensor in _first_named(module).items()]
     with store.naming():
-        state: dict[str, torch.Tensor | str] = dict(module.state_dict())
+        state = _first_named(module)
     return [(name, *_held(store, held)) for name, held in state.items()]
+
+
+def _first_named(module: nn.Module) -> dict[str, Any]:
+    later = later_paths(module)
+    return {name: entry for name, entry in module.state_dict().items() if not is_alias(name, later)}
 
 
 def _itself(tensor: torch.Tensor) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
     return tensor, lambda: tensor
 
 
-def _held(store: CompactStore, held: torch.Tensor | str) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
-    if isinstance(held, torch.Tensor):
+def _held(store: CompactStore, held: Any) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
+    if not isinstance(held, str) or held not in store.layers:
         return _itself(held)
     shape = store.layers[held].shape
     return torch.empty(shape, dtype=store.values.dtype, device="meta"), lambda: store.dense(held).detach()
