@@ -15,7 +15,9 @@ from torch import nn
 from converters.base import Source
 from converters.state_dicts import fill_from_file
 from dsr_tool.errors import UsageError, first_line, unknown_name
+from dsr_tool.sparse.contract import require_state
 from dsr_tool.sparse.macs import output_shape
+from dsr_tool.sparse.wrappers import unwrapped
 from dsr_tool.sparsity.config import MOST_CLASSES, ModelConfig
 
 __all__ = ["SOURCE", "build", "is_callable_name", "load"]
@@ -69,7 +71,7 @@ def build(name: str, seed: int = 0) -> nn.Module:
     Only names that a user typed may be passed: nothing that is read from a file is ever imported.
 
     Raises:
-        UsageError: the name cannot be imported, or the callable returns no network.
+        UsageError: the name cannot be imported, or the callable returns no network or one that cannot be saved.
     """
     if not is_callable_name(name):
         raise UsageError(f"model {name!r} is not written as module:callable; write it as in mypackage.nets:small.")
@@ -85,6 +87,8 @@ def build(name: str, seed: int = 0) -> nn.Module:
             ) from error
     if not isinstance(module, nn.Module):
         raise UsageError(f"{name!r} returned {type(module).__name__}, expected a torch.nn.Module.")
+    module = unwrapped(module)
+    require_state(module)
     return module
 
 

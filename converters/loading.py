@@ -11,13 +11,16 @@ import torch
 from torch import nn
 
 from converters import callables
+from converters.plain import make_plain
 from converters.sources import build_structure
 from converters.state_dicts import fill
 from dsr_tool.errors import CheckFailed, FormatError, UsageError, unknown_name
 from dsr_tool.formats.archive import Archive, open_archive
 from dsr_tool.graph.compact.record import COMPACTED
+from dsr_tool.sparse.compact.change import held_state
 from dsr_tool.sparse.compact.modules import install
 from dsr_tool.sparse.compact.store import CompactStore, Entry
+from dsr_tool.sparse.contract import is_extra_state
 from dsr_tool.sparse.discover import discover
 from dsr_tool.sparse.folder import read_folder
 from dsr_tool.sparse.model import STORAGES, SparseModel
@@ -59,7 +62,8 @@ def load(path: str | Path, module: nn.Module | str | None = None, *, storage: st
     else:
         folder = read_folder(path)
         config, specs, items = folder.config, folder.specs, folder.entries()
-    filling = _Filling(module or build_structure(config), config, specs, str(path))
+    given = build_structure(config) if module is None else make_plain(module).module
+    filling = _Filling(given, config, specs, str(path))
     for name, weight, mask in items:
         filling.add(name, weight, mask, compact=storage == "compact")
     model = filling.finish()
@@ -138,8 +142,8 @@ class _Filling:
         return SparseModel(self.module, self.specs, masks, self.config)
 
     def _require_same(self) -> None:
-        own = {name: spec.shape for name, spec in discover(self.module).items()}
-        found = {name: shape for name, (_, shape) in self.found.items()}
+        own = {name: _shape_of(name, spec.shape) for name, spec in discover(self.module).items()}
+        found = {name: _shape_of(name, shape) for name, (_, shape) in self.found.items()}
         if found != own or set(self.specs) != set(own):
             differing = [name for name in {**own, **found} if own.get(name) != found.get(name)]
             first = differing[0] if differing else min(set(self.specs) ^ set(own))
@@ -149,10 +153,15 @@ class _Filling:
                 f"if it is damaged."
             )
         # `fill` assigns tensors, so a wrong dtype would silently become the module's.
-        for name, value in self.module.state_dict().items():
+        for name, value, _ in held_state(self.module):
             dtype = self.found[name][0]
-            if value.dtype != dtype:
+            if value.dtype != dtype and not is_extra_state(name):
                 raise FormatError(f"{self.where!r} holds {name!r} as {dtype}, but the model has {value.dtype}.")
+
+
+def _shape_of(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape that an entry must have; of an extra state, whose size may change as a network runs, none."""
+    return () if is_extra_state(name) else shape
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from converters.plain import make_plain
 from converters.presets import make_rules
 from converters.request import NetworkOptions, SelectionOptions, build_network
 from converters.tickets import CHECKSUM, checksum
-from converters.torch_prune import take_masks
 from converters.torchvision_weights import AUXILIARY, FRESH
+from dsr_tool.sparse.contract import require_state, require_values
 from dsr_tool.sparse.discover import Rules, discover
 from dsr_tool.sparse.feeding import detector_kind, tensor_form
 from dsr_tool.sparsity.config import ModelConfig
@@ -57,8 +58,12 @@ def prepare(network: NetworkOptions, selection: SelectionOptions) -> Prepared:
     Raises:
         UsageError, FileError, FormatError: see `convert`.
     """
-    module, config, may_be_trained = build_network(network)
-    masks = take_masks(module)
+    built, config, may_be_trained = build_network(network)
+    plain = make_plain(built)
+    module = plain.module
+    # Before anything is computed with them.
+    require_state(module)
+    require_values(module)
     rules = make_rules(
         module,
         preset=selection.preset,
@@ -84,12 +89,12 @@ def prepare(network: NetworkOptions, selection: SelectionOptions) -> Prepared:
         module,
         replace(config, conversion={**config.conversion, **record}),
         rules,
-        masks,
+        plain.masks,
         trained=network.weights is not None,
         may_be_trained=may_be_trained,
         new_head=tuple(new_head),
         fresh=chosen,
-        notes=tuple(_notes(config, kept, chosen)),
+        notes=(*_notes(config, kept, chosen), *plain.notes),
     )
 
 

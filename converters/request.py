@@ -11,6 +11,7 @@ from torch import nn
 
 from converters.sources import find_source, load_network
 from dsr_tool.errors import UsageError
+from dsr_tool.sparse.wrappers import unwrapped
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.config import LONGEST_SIDE, ModelConfig
 
@@ -68,6 +69,12 @@ def build_network(network: NetworkOptions) -> tuple[nn.Module, ModelConfig, bool
         return module, config, find_source(source).may_be_trained
     if network.weights is not None or network.num_classes is not None:
         raise UsageError("weights, num_classes and input_size go with a model name; a module has its own.")
+    if not isinstance(source, nn.Module):
+        raise UsageError(
+            f"source is {type(source).__name__}, expected a torch.nn.Module, the name of a model or module:callable; "
+            f"values alone are no network: give them as weights."
+        )
+    source = unwrapped(source)
     # A module has no name that could build it again; its class name is for messages only.
     return source, ModelConfig("module", type(source).__name__, 0, shape), True
 

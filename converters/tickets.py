@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from converters.budgets import Fitted
+from converters.plain import make_plain
 from converters.sources import find_source, load_network
-from converters.torch_prune import take_masks
 from dsr_tool.errors import CheckFailed, FileError, FormatError, UsageError, unknown_name
 from dsr_tool.sparse.discover import discover
 from dsr_tool.sparse.folder import read_folder
@@ -158,7 +158,8 @@ def _build(
 ) -> tuple[nn.Module, ModelConfig]:
     """Returns the network of a description with the weights to start from, and its own description."""
     if not isinstance(source, str):
-        return source, ModelConfig("module", type(source).__name__, 0, config.input_shape)
+        module = make_plain(source).module
+        return module, ModelConfig("module", type(module).__name__, 0, config.input_shape)
     try:
         module, described = load_network(
             source,
@@ -170,8 +171,8 @@ def _build(
         )
     except FileError as error:
         raise FileError(f"the original weights of {str(folder)!r} cannot be made again: {error}") from error
-    take_masks(module)  # a ticket has the masks of the folder, also if its weights are from a file with pruning
-    return module, described
+    # A ticket has the masks of the folder, also if its weights are from a file with pruning.
+    return make_plain(module).module, described
 
 
 def _require_shapes(module: nn.Module, shapes: dict[str, tuple[int, ...]], folder: str | Path) -> None:

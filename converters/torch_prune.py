@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-__all__ = ["prune_module", "split_masks", "take_masks"]
+__all__ = ["prune_module", "restore_order", "split_masks", "take_masks"]
 
 _VALUES, _MASK = "_orig", "_mask"
 """Endings that torch adds to the name of a pruned parameter, for its values and for its mask."""
@@ -71,9 +71,15 @@ def take_masks(module: nn.Module) -> dict[str, torch.Tensor]:
             prune.remove(owner, local)
             owner._parameters[local].masked_fill_(~mask, 0)
             masks[f"{path}.{local}" if path else local] = mask
-            # torch appends the parameter, but everything here goes in the order that the layer was made with, in which
-            # biases are last.
-            if "bias" not in local:
-                others = {name: owner._parameters.pop(name) for name in list(owner._parameters) if name != local}
-                owner._parameters.update(others)
+            restore_order(owner, local)
     return masks
+
+
+def restore_order(owner: nn.Module, local: str) -> None:
+    """Puts a weight that torch registered again before the other parameters of its module.
+
+    torch appends it, but everything here goes in the order that the layer was made with, in which biases are last.
+    """
+    if "bias" not in local:
+        others = {name: owner._parameters.pop(name) for name in list(owner._parameters) if name != local}
+        owner._parameters.update(others)
