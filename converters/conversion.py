@@ -20,6 +20,7 @@ from converters.thin import fit_thin
 from converters.tickets import make_ticket
 from dsr_tool.calibrate.pictures import DEFAULT_COUNT
 from dsr_tool.errors import UsageError, unknown_name
+from dsr_tool.sparse.computed import require_zeros
 from dsr_tool.sparse.model import STORAGES, SparseModel
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.density_file import PREFIX, DensityFile
@@ -94,7 +95,8 @@ def convert(
         UsageError: a parameter has a value that is not allowed.
         FileError: a file or folder does not exist.
         FormatError: the weights file or the structure cannot be read.
-        CheckFailed: the original weights cannot be made again.
+        CheckFailed: the original weights cannot be made again, or the network computes with a denser function of its
+            sparse weights.
     """
     if storage not in STORAGES:
         raise unknown_name("storage", storage, STORAGES)
@@ -145,6 +147,7 @@ def convert(
         told = on_progress or (lambda _, __: None)
         options = None if calibrate is None else CalibrationOptions(calibrate, images, told)
         fitted = _to_budget(network, selection, sparsity, budget, options)
+    require_zeros(fitted.model)
     if on_fitted is not None:
         on_fitted(fitted)
     return fitted.model.to_storage(storage)
