@@ -21,6 +21,8 @@ _FLOOR_DENSITY = Fraction(1, 10)
 """Smallest density of a layer, as a fraction of the density of the network, where floors apply."""
 _CHUNK = 1 << 22
 """Weights whose sum is accumulated in float64 at a time: 32 MiB, however large the layer."""
+_LARGEST_FLOAT = float(np.finfo(np.float32).max)
+"""Largest finite float32, which stands for importances that overflowed."""
 _LARGEST_BITS = 0x7F800000
 """Bits of the float32 infinity: as integers, the bits of non-negative floats have the order of the floats."""
 
@@ -174,6 +176,8 @@ class Lamp:
 def _lamp_scores(importances: npt.NDArray[np.floating], share: float) -> npt.NDArray[np.int32]:
     """Returns the bits of the scores of one layer in float32, from the smallest to the largest."""
     scores = np.abs(importances, dtype=np.float32).reshape(-1)  # a copy, changed below
+    # Importances may overflow where weights do not; a NaN would have no place in any order.
+    np.nan_to_num(scores, copy=False, posinf=_LARGEST_FLOAT)
     scores.sort()
     # Scores have no unit, and without this the squares of small weights would underflow.
     scores /= scores[-1] or np.float32(1)
@@ -199,6 +203,7 @@ def largest(magnitudes: npt.NDArray[np.floating], active: int) -> npt.NDArray[np
     """
     if active >= magnitudes.size:
         return np.arange(magnitudes.size)
+    magnitudes = np.nan_to_num(magnitudes, posinf=_LARGEST_FLOAT)
     cut = np.partition(magnitudes, magnitudes.size - active)[magnitudes.size - active]
     above = np.flatnonzero(magnitudes > cut)
     return np.concatenate([above, np.flatnonzero(magnitudes == cut)[: active - len(above)]])
