@@ -18,7 +18,7 @@ from dsr_tool.sparse.blocked.trace import sparse_names
 from dsr_tool.sparse.blocked.values import Registers, rows_at, value_at
 from dsr_tool.sparse.compact.rebuild import light
 
-__all__ = ["Product", "convolution_step", "linear_step", "product"]
+__all__ = ["Product", "convolution_step", "linear_step", "product", "sparse_product"]
 
 Product = Callable[[Tensor], Tensor]
 """A layer, applied to a blocked activation or to rows of features."""
@@ -127,14 +127,26 @@ def product(module: nn.Module, weight: str, bias: str, geometry: Geometry, conte
     name = sparse_names(module).get(weight)
     if name is None:
         return lambda x: functional.linear(x, cast(Tensor, parameters[weight]), parameters[bias])
+    multiply = sparse_product(name, geometry, context)
+    return lambda x: multiply(x, parameters[bias])
+
+
+def sparse_product(name: str, geometry: Geometry, context: Context) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """Returns the product of rows of features (..., F) with a sparse weight, plus a bias.
+
+    Args:
+        name: name of the weight in the store.
+        geometry: output and input features.
+        context: the network.
+    """
     store, plans = context.store, context.plans
 
-    def multiply(x: Tensor) -> Tensor:
+    def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
         layer = store.layers[name]
         if prefers_dense(geometry, layer.count / layer.size):
             with light():
-                return functional.linear(x, store.dense(name), parameters[bias])
+                return functional.linear(x, store.dense(name), bias)
         values, positions = store.values_of(name), store.positions_of(name)
-        return linear(x, values, positions, geometry.out_channels, plans, name, store.version, parameters[bias])
+        return linear(x, values, positions, geometry.out_channels, plans, name, store.version, bias)
 
     return multiply

@@ -23,6 +23,7 @@ from dsr_tool.sparse.blocked.patterns import Group, grouped
 from dsr_tool.sparse.blocked.plans import Plans
 from dsr_tool.sparse.blocked.trace import Graph, sparse_names
 from dsr_tool.sparse.blocked.values import Registers, Value, detached, plain
+from dsr_tool.sparse.blocked.window_attention import window_attention_step
 from dsr_tool.sparse.compact.marks import plain_class
 from dsr_tool.sparse.compact.store import CompactStore
 
@@ -195,7 +196,9 @@ def _node_step(node: fx.Node, context: Context) -> Run:
 
 
 def _module_step(node: fx.Node, context: Context) -> Run | None:
-    kind = None if str(node.target) in context.graph.notes else module_kind(context.module(node))
+    if str(node.target) in context.graph.notes:
+        return window_attention_step(node, context)
+    kind = module_kind(context.module(node))
     if kind is nn.Conv2d:
         return convolution_step(node, context)
     if kind is nn.Linear:

@@ -191,7 +191,8 @@ def _make_class(base: type[nn.Module], attributes: tuple[str, ...], *, root: boo
 def _weight(attribute: str) -> property:
     def read(self: nn.Module) -> torch.Tensor:
         store: CompactStore = self.__dict__[STORE]
-        return store.dense(self.__dict__[LAYERS][attribute])
+        weight: torch.Tensor = store.read(self.__dict__[LAYERS][attribute])
+        return weight
 
     return property(read)
 

@@ -112,6 +112,7 @@ class CompactStore:
         self.by_layer: LayerParameters | None = None
         self._pieces: dict[str, torch.Tensor] | None = None
         self._tracing = self._naming = False
+        self._stand_ins: Mapping[str, Any] = {}
         trained = [entry for entry in entries if entry.trained]
         frozen = [entry for entry in entries if not entry.trained]
         self.values = nn.Parameter(_joined([entry.values for entry in trained], entries))
@@ -158,6 +159,19 @@ class CompactStore:
         if self._tracing:
             raise UnexpectedAccessError(f"it reads the weight {name!r} outside of its layer")
         return rebuild(self.values_of(name), Rebuilt(self, name))
+
+    def read(self, name: str) -> Any:
+        """Returns what a module gets for its weight: the dense weight, or inside `standing_in` what stands for it."""
+        return self._stand_ins[name] if name in self._stand_ins else self.dense(name)
+
+    @contextmanager
+    def standing_in(self, stand_ins: Mapping[str, Any]) -> Iterator[None]:
+        """Gives modules something else for their weights inside: an object that functions of torch accept."""
+        before, self._stand_ins = self._stand_ins, {**self._stand_ins, **stand_ins}
+        try:
+            yield
+        finally:
+            self._stand_ins = before
 
     def for_state(self, name: str) -> torch.Tensor | str:
         """Returns what a state_dict has for a layer: its dense weight, or inside `naming` its name."""
@@ -242,7 +256,7 @@ class CompactStore:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what belongs to one forward or backward pass, or to an optimizer."""
-        left_out: dict[str, Any] = {"_pieces": None, "gradients": {}, "by_layer": None}
+        left_out: dict[str, Any] = {"_pieces": None, "gradients": {}, "by_layer": None, "_stand_ins": {}}
         return {**self.__dict__, **left_out, "_tracing": False, "_naming": False}
 
 
