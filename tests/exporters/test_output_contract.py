@@ -1,0 +1,136 @@
+"""Outputs: one tensor of real numbers in whatever container is taken, everything else is one sentence."""
+
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dsr_tool.errors import UsageError
+from dsr_tool.runtime import Session
+from dsr_tool.sparse.feeding import float_tensors, main_output
+from dsr_tool.sparse.macs import output_shape
+from dsr_tool.sparse.sparsify import sparsify
+from dsr_tool.sparse.trace import trace
+from dsr_tool.sparsity.budget import Budget
+from dsr_tool.sparsity.config import ModelConfig
+from exporters.export import export
+
+SHAPE = (6,)
+WITH_GRAPH, WITHOUT = ("dsr", "onnx"), ("npz", "safetensors", "pth")
+Pair = namedtuple("Pair", "logits aux")
+
+
+@dataclass
+class Result:
+    logits: torch.Tensor
+    loss: object = None
+
+
+class Net(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.wrap = nn.Linear(6, 40), wrap
+
+    def forward(self, x):
+        return self.wrap(self.layer(x))
+
+
+ONE = {
+    "a tensor": lambda y: y,
+    "a tuple": lambda y: (y,),
+    "a list": lambda y: [y],
+    "a mapping": lambda y: {"logits": y},
+    "an ordered mapping": lambda y: OrderedDict(logits=y, hidden=None),
+    "a named tuple": lambda y: Pair(y, None),
+    "a dataclass": Result,
+    "containers in containers": lambda y: {"a": [({"b": y},)], "name": "x", "count": 3},
+    "scores and classes": lambda y: (y, y.argmax(1)),
+    "a mask beside": lambda y: {"scores": y, "mask": y > 0},
+}
+AUXILIARY = {"aux and out": lambda y: {"aux": y, "out": y * 2}, "out in a tuple": lambda y: {"out": (y,), "aux": y}}
+SEVERAL = {
+    "a pair": lambda y: (y, y * 2),
+    "two keys": lambda y: {"boxes": y, "scores": y * 2},
+    "levels": lambda y: [y, y[:, :3], y[:, :1]],
+    "a dataclass of two": lambda y: Result(y, y.mean(1)),
+}
+NONE = {
+    "None": (lambda _y: None, "returns NoneType"),
+    "a truth": (lambda y: y > 0, "returns a tensor of torch.bool"),
+    "classes": (lambda y: y.argmax(1), "returns a tensor of torch.int64"),
+    "complex numbers": (lambda y: torch.complex(y, y), "returns a tensor of torch.complex64"),
+    "an empty mapping": (lambda _y: {}, "returns dict"),
+    "classes in a tuple": (lambda y: (y.argmax(1), None), "returns tuple"),
+    "half precision of bfloat16": (lambda y: y.bfloat16(), "returns a tensor of torch.bfloat16; .*output.float"),
+}
+
+
+def model_of(wrap):
+    return sparsify(Net(wrap), ModelConfig("module", "Net", 0, SHAPE), Budget(sparsity=0.5))
+
+
+@pytest.mark.parametrize("kind", [*ONE, *AUXILIARY])
+def test_one_tensor_in_any_container_is_the_output(kind):
+    wrap = {**ONE, **AUXILIARY}[kind]
+    graph = trace(Net(wrap), SHAPE)
+    assert [value.shape for value in graph.outputs] == [(None, 40)]
+    assert output_shape(Net(wrap), SHAPE) == (40,)
+    y = torch.randn(2, 40)
+    assert torch.equal(main_output(wrap(y), "Net"), y * 2 if kind == "aux and out" else y)
+
+
+@pytest.mark.parametrize("ending", [*WITH_GRAPH, *WITHOUT])
+@pytest.mark.parametrize("kind", ["a tuple", "a mapping", "a dataclass", "scores and classes"])
+def test_such_networks_are_exported_to_every_container(kind, ending, tmp_path):
+    model = model_of(ONE[kind])
+    assert export(model, tmp_path / f"m.{ending}").passed
+    if ending == "dsr":
+        x = np.random.default_rng(0).standard_normal((3, 6)).astype(np.float32)
+        expected = model.module.layer(torch.from_numpy(x)).detach().numpy()
+        np.testing.assert_allclose(Session(tmp_path / "m.dsr").run(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_several_tensors_go_to_files_without_a_graph_and_are_all_compared(kind, tmp_path):
+    model = model_of(SEVERAL[kind])
+    for ending in WITHOUT:
+        assert export(model, tmp_path / f"m.{ending}").passed
+    for ending in WITH_GRAPH:
+        with pytest.raises(UsageError, match=r"Net returns \d tensors; wrap it.*'out'"):
+            export(model, tmp_path / f"n.{ending}")
+    assert not list(tmp_path.glob("n.*"))
+    assert len(float_tensors(SEVERAL[kind](torch.ones(2, 40)))) > 1 and output_shape(model.module, SHAPE) == ()
+
+
+@pytest.mark.parametrize("kind", NONE)
+def test_without_real_numbers_nothing_is_written(kind, tmp_path):
+    wrap, words = NONE[kind]
+    model = model_of(wrap)  # it may be trained all the same
+    for ending in (*WITH_GRAPH, *WITHOUT):
+        with pytest.raises(UsageError, match=f"Net {words}"):
+            export(model, tmp_path / f"m.{ending}")
+    with pytest.raises(UsageError, match=f"Net {words}"):
+        trace(Net(wrap), SHAPE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_such_a_network_is_refused_before_anything_is_encoded(tmp_path, monkeypatch):
+    from exporters import state_dict
+
+    monkeypatch.setattr(state_dict, "_state_of", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(UsageError, match="returns NoneType"):
+        export(model_of(lambda _y: None), tmp_path / "m.pth")
+
+
+def test_outputs_that_keep_their_gradient_are_compared(tmp_path):
+    class Learning(Net):
+        def forward(self, x):
+            with torch.enable_grad():
+                return super().forward(x)
+
+    model = sparsify(Learning(lambda y: y), ModelConfig("module", "Net", 0, SHAPE), Budget(sparsity=0.5))
+    assert export(model, tmp_path / "m.npz").passed
