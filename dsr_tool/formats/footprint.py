@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsr_tool.formats.codecs import CODECS, size_columns
+from dsr_tool.formats.coding import encode_planes
+from dsr_tool.formats.value_bits import entropy_bits
+from dsr_tool.sparsity.grid import GridTensor
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.tensor import SparseTensor
 
@@ -26,7 +29,8 @@ class Sizes:
         active: number of entries that may differ from zero.
         dense_bytes: bytes of all entries in their own type, without a mask.
         codec_bytes: exact bytes by name of the codec, for the codecs that have a column in reports.
-        bound_bytes: least bytes of an entropy-coded mask, log2 C(parameters, active) bits, and of raw active values.
+        bound_bytes: least bytes of an entropy-coded mask, log2 C(parameters, active) bits, and of raw active values; of
+            weights on a grid, their scales and the entropy of their codes.
         dense_macs: multiply-adds for one input with all weights.
         sparse_macs: multiply-adds for one input with the active weights.
     """
@@ -181,7 +185,12 @@ def footprint(
 def _measure(tensor: SparseTensor, spec: LayerSpec) -> Sizes:
     size, active, width = tensor.mask.size, tensor.mask.active, tensor.values.dtype.itemsize
     dense = size * width
-    if spec.role == "sparse":
+    if spec.role == "sparse" and isinstance(tensor, GridTensor):
+        # Each codec with codes of a byte in place of floats; scales come on top of any.
+        codes, scales = SparseTensor(tensor.mask, tensor.codes), encode_planes(tensor.scales).nbytes
+        codecs = {name: CODECS[name].nbytes(codes) + scales for name in size_columns()}
+        bound = math.ceil((tensor.mask.entropy_bound_bits + entropy_bits(tensor)) / 8) + scales
+    elif spec.role == "sparse":
         codecs = {name: CODECS[name].nbytes(tensor) for name in size_columns()}
         bound = math.ceil(tensor.mask.entropy_bound_bits / 8) + active * width
     else:

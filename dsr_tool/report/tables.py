@@ -14,6 +14,7 @@ from dsr_tool.formats.codecs import size_columns
 from dsr_tool.formats.footprint import Footprint, Sizes
 from dsr_tool.report.runlog import RunSummary
 from dsr_tool.report.sources import Source
+from dsr_tool.report.values import value_bits, value_document, value_text
 
 __all__ = ["megabytes", "plain_table", "render", "report_document", "report_text"]
 
@@ -40,6 +41,7 @@ def report_document(source: Source) -> dict[str, Any]:
         "model": source.config.to_dict() if source.config else None,
         "training": source.training,
         "compaction": source.saved.to_dict() if source.saved else None,
+        "values": value_document(value_bits(source)),
         **source.footprint.to_dict(),
     }
 
@@ -148,6 +150,7 @@ def _closing(source: Source) -> list[str]:
         *(folded if source.kind == "onnx" else []),
         f"sparsity: {measured.sparsity:.4%} of the prunable weights, {measured.model_sparsity:.4%} of the whole model",
         f"bytes: {parts}",
+        *value_text(value_document(value_bits(source))),
         f"size on disk {measured.file_bytes:,}, computed {measured.computed_bytes:,}: {agree}; "
         f"{_dense(measured)} {measured.everything.dense_bytes:,}, entropy bound {measured.everything.bound_bytes:,}",
         f"MB are 10^6 bytes; MMACs are millions of multiply-adds for one input of {size}, with active weights and with "

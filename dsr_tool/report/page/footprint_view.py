@@ -19,6 +19,7 @@ from dsr_tool.report.page.layer_view import (
 )
 from dsr_tool.report.page.parts import Bars, Figure, Key, Number, Section, Table, kind_of_file
 from dsr_tool.report.sources import Source
+from dsr_tool.report.values import value_bits, value_document, value_text
 
 __all__ = ["footprint_sections", "headline"]
 
@@ -63,8 +64,9 @@ def footprint_sections(source: Source) -> list[Section]:
     every = layers_of(source)
     layers, note = largest_layers(every)
     notes = [note] if note else []
+    of_bytes = [*value_text(value_document(value_bits(source))), *notes]
     return [
-        Section("bytes", "Where the bytes go", [_parts(source, every), bytes_by_layer(source, layers)], notes=notes),
+        Section("bytes", "Where the bytes go", [_parts(source, every), bytes_by_layer(source, layers)], notes=of_bytes),
         Section("formats", "Formats side by side", [_formats(source)]),
         *([Section("density", "Density by layer", [density_by_layer(source, layers)], notes=notes)] if layers else []),
         *([Section("work", "Work by layer", [work_by_layer(source, layers)], notes=notes)] if layers else []),
