@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from dsr_tool.errors import UsageError, unknown_name
-from dsr_tool.sparsity.grid import GridTensor, distance, to_grid
+from dsr_tool.sparsity.grid import GridTensor, balanced, distance, to_grid
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.tensor import SparseTensor
 
@@ -65,10 +65,10 @@ def stored_like(found: SparseTensor, exact: SparseTensor, spec: LayerSpec) -> Sp
     Raises:
         UsageError: float16 cannot hold the exact values.
     """
-    if not spec.weight or not found.mask.equals(exact.mask):
+    if not spec.weight:
         return exact
     if isinstance(found, GridTensor):
-        return found if distance(found, exact) <= MOST_STEPS else exact
+        return found if found.mask.equals(exact.mask) and distance(found, exact) <= MOST_STEPS else exact
     return _half(spec.name, exact) if found.values.dtype == np.float16 else exact
 
 
@@ -82,7 +82,8 @@ def _rounded(name: str, tensor: SparseTensor, values: str) -> SparseTensor:
             f"--values {values!r} cannot hold weight {name!r}, which has values that are not finite numbers; use "
             f"--values fp32, or mend the model first."
         )
-    return to_grid(tensor, GRID_BITS[values])
+    bits = GRID_BITS[values]
+    return balanced(to_grid(tensor, bits), tensor, bits)
 
 
 def _half(name: str, tensor: SparseTensor) -> SparseTensor:
