@@ -125,6 +125,13 @@ def load_strictly(
     missing = sorted(set(own) - set(state))
     unknown = sorted(set(state) - set(own))
     differing = sorted(key for key in set(own) & set(state) if own[key].shape != state[key].shape)
+    pruned = next((key for key in missing if {f"{key}_orig", f"{key}_mask"} <= set(unknown)), None)
+    if pruned is not None:
+        mask, values = tuple(state[f"{pruned}_mask"].shape), tuple(state[f"{pruned}_orig"].shape)
+        raise UsageError(
+            f"--weights {origin!r} holds a mask of shape {mask} for {pruned[:80]!r} of shape {values}; prune that "
+            f"weight again, with a mask of its own shape."
+        )
     if missing or unknown or differing:
         first = (missing or unknown or differing)[0][:80]  # the file decides how long a name is
         where = f", nearest under {label[:80]!r}" if label else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 __all__ = ["WeightFlow", "storage"]
+
+
+def _trilinear_flops(_first: object, weight: torch.Tensor, *_: object, out_val: torch.Tensor) -> int:
+    return 2 * out_val.numel() * weight[0].numel()
+
+
+_OTHER_FORMULAS: Mapping[Any, Callable[..., int]] = {torch.ops.aten._trilinear: _trilinear_flops}
+"""Operations of operators that torch's own table lacks: those of `nn.Bilinear`, which reads each weight once."""
 
 
 class WeightFlow(TorchDispatchMode):
@@ -56,7 +64,7 @@ class WeightFlow(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        formula = flop_registry.get(func._overloadpacket)
+        formula = flop_registry.get(func._overloadpacket) or _OTHER_FORMULAS.get(func._overloadpacket)
         constant = all(storage(tensor) in self._names for tensor in inputs)
         # What depends on no input is computed to make a weight, not for each input.
         if formula is not None and not constant:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from converters.conversion import convert
-from converters.state_dicts import fitting, read_weights
+from converters.state_dicts import fitting, load_strictly, read_weights
 from dsr_tool.errors import FormatError, UsageError
 
 
@@ -26,7 +26,8 @@ def exported_program(path):
 def archive(path):
     from exporters.export import export
 
-    export(convert(nn.Linear(30, 20), sparsity=0.5, input_shape=(30,)), path, to="archive")
+    export(convert(nn.Linear(30, 20), sparsity=0.5, input_shape=(30,)), path.with_suffix(".dsr"))
+    path.with_suffix(".dsr").rename(path)
 
 
 FOREIGN = {
@@ -83,6 +84,7 @@ def test_a_file_without_a_state_dict_says_what_it_holds(tmp_path, content, words
         read_weights(str(tmp_path / "w.pth"), network())
 
 
+@pytest.mark.filterwarnings("ignore:Sparse C")  # torch's own
 @pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_sparse_csc"])
 def test_sparse_tensors_of_any_layout_are_read(layout):
     state = network(1).state_dict()
@@ -91,6 +93,7 @@ def test_sparse_tensors_of_any_layout_are_read(layout):
     assert all(torch.equal(found.state[name], value) for name, value in state.items())
 
 
+@pytest.mark.filterwarnings("ignore:Sparse C")
 def test_sparse_values_and_masks_of_pruning_are_read():
     state = network(1).state_dict()
     mask = torch.rand_like(state["4.weight"]) < 0.5
@@ -99,6 +102,14 @@ def test_sparse_values_and_masks_of_pruning_are_read():
     found = fitting(pruned, network())
     assert torch.equal(found.masks["4.weight"], mask)
     assert torch.equal(found.state["4.weight"], state["4.weight"] * mask)
+
+
+def test_a_mask_of_another_size_is_named(tmp_path):
+    state = network(1).state_dict()
+    state["4.weight_orig"], state["4.weight_mask"] = state.pop("4.weight"), torch.ones(3)
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(UsageError, match=r"a mask of shape \(3,\) for '4.weight' of shape \(40, 288\)"):
+        load_strictly(network(), "Net", read_weights(str(tmp_path / "w.pth"), network()).state, "w.pth")
 
 
 BAD = [("0.bias", "nan"), ("0.bias", "inf"), ("0.weight", "-inf"), ("1.weight", "nan"), ("4.weight", "nan")]

@@ -131,6 +131,27 @@ def test_weights_in_one_product_share_its_multiply_adds():
         assert [spec.macs_per_weight for spec in model.specs.values() if spec.weight] == [1, 1, 1]
 
 
+def test_every_kind_of_layer_with_weights_counts():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.two, self.one = nn.Bilinear(6, 6, 20), nn.Conv1d(2, 8, 3)
+            self.wide, self.turned = nn.Conv3d(1, 4, 1), nn.ConvTranspose1d(8, 4, 2)
+            self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+        def forward(self, x):
+            y = self.turned(self.one(x[:, None].repeat(1, 2, 1)))
+            z = (
+                self.wide(x[:, None, None, None]).mean((1, 2, 3))
+                + self.attention(x[:, None], x[:, None], x[:, None])[0]
+            )
+            return self.two(x, x).sum(1) + y.mean((1, 2)) + z.sum((1, 2))
+
+    specs = with_macs(Net(), discover(Net()), (6,))
+    found = {name: spec.macs_per_weight for name, spec in specs.items() if spec.weight}
+    assert all(found.values()) and found["two.weight"] == 1 and found["one.weight"] == 4
+
+
 def test_a_sum_with_a_dense_product_is_refused():
     with pytest.raises(CheckFailed, match="base.weight, down.weight and up.weight"):
         convert(LowRank(), sparsity=0.8, input_shape=(32,))
