@@ -234,11 +234,19 @@ class _Tracer(fx.Tracer):
 _RESULTS = (fx.Node, int, float, bool, str, type(None))
 
 
+_REASONS = {
+    "inputs to control flow": "its control flow depends on values",
+    "Proxy object cannot be iterated": "it takes a tensor apart in a loop",
+    "'len' is not supported": "it asks for the length of a tensor",
+    "not '_Proxy'": "it turns a tensor into a Python number",
+    "'_Proxy' object cannot be interpreted as an integer": "it counts by the shape of a tensor",
+}
+"""Parts of messages of torch.fx and Python, whose advice is for those who trace, and what they mean for a network."""
+
+
 def _reason(error: Exception) -> str:
     text = (str(error) or type(error).__name__).splitlines()[0]
-    if isinstance(error, fx.proxy.TraceError) and "control flow" in text:
-        return "its control flow depends on values"
-    return text
+    return next((reason for part, reason in _REASONS.items() if part in text), text)
 
 
 @contextmanager

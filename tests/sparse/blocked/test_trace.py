@@ -59,6 +59,21 @@ def test_a_network_that_asks_for_values_itself_is_refused():
         traced(network(lambda self, x: x * 2 if x.sum() > 0 else x), X)
 
 
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (lambda self, x: x * len(x), "it asks for the length of a tensor"),
+        (lambda self, x: torch.stack([image * 2 for image in x]), "it takes a tensor apart in a loop"),
+        (lambda self, x: x * float(x.sum()), "it turns a tensor into a Python number"),
+        (lambda self, x: x * int(x.sum()), "it turns a tensor into a Python number"),
+        (lambda self, x: x * sum(range(x.shape[0])), "it counts by the shape of a tensor"),
+    ],
+)
+def test_the_reason_is_told_in_words_of_the_network(forward, reason):
+    with pytest.raises(NotTraceableError, match=f"^{reason}$"):
+        traced(network(forward), X)
+
+
 def test_a_module_that_reads_its_sparse_weight_itself_becomes_one_node():
     class Standardised(nn.Conv2d):
         def forward(self, x):

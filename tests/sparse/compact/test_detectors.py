@@ -9,6 +9,7 @@ from torch import optim
 from converters.conversion import convert
 from converters.torchvision_builders import architectures
 from dsr_tool.methods import attach
+from dsr_tool.runtime.kernels.training import available
 from dsr_tool.sparse.compact.modules import runner_of
 
 SMALL = "ssdlite320_mobilenet_v3_large"
@@ -37,7 +38,8 @@ def check_steps(name, method, count, size):
     assert compact.counts == masked.counts
     assert all(torch.equal(mask, compact.masks[key]) for key, mask in masked.masks.items())
     assert any(not torch.equal(mask, before[key]) for key, mask in masked.masks.items())
-    assert runner_of(compact.module).note
+    if method == "dsr" and available():
+        assert runner_of(compact.module).note.startswith("the network cannot be traced: it ")
     for model in (masked, compact):
         model.module.eval()
     (one,), (other,) = masked.module(pictures[:1]), compact.module(pictures[:1])
@@ -52,4 +54,4 @@ def test_a_small_detector_takes_the_same_steps(method):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in architectures("detection") if not name.startswith(("mask", "key"))])
 def test_every_detector_of_boxes_takes_the_same_steps(name):
-    check_steps(name, "dsr", 2, 96)
+    check_steps(name, "dsr", 2, 300 if name == "ssd300_vgg16" else 96)
