@@ -13,6 +13,7 @@ from dsr_tool.methods import Attached
 from dsr_tool.methods.final_sparsity import active_count
 from dsr_tool.sparse.compact.marks import held_values
 from dsr_tool.sparse.feeding import detector_kind
+from dsr_tool.sparsity.granularity import unit_size
 from dsr_tool.train.settings import TrainSettings
 
 __all__ = [
@@ -74,8 +75,10 @@ def _require_declared(attached: Attached) -> None:
     if method.final_sparsity is None:
         return
     sizes, counts = model.sizes, model.counts
-    active = sum(counts[name] for name in attached.names)
-    declared = active_count(method.final_sparsity, [sizes[name] for name in attached.names])
+    # Sparsities of methods count what they prune and grow, which may be whole kernels.
+    units = {name: unit_size(model.specs[name].shape, model.granularity) for name in attached.names}
+    active = sum(counts[name] // unit for name, unit in units.items())
+    declared = active_count(method.final_sparsity, [sizes[name] // unit for name, unit in units.items()])
     if active != declared:
         raise CheckFailed(
             f"method {attached.method_name} ended with {active:,} active weights, but its final sparsity "
