@@ -9,7 +9,7 @@ from converters.loading import load
 from dsr_tool.errors import UsageError
 from dsr_tool.formats.archive import open_archive
 from dsr_tool.runtime import Session
-from dsr_tool.sparsity.grid import GridTensor, largest_code, to_grid
+from dsr_tool.sparsity.grid import GridTensor, balanced, largest_code, to_grid
 from exporters.export import export, verify
 from exporters.values import GRID_BITS
 
@@ -27,7 +27,8 @@ def test_an_archive_holds_the_grid_and_nothing_else_is_rounded(make_model, tmp_p
         assert tensor.mask.equals(exact[name].mask)
         assert isinstance(tensor, GridTensor) == entry.spec.weight == (entry.codec == "grid")
         if entry.spec.weight:
-            expected = to_grid(exact[name], GRID_BITS[values])
+            bits = GRID_BITS[values]
+            expected = balanced(to_grid(exact[name], bits), exact[name], bits)
             assert np.array_equal(tensor.codes, expected.codes) and np.array_equal(tensor.scales, expected.scales)
             assert np.abs(tensor.codes.astype(int)).max() == largest_code(GRID_BITS[values])
         else:

@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsr_tool.sparsity.grid import GridTensor, best_scales, distance, largest_code, on_grid, row_counts, to_grid
+from dsr_tool.sparsity.grid import (
+    GridTensor,
+    balanced,
+    best_scales,
+    distance,
+    largest_code,
+    on_grid,
+    row_counts,
+    to_grid,
+)
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
 
@@ -105,3 +114,31 @@ def test_scales_are_searched_block_by_block(monkeypatch):
     whole = best_scales(tensor, 5)
     monkeypatch.setattr("dsr_tool.sparsity.grid._BLOCK", 25)
     assert np.array_equal(best_scales(tensor, 5), whole)
+
+
+@given(tensors(), st.sampled_from(BITS))
+def test_errors_of_a_channel_cancel_within_one_step_of_each_value(tensor, bits):
+    nearest, q = to_grid(tensor, bits), largest_code(bits)
+    found = balanced(nearest, tensor, bits)
+    assert found.mask is tensor.mask and found.scales is nearest.scales and found.codes.dtype == np.int8
+    assert np.abs(found.codes.astype(int)).max(initial=0) <= q and distance(found, tensor) <= 1 + 1e-5
+    assert not found.codes[tensor.values == 0].any()
+    ends = np.cumsum(row_counts(tensor.mask))
+    for row, (start, end) in enumerate(zip(ends - row_counts(tensor.mask), ends, strict=True)):
+        if nearest.scales[row] == 0:
+            continue
+        steps = tensor.values[start:end] / nearest.scales[row]
+        inside = np.abs(steps) <= q
+        before, after = ((each.codes[start:end] - steps)[inside].sum(dtype=np.float64) for each in (nearest, found))
+        moved = found.codes[start:end] != nearest.codes[start:end]
+        assert abs(after) <= abs(before) + 1e-3 and moved.sum() <= np.rint(abs(before))
+        # Only codes at an end of the grid may be missing to cancel the rest.
+        assert abs(after) <= 0.5 + 1e-3 or (np.abs(nearest.codes[start:end]) == q).any()
+
+
+@given(tensors(), st.sampled_from(BITS))
+def test_values_on_a_grid_have_nothing_to_cancel(tensor, bits):
+    once = balanced(to_grid(tensor, bits), tensor, bits)
+    stored = SparseTensor(tensor.mask, once.values)
+    again = to_grid(stored, bits)
+    assert balanced(again, stored, bits).values.tobytes() == stored.values.tobytes()
