@@ -1,7 +1,7 @@
 """What few bits cost on trained networks: bytes, accuracy, agreement with the dense network, and latency.
 
-    python benchmarks/values.py mobilenet_v2=weights/mobilenet_v2.pth resnet50=weights/resnet50.pth \\
-        --samples imagenet-samples --agreement imagenet-agreement --calibration imagenet-calibration
+    python benchmarks/values.py mobilenet_v2=mobilenet_v2.pth resnet50=resnet50.pth --samples samples
+        --agreement others --calibration photographs
 
 Each network is converted as `dsr-tool convert` does it by default, then exported once for each row and measured by
 `dsr-tool report --accuracy` and `dsr-tool bench`. Rows that a file of rows has are not measured again, so that a run
