@@ -6,10 +6,9 @@ an initializer. Each form of a weight is one expression, so the writer and the r
 
 from __future__ import annotations
 
-import itertools
 import math
-import string
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -24,9 +23,8 @@ Expression: TypeAlias = "str | tuple[Expression, ...]"
 
 _CASTS = {"ToFloat": TensorProto.FLOAT, "ToDouble": TensorProto.DOUBLE, "ToIndex": TensorProto.INT32}
 """Operators of expressions that stand for a Cast, with the type to cast to."""
-_NAME_LENGTH = 3
-"""Letters of a name. All names have the same length, so the bytes of a weight do not depend on its place in the file;
-62³ names suffice for 30,000 weights."""
+_SHARED = "shared"
+"""First part of the names of what several weights may share."""
 
 
 def field_bytes(message: NodeProto | TensorProto | SparseTensorProto) -> int:
@@ -49,19 +47,25 @@ def _with_header(size: int) -> int:
 class NodeWriter:
     """Collects nodes and initializers; parts that several expressions share are written once.
 
+    Every node and value has a name that other tools can refer to: the result that it belongs to, or `shared`, and its
+    leaf or operator, such as `conv1.weight/values`. The bytes of a weight do not depend on its place in the file.
+
     Attributes:
         nodes: nodes in the order of computation.
         initializers: initializers in the order of their first use.
         nbytes: bytes of both in a file.
+        shared_bytes: bytes of those that several expressions may share.
     """
 
     def __init__(self, taken: Collection[str] = ()) -> None:
-        """Starts without nodes; inner values get short names that are not `taken`."""
+        """Starts without nodes; inner values get names that are not `taken`."""
         self.nodes: list[NodeProto] = []
         self.initializers: list[TensorProto] = []
-        self.nbytes = 0
+        self.nbytes = self.shared_bytes = 0
         self._written: dict[tuple[object, ...], str] = {}
-        self._names = _short_names(taken)
+        self._taken = frozenset(taken)
+        self._common: set[str] = set()
+        self._numbers: Counter[str] = Counter()
 
     def add(self, expression: Expression, own: Mapping[str, Array], shared: Mapping[str, Array], output: str) -> None:
         """Writes the nodes that compute an expression.
@@ -73,12 +77,11 @@ class NodeWriter:
             output: name of the result.
         """
         # Never shared, even if two are equal: the bytes of a weight must not depend on other weights.
-        leaves = {leaf: self.initializer(array) for leaf, array in own.items()}
+        leaves = {leaf: self.initializer(array, self._name(output, leaf)) for leaf, array in own.items()}
         self._value(expression, leaves, shared, output)
 
-    def initializer(self, array: Array, name: str = "") -> str:
-        """Adds an array, under a short name unless one is given; returns the name."""
-        name = name or next(self._names)
+    def initializer(self, array: Array, name: str) -> str:
+        """Adds an array under a name; returns the name."""
         tensor = numpy_helper.from_array(array, name)
         self.initializers.append(tensor)
         self.nbytes += field_bytes(tensor)
@@ -86,42 +89,64 @@ class NodeWriter:
 
     def cast(self, cast: str, output: str) -> str:
         """Adds a cast that makes `output`; returns the name that its input, of another type, must have."""
-        source = next(self._names)
-        self._node(cast, [source], output)
+        source = self._name(output, "stored")
+        self._node(cast, [source], output, self._name(output, cast))
         return source
 
-    def _shared(self, array: Array) -> str:
-        return self._once((array.dtype.str, array.shape, array.tobytes()), lambda: self.initializer(array))
+    def _shared(self, leaf: str, array: Array) -> str:
+        key = (array.dtype.str, array.shape, array.tobytes())
+        return self._once(key, lambda: self.initializer(array, self._name(_SHARED, leaf)), common=True)
 
     def _value(
-        self, expression: Expression, leaves: Mapping[str, str], shared: Mapping[str, Array], output: str = ""
+        self,
+        expression: Expression,
+        leaves: Mapping[str, str],
+        shared: Mapping[str, Array],
+        output: str,
+        *,
+        inner: bool = False,
     ) -> str:
         if isinstance(expression, str):
-            return leaves[expression] if expression in leaves else self._shared(shared[expression])
+            return leaves[expression] if expression in leaves else self._shared(expression, shared[expression])
         operator = str(expression[0])
         # Nodes are keyed by operator and inputs, so common subexpressions of several weights are written once.
-        inputs = [self._value(argument, leaves, shared) for argument in expression[1:]]
-        return self._once((operator, *inputs), lambda: self._node(operator, inputs, output or next(self._names)))
+        inputs = [self._value(argument, leaves, shared, output, inner=True) for argument in expression[1:]]
+        common = inner and self._common.issuperset(inputs)
 
-    def _node(self, operator: str, inputs: list[str], output: str) -> str:
+        def make() -> str:
+            name = self._name(_SHARED if common else output, operator)
+            return self._node(operator, inputs, name if inner else output, name)
+
+        return self._once((operator, *inputs), make, common=common)
+
+    def _name(self, of: str, part: str) -> str:
+        """Returns the next free name of a part, such as `conv1.weight/Add_2`."""
+        base, name = f"{of}/{part}", ""
+        while not name or name in self._taken:
+            self._numbers[base] += 1
+            # Those of shared parts all have a number, of one length, since weights refer to them.
+            number = f"_{self._numbers[base]:02}" if of == _SHARED else f"_{self._numbers[base]}"
+            name = base if number == "_1" else base + number
+        return name
+
+    def _node(self, operator: str, inputs: list[str], output: str, name: str) -> str:
         if operator in _CASTS:
-            node = helper.make_node("Cast", inputs, [output], to=_CASTS[operator])
+            node = helper.make_node("Cast", inputs, [output], name, to=_CASTS[operator])
         else:
-            node = helper.make_node(operator, inputs, [output])
+            node = helper.make_node(operator, inputs, [output], name)
         self.nodes.append(node)
         self.nbytes += field_bytes(node)
         return output
 
-    def _once(self, key: tuple[object, ...], make: Callable[[], str]) -> str:
+    def _once(self, key: tuple[object, ...], make: Callable[[], str], *, common: bool) -> str:
+        """Writes a part that was not written yet; returns the name of its value."""
         if key not in self._written:
+            before = self.nbytes
             self._written[key] = make()
+            if common:
+                self.shared_bytes += self.nbytes - before
+                self._common.add(self._written[key])
         return self._written[key]
-
-
-def _short_names(taken: Collection[str]) -> Iterator[str]:
-    # In a fixed order, so that the same model gives the same bytes.
-    letters = itertools.product(string.ascii_letters + string.digits, repeat=_NAME_LENGTH)
-    return (name for name in map("".join, letters) if name not in taken)
 
 
 @dataclass(frozen=True)

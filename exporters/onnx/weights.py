@@ -85,12 +85,9 @@ def _own_bytes(name: str, tensor: SparseTensor, form: str, dtype: str) -> int:
     parts = _parts(tensor, form)
     if parts is None:
         return 2 * _PENALTY if form in COMPACT_FORMS else _dense_bytes(name, tensor, dtype)
-    # Written twice: the second time adds only what the weight does not share.
     writer = NodeWriter()
     _add_parts(writer, name, parts, dtype)
-    first = writer.nbytes
-    _add_parts(writer, name, parts, dtype)
-    return writer.nbytes - first
+    return writer.nbytes - writer.shared_bytes
 
 
 def _dense_bytes(name: str, tensor: SparseTensor, dtype: str) -> int:
@@ -105,8 +102,4 @@ def _shared_bytes(forms: Collection[str], dtype: str) -> int:
     writer = NodeWriter()
     for form in forms:
         add_weight(writer, "", example, form, dtype)
-    first = writer.nbytes
-    for form in forms:
-        add_weight(writer, "", example, form, dtype)
-    # The second round added everything but the shared parts.
-    return 2 * first - writer.nbytes
+    return writer.shared_bytes

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -76,7 +77,7 @@ def to_onnx(
     # Before the parts are joined: protobuf would fail later, and with a message about messages.
     refuse_too_large(writer.nbytes + sum(map(field_bytes, sparse_initializers)))
     body = helper.make_graph(
-        [*writer.nodes, *map(_node, graph)],
+        [*writer.nodes, *map(_node, graph, _node_names(graph, (node.name for node in writer.nodes)))],
         "model",
         [_value(v) for v in graph.inputs],
         [_value(v) for v in graph.outputs],
@@ -173,11 +174,34 @@ def refuse_too_large(nbytes: int) -> None:
         )
 
 
-def _node(node: Node) -> NodeProto:
+def _node_names(graph: Graph, taken: Iterable[str]) -> list[str]:
+    """Returns a name for each node: that of the module whose weight it reads, with its operator, or of its output.
+
+    Tools that insert nodes, such as converters to float16, name these after the nodes that they found.
+
+    Args:
+        graph: the computation.
+        taken: names that other nodes have.
+    """
+    parameters, names = set(graph.parameters), set(taken)
+    found = []
+    for node in graph:
+        module = next((name.rpartition(".")[0] for name in node.inputs if name in parameters), "")
+        first = name = f"{module}/{node.op}" if module else node.outputs[0]
+        for number in itertools.count(2):  # a module may be called several times
+            if name not in names:
+                break
+            name = f"{first}_{number}"
+        names.add(name)
+        found.append(name)
+    return found
+
+
+def _node(node: Node, node_name: str) -> NodeProto:
     # An empty list has no type in ONNX; for every attribute that graphs have, it means the same as none.
     names = sorted(name for name, value in node.attributes.items() if value != ())
     attributes: dict[str, Any] = {name: node.attributes[name] for name in names}
-    return helper.make_node(node.op, node.inputs, node.outputs, **attributes)
+    return helper.make_node(node.op, node.inputs, node.outputs, node_name, **attributes)
 
 
 def _value(value: Value) -> ValueInfoProto:
