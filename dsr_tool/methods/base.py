@@ -73,6 +73,7 @@ class Method(ABC):
         needs_gradients: whether `update` reads the gradients of inactive weights; see `wants_gradients`.
         needs_momentum: whether `update` reads the optimizer's momentum of the active weights.
         continuous: whether it updates after every step; the log then has one entry per epoch instead.
+        layers_may_change: whether layers may be frozen or unfrozen between two updates; `begin` is then called again.
         granularities: units that it can prune and grow: single weights, or whole kernels (see `ActiveWeights`).
         storages: how the sparse weights that it trains can be held (`SparseModel.storage`).
         computes_weights: whether it computes the weights of a pass from others of its own, so that nothing else may.
@@ -92,6 +93,7 @@ class Method(ABC):
     needs_gradients: ClassVar[bool] = False
     needs_momentum: ClassVar[bool] = False
     continuous: ClassVar[bool] = False
+    layers_may_change: ClassVar[bool] = False
     granularities: ClassVar[tuple[str, ...]] = ("weight",)
     storages: ClassVar[tuple[str, ...]] = ("masked",)
     computes_weights: ClassVar[bool] = False
@@ -136,7 +138,7 @@ class Method(ABC):
         return constructor(**options) if schedule is None else constructor(schedule, **options)
 
     def begin(self, sizes: Sequence[int], counts: Sequence[int]) -> None:  # noqa: B027 - most need no check
-        """Checks the model before the first step.
+        """Checks the model before the first step, and after layers were frozen or unfrozen (`layers_may_change`).
 
         Args:
             sizes: number of weights per sparse layer.

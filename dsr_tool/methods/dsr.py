@@ -41,6 +41,7 @@ class DSR(Method):
 
     name = "dsr"
     summary = "prunes below one global threshold, grows across layers"
+    layers_may_change = True
     granularities = GRANULARITIES
     storages = STORAGES
     # Grown weights learn little at a low learning rate, so a short training cannot repair what larger moves undo.

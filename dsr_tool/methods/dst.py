@@ -16,7 +16,7 @@ from dsr_tool.methods.final_sparsity import final_budget, require_dense
 from dsr_tool.methods.latent import LatentKeeper
 from dsr_tool.methods.schedule import ReallocationSchedule, Timing
 from dsr_tool.sparse.active import ActiveWeights, Positions
-from dsr_tool.sparse.keeper import MaskKeeper
+from dsr_tool.sparse.keeper import MaskKeeper, trained_by
 from dsr_tool.sparse.model import SparseModel
 
 __all__ = ["DST", "long_tailed"]
@@ -108,7 +108,8 @@ class DST(Method):
         # The model of a resumed run is sparse, though it was converted with all weights active.
         if model.config.conversion.get("active_weights") != model.prunable_weights:
             require_dense(self.name, model)
-        weights = [model.weights[name] for name in model.trained]
+        dense = model.weights
+        weights = [dense[name] for name in trained_by(model, optimizer)]
         count = sum(weight.numel() for weight in weights)
         self._total = self.budget.active_weights(count, 0, len(weights))
         self._keeper = LatentKeeper(model, optimizer, self._before_layer_step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import optim
@@ -39,17 +38,24 @@ class LatentKeeper(MaskKeeper):
             before_layer_step: called before each step with the index, dense weight, mask and gradient of a layer; it
                 turns the gradient of the masked weight into that of the dense one, in place.
         """
-        # Set first: the base class masks the weights, which asks whether this is settled.
+        # Set first: the base class looks at the weights, which asks whether this is settled.
         self.settled = self._settling = False
-        super().__init__(model, optimizer)
-        self.dense = [layer.weight.detach().clone() for layer in self._layers]
-        self._before_layer_step = before_layer_step
         self._stepped: list[int] = []
+        super().__init__(model, optimizer)
+        if self.view.in_parts or isinstance(self.optimizer, optim.LBFGS):
+            self.remove()
+            raise UsageError(
+                f"this method trains weights behind their masks, with one gradient per step, and "
+                f"{type(self.optimizer).__name__} takes several; take another optimizer, such as SGD or AdamW."
+            )
+        self._trained = self.layers
+        self.dense = [layer.weight.detach().clone() for layer in self._trained]
+        self._before_layer_step = before_layer_step
 
     @property
     def masks(self) -> list[torch.Tensor]:
         """The mask of each layer."""
-        return [layer.mask for layer in self._layers]
+        return [layer.mask for layer in self._trained]
 
     def restore(self, dense: list[torch.Tensor]) -> None:
         """Restores the dense weights of an earlier run; an empty list means that it was settled."""
@@ -73,51 +79,79 @@ class LatentKeeper(MaskKeeper):
         if self.settled:
             super().move(dropped, grown)
             return
-        layers = zip(self._layers, self.dense, dropped.per_layer(), grown.per_layer(), strict=True)
-        for layer, dense, off, on in layers:
-            for positions, active in ((off, 0), (on, 1)):
-                put_(layer.mask, positions, active)
-                put_(layer.bits, positions, -active)
+        layers = zip(self.names, self._trained, self.dense, dropped.per_layer(), grown.per_layer(), strict=True)
+        for name, layer, dense, off, on in layers:
+            self._move_mask(layer, off, on)
+            self._move_averages(name, off, on)
             # Neither gradient nor optimizer state is cleared: a masked weight keeps learning.
             put_(layer.weight.data, off, 0)
             put_(layer.weight.data, on, dense.take(on))
         if self._settling:
             self.settle()
 
+    def follow(self) -> None:
+        """Looks whether the weights are still those of the start.
+
+        Raises:
+            UsageError: a weight was replaced, frozen or unfrozen.
+        """
+        super().follow()
+        # Before the end of the constructor there is nothing to compare with.
+        if not self.settled and "_trained" in vars(self) and self.layers != self._trained:
+            raise UsageError(
+                "this method trains weights behind their masks, and others are frozen now than at the start; set "
+                "requires_grad before attach."
+            )
+
     def mask_gradients(self) -> None:
         """Masks gradients once settled. Before that, gradients of inactive weights train the dense weights."""
         if self.settled:
             super().mask_gradients()
 
-    @torch.no_grad()
-    def _before_step(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _has_gradients(self) -> None:
         if self.settled:
-            super()._before_step(optimizer, args, kwargs)
-            return
-        self._refuse_closure(args, kwargs)
-        if getattr(optimizer, "found_inf", None) is not None:
+            super()._has_gradients()
+        else:
+            self._to_dense()
+
+    @torch.no_grad()
+    def _to_dense(self) -> None:
+        """Shows the optimizer the dense weights and their gradients; masks come back after the step."""
+        if getattr(self.optimizer, "found_inf", None) is not None:
             raise UsageError(
                 "this method needs true gradients before each step, but a fused optimizer unscales those of fp16 "
                 "inside; train in bf16 or fp32, or make the optimizer with fused=False."
             )
-        # The optimizer must see dense weights and their gradients; masks come back after the step.
-        gradients = dict(self._gradients())
-        for index, gradient in gradients.items():
-            self._before_layer_step(index, self.dense[index], self._layers[index].mask, gradient)
-            self._layers[index].weight.data.copy_(self.dense[index])
-        self._stepped = list(gradients)
+        if self._stepped:
+            self._stepped = []
+            self._zero_outside()
+            raise UsageError(
+                f"{type(self.optimizer).__name__} called its closure twice in one step, and this method needs one "
+                f"gradient per step; take another optimizer, such as SGD or AdamW."
+            )
+        for index, layer in enumerate(self._trained):
+            if layer.weight.grad is not None:
+                self._before_layer_step(index, self.dense[index], layer.mask, layer.weight.grad)
+                layer.weight.data.copy_(self.dense[index])
+                self._stepped.append(index)
+
+    def _before_closure(self) -> None:
+        # Gradients of before the closure train nothing.
+        if self.settled:
+            super()._before_closure()
 
     @torch.no_grad()
-    def _after_step(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _tidy(self) -> None:
         if self.settled:
-            super()._after_step(optimizer, args, kwargs)
+            super()._tidy()
             return
         # A layer without a gradient still holds its masked weight, which must not replace the dense one.
         for index in self._stepped:
-            layer = self._layers[index]
+            layer = self._trained[index]
             self.dense[index].copy_(layer.weight)
             layer.clear(layer.weight.data)
         self._stepped = []
+        self._trust.stepped({name: layer.weight for name, layer in self._layers.items()})
 
     @torch.no_grad()
     def _zero_outside(self) -> None:
@@ -125,5 +159,5 @@ class LatentKeeper(MaskKeeper):
             super()._zero_outside()
             return
         # Weights only: momentum of masked weights belongs to the dense weights.
-        for layer in self._layers:
+        for layer in self._layers.values():
             layer.clear(layer.weight.data)

@@ -24,7 +24,7 @@ from dsr_tool.methods.prune import smallest
 from dsr_tool.methods.schedule import ReallocationSchedule, Timing
 from dsr_tool.methods.set import drop_counts
 from dsr_tool.sparse.active import ActiveWeights, Positions, segment_counts
-from dsr_tool.sparse.keeper import Keeper
+from dsr_tool.sparse.keeper import Keeper, trained_by
 from dsr_tool.sparse.model import STORAGES, SparseModel
 
 __all__ = ["NeuronSET"]
@@ -106,7 +106,7 @@ class NeuronSET(Method):
         Raises:
             UsageError: there are none, or the model cannot be captured.
         """
-        names = model.trained
+        names = trained_by(model, optimizer)
         self._weights = model.weights
         self._names = names
         self._shapes = [model.specs[name].shape for name in names]

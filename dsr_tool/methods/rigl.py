@@ -27,6 +27,7 @@ class RigL(Method):
 
     name = "rigl"
     summary = "prunes a share of every layer, grows where the dense gradient is largest"
+    layers_may_change = True
     needs_gradients = True
     storages = STORAGES
     fine_tuning: ClassVar = {"drop_fraction": 0.06, "stop": 0.5}  # 0.03 on average, as set: the share falls to zero

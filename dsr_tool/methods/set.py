@@ -28,6 +28,7 @@ class SET(Method):
 
     name = "set"
     summary = "prunes a share of every layer, grows at random in the same layer"
+    layers_may_change = True
     granularities = GRANULARITIES
     storages = STORAGES
     fine_tuning: ClassVar = {"drop_fraction": 0.03, "stop": 0.5}  # as dsr

@@ -18,6 +18,7 @@ class Static(Method):
 
     name = "static"
     summary = "keeps the masks of the conversion"
+    layers_may_change = True
     granularities = GRANULARITIES
     storages = STORAGES
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +13,7 @@ from dsr_tool.errors import UsageError
 from dsr_tool.methods.base import Method, Reallocation
 from dsr_tool.methods.final_sparsity import final_budget, require_dense
 from dsr_tool.sparse.active import ActiveWeights, Positions
-from dsr_tool.sparse.keeper import MaskKeeper
+from dsr_tool.sparse.keeper import MaskKeeper, trained_by
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.apportion import apportion
 
@@ -94,26 +93,43 @@ class _TiedKeeper(MaskKeeper):
 
     def __init__(self, model: SparseModel, optimizer: optim.Optimizer, seed: int, shares: Sequence[int]) -> None:
         super().__init__(model, optimizer)
-        weights = [layer.weight for layer in self._layers]
-        self.ties = [_Ties(weight, shares[i], seed, i) for i, weight in enumerate(weights)]
+        if isinstance(self.optimizer, optim.LBFGS):
+            self.remove()
+            raise UsageError(
+                "LBFGS compares steps and gradients over all weights, and tied counts a value once for all of its "
+                "positions; take another optimizer, such as SGD or Adam."
+            )
+        weights = [layer.weight for layer in self.layers]
+        self.ties = {name: _Ties(weights[i], shares[i], seed, i) for i, name in enumerate(self.names)}
         self.tie()
 
     @torch.no_grad()
     def tie(self) -> None:
         """Sets all positions to the value at the first position of their value."""
-        for ties, layer in zip(self.ties, self._layers, strict=True):
-            ties.spread(ties.first(layer.weight), layer.weight.data)
+        for name, ties in self.ties.items():
+            weight = self._layers[name].weight
+            ties.spread(ties.first(weight), weight.data)
+
+    def mask_gradients(self) -> None:
+        """Does nothing: no weight is inactive, and sums that are taken twice would be too large."""
 
     @torch.no_grad()
-    def _before_step(self, _: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._refuse_closure(args, kwargs)
-        for index, gradient in self._gradients():
-            self.ties[index].spread(self.ties[index].summed(gradient), gradient)
+    def _clear_gradients(self) -> None:
+        for name, gradient in self._gradients():
+            if name in self.ties:
+                self.ties[name].spread(self.ties[name].summed(gradient), gradient)
 
-    def _after_step(self, _: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
-        # Equal gradients are not enough: fused steps round the last few weights of a tensor differently, and some
-        # optimizers treat weights differently by their place in the matrix.
+    def _before_closure(self) -> None:
+        """Leaves gradients of before a closure as they are."""
+
+    def _zero_outside(self) -> None:
+        # Nothing is outside. Equal gradients are not enough: fused steps round the last few weights of a tensor
+        # differently, and some optimizers treat weights differently by their place in the matrix.
         self.tie()
+
+    def _tidy(self) -> None:
+        self.tie()
+        self._trust.stepped({name: layer.weight for name, layer in self._layers.items()})
 
 
 class Tied(Method):
@@ -163,7 +179,7 @@ class Tied(Method):
         """
         # One share for all layers, by largest remainder, so that the number of values is exact.
         size_of = model.sizes
-        sizes = [size_of[name] for name in model.trained]
+        sizes = [size_of[name] for name in trained_by(model, optimizer)]
         require_dense(self.name, model)
         self.distinct = self.budget.active_weights(sum(sizes), 0, len(sizes))
         shares = apportion(self.distinct, sizes, sizes, [1] * len(sizes))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import nn, optim
@@ -14,84 +12,82 @@ from torch.utils.hooks import RemovableHandle
 
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.active import Positions, put_
+from dsr_tool.sparse.masked_layer import MaskedLayer, clear_all
 from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparse.optimizers import OptimizerView, closure_of, with_closure
+from dsr_tool.sparse.ownership import claim, owned, release
+from dsr_tool.sparse.sharding import refuse_sharded
+from dsr_tool.sparse.trust import Trust
 
-__all__ = ["Keeper", "MaskKeeper"]
-
-_ZERO_STAYS_ZERO = (optim.SGD, optim.Adam, optim.AdamW, optim.RMSprop)
-"""Optimizers that keep weight and state at zero if gradient, weight and state are zero and eps is not."""
-
-_ATTACHED: WeakSet[optim.Optimizer] = WeakSet()
-"""Optimizers that have a keeper: two of them would undo each other's updates."""
-
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integer type by bytes per weight, to view floating-point values as bits."""
+__all__ = ["Keeper", "MaskKeeper", "trained_by"]
 
 
-@dataclass(frozen=True, eq=False)
-class _Layer:
-    """A sparse weight, its mask, and the same mask as bits: all ones or all zeros in the width of the weight.
-
-    On a CPU, a bitwise "and" clears three times as fast as `masked_fill_`, and unlike a product it turns inf into zero.
-    It costs as much memory as the weight.
-
-    Attributes:
-        weight: the parameter.
-        mask: boolean tensor of its shape, True where active; the model's own.
-        bits: integer tensor of its shape, -1 where active, else 0.
-    """
-
-    weight: nn.Parameter
-    mask: torch.Tensor
-    bits: torch.Tensor
-
-    @classmethod
-    def of(cls, weight: nn.Parameter, mask: torch.Tensor) -> _Layer:
-        """Returns the layer of a weight and its mask."""
-        return cls(weight, mask, mask.to(_INTEGERS[weight.element_size()]).neg_())
-
-    def fits(self, tensor: torch.Tensor) -> bool:
-        """Returns whether the values of a tensor have the width of the bits; state may have another dtype."""
-        return tensor.element_size() == self.bits.element_size()
-
-    def clear(self, tensor: torch.Tensor) -> None:
-        """Sets everything outside the mask to +0, in place."""
-        # Not a product with the mask: inf and NaN times zero are NaN.
-        if self.fits(tensor):
-            tensor.view(self.bits.dtype).bitwise_and_(self.bits)
-        else:
-            tensor.masked_fill_(~self.mask, 0.0)
+def trained_by(model: SparseModel, optimizer: object) -> list[str]:
+    """Returns the names of the sparse weights that are not frozen and among an optimizer's parameters."""
+    if model.store is not None:
+        return model.trained
+    optimized, weights = OptimizerView(optimizer).parameters(), model.weights
+    return [name for name in model.trained if id(weights[name]) in optimized]
 
 
 class Keeper(ABC):
     """Carries out what a method decides, on the weights and on the state of one optimizer. Each storage has its own.
 
+    It follows the optimizer from step to step. A step of an optimizer that calls others, or itself through `super()`,
+    is one step; a gradient that is computed inside a step is treated as one that was there before.
+
     Attributes:
         model: the sparse model.
-        optimizer: the optimizer.
-        names: names of the weights that the method trains: all sparse ones that are not frozen.
+        view: the optimizer, and those inside it.
+        names: names of the weights that the method trains now: those of the optimizer that are not frozen.
+        averages: averaged copies of the network, which move along.
+        before_step: called at the beginning of each step, before anything changes.
+        after_step: called at the end of each step with whether it was taken: a fused step after an overflow is not.
     """
 
     def __init__(self, model: SparseModel, optimizer: optim.Optimizer, names: list[str]) -> None:
-        """Refuses an optimizer that has a keeper.
+        """Looks at the optimizer.
 
         Raises:
-            UsageError: the optimizer has a keeper already.
+            UsageError: masks cannot be kept with this optimizer.
         """
-        if optimizer in _ATTACHED:
-            raise UsageError("a method is attached to this optimizer already; call remove() on what attach returned.")
-        self.model, self.optimizer, self.names = model, optimizer, names
+        self.model, self.view, self.names = model, OptimizerView(optimizer), names
+        self.averages: list[SparseModel] = []
+        self.before_step: Callable[[], None] = _nothing
+        self.after_step: Callable[[bool], None] = _nothing
         self._hooks: list[RemovableHandle] = []
+        self._running: optim.Optimizer | None = None
+        self._loaded = False
 
-    def claim(self) -> None:
-        """Marks the optimizer as having a keeper."""
-        _ATTACHED.add(self.optimizer)
+    @property
+    def optimizer(self) -> optim.Optimizer:
+        """The optimizer whose step is followed."""
+        return self.view.optimizer
+
+    def claim(self, weights: Sequence[torch.Tensor]) -> None:
+        """Becomes the only keeper of some weights, and installs the hooks.
+
+        Raises:
+            UsageError: a weight has a keeper already.
+        """
+        claim(self, weights, self.optimizer)
+        for each in self.view.all:
+            self._hooks += [
+                each.register_step_pre_hook(self._start),
+                each.register_step_post_hook(self._end),
+                each.register_load_state_dict_post_hook(self._state_loaded),
+            ]
 
     def remove(self) -> None:
-        """Removes the hooks from the optimizer."""
+        """Removes the hooks, and gives the weights free."""
         for hook in self._hooks:
             hook.remove()
-        _ATTACHED.discard(self.optimizer)
+        self._hooks = []
+        release(self, self.owned_weights())
+
+    def steps_with(self, optimizer: optim.Optimizer) -> bool:
+        """Returns whether masks are kept in the steps of an optimizer."""
+        return any(each is optimizer for each in self.view.all)
 
     def expect(self, *, update: bool) -> None:  # noqa: B027 - masked gradients are dense anyway
         """Prepares for the next step, after which the method updates or not."""
@@ -99,6 +95,29 @@ class Keeper(ABC):
     def gradients(self) -> Sequence[torch.Tensor] | None:
         """Returns gradients of inactive weights that it kept itself, one vector per layer; None for none."""
         return None
+
+    def check(self, *, everything: bool) -> None:  # noqa: B027 - compact storage has nothing outside the masks
+        """Raises `CheckFailed` if a weight that something else wrote is not zero outside its mask.
+
+        Args:
+            everything: whether to read all weights, not only those that torch counts a write to.
+        """
+
+    @abstractmethod
+    def owned_weights(self) -> Sequence[torch.Tensor]:
+        """Returns the parameters of the optimizer that hold sparse weights, frozen ones too."""
+
+    @abstractmethod
+    def name_of(self, weight: torch.Tensor) -> str:
+        """Returns the name of one of its weights."""
+
+    @abstractmethod
+    def follow(self) -> None:
+        """Looks which weights the optimizer has now, and which are frozen.
+
+        Raises:
+            UsageError: the masks cannot be kept any longer.
+        """
 
     @abstractmethod
     def mask_gradients(self) -> None:
@@ -112,23 +131,91 @@ class Keeper(ABC):
     def write(self, active: Positions, values: torch.Tensor) -> None:
         """Writes values to active weights; gradients and optimizer state stay as they are."""
 
+    @abstractmethod
+    def restore_masks(self, masks: Mapping[str, torch.Tensor]) -> None:
+        """Replaces the masks by those of an earlier run, whose weights are loaded before or after.
+
+        Args:
+            masks: a boolean tensor on the CPU for each sparse weight, by name.
+        """
+
+    def _prepare(self) -> None:  # noqa: B027 - not every storage needs it
+        """Is called before each step, once the weights are known to be inside the masks."""
+
+    def _has_gradients(self) -> None:  # noqa: B027 - not every storage needs it
+        """Is called when the gradients of a step are there; more than once if a closure computes them."""
+
+    def _tidy(self) -> None:  # noqa: B027 - not every storage needs it
+        """Is called after each step."""
+
+    def _start(
+        self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Handles the beginning of a step. Returns its arguments with another closure, if it has one."""
+        if self._is_part(optimizer):
+            return None
+        # One that is still running was ended by an exception.
+        self._running = optimizer
+        self.follow()
+        self.before_step()
+        self._prepare()
+        self._loaded = False
+        closure = closure_of(args, kwargs)
+        if closure is None:
+            self._has_gradients()
+            return None
+        self._before_closure()
+        return with_closure(args, kwargs, self._observed(closure))
+
+    def _end(self, optimizer: optim.Optimizer, *_: Any) -> None:
+        """Handles the end of a step."""
+        if self._is_part(optimizer):
+            return
+        # A subclass that calls step() of its base ends twice: what it does in between must be tidied up too.
+        counts, self._running = self._running is optimizer, None
+        left_out = self.view.left_out
+        if not left_out:
+            self._tidy()
+        if counts:
+            self.after_step(not left_out)
+
+    def _is_part(self, optimizer: optim.Optimizer) -> bool:
+        """Returns whether an optimizer is stepped by another one that is running."""
+        order = [self._running is each for each in self.view.all]
+        return any(order[: next(i for i, each in enumerate(self.view.all) if each is optimizer)])
+
+    def _before_closure(self) -> None:  # noqa: B027 - not every storage needs it
+        """Is called before a step that computes its gradients itself; those of before may still be read."""
+
+    def _observed(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def observed() -> Any:
+            try:
+                loss = closure()
+            except BaseException:
+                self._running = None
+                raise
+            self._has_gradients()
+            return loss
+
+        return observed
+
+    def _state_loaded(self, _: optim.Optimizer) -> None:
+        self._loaded = True
+
 
 class MaskKeeper(Keeper):
-    """Hooks on an optimizer that keep everything outside the masks at exactly zero after every step.
+    """Keeps everything outside the masks at exactly zero after every step.
 
-    Gradients are masked before each step. In SGD, Adam, AdamW and RMSprop, weights, momentum and second moments then
-    stay zero by themselves. In all other optimizers, and after a step with a closure, they are masked after the step.
-
-    Attributes:
-        model: the sparse model.
-        optimizer: the optimizer with the hooks.
-        names: names of the weights that it masks: all sparse ones that are not frozen.
+    Gradients are masked before each step, or inside it when a closure has computed them. In SGD, Adam, AdamW and
+    RMSprop, weights, momentum and second moments then stay zero by themselves; in all other optimizers they are masked
+    after the step. Where weights change between two backward passes of a step, gradients are masked as soon as they
+    are there.
     """
 
     def __init__(
         self, model: SparseModel, optimizer: optim.Optimizer, *, before_masking: Callable[[], None] | None = None
     ) -> None:
-        """Masks weights and state now, and installs the hooks.
+        """Installs the hooks. Weights are read first when the first step begins.
 
         Args:
             model: the sparse model, already on its device.
@@ -136,28 +223,107 @@ class MaskKeeper(Keeper):
             before_masking: called each time before gradients are masked, while they are still dense.
 
         Raises:
-            UsageError: a sparse weight is not among the optimizer's parameters, or the optimizer has a keeper already.
+            UsageError: no sparse weight is among the optimizer's parameters, or one has a keeper already.
         """
         model.align_masks()
-        super().__init__(model, optimizer, model.trained)
-        optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        weights = dict(model.module.named_parameters())
-        absent = [name for name in self.names if id(weights[name]) not in optimized]
-        if absent:
-            raise UsageError(
-                f"weight {absent[0]!r} is not among the optimizer's parameters; make the optimizer from "
-                f"model.module.parameters() after the model was moved to its device."
-            )
-        self._before_masking = before_masking
-        self._layers = [_Layer.of(weights[name], model.masks[name]) for name in self.names]
+        super().__init__(model, optimizer, [])
+        self._before_masking, self._update = before_masking, False
+        self._places = _places(model)
+        self._layers: dict[str, MaskedLayer] = {}
+        self._owned: dict[str, nn.Parameter] = {}
+        self._optimized: set[int] = set()
+        self._early: dict[str, RemovableHandle] = {}
+        self._trust = Trust()
         # A loaded optimizer may have momentum outside the masks, from a dense training.
-        self._zero_outside()
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_load_state_dict_post_hook(lambda _: self._zero_outside()),
-        ]
-        self.claim()
+        self._untidy = True
+        self._refuse_others()
+        self.follow()
+        self.claim(self.owned_weights())
+
+    def _refuse_others(self) -> None:
+        trained, optimized = self.model.trained, self.view.parameters()
+        weights = self.model.weights
+        if trained and not any(id(weight) in optimized for weight in weights.values()):
+            raise UsageError(
+                f"weight {trained[0]!r} is not among the optimizer's parameters, and no other sparse weight is; make "
+                f"the optimizer from model.module.parameters() after the model was moved to its device."
+            )
+
+    def owned_weights(self) -> Sequence[torch.Tensor]:
+        """Returns the sparse weights that the optimizer has, frozen ones too."""
+        return list(self._owned.values())
+
+    def name_of(self, weight: torch.Tensor) -> str:
+        """Returns the name of one of its weights."""
+        return next((name for name, mine in self._owned.items() if mine is weight), "of another layer")
+
+    def remove(self) -> None:
+        """Removes all hooks, and gives the weights free."""
+        super().remove()
+        for hook in self._early.values():
+            hook.remove()
+        self._early = {}
+
+    @property
+    def layers(self) -> list[MaskedLayer]:
+        """The layers that the method trains, in the order of `names`."""
+        return [self._layers[name] for name in self.names]
+
+    def follow(self) -> None:
+        """Looks which weights the optimizer has now, and which are frozen.
+
+        Raises:
+            UsageError: a weight or a mask was replaced, or a weight has come to a second optimizer.
+        """
+        optimized = self.view.parameters()
+        owned_now: dict[str, nn.Parameter] = {}
+        for name, (owner, attribute) in self._places.items():
+            weight = owner._parameters.get(attribute)
+            if weight is None or self._was_replaced(name, weight, optimized):
+                refuse_sharded(self.model.module)
+                raise UsageError(
+                    f"{name!r} is no longer the parameter that it was; load_state_dict(assign=True), parametrizations "
+                    f"and FSDP replace parameters: do that first, then make the optimizer and attach."
+                )
+            if id(weight) in optimized:
+                owned_now[name] = weight
+                self._follow_layer(name, weight)
+        if optimized != self._optimized:
+            if self._hooks:
+                claim(self, owned_now.values(), self.optimizer)
+            self._owned, self._optimized = owned_now, optimized
+            self._layers = {name: self._layers[name] for name in owned_now if name in self._layers}
+        self.names = [name for name, layer in self._layers.items() if layer.weight.requires_grad]
+
+    def _was_replaced(self, name: str, weight: nn.Parameter, optimized: set[int]) -> bool:
+        if weight is self._owned.get(name, weight):
+            return False
+        return id(weight) not in optimized or weight.shape != self.model.masks[name].shape
+
+    def _follow_layer(self, name: str, weight: nn.Parameter) -> None:
+        layer = self._layers.get(name)
+        # `SparseModel.to` makes new masks; the bits here would then belong to outdated masks.
+        if layer is not None and (layer.mask is not self.model.masks[name] or layer.mask.device != weight.device):
+            raise UsageError(f"the mask of {name!r} was replaced; attach after moving the model.")
+        # Frozen weights need no bits until they are trained.
+        if (weight.requires_grad or weight.grad is not None) and (layer is None or layer.weight is not weight):
+            self._layers[name] = MaskedLayer.of(weight, self.model.masks[name])
+            self._layers = {key: self._layers[key] for key in self._places if key in self._layers}
+            if self.view.in_parts and weight.requires_grad:
+                self._early[name] = weight.register_post_accumulate_grad_hook(self._mask_early(name))
+
+    def expect(self, *, update: bool) -> None:
+        """Leaves gradients dense until the next step if the method reads them after it."""
+        self._update = update
+
+    def check(self, *, everything: bool) -> None:
+        """Raises `CheckFailed` if a weight that something else wrote is not zero outside its mask."""
+        if everything:
+            self._trust.forget()
+        weights = ((name, owner._parameters[key]) for name, (owner, key) in self._places.items())
+        # Weights of another keeper are its own to check.
+        mine = {name: each for name, each in weights if each is not None and owned(each) in (None, self)}
+        self._trust.check(mine, self.model.masks)
 
     @torch.no_grad()
     def move(self, dropped: Positions, grown: Positions) -> None:
@@ -167,15 +333,31 @@ class MaskKeeper(Keeper):
             dropped: active positions that become inactive.
             grown: inactive positions that become active.
         """
-        layers = zip(self._layers, dropped.per_layer(), grown.per_layer(), strict=True)
-        for layer, off, on in layers:
-            for positions, active in ((off, 0), (on, 1)):
-                put_(layer.mask, positions, active)
-                put_(layer.bits, positions, -active)
+        for name, off, on in zip(self.names, dropped.per_layer(), grown.per_layer(), strict=True):
+            layer = self._layers[name]
+            self._move_mask(layer, off, on)
             # Dropped weights must be zero by contract; grown ones start at zero (Mostafa & Wang 2019) without momentum.
             moved = torch.cat([off, on])
             for tensor in self._tensors(layer.weight):
                 put_(tensor, moved, 0)
+            for tensor, start in self.view.starts_of(layer.weight):
+                put_(tensor, on, start)
+            self._move_averages(name, off, on)
+        self.view.forget_curvature()
+
+    @staticmethod
+    def _move_mask(layer: MaskedLayer, off: torch.Tensor, on: torch.Tensor) -> None:
+        for positions, active in ((off, 0), (on, 1)):
+            put_(layer.mask, positions, active)
+            put_(layer.bits, positions, -active)
+
+    def _move_averages(self, name: str, off: torch.Tensor, on: torch.Tensor) -> None:
+        for average in self.averages:
+            weight, mask = average.weights[name].data, average.masks[name]
+            off, on = off.to(weight.device), on.to(weight.device)
+            put_(mask, off, 0)
+            put_(mask, on, 1)
+            put_(weight, torch.cat([off, on]), 0)
 
     @torch.no_grad()
     def write(self, active: Positions, values: torch.Tensor) -> None:
@@ -185,19 +367,27 @@ class MaskKeeper(Keeper):
             active: positions of the weights.
             values: their new values, in the order of the positions.
         """
-        pieces = zip(self._layers, active.per_layer(), values.split(list(active.counts)), strict=True)
+        pieces = zip(self.layers, active.per_layer(), values.split(list(active.counts)), strict=True)
         for layer, positions, piece in pieces:
             put_(layer.weight.data, positions, piece)
+
+    @torch.no_grad()
+    def restore_masks(self, masks: Mapping[str, torch.Tensor]) -> None:
+        """Replaces the masks of all sparse weights; the next step looks at weights and state outside."""
+        for model in (self.model, *self.averages):
+            for name, mask in masks.items():
+                model.masks[name].copy_(mask)
+        for layer in self._layers.values():
+            layer.follow_mask()
+        self._trust.loaded()
+        self._untidy = True
 
     def _tensors(self, weight: nn.Parameter) -> Iterator[torch.Tensor]:
         """Yields the weight, its gradient, and every state tensor that holds one value per weight."""
         yield weight.data
         if weight.grad is not None:
             yield weight.grad
-        for value in self.optimizer.state.get(weight, {}).values():
-            # Step counters are scalars, and Adafactor keeps rows and columns: neither has one value per weight.
-            if isinstance(value, torch.Tensor) and value.shape == weight.shape:
-                yield value
+        yield from self.view.state_of(weight)
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
@@ -206,16 +396,34 @@ class MaskKeeper(Keeper):
         Raises:
             UsageError: the model was moved to another device since, or a layer has sparse gradients.
         """
+        self.follow()
+        self._has_gradients()
+
+    @torch.no_grad()
+    def _has_gradients(self) -> None:
         if self._before_masking is not None:
             self._before_masking()
-        _clear_all([(self._layers[index], gradient) for index, gradient in self._gradients()])
+        self._clear_gradients()
 
-    def _gradients(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yields the index of each layer that has a gradient, and the gradient."""
-        for index, (name, layer) in enumerate(zip(self.names, self._layers, strict=True)):
-            # `SparseModel.to` makes new masks; the bits here would then belong to outdated masks.
-            if self.model.masks[name] is not layer.mask:
-                raise UsageError(f"the mask of {name!r} was replaced; attach after moving the model.")
+    def _clear_gradients(self) -> None:
+        clear_all([(self._layers[name], gradient) for name, gradient in self._gradients()])
+
+    def _before_closure(self) -> None:
+        # A step in two halves takes the first one by the gradients of before, which the closure replaces.
+        self._clear_gradients()
+
+    def _mask_early(self, name: str) -> Callable[[torch.Tensor], None]:
+        @torch.no_grad()
+        def mask(weight: torch.Tensor) -> None:
+            reads_dense = self._before_masking is not None and self._update
+            if weight.grad is not None and not weight.grad.is_sparse and not reads_dense:
+                self._layers[name].clear(weight.grad)
+
+        return mask
+
+    def _gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields the name of each layer that has a gradient, and the gradient."""
+        for name, layer in self._layers.items():
             gradient = layer.weight.grad
             if gradient is None:
                 continue
@@ -223,46 +431,32 @@ class MaskKeeper(Keeper):
                 raise UsageError(
                     f"{name!r} has sparse gradients, which cannot be masked; create its layer with sparse=False."
                 )
-            yield index, gradient
+            yield name, gradient
 
-    def _before_step(self, _: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._before_masking is not None:
-            self._refuse_closure(args, kwargs)
-        self.mask_gradients()
-
-    @staticmethod
-    def _refuse_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _has_closure(args, kwargs):
-            raise UsageError(
-                "this method reads the gradients before each step; call backward() first, and step() without a closure."
-            )
-
-    def _after_step(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # A closure computes gradients inside the step, after the hook masked them. With eps = 0, Adam divides 0 by 0.
-        closure = _has_closure(args, kwargs)
-        divides_by_zero = any(group.get("eps", 1) <= 0 for group in optimizer.param_groups)
-        if closure or divides_by_zero or type(optimizer) not in _ZERO_STAYS_ZERO:
+    def _prepare(self) -> None:
+        if self._untidy or self._loaded:
             self._zero_outside()
+            self._untidy = False
+
+    def _tidy(self) -> None:
+        if not self.view.keeps_zeros:
+            self._zero_outside()
+        self._trust.stepped({name: layer.weight for name, layer in self._layers.items()})
 
     @torch.no_grad()
     def _zero_outside(self) -> None:
-        for layer in self._layers:
-            for tensor in self._tensors(layer.weight):
+        # Not the gradients: before a step, the method may still have to read them.
+        for layer in self._layers.values():
+            for tensor in (layer.weight.data, *self.view.state_of(layer.weight)):
                 layer.clear(tensor)
 
 
-def _clear_all(tensors: Sequence[tuple[_Layer, torch.Tensor]]) -> None:
-    """Sets everything outside the masks to +0: layer by layer on a CPU, with one launch for all layers on a GPU."""
-    on_gpu = [(layer, tensor) for layer, tensor in tensors if tensor.is_cuda and layer.fits(tensor)]
-    if on_gpu:
-        # torch has no `_foreach` for "and". As integers, a value times -1 (active) or 0, negated, is itself or zero.
-        views = [tensor.view(layer.bits.dtype) for layer, tensor in on_gpu]
-        torch._foreach_mul_(views, [layer.bits for layer, _ in on_gpu])
-        torch._foreach_neg_(views)
-    for layer, tensor in tensors:
-        if not (tensor.is_cuda and layer.fits(tensor)):
-            layer.clear(tensor)
+def _nothing(*_: object) -> None:
+    """Does nothing."""
 
 
-def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return any(argument is not None for argument in (*args[1:], kwargs.get("closure")))
+def _places(model: SparseModel) -> dict[str, tuple[nn.Module, str]]:
+    """Returns the module and the attribute of each sparse weight, by name."""
+    modules = dict(model.module.named_modules())
+    pairs = ((name, name.rpartition(".")) for name in model.masks)
+    return {name: (modules[owner], attribute) for name, (owner, _, attribute) in pairs}

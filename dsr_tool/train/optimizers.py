@@ -30,7 +30,7 @@ def make_optimizer(module: nn.Module, settings: TrainSettings) -> optim.Optimize
 
 def _can_be_fused(parameters: list[nn.Parameter], settings: TrainSettings) -> bool:
     """Returns whether torch's fused kernels may be used, which step many parameters with fewer passes over memory."""
-    if settings.precision == "fp16":  # fused steps unscale gradients and skip overflows inside, unseen by the hooks
+    if settings.precision == "fp16":  # fused steps unscale gradients inside, and some methods read true ones before
         return False
     # A fused CPU step walks through memory linearly, so parameter and gradient must have one memory format.
     return settings.torch_device.type == "cuda" or all(parameter.is_contiguous() for parameter in parameters)

@@ -173,7 +173,7 @@ class Stepper:
             "optimizer": optimizer_state(self.optimizer, self.model.store),
             "scheduler": self._scheduler.state_dict(),
             "scaler": self._scaler.state_dict(),
-            "method": self.attached.state_dict(),
+            "method": self.attached.state_dict(masks=False),
             # The model folder holds the rounded weights.
             **({} if self.rounding is None else {"weights": self.rounding.state()}),
         }

@@ -110,6 +110,7 @@ def test_one_step_equals_a_calculation_by_hand():
     attach(model, optimizer, method)
     method._thresholds[0].fill_(0.3)
     model.masks["weight"][0, 1] = False
+    model.apply_masks()
     method._alpha = 0.0
     weight.grad = torch.tensor([[3.0, 5.0]], dtype=torch.float64)
     optimizer.step()
@@ -277,12 +278,52 @@ def test_trainings_and_models_that_do_not_fit_are_refused():
         attach(model, optim.SGD(model.module.parameters(), 0.1), make("dst", 100, final_sparsity=0.9999))
 
 
-def test_closures_and_fused_optimizers_under_a_scaler_are_refused():
+def test_a_closure_gives_the_same_bits_as_a_backward_pass_before_the_step():
+    weights = []
+    for inside in (False, True):
+        torch.manual_seed(0)
+        model = convert(nn.Linear(30, 40), sparsity=0)
+        optimizer = optim.SGD(model.module.parameters(), 0.1, momentum=0.9)
+        attach(model, optimizer, make("dst", 20, every=2, final_sparsity=0.9))
+
+        def closure(optimizer=optimizer, model=model):
+            optimizer.zero_grad()
+            loss = (model(torch.ones(2, 30)) - 1).square().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(12):
+            if not inside:
+                closure()
+            optimizer.step(closure if inside else None)
+        weights.append(model.module.weight.detach())
+    assert torch.equal(*weights)
+
+
+def test_optimizers_with_several_gradients_in_a_step_are_refused():
     model = convert(nn.Linear(30, 40), sparsity=0)
-    optimizer = optim.LBFGS(model.module.parameters())
+    with pytest.raises(UsageError, match="LBFGS takes several"):
+        attach(model, optim.LBFGS(model.module.parameters()), make("dst", 100, final_sparsity=0.9))
+
+    class Twice(optim.SGD):
+        def step(self, closure):
+            with torch.enable_grad():
+                closure()
+                closure()
+            super().step()
+
+    optimizer = Twice(model.module.parameters(), 0.1)
     attach(model, optimizer, make("dst", 100, final_sparsity=0.9))
-    with pytest.raises(UsageError, match="without a closure"):
-        optimizer.step(lambda: model(torch.ones(1, 30)).sum())
+
+    def closure():
+        optimizer.zero_grad()
+        model(torch.ones(1, 30)).sum().backward()
+
+    with pytest.raises(UsageError, match="Twice called its closure twice"):
+        optimizer.step(closure)
+
+
+def test_fused_optimizers_under_a_scaler_are_refused():
     model = convert(nn.Linear(30, 40), sparsity=0)
     optimizer = optim.SGD(model.module.parameters(), 0.1, fused=True)
     attach(model, optimizer, make("dst", 100, final_sparsity=0.9))

@@ -105,8 +105,7 @@ def test_one_removal_equals_a_calculation_by_hand(known):
     never = ReallocationSchedule(((0, 1),), 0)
     attached = attach(model, optim.SGD(net.parameters(), 0.0), NeuronSET(never, ALWAYS, unit_threshold=0.5))
     net(torch.ones(1, 3)).sum().backward()
-    attached._hook.remove()
-    attached._after_step()
+    attached._after_step(True)
     first, second = model.masks["0.weight"], model.masks["1.weight"]
     assert attached.last.facts == {"removed_units": 2.0}
     # Three of the first layer's weights move to the two rows that live, whose old weights stay; one of the second's.

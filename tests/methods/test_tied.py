@@ -145,7 +145,29 @@ def test_models_and_options_that_do_not_fit_are_refused():
     model = convert(nn.Linear(30, 40), sparsity=0)
     with pytest.raises(UsageError, match="highest reachable sparsity"):
         attach(model, optim.SGD(model.module.parameters(), 0.1), make("tied", 9, final_sparsity=0.9999))
-    optimizer = optim.LBFGS(model.module.parameters())
-    attach(model, optimizer, make("tied", 9, final_sparsity=0.9))
-    with pytest.raises(UsageError, match="without a closure"):
-        optimizer.step(lambda: model(torch.ones(1, 30)).sum())
+    with pytest.raises(UsageError, match="LBFGS compares steps and gradients"):
+        attach(model, optim.LBFGS(model.module.parameters()), make("tied", 9, final_sparsity=0.9))
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("kind", [optim.Adam, optim.SGD])
+def test_closures_keep_the_ties(kind, clip):
+    torch.manual_seed(0)
+    model = convert(nn.Linear(30, 40), sparsity=0)
+    optimizer = kind(model.module.parameters(), 0.1)
+    attached = attach(model, optimizer, make("tied", 9, final_sparsity=0.9))
+    target = torch.randn(4, 40)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (model(torch.eye(4, 30)) - target).square().mean()
+        loss.backward()
+        if clip:
+            attached.mask_gradients()
+        return loss
+
+    before = closure().item()
+    for _ in range(3):
+        optimizer.step(closure)
+    assert closure().item() < before
+    assert len(model.module.weight.detach().abs().unique()) <= 120

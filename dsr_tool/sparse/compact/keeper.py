@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import nn, optim
@@ -49,15 +49,32 @@ class CompactKeeper(Keeper):
         self._layers: Mapping[str, nn.Parameter] = {} if store.by_layer is None else store.by_layer
         self._check()
         self._check_state()
-        self._hooks = [
-            optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_load_state_dict_post_hook(lambda _: self._check_state()),
-        ]
-        self.claim()
+        self.claim(self.owned_weights())
+
+    def owned_weights(self) -> Sequence[torch.Tensor]:
+        """Returns the flat parameter, and those of the layers if there are any."""
+        return [self._store.values, *self._layers.values()]
+
+    def name_of(self, weight: torch.Tensor) -> str:
+        """Returns the name of a layer's parameter, or of the first layer in the flat one."""
+        return next((name for name, mine in self._layers.items() if mine is weight), self._store.trained[0])
+
+    def follow(self) -> None:
+        """Looks whether the optimizer still has all values, and whether they are frozen.
+
+        Raises:
+            UsageError: the values are not among the optimizer's parameters any more, or its state does not fit them.
+        """
+        if self.model.store is not self._store:
+            raise UsageError("the model was put into another storage after attach; make the optimizer and attach then.")
+        self.names = self._store.trained if self._store.values.requires_grad else []
+        self._check()
+        if self._loaded:
+            self._check_state()
 
     def _check(self) -> None:
         store, layers = self._store, self._layers
-        optimized = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        optimized = self.view.parameters()
         flat, own = id(store.values) in optimized, [name for name in self.names if id(layers.get(name)) in optimized]
         if flat and own:
             raise UsageError(
@@ -88,14 +105,31 @@ class CompactKeeper(Keeper):
                 f"the layer, and then make the model compact again."
             )
 
+    def _state_loaded(self, optimizer: optim.Optimizer) -> None:
+        super()._state_loaded(optimizer)
+        # The positions may still have to be loaded, so that a layer may have another length, but all together fit.
+        lengths: dict[str, list[int]] = {}
+        for parameter in self._layers.values():
+            for key, vector in self._vectors_of(parameter).items():
+                lengths.setdefault(key, []).append(vector.numel())
+        for key, found in lengths.items():
+            if sum(found) > self._store.values.numel():
+                raise _unfit(key, (sum(found),), self._store.values)
+        for key, vector in self._vectors_of(self._store.values).items():
+            if vector.shape != self._store.values.shape:
+                raise _unfit(key, tuple(vector.shape), self._store.values)
+
     def _check_state(self) -> None:
         for parameter in (self._store.values, *self._layers.values()):
-            for key, vector in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(vector, torch.Tensor) and vector.dim() and vector.shape != parameter.shape:
-                    raise UsageError(
-                        f"the optimizer's {key!r} has shape {tuple(vector.shape)} for {parameter.numel():,} active "
-                        f"weights; load the state that was saved together with this model."
-                    )
+            for key, vector in self._vectors_of(parameter).items():
+                if vector.shape != parameter.shape:
+                    raise _unfit(key, tuple(vector.shape), parameter)
+
+    def _vectors_of(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        """Returns the optimizer's state of a parameter, without scalars."""
+        # LBFGS keeps its history of all parameters at the first of them.
+        state = {} if isinstance(self.optimizer, optim.LBFGS) else self.optimizer.state.get(parameter, {})
+        return {key: value for key, value in state.items() if isinstance(value, torch.Tensor) and value.dim()}
 
     def mask_gradients(self) -> None:
         """Does nothing: there are no gradients outside the masks."""
@@ -103,8 +137,8 @@ class CompactKeeper(Keeper):
     def expect(self, *, update: bool) -> None:
         """Keeps gradients of inactive weights in the next backward pass if the method updates after the next step."""
         self._store.wants_gradients = self._gradients and update
-        if not self._store.wants_gradients:
-            self._store.gradients.clear()
+        # Those of the step before, which stay if `zero_grad` keeps the gradients' tensors.
+        self._store.gradients.clear()
 
     def gradients(self) -> Sequence[torch.Tensor] | None:
         """Returns what the last backward pass kept, one dense vector per layer, each made on access."""
@@ -122,7 +156,7 @@ class CompactKeeper(Keeper):
             UsageError: more weights would be active than the store has room for.
         """
         store = self._store
-        active = global_positions(store, self.names, [1] * len(self.names))
+        active = global_positions(store, store.trained, [1] * len(store.trained))
         lost = torch.searchsorted(active, dropped.flat)
         keep = torch.ones(len(active), dtype=torch.bool, device=active.device)
         keep[lost] = False
@@ -145,12 +179,51 @@ class CompactKeeper(Keeper):
             moved = torch.zeros_like(vector)
             moved[:total].masked_scatter_(stay, vector.index_select(0, sources))
             vector.copy_(moved)
-        sizes = [store.layers[name].size for name in self.names]
+        sizes = [store.layers[name].size for name in store.trained]
         counts = segment_counts(merged, sizes)
         self._move_by_layer(sources, stay, [new - grew for new, grew in zip(counts, grown.counts, strict=True)], counts)
         starts = accumulate(sizes, initial=0)
         local = [(piece - start).to(torch.int32) for piece, start in zip(merged.split(counts), starts, strict=False)]
-        store.replace(torch.cat(local), dict(zip(self.names, counts, strict=True)))
+        for each in (store, *self._averages()):
+            each.replace(torch.cat(local), dict(zip(store.trained, counts, strict=True)))
+        self._start_state(entered, grown.counts)
+        self.view.forget_curvature()
+
+    def _start_state(self, entered: torch.Tensor, counts: Sequence[int]) -> None:
+        """Sets the state of grown weights that does not start at zero.
+
+        Args:
+            entered: indices of the grown weights in the flat vector.
+            counts: number of them in each layer.
+        """
+        for tensor, start in self.view.starts_of(self._store.values):
+            tensor[entered] = start
+        for name, new in zip(self._store.trained, entered.split(list(counts)), strict=True):
+            for tensor, start in self.view.starts_of(self._layers[name]) if name in self._layers else ():
+                tensor[new - self._store.layers[name].start] = start
+
+    @torch.no_grad()
+    def restore_masks(self, masks: Mapping[str, torch.Tensor]) -> None:
+        """Takes over the positions of an earlier run; weights are loaded after this.
+
+        Raises:
+            UsageError: a frozen layer had other positions, or more weights were active than there is room for.
+        """
+        store = self._store
+        frozen = [name for name in masks if not store.layers[name].trained]
+        if other := [name for name in frozen if not torch.equal(masks[name], store.mask(name).cpu())]:
+            raise UsageError(
+                f"the state has another mask for the frozen layer {other[0]!r}; start from the model that the saved "
+                f"run started from, or train with storage='masked'."
+            )
+        sizes = [store.layers[name].size for name in store.trained]
+        if not sizes:
+            return
+        new = torch.cat([masks[name].reshape(-1) for name in store.trained]).to(store.values.device)
+        old = torch.zeros_like(new)
+        old[global_positions(store, store.trained, [1] * len(sizes))] = True
+        gone, come = ((one & ~other).nonzero().squeeze(1) for one, other in ((old, new), (new, old)))
+        self.move(Positions.of(gone, sizes), Positions.of(come, sizes))
 
     def _move_by_layer(
         self, sources: torch.Tensor, stay: torch.Tensor, kept: Sequence[int], counts: Sequence[int]
@@ -163,8 +236,11 @@ class CompactKeeper(Keeper):
             kept: number of kept values of each layer.
             counts: new number of values of each layer.
         """
-        for name, source, stays in zip(self.names, sources.split(list(kept)), stay.split(list(counts)), strict=True):
-            state = self.optimizer.state.get(self._layers[name], {}) if name in self._layers else {}
+        # State that was loaded since the last step belongs to the positions that are restored now.
+        layers = {} if self._loaded else self._layers
+        pieces = zip(self._store.trained, sources.split(list(kept)), stay.split(list(counts)), strict=True)
+        for name, source, stays in pieces:
+            state = self.optimizer.state.get(layers[name], {}) if name in layers else {}
             start, shape = self._store.layers[name].start, (self._store.layers[name].count,)
             for key, vector in state.items():
                 if isinstance(vector, torch.Tensor) and vector.shape == shape:
@@ -181,25 +257,35 @@ class CompactKeeper(Keeper):
         """
         self._store.values[: len(active.flat)] = values.to(self._store.values.dtype)
 
+    def _averages(self) -> list[CompactStore]:
+        return [average.store for average in self.averages if average.store is not None]
+
     def _vectors(self) -> Iterator[torch.Tensor]:
-        """Yields values, gradient, and every state tensor that holds one number per value."""
+        """Yields values, gradient, and every state tensor that holds one number per value; values of averages too."""
         values = self._store.values
         yield values.detach()
+        yield from (average.values.detach() for average in self._averages())
         if values.grad is not None:
             yield values.grad
-        for state in self.optimizer.state.get(values, {}).values():
-            # Step counters are scalars.
-            if isinstance(state, torch.Tensor) and state.shape == values.shape:
-                yield state
+        # State that was loaded since the last step belongs to the positions that are restored now.
+        if not self._loaded:
+            yield from self.view.state_of(values)
 
     @torch.no_grad()
-    def _after_step(self, *_: Any) -> None:
+    def _tidy(self) -> None:
         # What a method that lowers the density leaves behind the active values must stay zero: some optimizers divide
         # zero by zero there.
         active = self._store.active
         if active < self._store.values.numel():
             for vector in self._vectors():
                 vector[active:].zero_()
+
+
+def _unfit(key: str, shape: tuple[int, ...], parameter: torch.Tensor) -> UsageError:
+    return UsageError(
+        f"the optimizer's {key!r} has shape {shape} for {parameter.numel():,} active weights; load the state that was "
+        f"saved together with this model."
+    )
 
 
 def _named(optimizer: optim.Optimizer, names: Sequence[str]) -> str | None:

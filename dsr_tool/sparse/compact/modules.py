@@ -165,7 +165,10 @@ def _load(store: CompactStore, name: str, weight: torch.Tensor) -> str:
         return f"size mismatch for {name}: the shape is {tuple(weight.shape)} in the state_dict, {shape} in the model."
     outside = store.write(name, weight.to(store.values.device))
     if outside:
-        return f"{name} has {outside:,} non-zero values outside of its mask, which compact storage cannot hold."
+        return (
+            f"{name} has {outside:,} non-zero values outside of its mask, which compact storage cannot hold; if a "
+            f"method had moved the mask, call load_state_dict() of what attach returned first."
+        )
     return ""
 
 
