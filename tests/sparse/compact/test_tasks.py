@@ -14,8 +14,8 @@ from dsr_tool.runtime.kernels.training import available
 from dsr_tool.sparse.compact.modules import runner_of
 
 PIXELS = 64
-CLIPS = {"mvit_v1_b": (16, 224), "mvit_v2_s": (16, 224), "s3d": (16, 64), "r3d_18": (4, 24)}
-"""Frames and pixels of clips: transformers with embedded positions take no others, S3D's pools no fewer."""
+CLIPS = {"mvit_v1_b": (16, 224), "mvit_v2_s": (16, 224), "s3d": (16, 224)}
+"""Frames and pixels of clips: transformers with embedded positions take no others, and pools of S3D need no fewer."""
 
 
 def shape_of(name):
