@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from dsr_tool.errors import DsrError, FileError
+from dsr_tool.errors import DsrError, FileError, FormatError
 
 __all__ = [
     "disk_is_full",
@@ -173,7 +173,6 @@ def temporary_folder() -> Iterator[Path]:
     try:
         yield folder
     except Exception as error:
-        # Also errors of ours: another library's message may have become one, which then blames a wrong file.
         if not disk_is_full(error, folder):
             raise
         raise FileError(
@@ -221,6 +220,9 @@ def disk_is_full(error: BaseException, folder: Path) -> bool:
         if getattr(cause, "errno", None) in _FULL or any(f"(os error {number})" in str(cause) for number in _FULL):
             return True
         cause = cause.__cause__ or cause.__context__
+    # Our own errors know their reason, but what ONNX Runtime says became a FormatError, which blames the model.
+    if isinstance(error, DsrError) and not isinstance(error, FormatError):
+        return False
     try:
         return shutil.disk_usage(folder).free < _BLOCK
     except OSError:

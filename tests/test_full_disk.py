@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from dsr_tool.errors import CheckFailed, FileError, FormatError
+from dsr_tool.errors import CheckFailed, FileError, FormatError, UsageError
 from dsr_tool.files import new_file, new_folder, temporary_folder, writing
 
 LARGE = np.ones(300_000, np.float32)
@@ -120,6 +121,16 @@ def test_other_errors_stay_what_they_are(tmp_path):
             with pytest.raises(type(error)) as caught, context():
                 raise error
             assert caught.value is error
+
+
+@pytest.mark.usefixtures("full_temporary")
+def test_errors_that_know_their_reason_keep_it_on_a_full_disk():
+    for error in (UsageError("x"), CheckFailed("x")):
+        with pytest.raises(type(error)) as caught, temporary_folder() as folder:
+            with contextlib.suppress(OSError):
+                (folder / "y").write_bytes(LARGE.tobytes())
+            raise error
+        assert caught.value is error
 
 
 def test_without_a_place_for_temporary_folders_the_variable_is_named(monkeypatch, tmp_path):
