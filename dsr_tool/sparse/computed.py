@@ -14,6 +14,9 @@ from dsr_tool.sparse.model import SparseModel
 
 __all__ = ["Shortfall", "require_zeros", "shortfalls"]
 
+_SHOWN = 6
+"""Largest number of layers that a sentence names."""
+
 
 @dataclass(frozen=True)
 class Shortfall:
@@ -64,15 +67,17 @@ def require_zeros(model: SparseModel) -> None:
     """
     if not (model.masks and model.config.input_shape):
         return
-    found = shortfalls(model)
+    found = sorted(shortfalls(model), key=lambda one: one.found - one.wanted)
     if found:
-        worst = min(found, key=lambda one: one.found - one.wanted)
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        layer = next(name for name in worst.names if name in model.masks).rpartition(".")[0]
+        named = [
+            f"{join_words(one.names, 'and')} ({one.found:.1%} zeros for {one.wanted:.1%})" for one in found[:_SHOWN]
+        ]
+        named += [f"{len(found) - _SHOWN} more"] * (len(found) > _SHOWN)
+        layer = next(name for name in found[0].names if name in model.masks).rpartition(".")[0]
         raise CheckFailed(
-            f"{model.config.architecture} computes with a function of {join_words(worst.names, 'and')}{more}, of which "
-            f"{worst.found:.1%} are zeros where {worst.wanted:.1%} were asked; keep such layers dense (--keep-dense "
-            f"{layer!r}), or let them compute with the weight itself."
+            f"{model.config.architecture} computes with a function of its weights that has fewer zeros than asked: "
+            f"{join_words(named, 'and')}; keep such layers dense (--keep-dense {layer!r}), or let them compute with "
+            f"the weight itself."
         )
 
 

@@ -66,13 +66,13 @@ class WeightFlow(TorchDispatchMode):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         formula = flop_registry.get(func._overloadpacket) or _OTHER_FORMULAS.get(func._overloadpacket)
         constant = all(storage(tensor) in self._names for tensor in inputs)
-        # What depends on no input is computed to make a weight, not for each input.
-        if formula is not None and not constant:
-            # The formula counts a multiply-add as two operations.
-            macs = formula(*args, **(kwargs or {}), out_val=out) // 2
-            for tensor in inputs:
-                if names := self._names.get(storage(tensor)):
-                    self.multiplied(sorted(names), tensor, macs, itself=storage(tensor) in self._own)
+        # The formula counts a multiply-add as two operations.
+        macs = formula(*args, **(kwargs or {}), out_val=out) // 2 if formula is not None else 0
+        for tensor in inputs if formula is not None else ():
+            names, itself = self._names.get(storage(tensor)), storage(tensor) in self._own
+            # A product of functions of weights alone is one step in making a weight.
+            if names and (itself or not constant):
+                self.multiplied(sorted(names), tensor, macs, itself=itself)
         self._note(inputs, [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)], constant=constant)
         return out
 
