@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsr_tool.errors import FormatError, UsageError, first_line, unknown_name
+from dsr_tool.errors import FileError, FormatError, UsageError, first_line, unknown_name
 from dsr_tool.files import require_file
 from dsr_tool.sparsity.tensor import Array
 
@@ -111,7 +112,7 @@ class OnnxSession:
         options.intra_op_num_threads = threads or 0
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         if optimized is not None:
-            options.optimized_model_filepath = str(optimized)
+            options.optimized_model_filepath = _utf8(optimized)
             # Weights go to a second file, since a model of more than 2 GB does not fit into one.
             data = optimized.with_suffix(".data").name
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data)
@@ -135,9 +136,21 @@ class OnnxSession:
 def _load(source: Path | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
     import onnxruntime
 
-    model = str(source) if isinstance(source, Path) else source
+    model = _utf8(source) if isinstance(source, Path) else source
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors have a class for each status code and no common base
         name = repr(str(source)) if isinstance(source, Path) else "the model"
         raise FormatError(f"onnxruntime cannot load {name}: {first_line(error)}.") from error
+
+
+def _utf8(path: Path) -> str:
+    """Returns a path as ONNX Runtime takes it, in UTF-8, where Python has ASCII for lack of a locale.
+
+    Raises:
+        FileError: the name has bytes that are no UTF-8.
+    """
+    try:
+        return os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FileError(f"onnxruntime cannot open {str(path)!r}, whose name is not UTF-8; rename it.") from error

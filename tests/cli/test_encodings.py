@@ -15,6 +15,8 @@ from PIL import Image
 
 from dsr_tool import cli
 from dsr_tool.cli.streams import write_anything
+from dsr_tool.errors import FileError
+from exporters.onnx.session import OnnxSession
 
 ENCODINGS = ("ascii", "cp1252", "latin-1", "utf-8")
 NAMES = ["model-\u00e4\u732b"]
@@ -175,12 +177,30 @@ def test_a_table_in_ascii_has_the_columns_of_the_one_in_utf8(written, place):
     assert [line.replace("-", "\u2500") for line in rules[0]] == rules[1]
 
 
+WITHOUT_A_LOCALE = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+
+def without_a_locale(*arguments):
+    command = [sys.executable, "-c", "from dsr_tool.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, env=WITHOUT_A_LOCALE, check=False)
+
+
 def test_a_real_pipe_of_a_container_without_a_locale(place):
-    environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    command = [sys.executable, "-c", "from dsr_tool.cli import main; main()", "report", str(place / "net.dsr")]
-    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    done = without_a_locale("report", place / "net.dsr")
     assert done.returncode == 0, done.stderr
     assert done.stdout.isascii()
+
+
+def test_onnx_files_in_folders_of_any_name(place):
+    """Python has ASCII for names then, and ONNX Runtime UTF-8."""
+    if is_utf8(place):
+        done = without_a_locale("export", place / "net", "-o", place / "locale.onnx")
+        assert done.returncode == 0, done.stderr
+        assert (place / "locale.onnx").is_file()
+    else:
+        (place / "x.onnx").write_bytes(b"")
+        with pytest.raises(FileError, match="whose name is not UTF-8; rename it"):
+            OnnxSession(place / "x.onnx")
 
 
 def test_streams_that_cannot_be_changed_are_left_alone(monkeypatch):
