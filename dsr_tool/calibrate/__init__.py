@@ -8,5 +8,6 @@ With pictures: `pictures` reads them and `memory` says whether they fit. `sensit
 costs (`inflow` ranks its weights, `gradients` and `trials` measure), and `allocation` turns the costs into counts.
 `reconstruct` then fits layer after layer, on the pictures and `views` of them: `segments` goes from one of the `stages`
 to the next, `survey` finds the layers by their `calls`, `inputs` samples each, `fitting` makes a problem of it, and
-`solver` chooses mask and values, for layers that are `wide` in slices.
+`solver` chooses mask and values, for layers that are `wide` in slices. An export in few bits goes the same way:
+`rounding` fits layer after layer, and `codes` chooses what a weight is rounded to.
 """

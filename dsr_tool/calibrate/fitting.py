@@ -139,22 +139,10 @@ class Fitting:
 
         The sums become means in place, so this is done once.
         """
-        sums, free = self.sums, bool(self.layer.norm or self._bias[0])
-        n = sums.count.clamp_min(1)[:, None]
-        x, t, tt = sums.x / n, sums.t / n, sums.tt / n
-        xx, tx = sums.xx.div_(n[..., None]), sums.tx.div_(n[..., None])
-        if free:  # means are given back afterwards, so only what varies must fit
-            xx.baddbmm_(x[:, :, None], x[:, None, :], alpha=-1)
-            tx.baddbmm_(t[:, :, None], x[:, None, :], alpha=-1)
-            tt -= t.square()
-        origin = sums.origin
-        if not free:
-            xx.baddbmm_(origin[:, :, None], (x + origin)[:, None, :])
-            xx.baddbmm_(x[:, :, None], origin[:, None, :])
-            tx.baddbmm_(t[:, :, None], origin[:, None, :])
-        x = x + origin
+        free = bool(self.layer.norm or self._bias[0])
+        xx, tx, x, t, tt = self._means(centred=free)  # means are given back afterwards, so only what varies must fit
         importance = self._gain.square().reshape(-1, t.shape[1]).repeat_interleave(self._slices, 0)
-        problem = Problem(self._weight, xx, tx, importance, n[:, 0], unit)
+        problem = Problem(self._weight, xx, tx, importance, self.sums.count.clamp_min(1), unit)
         solution = solve(problem, count) if self._slices == 1 else solve_slices(problem, count)
         total = max(float((tt * importance).sum()), 1e-12)
         changes = {self.layer.name: self._tensor(solution.weight)}
@@ -162,6 +150,26 @@ class Fitting:
             left = t - (solution.weight @ x[..., None])[..., 0]
             changes.update(self._shifted(left.unflatten(0, (-1, self._slices)).sum(1).reshape(-1)))
         return Fitted(self._tensor(solution.mask), changes, max(problem.error(solution.weight) / total + 1, 0.0))
+
+    def _means(self, *, centred: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns E[x x^T], E[t x^T], E[x], E[t] and E[t^2] by block, where centred of what varies.
+
+        The sums become means in place, so this is done once.
+        """
+        sums = self.sums
+        n = sums.count.clamp_min(1)[:, None]
+        x, t, tt = sums.x / n, sums.t / n, sums.tt / n
+        xx, tx = sums.xx.div_(n[..., None]), sums.tx.div_(n[..., None])
+        origin = sums.origin
+        if centred:
+            xx.baddbmm_(x[:, :, None], x[:, None, :], alpha=-1)
+            tx.baddbmm_(t[:, :, None], x[:, None, :], alpha=-1)
+            tt -= t.square()
+        else:
+            xx.baddbmm_(origin[:, :, None], (x + origin)[:, None, :])
+            xx.baddbmm_(x[:, :, None], origin[:, None, :])
+            tx.baddbmm_(t[:, :, None], origin[:, None, :])
+        return xx, tx, x + origin, t, tt
 
     def _shifted(self, bias: torch.Tensor) -> dict[str, torch.Tensor]:
         """Returns the norm's mean, or the bias, with which the outputs have the means of their targets."""

@@ -99,7 +99,7 @@ def require_memory(module: nn.Module, input_shape: tuple[int, ...], count: int) 
     remedy = f"give --calibration-images {fitting}" if fitting else "not even one fits: use a machine with more memory"
     raise UsageError(
         f"calibrating {type(module).__name__} on {count} pictures needs about {need.of(count) / 1e9:.1f} GB, and "
-        f"{available / 1e9:.1f} GB of memory are available; {remedy}, or convert without --calibrate."
+        f"{available / 1e9:.1f} GB of memory are available; {remedy}, or leave --calibrate out."
     )
 
 

@@ -68,6 +68,7 @@ def reconstruct(
     views: int = 0,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
+    fitting: Callable[[nn.Module, Layer], Fitting] = Fitting,
 ) -> Reconstruction:
     """Makes a dense network sparse in place.
 
@@ -81,13 +82,14 @@ def reconstruct(
         views: number of views of each picture that are shown as well.
         seed: seed of the choice of positions, and of the views.
         on_progress: receives the number of layers that are done, and of all.
+        fitting: makes the fitting of a layer, given the network and the layer.
 
     Raises:
         CheckFailed: the inputs of a layer contain NaN or inf.
         UsageError: the module does not take the pictures.
     """
     with evaluating(module):
-        return _Run(module, counts, pictures, units or {}, views, seed).result(on_progress)
+        return _Run(module, counts, pictures, units or {}, views, seed, fitting).result(on_progress)
 
 
 class _Run:
@@ -101,7 +103,9 @@ class _Run:
         units: Mapping[str, int],
         views: int,
         seed: int,
+        fitting: Callable[[nn.Module, Layer], Fitting],
     ) -> None:
+        self._fitting = fitting
         self._module, self._counts, self._units, self._seed = module, counts, units, seed
         self._state = {**dict(module.named_buffers()), **dict(module.named_parameters())}
         pictures = with_views(pictures, views, seed)
@@ -173,7 +177,7 @@ class _Run:
 
     def _fit(self, stage: int, group: Sequence[Layer], advance: bool) -> None:
         """Samples and fits some layers; the dense values go on to the next stage if asked for."""
-        fittings = {layer.name: Fitting(self._module, layer) for layer in group}
+        fittings = {layer.name: self._fitting(self._module, layer) for layer in group}
         for number, (dense_values, sparse_values) in enumerate(zip(self._dense, self._sparse, strict=True)):
 
             def rows(call: Call, use: int, number: int = number) -> torch.Tensor:
