@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,11 +13,15 @@ from typing import TYPE_CHECKING
 from dsr_tool.errors import UsageError, join_words, unknown_name
 from dsr_tool.files import new_file, refuse_existing
 from exporters.base import Container, Draft, ExportOptions
+from exporters.calibrated import check_calibration, rounded_by_pictures
 from exporters.checked import CheckedModel
 from exporters.containers import CONTAINERS, container_of
+from exporters.verify.agreement import Images, check_images, with_agreement
 from exporters.verify.result import Verification, require
 
 if TYPE_CHECKING:
+    import torch
+
     from dsr_tool.sparse.model import SparseModel
 
 __all__ = ["densify_export", "export", "verify"]
@@ -34,7 +38,12 @@ def export(
     encoding: str = "auto",
     values: str = "fp32",
     compact: bool = False,
+    calibrate: str | Path | torch.Tensor | Iterable[object] | None = None,
+    calibration_images: int | None = None,
+    images: Images | None = None,
+    min_agreement: float | None = None,
     force: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Writes a model into one file; the file is run and compared with the model before it is moved into place.
 
@@ -48,28 +57,47 @@ def export(
             with one scale for each output channel.
         compact: True to fold normalisation and remove channels that no active weight reaches, in containers that hold
             a graph. Such a file is for inference: it does not go back into the module.
+        calibrate: unlabelled pictures, for weights in few bits: rounding then keeps the outputs of each layer on them.
+            A folder, a tensor of preprocessed inputs, or a loader, as `convert` takes them.
+        calibration_images: largest number of these pictures; default 256.
+        images: other pictures, on which the top-1 answers of the file are compared with those of the model: a folder,
+            a tensor of preprocessed inputs of shape (N, *input_shape), or batches of that shape.
+        min_agreement: least share of equal answers, in (0, 1].
         force: True to replace an existing file.
+        on_progress: receives the number of layers that are calibrated, and of all.
 
     Returns:
         The result of the verification.
 
     Raises:
         UsageError: a container, encoding or type of values that does not exist or does not fit the others, an ending
-            that means another kind of file, a weight that float16 cannot hold, no input shape, or a module that
-            cannot be captured.
-        CheckFailed: weights and masks disagree, or the file does not hold the model; no file remains.
-        FileError: the file exists and `force` is not set, or the disk refuses it.
+            that means another kind of file, a weight that float16 cannot hold, no input shape, a module that cannot
+            be captured, or pictures that do not fit the model.
+        CheckFailed: weights and masks disagree, the file does not hold the model, or it gives fewer equal answers than
+            `min_agreement`; no file remains.
+        FileError: the file exists and `force` is not set, the disk refuses it, or there are no usable pictures.
     """
     path = Path(path)
     container = _container_for(path, to)
     options = ExportOptions(encoding, values, compact)
     _check_options(container, options)
+    check_calibration(calibrate, calibration_images, options)
     # Before the model is captured and encoded, which can take minutes.
     refuse_existing(path, force=force)
     checked = CheckedModel(model, values)
+    check_images(images, min_agreement, checked)
+    notes: tuple[str, ...] = ()
+    if calibrate is not None:
+        rounded, notes = rounded_by_pictures(checked, calibrate, calibration_images, on_progress)
+        checked = CheckedModel(model, values, rounded)
     draft = container.encode(checked, options)
-    # A fixed seed: notes and differences are the same whenever the same model is exported.
-    return _write_verified(path, draft, lambda part: container.verify(part, checked, samples=3, seed=0), force=force)
+
+    def check(part: Path) -> Verification:
+        # A fixed seed: notes and differences are the same whenever the same model is exported.
+        found = require(container.verify(part, checked, samples=3, seed=0))
+        return found if images is None else with_agreement(found, container, part, checked, images, min_agreement)
+
+    return _write_verified(path, replace(draft, notes=(*draft.notes, *notes)), check, force=force)
 
 
 def verify(path: str | Path, model: SparseModel, *, samples: int = 3, seed: int = 0) -> Verification:
@@ -103,6 +131,7 @@ def densify_export(
     values: str = "fp32",
     compact: bool = False,
     force: bool = False,
+    **pictures: object,
 ) -> Verification:
     """Rewrites an ONNX file with plain initializers, for tools that look for weights there.
 
@@ -114,6 +143,7 @@ def densify_export(
         values: `fp32`; values stay as they are.
         compact: False; removing channels takes the model.
         force: True to replace an existing file.
+        pictures: the other options of `export`, all None: values stay, so there is nothing to calibrate or to compare.
 
     Returns:
         The result of running both files in ONNX Runtime; `scale` is the largest output of `source`.
@@ -125,7 +155,8 @@ def densify_export(
         CheckFailed: the new file does not compute what `source` computes; no file remains.
     """
     source, path = Path(source), Path(path)
-    if (_container_for(path, to).name, encoding, values, compact) != ("onnx", "dense", "fp32", False):
+    others = any(option is not None for option in pictures.values())
+    if others or (_container_for(path, to).name, encoding, values, compact) != ("onnx", "dense", "fp32", False):
         raise UsageError(
             f"MODEL_DIR {str(source)!r} is an ONNX file, which can only become a dense one (-o FILE.onnx --encoding "
             f"dense); give the model folder or an archive for everything else."

@@ -34,8 +34,8 @@ def stored_as(
         tensors: every entry of the state_dict.
         specs: description of each entry.
         values: `fp32` and `palette` change nothing; `fp16` rounds weights to the nearest float16, ties to even; `int8`
-            to `int4` round them to a grid (`dsr_tool.sparsity.grid.to_grid`). Norms, biases and buffers stay. Masks
-            stay, even if a value becomes zero.
+            to `int4` round them to a grid (`to_grid` and `balanced` in `dsr_tool.sparsity.grid`). Norms, biases and
+            buffers stay. Masks stay, even if a value becomes zero.
 
     Raises:
         UsageError: another name, or a weight that float16 or a grid cannot hold.

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from dsr_tool.cli.common import TableOption, emit, examples, model_option, result_options
+from dsr_tool.cli.common import TableOption, emit, examples, model_option, output_options
+from dsr_tool.cli.progress import progress_bar
 
 __all__ = ["command"]
 
@@ -36,6 +37,8 @@ def _compact_help() -> str:
     epilog=examples(
         "dsr-tool export resnet18-90 -o resnet18-90.dsr",
         "dsr-tool export resnet18-90.dsr -o resnet18-90.onnx --values fp16",
+        "dsr-tool export resnet18-90 -o resnet18-90-int5.dsr --values int5 --calibrate photographs",
+        "dsr-tool export resnet18-90 -o resnet18-90-int8.dsr --values int8 --images others --min-agreement 0.98",
         "dsr-tool export resnet18-90 -o resnet18-90.npz",
         "dsr-tool export resnet18-90.onnx -o dense.onnx --encoding dense",
     ),
@@ -48,13 +51,22 @@ def _compact_help() -> str:
     "--values",
     default="fp32",
     show_default=True,
-    help="fp32: exact; fp16: rounds weights, but not norms and biases.",
+    help="fp32, or palette (for few distinct values): exact; fp16, int8, int6, int5 or int4: rounds weights, but not "
+    "norms and biases.",
 )
 @click.option("--compact", is_flag=True, cls=TableOption, describe=_compact_help)
+@click.option(
+    "--calibrate",
+    metavar="DIR",
+    help="Photographs, unlabelled, to round to few bits by, so that the outputs of each layer stay.",
+)
+@click.option("--calibration-images", type=int, metavar="N", help="Use at most N of them; default 256.")
+@click.option("--images", metavar="DIR", help="Other pictures, to count how often the file answers as the model does.")
+@click.option("--min-agreement", type=float, metavar="X", help="Least share of these answers, such as 0.98.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @model_option
-@result_options
-def command(source: Path, output: Path, maker: str | None, as_json: bool, **options: Any) -> None:
+@output_options
+def command(source: Path, output: Path, maker: str | None, as_json: bool, quiet: bool, **options: Any) -> None:
     """Export the model in MODEL_DIR (or an archive) to one file.
 
     The file is executed and compared with the model before it is moved into place; if they differ, the exit code is 3
@@ -77,7 +89,8 @@ def command(source: Path, output: Path, maker: str | None, as_json: bool, **opti
         from converters.loading import load
 
         model = load(source, maker)
-        verification = export(model, output, **options)
+        with progress_bar("calibrating", quiet=quiet or options["calibrate"] is None) as on_progress:
+            verification = export(model, output, **options, on_progress=on_progress)
         check = check_exported(model, verification)
     document = {**verification_document("export", verification), "budget": check.to_dict() if check else None}
     text = verification_text(verification) + (f"\n  {check.line}" if check else "")

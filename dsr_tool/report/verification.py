@@ -26,6 +26,9 @@ def verification_text(verification: Verification) -> str:
         f"  masks {'equal' if verification.masks_equal else 'DIFFER'}, "
         f"weights {'equal bit for bit' if verification.weights_equal else 'DIFFER'}",
     ]
+    if verification.agreement is not None:
+        share = f"{verification.agreement:.2%} of {verification.pictures:,} pictures"
+        lines.append(f"  top-1 answers equal to those of the model: {share}")
     # Problems fail the verification; notes do not, such as a runtime that is not installed.
     return "\n".join(
         [*lines, *(f"  problem: {text}" for text in verification.problems), *map("  {}".format, verification.notes)]

@@ -88,9 +88,30 @@ def test_a_compact_onnx_file_becomes_dense(run_json, folder, onnx_file, tmp_path
     assert run_json("verify", tmp_path / "d.onnx", "--against", folder)["passed"]
 
 
+@pytest.fixture(scope="module")
+def arrays(tmp_path_factory):
+    """Returns a folder of preprocessed inputs."""
+    path = tmp_path_factory.mktemp("arrays")
+    np.save(path / "some.npy", np.random.default_rng(0).standard_normal((20, 3, 64, 64), np.float32))
+    return path
+
+
+def test_rounding_by_pictures_and_the_agreement_on_others(run, run_json, folder, arrays, tmp_path):
+    few = ("--values", "int5", "--calibrate", arrays, "--images", arrays)
+    found = run_json("export", folder, "-o", tmp_path / "a.dsr", *few, "--min-agreement", "0.01")
+    assert found["passed"] and found["pictures"] == 20 and 0 < found["agreement"] <= 1
+    assert found["rounding_largest"] > found["rounding_mean"] > 0
+    code, out, err = run("export", folder, "-o", tmp_path / "b.dsr", *few, "--calibration-images", "4", "--quiet")
+    assert (code, err) == (0, "") and "top-1 answers equal to those of the model: " in out
+    assert "26 weights were rounded to keep the outputs on 4 pictures" in out and "mostly noise" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["-o", "a.dsr", "--calibrate", "x"], "--values 'fp32' does not do that"),
+        (["-o", "a.dsr", "--values", "int5", "--calibrate", "x", "--compact"], "leave one of them out"),
+        (["-o", "a.dsr", "--min-agreement", "0.9"], "give --images too"),
         (["-o", "a.npz", "--encoding", "delta"], "does not exist in csr files"),
         (["-o", "a.dsr", "--values", "fp61"], "did you mean fp16"),
         (["-o", "a.pth", "--compact"], "which state-dict files lack"),
