@@ -67,9 +67,12 @@ def check(geometry, height, width, images, lanes, density, seed=0):
     exact = outputs(dense, x.double(), weight.double(), bias.double(), gradient)
     for each in (theirs, exact):
         each[2] = each[2].view(-1)[positions.long()]
-    for a, b, c in zip(found, theirs, exact, strict=True):
+    # Gradients of weights and biases are sums over all pixels. These may cancel, and then the rounding errors of the
+    # terms are left; inputs have a variance of 1, so products have the norm of the gradient.
+    terms = torch.linalg.vector_norm(gradient, dim=(0, 2, 3)).max()
+    for a, b, c, least in zip(found, theirs, exact, (0.0, 0.0, terms, terms), strict=True):
         if c.numel():
-            scale = c.abs().max()
+            scale = max(c.abs().max(), least)
             assert (a - c).abs().max() <= 4 * (b - c).abs().max() + 4e-7 * scale
 
 
