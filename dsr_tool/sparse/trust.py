@@ -55,7 +55,7 @@ class Trust:
         written = {name: now for name, now in versions.items() if now != self._versions.get(name)}
         if not written:
             return
-        counts: list[int] = torch.stack([outside(weights[name], masks[name]).cpu() for name in written]).tolist()
+        counts: list[int] = torch.stack([outside(weights[name], masks[name]) for name in written]).tolist()
         for name, count in zip(written, counts, strict=True):
             if count:
                 raise CheckFailed(
@@ -80,7 +80,8 @@ def outside(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Returns the number of non-zero values outside a mask, NaN included, as a tensor of one integer."""
     rows = max(_CHUNK // max(weight[:1].numel(), 1), 1)
     pieces = zip(weight.split(rows), mask.split(rows), strict=True)
-    return torch.stack([piece.masked_fill(inside, 0.0).count_nonzero() for piece, inside in pieces]).sum()
+    # As booleans: filling under a mask is several times slower on a CPU.
+    return torch.stack([piece.ne(0).gt(inside).count_nonzero() for piece, inside in pieces]).sum()
 
 
 def _version(weight: torch.Tensor) -> tuple[int, int]:

@@ -171,3 +171,28 @@ def test_closures_keep_the_ties(kind, clip):
         optimizer.step(closure)
     assert closure().item() < before
     assert len(model.module.weight.detach().abs().unique()) <= 120
+
+
+def test_an_optimizer_inside_another_one_takes_the_same_step():
+    class Around(optim.Optimizer):
+        def __init__(self, inner):
+            super().__init__(inner.param_groups, {})
+            self.inner = inner
+
+        def step(self, closure=None):
+            return self.inner.step(closure)
+
+    ends = []
+    for wrapped in (False, True):
+        torch.manual_seed(0)
+        model = convert(nn.Linear(30, 40), sparsity=0)
+        optimizer = optim.SGD(model.module.parameters(), 0.1, momentum=0.9)
+        optimizer = Around(optimizer) if wrapped else optimizer
+        attached = attach(model, optimizer, make("tied", 9, final_sparsity=0.9))
+        for _ in range(3):
+            optimizer.zero_grad()
+            (model(torch.eye(4, 30)) - 1).square().mean().backward()
+            optimizer.step()
+        assert attached.step == 3
+        ends.append(model.module.weight.detach())
+    assert torch.equal(*ends)

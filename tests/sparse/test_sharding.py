@@ -43,6 +43,18 @@ def test_fully_sharded_modules_are_refused():
         try_to_attach(model)
 
 
+def test_modules_that_are_sharded_after_attach_are_refused_at_the_first_step():
+    from torch.distributed.fsdp import fully_shard
+
+    model = sparse()
+    optimizer = torch.optim.SGD(model.module.parameters(), 0.1)
+    attach(model, optimizer, "static")
+    fully_shard(model.module)
+    model.module(torch.randn(4, 8)).sum().backward()
+    with pytest.raises(UsageError, match="sharded by FSDP.*DistributedDataParallel"):
+        optimizer.step()
+
+
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
 @pytest.mark.parametrize("original", [True, False])
 def test_modules_wrapped_in_fsdp_are_refused_inside_and_outside(original):
