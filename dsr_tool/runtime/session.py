@@ -19,6 +19,7 @@ from dsr_tool.runtime.kernels.library import library
 from dsr_tool.runtime.plan_cache import PlanCache
 from dsr_tool.runtime.reference.interpreter import Interpreter
 from dsr_tool.runtime.source import Model, open_model
+from dsr_tool.sparsity.at_rest import at_rest, dtype_of
 from dsr_tool.sparsity.tensor import Array, SparseTensor
 
 __all__ = ["RUNTIMES", "Session", "decode"]
@@ -217,11 +218,13 @@ def decode(model: Model) -> tuple[Graph, dict[str, SparseTensor]]:
         The computation that a session runs, and the tensors that it keeps.
     """
     dtype = model.graph.inputs[0].dtype
-    return fold_norms(model.graph, {name: _as_type(model.tensor(name), dtype) for name in model.graph.parameters})
+    tensors = {name: _as_type(model.tensor(name), dtype) for name in model.graph.parameters}
+    graph, tensors = fold_norms(model.graph, tensors)
+    return graph, {name: at_rest(tensor) for name, tensor in tensors.items()}
 
 
 def _as_type(tensor: SparseTensor, dtype: str) -> SparseTensor:
-    """Returns the tensor with its values as `dtype`; integer tensors are left alone."""
-    if not np.issubdtype(tensor.values.dtype, np.floating):
+    """Returns the tensor with its values as `dtype`; integer tensors and those that have it are left alone."""
+    if dtype_of(tensor) == dtype or not np.issubdtype(dtype_of(tensor), np.floating):
         return tensor
     return SparseTensor(tensor.mask, tensor.values.astype(dtype, copy=False))
