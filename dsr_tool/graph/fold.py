@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dsr_tool.graph.ir import Graph, Node
+from dsr_tool.sparsity.at_rest import dtype_of
 from dsr_tool.sparsity.grid import GridTensor
 from dsr_tool.sparsity.layers import matrix_shape
 from dsr_tool.sparsity.mask import Mask
@@ -113,7 +114,7 @@ class _Folder:
         old = self._float64(conv.inputs[2]) if conv.inputs[2:] and conv.inputs[2] else np.zeros(1)
         self._tensors[weight] = scaled = _scaled(self._tensors[weight], factor)
         bias = self._bias_name(conv)
-        self._tensors[bias] = _full((shift + (old - mean) * factor).astype(scaled.values.dtype))
+        self._tensors[bias] = _full((shift + (old - mean) * factor).astype(dtype_of(scaled)))
         return replace(conv, inputs=(source, weight, bias), outputs=norm.outputs[:1])
 
     def _bias_name(self, conv: Node) -> str:

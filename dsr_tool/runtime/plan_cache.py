@@ -14,6 +14,7 @@ from dsr_tool.runtime.compiler.program import Machine
 from dsr_tool.runtime.coverage import Coverage
 from dsr_tool.runtime.onnxruntime_plan import OnnxRuntimePlan
 from dsr_tool.runtime.reference.interpreter import Folded, Interpreter
+from dsr_tool.sparsity.at_rest import arrays_of
 from dsr_tool.sparsity.tensor import Array, SparseTensor
 
 __all__ = ["PlanCache"]
@@ -43,7 +44,8 @@ class PlanCache:
     def memory(self) -> PlanMemory | None:
         """Memory of the plan used last, besides the tensors; None if that is not a compiled one."""
         latest = self._latest()
-        return latest.memory(tensor.values for tensor in self._tensors.values()) if latest else None
+        kept = (array for tensor in self._tensors.values() for array in arrays_of(tensor))
+        return latest.memory(kept) if latest else None
 
     def compile_first(self, shape: tuple[int, ...], *, may_replace: bool, threads: int) -> str:
         """Compiles the plan for a shape, and hands the model to ONNX Runtime if that is allowed and faster.

@@ -21,6 +21,7 @@ from dsr_tool.runtime.kernels.library import level
 from dsr_tool.runtime.reference.matrices import MAX_CSR_DENSITY
 from dsr_tool.runtime.session import Session, decode
 from dsr_tool.runtime.source import Model
+from dsr_tool.sparsity.at_rest import arrays_of, dtype_of
 from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.sparsity.layers import matrix_shape
 from dsr_tool.sparsity.tensor import SparseTensor
@@ -111,13 +112,9 @@ def _kernels_row(memory: PlanMemory, tensors: Mapping[str, SparseTensor], other_
         other_bytes: bytes of the input, and of scratch of nodes that run on the reference.
     """
     # A session keeps the decoded tensors beside the packed weights: an input of another shape needs another plan.
-    decoded = sum(tensor.values.nbytes + _position_bytes(tensor) for tensor in tensors.values())
+    decoded = sum(array.nbytes for tensor in tensors.values() for array in arrays_of(tensor))
     weights = memory.weight_bytes + memory.table_bytes + memory.constant_bytes + decoded
     return ComputedRow(f"sparse runtime ({level()})", weights, memory.arena_bytes + memory.array_bytes + other_bytes)
-
-
-def _position_bytes(tensor: SparseTensor) -> int:
-    return 0 if tensor.mask.stored is None else tensor.mask.stored.nbytes
 
 
 def _reference_weight_bytes(graph: Graph, tensors: Mapping[str, SparseTensor]) -> int:
@@ -137,7 +134,7 @@ def _reference_weight_bytes(graph: Graph, tensors: Mapping[str, SparseTensor]) -
 
 def csr_weight_bytes(tensor: SparseTensor, *, max_density: float) -> int:
     """Returns the bytes of a weight as CSR with int32 indices up to a density, as a dense array above it."""
-    width = tensor.values.dtype.itemsize
+    width = dtype_of(tensor).itemsize
     # Above it BLAS is faster than scipy's CSR product, so the reference keeps the dense matrix.
     if tensor.mask.density > max_density:
         return tensor.mask.size * width

@@ -12,6 +12,7 @@ from dsr_tool.graph.ir import Graph, Node
 from dsr_tool.graph.limits import folding_limit, memory_limit, running_limit
 from dsr_tool.graph.operators import operator_of
 from dsr_tool.runtime.reference.call import Call, bind, check_total, fold
+from dsr_tool.sparsity.at_rest import dtype_of
 from dsr_tool.sparsity.tensor import Array, SparseTensor, Weight, dense
 
 __all__ = ["Folded", "Interpreter", "check_opset", "dense_bytes", "for_caller", "live_nodes"]
@@ -143,7 +144,7 @@ def live_nodes(nodes: Sequence[Node], output: str) -> Iterable[tuple[Node, tuple
 def dense_bytes(weight: Weight) -> int:
     """Returns the bytes of a weight with its zeros."""
     if isinstance(weight, SparseTensor):
-        return weight.mask.size * weight.values.itemsize
+        return weight.mask.size * dtype_of(weight).itemsize
     return weight.nbytes
 
 
