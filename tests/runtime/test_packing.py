@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dsr_tool.errors import FormatError
 from dsr_tool.runtime.compiler.packing import MAX_OFFSET, Pack, Taps, pack_dense, pack_sparse
+from dsr_tool.runtime.kernels.ops import LIMITS
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
 
@@ -51,6 +52,24 @@ def test_records_hold_exactly_the_active_weights(seed, rows, channels, density, 
             for tap, offset in enumerate(taps.offsets):
                 expected[:, 32 + c * 11 + offset] += weight.to_dense()[:, c, 0, tap]
         np.testing.assert_array_equal(matrix_of(pack, phase, (rows, channels), 11), expected)
+
+
+def test_codes_of_a_grid_are_packed_as_values_are():
+    rng = np.random.default_rng(0)
+    mask = rng.random((9, 12, 1, 3)) < 0.3
+    codes = SparseTensor(Mask.from_bool(mask), rng.integers(-127, 128, int(mask.sum())).astype(np.int8))
+    values = SparseTensor(codes.mask, codes.values.astype(np.float32))
+    phases = [Taps((-2, 0, 5), 11), Taps((-1, 3, 4), 11)]
+    packs = [pack_sparse(codes, 1, phases, 5, 2), pack_dense(codes.to_dense(), phases, 5, 2)]
+    others = [pack_sparse(values, 1, phases, 5, 2), pack_dense(values.to_dense(), phases, 5, 2)]
+    for pack, other in zip(packs, others, strict=True):
+        assert (pack.coded, other.coded) == (True, False)
+        spare = np.zeros(LIMITS["SPARE_CODES"])
+        np.testing.assert_array_equal(pack.values, np.concatenate([other.values, spare]))
+        for name in ("offsets", "entries", "blocks", "parts"):
+            np.testing.assert_array_equal(pack.fields[name], other.fields[name])
+        assert (pack.fields["values"], other.fields["codes"]) == (0, 0)
+        assert pack.fields["codes"] is pack.values
 
 
 def test_rows_of_a_block_are_sorted_by_their_number_of_records():

@@ -9,13 +9,18 @@ import numpy as np
 
 from dsr_tool.graph.ir import Node
 from dsr_tool.runtime.reference.interpreter import dense_bytes
+from dsr_tool.sparsity.at_rest import dtype_of
+from dsr_tool.sparsity.grid import GridTensor
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import Array, SparseTensor, Weight, dense
 
-__all__ = ["Constants", "as_sparse", "is_packable", "shape_of"]
+__all__ = ["Constants", "as_sparse", "entries_of", "is_packable", "reshaped", "shape_of"]
 
 _MAX_ENTRIES = 1 << 31
 """Largest dense size of a weight: record keys are int32."""
+
+_LARGEST_CODE = 127
+"""Largest code of a grid of 8 bits."""
 
 
 class Constants:
@@ -87,8 +92,25 @@ def as_sparse(weight: Weight) -> SparseTensor:
     return SparseTensor.from_dense(weight, Mask.from_bool(weight != 0))
 
 
+def reshaped(weight: SparseTensor, shape: tuple[int, ...]) -> SparseTensor:
+    """Returns a weight in another shape of as many rows and entries; a grid stays one."""
+    mask = Mask(shape, weight.mask.stored)
+    if isinstance(weight, GridTensor):
+        return GridTensor(mask, weight.codes, weight.scales)
+    return SparseTensor(mask, weight.values)
+
+
+def entries_of(weight: SparseTensor) -> tuple[SparseTensor, Array | None]:
+    """Returns the numbers that kernels multiply by, and the scale of each row: of a grid its codes, int8.
+
+    Other weights are their values, float32, without scales; so is a grid whose values may overflow.
+    """
+    if isinstance(weight, GridTensor) and np.isfinite(weight.scales * np.float32(_LARGEST_CODE)).all():
+        return SparseTensor(weight.mask, weight.codes), np.ascontiguousarray(weight.scales, np.float32)
+    return weight, None
+
+
 def is_packable(weight: Weight) -> bool:
     """Returns whether the kernels can multiply by a weight: float32, not empty, and small enough for int32 keys."""
     # Constants of a graph may be integers; weights stored as float16 were converted when the session was opened.
-    dtype = weight.values.dtype if isinstance(weight, SparseTensor) else weight.dtype
-    return dtype == np.float32 and 0 < math.prod(shape_of(weight)) < _MAX_ENTRIES
+    return dtype_of(weight) == np.float32 and 0 < math.prod(shape_of(weight)) < _MAX_ENTRIES

@@ -8,15 +8,14 @@ import math
 import numpy as np
 
 from dsr_tool.graph.ir import Node
-from dsr_tool.runtime.compiler.constants import as_sparse, is_packable, shape_of
+from dsr_tool.runtime.compiler.constants import as_sparse, is_packable, reshaped, shape_of
 from dsr_tool.runtime.compiler.gemv import Gemv, lower_gemv
 from dsr_tool.runtime.compiler.layouts import Rows
 from dsr_tool.runtime.compiler.lowering import Lowered, Lowering
 from dsr_tool.runtime.compiler.op import IDENTITY
 from dsr_tool.runtime.compiler.spmm import Spmm
 from dsr_tool.runtime.compiler.taps import POINT
-from dsr_tool.sparsity.mask import Mask
-from dsr_tool.sparsity.tensor import SparseTensor, Weight, dense
+from dsr_tool.sparsity.tensor import Weight, dense
 
 __all__ = ["add_bias", "gemm", "matmul"]
 
@@ -69,12 +68,11 @@ def _linear(
     source = low.rows(name)
     if source is None:
         return None
-    tensor = as_sparse(weight)
     op = Spmm(
         source=source,
         out=Rows((1, rows, 1, source.shape[3]), source.grid, 1),
         # Features are channels, so a linear layer is a convolution with a 1 x 1 kernel.
-        weight=SparseTensor(Mask((rows, columns, 1, 1), tensor.mask.stored), tensor.values),
+        weight=reshaped(as_sparse(weight), (rows, columns, 1, 1)),
         bias=np.zeros(rows, np.float32) if bias is None else dense(bias),
         window=POINT,
         groups=1,

@@ -18,10 +18,11 @@ import numpy.typing as npt
 
 from dsr_tool.errors import FormatError
 from dsr_tool.graph.limits import claim
+from dsr_tool.runtime.kernels.ops import LIMITS
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
 
-__all__ = ["MAX_OFFSET", "Pack", "Taps", "check_positions", "pack_dense", "pack_sparse"]
+__all__ = ["MAX_OFFSET", "Pack", "Taps", "checked_positions", "pack_dense", "pack_sparse"]
 
 _Int = npt.NDArray[np.int64]
 
@@ -47,36 +48,43 @@ class Pack:
     """The packed weight of one op. The columns of the integer arrays are the fields of structs in ops.def, in order.
 
     Attributes:
-        values: weights in the order of use, float32.
+        values: weights in the order of use: float32, or int8 for codes of a grid.
         offsets: offset of each record in vectors, uint16, and two more that kernels may read.
         entries: rows of the struct Entry in ops.def, int32 (entries, 2).
         blocks: rows of the struct Block, int64 (blocks, 5).
         parts: rows of the struct Part, int64 (parts, 4).
     """
 
-    values: npt.NDArray[np.float32]
+    values: npt.NDArray[np.float32] | npt.NDArray[np.int8]
     offsets: npt.NDArray[np.uint16]
     entries: npt.NDArray[np.int32]
     blocks: _Int
     parts: _Int
 
     @property
-    def fields(self) -> dict[str, npt.NDArray[Any]]:
-        """All arrays by name; the structs of ops.def that use a pack have fields of these names."""
-        arrays = (self.values, self.offsets, self.entries, self.blocks, self.parts)
-        return dict(zip(("values", "offsets", "entries", "blocks", "parts"), arrays, strict=True))
+    def coded(self) -> bool:
+        """True if the weights are codes of a grid."""
+        return self.values.dtype == np.int8
+
+    @property
+    def fields(self) -> dict[str, int | npt.NDArray[Any]]:
+        """All arrays by name, and a null pointer; the structs of ops.def that use a pack have fields of these names."""
+        name, absent = ("codes", "values") if self.coded else ("values", "codes")
+        fields: dict[str, int | npt.NDArray[Any]] = {name: self.values, absent: 0}
+        return fields | {"offsets": self.offsets, "entries": self.entries, "blocks": self.blocks, "parts": self.parts}
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return sum(array.nbytes for array in self.fields.values())
+        return sum(array.nbytes for array in (self.values, self.offsets, self.entries, self.blocks, self.parts))
 
 
 @dataclass
 class _Builder:
     """The arrays of a pack while parts are added."""
 
-    values: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    dtype: npt.DTypeLike
+    values: list[npt.NDArray[Any]] = field(default_factory=list)
     offsets: list[npt.NDArray[np.uint16]] = field(default_factory=list)
     entries: list[npt.NDArray[np.int32]] = field(default_factory=list)
     blocks: list[_Int] = field(default_factory=list)
@@ -90,7 +98,9 @@ class _Builder:
 
     def build(self) -> Pack:
         """Returns the pack of all parts."""
-        values = np.concatenate([*self.values, np.zeros(0, np.float32)])
+        # Kernels convert whole vectors of codes.
+        spare = LIMITS["SPARE_CODES"] if self.dtype == np.int8 else 0
+        values = np.concatenate([*self.values, np.zeros(spare, self.dtype)])
         # Kernels read up to two offsets past the last record.
         offsets = np.concatenate([*self.offsets, np.zeros(2, np.uint16)])
         entries, blocks = np.concatenate(self.entries), np.concatenate(self.blocks)
@@ -101,7 +111,7 @@ def pack_sparse(weight: SparseTensor, groups: int, phases: Sequence[Taps], per_b
     """Packs one record for each active weight and output phase.
 
     Args:
-        weight: shape (out channels, channels / groups, *kernel).
+        weight: shape (out channels, channels / groups, *kernel); float32 values, or int8 codes of a grid.
         groups: number of groups of channels; an output channel sees the input channels of its group alone.
         phases: the taps of each output phase.
         per_block: input channels in a block.
@@ -112,13 +122,13 @@ def pack_sparse(weight: SparseTensor, groups: int, phases: Sequence[Taps], per_b
     """
     rows, inner = weight.mask.shape[:2]
     kernel = len(phases[0].offsets)
-    check_positions(weight.mask)
+    positions = checked_positions(weight.mask)
     _check_reach(phases, per_block)
     # int32 moves half as many bytes as int64; `is_packable` has made sure that positions fit.
-    row, rest = np.divmod(weight.mask.positions.astype(np.int32), np.int32(max(inner * kernel, 1)))
+    row, rest = np.divmod(positions.astype(np.int32), np.int32(max(inner * kernel, 1)))
     channel, tap = np.divmod(rest, np.int32(kernel))
-    values = weight.values.astype(np.float32, copy=False)
-    builder = _Builder()
+    values = weight.values
+    builder = _Builder(values.dtype)
     for low, high, first, last in _part_bounds(row, rows, inner, groups, per_block, split):
         own = slice(*np.searchsorted(row, (low, high)))
         inside = channel[own] + ((row[own] - low) // np.int32(rows // groups) * np.int32(inner) if groups > 1 else 0)
@@ -187,11 +197,11 @@ def _scattered(array: npt.NDArray[Any], target: npt.NDArray[np.intp]) -> npt.NDA
     return result
 
 
-def pack_dense(weight: npt.NDArray[np.float32], phases: Sequence[Taps], per_block: int, split: int = 1) -> Pack:
+def pack_dense(weight: npt.NDArray[Any], phases: Sequence[Taps], per_block: int, split: int = 1) -> Pack:
     """Packs groups of four output channels, zeros included; their records share one list of offsets in each block.
 
     Args:
-        weight: shape (out channels, channels, *kernel).
+        weight: shape (out channels, channels, *kernel); float32 values, or int8 codes of a grid.
         phases: the taps of each output phase.
         per_block: input channels in a block.
         split: number of parts that the groups are cut into.
@@ -204,12 +214,12 @@ def pack_dense(weight: npt.NDArray[np.float32], phases: Sequence[Taps], per_bloc
     per_block = min(per_block, inner)
     _check_reach(phases, per_block)
     quads = -(-rows // 4)
-    padded = np.zeros((quads * 4, inner * kernel), np.float32)
+    padded = np.zeros((quads * 4, inner * kernel), weight.dtype)
     padded[:rows] = weight.reshape(rows, -1)
     # The kernel computes the last channel as often as it takes to make four.
     padded[rows:] = padded[rows - 1]
     bounds = sorted({quads * i // split for i in range(split + 1)})
-    builder = _Builder()
+    builder = _Builder(weight.dtype)
     lows = np.arange(0, inner, per_block)
     counts = np.minimum(lows + per_block, inner) - lows
     for low, count in zip(lows, counts, strict=True):
@@ -233,13 +243,18 @@ def pack_dense(weight: npt.NDArray[np.float32], phases: Sequence[Taps], per_bloc
     return builder.build()
 
 
-def check_positions(mask: Mask) -> None:
-    """Raises `FormatError` unless active positions ascend within the shape: the kernels do not check them again."""
+def checked_positions(mask: Mask) -> _Int:
+    """Returns the active positions. The kernels do not check them again.
+
+    Raises:
+        FormatError: they do not ascend within the shape.
+    """
     positions = mask.positions
     if len(positions) and not (positions[0] >= 0 and positions[-1] < mask.size and (np.diff(positions) > 0).all()):
         raise FormatError(
             f"the active positions of a weight are not ascending within its shape {mask.shape}; the file is damaged."
         )
+    return positions
 
 
 def _check_reach(phases: Sequence[Taps], per_block: int) -> None:

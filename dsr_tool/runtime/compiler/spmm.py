@@ -11,11 +11,12 @@ from typing import ClassVar
 import numpy as np
 
 from dsr_tool.graph.windows import Window
+from dsr_tool.runtime.compiler.constants import entries_of
 from dsr_tool.runtime.compiler.layouts import Planes
 from dsr_tool.runtime.compiler.op import Op, PackCache, Parameters, Target
 from dsr_tool.runtime.compiler.packing import MAX_OFFSET, Pack, Taps, pack_dense, pack_sparse
 from dsr_tool.runtime.compiler.taps import offsets_of
-from dsr_tool.runtime.kernels.ops import Kind
+from dsr_tool.runtime.kernels.ops import LIMITS, Kind
 from dsr_tool.sparsity.tensor import Array, SparseTensor, dense
 
 __all__ = ["Spmm"]
@@ -47,6 +48,9 @@ POINT_RECORDS = 13
 
 NARROW_TILE = 11
 """Vectors of a tile where inputs are read seldom: a narrow tile leaves more of the cache to other channels."""
+CONVERTED = 10
+"""Vectors of a plane per block from which codes become values once for all tiles. Scaling a sum costs a multiply-add
+for each of its vectors; scaling the weights of a row in a block costs about as much as 10 to 14 on Zen 4."""
 MIN_SHARED_TILE = 5
 """Fewest vectors of a tile that is narrowed to give each thread the same number of tiles."""
 MANY_TILES = 4
@@ -101,19 +105,38 @@ class Spmm(Op):
         phases = [Taps(offsets, channel) for offsets in offsets_of(self.window, self.source, self.out)]
         tile, per_block = self._tiling(phases)
         tile, split = shared_tile(self.target.threads, self.out.grid.length, tile, len(phases))
-        pack = self._pack(packs, phases, per_block, split)
-        bias = np.ascontiguousarray(self.bias, np.float32)
-        return Parameters({**pack.fields, "part_count": len(pack.parts), "tile": tile, "bias": bias}, pack)
+        entries, scales = entries_of(self.weight)
+        pack = self._pack(packs, entries, phases, per_block, split)
+        return Parameters(
+            {
+                **pack.fields,
+                "scales": 0 if scales is None else scales,
+                "convert": int(self._converts(pack)),
+                "part_count": len(pack.parts),
+                "tile": tile,
+                "bias": np.ascontiguousarray(self.bias, np.float32),
+            },
+            pack,
+        )
 
-    def _pack(self, packs: PackCache, phases: Sequence[Taps], per_block: int, split: int) -> Pack:
+    def _converts(self, pack: Pack) -> bool:
+        """Returns whether codes become values before all tiles, rather than their sums after each."""
+        first, last = pack.parts[0, :2]
+        # All that this depends on is the same for any number of threads, since the two ways round differently.
+        few = len(pack.values) <= LIMITS["MAX_CONVERTED"]
+        return pack.coded and few and not self.computes_zeros and self.out.grid.length >= CONVERTED * (last - first)
+
+    def _pack(
+        self, packs: PackCache, entries: SparseTensor, phases: Sequence[Taps], per_block: int, split: int
+    ) -> Pack:
         # Strides are part of the taps, so plans for other input sizes share a pack only if their layouts agree.
         key = (self.weight_name, self.weight.mask.shape, self.groups, tuple(phases), per_block, split)
         pack = packs.get(key)
         if pack is None:
             pack = (
-                pack_dense(dense(self.weight), phases, per_block, split)
+                pack_dense(dense(entries), phases, per_block, split)
                 if self.computes_zeros
-                else pack_sparse(self.weight, self.groups, phases, per_block, split)
+                else pack_sparse(entries, self.groups, phases, per_block, split)
             )
             packs[key] = pack
         return pack

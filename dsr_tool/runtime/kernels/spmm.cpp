@@ -14,13 +14,19 @@
 // reads are cut into blocks that fit in the first-level cache; between blocks the sums are stored and loaded again.
 // Values and offsets are read once a run, front to back, so they are prefetched and cost bandwidth alone.
 //
+// Codes (weights.h). Their sums start from zero; the last block multiplies them by the scale of their channel, and adds
+// bias and residual. Where a plane is long for its number of blocks, that would be a fair share of all multiply-adds,
+// and codes become values before the first tile.
+//
 // Dense parts. From a density of 0.7 on it is quicker to multiply the zeros too: four output channels share one list of
 // offsets, and each load of the input serves four multiply-adds.
 
+#include <atomic>
 #include <cmath>
 #include <utility>
 
 #include "kernels.h"
+#include "weights.h"
 
 namespace {
 
@@ -38,13 +44,15 @@ struct Product {
     float* out;
     bool clipped, rectified;  // the two commonest activations are applied in registers
     Vec low, high;
+    const float* values;    // weights that are floats, from index `start` on
+    int64_t start = 0;
 };
 
 // The addresses of one tile, for channel 0: its output, and what is added to it.
 struct Place {
     float* out;
     const float* residual;
-    const float* bias;
+    const float *bias, *scales;
     const int32_t* mask;
     int64_t out_step, residual_step;  // floats from one channel to the next
 
@@ -52,12 +60,14 @@ struct Place {
         : out(p.out + (part.phase * p.op.out_stride + column) * LANES),
           residual(p.residual ? p.residual + (part.phase * p.op.other_stride + column) * LANES : nullptr),
           bias(p.op.spmm.bias),
+          scales(p.op.spmm.scales),
           mask(p.op.mask ? p.op.mask + (part.phase * p.op.length + column) * LANES : nullptr),
           out_step(p.op.phases * p.op.out_stride * LANES),
           residual_step(p.op.phases * p.op.other_stride * LANES) {}
 
-    // The sums of one channel start from its bias and residual in the first block, and from what they were later.
-    template <int T>
+    // The sums of one channel start from its bias and residual in the first block, and from what they were later. Sums
+    // that will be scaled start from zero.
+    template <int T, bool SCALED>
     void start(Vec* sums, int64_t row, bool first) const {
         // Without the pragmas gcc keeps the arrays of sums in memory.
         if (!first) {
@@ -65,13 +75,27 @@ struct Place {
             for (int t = 0; t < T; t++) sums[t] = load(out + row * out_step + t * LANES);
             return;
         }
-        const Vec value = splat(bias[row]);
+        const Vec value = SCALED ? Vec{} : splat(bias[row]);
 #pragma GCC unroll 16
         for (int t = 0; t < T; t++) sums[t] = value;
-        if (residual) {
+        if (!SCALED) add_residual<T>(sums, row);
+    }
+
+    // Sums of codes become sums of weights, after the last block.
+    template <int T>
+    void scale(Vec* sums, int64_t row) const {
+        const Vec factor = splat(scales[row]), shift = splat(bias[row]);
 #pragma GCC unroll 16
-            for (int t = 0; t < T; t++) sums[t] += load(residual + row * residual_step + t * LANES);
-        }
+        for (int t = 0; t < T; t++) sums[t] = sums[t] * factor + shift;
+        add_residual<T>(sums, row);
+    }
+
+   private:
+    template <int T>
+    void add_residual(Vec* sums, int64_t row) const {
+        if (!residual) return;
+#pragma GCC unroll 16
+        for (int t = 0; t < T; t++) sums[t] += load(residual + row * residual_step + t * LANES);
     }
 };
 
@@ -98,7 +122,7 @@ inline void finish(const Product& p, Vec* sums, const int32_t* mask, float* out)
     if (p.op.activation != CLIP) activate_masked(p.op, out, mask, T);
 }
 
-template <int T>
+template <int T, class Weights>
 void sparse_tile(const Product& p, const Part& part, int64_t column) {
     const Spmm& op = p.op.spmm;
     const Place place(p, part, column);
@@ -106,32 +130,30 @@ void sparse_tile(const Product& p, const Part& part, int64_t column) {
         const Block& block = op.blocks[b];
         const bool first = b == part.first, last = b == part.last - 1;
         const char* in = (const char*)(p.in + (block.base + column) * LANES);
-        const float* value = op.values + block.values;
+        const auto* value = Weights::of(op, p.values) + (block.values - p.start);
         const uint16_t* offset = op.offsets + block.offsets;
+        // Addresses are computed two records ahead, also from one entry to the next: each waits for the load of its
+        // offset, multiply-adds need not. Offsets are padded by two, so reading offset[2] is safe.
+        const char* now = in + (uint64_t)offset[0] * VECTOR_BYTES;
+        const char* next = in + (uint64_t)offset[1] * VECTOR_BYTES;
         const Entry* entry = op.entries + block.entries;
         for (const Entry* end = entry + block.count; entry != end; entry++) {
             Vec sums[T];
-            place.template start<T>(sums, entry->row, first);
-            const int count = entry->count;
+            place.template start<T, Weights::SCALED>(sums, entry->row, first);
             // Weights are read once a run, so they come from far away.
             __builtin_prefetch(value + 512);
             __builtin_prefetch(offset + 1024);
-            // Addresses are computed two records ahead: each waits for the load of its offset, multiply-adds need not.
-            // Offsets are padded by two, so reading offset[k + 2] is safe.
-            const char* now = in + (uint64_t)offset[0] * VECTOR_BYTES;
-            const char* next = in + (uint64_t)offset[1] * VECTOR_BYTES;
-            for (int k = 0; k < count; k++) {
-                const Vec weight = splat(value[k]);
+            for (const auto* stop = value + entry->count; value != stop; value++, offset++) {
+                const Vec weight = splat(Weights::at(value));
                 const float* x = (const float*)now;
                 now = next;
-                next = in + (uint64_t)offset[k + 2] * VECTOR_BYTES;
+                next = in + (uint64_t)offset[2] * VECTOR_BYTES;
 #pragma GCC unroll 16
                 for (int t = 0; t < T; t++) sums[t] += weight * load(x + t * LANES);
             }
-            value += count;
-            offset += count;
             float* out = place.out + entry->row * place.out_step;
             if (last) {
+                if (Weights::SCALED) place.template scale<T>(sums, entry->row);
                 finish<T>(p, sums, place.mask, out);
             } else {
 #pragma GCC unroll 16
@@ -141,7 +163,7 @@ void sparse_tile(const Product& p, const Part& part, int64_t column) {
     }
 }
 
-template <int T>
+template <int T, class Weights>
 void dense_tile(const Product& p, const Part& part, int64_t column) {
     const Spmm& op = p.op.spmm;
     const Place place(p, part, column);
@@ -150,7 +172,7 @@ void dense_tile(const Product& p, const Part& part, int64_t column) {
         const bool first = b == part.first, last = b == part.last - 1;
         const char* in = (const char*)(p.in + (block.base + column) * LANES);
         const uint16_t* offset = op.offsets + block.offsets;
-        const float* value = op.values + block.values;
+        const auto* value = Weights::of(op, p.values) + (block.values - p.start);
         for (int64_t e = block.entries; e < block.entries + block.count; e++) {
             const Entry& entry = op.entries[e];
             Vec sums[4][T];
@@ -159,13 +181,13 @@ void dense_tile(const Product& p, const Part& part, int64_t column) {
             for (int r = 0; r < 4; r++) {
                 // If fewer than four channels are left, the last one is computed again and stored over itself.
                 row[r] = entry.row + r < p.op.channels ? entry.row + r : p.op.channels - 1;
-                place.template start<T>(sums[r], row[r], first);
+                place.template start<T, Weights::SCALED>(sums[r], row[r], first);
             }
             for (int k = 0; k < entry.count; k++) {
                 const float* x = (const float*)(in + (uint64_t)offset[k] * VECTOR_BYTES);
                 Vec weight[4];
 #pragma GCC unroll 4
-                for (int r = 0; r < 4; r++) weight[r] = splat(value[4 * k + r]);
+                for (int r = 0; r < 4; r++) weight[r] = splat(Weights::at(value + 4 * k + r));
 #pragma GCC unroll 16
                 for (int t = 0; t < T; t++) {
                     const Vec v = load(x + t * LANES);
@@ -178,6 +200,7 @@ void dense_tile(const Product& p, const Part& part, int64_t column) {
             for (int r = 0; r < 4; r++) {
                 float* out = place.out + row[r] * place.out_step;
                 if (last) {
+                    if (Weights::SCALED) place.template scale<T>(sums[r], row[r]);
                     finish<T>(p, sums[r], place.mask, out);
                 } else {
 #pragma GCC unroll 16
@@ -191,22 +214,29 @@ void dense_tile(const Product& p, const Part& part, int64_t column) {
 using Tile = void (*)(const Product&, const Part&, int64_t);
 
 // The tile of each width from 1 on: the compiler asks for a width, and the last tiles of a plane may be narrower.
-template <int... T>
+template <class Weights, int... T>
 Tile sparse_of(std::integer_sequence<int, T...>, int width) {
-    static constexpr Tile tiles[] = {sparse_tile<T + 1>...};
+    static constexpr Tile tiles[] = {sparse_tile<T + 1, Weights>...};
     return tiles[width - 1];
 }
 
-template <int... T>
+template <class Weights, int... T>
 Tile dense_of(std::integer_sequence<int, T...>, int width) {
-    static constexpr Tile tiles[] = {dense_tile<T + 1>...};
+    static constexpr Tile tiles[] = {dense_tile<T + 1, Weights>...};
     return tiles[width - 1];
+}
+
+template <class Weights>
+Tile tile_of(bool dense, int width) {
+    return dense ? dense_of<Weights>(std::make_integer_sequence<int, WIDEST_DENSE>(), width)
+                 : sparse_of<Weights>(std::make_integer_sequence<int, WIDEST>(), width);
 }
 
 struct Work {
     const Product& product;
     bool dense;
-    int64_t tiles;  // of each part
+    int64_t tiles;   // of each part
+    int64_t number;  // of this call of spmm in the process, from 1 on
 };
 
 // Item i is one tile of one part. Parts that differ by their phase alone follow each other and read the same input, so
@@ -214,14 +244,19 @@ struct Work {
 void run_item(const void* context, int64_t item) {
     const Work& work = *(const Work*)context;
     const Op& op = work.product.op;
-    const int64_t i = item / op.phases % work.tiles;
-    const Part& part = op.spmm.parts[item / (op.phases * work.tiles) * op.phases + item % op.phases];
+    const int64_t i = item / op.phases % work.tiles, group = item / (op.phases * work.tiles);
+    const Part& part = op.spmm.parts[group * op.phases + item % op.phases];
     // Tiles of nearly equal width, the wider ones first: one narrow tile at the end would waste its broadcasts.
     const int64_t narrow = op.length / work.tiles, wider = op.length % work.tiles;
     const int width = (int)(narrow + (i < wider));
     const int64_t column = i * narrow + (i < wider ? i : wider);
-    const Tile tile = work.dense ? dense_of(std::make_integer_sequence<int, WIDEST_DENSE>(), width)
-                                 : sparse_of(std::make_integer_sequence<int, WIDEST>(), width);
+    if (op.spmm.convert) {
+        Product product = work.product;
+        product.values = converted(op, work.number, group);
+        product.start = op.spmm.blocks[part.first].values;
+        return tile_of<Floats>(work.dense, width)(product, part, column);
+    }
+    const Tile tile = op.spmm.codes ? tile_of<Codes>(work.dense, width) : tile_of<Floats>(work.dense, width);
     tile(work.product, part, column);
 }
 
@@ -234,8 +269,10 @@ void spmm(const Call& call) {
     // ReLU takes one instruction where a general clip takes two.
     const bool any = op.activation == CLIP, rectified = any && op.low == 0 && op.high == INFINITY;
     const bool clipped = any && !rectified && (op.low != -INFINITY || op.high != INFINITY);
-    const Product product{op, call.source, call.other, call.out, clipped, rectified, splat(op.low), splat(op.high)};
+    const Product product{op,      call.source, call.other,    call.out,       clipped,
+                          rectified, splat(op.low), splat(op.high), op.spmm.values};
     const int64_t tile = op.spmm.tile;
-    const Work work{product, op.spmm.parts->dense != 0, (op.length + tile - 1) / tile};
+    static std::atomic<int64_t> calls;
+    const Work work{product, op.spmm.parts->dense != 0, (op.length + tile - 1) / tile, ++calls};
     parallel(call.pool, op.spmm.part_count * work.tiles, run_item, &work);
 }

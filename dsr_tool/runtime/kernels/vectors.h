@@ -6,6 +6,9 @@
 
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define DSR_LANES 16
@@ -27,6 +30,19 @@ static inline Vec load(const float* from) {
     Vec v;
     std::memcpy(&v, from, sizeof v);
     return v;
+}
+
+// Whole numbers of 8 bits as floats. gcc 12 widens vectors of bytes entry by entry, where x86 has an instruction.
+static inline Vec load_codes(const int8_t* from) {
+#if defined(__AVX512F__)
+    const Bits whole = (Bits)_mm512_maskz_cvtepi8_epi32(-1, _mm_loadu_si128((const __m128i*)from));
+#elif defined(__AVX2__)
+    const Bits whole = (Bits)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#else
+    Bits whole;
+    for (int i = 0; i < LANES; i++) whole[i] = from[i];
+#endif
+    return __builtin_convertvector(whole, Vec);
 }
 
 static inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
