@@ -16,7 +16,6 @@ from dsr_tool.graph.compact.rewrite import fold_and_compact
 from exporters.base import Container, Draft, ExportOptions, Head
 from exporters.contents import Contents, StoredBytes, measured
 from exporters.onnx import ONNX_ENCODINGS
-from exporters.values import GRID_BITS
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -60,7 +59,7 @@ class OnnxFiles(Container):
         build = partial(
             to_onnx,
             encoding=options.encoding,
-            values=options.values if options.values not in GRID_BITS else "fp32",
+            values=options.values,
             specs=model.specs,
             architecture=model.config.architecture,
         )

@@ -21,7 +21,7 @@ from exporters.onnx import ONNX_ENCODINGS
 from exporters.onnx.forms import FLOATS, coo, nonzero
 from exporters.onnx.nodes import NodeWriter, field_bytes
 from exporters.onnx.weights import add_weight, choose
-from exporters.values import stored_as
+from exporters.values import GRID_BITS, stored_as
 
 __all__ = ["METADATA", "ONNX_ENCODINGS", "folded", "refuse_too_large", "to_onnx"]
 
@@ -51,9 +51,10 @@ def to_onnx(
         tensors: every parameter of the graph, by name.
         encoding: `delta`, `bitmask` or `coo` stores every sparse weight in that form, `dense` writes plain
             initializers, `auto` takes the smallest of delta, bitmask and dense for each weight.
-        values: `fp16` stores weights as float16, rounded once; the computation stays in its type. Weights on a grid
-            are stored on it with any `values`, since folding scales a grid and leaves its codes.
-        specs: description of the parameters; `fp16` rounds weights alone.
+        values: `fp16` stores weights as float16, rounded once; the computation stays in its type. Grids (`int8` to
+            `int4`) are made before norms are folded, which scales them and leaves their codes; weights that are on a
+            grid already stay on it with any `values`.
+        specs: description of the parameters; weights alone are rounded.
         architecture: name of the model, for the record.
         notes: more entries of the record, plain values for JSON.
 
@@ -126,12 +127,15 @@ def folded(
     for name, tensor in typed.items():
         if tensor.values.dtype.kind == "f" and tensor.values.dtype != dtype:
             typed[name] = SparseTensor(tensor.mask, tensor.values.astype(dtype, copy=False))
+    if values in GRID_BITS:
+        typed |= stored_as(_unrounded(typed, specs), specs or {}, values)
     graph, typed = fold_norms(graph, typed)
-    # Biases that folding made have no spec; they stay in the type of the computation, and grids are rounded already.
-    known = {
-        name: tensor for name, tensor in typed.items() if name in (specs or {}) and not isinstance(tensor, GridTensor)
-    }
-    return graph, typed | stored_as(known, specs or {}, values)
+    return graph, typed if values in GRID_BITS else typed | stored_as(_unrounded(typed, specs), specs or {}, values)
+
+
+def _unrounded(tensors: Mapping[str, SparseTensor], specs: Mapping[str, LayerSpec] | None) -> dict[str, SparseTensor]:
+    """Returns the tensors that rounding may change: biases that folding made have no spec, and grids are rounded."""
+    return {n: tensor for n, tensor in tensors.items() if n in (specs or {}) and not isinstance(tensor, GridTensor)}
 
 
 def _add_weights(

@@ -13,7 +13,7 @@ from dsr_tool.runtime import Session
 from exporters.onnx.graph import open_onnx
 from exporters.onnx.session import OnnxSession
 from exporters.onnx.write import ONNX_ENCODINGS, to_onnx
-from exporters.values import VALUES, stored_as
+from exporters.values import GRID_BITS, VALUES, stored_as
 
 OPSET = helper.make_opsetid("", 18)
 
@@ -63,11 +63,18 @@ def test_a_session_of_every_encoding_computes_what_the_archive_does(
     tmp_path, traced, archives, encoding, values, runtime
 ):
     network, graph = traced
+    if encoding == "coo" and values in GRID_BITS:
+        with pytest.raises(UsageError, match="not weights in few bits"):
+            to_onnx(graph, network.tensors(), encoding=encoding, values=values, specs=network.specs)
+        return
     content = to_onnx(graph, network.tensors(), encoding=encoding, values=values, specs=network.specs)
     path = written(tmp_path, content)
     session, other = Session(path, batch=2, runtime=runtime), Session(archives[values], batch=2, runtime=runtime)
     assert (session.runtime, session.input.shape) == (other.runtime, other.input.shape)
-    np.testing.assert_array_equal(session.run(X), other.run(X))
+    found = session.run(X)
+    # An ONNX file leaves out codes of zero, and kernels then add up in another order.
+    tolerance = 1e-5 * np.abs(found).max() if values in GRID_BITS else 0
+    np.testing.assert_allclose(found, other.run(X), rtol=0, atol=tolerance)
     expected = OnnxSession(path, threads=1).run(X)
     np.testing.assert_allclose(session.run(X), expected, atol=1e-5 * np.abs(expected).max())
     assert list(tmp_path.iterdir()) == [path]
