@@ -21,7 +21,7 @@ class GraNet(Method):
 
     def __init__(self, timing, final_sparsity, drop_fraction=0.5):
         self.final_sparsity, self.drop_fraction = Fraction(str(final_sparsity)), drop_fraction
-        self.schedule = ReallocationSchedule.steady(**{"stop": 1.0, **timing})
+        self.schedule = ReallocationSchedule.steady(**{"stop": 1.0, "updates": 100, **timing})
         self.final_step = ReallocationSchedule(self.schedule.periods, self.schedule.stop // 2).last
 
     def begin(self, sizes, counts):

@@ -1,7 +1,7 @@
 """Sparse momentum, or sparse networks from scratch (Dettmers & Zettlemoyer 2019, section 3), as a plugin.
 
 In its `pyproject.toml`: my-snfs = "snfs:SNFS" under [project.entry-points."dsr_tool.methods"]. dsr-tool has the same
-method under the name snfs, with checks of its options.
+method under the name snfs, which takes the shares of the layers from the smoothed gradients and checks its options.
 """
 
 import math
@@ -21,7 +21,7 @@ class SNFS(Method):
     needs_gradients = needs_momentum = continuous = True
 
     def __init__(self, timing, drop_fraction=0.5, smoothing=0.9):
-        self.schedule = ReallocationSchedule.steady(**{"stop": 1.0, **timing})
+        self.schedule = ReallocationSchedule.steady(**{"stop": 1.0, "updates": 100, **timing})
         self.drop_fraction, self.smoothing, self.smoothed = drop_fraction, smoothing, []
 
     def due(self, step):

@@ -41,12 +41,13 @@ def cubic_sparsity(first: Fraction, final: Fraction, step: int, final_step: int)
     return final + (first - final) * left**3
 
 
-def final_budget(method: str, final_sparsity: float | str | None) -> Budget:
+def final_budget(method: str, final_sparsity: float | str | None, start: str = "0") -> Budget:
     """Parses the final sparsity of a method.
 
     Args:
         method: name of the method, for messages.
         final_sparsity: fraction of zeros among the sparse weights at the end, in (0, 1).
+        start: sparsity of the model that it starts from, for messages.
 
     Raises:
         UsageError: it is missing, or outside its range.
@@ -54,7 +55,7 @@ def final_budget(method: str, final_sparsity: float | str | None) -> Budget:
     if final_sparsity is None:
         raise UsageError(
             f"{method} needs a final sparsity; give --final-sparsity 0.9, for example, and a model converted with "
-            f"--sparsity 0."
+            f"--sparsity {start}."
         )
     try:
         return Budget.of_sparsity(final_sparsity)

@@ -21,6 +21,10 @@ from dsr_tool.sparse.model import STORAGES
 __all__ = ["GraNet"]
 
 
+_UPDATES = 100
+"""Number of updates of the default schedule; the authors have 62 on CIFAR-10 and 125 on ImageNet."""
+
+
 class GraNet(Method):
     """Prunes along a cubic curve, and at each update moves a share of every layer to where the gradient is largest.
 
@@ -66,7 +70,7 @@ class GraNet(Method):
                 raise UsageError(f"granet {name} {value} is not allowed; give a fraction in {allowed}.")
         self.schedule = schedule
         self.drop_fraction = drop_fraction
-        self.final_sparsity = final_budget(self.name, final_sparsity).sparsity
+        self.final_sparsity = final_budget(self.name, final_sparsity, "0.5").sparsity
         until = min(schedule.stop, round(pruned_at * total_steps))
         self.final_step = replace(schedule, stop=until).last
         if not self.final_step:
@@ -75,12 +79,13 @@ class GraNet(Method):
 
     @classmethod
     def default_schedule(cls, timing: Timing) -> ReallocationSchedule:
-        """Returns updates at equal distances until the end of the training."""
+        """Returns 100 updates at equal distances, until the end of the training."""
         return ReallocationSchedule.steady(
             timing["total_steps"],
             every=timing["every"],
             stop=timing.get("stop", 1.0),
             doubling=timing.get("doubling", ()),
+            updates=_UPDATES,
         )
 
     @classmethod

@@ -82,7 +82,13 @@ class ReallocationSchedule:
 
     @classmethod
     def steady(
-        cls, total_steps: int, *, every: int | None = None, stop: float = 0.75, doubling: Sequence[float] = ()
+        cls,
+        total_steps: int,
+        *,
+        every: int | None = None,
+        stop: float = 0.75,
+        doubling: Sequence[float] = (),
+        updates: int = 320,
     ) -> ReallocationSchedule:
         """Returns a schedule with one period, as in RigL.
 
@@ -90,16 +96,17 @@ class ReallocationSchedule:
 
         Args:
             total_steps: number of optimizer steps of the whole training.
-            every: steps between updates; by default 1/320 of the training, but at least 10 steps, or a twentieth of a
-                training of fewer than 200 steps.
+            every: steps between updates; by default the training divided by `updates`, but at least 10 steps, or a
+                twentieth of a training of fewer than 200 steps.
             stop: fraction of the training after which nothing is pruned or grown.
             doubling: fractions of the training at which the period doubles, if any.
+            updates: number of updates in the whole training, if `every` is not given and nothing stops or doubles.
 
         Raises:
             UsageError: a value is not allowed.
         """
         _require_valid(total_steps, stop)
-        every = _default_period(total_steps, updates=320) if every is None else every
+        every = _default_period(total_steps, updates) if every is None else every
         return cls(_doubled(total_steps, every, doubling), round(total_steps * stop))
 
     @classmethod

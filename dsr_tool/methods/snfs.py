@@ -18,18 +18,22 @@ from dsr_tool.sparsity.apportion import apportion
 __all__ = ["SNFS"]
 
 
+_UPDATES = 100
+"""Number of updates of the default schedule; the authors have one in each epoch, of 100 on MNIST."""
+
+
 class SNFS(Method):
     """Prunes the smallest magnitudes of every layer, and grows where smoothed gradients are largest, across layers.
 
-    A layer grows in proportion to the mean magnitude of the optimizer's momentum over its active weights. The authors
-    keep momentum for inactive weights in the optimizer. Here it holds none, so the gradients of all positions are
-    smoothed beside it, at every step. The share that is pruned falls with a cosine to zero where the schedule stops.
+    A layer grows in proportion to the mean magnitude of the smoothed gradient over its active weights. The authors take
+    the momentum of the optimizer, which they keep for inactive weights too. Here it holds none of those, and starts
+    anew where a weight grows, so the gradients of all positions are smoothed beside it, at every step. The share that
+    is pruned falls with a cosine to zero where the schedule stops.
     """
 
     name = "snfs"
     summary = "prunes a share of every layer, grows across layers where smoothed gradients are largest"
     needs_gradients = True
-    needs_momentum = True
     continuous = True  # gradients are smoothed at every step
     bytes_per_weight = 4  # the smoothed gradient of each position, in fp32
     fine_tuning: ClassVar = {"drop_fraction": 0.06}  # as rigl
@@ -57,12 +61,13 @@ class SNFS(Method):
 
     @classmethod
     def default_schedule(cls, timing: Timing) -> ReallocationSchedule:
-        """Returns updates at equal distances until the end of the training."""
+        """Returns 100 updates at equal distances, until the end of the training."""
         return ReallocationSchedule.steady(
             timing["total_steps"],
             every=timing["every"],
             stop=timing.get("stop", 1.0),
             doubling=timing.get("doubling", ()),
+            updates=_UPDATES,
         )
 
     def due(self, step: int) -> bool:
@@ -73,10 +78,10 @@ class SNFS(Method):
         """Smooths the gradients; returns a reallocation at the steps of the schedule, else an empty one.
 
         Raises:
-            UsageError: `weights` has no gradients or no momentum.
+            UsageError: `weights` has no gradients.
         """
-        if weights.gradients is None or weights.momentum is None:
-            raise UsageError("snfs needs the gradients of inactive weights and the momentum of active ones.")
+        if weights.gradients is None:
+            raise UsageError("snfs needs the gradients of inactive weights; gather them before they are masked.")
         # Those that load_state_dict restored are on the CPU.
         self._smoothed = [each.to(weights.values.device) for each in self._smoothed]
         if not self._smoothed:
@@ -88,8 +93,10 @@ class SNFS(Method):
         fraction = cosine(self.drop_fraction, step, self.schedule.stop)
         # At least one weight of a layer stays.
         counts = [min(math.ceil(fraction * active), max(active - 1, 0)) for active in weights.counts]
-        parts = weights.momentum.nan_to_num().abs().split(list(weights.counts))
-        shares = torch.stack([part.sum() / max(len(part), 1) for part in parts]).tolist()
+        pieces = zip(self._smoothed, weights.positions.per_layer(), strict=True)
+        # NaN is no share; it is also the mean of a layer without active weights.
+        means = torch.stack([smoothed[active].abs().mean().nan_to_num() for smoothed, active in pieces])
+        shares = means.tolist()
         room = [free + lost for free, lost in zip(weights.free, counts, strict=True)]
         wanted = apportion(sum(counts), shares, room)
         dropped, grown = regrow(weights, smallest(weights, counts), self._smoothed, wanted)

@@ -211,7 +211,7 @@ class TrainSettings:
         """Returns why these settings need masked storage whatever the network, or an empty text."""
         row = METHODS.get(self.method)
         if row is not None and "compact" not in row.storages:
-            return f"method {self.method} trains dense weights behind its masks"
+            return f"method {self.method} needs all positions of a weight, active or not"
         return "torch.compile sees no weights in it" if self.compile else ""
 
     @property

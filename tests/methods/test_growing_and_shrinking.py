@@ -32,7 +32,7 @@ def network(layers, seed):
     draw = lambda n: torch.from_numpy(rng.normal(size=n).astype(np.float32))  # noqa: E731
     positions = Positions(sizes, counts, torch.from_numpy(np.concatenate(flat)))
     total = sum(counts)
-    return ActiveWeights(positions, draw(total), tuple(map(draw, sizes)), momentum=draw(total))
+    return ActiveWeights(positions, draw(total), tuple(map(draw, sizes)))
 
 
 def by_hand(weights, lost, moved, wanted, scores):
@@ -81,7 +81,7 @@ def test_granet_prunes_globally_and_moves_by_gradient_in_each_layer(layers, seed
 
 @settings(max_examples=60, deadline=None)
 @given(layers, st.integers(0, 10**6), st.floats(0.05, 0.95), st.integers(1, 99))
-def test_snfs_grows_across_layers_by_momentum_and_smoothed_gradients(layers, seed, share, step):
+def test_snfs_grows_across_layers_by_smoothed_gradients(layers, seed, share, step):
     weights = network(layers, seed)
     method = SNFS(ReallocationSchedule(((0, 1),), 100), drop_fraction=share)
     moved = method.update(weights, step, torch.Generator())
@@ -92,7 +92,8 @@ def test_snfs_grows_across_layers_by_momentum_and_smoothed_gradients(layers, see
     assert sum(wanted) == sum(counts) and min(grown) >= 1
     assert after(weights, moved) == by_hand(weights, counts, [0] * len(counts), wanted, weights.gradients)
     # Layers that are not full have their share of the whole, to within one weight.
-    means = [float(part.abs().mean()) for part in weights.momentum.split(list(weights.counts))]
+    pieces = zip(weights.gradients, weights.positions.per_layer(), strict=True)
+    means = [float(gradient[active].abs().mean()) for gradient, active in pieces]
     room = [size - count + lost for size, count, lost in zip(weights.sizes, weights.counts, counts, strict=True)]
     parts = [sum(counts) * mean / sum(means) for mean in means]
     if all(part < most for part, most in zip(parts, room, strict=True)):
@@ -139,10 +140,22 @@ def test_granet_refuses_a_model_that_is_sparser_than_its_end():
         attach(model, optim.SGD(model.module.parameters(), 0.1), "granet", total_steps=100, final_sparsity=0.5)
 
 
-def test_snfs_refuses_an_optimizer_without_momentum():
+class Watch(SNFS):
+    """Keeps what it was given."""
+
+    needs_gradients, needs_momentum = False, True
+    storages = ("masked", "compact")
+    granularities = ("weight", "kernel")
+
+    def update(self, weights, *_):
+        self.seen = weights
+        return Reallocation.nothing(weights)
+
+
+def test_an_optimizer_without_momentum_is_refused_if_a_method_reads_it():
     model = convert(nn.Sequential(nn.Linear(30, 40)), sparsity=0.9)
     optimizer = optim.SGD(model.module.parameters(), 0.1)
-    attach(model, optimizer, "snfs", total_steps=100)
+    attach(model, optimizer, Watch(ReallocationSchedule(((0, 1),), 100)))
     model(torch.ones(2, 30)).sum().backward()
     with pytest.raises(UsageError, match="reads the optimizer's momentum, and this SGD has none; give --momentum 0.9"):
         optimizer.step()
@@ -152,15 +165,6 @@ def test_snfs_refuses_an_optimizer_without_momentum():
 @pytest.mark.parametrize("storage", ["masked", "compact", "by layer"])
 @pytest.mark.parametrize("make_optimizer", [lambda p: optim.SGD(p, 0.1, momentum=0.9), lambda p: optim.Adam(p, 0.01)])
 def test_momentum_is_that_of_the_optimizer_in_both_storages(granularity, storage, make_optimizer):
-    class Watch(SNFS):
-        needs_gradients = False
-        storages = ("masked", "compact")
-        granularities = ("weight", "kernel")
-
-        def update(self, weights, *_):
-            self.seen = weights
-            return Reallocation.nothing(weights)
-
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), nn.Flatten(), nn.Linear(32, 10, bias=False))
     model = convert(net, sparsity=0.5, positions="random", granularity=granularity, input_shape=(4, 4, 4))

@@ -68,9 +68,10 @@ def test_compiled_networks_train_as_others_do(launch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["static", "set", "rigl", "deepr"])
+@pytest.mark.parametrize("method", ["static", "set", "rigl", "deepr", "snfs", "granet"])
 def test_a_run_of_two_processes_resumes_in_pieces(launch, method):
-    options = {"settings": {"method": method, "every": 2}, "network": "norm"}
+    more = {"options": {"final_sparsity": 0.95}} if method == "granet" else {}
+    options = {"settings": {"method": method, "every": 2, **more}, "network": "norm"}
     whole = launch(2, "whole", **options)
     for _ in range(3):
         pieces = launch(2, "pieces", resume=True, pause=True, **options)
