@@ -11,6 +11,7 @@ from torch import nn, optim
 
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.active import Positions, global_positions, segment_counts
+from dsr_tool.sparse.compact.groups import refuse_groups_by_layer
 from dsr_tool.sparse.compact.store import CompactStore
 from dsr_tool.sparse.keeper import Keeper
 from dsr_tool.sparse.model import SparseModel
@@ -49,6 +50,7 @@ class CompactKeeper(Keeper):
         self._layers: Mapping[str, nn.Parameter] = {} if store.by_layer is None else store.by_layer
         self._check()
         self._check_state()
+        refuse_groups_by_layer(model, optimizer)
         self.claim(self.owned_weights())
 
     def owned_weights(self) -> Sequence[torch.Tensor]:

@@ -369,3 +369,36 @@ def test_what_would_train_something_else_is_refused(pair):
     named["head.weight"].requires_grad_(False)
     with pytest.raises(UsageError, match=r"'head\.weight' was frozen after the model became compact; call"):
         attach(compact, optim.SGD(named.values(), lr=0.1), "static")
+
+
+def _split(model, chosen):
+    """Returns an optimizer of the module's parameters, with other settings for those that are chosen."""
+    named = dict(model.module.named_parameters())
+    return optim.SGD(
+        [
+            {"params": [parameter for name, parameter in named.items() if chosen(name)], "weight_decay": 0.1},
+            {"params": [parameter for name, parameter in named.items() if not chosen(name)]},
+        ],
+        lr=0.1,
+    )
+
+
+@pytest.mark.parametrize("chosen", [lambda name: "head" in name, lambda name: "head" not in name])
+def test_groups_by_layer_without_its_weights_are_refused(pair, chosen):
+    _, compact = pair()
+    with pytest.raises(UsageError, match=r"head\.bias.*make its groups from model\.named_parameters\(\), or load"):
+        attach(compact, _split(compact, chosen), "static")
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        lambda name: "bias" in name or "norm" in name,
+        lambda name: "norm" in name,
+        lambda name: name == "sparse_values",
+        lambda name: True,
+    ],
+)
+def test_groups_by_kind_are_taken(pair, chosen):
+    _, compact = pair()
+    attach(compact, _split(compact, chosen), "static")
