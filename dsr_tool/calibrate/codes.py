@@ -57,6 +57,13 @@ class GridProblem:
         """Whether each row has a scale of its own, which can follow its codes."""
         return self.scales.shape[-1] == 1
 
+    def blocks(self) -> list[GridProblem]:
+        """Returns each group, part or slice as a problem of its own."""
+        return [
+            GridProblem(self.problem.block(i), self.active[i : i + 1], self.scales[i : i + 1], self.bits)
+            for i in range(len(self.active))
+        ]
+
     def bounds(self, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the lowest and the highest code that each entry may have on a grid of other scales."""
         q = largest_code(self.bits)

@@ -22,14 +22,11 @@ from dsr_tool.calibrate.survey import Layer
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.capture import frozen_copy
 from dsr_tool.sparse.feeding import tensor_form
-from dsr_tool.sparse.flow import storage
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.grid import GridTensor, best_scales, on_grid
 from dsr_tool.sparsity.tensor import SparseTensor
 
 __all__ = ["round_to_grids"]
-
-_Found = Callable[[GridTensor], None]
 
 
 def round_to_grids(
@@ -58,33 +55,30 @@ def round_to_grids(
         CheckFailed: the inputs of a layer contain NaN or inf.
         UsageError: the module does not take the pictures, or a weight is not finite.
     """
-    # A copy with weights of its own, since they change; tied ones stay tied.
-    network = copy.deepcopy(frozen_copy(model.module))
-    tensors = model.tensors()
-    names = [name for name, spec in model.specs.items() if spec.weight]
-    for name in names:
-        if not np.isfinite(tensors[name].values).all():
+    weights = {name: tensor for name, tensor in model.tensors().items() if model.specs[name].weight}
+    for name, tensor in weights.items():
+        if not np.isfinite(tensor.values).all():
             raise UsageError(
                 f"weight {name!r} has values that are not finite numbers, which no grid holds; mend the model first."
             )
-    # Layers that share a weight share its codes, whatever name the run sees.
-    places = {name: storage(network.get_parameter(name)) for name in names}
-    exact = {places[name]: tensors[name] for name in names}
-    found: dict[int, GridTensor] = {}
+    found: dict[str, GridTensor] = {}
 
     def fitting(module: nn.Module, layer: Layer) -> Fitting:
-        place = storage(module.get_parameter(layer.name))
-        return _Rounding(module, layer, exact[place], bits, lambda rounded: found.update({place: rounded}))
+        return _Rounding(module, layer, weights.get(layer.name), bits, found)
 
-    reconstruct(tensor_form(network), {}, pictures, seed=seed, on_progress=on_progress, fitting=fitting)
-    return {name: found[place] for name, place in places.items() if place in found}
+    # A copy with weights of its own, since they change.
+    network = tensor_form(copy.deepcopy(frozen_copy(model.module)))
+    reconstruct(network, {}, pictures, seed=seed, on_progress=on_progress, fitting=fitting)
+    return found
 
 
 class _Rounding(Fitting):
     """One layer whose values are to lie on a grid; its mask, bias and norm stay as they are."""
 
-    def __init__(self, module: nn.Module, layer: Layer, exact: SparseTensor, bits: int, found: _Found) -> None:
-        """Takes the layer's exact weight, and who receives the rounded one."""
+    def __init__(
+        self, module: nn.Module, layer: Layer, exact: SparseTensor | None, bits: int, found: dict[str, GridTensor]
+    ) -> None:
+        """Takes the layer's exact weight, None if it is no weight of the model, and where the rounded one goes."""
         super().__init__(module, layer)
         self._exact, self._bits, self._found = exact, bits, found
 
@@ -94,20 +88,23 @@ class _Rounding(Fitting):
         Columns of a packed or a transposed layer may share a scale, or rows have several; such scales are chosen by
         weights alone. The sums become means in place, so this is done once.
         """
-        rounded = on_grid(self._exact, self._bits) or self._fitted()
-        self._found(rounded)
-        value = torch.from_numpy(rounded.to_dense())
-        return Fitted(torch.ones_like(value, dtype=torch.bool), {self.layer.name: value}, 0.0)
+        name = self.layer.name
+        mask = torch.ones_like(self._state[name], dtype=torch.bool)
+        # Any parameter may be a factor of a product; those that no export rounds stay.
+        if self._exact is None:
+            return Fitted(mask, {}, 0.0)
+        self._found[name] = on_grid(self._exact, self._bits) or self._fitted(self._exact)
+        return Fitted(mask, {name: torch.from_numpy(self._found[name].to_dense())}, 0.0)
 
-    def _fitted(self) -> GridTensor:
+    def _fitted(self, exact: SparseTensor) -> GridTensor:
         xx, tx, x, _, _ = self._means(centred=False)
         if self._bias[0]:
             # Slices of a layer have equal shares of its bias.
             bias = self._old_bias(0, len(xx) // self._slices)[:, 0].repeat_interleave(self._slices, 0)
             tx.baddbmm_(bias[:, :, None], x[:, None, :], alpha=-1 / self._slices)
-        shape = self._exact.mask.shape
-        scales = torch.from_numpy(best_scales(self._exact, self._bits)).reshape(-1, *[1] * (len(shape) - 1))
-        active = torch.from_numpy(self._exact.mask.to_bool()).float()
+        shape = exact.mask.shape
+        scales = torch.from_numpy(best_scales(exact, self._bits)).reshape(-1, *[1] * (len(shape) - 1))
+        active = torch.from_numpy(exact.mask.to_bool()).float()
         of_entries = self._matrices(scales.expand(shape).contiguous())
         # Codes of one row share its scale, unless the first dimension of the weight is that of the inputs.
         own = self._slices == 1 and not type(self._owner).__name__.startswith("ConvTranspose")
@@ -118,8 +115,10 @@ class _Rounding(Fitting):
             of_entries[..., :1].clone() if own else of_entries,
             self._bits,
         )
-        codes = self._tensor(fit_codes(grid))
+        # Slices one after another, so that the temporary arrays are those of one.
+        parts = [grid] if self._slices == 1 else grid.blocks()
+        codes = self._tensor(torch.cat([fit_codes(part) for part in parts]))
         if own:
             scales = self._tensor(grid.scales.expand_as(weight).contiguous()).flatten(1)[:, 0]
-        kept = SparseTensor.from_dense(codes.numpy().astype(np.int8), self._exact.mask)
+        kept = SparseTensor.from_dense(codes.numpy().astype(np.int8), exact.mask)
         return GridTensor(kept.mask, kept.values, scales.reshape(-1).numpy().copy())

@@ -30,14 +30,15 @@ class Attention(nn.Module):
 
 
 class Partly(nn.Module):
-    """A network with a layer that it does not use."""
+    """A network with a layer that it does not use, and a factor that is no weight of a layer."""
 
     def __init__(self):
         super().__init__()
         self.first, self.unused, self.last = nn.Linear(8, 8), nn.Linear(4, 4), nn.Linear(8, 3)
+        self.factor = nn.Parameter(torch.randn(8, 8))
 
     def forward(self, x):
-        return self.last(torch.relu(self.first(x)))
+        return self.last(torch.relu(nn.functional.linear(self.first(x), self.factor)))
 
 
 def _convolutions():
