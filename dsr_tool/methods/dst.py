@@ -65,7 +65,6 @@ class DST(Method):
     name = "dst"
     summary = "trains a threshold per output of a dense model, ends exactly at the final sparsity"
     starts_dense = True
-    changes_density = True
     computes_weights = True
     bytes_per_weight = 4  # the dense weight in fp32, until the projection
 

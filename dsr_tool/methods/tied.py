@@ -12,7 +12,7 @@ from torch import optim
 from dsr_tool.errors import UsageError
 from dsr_tool.methods.base import Method, Reallocation
 from dsr_tool.methods.final_sparsity import final_budget, require_dense
-from dsr_tool.sparse.active import ActiveWeights, Positions
+from dsr_tool.sparse.active import ActiveWeights
 from dsr_tool.sparse.keeper import MaskKeeper, trained_by
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.apportion import apportion
@@ -191,5 +191,4 @@ class Tied(Method):
 
     def update(self, weights: ActiveWeights, step: int, generator: torch.Generator) -> Reallocation:  # noqa: ARG002
         """Returns an empty reallocation, with the number of distinct values for the log."""
-        none = Positions(weights.sizes, (0,) * len(weights.sizes), weights.positions.flat[:0])
-        return Reallocation(none, none, {"distinct_values": float(self.distinct)})
+        return Reallocation.nothing(weights, {"distinct_values": float(self.distinct)})
