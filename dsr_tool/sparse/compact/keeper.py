@@ -50,7 +50,7 @@ class CompactKeeper(Keeper):
         self._layers: Mapping[str, nn.Parameter] = {} if store.by_layer is None else store.by_layer
         self._check()
         self._check_state()
-        refuse_groups_by_layer(model, optimizer)
+        refuse_groups_by_layer(model, self.optimizer)
         self.claim(self.owned_weights())
 
     def owned_weights(self) -> Sequence[torch.Tensor]:
