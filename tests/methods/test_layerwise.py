@@ -147,12 +147,26 @@ def test_rigl_drops_the_gradients_of_a_step_that_a_scaler_skipped():
         assert gradients[name][grown].min() >= gradients[name][~before[name] & ~mask].max()
 
 
-def test_rigl_refuses_a_step_with_a_closure():
+def test_rigl_grows_by_the_dense_gradients_that_a_closure_computes():
+    torch.manual_seed(0)
     model = convert(nn.Sequential(nn.Linear(30, 40)), sparsity=0.8, positions="random")
-    optimizer = optim.LBFGS(model.module.parameters())
-    attach(model, optimizer, "rigl", total_steps=100)
-    with pytest.raises(UsageError, match="without a closure"):
-        optimizer.step(lambda: model(torch.ones(1, 30)).sum())
+    optimizer = optim.SGD(model.module.parameters(), lr=0.01)
+    attach(model, optimizer, RigL(ReallocationSchedule(((0, 1),), 8), drop_fraction=0.5))
+    weight, inputs = model.weights["0.weight"], torch.randn(16, 30)
+    for _ in range(2):  # the gradients that are there before the second step are those of the first, masked
+        before, seen = model.masks["0.weight"].clone(), []
+
+        def closure(seen=seen):
+            optimizer.zero_grad()
+            loss = model(inputs).square().sum()
+            loss.backward()
+            seen.append(weight.grad.abs())
+            return loss
+
+        optimizer.step(closure)
+        grown = model.masks["0.weight"] & ~before
+        assert grown.any()
+        assert seen[0][grown].min() >= seen[0][~before & ~model.masks["0.weight"]].max() > 0
 
 
 @pytest.mark.parametrize("method", [SET(ALWAYS), RigL(ALWAYS), GradualPruning(ALWAYS, final_sparsity=0.5)])
