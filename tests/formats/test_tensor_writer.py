@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from dsr_tool.formats.tensor_writer import Planned, write_arrays
-from dsr_tool.sparse.folder import _KINDS, _planned
+from dsr_tool.sparse.contract import DTYPES
+from dsr_tool.sparse.folder import _planned
 
 KINDS = {
     **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
@@ -39,7 +40,7 @@ def test_bytes_are_those_of_the_package(tmp_path_factory, named, seed):
 def test_every_type_of_torch_is_written_as_the_package_does(tmp_path):
     from safetensors.torch import save_file as save_torch
 
-    tensors = {str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in _KINDS}
+    tensors = {str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in DTYPES}
     save_torch(tensors, tmp_path / "theirs")
     write_arrays(tmp_path / "ours", [_planned(name, t, lambda t=t: t) for name, t in tensors.items()])
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()

@@ -51,7 +51,8 @@ def test_types_that_cannot_be_held_fall_back_to_masked_storage(tiny):
         ({"storage": "packed"}, "--storage 'packed' is unknown"),
         (
             {"storage": "compact", "method": "dst", "options": {"final_sparsity": 0.5}},
-            "--storage compact is not possible: method dst needs all positions of a weight, active or not; give masked or auto",
+            "--storage compact is not possible: method dst needs all positions of a weight, active or not; give masked "
+            "or auto",
         ),
         ({"storage": "compact", "compile": True}, "--storage compact is not possible: torch.compile"),
     ],
