@@ -6,6 +6,7 @@ gradients inside its step, leave a step out, or keep state that fits no weight.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -76,7 +77,7 @@ class OptimizerView:
 
     def state_of(self, parameter: nn.Parameter) -> Iterator[torch.Tensor]:
         """Yields every state tensor that holds one value per entry of a parameter."""
-        for state in self._states(parameter):
+        for state in self.states_of(parameter):
             for value in state.values():
                 # Step counters are scalars, Adafactor keeps rows and columns, and quantised state codes a zero in
                 # another way: none of these has one value per entry.
@@ -85,10 +86,10 @@ class OptimizerView:
 
     def starts_of(self, parameter: nn.Parameter) -> Iterator[tuple[torch.Tensor, float]]:
         """Yields state tensors whose entries do not start at zero, each with the value that they start at."""
-        for kind, key, setting in _STARTS:
-            value = self.optimizer.state.get(parameter, {}).get(key) if isinstance(self.optimizer, kind) else None
+        for each, (kind, key, setting) in itertools.product(self.all, _STARTS):
+            value = each.state.get(parameter, {}).get(key) if isinstance(each, kind) else None
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                yield value, float(self._group_of(parameter)[setting])
+                yield value, float(_group_of(each, parameter)[setting])
 
     def forget_curvature(self) -> None:
         """Starts LBFGS anew: what it learned is about other active weights. Others keep their state."""
@@ -97,18 +98,14 @@ class OptimizerView:
                 for state in each.state.values():
                     state.clear()
 
-    def _states(self, parameter: nn.Parameter) -> Iterator[Mapping[str, Any]]:
-        seen: list[Mapping[str, Any]] = []
+    def states_of(self, parameter: nn.Parameter) -> Iterator[dict[str, Any]]:
+        """Yields the state that each optimizer has of a parameter."""
+        seen: list[dict[str, Any]] = []
         for each in self.all:
             state = each.state.get(parameter, {})
             if all(state is not known for known in seen):  # wrappers may share the dict of what they wrap
                 seen.append(state)
                 yield state
-
-    def _group_of(self, parameter: nn.Parameter) -> Mapping[str, Any]:
-        groups = self.optimizer.param_groups
-        group: Mapping[str, Any] = next(g for g in groups if any(each is parameter for each in g["params"]))
-        return group
 
 
 def closure_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], Any] | None:
@@ -148,6 +145,12 @@ def _inside(optimizer: object) -> list[optim.Optimizer]:
             if isinstance(each, optim.Optimizer) and each is not optimizer:
                 found[id(each)] = each
     return list(found.values())
+
+
+def _group_of(optimizer: optim.Optimizer, parameter: nn.Parameter) -> Mapping[str, Any]:
+    groups = optimizer.param_groups
+    group: Mapping[str, Any] = next(g for g in groups if any(each is parameter for each in g["params"]))
+    return group
 
 
 def _positive(eps: object) -> bool:

@@ -106,6 +106,31 @@ def test_state_of_grown_weights_starts_as_that_of_a_new_optimizer(make, key, sta
     assert sum(seen) > 0
 
 
+class Around(optim.Optimizer):
+    """An optimizer with hooks and state of its own around another one."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, inner.defaults)
+        self.inner = inner
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+@pytest.mark.parametrize(("storage", "by_layer"), [("masked", False), ("compact", False), ("compact", True)])
+@pytest.mark.parametrize("make", [lambda p: optim.Rprop(p, 0.05), lambda p: optim.SGD(p, 0.1, momentum=0.9)])
+def test_an_optimizer_inside_another_trains_as_it_does_alone(make, storage, by_layer):
+    ends = []
+    for wrap in (Around, lambda inner: inner):
+        model = network(storage)
+        parameters = [p for _, p in model.named_parameters()] if by_layer else model.module.parameters()
+        optimizer = wrap(make(parameters))
+        attach(model, optimizer, "dsr", total_steps=40, every=2, threshold="auto", target=0.2)
+        steps(model, optimizer, 7)
+        ends.append([weight.detach() for weight in model.weights.values()])
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+
+
 def test_state_that_codes_its_values_is_left_alone():
     class Quantised(optim.SGD):
         @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import overload
 
 import torch
 from torch import nn, optim
+from torch.utils._pytree import tree_leaves
 
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.active import Positions, global_positions, segment_counts
@@ -42,14 +43,15 @@ class CompactKeeper(Keeper):
 
         Raises:
             UsageError: the values are not among the optimizer's parameters, or twice; the optimizer has a keeper
-                already; its steps depend on shapes; a layer was frozen after the model became compact; or
-                its state has another length than the weights.
+                already; its steps depend on shapes, or on copies of weights outside its state; a layer was frozen after
+                the model became compact; or its state has another length than the weights.
         """
         super().__init__(model, optimizer, store.trained if store.values.requires_grad else [])
         self._store, self._gradients = store, gradients
         self._layers: Mapping[str, nn.Parameter] = {} if store.by_layer is None else store.by_layer
         self._check()
         self._check_state()
+        self._refuse_hidden()
         refuse_groups_by_layer(model, self.optimizer)
         self.claim(self.owned_weights())
 
@@ -106,6 +108,17 @@ class CompactKeeper(Keeper):
                 f"{frozen[0]!r} was frozen after the model became compact; call model.to_storage('masked'), freeze "
                 f"the layer, and then make the model compact again."
             )
+
+    def _refuse_hidden(self) -> None:
+        optimized, shapes = self.view.parameters(), {weight.shape for weight in self.owned_weights()}
+        for each in self.view.all:
+            others = {name: held for name, held in vars(each).items() if name not in ("state", "param_groups")}
+            tensors = (leaf for leaf in tree_leaves(others) if isinstance(leaf, torch.Tensor))
+            if any(tensor.shape in shapes and id(tensor) not in optimized for tensor in tensors):
+                raise UsageError(
+                    f"{type(each).__name__} keeps copies of weights outside its state, where they cannot follow what a "
+                    f"method moves in compact storage; load the model with storage='masked'."
+                )
 
     def _state_loaded(self, optimizer: optim.Optimizer) -> None:
         super()._state_loaded(optimizer)
@@ -242,12 +255,12 @@ class CompactKeeper(Keeper):
         layers = {} if self._loaded else self._layers
         pieces = zip(self._store.trained, sources.split(list(kept)), stay.split(list(counts)), strict=True)
         for name, source, stays in pieces:
-            state = self.optimizer.state.get(layers[name], {}) if name in layers else {}
             start, shape = self._store.layers[name].start, (self._store.layers[name].count,)
-            for key, vector in state.items():
-                if isinstance(vector, torch.Tensor) and vector.shape == shape:
-                    moved = vector.new_zeros(len(stays))
-                    state[key] = moved.masked_scatter_(stays, vector.index_select(0, source - start))
+            for state in self.view.states_of(layers[name]) if name in layers else ():
+                for key, vector in state.items():
+                    if isinstance(vector, torch.Tensor) and vector.shape == shape:
+                        moved = vector.new_zeros(len(stays))
+                        state[key] = moved.masked_scatter_(stays, vector.index_select(0, source - start))
 
     @torch.no_grad()
     def write(self, active: Positions, values: torch.Tensor) -> None:
