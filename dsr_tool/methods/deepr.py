@@ -97,7 +97,7 @@ class DeepR(Method):
     ) -> Keeper:
         """Remembers the optimizer, whose step sizes scale the noise."""
         keeper = super().keep(model, optimizer, seed=seed, before_masking=before_masking)
-        self._step_sizes = lambda: step_sizes(model, optimizer, keeper.names)
+        self._step_sizes = lambda: step_sizes(model, keeper.optimizer, keeper.names)
         return keeper
 
     def due(self, step: int) -> bool:

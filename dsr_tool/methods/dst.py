@@ -114,10 +114,10 @@ class DST(Method):
         self._keeper = LatentKeeper(model, optimizer, self._before_layer_step)
         self._thresholds = [weight.detach().new_zeros(len(weight)) for weight in weights]
         self._velocities = [torch.zeros_like(threshold) for threshold in self._thresholds]
+        self._optimizer = self._keeper.optimizer  # inside a wrapper, the one that has groups
         # By index, because load_state_dict of an optimizer replaces the dicts of its groups.
-        groups = {id(weight): i for i, group in enumerate(optimizer.param_groups) for weight in group["params"]}
+        groups = {id(weight): i for i, group in enumerate(self._optimizer.param_groups) for weight in group["params"]}
         self._groups = [groups[id(weight)] for weight in weights]
-        self._optimizer = optimizer
         typical = sum(float(weight.detach().abs().sum()) for weight in weights) / max(count, 1)
         # With this alpha alone, thresholds reach the mean magnitude of the weights at the last update.
         self._scale = typical * (1 - _MOMENTUM) / (_RATE * self.final_step)

@@ -7,6 +7,7 @@ from torch import nn
 
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparse.wrappers import unwrapped
 
 __all__ = ["averaged"]
 
@@ -41,7 +42,9 @@ def _unwrapped(model: SparseModel, copy: nn.Module) -> nn.Module:
         found = {name: parameter.shape for name, parameter in module.named_parameters()}
         if found == wanted:
             return module
-        module = getattr(module, "module", None)
+        # First what is known to lie around networks, then what averages of other libraries call it.
+        inner = unwrapped(module)
+        module = inner if inner is not module else getattr(module, "module", None)
     raise UsageError(
         f"average() takes a copy of the network, and the parameters of this {type(copy).__name__} have other names or "
         f"shapes; pass copy.deepcopy(model.module), or torch.optim.swa_utils.AveragedModel(model.module)."

@@ -358,6 +358,27 @@ def test_optimizers_around_others_take_one_step_each(loop, make):
     assert at_work.step == 6
 
 
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_copies_of_weights_that_cannot_move_are_refused_in_compact_storage(loop, by_layer):
+    one = loop("compact")
+    parameters = [p for _, p in one.model.named_parameters()] if by_layer else one.net.parameters()
+    with pytest.raises(UsageError, match="Lookahead keeps copies of weights outside its state.*storage='masked'"):
+        attached(one, Lookahead(optim.SGD(parameters, 0.1)), "set")
+
+
+@pytest.mark.parametrize("method", ["deepr", "dst"])
+def test_methods_read_the_settings_of_an_optimizer_inside_a_wrapper_without_any(loop, method):
+    ends = []
+    for wrap in (Bare, lambda optimizer: optimizer):
+        one = loop(sparsity=0 if method == "dst" else 0.8)
+        optimizer = wrap(optim.SGD(one.net.parameters(), 0.1))
+        attached(one, optimizer, method, **({"final_sparsity": 0.9} if method == "dst" else {}))
+        for _ in range(4):
+            one.step(optimizer)
+        ends.append(one.net.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
 def test_what_is_no_optimizer_is_refused(loop):
     one = loop()
     several = Bare([optim.SGD(one.net[:3].parameters(), 0.1), optim.SGD(one.net[6:].parameters(), 0.1)])
@@ -434,6 +455,13 @@ def test_an_average_stays_inside_masks_that_move(loop, storage, method, wrapped,
         at_work.average(one.net)
     with pytest.raises(UsageError, match="have other names or shapes"):
         at_work.average(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, lambda net: torch.optim.swa_utils.AveragedModel(torch.compile(net))])
+def test_an_average_may_be_compiled(loop, wrap):
+    one = loop()
+    at_work = attached(one, optim.SGD(one.net.parameters(), 0.1), "dsr")
+    assert at_work.average(wrap(copy.deepcopy(one.net))).weights.keys() == one.model.weights.keys()
 
 
 def saved(one, optimizer, at_work):
