@@ -116,6 +116,8 @@ def require_values(module: nn.Module) -> None:
             raise UsageError(f"{name!r} has no values yet, since it is on the meta device; load the weights first.")
         if tensor.layout != torch.strided or tensor.is_nested:
             continue  # outside the state_dict
+        if tensor.dtype == torch.float8_e4m3fn:
+            tensor = tensor.float()  # noqa: PLW2901 - torch has no isfinite for this type
         finite = isinstance(tensor, nn.Parameter) or name.endswith(_STATISTICS)
         if (~torch.isfinite(tensor) if finite else torch.isnan(tensor)).any():
             raise UsageError(f"{name!r} contains {'NaN or inf' if finite else 'NaN'}; use an earlier checkpoint.")

@@ -201,6 +201,16 @@ def test_a_folder_holds_buffers_of_every_type_and_exports_say_which_they_hold(dt
         assert not (tmp_path / "m.npz").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_parameters_in_8_bits_are_looked_at_for_nan(dtype):
+    def made(values):
+        return Net(scale=nn.Parameter(torch.tensor(values).to(dtype), requires_grad=False))
+
+    assert "scale" in convert(made([1.0, 2.0]), sparsity=0.5, input_shape=SHAPE).specs
+    with pytest.raises(UsageError, match="'scale' contains NaN"):
+        convert(made([1.0, torch.nan]), sparsity=0.5, input_shape=SHAPE)
+
+
 def test_the_remedy_of_other_weights_helps(tmp_path):
     model = convert(Net(index=integers([1, 2])).double(), sparsity=0.5, input_shape=SHAPE)
     with pytest.raises(UsageError, match="weights of torch.float64.*model.to.torch.float32"):
