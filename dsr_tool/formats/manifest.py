@@ -13,6 +13,7 @@ import numpy as np
 from dsr_tool.errors import FormatError
 from dsr_tool.formats.codecs import is_codec
 from dsr_tool.formats.documents import is_count
+from dsr_tool.formats.grid import GRID
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.tensor import Array
 
@@ -67,10 +68,12 @@ class Entry:
 
     @property
     def decoded_bytes(self) -> int:
-        """Bytes of memory that decoding needs: the dense tensor and, if it is sparse, positions and a boolean mask."""
+        """Bytes of memory that decoding needs: the dense tensor, positions and a boolean mask, and rows of a grid."""
         # Decoding holds int64 positions and, for inverted runs, one byte per entry.
         sparse = 0 if self.active == self.spec.size else 8 * self.active + self.spec.size
-        return self.spec.size * np.dtype(self.dtype).itemsize + sparse
+        # A float32 scale and an int64 count; rows may have no entries, so their number is not bounded by the size.
+        rows = 12 * self.spec.matrix_shape[0] if self.codec == GRID else 0
+        return self.spec.size * np.dtype(self.dtype).itemsize + sparse + rows
 
     def stream(self, suffix: str) -> str:
         """Returns the name in the file of the stream with a suffix."""

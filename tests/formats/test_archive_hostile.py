@@ -195,6 +195,13 @@ def test_packed_planes_that_disagree_with_the_manifest_are_refused(archive, rewr
         open_archive(archive).check()
 
 
+def test_rows_of_a_grid_without_entries_are_counted(archive, rewrite):
+    rows = {"shape": [1 << 33, 0], "active": 0, "role": "dense", "codec": "grid"}
+    rewrite(archive, lambda manifest: manifest["tensors"][0].update(rows))
+    with pytest.raises(FormatError, match="claims 103,"):
+        open_archive(archive)
+
+
 def test_a_small_file_cannot_claim_gigabytes(archive, rewrite):
     rewrite(archive, lambda manifest: manifest["tensors"][0].update(shape=[1 << 14, 1 << 13]))
     with pytest.raises(FormatError, match="raise max_decoded_bytes if you trust"):
