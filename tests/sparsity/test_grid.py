@@ -107,6 +107,11 @@ def test_distance_counts_steps_and_forgives_what_was_cut_off():
     )
 
 
+def test_a_vanishing_scale_cuts_nothing_off():
+    exact = SparseTensor(Mask((1, 2)), np.array([1.0, -1.0], np.float32))
+    assert distance(GridTensor(exact.mask, np.array([7, -7], np.int8), np.array([1e-30], np.float32)), exact) > 2
+
+
 def test_scales_are_searched_block_by_block(monkeypatch):
     tensor = SparseTensor.from_dense(
         np.random.default_rng(1).standard_normal((40, 9)).astype(np.float32), Mask((40, 9))
