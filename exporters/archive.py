@@ -130,7 +130,8 @@ def _encoding(options: ExportOptions) -> str:
         UsageError: another one is asked for.
     """
     palette = options.values == PALETTE
-    if options.encoding not in ("auto", PALETTE) and (palette or options.values in GRID_BITS):
+    fitting = ("auto", PALETTE) if palette else ("auto",)
+    if options.encoding not in fitting and (palette or options.values in GRID_BITS):
         raise UsageError(
             f"--encoding {options.encoding!r} stores floats as they are, and --values {options.values!r} does not; "
             f"leave one of them out."

@@ -201,5 +201,7 @@ def _masked(mask: Mask, array: Array, scales: Array | None) -> SparseTensor:
     tensor = SparseTensor.from_dense(array, mask) if array.shape == mask.shape else None
     if tensor is None or np.count_nonzero(tensor.values) != np.count_nonzero(array):
         tensor = SparseTensor.from_dense(array, Mask.from_bool(array != 0))
-    fits = scales is not None and scales.size == matrix_shape(array.shape)[0] and scales.dtype == np.float32
+    # Readers multiply by the scales as they are, so a row of them would scale columns.
+    expected = (matrix_shape(array.shape)[0], *(1,) * (array.ndim - 1))
+    fits = scales is not None and scales.shape == expected and scales.dtype == np.float32
     return GridTensor(tensor.mask, tensor.values, scales.reshape(-1)) if scales is not None and fits else tensor

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from converters.loading import load
 from dsr_tool.errors import UsageError
@@ -67,6 +67,15 @@ def test_a_safetensors_file_has_codes_beside_scales(make_model, tmp_path):
     assert verify(tmp_path / "m.safetensors", make_model()).passed
 
 
+def test_scales_of_columns_are_not_those_of_rows(make_model, tmp_path):
+    path, model = tmp_path / "m.safetensors", make_model()
+    export(model, path, values="int8")
+    state = load_file(path)
+    state["8.weight_scale"] = state["8.weight_scale"].reshape(1, -1)
+    save_file(state, path)
+    assert not verify(path, make_model()).weights_equal
+
+
 def open_archive_of(model, folder):
     export(model, folder / "same.dsr", values="int8")
     return open_archive(folder / "same.dsr")
@@ -102,6 +111,7 @@ def test_palettes_keep_every_bit_of_every_weight(make_model, tmp_path):
     ("options", "message"),
     [
         ({"values": "int8", "encoding": "delta"}, "--encoding 'delta' stores floats as they are"),
+        ({"values": "int8", "encoding": "palette"}, "--encoding 'palette' stores floats as they are"),
         ({"values": "palette", "encoding": "csr"}, "--encoding 'csr' stores floats as they are"),
         ({"values": "palette", "to": "onnx"}, "--values 'palette' does not exist in onnx files"),
         ({"values": "int8", "to": "csr"}, "--values 'int8' does not exist in csr files, which take fp32, fp16"),
