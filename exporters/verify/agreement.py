@@ -93,7 +93,8 @@ def with_agreement(
     if not count:
         what = f"of {len(damaged)} damaged ones, such as {damaged[0]!r}" if damaged else "of no inputs"
         raise FileError(f"--images {str(images)[:80]!r} consists {what}; give pictures that can be read.")
-    if least is not None and equal < least * count:
+    # Not equal < least * count: 0.55 * 100 is above 55 in floats.
+    if least is not None and equal / count < least:
         raise CheckFailed(
             f"the file answers {equal} of {count} pictures as the model does, which is less than --min-agreement "
             f"{least:g}; give --values with more bits, or --calibrate with a folder of pictures."

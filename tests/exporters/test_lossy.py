@@ -16,6 +16,7 @@ from exporters.calibrated import rounded_by_pictures
 from exporters.checked import CheckedModel
 from exporters.export import export, verify
 from exporters.values import stored_as
+from exporters.verify import agreement
 from exporters.verify.rounding import rounded_model
 
 pytestmark = pytest.mark.usefixtures("trace_once")
@@ -116,6 +117,18 @@ def test_agreement_is_counted_on_the_pictures(make_model, tmp_path, name):
     with pytest.raises(CheckFailed, match=says):
         export(model, tmp_path / f"3{name}", values="int4", images=images, min_agreement=least + 0.004)
     assert {path.name for path in tmp_path.iterdir()} == {name, f"2{name}"}
+
+
+def test_a_share_that_is_exactly_the_floor_is_enough(make_model, tmp_path, monkeypatch):
+    # 0.55 * 100 is above 55 in floats.
+    model, images = make_model(0.5), inputs_of(100, 2)
+    module = model.module.eval()
+    with torch.no_grad():
+        answers = module(images).numpy()
+    answers[55:] = -answers[55:]
+    rows = iter(answers)
+    monkeypatch.setattr(agreement, "_run", lambda *_: lambda x: np.stack([next(rows) for _ in x]))
+    assert export(model, tmp_path / "m.dsr", images=images, min_agreement=0.55).agreement == 0.55
 
 
 def test_an_exact_file_answers_as_its_model(make_model, tmp_path):
