@@ -185,10 +185,11 @@ def footprint(
 def _measure(tensor: SparseTensor, spec: LayerSpec) -> Sizes:
     size, active, width = tensor.mask.size, tensor.mask.active, tensor.values.dtype.itemsize
     dense = size * width
-    if spec.role == "sparse" and isinstance(tensor, GridTensor):
+    if isinstance(tensor, GridTensor):
         # Each codec with codes of a byte in place of floats; scales come on top of any.
         codes, scales = SparseTensor(tensor.mask, tensor.codes), encode_planes(tensor.scales).nbytes
-        codecs = {name: CODECS[name].nbytes(codes) + scales for name in size_columns()}
+        sparse = spec.role == "sparse"
+        codecs = {name: (CODECS[name].nbytes(codes) if sparse else size) + scales for name in size_columns()}
         bound = math.ceil((tensor.mask.entropy_bound_bits + entropy_bits(tensor)) / 8) + scales
     elif spec.role == "sparse":
         codecs = {name: CODECS[name].nbytes(tensor) for name in size_columns()}

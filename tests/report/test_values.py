@@ -9,12 +9,15 @@ from click.testing import CliRunner
 
 from dsr_tool import convert
 from dsr_tool.cli import cli
+from dsr_tool.formats.footprint import footprint
+from dsr_tool.formats.grid import encode_grid
 from dsr_tool.formats.value_bits import entropy_bits
 from dsr_tool.report.page.page import page_html
 from dsr_tool.report.sources import read
 from dsr_tool.report.tables import report_document, report_text
 from dsr_tool.report.values import value_bits
-from dsr_tool.sparsity.grid import GridTensor
+from dsr_tool.sparsity.grid import GridTensor, to_grid
+from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
 from exporters.export import export
@@ -66,6 +69,15 @@ def test_text_document_and_page_have_the_line(files):
     assert document["values"]["values"] == "int8" and line in page_html(source, document)
     done = CliRunner().invoke(cli, ["report", str(files / "int8.dsr"), "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout)["values"] == document["values"]
+
+
+@pytest.mark.parametrize("role", ["sparse", "dense"])
+def test_the_bound_of_a_grid_is_below_its_bytes_whatever_its_role(role):
+    values = np.random.default_rng(0).standard_normal(6400).astype(np.float32)
+    tensor = to_grid(SparseTensor(Mask((64, 100)), values), 4)
+    sizes = footprint({"w": tensor}, {"w": LayerSpec("w", (64, 100), "Linear", role, True, "")}).everything
+    assert sizes.bound_bytes <= sum(stream.nbytes for stream in encode_grid(tensor).values())
+    assert sizes.codec_bytes["delta"] < sizes.dense_bytes / 3
 
 
 def test_entropy_of_grids_palettes_and_floats():
