@@ -80,7 +80,7 @@ def _rounded(name: str, tensor: SparseTensor, values: str) -> SparseTensor:
     if not np.isfinite(tensor.values).all():
         raise UsageError(
             f"--values {values!r} cannot hold weight {name!r}, which has values that are not finite numbers; use "
-            f"--values fp32, or mend the model first."
+            f"--values fp32, or replace them in the model first."
         )
     bits = GRID_BITS[values]
     return balanced(to_grid(tensor, bits), tensor, bits)

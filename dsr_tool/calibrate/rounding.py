@@ -59,7 +59,7 @@ def round_to_grids(
     for name, tensor in weights.items():
         if not np.isfinite(tensor.values).all():
             raise UsageError(
-                f"weight {name!r} has values that are not finite numbers, which no grid holds; mend the model first."
+                f"weight {name!r} has values that are not finite numbers, which no grid holds; replace them first."
             )
     found: dict[str, GridTensor] = {}
 
