@@ -216,6 +216,15 @@ def test_a_wrong_reallocation_of_a_plugin_is_refused_before_anything_changes(fou
     assert all(torch.equal(model.masks[name], mask) for name, mask in masks.items())
 
 
+@pytest.mark.parametrize("change", [fewer, not_active, not_free, emptied])
+def test_a_method_object_of_ones_own_is_checked_as_a_plugin_is(change):
+    model, optimizer = attached(Wrong(change))
+    masks = {name: mask.clone() for name, mask in model.masks.items()}
+    with pytest.raises(CheckFailed, match="method wrong"):
+        optimizer.step()
+    assert all(torch.equal(model.masks[name], mask) for name, mask in masks.items())
+
+
 class Falling(Wrong):
     """Prunes at random to the declared path, unless a test changes the number."""
 
