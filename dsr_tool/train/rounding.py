@@ -55,8 +55,8 @@ class RoundedWeights:
         if self._exact is not None:
             yield
             return
-        self._round()
         try:
+            self._round()
             yield
         finally:
             self.load_state(self.state())

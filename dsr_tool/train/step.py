@@ -85,7 +85,7 @@ class Stepper:
         self.attached = Attached(
             model, self.optimizer, method, seed=settings.seed, on_reallocation=self._on_reallocation
         )
-        self._told = on_reallocation
+        self._notify = on_reallocation
         bits = GRID_BITS.get(settings.values)
         self.rounding = RoundedWeights(model, bits) if bits else None
 
@@ -135,7 +135,7 @@ class Stepper:
     def _on_reallocation(self, step: int, moved: Reallocation) -> None:
         if self.rounding is not None:
             self.rounding.choose_again()
-        self._told(step, moved)
+        self._notify(step, moved)
 
     def _add_gradients(self, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds the gradients of a part of the batch. Returns its mean loss, and its scores."""

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from dsr_tool import load, open_archive
 from dsr_tool.errors import UsageError
-from dsr_tool.sparsity.grid import GridTensor, on_grid, to_grid
+from dsr_tool.sparsity.grid import GridTensor, best_scales, on_grid, to_grid
 from dsr_tool.train import Observer, RunFolder, train
 from dsr_tool.train.rounding import RoundedWeights
 from dsr_tool.train.step import Stepper
@@ -38,6 +38,23 @@ def test_weights_are_on_their_grids_inside_and_exact_outside(tiny, storage, bits
             assert np.array_equal(inside[name].numpy(), expected) and not np.array_equal(inside[name], exact[name])
     rounding.settle()
     assert all(torch.equal(weight, inside[name]) for name, weight in weights_of(model).items())
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_weights_are_exact_after_an_interrupt_while_they_are_rounded(tiny, storage, monkeypatch):
+    model = tiny.model().to_storage(storage)
+    exact, rounding, calls = weights_of(model), RoundedWeights(model, 4), []
+
+    def interrupt(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return best_scales(*arguments)
+
+    monkeypatch.setattr("dsr_tool.train.rounding.best_scales", interrupt)
+    with pytest.raises(KeyboardInterrupt), rounding.rounded():
+        pass
+    assert all(torch.equal(weight, exact[name]) for name, weight in weights_of(model).items())
 
 
 @pytest.mark.parametrize("storage", STORAGES)
