@@ -224,16 +224,19 @@ def distance(rounded: GridTensor, exact: SparseTensor) -> float:
         exact: the values, under an equal mask.
 
     Returns:
-        Half a step at most if every value got its nearest code; infinity if a channel without a scale has values.
+        Half a step at most if every value got its nearest code; infinity if a channel without a scale has values for
+        which there is a scale.
     """
     counts = row_counts(exact.mask)
     scales, values = np.repeat(rounded.scales, counts), exact.values
+    # Folding a norm makes a scale zero where it would be no normal number; see `GridTensor.scaled`.
+    vanished = (scales == 0) & (np.abs(values) <= _SMALLEST * largest_code(8))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        steps = np.where(values == 0, 0, values / scales)
+        steps = np.where((values == 0) | vanished, 0, values / scales)
     codes = rounded.codes.astype(np.float32)
     ends = np.repeat(_row_maxima(np.abs(codes), counts), counts)
     beyond = (np.abs(steps) >= ends) & (np.abs(steps) <= _MOST_CUT * ends)
-    cut = (np.abs(codes) == ends) & (codes * steps > 0) & beyond
+    cut = (np.abs(codes) == ends) & (np.sign(codes) == np.sign(steps)) & beyond
     return float(np.where(cut & (ends > 0), 0, np.abs(steps - codes)).max(initial=0.0))
 
 

@@ -107,6 +107,13 @@ def test_distance_counts_steps_and_forgives_what_was_cut_off():
     )
 
 
+def test_values_whose_scale_folding_made_zero_are_met():
+    exact = SparseTensor(Mask((2, 2)), np.array([1e-37, -1e-36, 1.0, 2.0], np.float32))
+    once = to_grid(SparseTensor(exact.mask, exact.values * np.array([1e36, 1e36, 1, 1], np.float32)), 8)
+    assert distance(once.scaled(np.array([1e-36, 1])), exact) <= 0.5 + 1e-2
+    assert distance(once.scaled(np.array([0, 1])), SparseTensor(exact.mask, once.values)) == np.inf
+
+
 def test_a_vanishing_scale_cuts_nothing_off():
     exact = SparseTensor(Mask((1, 2)), np.array([1.0, -1.0], np.float32))
     assert distance(GridTensor(exact.mask, np.array([7, -7], np.int8), np.array([1e-30], np.float32)), exact) > 2
