@@ -13,7 +13,6 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from dsr_tool.errors import FormatError
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.grid import best_scales, largest_code, row_counts
 from dsr_tool.sparsity.mask import Mask
@@ -75,10 +74,10 @@ class RoundedWeights:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Puts exact weights into the model; raises `FormatError` if they are those of another one."""
+        """Puts exact weights into the model; raises `ValueError` if they are those of another one."""
         weights = self._weights()
         if {name: weight.shape for name, weight in weights.items()} != {n: exact.shape for n, exact in state.items()}:
-            raise FormatError("the checkpoint holds exact weights of another model; train again in another folder.")
+            raise ValueError("its exact weights have other names or shapes")
         for name, weight in weights.items():
             weight.copy_(state[name])
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from dsr_tool import load, open_archive
-from dsr_tool.errors import UsageError
+from dsr_tool.errors import FormatError, UsageError
 from dsr_tool.sparsity.grid import GridTensor, best_scales, on_grid, to_grid
 from dsr_tool.train import Observer, RunFolder, train
 from dsr_tool.train.rounding import RoundedWeights
@@ -141,6 +141,16 @@ def test_scales_are_kept_for_some_passes_and_chosen_again_when_asked(tiny):
 def test_methods_that_compute_weights_are_refused(tiny, method):
     with pytest.raises(UsageError, match=f"--values 'int5' does not go with --method {method}"):
         tiny.settings(method=method, values="int5", options={"final_sparsity": 0.8}).check()
+
+
+def test_exact_weights_of_another_model_are_refused_in_one_sentence(tiny):
+    stepper = Stepper(
+        tiny.model(), tiny.settings(values="int4", **PLAIN), classes=10, steps_per_epoch=4, on_reallocation=print
+    )
+    state = {**stepper.state(), "weights": {}}
+    with pytest.raises(FormatError, match=r"model \(its exact weights have other names or shapes\); resume with"):
+        stepper.load_state(state)
+    stepper.close()
 
 
 def test_unknown_values_are_refused(tiny):
