@@ -10,6 +10,7 @@ from torch import optim
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.active import ActiveWeights
 from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparse.optimizers import OptimizerView
 
 __all__ = ["momentum_of", "step_sizes"]
 
@@ -18,7 +19,7 @@ def step_sizes(model: SparseModel, optimizer: optim.Optimizer, names: Sequence[s
     """Returns the step size of each sparse layer: how far a constant gradient of 1 moves a weight in one step.
 
     That is the learning rate, divided by 1 - momentum for an optimizer with momentum. Adam and RMSprop divide by the
-    size of the gradient as well, so for them it is an upper bound.
+    size of the gradient as well, which is left out.
 
     Args:
         model: the sparse model.
@@ -45,8 +46,8 @@ def momentum_of(
     Raises:
         UsageError: the optimizer has no momentum.
     """
-    places = _parameters(model, _groups(optimizer), names)
-    buffers = [_buffer(optimizer, parameter) for parameter, _ in places]
+    places, view = _parameters(model, _groups(optimizer), names), OptimizerView(optimizer)
+    buffers = [_buffer(view, parameter) for parameter, _ in places]
     if names and all(buffer is None for buffer in buffers):
         raise UsageError(
             f"the method reads the optimizer's momentum, and this {type(optimizer).__name__} has none; give --momentum "
@@ -87,10 +88,9 @@ def _parameters(
     ]
 
 
-def _buffer(optimizer: optim.Optimizer, parameter: torch.Tensor) -> torch.Tensor | None:
-    state = optimizer.state.get(parameter, {})
-    buffer: torch.Tensor | None = state.get("momentum_buffer", state.get("exp_avg"))
-    return buffer
+def _buffer(view: OptimizerView, parameter: torch.Tensor) -> torch.Tensor | None:
+    found = (state.get(key) for state in view.states_of(parameter) for key in ("momentum_buffer", "exp_avg"))
+    return next((buffer for buffer in found if buffer is not None), None)
 
 
 def _step_size(group: Mapping[str, float]) -> float:

@@ -98,7 +98,7 @@ class OptimizerView:
                 for state in each.state.values():
                     state.clear()
 
-    def states_of(self, parameter: nn.Parameter) -> Iterator[dict[str, Any]]:
+    def states_of(self, parameter: torch.Tensor) -> Iterator[dict[str, Any]]:
         """Yields the state that each optimizer has of a parameter."""
         seen: list[dict[str, Any]] = []
         for each in self.all:

@@ -17,6 +17,7 @@ from dsr_tool.errors import UsageError
 from dsr_tool.methods import SNFS, GraNet, Reallocation, ReallocationSchedule, attach, make
 from dsr_tool.methods.final_sparsity import active_count
 from dsr_tool.sparse.active import ActiveWeights, Positions
+from tests.sparse.test_optimizers import Around
 
 layers = st.lists(
     st.integers(8, 60).flatmap(lambda n: st.tuples(st.just(n), st.integers(n // 2, n))), min_size=1, max_size=5
@@ -163,7 +164,14 @@ def test_an_optimizer_without_momentum_is_refused_if_a_method_reads_it():
 
 @pytest.mark.parametrize("granularity", ["weight", "kernel"])
 @pytest.mark.parametrize("storage", ["masked", "compact", "by layer"])
-@pytest.mark.parametrize("make_optimizer", [lambda p: optim.SGD(p, 0.1, momentum=0.9), lambda p: optim.Adam(p, 0.01)])
+@pytest.mark.parametrize(
+    "make_optimizer",
+    [
+        lambda p: optim.SGD(p, 0.1, momentum=0.9),
+        lambda p: optim.Adam(p, 0.01),
+        lambda p: Around(optim.SGD(p, 0.1, momentum=0.9)),
+    ],
+)
 def test_momentum_is_that_of_the_optimizer_in_both_storages(granularity, storage, make_optimizer):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), nn.Flatten(), nn.Linear(32, 10, bias=False))
@@ -178,6 +186,7 @@ def test_momentum_is_that_of_the_optimizer_in_both_storages(granularity, storage
         optimizer.zero_grad()
         model(torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(1))).square().sum().backward()
         optimizer.step()
+    optimizer = getattr(optimizer, "inner", optimizer)
     key = "exp_avg" if isinstance(optimizer, optim.Adam) else "momentum_buffer"
     if storage == "compact":
         expected = optimizer.state[model.store.values][key]

@@ -161,6 +161,14 @@ def test_a_weight_in_two_optimizers_is_refused_until_the_first_is_gone(loop, sto
     assert attached(one, third, "dsr").names
 
 
+def test_two_optimizers_are_refused_also_if_all_sparse_layers_are_frozen(loop):
+    one = loop("compact", freeze=("0", "2", "6", "8"))
+    first, second = (optim.SGD(one.net.parameters(), 0.1) for _ in range(2))
+    attached(one, first, "static")
+    with pytest.raises(UsageError, match="weight '0.weight' is in two optimizers"):
+        attached(one, second, "static")
+
+
 def test_a_weight_that_comes_to_a_second_optimizer_later_is_refused(loop):
     one = loop()
     body, head = optim.SGD(one.net[:3].parameters(), 0.1), optim.SGD(one.net[6:].parameters(), 0.1)

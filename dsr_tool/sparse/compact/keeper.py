@@ -61,7 +61,8 @@ class CompactKeeper(Keeper):
 
     def name_of(self, weight: torch.Tensor) -> str:
         """Returns the name of a layer's parameter, or of the first layer in the flat one."""
-        return next((name for name, mine in self._layers.items() if mine is weight), self._store.trained[0])
+        first = next(iter((*self._store.trained, *self._store.layers)))
+        return next((name for name, mine in self._layers.items() if mine is weight), first)
 
     def follow(self) -> None:
         """Looks whether the optimizer still has all values, and whether they are frozen.
