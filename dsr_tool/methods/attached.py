@@ -104,7 +104,7 @@ class Attached:
         """Keeps an averaged copy of the network, such as an exponential moving average, inside the masks as they move.
 
         Weights that are pruned become zero in the copy too, at once, and grown ones start from zero there. Call it
-        before the first step, and again when a run resumes.
+        before the first step, and again when a run resumes; once, also if several optimizers have a method each.
 
         Args:
             copy: a deepcopy of `model.module`, or torch's `AveragedModel` of it. Its owner goes on to update it.
@@ -116,7 +116,7 @@ class Attached:
             UsageError: this is no copy of the network.
         """
         average = averaged(self.model, copy)
-        self._keeper.averages.append(average)
+        self.model.averages.append(average)
         return average
 
     def remove(self) -> None:

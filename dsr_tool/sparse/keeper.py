@@ -40,7 +40,6 @@ class Keeper(ABC):
         model: the sparse model.
         view: the optimizer, and those inside it.
         names: names of the weights that the method trains now: those of the optimizer that are not frozen.
-        averages: averaged copies of the network, which move along.
         before_step: called at the beginning of each step, before anything changes.
         after_step: called at the end of each step with whether it was taken: a fused step after an overflow is not.
     """
@@ -52,7 +51,6 @@ class Keeper(ABC):
             UsageError: masks cannot be kept with this optimizer.
         """
         self.model, self.view, self.names = model, OptimizerView(optimizer), names
-        self.averages: list[SparseModel] = []
         self.before_step: Callable[[], None] = _nothing
         self.after_step: Callable[[bool], None] = _nothing
         self._hooks: list[RemovableHandle] = []
@@ -352,7 +350,7 @@ class MaskKeeper(Keeper):
             put_(layer.bits, positions, -active)
 
     def _move_averages(self, name: str, off: torch.Tensor, on: torch.Tensor) -> None:
-        for average in self.averages:
+        for average in self.model.averages:
             weight, mask = average.weights[name].data, average.masks[name]
             off, on = off.to(weight.device), on.to(weight.device)
             put_(mask, off, 0)
@@ -374,7 +372,7 @@ class MaskKeeper(Keeper):
     @torch.no_grad()
     def restore_masks(self, masks: Mapping[str, torch.Tensor]) -> None:
         """Replaces the masks of all sparse weights; the next step looks at weights and state outside."""
-        for model in (self.model, *self.averages):
+        for model in (self.model, *self.model.averages):
             for name, mask in masks.items():
                 model.masks[name].copy_(mask)
         for layer in self._layers.values():

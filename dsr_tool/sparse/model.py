@@ -44,6 +44,7 @@ class SparseModel:
         module: the network.
         specs: one `LayerSpec` per state_dict entry, by name.
         config: description of the model.
+        averages: averaged copies of the network, which every method attached to this model moves along.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class SparseModel:
         self.specs = dict(specs)
         self._masks = {} if store_of(module) else dict(masks)
         self.config = config
+        self.averages: list[SparseModel] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module."""

@@ -472,6 +472,22 @@ def test_an_average_may_be_compiled(loop, wrap):
     assert at_work.average(wrap(copy.deepcopy(one.net))).weights.keys() == one.model.weights.keys()
 
 
+def test_an_average_follows_every_method_that_is_attached_and_those_to_come(loop):
+    one = loop()
+    body, head = optim.SGD(one.net[:3].parameters(), 0.1), optim.SGD(one.net[6:].parameters(), 0.1)
+    first, second = attached(one, body, "set"), attached(one, head, "dsr")
+    average = first.average(copy.deepcopy(one.net))
+    for number in range(9):
+        if number == 4:  # as after layers were frozen
+            second.remove()
+            attached(one, head, "set")
+        one.step(body, head)
+        for mine, theirs in zip(average.module.parameters(), one.net.parameters(), strict=True):
+            mine.data.lerp_(theirs.data, 0.2)
+        average.check()
+        assert all(torch.equal(average.masks[name], mask) for name, mask in one.model.masks.items())
+
+
 def saved(one, optimizer, at_work):
     return copy.deepcopy({"net": one.net.state_dict(), "opt": optimizer.state_dict(), "method": at_work.state_dict()})
 

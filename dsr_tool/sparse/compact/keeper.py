@@ -274,7 +274,7 @@ class CompactKeeper(Keeper):
         self._store.values[: len(active.flat)] = values.to(self._store.values.dtype)
 
     def _averages(self) -> list[CompactStore]:
-        return [average.store for average in self.averages if average.store is not None]
+        return [average.store for average in self.model.averages if average.store is not None]
 
     def _vectors(self) -> Iterator[torch.Tensor]:
         """Yields values, gradient, and every state tensor that holds one number per value; values of averages too."""
