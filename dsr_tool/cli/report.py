@@ -112,7 +112,7 @@ def command(
             *([accuracy_text(document["accuracy"])] if pictures else []),
         ]
     else:
-        lines = [report_text(source), *([coverage_text(fallback)] if fallback else [])]
+        lines = [report_text(source, document), *([coverage_text(fallback)] if fallback else [])]
     emit(document, "\n".join(lines), as_json=as_json)
     if check and not check.fits:
         click.get_current_context().exit(CheckFailed.exit_code)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any
 
 from rich import box
@@ -46,15 +46,21 @@ def report_document(source: Source) -> dict[str, Any]:
     }
 
 
-def report_text(source: Source) -> str:
-    """Returns the report as tables: each weight, all other parameters by reason, the whole model, and the file."""
+def report_text(source: Source, document: Mapping[str, Any] | None = None) -> str:
+    """Returns the report as tables: each weight, all other parameters by reason, the whole model, and the file.
+
+    Args:
+        source: what is reported.
+        document: the result of `report_document`, if it was made already.
+    """
+    values = (document or report_document(source))["values"]
     measured = source.footprint
     name = f"{source.config.architecture}, " if source.config else ""
     lines = [f"{source.path}: {name}{source.kind}, {measured.file_bytes:,} bytes"]
     if source.training:
         lines.append(_training_line(source.training))
     # Tables first: in a terminal, the sums at the end stay in sight.
-    lines += [render(_layers(measured)), render(_totals(measured)), *_compaction(source), *_closing(source)]
+    lines += [render(_layers(measured)), render(_totals(measured)), *_compaction(source), *_closing(source, values)]
     return "\n".join(lines)
 
 
@@ -137,7 +143,7 @@ def _compaction(source: Source) -> list[str]:
     ]
 
 
-def _closing(source: Source) -> list[str]:
+def _closing(source: Source, values: Mapping[str, Any] | None) -> list[str]:
     """Returns the sparsities, the parts of the file, its size, and the units of the tables."""
     measured = source.footprint
     parts = ", ".join(f"{name} {nbytes:,}" for name, nbytes in measured.parts.items())
@@ -150,11 +156,12 @@ def _closing(source: Source) -> list[str]:
         *(folded if source.kind == "onnx" else []),
         f"sparsity: {measured.sparsity:.4%} of the prunable weights, {measured.model_sparsity:.4%} of the whole model",
         f"bytes: {parts}",
-        *value_text(value_document(value_bits(source))),
+        *value_text(values),
         f"size on disk {measured.file_bytes:,}, computed {measured.computed_bytes:,}: {agree}; "
         f"{_dense(measured)} {measured.everything.dense_bytes:,}, entropy bound {measured.everything.bound_bytes:,}",
         f"MB are 10^6 bytes; MMACs are millions of multiply-adds for one input of {size}, with active weights and with "
-        "all; coded: run lengths and byte planes, Huffman-coded; bound: log2 C(parameters, active) bits and raw values",
+        "all; coded: run lengths and byte planes, Huffman-coded; bound: log2 C(parameters, active) bits and raw "
+        "values, or the entropy of codes",
     ]
 
 

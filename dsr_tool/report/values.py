@@ -12,9 +12,10 @@ from dsr_tool.formats.coding import encode_planes
 from dsr_tool.formats.grid import encode_grid
 from dsr_tool.formats.value_bits import entropy_bits
 from dsr_tool.report.sources import Source
-from dsr_tool.sparsity.grid import GridTensor, largest_code, to_grid
+from dsr_tool.sparsity.grid import GridTensor, largest_code
+from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.tensor import SparseTensor
-from exporters.values import GRID_BITS
+from exporters.values import GRID_BITS, stored_as
 
 __all__ = ["ValueBits", "value_bits", "value_document", "value_text"]
 
@@ -67,7 +68,7 @@ def value_bits(source: Source) -> ValueBits | None:
     saved = None
     if following is not None:
         now = stored if source.kind == "archive" else coded
-        saved = now - sum(_coded_bytes(_rounded(tensor, following)) for tensor in weights.values())
+        saved = now - sum(_coded_bytes(_rounded(specs[name], tensor, following)) for name, tensor in weights.items())
     return ValueBits(values, count, 8 * stored / count, entropy / count, following, saved)
 
 
@@ -104,10 +105,8 @@ def _next(values: str, weights: Mapping[str, SparseTensor]) -> str | None:
     return next((name for name in _STEPS[_STEPS.index(values) + 1 :] if allowed[name]), None)
 
 
-def _rounded(tensor: SparseTensor, values: str) -> SparseTensor:
-    if values == "fp16":
-        return SparseTensor(tensor.mask, tensor.values.astype(np.float16))
-    return to_grid(SparseTensor(tensor.mask, tensor.values), GRID_BITS[values])
+def _rounded(spec: LayerSpec, tensor: SparseTensor, values: str) -> SparseTensor:
+    return stored_as({spec.name: SparseTensor(tensor.mask, tensor.values)}, {spec.name: spec}, values)[spec.name]
 
 
 def _coded_bytes(tensor: SparseTensor) -> int:

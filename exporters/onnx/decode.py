@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -73,10 +73,18 @@ def _has_types(form: Form, cast: str, leaves: Mapping[str, str], arrays: Mapping
     values = arrays[leaves["values"]]
     if not form.scaled:
         return bool(values.data_type != TensorProto.INT8)
-    # A scale for each first index; whether its length is that of the weight is checked where the weight is decoded.
+    # A scale for each first index; of compact forms, its length is checked where the weight is decoded.
     scale = arrays[leaves["scale"]]
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(cast))
-    return values.data_type == TensorProto.INT8 and scale.data_type == kind and all(n == 1 for n in scale.dims[1:])
+    fits = all(n == 1 for n in scale.dims[1:])
+    if form.codec == "dense":
+        fits = fits and len(scale.dims) == len(values.dims) and [*scale.dims[:1]] == [*_rows(values.dims)]
+    return values.data_type == TensorProto.INT8 and scale.data_type == kind and fits
+
+
+def _rows(dims: Sequence[int]) -> list[int]:
+    """Returns the number of scales of a weight as the first size of their shape; nothing for a scalar."""
+    return [matrix_shape(tuple(dims))[0]] if dims else []
 
 
 def shape_of(found: CompactWeight, arrays: Mapping[str, TensorProto]) -> tuple[int, ...]:
@@ -128,7 +136,7 @@ def _on_grid(name: str, mask: Mask, codes: Array, scale: Array) -> SparseTensor:
         raise _disagree(name)
     tensor = GridTensor(mask, codes, scale.reshape(-1).astype(np.float32))
     if fault := grid_fault(tensor):
-        raise FormatError(f"weight {name!r}: {fault}; the file is damaged.")
+        raise FormatError(f"weight {name!r}: {fault}; such a weight is not read here.")
     return nonzero(tensor)
 
 

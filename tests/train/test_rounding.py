@@ -109,17 +109,25 @@ def test_what_is_exported_is_what_was_trained(tiny, tmp_path, storage, method):
 def test_masks_move_as_before(tiny):
     moved = {}
     for values in ("fp32", "int8"):
-        model, counts = tiny.model(), []
+        model, first = tiny.model(), []
 
-        class Count(Observer):
-            def on_reallocation(self, step, reallocation, counts=counts):
-                counts.append((step, len(reallocation.dropped.flat)))
+        class Look(Observer):
+            def on_reallocation(self, step, reallocation, first=first):
+                first.append((step, len(reallocation.dropped.flat), set(reallocation.dropped.flat.tolist())))
 
         before = {name: mask.clone() for name, mask in model.masks.items()}
-        train(model, tiny.data(), tiny.settings(method="set", epochs=6, storage="masked", values=values), [Count()])
-        moved[values] = counts
+        train(
+            model,
+            tiny.data(),
+            tiny.settings(method="set", every=1, epochs=6, storage="masked", values=values),
+            [Look()],
+        )
+        moved[values] = first
         assert any(not torch.equal(mask, before[name]) for name, mask in model.masks.items())
-    assert moved["fp32"] == moved["int8"] != []
+    assert [entry[:2] for entry in moved["fp32"]] == [entry[:2] for entry in moved["int8"]] != []
+    # Exact weights choose, and eight bits change the gradients little: nearly the same ones are the smallest.
+    one, other = moved["fp32"][0][2], moved["int8"][0][2]
+    assert len(one & other) > 0.9 * len(one)
 
 
 def test_scales_are_kept_for_some_passes_and_chosen_again_when_asked(tiny):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dsr_tool.formats.codecs import size_columns
 from dsr_tool.report.page import numbers
@@ -19,7 +20,7 @@ from dsr_tool.report.page.layer_view import (
 )
 from dsr_tool.report.page.parts import Bars, Figure, Key, Number, Section, Table, kind_of_file
 from dsr_tool.report.sources import Source
-from dsr_tool.report.values import value_bits, value_document, value_text
+from dsr_tool.report.values import value_text
 
 __all__ = ["footprint_sections", "headline"]
 
@@ -58,13 +59,18 @@ def headline(source: Source) -> list[Number]:
     ]
 
 
-def footprint_sections(source: Source) -> list[Section]:
-    """Returns all sections of the footprint; those without content are omitted."""
+def footprint_sections(source: Source, document: Mapping[str, Any]) -> list[Section]:
+    """Returns all sections of the footprint; those without content are omitted.
+
+    Args:
+        source: what is reported.
+        document: the report as plain values, for the bits of values.
+    """
     # Sums are over all weights, charts over the largest, which keeps the page below a megabyte.
     every = layers_of(source)
     layers, note = largest_layers(every)
     notes = [note] if note else []
-    of_bytes = [*value_text(value_document(value_bits(source))), *notes]
+    of_bytes = [*value_text(document.get("values")), *notes]
     return [
         Section("bytes", "Where the bytes go", [_parts(source, every), bytes_by_layer(source, layers)], notes=of_bytes),
         Section("formats", "Formats side by side", [_formats(source)]),

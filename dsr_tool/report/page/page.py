@@ -107,7 +107,7 @@ def _sections(source: Source, document: Mapping[str, Any]) -> list[Section]:
         # The course of the run comes first: a reader of a run folder asks for accuracy before bytes.
         *(run_section(source.log) if source.log else []),
         *extra_sections(source, document),
-        *footprint_sections(source),
+        *footprint_sections(source, document),
         *setup_section(source.config, source.log),
     ]
 
