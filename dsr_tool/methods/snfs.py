@@ -78,7 +78,7 @@ class SNFS(Method):
         """Smooths the gradients; returns a reallocation at the steps of the schedule, else an empty one.
 
         Raises:
-            UsageError: `weights` has no gradients.
+            UsageError: `weights` has no gradients, or the smoothed ones that were restored are of other layers.
         """
         if weights.gradients is None:
             raise UsageError("snfs needs the gradients of inactive weights; gather them before they are masked.")
@@ -86,6 +86,11 @@ class SNFS(Method):
         self._smoothed = [each.to(weights.values.device) for each in self._smoothed]
         if not self._smoothed:
             self._smoothed = [torch.zeros_like(gradient) for gradient in weights.gradients]
+        if [each.shape for each in self._smoothed] != [gradient.shape for gradient in weights.gradients]:
+            raise UsageError(
+                "the state of snfs has smoothed gradients of other layers; resume with the layers that were trained "
+                "when it was saved."
+            )
         for smoothed, gradient in zip(self._smoothed, weights.gradients, strict=True):
             smoothed.lerp_(gradient, 1 - self.smoothing)
         if not self.schedule.due(step):
@@ -103,8 +108,8 @@ class SNFS(Method):
         return Reallocation(dropped, grown, {"drop_fraction": fraction})
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the smoothed gradients."""
-        return {"smoothed": self._smoothed}
+        """Returns a copy of the smoothed gradients, which the next step changes in place."""
+        return {"smoothed": [each.clone() for each in self._smoothed]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the smoothed gradients."""
