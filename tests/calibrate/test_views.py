@@ -74,5 +74,5 @@ def test_integers_have_no_views():
 
 def test_views_are_given_where_passes_are_cheap():
     # Multiply-adds of MobileNetV2, ResNet-18 and ResNet-50 at 224 pixels.
-    assert [affordable_views(macs, 256) for macs in (0.30e9, 1.81e9, 4.09e9)] == [5, 1, 0]
+    assert [affordable_views(macs, 256) for macs in (0.30e9, 1.81e9, 4.09e9)] == [5, 3, 1]
     assert affordable_views(0.0, 16) == 5
