@@ -17,13 +17,15 @@ from dsr_tool.sparsity.tensor import Array, SparseTensor
 from exporters.onnx.forms import FLOATS, LARGEST, SHARED, STEP_BITS, Form, expression, nonzero
 from exporters.onnx.nodes import match
 
-__all__ = ["CompactWeight", "decode", "find", "from_coo", "from_dense", "shape_of", "to_array"]
+__all__ = ["LAST_OPERATORS", "CompactWeight", "decode", "find", "from_coo", "from_dense", "shape_of", "to_array"]
 
 _MOST_DIMENSIONS = 32
 """Largest number of dimensions of a weight: that of numpy before version 2."""
 _CODECS = (Form("delta", STEP_BITS[0]), Form("bitmask", 1), Form("bitmask", 1, cut=True))
 _FORMS = (*_CODECS, *(replace(form, scaled=True) for form in (Form("dense", 8), *_CODECS)))
 """One form for each computation; the size of delta's steps changes nothing but the tables."""
+LAST_OPERATORS = frozenset(str(expression(form, "float32", "float16")[0]) for form in _FORMS)
+"""Operators that make the weight of some form, so that nodes of others need no look."""
 _SHARED_LEAVES = {*SHARED, "flags", "steps", "zero"}
 
 

@@ -17,7 +17,7 @@ from dsr_tool.errors import FormatError
 from dsr_tool.formats.manifest import most_decoded_bytes
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.tensor import Array, SparseTensor
-from exporters.onnx.decode import CompactWeight, decode, find, from_coo, from_dense, shape_of
+from exporters.onnx.decode import LAST_OPERATORS, CompactWeight, decode, find, from_coo, from_dense, shape_of
 from exporters.onnx.load import constants, load
 from exporters.onnx.macs import WeightUse, weight_uses
 from exporters.onnx.nodes import field_bytes
@@ -152,8 +152,7 @@ def stored_weights(graph: GraphProto) -> Iterator[StoredWeight]:
     arrays = {tensor.name: tensor for tensor in graph.initializer} | dict(constants(graph))
     # Initializers that are parts of compact weights, which are no weights of their own.
     taken: set[str] = set()
-    # Every form ends with a Reshape, or with a Mul by scales, so other nodes need no look.
-    for name in [name for name, node in nodes.items() if node.op_type in ("Reshape", "Mul")]:
+    for name in [name for name, node in nodes.items() if node.op_type in LAST_OPERATORS]:
         if found := find(name, nodes, arrays):
             taken.update(found.leaves.values())
             yield _compact(found, nodes, arrays)
