@@ -221,7 +221,7 @@ def test_the_memory_that_a_method_holds_besides_is_reported(method, per_weight, 
     held = (
         keeper.dense
         if method == "dst"
-        else [t for ties in keeper.ties for t in (ties._order, ties._number, ties._sign)]
+        else [t for ties in keeper.ties.values() for t in (ties._order, ties._number, ties._sign)]
     )
     assert training["method"] == {"name": method, "bytes": sum(tensor.nbytes for tensor in held)}
     assert training["method"]["bytes"] == per_weight * model.prunable_weights
