@@ -15,7 +15,7 @@ from dsr_tool.sparsity.mask import Mask
 from exporters.export import densify_export, export, verify
 from exporters.onnx.decode import decode, find
 from exporters.onnx.read import read_onnx, stored_weights
-from tests.exporters.test_onnx_forms import EVALUATOR_IS_RIGHT, computed, model_of, parts_of
+from tests.exporters.test_onnx_forms import EVALUATOR_IS_RIGHT, by_openvino, computed, model_of, parts_of
 
 GRIDS = ("int8", "int6", "int5", "int4")
 
@@ -49,15 +49,13 @@ def test_evaluator_runtime_and_reader_restore_the_weight(shape, density, encodin
     assert np.array_equal(read.codes, tensor.codes) and np.array_equal(read.scales, tensor.scales)
 
 
-def test_openvino_restores_the_weights():
-    openvino = pytest.importorskip("openvino")
+def test_openvino_restores_the_weights(tmp_path):
+    pytest.importorskip("openvino")
     tensors = [grid_of(*case) for case in (((8, 5, 3, 3), 0.5), ((64, 40), 0.1), ((7, 11), 1.0), ((300, 301), 0.01))]
-    for encoding in ("delta", "bitmask", "dense"):
-        content = model_of(*tensors, encoding=encoding).SerializeToString()
-        compiled = openvino.Core().compile_model(openvino.Core().read_model(content), "CPU")
-        results = compiled(np.zeros(1, np.float32))
-        for i, tensor in enumerate(tensors):
-            assert np.array_equal(results[i], tensor.to_dense())
+    models = [model_of(*tensors, encoding=encoding) for encoding in ("delta", "bitmask", "dense")]
+    for results in by_openvino(tmp_path, models):
+        for result, tensor in zip(results, tensors, strict=True):
+            assert np.array_equal(result, tensor.to_dense())
 
 
 @pytest.mark.parametrize("values", GRIDS)
