@@ -21,10 +21,6 @@ from dsr_tool.sparse.model import STORAGES
 __all__ = ["GraNet"]
 
 
-_UPDATES = 100
-"""Number of updates of the default schedule; the authors have 62 on CIFAR-10 and 125 on ImageNet."""
-
-
 class GraNet(Method):
     """Prunes along a cubic curve, and at each update moves a share of every layer to where the gradient is largest.
 
@@ -80,13 +76,7 @@ class GraNet(Method):
     @classmethod
     def default_schedule(cls, timing: Timing) -> ReallocationSchedule:
         """Returns 100 updates at equal distances, until the end of the training."""
-        return ReallocationSchedule.steady(
-            timing["total_steps"],
-            every=timing["every"],
-            stop=timing.get("stop", 1.0),
-            doubling=timing.get("doubling", ()),
-            updates=_UPDATES,
-        )
+        return ReallocationSchedule.throughout(**timing)
 
     @classmethod
     def from_timing(cls, timing: Timing, **options: Any) -> GraNet:
@@ -123,7 +113,7 @@ class GraNet(Method):
         surplus = max(sum(weights.counts) - active_count(sparsity, weights.sizes), 0)
         gone = Positions.of(weights.positions.flat[smallest_of_all(weights, surplus)], weights.sizes).counts
         moved = [int(fraction * (had - lost)) for had, lost in zip(weights.counts, gone, strict=True)]
-        # What the curve prunes are the smallest of each layer already.
+        # The curve has pruned the smallest of each layer already.
         drop = smallest(weights, [lost + more for lost, more in zip(gone, moved, strict=True)])
         dropped, grown = regrow(weights, drop, weights.gradients, moved)
         return Reallocation(dropped, grown, {"sparsity": float(sparsity), "drop_fraction": fraction})

@@ -20,9 +20,8 @@ from dsr_tool.errors import UsageError
 from dsr_tool.methods.base import Method, Reallocation
 from dsr_tool.methods.grow import at_random
 from dsr_tool.methods.hidden_units import hidden_units
-from dsr_tool.methods.prune import smallest
+from dsr_tool.methods.prune import drop_counts, smallest
 from dsr_tool.methods.schedule import ReallocationSchedule, Timing
-from dsr_tool.methods.set import drop_counts
 from dsr_tool.sparse.active import ActiveWeights, Positions, segment_counts
 from dsr_tool.sparse.keeper import Keeper, trained_by
 from dsr_tool.sparse.model import STORAGES, SparseModel

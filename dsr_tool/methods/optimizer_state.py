@@ -1,4 +1,4 @@
-"""What methods read of an optimizer: the sizes of its steps, and its momentum."""
+"""Readers of an optimizer, for methods: they return the sizes of its steps, and its momentum."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 
 from dsr_tool.sparse.active import ActiveWeights
 
-__all__ = ["below_threshold", "cosine", "keep_at_least", "smallest", "smallest_of_all"]
+__all__ = ["below_threshold", "cosine", "drop_counts", "keep_at_least", "smallest", "smallest_of_all"]
 
 
 def cosine(first: float, step: int, last: int) -> float:
@@ -21,6 +21,21 @@ def cosine(first: float, step: int, last: int) -> float:
 def below_threshold(weights: ActiveWeights, threshold: float) -> torch.Tensor:
     """Returns True for each active weight with |w| < threshold (Mostafa & Wang 2019, Algorithm 1, step 1)."""
     return weights.values.abs() < threshold
+
+
+def drop_counts(fraction: float, counts: Sequence[int], free: Sequence[int]) -> list[int]:
+    """Returns how many weights each layer prunes: its share rounded down, plus one, as in the code of Mostafa & Wang.
+
+    The one matters where few weights are left: 10 weights and 0.14 make 2. At least one weight of a layer stays, and
+    no more are pruned than there are free positions, since a pruned weight must not grow again in the same update.
+
+    Args:
+        fraction: share of the active weights.
+        counts: number of active weights per layer.
+        free: number of positions per layer that may grow.
+    """
+    wanted = (int(fraction * active) + 1 for active in counts)
+    return [min(want, max(active - 1, 0), room) for want, active, room in zip(wanted, counts, free, strict=True)]
 
 
 def keep_at_least(weights: ActiveWeights, drop: torch.Tensor, groups: Sequence[Sequence[int]]) -> torch.Tensor:

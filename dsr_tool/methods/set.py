@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -10,13 +9,13 @@ import torch
 from dsr_tool.errors import UsageError
 from dsr_tool.methods.base import Method, Reallocation
 from dsr_tool.methods.grow import at_random
-from dsr_tool.methods.prune import smallest
+from dsr_tool.methods.prune import drop_counts, smallest
 from dsr_tool.methods.schedule import ReallocationSchedule, Timing
 from dsr_tool.sparse.active import ActiveWeights, Positions
 from dsr_tool.sparse.model import STORAGES
 from dsr_tool.sparsity.granularity import GRANULARITIES
 
-__all__ = ["SET", "drop_counts"]
+__all__ = ["SET"]
 
 
 class SET(Method):
@@ -63,18 +62,3 @@ class SET(Method):
         counts = drop_counts(self.drop_fraction, weights.counts, weights.free)
         dropped = Positions(weights.sizes, tuple(counts), weights.positions.flat[smallest(weights, counts)])
         return Reallocation(dropped, at_random(weights, counts, generator))
-
-
-def drop_counts(fraction: float, counts: Sequence[int], free: Sequence[int]) -> list[int]:
-    """Returns how many weights each layer prunes: its share rounded down, plus one, as in the code of Mostafa & Wang.
-
-    The one matters where few weights are left: 10 weights and 0.14 make 2. At least one weight of a layer stays, and
-    no more are pruned than there are free positions, since a pruned weight must not grow again in the same update.
-
-    Args:
-        fraction: share of the active weights.
-        counts: number of active weights per layer.
-        free: number of positions per layer that may grow.
-    """
-    wanted = (int(fraction * active) + 1 for active in counts)
-    return [min(want, max(active - 1, 0), room) for want, active, room in zip(wanted, counts, free, strict=True)]

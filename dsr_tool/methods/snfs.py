@@ -18,10 +18,6 @@ from dsr_tool.sparsity.apportion import apportion
 __all__ = ["SNFS"]
 
 
-_UPDATES = 100
-"""Number of updates of the default schedule; the authors have one in each epoch, of 100 on MNIST."""
-
-
 class SNFS(Method):
     """Prunes the smallest magnitudes of every layer, and grows where smoothed gradients are largest, across layers.
 
@@ -62,13 +58,7 @@ class SNFS(Method):
     @classmethod
     def default_schedule(cls, timing: Timing) -> ReallocationSchedule:
         """Returns 100 updates at equal distances, until the end of the training."""
-        return ReallocationSchedule.steady(
-            timing["total_steps"],
-            every=timing["every"],
-            stop=timing.get("stop", 1.0),
-            doubling=timing.get("doubling", ()),
-            updates=_UPDATES,
-        )
+        return ReallocationSchedule.throughout(**timing)
 
     def due(self, step: int) -> bool:
         """Returns True until the schedule stops."""
@@ -82,7 +72,7 @@ class SNFS(Method):
         """
         if weights.gradients is None:
             raise UsageError("snfs needs the gradients of inactive weights; gather them before they are masked.")
-        # Those that load_state_dict restored are on the CPU.
+        # `load_state_dict` leaves them on the CPU.
         self._smoothed = [each.to(weights.values.device) for each in self._smoothed]
         if not self._smoothed:
             self._smoothed = [torch.zeros_like(gradient) for gradient in weights.gradients]
