@@ -11,7 +11,7 @@ from torch import distributed
 from dsr_tool.errors import CheckFailed
 from dsr_tool.sparse.model import SparseModel
 
-__all__ = ["require_agreement", "several_processes"]
+__all__ = ["equal_everywhere", "require_agreement", "several_processes"]
 
 
 def several_processes(group: distributed.ProcessGroup | None = None) -> bool:
@@ -35,12 +35,12 @@ def require_agreement(
     # As many numbers on every process, whatever its model.
     everything = _hash(repr(sorted(hashes)).encode())
     first = torch.tensor([everything, len(hashes)], device=_device(model))
-    if not _equal(first, group).all():
+    if not equal_everywhere(first, group).all():
         raise CheckFailed(
             "the processes have models with different sparse layers; build and convert the same network on each, or "
             "give attach the process_group of those that train one network together."
         )
-    same = _equal(torch.tensor(list(hashes.values()), device=_device(model)), group)
+    same = equal_everywhere(torch.tensor(list(hashes.values()), device=_device(model)), group)
     for name, equal in zip(hashes, same.tolist(), strict=True):
         if not equal:
             raise CheckFailed(
@@ -59,8 +59,13 @@ def _hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
-def _equal(numbers: torch.Tensor, group: distributed.ProcessGroup | None) -> torch.Tensor:
-    """Returns for each number whether it is the same on all processes."""
+def equal_everywhere(numbers: torch.Tensor, group: distributed.ProcessGroup | None = None) -> torch.Tensor:
+    """Returns for each number whether it is the same on all processes; one message.
+
+    Args:
+        numbers: int64 of shape (numbers,), as many on every process.
+        group: the processes; None for all.
+    """
     # ~x falls as x rises, so one maximum shows the least and the greatest of all.
     most = torch.cat([numbers, ~numbers])
     distributed.all_reduce(most, distributed.ReduceOp.MAX, group=group)

@@ -19,6 +19,7 @@ from dsr_tool.sparse.compact.store import CompactStore
 from dsr_tool.sparse.compact.views import PerLayer
 from dsr_tool.sparse.contract import require_exportable, require_state
 from dsr_tool.sparse.folder import save_folder
+from dsr_tool.sparse.trust import outside
 from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.sparsity.granularity import GRANULARITIES
 from dsr_tool.sparsity.layers import LayerSpec
@@ -235,11 +236,9 @@ class SparseModel:
                 raise CheckFailed(
                     f"mask {name!r} of shape {tuple(mask.shape)} fits no weight; the model has shape {found}."
                 )
-            # count_nonzero counts NaN as well.
-            outside = int(torch.count_nonzero(parameters[name].masked_fill(mask, 0.0)))
-            if outside:
+            if count := int(outside(parameters[name], mask)):
                 raise CheckFailed(
-                    f"weight {name!r} has {outside:,} non-zero values outside its mask; either dense weights were "
+                    f"weight {name!r} has {count:,} non-zero values outside its mask; either dense weights were "
                     f"loaded over it (apply_masks() zeroes them), or its file is damaged."
                 )
 

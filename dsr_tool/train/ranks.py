@@ -18,6 +18,7 @@ import torch
 from torch import distributed
 
 from dsr_tool.errors import CheckFailed, UsageError
+from dsr_tool.sparse.agreement import equal_everywhere
 from dsr_tool.train.checksums import checksums
 from dsr_tool.train.records import Observer
 from dsr_tool.train.resume import find_stopped
@@ -116,12 +117,7 @@ class Ranks:
         """
         if self.count == 1:
             return
-        sums = checksums(tensors)
-        # ~x falls as x rises, so one maximum shows the least and the greatest of all ranks.
-        most = torch.cat([sums, ~sums])
-        distributed.all_reduce(most, distributed.ReduceOp.MAX)
-        greatest, least = most.chunk(2)
-        if not torch.equal(greatest, ~least):
+        if not equal_everywhere(checksums(tensors)).all():
             raise CheckFailed(
                 "weights or masks differ between the processes; check that all started with the same model, that the "
                 "model uses torch's random numbers only, and that all machines have the same software."
