@@ -1,10 +1,8 @@
 """Models whose weights are spread over processes are refused in one sentence; replicas are not."""
 
-import socket
-
 import pytest
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from converters.conversion import convert
@@ -12,17 +10,6 @@ from dsr_tool import attach
 from dsr_tool.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("alone")
-
-
-@pytest.fixture
-def alone():
-    """Makes this process a group of one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
 
 
 def sparse():

@@ -2,11 +2,10 @@
 
 import copy
 import math
-import socket
 
 import pytest
 import torch
-from torch import distributed, nn, optim
+from torch import nn, optim
 from torch.nn.parallel import DistributedDataParallel
 
 from dsr_tool.errors import UsageError
@@ -259,17 +258,6 @@ def test_two_optimizers_clear_their_own_layers_alone(pair):
     assert sums[1] > 0
     inside = masked.module.first.weight.grad[masked.masks["first.weight"]]
     assert torch.equal(inside, dict(compact.named_parameters())["first.weight"].grad)
-
-
-@pytest.fixture
-def alone():
-    """One process that is a group of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("alone")
