@@ -1,4 +1,4 @@
-"""What few bits cost on trained networks: bytes, accuracy, agreement with the dense network, and latency.
+"""Measures what few bits cost on trained networks: bytes, accuracy, agreement with the dense network, and latency.
 
     python benchmarks/values.py mobilenet_v2=mobilenet_v2.pth resnet50=resnet50.pth --samples samples
         --agreement others --calibration photographs

@@ -27,7 +27,7 @@ _HEADS = (
     (b"\x28\xb5\x2f\xfd", "is compressed with Zstandard; unpack it first"),
     (b"\x08", "is an ONNX file; give the PyTorch checkpoint that it was exported from"),
 )
-"""What files are, by their first bytes."""
+"""First bytes of files, and what such files are."""
 
 
 def foreign_kind(path: Path) -> str | None:

@@ -166,7 +166,7 @@ def temporary_folder() -> Iterator[Path]:
     try:
         folder = Path(tempfile.mkdtemp(prefix="dsr-tool-"))
     except OSError as error:
-        # Where no place can be written, the error lists those that were tried.
+        # The error lists the places that were tried, if none of them can be written.
         raise FileError(
             f"no temporary folder can be made: {error.strerror or error}; set TMPDIR to a folder that can be written."
         ) from error

@@ -54,7 +54,7 @@ class GridProblem:
 
     @property
     def own_scales(self) -> bool:
-        """Whether each row has a scale of its own, which can follow its codes."""
+        """True if each row has a scale of its own, which can follow its codes."""
         return self.scales.shape[-1] == 1
 
     def blocks(self) -> list[GridProblem]:

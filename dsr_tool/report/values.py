@@ -1,4 +1,4 @@
-"""What the values of weights take in a file: bits each, their entropy, and what the next step would save."""
+"""Reports what values of weights take in a file: bits each, their entropy, and what the next step would save."""
 
 from __future__ import annotations
 

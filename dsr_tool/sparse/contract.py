@@ -1,4 +1,4 @@
-"""What the state of a network must be, checked before anything is written: named tensors that files can hold."""
+"""Checks the state of a network before anything is written: it must be named tensors that files can hold."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class OptimizerView:
 
     @property
     def in_parts(self) -> bool:
-        """Whether weights change in several parts of a step, with a backward pass between them."""
+        """True if weights change in several parts of a step, with a backward pass between them."""
         own = [name for name in dir(type(self.optimizer)) if "step" in name and not name.startswith("_")]
         return len(self.all) > 1 or any(name not in _STEPS_OF_TORCH for name in own)
 

@@ -1,4 +1,4 @@
-"""What the state of a network must be, asked before anything is written."""
+"""The state of a network is checked before anything is written."""
 
 import pytest
 import torch

@@ -20,7 +20,7 @@ static constexpr CodeTable CODE_TABLE;
 
 constexpr int64_t AT_ONCE = 64;  // weights that `floats` returns
 
-// How kernels read weights of one kind. P is the struct of an op's parameters.
+// Floats and Codes read weights of one kind each. P is the struct of an op's parameters.
 struct Floats {
     static constexpr bool SCALED = false;
 
