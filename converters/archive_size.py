@@ -17,7 +17,7 @@ from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparse.trace import trace
 from dsr_tool.sparsity.config import installed_versions
 from dsr_tool.sparsity.distribution import by_magnitude, largest
-from dsr_tool.sparsity.granularity import unit_size
+from dsr_tool.sparsity.granularity import Granularity
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
 
@@ -55,17 +55,18 @@ def smallest_sparsity(model: SparseModel, limit: int) -> float | None:
 def largest_within(model: SparseModel, limit: int, graph: Graph | None = None) -> dict[str, SparseTensor] | None:
     """Returns the largest weights of a model whose archive has at most `limit` bytes; None if there are none.
 
-    At kernel granularity, kernels stay or go as a whole, ranked by their mean magnitudes.
+    Kernels stay or go as a whole, ranked by their mean magnitudes. With fan-in, the smallest weights of all outputs of
+    a layer go together.
     """
     # Captured once for all sizes, since a capture takes a second or more.
     graph, tensors = graph or captured(model.module, model.config.input_shape), model.tensors()
-    units = {name: unit_size(model.specs[name].shape, model.granularity) for name in model.masks}
-    sizes = {name: np.abs(tensors[name].values).reshape(-1, unit).mean(1) for name, unit in units.items()}
+    together = {name: _together(tensors[name], model.granularity) for name in model.masks}
+    sizes = {name: np.abs(tensors[name].values)[places].mean(1) for name, places in together.items()}
 
     def kept(total: int) -> dict[str, SparseTensor]:
         counts = by_magnitude(total, list(sizes.values()))
         chosen = {name: np.sort(largest(size, n)) for (name, size), n in zip(sizes.items(), counts, strict=True)}
-        return {name: _part(tensors[name], rows, units[name]) for name, rows in chosen.items()}
+        return {name: _part(tensors[name], together[name][rows]) for name, rows in chosen.items()}
 
     def nbytes(total: int) -> int:
         return _encoded_bytes(model, {**tensors, **kept(total)}, graph)
@@ -101,7 +102,19 @@ def _encoded_bytes(model: SparseModel, tensors: dict[str, SparseTensor], graph: 
         return path.stat().st_size
 
 
-def _part(tensor: SparseTensor, rows: npt.NDArray[np.int64], unit: int) -> SparseTensor:
-    """Returns a tensor with some of its active units, by their indices in ascending order."""
-    positions, values = (array.reshape(-1, unit)[rows].reshape(-1) for array in (tensor.mask.positions, tensor.values))
-    return SparseTensor(Mask(tensor.mask.shape, positions), values)
+def _together(tensor: SparseTensor, granularity: Granularity) -> npt.NDArray[np.int64]:
+    """Returns the active weights that stay or go together, as indices into the values: one row for each such set."""
+    values = tensor.values
+    places = np.arange(values.size)
+    if granularity.kind != "fan-in":
+        return places.reshape(-1, granularity.unit(tensor.mask.shape))
+    # Outputs are consecutive and have as many values each; row j of the result is the j-th largest of every output.
+    order = np.argsort(-np.abs(values.reshape(tensor.mask.shape[0], -1)), axis=1, kind="stable")
+    ranked: npt.NDArray[np.int64] = np.take_along_axis(places.reshape(order.shape), order, axis=1).T
+    return ranked
+
+
+def _part(tensor: SparseTensor, places: npt.NDArray[np.int64]) -> SparseTensor:
+    """Returns a tensor with some of its active weights, by their indices among the values."""
+    places = np.sort(places, axis=None)
+    return SparseTensor(Mask(tensor.mask.shape, tensor.mask.positions[places]), tensor.values[places])

@@ -9,7 +9,7 @@ from converters.archive_size import captured
 from converters.budgets import Fitted, solve, trim
 from converters.output_budgets import OutputBudgets
 from converters.prepared import Prepared, trained_part
-from converters.pretrained import check_signal, known_moments, make_sparsifier
+from converters.pretrained import check_signal, known_moments, make_sparsifier, pattern_notes
 from converters.request import CalibrationOptions, SelectionOptions
 from dsr_tool.calibrate.memory import require_memory
 from dsr_tool.calibrate.pictures import Pictures, read_calibration
@@ -62,12 +62,13 @@ def calibrated(
     # Before anything that takes minutes: a network that cannot be captured has no size in bytes.
     graph = captured(prepared.module, shape) if budget.kind == "bytes" else None
     outputs = None
-    if file is None and selection.distribution in (None, OUTPUT):
+    fixed = selection.pattern.density is not None
+    if file is None and not fixed and selection.distribution in (None, OUTPUT):
         outputs = OutputBudgets.measured(prepared, selection, pictures, _stage(options, 0, _BUDGETS))
     spread = outputs.spread if outputs else file.spread if file else None
     # Layer budgets without pictures rank weights by what is known without pictures.
     moments = known_moments(prepared, graph) if spread is None else ""
-    sparsifier = make_sparsifier(prepared, selection, moments, distribution=OUTPUT, spread=spread)
+    sparsifier = make_sparsifier(prepared, selection, moments, distribution=None if fixed else OUTPUT, spread=spread)
     total, nbytes = solve(sparsifier, budget, graph)
     if outputs and budget.macs is not None:
         # Any spread can meet the budget, and `solve` says so if none can; this one spends it where it matters most.
@@ -75,7 +76,6 @@ def calibrated(
         sparsifier = make_sparsifier(prepared, selection, distribution=OUTPUT, spread=lambda _: within)
         total = sum(within)
     draft = sparsifier.preview(total, budget)
-    units = {spec.name: unit for spec, unit in zip(sparsifier.sparse, sparsifier.units, strict=True)}
     counts = {name: count for name, count in sparsifier.counts(total).items() if name not in prepared.fresh}
     macs = sum(spec.size * spec.macs_per_weight for spec in draft.specs.values())
     with trained_part(prepared) as network:
@@ -83,7 +83,7 @@ def calibrated(
             network,
             counts,
             pictures.inputs,
-            units=units,
+            granularity=sparsifier.granularity,
             views=affordable_views(macs, pictures.count),
             seed=selection.seed,
             on_progress=_stage(options, _BUDGETS, 1 - _BUDGETS),
@@ -93,7 +93,8 @@ def calibrated(
     model.apply_masks()
     # Other values take another number of bytes than those that the search for the budget saw.
     nbytes = trim(model, budget.amount, graph) if nbytes is not None else None
-    notes = (*prepared.notes, *([f"densities: {file.note}"] if file else []), *_told(prepared, found, pictures))
+    densities = [f"densities: {file.note}"] if file else []
+    notes = (*prepared.notes, *densities, *pattern_notes(sparsifier, total), *_told(prepared, found, pictures))
     return Fitted(model, budget, nbytes, notes, (*pictures.warnings, *check_signal(model, selection)))
 
 

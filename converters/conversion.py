@@ -73,8 +73,10 @@ def convert(
             `calibrate`, and only there), or `file:FILE.csv` with the density of each layer, which needs no budget.
         positions: which weights of a layer stay active: `magnitude` (default with weights, and for modules and
             callables, which may be trained) or `random` (default for random weights).
-        granularity: `weight` (default), or `kernel` for whole kernels of convolutions that are active or inactive; the
-            number of active weights is then the nearest from below that whole kernels can make.
+        granularity: `weight` (default); `kernel` for whole kernels of convolutions that are active or inactive;
+            `fan-in` for as many active weights in every output of a layer; or N:M, such as `2:4`, for N active weights
+            in every group of M input channels. With kernels and fan-in the number of active weights is the nearest from
+            below that they can make. N:M gives every sparse layer the density N/M and needs no budget.
         preset: `paper` keeps dense what the paper's code kept dense, and nothing else.
         keep_dense: patterns of weights to keep dense.
         sparsify_patterns: patterns of weights to make sparse against the defaults.
@@ -134,7 +136,7 @@ def convert(
         raise UsageError("--init goes with --structure, the folder whose masks to use; leave it out.")
     elif thin:
         refuse_with("--thin", weights=weights, **care)
-        fitted = _to_thin(network, selection, parse_budget(sparsity, budget))
+        fitted = _to_thin(network, selection, parse_budget(sparsity, budget, selection.pattern))
     elif sparsity == KEEP:
         refuse_with("--sparsity keep", budget=budget, sparsify=sparsify_patterns, **how, **care)
         fitted = _with_its_zeros(network, selection)
@@ -161,9 +163,12 @@ def _to_budget(
     options: CalibrationOptions | None,
 ) -> Fitted:
     """Converts to a sparse model that meets a budget, with pictures or without."""
+    pattern = selection.pattern
+    if pattern.density is not None and selection.distribution not in (None, "uniform"):
+        raise pattern.refuse(f"--distribution {selection.distribution}")
     # A file of densities is a budget too. Any other is checked before the network is built, which may take seconds.
     from_file = sparsity is None and budget is None and (selection.distribution or "").startswith(PREFIX)
-    given = None if from_file else parse_budget(sparsity, budget)
+    given = None if from_file else parse_budget(sparsity, budget, pattern)
     if options is None and selection.distribution == OUTPUT:
         raise UsageError("--distribution output needs --calibrate, a folder of pictures; give that too.")
     prepared = prepare(network, selection)
@@ -171,7 +176,7 @@ def _to_budget(
         raise UsageError("--calibrate keeps what trained weights do, and these are random; give --weights.")
     file = density_file(prepared, selection)
     own = Budget(sparsity=1 - Fraction(file.total, sum(file.sizes) or 1)) if file else None
-    wanted = given or own or parse_budget(sparsity, budget)
+    wanted = given or own or parse_budget(sparsity, budget, pattern)
     _require_reachable(prepared, selection, wanted, file, pictures=options is not None)
     if options is None:
         return without_data(prepared, selection, wanted, file)

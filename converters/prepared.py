@@ -72,7 +72,8 @@ def prepare(network: NetworkOptions, selection: SelectionOptions) -> Prepared:
     )
     fresh = [name for name in config.conversion.get(FRESH, ()) if module.get_parameter(name).ndim > 1]
     # Ranked by its values, a new head would be pruned at random, and it has few weights.
-    rules = replace(rules, preset_dense={**rules.preset_dense, **dict.fromkeys(fresh, _NEW_HEAD)})
+    dense = {**rules.preset_dense, **dict.fromkeys(fresh, _NEW_HEAD)}
+    rules = replace(rules, preset_dense=dense, granularity=selection.pattern)
     specs = discover(module, rules)
     chosen = tuple(name for name in fresh if specs[name].role == "sparse")
     # Heads for training alone may be random in files; the outputs do not depend on them.

@@ -23,7 +23,7 @@ from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.density_file import PREFIX, DensityFile, parse_spec, read_densities
 from dsr_tool.sparsity.starved import silent_layers, starved_layers
 
-__all__ = ["check_signal", "density_file", "known_moments", "make_sparsifier", "without_data"]
+__all__ = ["check_signal", "density_file", "known_moments", "make_sparsifier", "pattern_notes", "without_data"]
 
 _NAMED = 4
 """Largest number of starved layers that a warning names."""
@@ -62,7 +62,8 @@ def without_data(prepared: Prepared, selection: SelectionOptions, budget: Budget
     copied = sparsifier.sparse if known is not None else ()
     dense = {spec.name: parameters[spec.name].detach().clone() for spec in copied}
     model = sparsifier.apply(total, budget)
-    notes = [*prepared.notes, *([f"densities: {file.note}"] if file else [])]
+    densities = [f"densities: {file.note}"] if file else []
+    notes = [*prepared.notes, *densities, *pattern_notes(sparsifier, total)]
     if known is not None:
         corrected = correct_norms(model, dense, known)
         notes += _told(corrected.names, corrected.left_alone)
@@ -96,6 +97,22 @@ def check_signal(model: SparseModel, selection: SelectionOptions) -> list[str]:
     more = f"; and {len(starved) - _NAMED} more" if len(starved) > _NAMED else ""
     layers = "1 layer keeps" if len(starved) == 1 else f"{len(starved)} layers keep"
     return [f"{layers} very few weights: {named}{more}."]
+
+
+def pattern_notes(sparsifier: Sparsifier, total: int) -> list[str]:
+    """Returns what the granularity means for the masks, and by how much it changes a total of active weights."""
+    granularity = sparsifier.granularity
+    if granularity.kind == "weight":
+        return []
+    meaning = {
+        "kernel": "a kernel of a convolution is active as a whole or not at all",
+        "fan-in": "every output of a layer has as many active weights as its other outputs",
+        "N:M": f"of every {granularity.group} consecutive input channels {granularity.kept} have an active weight, for "
+        f"each output and each position of a kernel",
+    }[granularity.kind]
+    missing = total - sum(sparsifier.counts(total).values())
+    less = f"; so {missing:,} fewer weights are active than the {total:,} that were allowed" if missing else ""
+    return [f"granularity {granularity}: {meaning}{less}"]
 
 
 def density_file(prepared: Prepared, selection: SelectionOptions) -> DensityFile | None:

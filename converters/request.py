@@ -14,6 +14,7 @@ from dsr_tool.errors import UsageError
 from dsr_tool.sparse.wrappers import unwrapped
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.config import LONGEST_SIDE, ModelConfig
+from dsr_tool.sparsity.granularity import Granularity
 
 __all__ = ["CalibrationOptions", "NetworkOptions", "SelectionOptions", "build_network", "parse_budget", "refuse_with"]
 
@@ -42,6 +43,15 @@ class SelectionOptions:
     granularity: str | None
     seed: int
     allow_starved: bool
+
+    @property
+    def pattern(self) -> Granularity:
+        """The granularity; single weights if none is given.
+
+        Raises:
+            UsageError: there is no such granularity.
+        """
+        return Granularity.parse("weight" if self.granularity is None else self.granularity)
 
 
 @dataclass(frozen=True)
@@ -91,8 +101,19 @@ def _checked_shape(network: NetworkOptions) -> tuple[int, ...]:
     return shape
 
 
-def parse_budget(sparsity: float | str | None, budget: str | None) -> Budget:
-    """Returns the budget that exactly one of two options gives; raises `UsageError` otherwise."""
+def parse_budget(sparsity: float | str | None, budget: str | None, granularity: Granularity) -> Budget:
+    """Returns the budget that exactly one of two options gives, or the density of N:M alone.
+
+    Raises:
+        UsageError: both are given, or none; a value is not allowed, or contradicts N:M.
+    """
+    if granularity.density is not None:
+        own = Budget(sparsity=1 - granularity.density)
+        if budget is not None:
+            raise granularity.refuse(f"--budget {budget}")
+        if sparsity is not None and Budget.of_sparsity(sparsity) != own:
+            raise granularity.refuse(f"--sparsity {sparsity}")
+        return own
     if (sparsity is None) == (budget is None):
         raise UsageError("exactly one of --sparsity and --budget is needed; give one of the two.")
     return Budget.parse(budget) if budget is not None else Budget.of_sparsity(sparsity if sparsity is not None else 0)

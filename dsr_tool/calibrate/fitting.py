@@ -14,6 +14,8 @@ from dsr_tool.calibrate.inputs import Sample, Statistics
 from dsr_tool.calibrate.solver import Problem, largest_mask, solve
 from dsr_tool.calibrate.survey import Layer
 from dsr_tool.calibrate.wide import join_slices, solve_slices, split_slices
+from dsr_tool.sparse.selection import choose
+from dsr_tool.sparsity.granularity import Granularity
 
 __all__ = ["Fitted", "Fitting", "by_magnitude"]
 
@@ -134,7 +136,7 @@ class Fitting:
         bias = self._state[name].detach()[start + first * rows : start + (first + count) * rows]
         return bias.reshape(count, 1, rows)
 
-    def fit(self, count: int, unit: int) -> Fitted:
+    def fit(self, count: int, granularity: Granularity) -> Fitted:
         """Returns the mask and values with `count` active weights, and the bias or mean that goes with them.
 
         The sums become means in place, so this is done once.
@@ -142,8 +144,15 @@ class Fitting:
         free = bool(self.layer.norm or self._bias[0])
         xx, tx, x, t, tt = self._means(centred=free)  # means are given back afterwards, so only what varies must fit
         importance = self._gain.square().reshape(-1, t.shape[1]).repeat_interleave(self._slices, 0)
-        problem = Problem(self._weight, xx, tx, importance, self.sums.count.clamp_min(1), unit)
-        solution = solve(problem, count) if self._slices == 1 else solve_slices(problem, count)
+        shape = self._state[self.layer.name].shape
+        # A layer that stays dense may have any shape, and no blocks.
+        blocks = granularity.blocks(shape) if count < shape.numel() else None
+        unit, group = granularity.unit(shape), blocks.size if blocks else 0
+        problem = Problem(self._weight, xx, tx, importance, self.sums.count.clamp_min(1), unit, group)
+        if self._slices == 1:
+            solution = solve(problem, count)
+        else:
+            solution = solve_slices(problem, count, self._slices, self.layer.taps)
         total = max(float((tt * importance).sum()), 1e-12)
         changes = {self.layer.name: self._tensor(solution.weight)}
         if free:
@@ -183,9 +192,12 @@ class Fitting:
         return {mean: self._state[mean] - bias + own}
 
 
-def by_magnitude(module: nn.Module, name: str, count: int, unit: int) -> torch.Tensor:
+def by_magnitude(module: nn.Module, name: str, count: int, granularity: Granularity) -> torch.Tensor:
     """Returns the mask of the `count` largest weights of a layer, in its shape; kernels count by their norm."""
-    scores = module.get_parameter(name).detach().square()
+    weight = module.get_parameter(name).detach()
+    if granularity.blocks(weight.shape) is not None:
+        return choose(weight, count, granularity, "magnitude", torch.Generator())
+    scores, unit = weight.square(), granularity.unit(weight.shape)
     if unit == 1:
         return largest_mask(scores, count, 1)
     # Kernels are the last dimensions of a weight of any convolution.

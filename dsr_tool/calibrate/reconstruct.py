@@ -23,6 +23,7 @@ from dsr_tool.calibrate.segments import Segments, Values, kept, used
 from dsr_tool.calibrate.survey import Layer, survey
 from dsr_tool.calibrate.views import with_views
 from dsr_tool.sparse.feeding import evaluating
+from dsr_tool.sparsity.granularity import Granularity
 
 __all__ = ["Reconstruction", "reconstruct"]
 
@@ -40,6 +41,8 @@ _MOST_PASSES, _MACS = 12, 1.5e13
 
 _MOMENT_BYTES = 1 << 29
 """Bytes of the second moments that are summed in one pass."""
+
+_SINGLE = Granularity("weight")
 
 
 @dataclass
@@ -64,7 +67,7 @@ def reconstruct(
     counts: Mapping[str, int],
     pictures: torch.Tensor,
     *,
-    units: Mapping[str, int] | None = None,
+    granularity: Granularity = _SINGLE,
     views: int = 0,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
@@ -78,7 +81,7 @@ def reconstruct(
         module: the dense network. Its weights, biases and the means of its batch norms change, nothing else.
         counts: number of active weights of each sparse weight, by name.
         pictures: inputs, shape (pictures, *input_shape), float32.
-        units: number of weights that are active together, by name; 1 where absent.
+        granularity: pattern of the active weights, which the counts must allow.
         views: number of views of each picture that are shown as well.
         seed: seed of the choice of positions, and of the views.
         on_progress: receives the number of layers that are done, and of all.
@@ -89,7 +92,7 @@ def reconstruct(
         UsageError: the module does not take the pictures.
     """
     with evaluating(module):
-        return _Run(module, counts, pictures, units or {}, views, seed, fitting).result(on_progress)
+        return _Run(module, counts, pictures, granularity, views, seed, fitting).result(on_progress)
 
 
 class _Run:
@@ -100,13 +103,13 @@ class _Run:
         module: nn.Module,
         counts: Mapping[str, int],
         pictures: torch.Tensor,
-        units: Mapping[str, int],
+        granularity: Granularity,
         views: int,
         seed: int,
         fitting: Callable[[nn.Module, Layer], Fitting],
     ) -> None:
         self._fitting = fitting
-        self._module, self._counts, self._units, self._seed = module, counts, units, seed
+        self._module, self._counts, self._granularity, self._seed = module, counts, granularity, seed
         self._state = {**dict(module.named_buffers()), **dict(module.named_parameters())}
         pictures = with_views(pictures, views, seed)
         self._pictures = len(pictures)
@@ -154,7 +157,7 @@ class _Run:
 
     def _fall_back(self, name: str) -> None:
         """Chooses a layer that no run reached by magnitude."""
-        self._result.masks[name] = by_magnitude(self._module, name, self._counts[name], self._units.get(name, 1))
+        self._result.masks[name] = by_magnitude(self._module, name, self._counts[name], self._granularity)
         self._result.unfitted[name] = "the pictures do not reach it as a convolution or a product of matrices"
         self._change(name, self._state[name] * self._result.masks[name])
 
@@ -195,7 +198,7 @@ class _Run:
         release_freed()
         for name, fitting in fittings.items():
             size = self._state[name].numel()
-            fitted = fitting.fit(self._counts.get(name, size), self._units.get(name, 1))
+            fitted = fitting.fit(self._counts.get(name, size), self._granularity)
             self._result.errors[name] = fitted.error
             if fitting.layer.slices > 1:
                 self._result.sliced[name] = fitting.layer.slices

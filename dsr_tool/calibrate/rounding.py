@@ -23,6 +23,7 @@ from dsr_tool.errors import UsageError
 from dsr_tool.sparse.capture import frozen_copy
 from dsr_tool.sparse.feeding import tensor_form
 from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparsity.granularity import Granularity
 from dsr_tool.sparsity.grid import GridTensor, best_scales, on_grid
 from dsr_tool.sparsity.tensor import SparseTensor
 
@@ -82,7 +83,7 @@ class _Rounding(Fitting):
         super().__init__(module, layer)
         self._exact, self._bits, self._found = exact, bits, found
 
-    def fit(self, count: int, unit: int) -> Fitted:  # noqa: ARG002 - masks stay
+    def fit(self, count: int, granularity: Granularity) -> Fitted:  # noqa: ARG002 - masks stay
         """Chooses codes and scales.
 
         Columns of a packed or a transposed layer may share a scale, or rows have several; such scales are chosen by

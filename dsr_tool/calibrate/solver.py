@@ -47,6 +47,8 @@ class Problem:
         vectors: number of input vectors behind the moments, shape (blocks,).
         taps: number of weights of a kernel if whole kernels are active together, else 1. The columns are ordered by
             tap, then by channel.
+        group: number of consecutive columns that all keep as many weights: M of N:M, or all columns with fan-in; 0 if
+            weights may be anywhere.
     """
 
     weight: torch.Tensor
@@ -55,6 +57,12 @@ class Problem:
     importance: torch.Tensor
     vectors: torch.Tensor
     taps: int = 1
+    group: int = 0
+
+    @property
+    def step(self) -> int:
+        """Number of which a count of active weights is a multiple."""
+        return self.weight.numel() // self.group if self.group else self.taps
 
     def block(self, number: int) -> Problem:
         """Returns one group or part as a problem of its own."""
@@ -66,6 +74,7 @@ class Problem:
             self.importance[one],
             self.vectors[one],
             self.taps,
+            self.group,
         )
 
     def error(self, weight: torch.Tensor) -> float:
@@ -87,7 +96,7 @@ def solve(problem: Problem, count: int) -> Solution:
 
     Args:
         problem: the layer.
-        count: active weights of the layer, over all rows; a multiple of `taps`.
+        count: active weights of the layer, over all rows; a multiple of `problem.step`.
     """
     normal, scale = _normalised(problem)
     if count >= problem.weight.numel():
@@ -96,7 +105,7 @@ def solve(problem: Problem, count: int) -> Solution:
     mask = _admm(normal, count)
     weight = least_squares(normal, mask)
     # ADMM promises nothing for a problem that is not convex; the mask by magnitude is its floor.
-    plain = largest_mask(problem.weight.square(), count, problem.taps)
+    plain = largest_mask(problem.weight.square(), count, problem.taps, problem.group)
     other = least_squares(normal, plain)
     if normal.error(other) < normal.error(weight):
         mask, weight = plain, other
@@ -130,13 +139,21 @@ def _normalised(problem: Problem) -> tuple[Problem, torch.Tensor]:
             problem.importance,
             problem.vectors,
             problem.taps,
+            problem.group,
         ),
         scale,
     )
 
 
-def largest_mask(scores: torch.Tensor, count: int, taps: int) -> torch.Tensor:
-    """Returns the mask of the `count` weights with the largest scores; of whole kernels by their sums."""
+def largest_mask(scores: torch.Tensor, count: int, taps: int, group: int = 0) -> torch.Tensor:
+    """Returns the mask of the `count` weights with the largest scores; of whole kernels by their sums.
+
+    With a group, it is the nearest mask in which all groups of so many columns have as many weights.
+    """
+    if group:
+        rows = scores.reshape(-1, group)
+        chosen = rows.topk(count // len(rows), sorted=False).indices
+        return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, chosen, True).view(scores.shape)
     if taps > 1:
         scores = scores.unflatten(-1, (taps, -1)).sum(-2)
     mask = torch.zeros_like(scores, dtype=torch.bool)
@@ -157,9 +174,9 @@ def _admm(problem: Problem, count: int) -> torch.Tensor:
             weight = (problem.target + penalty * (sparse - dual)) @ inverse
             # The cubic schedule of Zhu & Gupta 2017, as in Boza's code.
             share = 1 - min(i / _GRADUAL, 1.0)
-            active = count + int((size - count) * share**3) // problem.taps * problem.taps
+            active = count + int((size - count) * share**3) // problem.step * problem.step
             dual = dual + weight
-            mask = largest_mask(dual.square() * importance, active, problem.taps)
+            mask = largest_mask(dual.square() * importance, active, problem.taps, problem.group)
             sparse = dual * mask
             dual = dual - sparse
     return mask

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from dsr_tool.calibrate.solver import Problem, Solution, largest_mask, solve
+from dsr_tool.calibrate.solver import Problem, Solution, largest_mask, solve, values
 
 __all__ = ["join_slices", "moment_bytes", "slices_of", "solve_slices", "split_slices"]
 
@@ -67,20 +67,28 @@ def join_slices(matrices: torch.Tensor, slices: int, taps: int) -> torch.Tensor:
     return by_slice.movedim(1, 3).reshape(blocks // slices, rows, columns * slices)
 
 
-def solve_slices(problem: Problem, count: int) -> Solution:
+def solve_slices(problem: Problem, count: int, slices: int, taps: int) -> Solution:
     """Returns mask and values of a layer whose blocks are slices; one after another, so that one solver is in memory.
 
     Args:
         problem: the layer, a block for each slice.
         count: active weights of the layer, over all slices.
+        slices: number of slices of a block of the layer.
+        taps: entries of a kernel, as for `split_slices`.
     """
     scores = problem.weight.square()
     scores *= problem.moments.diagonal(dim1=-2, dim2=-1)[:, None]
     scores *= problem.importance[..., None]
+    if problem.group:
+        # Groups may lie in two slices, so the score decides, and each slice is left to find its values.
+        whole = join_slices(scores, slices, taps)
+        mask = split_slices(largest_mask(whole, count, 1, problem.group), slices, taps)
+        found = [values(problem.block(number), mask[number : number + 1]) for number in range(len(mask))]
+        return Solution(mask, torch.cat(found))
     mask = largest_mask(scores, count, problem.taps)
     weight = scores.zero_()
     for number, share in enumerate(mask.sum((1, 2)).tolist()):
         if share:
-            found = solve(problem.block(number), share)
-            mask[number], weight[number] = found.mask[0], found.weight[0]
+            solved = solve(problem.block(number), share)
+            mask[number], weight[number] = solved.mask[0], solved.weight[0]
     return Solution(mask, weight)

@@ -30,6 +30,7 @@ def _parse_shape(
         "dsr-tool convert resnet18 --num-classes 10 --input-size 32 --sparsity 0.9 -o resnet18-90",
         "dsr-tool convert mobilenet_v2 --weights DEFAULT --sparsity 0.5 --keep-dense 'classifier.*' -o mobilenet-50",
         "dsr-tool convert mobilenet_v2 --weights DEFAULT --sparsity 0.7 --calibrate photographs -o mobilenet-70",
+        "dsr-tool convert resnet50 --weights DEFAULT --granularity 2:4 -o resnet50-24",
         "dsr-tool convert --recipe wrn-28-2/dsr@0.9 -o wrn-90",
         "dsr-tool convert mypackage.nets:small --input-shape 3,64,64 --sparsity 0.8 -o small-80",
         "dsr-tool convert wrn-28-2 --preset paper --sparsity 0.9 --thin -o wrn-thin",
@@ -73,7 +74,10 @@ def _parse_shape(
 @click.option("--calibration-images", type=int, metavar="N", help="Use at most N of them; default 256.")
 @click.option("--allow-starved", is_flag=True, help="Convert even if a layer would carry no signal.")
 @click.option(
-    "--granularity", help="weight (default), or kernel: a convolution kernel is active as a whole or not at all."
+    "--granularity",
+    metavar="PATTERN",
+    help="weight (default); kernel: a convolution kernel is active as a whole or not at all; fan-in: as many active "
+    "weights in every output of a layer; or N:M, as 2:4: N of every M input channels, which needs no budget.",
 )
 @click.option("--keep-dense", multiple=True, metavar="PATTERN", help="Keep matching weights dense; repeatable.")
 @click.option("--sparsify", multiple=True, metavar="PATTERN", help="Make matching weights sparse; repeatable.")

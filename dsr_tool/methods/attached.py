@@ -23,6 +23,7 @@ from dsr_tool.sparse.averages import averaged
 from dsr_tool.sparse.compact.keeper import CompactKeeper
 from dsr_tool.sparse.keeper import Keeper, MaskKeeper
 from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparse.pattern import torn_layer
 from dsr_tool.sparse.sharding import refuse_sharded
 
 __all__ = ["Attached", "attach"]
@@ -331,17 +332,16 @@ def _check_storage(name: str, model: SparseModel, method: Method) -> None:
 
 def _check_granularity(name: str, model: SparseModel, method: Method) -> None:
     granularity = model.granularity
-    if granularity not in method.granularities:
-        fitting = [row.name for row in METHODS.values() if granularity in row.granularities and not row.starts_dense]
+    if granularity.kind not in method.granularities:
+        rows = METHODS.values()
+        fitting = [row.name for row in rows if granularity.kind in row.granularities and not row.starts_dense]
         raise UsageError(
-            f"method {name} prunes and grows single weights, and the model was converted with --granularity "
-            f"{granularity}; train it with {join_words(fitting)}, or convert it with --granularity weight."
+            f"method {name} does not keep the pattern of --granularity {granularity}, with which the model was "
+            f"converted; train it with {join_words(fitting)}, or convert it with --granularity weight."
         )
-    if granularity == "kernel":
-        kernels = {name: mask.flatten(2) for name, mask in model.masks.items() if mask.ndim > 2}
-        torn = [name for name, mask in kernels.items() if not bool((mask == mask[..., :1]).all())]
-        if torn:
-            raise UsageError(
-                f"the mask of {torn[0]!r} has kernels that are active in part; convert the model with --granularity "
-                f"weight."
-            )
+    torn = torn_layer(model.masks, granularity)
+    if torn is not None:
+        raise UsageError(
+            f"the mask of {torn!r} has not the pattern of --granularity {granularity}; convert the model with "
+            f"--granularity weight."
+        )

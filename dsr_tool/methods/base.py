@@ -74,7 +74,7 @@ class Method(ABC):
         needs_momentum: whether `update` reads the optimizer's momentum of the active weights.
         continuous: whether it updates after every step; the log then has one entry per epoch instead.
         layers_may_change: whether layers may be frozen or unfrozen between two updates; `begin` is then called again.
-        granularities: units that it can prune and grow: single weights, or whole kernels (see `ActiveWeights`).
+        granularities: patterns of active weights that it keeps, by kind (`sparsity.granularity.GRANULARITIES`).
         storages: how the sparse weights that it trains can be held (`SparseModel.storage`).
         computes_weights: whether it computes the weights of a pass from others of its own, so that nothing else may.
         bytes_per_weight: bytes held per weight of a sparse layer, on top of weight, gradient, masks and optimizer

@@ -16,7 +16,7 @@ from dsr_tool.methods.schedule import ReallocationSchedule, Timing
 from dsr_tool.sparse.active import ActiveWeights, Positions
 from dsr_tool.sparse.model import STORAGES
 from dsr_tool.sparsity.apportion import apportion
-from dsr_tool.sparsity.granularity import GRANULARITIES
+from dsr_tool.sparsity.granularity import UNSTRUCTURED
 
 __all__ = ["DSR"]
 
@@ -42,7 +42,7 @@ class DSR(Method):
     name = "dsr"
     summary = "prunes below one global threshold, grows across layers"
     layers_may_change = True
-    granularities = GRANULARITIES
+    granularities = UNSTRUCTURED
     storages = STORAGES
     # Grown weights learn little at a low learning rate, so a short training cannot repair what larger moves undo.
     fine_tuning: ClassVar = {"target": 0.03, "threshold": "auto", "stop": 0.5}

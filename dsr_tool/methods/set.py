@@ -13,7 +13,7 @@ from dsr_tool.methods.prune import drop_counts, smallest
 from dsr_tool.methods.schedule import ReallocationSchedule, Timing
 from dsr_tool.sparse.active import ActiveWeights, Positions
 from dsr_tool.sparse.model import STORAGES
-from dsr_tool.sparsity.granularity import GRANULARITIES
+from dsr_tool.sparsity.granularity import UNSTRUCTURED
 
 __all__ = ["SET"]
 
@@ -28,7 +28,7 @@ class SET(Method):
     name = "set"
     summary = "prunes a share of every layer, grows at random in the same layer"
     layers_may_change = True
-    granularities = GRANULARITIES
+    granularities = UNSTRUCTURED
     storages = STORAGES
     fine_tuning: ClassVar = {"drop_fraction": 0.03, "stop": 0.5}  # as dsr
 

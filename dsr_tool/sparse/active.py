@@ -7,14 +7,14 @@ synchronisation with the device for the counts of all layers; layer by layer it 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 
 from dsr_tool.sparse.compact.store import CompactStore
 from dsr_tool.sparse.model import SparseModel
-from dsr_tool.sparsity.granularity import groups, unit_size
+from dsr_tool.sparsity.granularity import Blocks, groups
 
 __all__ = ["ActiveWeights", "Positions", "gather", "global_positions", "put_", "segment_counts"]
 
@@ -84,6 +84,7 @@ class ActiveWeights:
             positions but for the largest, as many as the layer has active weights.
         momentum: the optimizer's momentum of each value, float32 of shape (active,); None unless the method asks.
         units: number of weights per entry, by layer: kernel sizes, or 1; empty if all are 1.
+        blocks: for each layer the blocks that all keep their number of active weights, at fan-in and N:M; else empty.
     """
 
     positions: Positions
@@ -91,6 +92,7 @@ class ActiveWeights:
     gradients: Sequence[torch.Tensor] | None = None
     units: tuple[int, ...] = ()
     momentum: torch.Tensor | None = None
+    blocks: tuple[Blocks, ...] = ()
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -122,11 +124,18 @@ def gather(model: SparseModel, names: Sequence[str] | None = None) -> ActiveWeig
         names: sparse weights to read; default: all that are not frozen.
     """
     names = model.trained if names is None else names
-    if model.store is not None:
-        return _gather_compact(model.store, names, [unit_size(model.specs[n].shape, model.granularity) for n in names])
+    granularity = model.granularity
+    shapes = [model.specs[name].shape for name in names]
+    units = [granularity.unit(shape) for shape in shapes]
+    found = _gather_masked(model, names, units) if model.store is None else _gather_compact(model.store, names, units)
+    blocks = (granularity.blocks(shape) for shape in shapes)
+    return replace(found, blocks=tuple(each for each in blocks if each is not None))
+
+
+def _gather_masked(model: SparseModel, names: Sequence[str], units: Sequence[int]) -> ActiveWeights:
+    """Returns the active weights of a model in masked storage, in O(weights)."""
     parameters = model.weights
     weights = [parameters[name] for name in names]
-    units = [unit_size(weight.shape, model.granularity) for weight in weights]
     # One `nonzero` for the whole network: its size must reach the host before the tensor can be allocated.
     masks = [_of_units(model.masks[name], unit) for name, unit in zip(names, units, strict=True)]
     flat = torch.cat(masks).nonzero().squeeze(1)

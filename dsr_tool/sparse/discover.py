@@ -18,6 +18,7 @@ from dsr_tool.sparse.aliases import later_paths
 from dsr_tool.sparse.compact.change import held_state
 from dsr_tool.sparse.compact.marks import LAYERS
 from dsr_tool.sparse.contract import require_state
+from dsr_tool.sparsity.granularity import UNSTRUCTURED, Granularity
 from dsr_tool.sparsity.layers import LayerSpec
 
 __all__ = ["TINY_FRACTION", "TINY_WEIGHTS", "Rules", "discover", "is_weight"]
@@ -30,6 +31,8 @@ _CONVOLUTIONS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
+_INPUTS_SECOND = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.MultiheadAttention)
+"""Layers whose weights have outputs as their first dimension and input channels as their second."""
 _WEIGHT_LAYERS = (*_CONVOLUTIONS, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _NORMS = (
@@ -38,6 +41,8 @@ _NORMS = (
     nn.GroupNorm,
     nn.LocalResponseNorm,
 )
+
+_SINGLE = Granularity("weight")
 
 TINY_WEIGHTS, TINY_FRACTION = 1024, 0.01
 """Number of weights, and fraction of all weights, below both of which a layer stays dense.
@@ -57,12 +62,14 @@ class Rules:
         sparsify: patterns of weights that become sparse against the defaults; they override `keep_dense`.
         preset_dense: reason for each weight that a preset keeps dense, by name.
         small_layers: whether depthwise and tiny layers stay dense.
+        granularity: pattern of the active weights; layers that cannot have it stay dense against everything else.
     """
 
     keep_dense: Sequence[str] = ()
     sparsify: Sequence[str] = ()
     preset_dense: Mapping[str, str] = field(default_factory=dict)
     small_layers: bool = True
+    granularity: Granularity = _SINGLE
 
 
 def discover(module: nn.Module, rules: Rules | None = None) -> dict[str, LayerSpec]:
@@ -87,9 +94,10 @@ def discover(module: nn.Module, rules: Rules | None = None) -> dict[str, LayerSp
     specs = {name: _by_type(name, entry) for name, entry in entries.items()}
     _check_patterns(rules, [other for name, spec in specs.items() if spec.weight for other in entries[name].names])
     tiny_below = min(TINY_WEIGHTS, TINY_FRACTION * sum(spec.size for spec in specs.values() if spec.weight))
-    return {
+    decided = {
         name: _by_rules(spec, entries[name], rules, tiny_below) if spec.weight else spec for name, spec in specs.items()
     }
+    return {name: _by_granularity(spec, entries[name], rules.granularity) for name, spec in decided.items()}
 
 
 class _Entry(NamedTuple):
@@ -174,6 +182,16 @@ def _by_rules(spec: LayerSpec, entry: _Entry, rules: Rules, tiny_below: float) -
     if rules.small_layers and spec.size < tiny_below:
         return replace(spec, role="dense", reason=f"tiny: fewer than {TINY_WEIGHTS:,} weights")
     return spec
+
+
+def _by_granularity(spec: LayerSpec, entry: _Entry, granularity: Granularity) -> LayerSpec:
+    """Returns the spec of an entry, dense if it would be sparse but cannot have the pattern of the granularity."""
+    if spec.role != "sparse" or granularity.kind in UNSTRUCTURED:
+        return spec
+    misfit = granularity.misfit(spec.shape)
+    if not isinstance(entry.owner, _INPUTS_SECOND):
+        misfit = f"{spec.kind} has no input channels to choose from ({granularity})"
+    return replace(spec, role="dense", reason=misfit) if misfit else spec
 
 
 def _is_depthwise(owner: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dsr_tool.errors import CheckFailed, FormatError, unknown_name
+from dsr_tool.errors import CheckFailed, FormatError, UsageError, unknown_name
 from dsr_tool.sparse.compact.change import compacted, held_state, named_parameters, parameters_of
 from dsr_tool.sparse.compact.marks import store_of
 from dsr_tool.sparse.compact.modules import uninstall
@@ -19,9 +19,10 @@ from dsr_tool.sparse.compact.store import CompactStore
 from dsr_tool.sparse.compact.views import PerLayer
 from dsr_tool.sparse.contract import require_exportable, require_state
 from dsr_tool.sparse.folder import save_folder
+from dsr_tool.sparse.pattern import torn_layer
 from dsr_tool.sparse.trust import outside
 from dsr_tool.sparsity.config import ModelConfig
-from dsr_tool.sparsity.granularity import GRANULARITIES
+from dsr_tool.sparsity.granularity import Granularity
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
@@ -155,16 +156,19 @@ class SparseModel:
         return {name: mask.numel() for name, mask in self._masks.items()}
 
     @property
-    def granularity(self) -> str:
-        """Unit that is active or inactive as a whole: `weight` or `kernel`.
+    def granularity(self) -> Granularity:
+        """Which weights are active together, and which positions share a number of active ones.
 
         Raises:
             FormatError: the description of the model has another one.
         """
         granularity = self.config.conversion.get("granularity", "weight")
-        if granularity not in GRANULARITIES:
-            raise FormatError(f"the model's description claims granularity {granularity!r}; the file is damaged.")
-        return str(granularity)
+        try:
+            return Granularity.parse(str(granularity))
+        except UsageError as error:
+            raise FormatError(
+                f"the model's description claims granularity {granularity!r}; the file is damaged."
+            ) from error
 
     @property
     def active_weights(self) -> int:
@@ -220,14 +224,23 @@ class SparseModel:
         Loading a dense state_dict into the module undoes its sparsity silently; in compact storage it cannot.
 
         Raises:
-            CheckFailed: a mask does not fit its weight, an inactive weight is not exactly zero, or the state_dict lacks
-                an entry that the model was made with.
+            CheckFailed: a mask does not fit its weight or has not the pattern of the granularity, an inactive weight is
+                not exactly zero, or the state_dict lacks an entry that the model was made with.
             UsageError: the state_dict has an entry that files cannot hold; see `require_state`.
         """
         require_state(self.module)
         self._check_entries()
-        if self.store is not None:
-            return
+        if self.store is None:
+            self._check_masks()
+        torn = torn_layer(self.masks, self.granularity)
+        if torn is not None:
+            raise CheckFailed(
+                f"the mask of {torn!r} has not the pattern of --granularity {self.granularity}, with which the model "
+                f"was converted; convert it again, with that or with --granularity weight."
+            )
+
+    def _check_masks(self) -> None:
+        """Raises `CheckFailed` if a mask does not fit its weight, or a weight is not zero outside its mask."""
         parameters = dict(self.module.named_parameters())
         self.align_masks()
         for name, mask in self.masks.items():

@@ -15,16 +15,14 @@ from dsr_tool.sparse.discover import Rules, count, discover
 from dsr_tool.sparse.layer_counts import LayerCounts
 from dsr_tool.sparse.macs import with_macs
 from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparse.selection import POSITIONS, choose
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.config import ModelConfig
-from dsr_tool.sparsity.distribution import DISTRIBUTIONS, largest
-from dsr_tool.sparsity.granularity import GRANULARITIES, unit_size, whole_units
+from dsr_tool.sparsity.distribution import DISTRIBUTIONS
+from dsr_tool.sparsity.granularity import Granularity, whole_units
 from dsr_tool.sparsity.layers import LayerSpec
 
-__all__ = ["POSITIONS", "Sparsifier", "sparsify"]
-
-POSITIONS = ("magnitude", "random")
-"""Ways to choose the active weights of a layer: the largest, or any."""
+__all__ = ["Sparsifier", "sparsify"]
 
 
 class Sparsifier:
@@ -39,7 +37,8 @@ class Sparsifier:
         specs: one `LayerSpec` per state_dict entry, by name; with multiply-adds if the input shape is known.
         config: description of the model.
         sparse: the specs of the sparse layers.
-        units: for each sparse layer, the number of weights that are active or inactive together.
+        granularity: which weights are active together, and which positions share a number of active ones.
+        steps: for each sparse layer, the number of which its active weights are a multiple; see `Granularity.step`.
     """
 
     def __init__(
@@ -80,9 +79,8 @@ class Sparsifier:
             raise unknown_name("distribution", distribution, DISTRIBUTIONS)
         if positions not in POSITIONS:
             raise unknown_name("positions", positions, POSITIONS)
-        if granularity not in GRANULARITIES:
-            raise unknown_name("granularity", granularity, GRANULARITIES)
-        specs = discover(module, rules)
+        self.granularity = Granularity.parse(granularity)
+        specs = discover(module, replace(rules or Rules(), granularity=self.granularity))
         # Magnitudes of NaN have no order, so a mask chosen by them would be arbitrary.
         require_values(module)
         _check_types(module, specs)
@@ -90,7 +88,11 @@ class Sparsifier:
         self.specs = with_macs(module, specs, config.input_shape) if config.input_shape else specs
         self.sparse = [spec for spec in self.specs.values() if spec.role == "sparse"]
         self._distribution, self._positions, self._seed = distribution, positions, seed
-        self._granularity, self._fresh, self._importance = granularity, frozenset(fresh), importance or {}
+        self._fresh, self._importance = frozenset(fresh), importance or {}
+        self.steps = [self.granularity.step(spec.shape) for spec in self.sparse]
+        if self.granularity.density is not None:
+            # Every layer has the density of the pattern, whatever its scores are.
+            self._distribution, spread = "uniform", lambda _: self.steps
         own = LayerCounts(
             module,
             self.sparse,
@@ -101,7 +103,6 @@ class Sparsifier:
             allow_starved=allow_starved,
         )
         self._spread, self._least = (own, own.least) if spread is None else (spread, 0)
-        self.units = [unit_size(spec.shape, granularity) for spec in self.sparse]
 
     @property
     def prunable(self) -> int:
@@ -110,8 +111,8 @@ class Sparsifier:
 
     @property
     def least(self) -> int:
-        """Smallest number of active weights: one weight or kernel per sparse layer, or the floors of all layers."""
-        return max(sum(self.units), self._least)
+        """Smallest number of active weights: one step of each sparse layer, or the floors of all layers."""
+        return max(sum(self.steps), self._least)
 
     def active_weights(self, budget: Budget) -> int:
         """Returns the number of active weights that a sparsity or a number of parameters allows.
@@ -119,6 +120,11 @@ class Sparsifier:
         Raises:
             UsageError: the model cannot meet the budget.
         """
+        if not self.sparse and budget.sparsity and self.granularity.density is not None:
+            raise UsageError(
+                f"--granularity {self.granularity} fits no layer of this model: it takes convolutions and linear layers "
+                f"with a multiple of {self.granularity.group} input channels that are not kept dense; give another one."
+            )
         if not self.sparse and budget.sparsity:
             raise UsageError(
                 f"sparsity {float(budget.sparsity):g} cannot be reached: this model has no sparse layer, so the "
@@ -126,10 +132,15 @@ class Sparsifier:
             )
         other = count(self.specs)["parameters"] - self.prunable
         total = budget.active_weights(self.prunable, other, len(self.sparse))
-        if total < sum(self.units):
+        if self.granularity.density is not None and total != sum(self.steps):
+            raise self.granularity.refuse(f"a budget of {total:,} active weights")
+        if total < sum(self.steps):
+            kept = "output of the" if self.granularity.kind == "fan-in" else "one of the"
+            what = "weight" if self.granularity.kind == "fan-in" else "kernel"
             raise UsageError(
-                f"{total:,} active weights are too few at --granularity kernel, where each of the {len(self.sparse)} "
-                f"sparse layers keeps a kernel; allow {self.least:,} or more, or give --granularity weight."
+                f"{total:,} active weights are too few at --granularity {self.granularity}, where every {kept} "
+                f"{len(self.sparse)} sparse layers keeps a {what}; allow {self.least:,} or more, or give --granularity "
+                f"weight."
             )
         if total < self.least:
             highest = math.floor(1e4 * (1 - self.least / self.prunable)) / 1e4
@@ -144,14 +155,14 @@ class Sparsifier:
     def counts(self, total: int) -> dict[str, int]:
         """Returns the active weights of each sparse layer by name.
 
-        They sum to `total`, or at kernel granularity to the nearest number below that whole kernels can make.
+        They sum to `total`, or to the nearest number below that whole steps can make.
         """
         if not self.sparse:
             return {}
         counts = self._spread(total)
-        if any(unit > 1 for unit in self.units):
-            units = whole_units(counts, [spec.size for spec in self.sparse], self.units)
-            counts = [number * unit for number, unit in zip(units, self.units, strict=True)]
+        if any(step > 1 for step in self.steps) and self.granularity.density is None:
+            whole = whole_units(counts, [spec.size for spec in self.sparse], self.steps)
+            counts = [number * step for number, step in zip(whole, self.steps, strict=True)]
         return {spec.name: active for spec, active in zip(self.sparse, counts, strict=True)}
 
     @torch.no_grad()
@@ -167,15 +178,17 @@ class Sparsifier:
         parameters = dict(self.module.named_parameters())
         counts = self.counts(total)
         masks = {
-            name: _choose(self._ranked(parameters[name], name), active, unit, self._positions_of(name), generator)
-            for (name, active), unit in zip(counts.items(), self.units, strict=True)
+            name: choose(
+                self._ranked(parameters[name], name), active, self.granularity, self._positions_of(name), generator
+            )
+            for name, active in counts.items()
         }
         conversion = {
             **self.config.conversion,
             **budget.to_record(),
             "distribution": self._distribution,
             "positions": self._positions,
-            "granularity": self._granularity,
+            "granularity": str(self.granularity),
             "seed": self._seed,
             "active_weights": sum(counts.values()),
         }
@@ -221,8 +234,9 @@ def sparsify(
         budget: number of active weights, as a sparsity or a number of parameters.
         distribution: spread over the layers: `uniform`, `erk`, `magnitude` or `lamp`.
         positions: `magnitude` keeps the largest weights of each layer, `random` any.
-        granularity: `weight`, or `kernel` for convolutions whose kernels are active or inactive as a whole; the number
-            of active weights is then the nearest below that whole kernels can make.
+        granularity: `weight`; `kernel` for convolutions whose kernels are active or inactive as a whole; `fan-in` for
+            as many active weights in every output of a layer; or N:M, as in `2:4`. With kernels and fan-in the number
+            of active weights is the nearest below that they can make, and N:M fixes it.
         rules: layers that stay dense.
         seed: seed of the random positions.
 
@@ -245,16 +259,3 @@ def _check_types(module: nn.Module, specs: Mapping[str, LayerSpec]) -> None:
     for name, weight in module.named_parameters():
         if specs[name].role == "sparse" and not weight.is_floating_point():
             raise UsageError(f"weight {name!r} has type {weight.dtype}; only real floating-point ones can be sparse.")
-
-
-def _choose(weight: torch.Tensor, active: int, unit: int, positions: str, generator: torch.Generator) -> torch.Tensor:
-    """Returns a mask with exactly `active` entries in whole units, in the memory format of the weight."""
-    if positions == "random":
-        # A permutation of all units, not a sample of `active`: smaller samples are then part of larger ones.
-        chosen = torch.randperm(weight.numel() // unit, generator=generator)[: active // unit]
-    else:
-        magnitude = weight.detach().float().abs().reshape(-1, unit).mean(1).cpu().numpy()
-        chosen = torch.from_numpy(largest(magnitude, active // unit))
-    mask = torch.zeros(weight.numel() // unit, unit, dtype=torch.bool)
-    mask[chosen] = True
-    return torch.empty_like(weight, dtype=torch.bool).copy_(mask.reshape(weight.shape))

@@ -12,7 +12,17 @@ import numpy.typing as npt
 from dsr_tool.errors import UsageError
 from dsr_tool.sparsity.apportion import apportion
 
-__all__ = ["DISTRIBUTIONS", "Lamp", "by_magnitude", "erk", "floors", "largest", "least_total", "uniform"]
+__all__ = [
+    "DISTRIBUTIONS",
+    "Lamp",
+    "by_magnitude",
+    "erk",
+    "floors",
+    "largest",
+    "largest_of_each",
+    "least_total",
+    "uniform",
+]
 
 DISTRIBUTIONS = ("uniform", "erk", "magnitude", "lamp")
 """Names of the distributions that need only the weights."""
@@ -207,3 +217,19 @@ def largest(magnitudes: npt.NDArray[np.floating], active: int) -> npt.NDArray[np
     cut = np.partition(magnitudes, magnitudes.size - active)[magnitudes.size - active]
     above = np.flatnonzero(magnitudes > cut)
     return np.concatenate([above, np.flatnonzero(magnitudes == cut)[: active - len(above)]])
+
+
+def largest_of_each(magnitudes: npt.NDArray[np.floating], active: int) -> npt.NDArray[np.bool_]:
+    """Returns True at the `active` largest entries of every row; of equal entries the earlier ones.
+
+    Args:
+        magnitudes: non-negative values, shape (rows, n).
+        active: number of entries per row, from 1 to n.
+    """
+    magnitudes = np.nan_to_num(magnitudes, posinf=_LARGEST_FLOAT)
+    place = magnitudes.shape[1] - active
+    cut = np.partition(magnitudes, place, axis=1)[:, place, None]
+    above, tied = magnitudes > cut, magnitudes == cut
+    missing = active - np.count_nonzero(above, axis=1, keepdims=True)
+    chosen: npt.NDArray[np.bool_] = above | (tied & (tied.cumsum(axis=1, dtype=np.int32) <= missing))
+    return chosen

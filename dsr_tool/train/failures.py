@@ -13,7 +13,6 @@ from dsr_tool.methods import Attached
 from dsr_tool.methods.final_sparsity import active_count
 from dsr_tool.sparse.compact.marks import held_values
 from dsr_tool.sparse.feeding import detector_kind
-from dsr_tool.sparsity.granularity import unit_size
 from dsr_tool.train.settings import TrainSettings
 
 __all__ = [
@@ -76,7 +75,7 @@ def _require_declared(attached: Attached) -> None:
         return
     sizes, counts = model.sizes, model.counts
     # Sparsities of methods count what they prune and grow, which may be whole kernels.
-    units = {name: unit_size(model.specs[name].shape, model.granularity) for name in attached.names}
+    units = {name: model.granularity.unit(model.specs[name].shape) for name in attached.names}
     active = sum(counts[name] // unit for name, unit in units.items())
     declared = active_count(method.final_sparsity, [sizes[name] // unit for name, unit in units.items()])
     if active != declared:

@@ -11,6 +11,10 @@ from dsr_tool.calibrate.fitting import by_magnitude
 from dsr_tool.calibrate.reconstruct import reconstruct
 from dsr_tool.errors import CheckFailed
 from dsr_tool.sparse.discover import Rules, discover
+from dsr_tool.sparse.pattern import torn_layer
+from dsr_tool.sparsity.granularity import Granularity
+
+SINGLE, KERNEL = Granularity("weight"), Granularity("kernel")
 
 
 class Attention(nn.Module):
@@ -69,15 +73,14 @@ NETS = {
 }
 
 
-def _converted(net, pictures, density=0.4, units=None):
+def _converted(net, pictures, density=0.4, granularity=SINGLE):
     """Returns dense and sparse network, counts and what was found."""
     net.eval()
     net(pictures[:2])
     dense, specs = copy.deepcopy(net), discover(net, Rules(small_layers=False))
-    counts = {name: max(1, int(density * spec.size)) for name, spec in specs.items() if spec.role == "sparse"}
-    if units:
-        counts = {name: -(-count // units.get(name, 1)) * units.get(name, 1) for name, count in counts.items()}
-    return dense, net, counts, reconstruct(net, counts, pictures, units=units)
+    steps = {name: granularity.step(spec.shape) for name, spec in specs.items() if spec.role == "sparse"}
+    counts = {name: max(1, int(density * specs[name].size / step)) * step for name, step in steps.items()}
+    return dense, net, counts, reconstruct(net, counts, pictures, granularity=granularity)
 
 
 def _distance(one, other, pictures):
@@ -97,7 +100,7 @@ def test_counts_are_exact_and_the_outputs_are_nearer_than_by_magnitude(name):
     for weight, count in counts.items():
         assert int(found.masks[weight].sum()) == count
         assert not parameters[weight][~found.masks[weight]].any()
-        mask = by_magnitude(dense, weight, count, 1)
+        mask = by_magnitude(dense, weight, count, SINGLE)
         assert int(mask.sum()) == count
         plain.get_parameter(weight).data *= mask
     assert _distance(dense, net, pictures) < 0.7 * _distance(dense, plain, pictures)
@@ -121,9 +124,8 @@ def test_all_weights_give_back_the_dense_network():
 
 def test_kernels_are_active_as_a_whole():
     torch.manual_seed(0)
-    units = {"0.weight": 9, "3.weight": 9, "6.weight": 9}
-    _, _, counts, found = _converted(_mixed(), torch.randn(16, 3, 12, 12), units=units)
-    for name in units:
+    _, _, counts, found = _converted(_mixed(), torch.randn(16, 3, 12, 12), granularity=KERNEL)
+    for name in ("0.weight", "3.weight", "6.weight"):
         by_kernel = found.masks[name].flatten(2)
         assert int(found.masks[name].sum()) == counts[name]
         assert torch.equal(by_kernel.any(-1), by_kernel.all(-1))
@@ -147,6 +149,30 @@ def test_the_same_seed_gives_the_same_weights_and_the_module_keeps_its_state():
     assert done[:4] == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
+@pytest.mark.parametrize("pattern, density", [("2:4", 0.5), ("1:4", 0.25), ("fan-in", 0.4)])
+def test_patterns_are_kept_and_the_outputs_are_nearer_than_by_magnitude(pattern, density):
+    torch.manual_seed(0)
+    pictures, granularity = torch.randn(48, 4, 10, 10), Granularity.parse(pattern)
+    net = nn.Sequential(
+        nn.Conv2d(4, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 12)
+    )
+    specs = discover(net, Rules(small_layers=False, granularity=granularity))
+    counts = {
+        name: max(1, int(density * spec.size / granularity.step(spec.shape))) * granularity.step(spec.shape)
+        for name, spec in specs.items()
+        if spec.role == "sparse"
+    }
+    dense, plain = copy.deepcopy(net), copy.deepcopy(net)
+    found = reconstruct(net, counts, pictures, granularity=granularity)
+    assert torn_layer(found.masks, granularity) is None and len(counts) == 3 and not found.unfitted
+    for name, count in counts.items():
+        mask = by_magnitude(dense, name, count, granularity)
+        assert torn_layer({name: mask}, granularity) is None
+        assert int(found.masks[name].sum()) == int(mask.sum()) == count
+        plain.get_parameter(name).data *= mask
+    assert _distance(dense, net, pictures) < 0.7 * _distance(dense, plain, pictures)
+
+
 def test_a_layer_that_is_never_reached_is_chosen_by_magnitude():
     class Unused(nn.Module):
         def __init__(self):
@@ -158,7 +184,7 @@ def test_a_layer_that_is_never_reached_is_chosen_by_magnitude():
 
     torch.manual_seed(0)
     net, counts = Unused(), {"used.weight": 8, "idle.weight": 18, "table.weight": 10}
-    found = reconstruct(net, counts, torch.randn(20, 4), units={"idle.weight": 9})
+    found = reconstruct(net, counts, torch.randn(20, 4), granularity=KERNEL)
     assert found.unfitted.keys() == {"idle.weight", "table.weight"}
     assert {name: int(mask.sum()) for name, mask in found.masks.items()} == counts
     assert int(found.masks["idle.weight"].flatten(2).all(-1).sum()) == 2

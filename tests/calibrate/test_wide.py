@@ -10,6 +10,8 @@ from dsr_tool.calibrate import wide
 from dsr_tool.calibrate.fitting import by_magnitude
 from dsr_tool.calibrate.reconstruct import reconstruct
 from dsr_tool.calibrate.wide import join_slices, moment_bytes, slices_of, split_slices
+from dsr_tool.sparse.pattern import torn_layer
+from dsr_tool.sparsity.granularity import Granularity
 
 
 @pytest.fixture
@@ -88,7 +90,7 @@ def test_a_wide_layer_has_its_count_and_far_less_error_than_by_magnitude(name):
     for key, count in counts.items():
         assert int(found.masks[key].sum()) == count
         assert not net.get_parameter(key)[~found.masks[key]].any()
-        plain.get_parameter(key).data *= by_magnitude(dense, key, count, 1)
+        plain.get_parameter(key).data *= by_magnitude(dense, key, count, Granularity("weight"))
     error = distance(dense, net, inputs)
     assert error < 0.75 * distance(dense, plain, inputs)
     if name != "without bias":  # means are given back
@@ -101,10 +103,24 @@ def test_a_wide_layer_has_its_count_and_far_less_error_than_by_magnitude(name):
 def test_whole_kernels_stay_together():
     torch.manual_seed(0)
     net = nn.Conv2d(8, 6, 3)
-    found = reconstruct(net, {"weight": 9 * 20}, correlated((8, 6, 6)), units={"weight": 9})
+    found = reconstruct(net, {"weight": 9 * 20}, correlated((8, 6, 6)), granularity=Granularity("kernel"))
     assert found.sliced == {"weight": 4}
     kernels = found.masks["weight"].flatten(2)
     assert int(kernels.sum()) == 180 and torch.equal(kernels.any(-1), kernels.all(-1))
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("pattern, count", [("3:8", 9 * 18), ("fan-in", 9 * 12)])
+def test_patterns_hold_across_slices(pattern, count):
+    torch.manual_seed(0)
+    net, granularity = nn.Conv2d(8, 6, 3), Granularity.parse(pattern)
+    dense, plain = copy.deepcopy(net), copy.deepcopy(net)
+    inputs = correlated((8, 6, 6), 64)
+    found = reconstruct(net, {"weight": count}, inputs, granularity=granularity)
+    assert found.sliced == {"weight": 4} and int(found.masks["weight"].sum()) == count
+    assert torn_layer(found.masks, granularity) is None
+    plain.weight.data *= by_magnitude(dense, "weight", count, granularity)
+    assert distance(dense, net, inputs) < 0.8 * distance(dense, plain, inputs)
 
 
 @pytest.mark.usefixtures("narrow")

@@ -1,10 +1,12 @@
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsr_tool.sparsity.granularity import groups, unit_size, whole_units
+from dsr_tool.sparsity.distribution import largest, largest_of_each
+from dsr_tool.sparsity.granularity import Blocks, Granularity, groups, whole_units
 
 layers = st.lists(
     st.tuples(st.integers(1, 40), st.sampled_from([1, 4, 9, 25, 49]), st.floats(0, 1)), min_size=1, max_size=8
@@ -29,9 +31,10 @@ def test_single_weights_make_the_total_exact():
 
 
 def test_units_of_convolutions_are_kernels_and_of_other_layers_weights():
-    assert unit_size((64, 32, 3, 3), "kernel") == 9 and unit_size((64, 32, 3, 3), "weight") == 1
-    assert unit_size((10, 20), "kernel") == unit_size((10, 20, 1, 1), "kernel") == 1
-    assert unit_size((8, 4, 3, 3, 3), "kernel") == 27
+    kernel, weight = Granularity("kernel"), Granularity("weight")
+    assert kernel.unit((64, 32, 3, 3)) == 9 and weight.unit((64, 32, 3, 3)) == 1
+    assert kernel.unit((10, 20)) == kernel.unit((10, 20, 1, 1)) == 1
+    assert kernel.unit((8, 4, 3, 3, 3)) == 27
     assert groups([9, 1, 9, 49]) == [[3], [0, 2], [1]]
 
 
@@ -39,3 +42,46 @@ def test_units_of_convolutions_are_kernels_and_of_other_layers_weights():
 def test_units_of_one_size_keep_the_proportions(units):
     found = whole_units([90, 180], [900, 900], units)
     assert found == [90 // units[0], 180 // units[0]] and math.isclose(found[1], 2 * found[0])
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.sampled_from([1, 2, 3]))
+def test_blocks_are_groups_of_input_channels_and_join_is_the_inverse(outputs, groups, taps, group):
+    inputs = groups * group
+    array = np.arange(outputs * inputs * taps).reshape(outputs, inputs, taps)
+    blocks = Blocks.of(array.shape, group)
+    rows = blocks.split(array)
+    expected = [
+        array[o, i : i + group, t] for o in range(outputs) for t in range(taps) for i in range(0, inputs, group)
+    ]
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_array_equal(blocks.join(rows), array.reshape(-1))
+    whole = Blocks.of(array.shape, inputs * taps)
+    assert [set(row) for row in whole.split(array)] == [set(row) for row in array.reshape(outputs, -1)]
+    assert blocks.count == len(rows) and whole.count == outputs
+
+
+@given(
+    st.integers(1, 6).flatmap(
+        lambda width: st.tuples(
+            st.lists(
+                st.lists(st.sampled_from([0.0, 1.0, 2.0, math.inf]), min_size=width, max_size=width),
+                min_size=1,
+                max_size=5,
+            ),
+            st.integers(1, width),
+        )
+    )
+)
+def test_the_largest_of_each_row_are_those_of_the_row_alone(case):
+    rows, active = np.array(case[0], np.float32), case[1]
+    chosen = largest_of_each(rows, active)
+    for row, mask in zip(rows, chosen, strict=True):
+        assert set(np.flatnonzero(mask)) == set(largest(row, active))
+
+
+def test_steps_are_what_changes_the_count_of_a_layer():
+    shape = (10, 8, 3, 3)
+    steps = {"weight": 1, "kernel": 9, "fan-in": 10, "2:4": 360, "1:8": 90}
+    assert {text: Granularity.parse(text).step(shape) for text in steps} == steps
+    assert [str(Granularity.parse(text)) for text in steps] == list(steps)
+    assert Granularity.parse("02:04") == Granularity.parse("2:4")

@@ -41,7 +41,7 @@ def test_kernels_are_logged_in_weights(tiny, tmp_path):
 def test_a_method_without_kernel_granularity_creates_no_run(tiny, tmp_path):
     model = convert(tiny.module(), sparsity=0.8, input_shape=(3, 8, 8), granularity="kernel")
     with (
-        pytest.raises(UsageError, match="method rigl prunes and grows single weights"),
+        pytest.raises(UsageError, match="method rigl does not keep the pattern"),
         RunFolder(tmp_path / "run") as folder,
     ):
         train(model, tiny.data(), tiny.settings(method="rigl"), [folder])

@@ -84,7 +84,7 @@ def test_both_storages_learn_the_same(tiny, method):
 def test_a_model_stays_as_it_is_when_the_training_fails(tiny):
     model = tiny.model()
     model.config = replace(model.config, conversion={**model.config.conversion, "granularity": "kernel"})
-    with pytest.raises(UsageError, match="method deepr prunes and grows single weights"):
+    with pytest.raises(UsageError, match="method deepr does not keep the pattern"):
         train(model, tiny.data(), tiny.settings(method="deepr"))
     assert model.storage == "masked"
 
