@@ -253,7 +253,7 @@ class MaskKeeper(Keeper):
 
     def name_of(self, weight: torch.Tensor) -> str:
         """Returns the name of one of its weights."""
-        return next((name for name, mine in self._owned.items() if mine is weight), "of another layer")
+        return next(name for name, mine in self._owned.items() if mine is weight)
 
     def remove(self) -> None:
         """Removes all hooks, and gives the weights free."""
@@ -289,6 +289,7 @@ class MaskKeeper(Keeper):
         if optimized != self._optimized:
             if self._hooks:
                 claim(self, owned_now.values(), self.optimizer)
+                release(self, [mine for name, mine in self._owned.items() if owned_now.get(name) is not mine])
             self._owned, self._optimized = owned_now, optimized
             self._layers = {name: self._layers[name] for name in owned_now if name in self._layers}
         self.names = [name for name, layer in self._layers.items() if layer.weight.requires_grad]

@@ -178,6 +178,18 @@ def test_a_weight_that_comes_to_a_second_optimizer_later_is_refused(loop):
         one.step(head)
 
 
+def test_a_weight_that_left_its_optimizer_is_free_for_another(loop):
+    one = loop()
+    body = optim.SGD([{"params": one.net[:3].parameters()}, {"params": one.net[6:].parameters()}], 0.1)
+    attached(one, body, "set")
+    del body.param_groups[1]
+    one.step(body)
+    head = optim.SGD(one.net[6:].parameters(), 0.1)
+    second = attached(one, head, "set")
+    one.step(body, head)
+    assert second.names == ["6.weight", "8.weight"] and not one.outside()
+
+
 def test_a_trainable_weight_that_nobody_keeps_is_checked(loop):
     one = loop()
     body, head = optim.SGD(one.net[:3].parameters(), 0.1), optim.SGD(one.net[6:].parameters(), 0.1)
