@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -256,7 +256,7 @@ class Attached:
     def _reallocate(self) -> None:
         """Updates the method once."""
         # Gathered anew at each update: the optimizer changed the values, and the last update the positions.
-        gradients = self._keeper.gradients() if self._gradients is None else self._gradients
+        gradients = self._keeper.gradients() if self._gradients is None else self._unscaled(self._gradients)
         weights = replace(gather(self.model, self.names), gradients=gradients)
         if self.method.needs_momentum:
             momentum = momentum_of(self.model, self._keeper.optimizer, self.names, weights)
@@ -269,6 +269,11 @@ class Attached:
         self._keeper.move(self.last.dropped, self.last.grown)
         if self._notify is not None:
             self._notify(self.step, self.last)
+
+    def _unscaled(self, gradients: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Divides copied gradients in place by the loss scale, if a fused step took it out of the others only."""
+        scale = self._keeper.view.loss_scale
+        return gradients if scale is None else [gradient.div_(scale.to(gradient.device)) for gradient in gradients]
 
     def _updated(self, weights: ActiveWeights) -> Reallocation:
         """Returns the method's reallocation, checked before anything changes."""

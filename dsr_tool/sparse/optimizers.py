@@ -71,6 +71,11 @@ class OptimizerView:
         found = getattr(self.optimizer, "found_inf", None)
         return found is not None and bool(found)
 
+    @property
+    def loss_scale(self) -> torch.Tensor | None:
+        """The factor that GradScaler leaves in the gradients for a fused step to take out; None for none."""
+        return getattr(self.optimizer, "grad_scale", None)
+
     def parameters(self) -> set[int]:
         """Returns the ids of all parameters."""
         return {id(parameter) for each in self.all for group in each.param_groups for parameter in group["params"]}

@@ -445,6 +445,28 @@ def test_a_fused_step_that_a_scaler_leaves_out_does_not_count(loop, storage, met
     assert moved(one, before)
 
 
+def test_smoothed_gradients_are_free_of_the_scale_of_a_fused_step(loop):
+    """The scale changes with time, so a sum of scaled gradients would weigh the steps by it."""
+    smoothed = []
+    for scale in (None, 64.0):
+        one = loop()
+        optimizer = optim.SGD(one.net.parameters(), 2.0**-7, fused=True)
+        at_work = attached(one, optimizer, "snfs")
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, growth_interval=2, enabled=scale is not None)
+        for number in range(7):
+            one.net.zero_grad()
+            scaler.scale(one.loss()).backward()
+            if scale and number == 1:
+                one.net[8].bias.grad[0] = torch.inf
+            if scale or number != 1:
+                scaler.step(optimizer)
+            scaler.update()
+        assert at_work.step == 6
+        smoothed.append([*at_work.method.state_dict()["smoothed"], *one.model.masks.values()])
+    # Scales are powers of two, so nothing is rounded in another way.
+    assert all(torch.equal(plain, scaled) for plain, scaled in zip(*smoothed, strict=True))
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("method", ["dsr", "set"])
 @pytest.mark.parametrize("wrapped", [False, True])
