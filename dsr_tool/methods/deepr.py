@@ -95,9 +95,18 @@ class DeepR(Method):
         seed: int,
         before_masking: Callable[[], None] | None,
     ) -> Keeper:
-        """Remembers the optimizer, whose step sizes scale the noise."""
+        """Remembers the optimizer, whose step sizes scale the noise.
+
+        Raises:
+            UsageError: the optimizer has no step sizes.
+        """
         keeper = super().keep(model, optimizer, seed=seed, before_masking=before_masking)
         self._step_sizes = lambda: step_sizes(model, keeper.optimizer, keeper.names)
+        try:
+            self._step_sizes()
+        except UsageError:
+            keeper.remove()
+            raise
         return keeper
 
     def due(self, step: int) -> bool:

@@ -25,9 +25,19 @@ def step_sizes(model: SparseModel, optimizer: optim.Optimizer, names: Sequence[s
         model: the sparse model.
         optimizer: the optimizer of its weights. Its groups are read anew, since schedules and resumed runs change them.
         names: names of the sparse layers.
+
+    Raises:
+        UsageError: a momentum of 1 or more adds up gradients without end.
     """
     groups = _groups(optimizer)
-    return [_step_size(groups[id(parameter)]) for parameter, _ in _parameters(model, groups, names)]
+    used = [groups[id(parameter)] for parameter, _ in _parameters(model, groups, names)]
+    endless = next((group["momentum"] for group in used if (group.get("momentum") or 0) >= 1), None)
+    if endless is not None:
+        raise UsageError(
+            f"{type(optimizer).__name__} with momentum {endless} has no step size, which the method reads; give a "
+            f"momentum below 1."
+        )
+    return [_step_size(group) for group in used]
 
 
 def momentum_of(

@@ -221,6 +221,18 @@ def test_gradient_and_noise_have_one_step_size(make_optimizer, eta, storage):
         assert start - free.item() == pytest.approx(eta, rel=1e-3)
 
 
+@pytest.mark.parametrize("momentum", [1, 1.5])
+def test_momentum_without_a_step_size_is_refused_before_the_first_step(momentum):
+    model = small()
+    optimizer = optim.SGD(model.module.parameters(), lr=0.05, momentum=momentum)
+    with pytest.raises(UsageError, match=f"SGD with momentum {momentum} has no step size.*give a momentum below 1"):
+        attach(model, optimizer, make("deepr", 100))
+    optimizer.param_groups[0]["momentum"] = 0.9
+    attached = attach(model, optimizer, make("deepr", 100))  # nothing is left of the first one
+    steps(model, optimizer, 1, 0)
+    assert attached.step == 1
+
+
 def test_a_method_that_is_not_attached_says_so():
     with pytest.raises(UsageError, match="deepr takes the step size of an optimizer"):
         DeepR(ALWAYS, 100).update(network([(9, 3)], 0), 1, torch.Generator())
