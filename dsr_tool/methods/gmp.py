@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -65,7 +66,7 @@ class GradualPruning(Method):
         """
         if scope not in _SCOPES:
             raise unknown_name("gmp --option scope", scope, _SCOPES)
-        if least < 1 or least != int(least):
+        if not 1 <= least < math.inf or least != int(least):
             raise UsageError(f"gmp least {least} is not allowed; give a whole number from 1 on.")
         if least > 1 and scope != "layer":
             raise UsageError(f"gmp least {least} goes with scope layer, not with {scope}; leave it out.")

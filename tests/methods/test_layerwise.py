@@ -269,6 +269,8 @@ def test_gmp_on_a_sparse_model_is_refused_before_the_first_step():
         ("gmp", {"final_sparsity": 1}, "gmp --final-sparsity 1 is not in .0, 1."),
         ("gmp", {"final_sparsity": 0.5, "scope": "globl"}, "did you mean global"),
         ("gmp", {"final_sparsity": 0.5, "least": 0}, "gmp least 0 is not allowed; give a whole number from 1 on"),
+        ("gmp", {"final_sparsity": 0.5, "least": float("inf")}, "gmp least inf is not allowed; give a whole number"),
+        ("gmp", {"final_sparsity": 0.5, "least": float("nan")}, "gmp least nan is not allowed; give a whole number"),
         ("gmp", {"final_sparsity": 0.5, "least": 2, "scope": "lamp"}, "gmp least 2 goes with scope layer, not"),
         ("static", {"threshold": 1}, "goes with method dsr, not with static"),
         ("dsr", {"drop_fraction": 0.5}, "goes with method set, rigl, snfs, granet or neuron-set, not"),
