@@ -32,6 +32,14 @@ _BLOCK = 4096
 """Free bytes below which a disk takes no further file."""
 
 
+class _FullDiskError(FileError):
+    """A full disk; `folder` is the one on it that was written to."""
+
+    def __init__(self, message: str, folder: Path) -> None:
+        super().__init__(message)
+        self.folder = folder
+
+
 def refuse_existing(path: Path, *, force: bool, marker: str = "") -> None:
     """Checks before a long computation that an output can be written.
 
@@ -160,8 +168,8 @@ def temporary_folder() -> Iterator[Path]:
     """Yields a new folder for files that nobody keeps, where the system puts such folders; it is removed at the end.
 
     Raises:
-        FileError: there is no place for such a folder, or what is written to it within, also by another library, does
-            not fit on the disk.
+        FileError: there is no place for such a folder, or what is written within, also by another library, does not
+            fit on its disk.
     """
     try:
         folder = Path(tempfile.mkdtemp(prefix="dsr-tool-"))
@@ -175,10 +183,15 @@ def temporary_folder() -> Iterator[Path]:
     except Exception as error:
         if not disk_is_full(error, folder):
             raise
-        raise FileError(
-            f"the temporary folder {str(folder.parent)!r} is full; free some space there, or set TMPDIR to a folder "
-            f"on a disk with more."
-        ) from error
+        place = _full_folder(error)
+        if place is None or place.is_relative_to(folder):
+            raise FileError(
+                f"the temporary folder {str(folder.parent)!r} is full; free some space there, or set TMPDIR to a "
+                f"folder on a disk with more."
+            ) from error
+        if isinstance(error, FileError):  # it names the output on the other disk
+            raise
+        raise FileError(f"the folder {str(place)!r} is full; free some space there.") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -198,9 +211,10 @@ def writing(path: Path, left: str = "nothing was left") -> Iterator[None]:
     except Exception as error:
         folder = path.absolute() if path.is_dir() else path.absolute().parent
         if not isinstance(error, DsrError) and disk_is_full(error, folder):
-            raise FileError(
+            raise _FullDiskError(
                 f"output {str(path)!r} could not be written: the folder {str(folder)!r} is full; free some space "
-                f"there, or give a path on a disk with more; {left}."
+                f"there, or give a path on a disk with more; {left}.",
+                folder,
             ) from error
         if not isinstance(error, (OSError, SafetensorError)):
             raise
@@ -215,11 +229,9 @@ def disk_is_full(error: BaseException, folder: Path) -> bool:
     torch raises an error of its own from the system's, safetensors only quotes that, and numpy and ONNX Runtime say
     nothing of the reason, but leave the part that they wrote.
     """
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in _chain(error):
         if getattr(cause, "errno", None) in _FULL or any(f"(os error {number})" in str(cause) for number in _FULL):
             return True
-        cause = cause.__cause__ or cause.__context__
     # Our own errors know their reason, but what ONNX Runtime says became a FormatError, which blames the model.
     if isinstance(error, DsrError) and not isinstance(error, FormatError):
         return False
@@ -227,6 +239,25 @@ def disk_is_full(error: BaseException, folder: Path) -> bool:
         return shutil.disk_usage(folder).free < _BLOCK
     except OSError:
         return False
+
+
+def _full_folder(error: BaseException) -> Path | None:
+    """Returns the folder on the full disk that an error is about; None if no error in its chain names a path."""
+    for cause in _chain(error):
+        if isinstance(cause, _FullDiskError):
+            return cause.folder
+        name = cause.filename if isinstance(cause, OSError) and cause.errno in _FULL else None
+        if isinstance(name, str | os.PathLike):  # not the number of an open file
+            return Path(name).absolute().parent
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yields an error, then those that it was raised for."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def _umask() -> int:

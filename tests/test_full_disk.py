@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import subprocess
 import sys
@@ -131,6 +132,24 @@ def test_errors_that_know_their_reason_keep_it_on_a_full_disk():
                 (folder / "y").write_bytes(LARGE.tobytes())
             raise error
         assert caught.value is error
+
+
+def test_a_full_disk_elsewhere_is_not_blamed_on_the_temporary_folder(tmp_path):
+    other, full = tmp_path / "other" / "x", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    theirs = f"output '{other}' could not be written: the folder '{other.parent}' is full"
+    with pytest.raises(FileError, match=theirs), temporary_folder(), writing(other):
+        raise full
+    named = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(other))
+    theirs = f"the folder '{other.parent}' is full; free some space there"
+    with pytest.raises(FileError, match=theirs), temporary_folder():
+        raise RuntimeError("cannot save") from named
+
+
+def test_a_full_temporary_folder_is_known_by_its_path_or_where_none_is_named():
+    for named, write in itertools.product((False, True), (writing, contextlib.nullcontext)):
+        ours = "the temporary folder '.*' is full.*or set TMPDIR"
+        with pytest.raises(FileError, match=ours), temporary_folder() as folder, write(folder / "x"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *([str(folder / "y")] if named else []))
 
 
 def test_without_a_place_for_temporary_folders_the_variable_is_named(monkeypatch, tmp_path):
