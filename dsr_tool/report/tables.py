@@ -38,7 +38,7 @@ def report_document(source: Source) -> dict[str, Any]:
         "schema": "dsr-tool/report/1",
         "path": str(source.path),
         "kind": source.kind,
-        "model": source.config.to_dict() if source.config else None,
+        "config": source.config.to_dict() if source.config else None,
         "training": source.training,
         "compaction": source.saved.to_dict() if source.saved else None,
         "values": value_document(value_bits(source)),

@@ -64,6 +64,7 @@ def test_bytes_of_a_folder_are_those_of_its_archive(folder, archive, budget, cod
 def test_parameters_and_multiply_adds_are_those_of_the_report(archive):
     document = json.loads(call("report", archive, "--json")[1])
     assert document["budget"] is None
+    assert document["config"]["architecture"] == "squeezenet1_1"
     active, macs = document["model"]["active"], document["model"]["sparse_macs"]
     for amount, code in ((active, 0), (active - 1, 3)):
         assert call("report", archive, "--budget", f"{amount}params")[0] == code
