@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.active import Positions, global_positions, segment_counts
 from dsr_tool.sparse.compact.groups import refuse_groups_by_layer
-from dsr_tool.sparse.compact.store import CompactStore
+from dsr_tool.sparse.compact.store import CompactStore, frozen_before
 from dsr_tool.sparse.keeper import Keeper
 from dsr_tool.sparse.model import SparseModel
 
@@ -103,6 +103,9 @@ class CompactKeeper(Keeper):
                 f"model.module.parameters(), or for settings by layer from all of model.named_parameters(), after the "
                 f"model was put into its storage and moved to its device."
             )
+        thawed = [name for name, values in layers.items() if values.requires_grad and name not in self.names]
+        if thawed:
+            raise frozen_before(thawed[0])
         frozen = [name for name in own if not layers[name].requires_grad]
         if frozen:
             raise UsageError(

@@ -7,7 +7,7 @@ order and bytes of the `state_dict` stay what they were.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,9 +16,12 @@ from dsr_tool.errors import UsageError
 from dsr_tool.sparse.blocked.runner import Runner
 from dsr_tool.sparse.compact.marks import LAYERS, ORDER, RUNNER, STORE, VALUES, plain_class, store_of
 from dsr_tool.sparse.compact.rebuild import light
-from dsr_tool.sparse.compact.store import CompactStore
+from dsr_tool.sparse.compact.store import CompactStore, frozen_before
 
 __all__ = ["install", "runner_of", "uninstall"]
+
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 def install(module: nn.Module, store: CompactStore) -> None:
@@ -133,6 +136,25 @@ class _Layer(nn.Module):
                 missing_keys.append(key)
             elif problem := _load(store, name, state_dict[key]):
                 error_msgs.append(problem)
+
+    def requires_grad_(self: _Module, requires_grad: bool = True) -> _Module:
+        """Refuses what torch would do to other parameters only: sparse weights are in the one vector of the root.
+
+        Raises:
+            UsageError: a sparse layer in here would stay frozen, or trained.
+        """
+        store: CompactStore = self.__dict__[STORE]
+        whole = VALUES in self._parameters
+        names = (name for module in self.modules() for name in module.__dict__.get(LAYERS, {}).values())
+        for layer in (store.layers[name] for name in names):
+            if requires_grad and not (layer.trained and (whole or store.values.requires_grad)):
+                raise frozen_before(layer.name)
+            if not requires_grad and not whole and layer.trained and store.values.requires_grad:
+                raise UsageError(
+                    f"{layer.name!r} is trained together with all sparse weights in compact storage; call "
+                    f"model.to_storage('masked'), freeze the layer, and then make the model compact again."
+                )
+        return nn.Module.requires_grad_(self, requires_grad)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Names the class by its base, because a class that was made here cannot be found by its name."""

@@ -21,7 +21,7 @@ from dsr_tool.errors import UsageError
 from dsr_tool.sparse.compact.layer_parameters import LayerParameters
 from dsr_tool.sparse.compact.rebuild import Rebuilt, rebuild
 
-__all__ = ["CompactLayer", "CompactStore", "Entry", "UnexpectedAccessError"]
+__all__ = ["CompactLayer", "CompactStore", "Entry", "UnexpectedAccessError", "frozen_before"]
 
 _MOST_POSITIONS = 2**31 - 1
 """Largest number of weights of a layer: positions are int32."""
@@ -29,6 +29,14 @@ _MOST_POSITIONS = 2**31 - 1
 
 class UnexpectedAccessError(RuntimeError):
     """Signals that a network reads a sparse weight itself while it is traced, where only its layers may."""
+
+
+def frozen_before(name: str) -> UsageError:
+    """Returns the error for an attempt to train a layer that was frozen when its store was made."""
+    return UsageError(
+        f"{name!r} was frozen when the model became compact, so it has no gradient to train by; call "
+        f"model.to_storage('masked'), unfreeze the layer, and then make the model compact again."
+    )
 
 
 @dataclass(frozen=True)

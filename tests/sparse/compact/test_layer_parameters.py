@@ -359,6 +359,29 @@ def test_what_would_train_something_else_is_refused(pair):
         attach(compact, optim.SGD(named.values(), lr=0.1), "static")
 
 
+def test_what_was_frozen_before_the_model_became_compact_cannot_be_trained_silently(pair):
+    masked, _ = pair()
+    masked.module.head.weight.requires_grad_(False)
+    compact = masked.to_storage("compact")
+    named = dict(compact.named_parameters())
+    optimizer = optim.SGD(named.values(), lr=0.1)
+    attach(compact, optimizer, "static")
+    (images, labels), *_ = batches(1)
+    plainly(compact, optimizer, images, labels)
+    optimizer.step()
+    named["head.weight"].requires_grad_(True)
+    refused = r"'head\.weight' was frozen when the model became compact.*'masked'"
+    with pytest.raises(UsageError, match=refused):
+        optimizer.step()
+    for module in (compact.module, compact.module.head):
+        with pytest.raises(UsageError, match=refused):
+            module.requires_grad_(True)
+    with pytest.raises(UsageError, match=r"'first\.weight' is trained.*'masked'"):
+        compact.module.first.requires_grad_(False)
+    compact.module.first.requires_grad_(True)
+    assert not compact.module.requires_grad_(False).sparse_values.requires_grad
+
+
 def _split(model, chosen):
     """Returns an optimizer of the module's parameters, with other settings for those that are chosen."""
     named = dict(model.module.named_parameters())
