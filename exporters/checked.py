@@ -17,7 +17,7 @@ from dsr_tool.sparse.trace import trace
 from dsr_tool.sparsity.grid import GridTensor
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.tensor import SparseTensor
-from exporters.values import GRID_BITS, stored_as
+from exporters.values import stored_as
 
 __all__ = ["CheckedModel"]
 
@@ -28,6 +28,7 @@ class CheckedModel:
     Attributes:
         model: the model.
         values: how its export stores weights, one of `exporters.values.VALUES`; None outside an export.
+        rounded: weights that are rounded already, by name, in place of rounding each value by itself.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class CheckedModel:
         Args:
             model: the model.
             values: how its export stores weights; None outside an export.
-            rounded: weights that are rounded already, by name, in place of rounding each value by itself.
+            rounded: see the attribute; None for none.
 
         Raises:
             CheckFailed: weights and masks disagree.
@@ -63,7 +64,7 @@ class CheckedModel:
             require_floats(run_once(model.module, model.config.input_shape), type(model.module).__name__)
         self.model = model
         self.values = values
-        self._rounded = dict(rounded or {})
+        self.rounded = dict(rounded or {})
 
     @property
     def input(self) -> Value:
@@ -80,18 +81,9 @@ class CheckedModel:
         Raises:
             UsageError: a weight that float16 cannot hold.
         """
-        return stored_as(tensors, specs, self.values or "fp32") | {
-            name: rounded for name, rounded in self._rounded.items() if name in tensors
-        }
-
-    def before_folding(
-        self, tensors: Mapping[str, SparseTensor], specs: Mapping[str, LayerSpec]
-    ) -> dict[str, SparseTensor]:
-        """Returns tensors as they are folded into a file with norms folded: on their grids, or else exact.
-
-        Folding scales a grid and leaves its codes, but would round float16 a second time.
-        """
-        return self.stored(tensors, specs) if self.values in GRID_BITS else dict(tensors)
+        left = {name: spec for name, spec in specs.items() if name not in self.rounded}
+        found = stored_as(tensors, left, self.values or "fp32")
+        return {name: self.rounded.get(name, tensor) for name, tensor in found.items()}
 
     @cached_property
     def graph(self) -> Graph:

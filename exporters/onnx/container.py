@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsr_tool.errors import DsrError, first_line
-from dsr_tool.graph.compact.record import COMPACTED, compacted_specs, measure_savings
+from dsr_tool.graph.compact.record import COMPACTED, measure_savings
 from dsr_tool.graph.compact.rewrite import fold_and_compact
 from exporters.base import Container, Draft, ExportOptions, Head
 from exporters.contents import Contents, StoredBytes, measured
@@ -64,12 +64,11 @@ class OnnxFiles(Container):
             architecture=model.config.architecture,
         )
         # Built even for a compact export, which records the size that it saves.
-        content = build(checked.graph, checked.before_folding(tensors, model.specs))
+        content = build(checked.graph, {**tensors, **checked.rounded})
         if options.compact:
             before, small = fold_and_compact(checked.graph, tensors)
             record = measure_savings(before, small, model.specs, content.ByteSize())
-            stored = checked.before_folding(small.tensors, compacted_specs(small.tensors, model.specs))
-            content = build(small.graph, stored, notes={COMPACTED: record.to_dict()})
+            content = build(small.graph, small.tensors, notes={COMPACTED: record.to_dict()})
         return Draft(partial(_write, content))
 
     def verify(self, path: Path, checked: CheckedModel, *, samples: int, seed: int) -> Verification:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,6 @@ from exporters.onnx.forms import nonzero
 from exporters.onnx.read import OnnxFile, read_onnx
 from exporters.onnx.session import OnnxSession
 from exporters.onnx.write import folded, to_onnx
-from exporters.values import GRID_BITS
 from exporters.verify.outputs import compare_outputs
 from exporters.verify.result import Verification
 from exporters.verify.rounding import expected_tensors, how_rounded, steps_note
@@ -48,15 +48,14 @@ def verify_onnx(path: Path, checked: CheckedModel, *, samples: int, seed: int) -
     exact: Mapping[str, SparseTensor] = model.tensors()
     specs = model.specs
     if COMPACTED in file.record:
-        small = fold_and_compact(graph, exact)[1]
-        graph, exact, specs = small.graph, small.tensors, compacted_specs(small.tensors, specs)
-    # Grids are rounded before norms are folded, float16 after: one place of the writer decides, the same for both.
-    rounded = checked.before_folding(exact, specs)
-    exact = folded(graph, exact)[1]
-    graph, tensors = folded(graph, rounded)
-    if checked.values not in GRID_BITS:
+        compacted = fold_and_compact(graph, exact)[1]
+        graph, exact, specs = compacted.graph, compacted.tensors, compacted_specs(compacted.tensors, specs)
+    without_norms, unrounded = folded(graph, exact)
+    if checked.values is None:
         # The file itself tells how it was exported, so `verify` needs no options.
-        tensors = expected_tensors(checked, tensors, specs, file.entries, lambda name: _under(file, name, exact[name]))
+        tensors = expected_tensors(checked, unrounded, specs, file.entries, partial(_under, file, unrounded))
+    else:
+        tensors = folded(graph, {**exact, **checked.rounded}, values=checked.values, specs=specs)[1]
     # An exported file has no active zeros and no integer parameters among its weights.
     expected = {name: nonzero(tensor) for name, tensor in tensors.items() if tensor.values.dtype.kind == "f"}
     shapes = {name: entry.spec.shape for name, entry in file.entries.items() if name in expected}
@@ -65,7 +64,7 @@ def verify_onnx(path: Path, checked: CheckedModel, *, samples: int, seed: int) -
     # Rounded weights have no module to compare with, since norms are folded as well.
     how, run = how_rounded(tensors, specs), None
     if how:
-        run = OnnxSession(to_onnx(graph, _as_floats(tensors), encoding="dense").SerializeToString()).run
+        run = OnnxSession(to_onnx(without_norms, _as_floats(tensors), encoding="dense").SerializeToString()).run
     return compare_outputs(
         path,
         "onnx",
@@ -76,24 +75,24 @@ def verify_onnx(path: Path, checked: CheckedModel, *, samples: int, seed: int) -
         seed=seed,
         differing=differing,
         problems=[f"onnxruntime decodes weights at every inference ({left[0]})"] if left else [],
-        notes=steps_note(tensors, exact),
+        notes=steps_note(tensors, unrounded),
         rounded=run,
         how=how,
     )
 
 
-def _under(file: OnnxFile, name: str, exact: SparseTensor) -> SparseTensor:
+def _under(file: OnnxFile, exact: Mapping[str, SparseTensor], name: str) -> SparseTensor:
     """Decodes a weight; one on a grid under the mask of the model, since the file leaves out codes of zero."""
-    found = file.tensor(name)
-    if not isinstance(found, GridTensor) or found.mask.shape != exact.mask.shape:
+    found, mask = file.tensor(name), exact[name].mask
+    if not isinstance(found, GridTensor) or found.mask.shape != mask.shape:
         return found
     own = found.mask.positions
-    at = np.minimum(np.searchsorted(exact.mask.positions, own), max(exact.mask.active - 1, 0))
-    if not exact.mask.active or (exact.mask.positions[at] != own).any():
+    at = np.minimum(np.searchsorted(mask.positions, own), max(mask.active - 1, 0))
+    if not mask.active or (mask.positions[at] != own).any():
         return found
-    codes = np.zeros(exact.mask.active, np.int8)
+    codes = np.zeros(mask.active, np.int8)
     codes[at] = found.codes
-    return GridTensor(exact.mask, codes, found.scales)
+    return GridTensor(mask, codes, found.scales)
 
 
 def _as_floats(tensors: Mapping[str, SparseTensor]) -> dict[str, SparseTensor]:
