@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from dsr_tool.errors import UsageError, unknown_name
-from dsr_tool.sparsity.grid import GridTensor, balanced, distance, to_grid
+from dsr_tool.sparsity.grid import GridTensor
+from dsr_tool.sparsity.grid_rounding import balanced, distance, to_grid
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.tensor import SparseTensor
 

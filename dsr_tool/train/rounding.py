@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from dsr_tool.sparse.model import SparseModel
-from dsr_tool.sparsity.grid import best_scales, largest_code, row_counts
+from dsr_tool.sparsity.grid import largest_code, row_counts
+from dsr_tool.sparsity.grid_rounding import best_scales
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
 

@@ -11,7 +11,8 @@ from dsr_tool.sparse.aliases import completed
 from dsr_tool.sparse.capture import frozen_copy
 from dsr_tool.sparse.compact.change import held_state
 from dsr_tool.sparse.model import SparseModel
-from dsr_tool.sparsity.grid import GridTensor, distance
+from dsr_tool.sparsity.grid import GridTensor
+from dsr_tool.sparsity.grid_rounding import distance
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.tensor import SparseTensor
 from exporters.checked import CheckedModel

@@ -15,7 +15,8 @@ from dsr_tool.errors import UsageError
 from dsr_tool.sparse.sparsify import sparsify
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.config import ModelConfig
-from dsr_tool.sparsity.grid import GridTensor, balanced, distance, largest_code, to_grid
+from dsr_tool.sparsity.grid import GridTensor, largest_code
+from dsr_tool.sparsity.grid_rounding import balanced, distance, to_grid
 
 
 class Attention(nn.Module):

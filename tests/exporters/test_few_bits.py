@@ -9,7 +9,8 @@ from converters.loading import load
 from dsr_tool.errors import UsageError
 from dsr_tool.formats.archive import open_archive
 from dsr_tool.runtime import Session
-from dsr_tool.sparsity.grid import GridTensor, balanced, largest_code, to_grid
+from dsr_tool.sparsity.grid import GridTensor, largest_code
+from dsr_tool.sparsity.grid_rounding import balanced, to_grid
 from exporters.export import export, verify
 from exporters.values import GRID_BITS
 

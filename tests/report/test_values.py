@@ -16,7 +16,8 @@ from dsr_tool.report.page.page import page_html
 from dsr_tool.report.sources import read
 from dsr_tool.report.tables import report_document, report_text
 from dsr_tool.report.values import value_bits
-from dsr_tool.sparsity.grid import GridTensor, to_grid
+from dsr_tool.sparsity.grid import GridTensor
+from dsr_tool.sparsity.grid_rounding import to_grid
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor

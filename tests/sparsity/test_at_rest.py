@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsr_tool.sparsity.at_rest import BitMask, arrays_of, at_rest, dtype_of
-from dsr_tool.sparsity.grid import GridTensor, to_grid
+from dsr_tool.sparsity.grid import GridTensor
+from dsr_tool.sparsity.grid_rounding import to_grid
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
 

@@ -5,16 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsr_tool.sparsity.grid import (
-    GridTensor,
-    balanced,
-    best_scales,
-    distance,
-    largest_code,
-    on_grid,
-    row_counts,
-    to_grid,
-)
+from dsr_tool.sparsity.grid import GridTensor, largest_code, row_counts
+from dsr_tool.sparsity.grid_rounding import balanced, best_scales, distance, on_grid, to_grid
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
 
@@ -124,7 +116,7 @@ def test_scales_are_searched_block_by_block(monkeypatch):
         np.random.default_rng(1).standard_normal((40, 9)).astype(np.float32), Mask((40, 9))
     )
     whole = best_scales(tensor, 5)
-    monkeypatch.setattr("dsr_tool.sparsity.grid._BLOCK", 25)
+    monkeypatch.setattr("dsr_tool.sparsity.grid_rounding._BLOCK", 25)
     assert np.array_equal(best_scales(tensor, 5), whole)
 
 

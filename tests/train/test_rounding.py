@@ -9,7 +9,8 @@ from torch.nn.functional import cross_entropy
 
 from dsr_tool import load, open_archive
 from dsr_tool.errors import FormatError, UsageError
-from dsr_tool.sparsity.grid import GridTensor, best_scales, on_grid, to_grid
+from dsr_tool.sparsity.grid import GridTensor
+from dsr_tool.sparsity.grid_rounding import best_scales, on_grid, to_grid
 from dsr_tool.train import Observer, RunFolder, train
 from dsr_tool.train.rounding import RoundedWeights
 from dsr_tool.train.step import Stepper
