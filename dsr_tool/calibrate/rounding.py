@@ -24,7 +24,8 @@ from dsr_tool.sparse.capture import frozen_copy
 from dsr_tool.sparse.feeding import tensor_form
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.granularity import Granularity
-from dsr_tool.sparsity.grid import GridTensor, best_scales, on_grid
+from dsr_tool.sparsity.grid import GridTensor
+from dsr_tool.sparsity.grid_rounding import best_scales, on_grid
 from dsr_tool.sparsity.tensor import SparseTensor
 
 __all__ = ["round_to_grids"]
