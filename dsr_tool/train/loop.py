@@ -94,8 +94,7 @@ def _train(
         try:
             accuracy = training.start(state)
             epochs = tuple(training.epochs(deadline))
-            if training.stepper.rounding is not None:
-                training.stepper.rounding.settle()
+            training.stepper.settle()
             return TrainResult(epochs, accuracy)
         except RuntimeError as error:
             if known := explained(error, settings):
@@ -187,8 +186,7 @@ class _Training:
         train_loss, train_accuracy = self._train(number)
         self.ranks.follow_first(self.model.module.buffers())
         self.ranks.require_equal(common_tensors(self.model))
-        if self.stepper.rounding is not None:
-            self.stepper.rounding.choose_again()
+        self.stepper.choose_scales()
         with self.stepper.rounded():
             return self._evaluated(number, start, train_loss, train_accuracy)
 
@@ -228,9 +226,7 @@ class _Training:
         """Takes all steps of an epoch. Returns mean loss and accuracy, which stay on the device until the end."""
         device = self.settings.torch_device
         self._seed_draws(number)
-        if self.stepper.rounding is not None:
-            # As after a resume, which knows the weights and not their scales.
-            self.stepper.rounding.choose_again()
+        self.stepper.choose_scales()
         self.model.module.train()
         losses = torch.zeros(self.steps, device=device)
         correct = torch.zeros((), dtype=torch.int64, device=device)

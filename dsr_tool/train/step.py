@@ -37,7 +37,6 @@ class Stepper:
         model: the sparse model, on its device.
         optimizer: optimizer of all parameters.
         attached: the method, attached to the optimizer.
-        rounding: the weights in few bits that passes compute with; None if they compute with exact ones.
     """
 
     def __init__(
@@ -87,7 +86,7 @@ class Stepper:
         )
         self._notify = on_reallocation
         bits = GRID_BITS.get(settings.values)
-        self.rounding = RoundedWeights(model, bits) if bits else None
+        self._rounding = RoundedWeights(model, bits) if bits else None
 
     @property
     def lr(self) -> float:
@@ -130,11 +129,20 @@ class Stepper:
 
     def rounded(self) -> AbstractContextManager[None]:
         """Has passes, evaluations and folders that are written inside see the weights that the settings ask for."""
-        return nullcontext() if self.rounding is None else self.rounding.rounded()
+        return nullcontext() if self._rounding is None else self._rounding.rounded()
+
+    def choose_scales(self) -> None:
+        """Has the next pass choose the scales of rounded weights anew, as the first after a resume does."""
+        if self._rounding is not None:
+            self._rounding.choose_again()
+
+    def settle(self) -> None:
+        """Leaves the weights as the passes of the settings see them: rounded for good, if they are."""
+        if self._rounding is not None:
+            self._rounding.settle()
 
     def _on_reallocation(self, step: int, moved: Reallocation) -> None:
-        if self.rounding is not None:
-            self.rounding.choose_again()
+        self.choose_scales()
         self._notify(step, moved)
 
     def _add_gradients(self, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,7 +183,7 @@ class Stepper:
             "scaler": self._scaler.state_dict(),
             "method": self.attached.state_dict(masks=False),
             # The model folder holds the rounded weights.
-            **({} if self.rounding is None else {"weights": self.rounding.state()}),
+            **({} if self._rounding is None else {"weights": self._rounding.state()}),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -187,8 +195,8 @@ class Stepper:
             self._scheduler.load_state_dict(state["scheduler"])
             self._scaler.load_state_dict(state["scaler"])
             self.attached.load_state_dict(state["method"])
-            if self.rounding is not None:
-                self.rounding.load_state(state["weights"])
+            if self._rounding is not None:
+                self._rounding.load_state(state["weights"])
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise FormatError(
                 f"the checkpoint does not fit this model ({first_line(error)}); resume with the model of the run, or "
