@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from dsr_tool.errors import FormatError, UsageError, first_line
 from dsr_tool.formats.footprint import footprint
 from dsr_tool.formats.manifest import METADATA
 from dsr_tool.sparse.aliases import aliased_entries, is_alias, later_paths
+from dsr_tool.sparsity.granularity import Granularity
 from dsr_tool.sparsity.grid import GridTensor
 from dsr_tool.sparsity.layers import matrix_shape
 from dsr_tool.sparsity.mask import Mask
@@ -66,7 +68,7 @@ class _PlainWeights(Container):
             f"zeros are stored in place, so this file is as large as a dense one; an archive (.dsr) holds the same "
             f"weights in {coded:,} bytes, and a few kB of graph"
         )
-        return Draft(partial(self._write, state=state), (note,))
+        return Draft(partial(self._write, state=state), (note, *_semi_structured(model.granularity)))
 
     def verify(self, path: Path, checked: CheckedModel, *, samples: int, seed: int) -> Verification:
         """Compares every tensor bit for bit, and the outputs of the module with the tensors of the file."""
@@ -155,6 +157,17 @@ class StateDicts(_PlainWeights):
         # weights_only: an unpickled file of a stranger could run any code.
         state: object = torch.load(path, map_location="cpu", weights_only=True)
         return state
+
+
+def _semi_structured(granularity: Granularity) -> tuple[str, ...]:
+    """Returns what torch can do with weights of which at most 2 of 4 neighbours are not zero; nothing for others."""
+    density = granularity.density
+    if density is None or 4 % granularity.group or density > Fraction(1, 2):
+        return ()
+    return (
+        f"the masks are {granularity} along the input channels: torch.sparse.to_sparse_semi_structured takes the "
+        f"weights of linear layers as they are, on a GPU in float16 or bfloat16",
+    )
 
 
 def _array(path: Path, name: str, tensor: torch.Tensor) -> Array:

@@ -18,7 +18,7 @@ from dsr_tool.files import new_file
 from dsr_tool.formats.codecs import CODECS, encode_smallest
 from dsr_tool.formats.coding import encode_planes
 from dsr_tool.formats.documents import compress_document
-from dsr_tool.formats.grid import GRID, encode_grid
+from dsr_tool.formats.grid import encode_smallest_grid
 from dsr_tool.formats.manifest import (
     FORMAT_VERSION,
     GRAPH,
@@ -111,7 +111,8 @@ def encode_archive(
         versions: names and versions of the packages that write the file, for the record.
 
     Raises:
-        UsageError: the encoding is unknown, the graph is of another model, or a name collides with another stream.
+        UsageError: the encoding is unknown or cannot hold a weight, the graph is of another model, or a name collides
+            with another stream.
     """
     if encoding != "auto" and encoding not in CODECS:
         raise unknown_name("encoding", encoding, ("auto", *CODECS))
@@ -150,7 +151,7 @@ def encode_archive(
 def _encode(tensor: SparseTensor, spec: LayerSpec, encoding: str) -> tuple[str, Streams]:
     """Returns codec and streams of one tensor. `auto` packs full tensors that are not weights by type: no streams."""
     if isinstance(tensor, GridTensor):
-        return GRID, encode_grid(tensor)
+        return encode_smallest_grid(tensor)
     if encoding == "auto":
         if spec.role == "sparse" or spec.weight or tensor.mask.active < tensor.mask.size:
             return encode_smallest(tensor)
@@ -158,6 +159,11 @@ def _encode(tensor: SparseTensor, spec: LayerSpec, encoding: str) -> tuple[str, 
         return ("palette", palette) if palette else (PACKED, {})
     # A named codec is for sparse weights, and would make norms and biases larger; palettes are for every weight.
     codec = encoding if spec.role == "sparse" or (encoding == "palette" and spec.weight) else "dense"
+    if not CODECS[codec].fits(tensor):
+        raise UsageError(
+            f"--encoding {codec!r} is for {CODECS[codec].good_for}, and weight {spec.name!r} has none; use --encoding "
+            f"auto."
+        )
     return codec, CODECS[codec].encode(tensor)
 
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from dsr_tool.errors import FormatError
 from dsr_tool.formats.coding import decode_planes, decode_runs, encode_planes, encode_runs
-from dsr_tool.formats.grid import GRID, decode_grid
+from dsr_tool.formats.grid import GRIDS
+from dsr_tool.formats.groups import decode_nm, encode_nm, is_nm
 from dsr_tool.formats.palette import decode_palette, encode_palette, least_palette_bytes
 from dsr_tool.formats.streams import Streams, checked, exact_streams, require_bytes, stream_bytes
 from dsr_tool.sparsity.layers import matrix_shape
@@ -72,6 +73,7 @@ class Codec:
         size: returns the bytes of the streams without making them; None if only encoding tells.
         column: column in reports; None if reports show it otherwise.
         least: returns a quick lower bound of the bytes, by which a writer can skip the encoding; None without one.
+        fits: returns whether the codec can hold a tensor; most hold any.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Codec:
     size: Callable[[SparseTensor], int] | None = None
     column: Column | None = None
     least: Callable[[SparseTensor], int] | None = None
+    fits: Callable[[SparseTensor], bool] = lambda _: True
 
     def nbytes(self, tensor: SparseTensor) -> int:
         """Returns the exact bytes of the streams that `encode` returns for a tensor."""
@@ -227,6 +230,7 @@ CODECS: dict[str, Codec] = {
             decode_palette,
             least=least_palette_bytes,
         ),
+        Codec("nm", "weights with a mask N:M, such as 2:4", encode_nm, decode_nm, fits=is_nm),
     )
 }
 """Codecs by name, from the simplest to the most elaborate: of two equally small ones the writer takes the earlier."""
@@ -235,14 +239,14 @@ CODECS: dict[str, Codec] = {
 def is_codec(name: str) -> bool:
     """Returns whether a manifest may name this codec.
 
-    Grids have a codec that is no choice of a writer: a tensor on a grid has it, and no other.
+    Grids have codecs that are no choice of a writer: a tensor on a grid has one of them, and no other.
     """
-    return name == GRID or name in CODECS
+    return name in GRIDS or name in CODECS
 
 
 def decoder_of(name: str) -> Decode:
     """Returns what decodes the streams of a codec; `is_codec` tells which there are."""
-    return decode_grid if name == GRID else CODECS[name].decode
+    return GRIDS[name] if name in GRIDS else CODECS[name].decode
 
 
 def encode_smallest(tensor: SparseTensor, codecs: Mapping[str, Codec] = CODECS) -> tuple[str, Streams]:
@@ -252,7 +256,8 @@ def encode_smallest(tensor: SparseTensor, codecs: Mapping[str, Codec] = CODECS) 
         Name of the codec, and the streams.
     """
     # Sizes that only encoding tells are the slow ones, so they come last, and their streams are kept.
-    order = sorted(codecs, key=lambda name: (codecs[name].size is None, codecs[name].least is not None))
+    fitting = [name for name in codecs if codecs[name].fits(tensor)]
+    order = sorted(fitting, key=lambda name: (codecs[name].size is None, codecs[name].least is not None))
     sizes: dict[str, int] = {}
     encoded: dict[str, Streams] = {}
     for name in order:

@@ -15,6 +15,7 @@ from dsr_tool.formats.coding import encode_planes
 from dsr_tool.formats.value_bits import entropy_bits
 from dsr_tool.sparsity.grid import GridTensor
 from dsr_tool.sparsity.layers import LayerSpec
+from dsr_tool.sparsity.pattern import found_pattern, pattern_bits
 from dsr_tool.sparsity.tensor import SparseTensor
 
 __all__ = ["Footprint", "LayerFootprint", "Sizes", "footprint"]
@@ -29,8 +30,8 @@ class Sizes:
         active: number of entries that may differ from zero.
         dense_bytes: bytes of all entries in their own type, without a mask.
         codec_bytes: exact bytes by name of the codec, for the codecs that have a column in reports.
-        bound_bytes: least bytes of an entropy-coded mask, log2 C(parameters, active) bits, and of raw active values; of
-            weights on a grid, their scales and the entropy of their codes.
+        bound_bytes: least bytes of an entropy-coded mask, log2 C(parameters, active) bits or with N:M log2 C(M, N) for
+            each group, and of raw active values; of weights on a grid, their scales and the entropy of their codes.
         dense_macs: multiply-adds for one input with all weights.
         sparse_macs: multiply-adds for one input with the active weights.
     """
@@ -82,12 +83,14 @@ class LayerFootprint:
         sizes: its memory and computation.
         stored_bytes: its bytes in the file that was read; None if the file does not tell them apart.
         codec: codec that stores it there.
+        pattern: pattern of a sparse weight's mask, such as `2:4`, `kernel` or `fan-in`; None for any other.
     """
 
     spec: LayerSpec
     sizes: Sizes
     stored_bytes: int | None = None
     codec: str = "dense"
+    pattern: str | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,7 @@ class Footprint:
                     **layer.spec.to_dict(),
                     **layer.sizes.to_dict(),
                     "codec": layer.codec,
+                    "pattern": layer.pattern,
                     "stored_bytes": layer.stored_bytes,
                 }
                 for layer in self.layers
@@ -178,7 +182,11 @@ def footprint(
     layers = []
     for name, spec in specs.items():
         codec, nbytes = (stored or {}).get(name, ("dense", None))
-        layers.append(LayerFootprint(spec, _measure(tensors[name], spec), nbytes, codec))
+        tensor = tensors[name]
+        pattern = found_pattern(tensor.mask) if spec.role == "sparse" else None
+        layers.append(
+            LayerFootprint(spec, _measure(tensor, spec), nbytes, codec, None if pattern is None else str(pattern))
+        )
     return Footprint(tuple(layers), file_bytes, dict(parts or {}))
 
 
@@ -190,10 +198,10 @@ def _measure(tensor: SparseTensor, spec: LayerSpec) -> Sizes:
         codes, scales = SparseTensor(tensor.mask, tensor.codes), encode_planes(tensor.scales).nbytes
         sparse = spec.role == "sparse"
         codecs = {name: (CODECS[name].nbytes(codes) if sparse else size) + scales for name in size_columns()}
-        bound = math.ceil((tensor.mask.entropy_bound_bits + entropy_bits(tensor)) / 8) + scales
+        bound = math.ceil((pattern_bits(tensor.mask) + entropy_bits(tensor)) / 8) + scales
     elif spec.role == "sparse":
         codecs = {name: CODECS[name].nbytes(tensor) for name in size_columns()}
-        bound = math.ceil(tensor.mask.entropy_bound_bits / 8) + active * width
+        bound = math.ceil(pattern_bits(tensor.mask) / 8) + active * width
     else:
         # The columns compare ways to store sparse weights; dense tensors are the same constant in each.
         codecs, bound = dict.fromkeys(size_columns(), dense), dense

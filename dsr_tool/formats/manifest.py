@@ -13,7 +13,7 @@ import numpy as np
 from dsr_tool.errors import FormatError
 from dsr_tool.formats.codecs import is_codec
 from dsr_tool.formats.documents import is_count
-from dsr_tool.formats.grid import GRID
+from dsr_tool.formats.grid import GRIDS
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.tensor import Array
 
@@ -30,7 +30,7 @@ __all__ = [
     "packed_stream",
 ]
 
-FORMAT_VERSION = (1, 1)
+FORMAT_VERSION = (1, 2)
 """Major and minor version of the archives that are written. Readers refuse other majors and accept other minors."""
 
 METADATA = "dsr_archive"
@@ -72,7 +72,7 @@ class Entry:
         # Decoding holds int64 positions and, for inverted runs, one byte per entry.
         sparse = 0 if self.active == self.spec.size else 8 * self.active + self.spec.size
         # A float32 scale and an int64 count; rows may have no entries, so their number is not bounded by the size.
-        rows = 12 * self.spec.matrix_shape[0] if self.codec == GRID else 0
+        rows = 12 * self.spec.matrix_shape[0] if self.codec in GRIDS else 0
         return self.spec.size * np.dtype(self.dtype).itemsize + sparse + rows
 
     def stream(self, suffix: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Container, Mapping
 from typing import Any
 
@@ -155,14 +156,23 @@ def _closing(source: Source, values: Mapping[str, Any] | None) -> list[str]:
     return [
         *(folded if source.kind == "onnx" else []),
         f"sparsity: {measured.sparsity:.4%} of the prunable weights, {measured.model_sparsity:.4%} of the whole model",
+        *_patterns(measured),
         f"bytes: {parts}",
         *value_text(values),
         f"size on disk {measured.file_bytes:,}, computed {measured.computed_bytes:,}: {agree}; "
         f"{_dense(measured)} {measured.everything.dense_bytes:,}, entropy bound {measured.everything.bound_bytes:,}",
         f"MB are 10^6 bytes; MMACs are millions of multiply-adds for one input of {size}, with active weights and with "
-        "all; coded: run lengths and byte planes, Huffman-coded; bound: log2 C(parameters, active) bits and raw "
-        "values, or the entropy of codes",
+        "all; coded: run lengths and byte planes, Huffman-coded; bound: log2 C(parameters, active) bits, or with N:M "
+        "log2 C(M, N) for each group, and raw values, or the entropy of codes",
     ]
+
+
+def _patterns(measured: Footprint) -> list[str]:
+    """Returns the patterns that masks have, and how many have each; nothing if none has one."""
+    sparse = [layer.pattern for layer in measured.layers if layer.spec.role == "sparse"]
+    counts = Counter(pattern for pattern in sparse if pattern)
+    found = ", ".join(f"{pattern} in {number:,}" for pattern, number in counts.most_common())
+    return [f"pattern of the masks: {found} of {len(sparse):,} sparse weights"] if counts else []
 
 
 def _dense(measured: Footprint) -> str:

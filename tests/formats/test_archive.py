@@ -16,7 +16,7 @@ from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
 
 
-@pytest.mark.parametrize("encoding", ["auto", *CODECS])
+@pytest.mark.parametrize("encoding", ["auto", *(name for name in CODECS if name != "nm")])
 def test_an_archive_round_trips_bit_for_bit(tmp_path, encoding, small_model):
     tensors, specs, graph, config = small_model
     write_archive(tmp_path / "a.dsr", tensors, specs, graph, config, encoding=encoding)

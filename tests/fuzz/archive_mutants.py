@@ -80,7 +80,7 @@ def _change_stream(random: Generator, header: dict[str, Any], streams: dict[str,
         tensor = choose(random, tensors)
         suffix = choose(random, list(tensor["crc32"]))
         name = f"{tensor['name']}:{suffix}" if suffix else tensor["name"]
-        coded, checksums = tensor["codec"] in ("delta", "palette", "grid"), tensor["crc32"]
+        coded, checksums = tensor["codec"] in ("delta", "palette", "grid", "grid-nm", "nm"), tensor["crc32"]
     data = streams[name]
     if coded and header[name]["dtype"] == "U8" and random.random() < 0.5:
         data = _deflated(_inflated_and_changed(random, data))

@@ -30,6 +30,8 @@ def main() -> None:
         export(model, root / "archive" / f"{encoding}.dsr", encoding=encoding)
     for values in ("fp16", "int8", "int4"):
         export(model, root / "archive" / f"{values}.dsr", values=values)
+    for values in ("fp32", "int8"):
+        export(_model("2:4"), root / "archive" / f"nm-{values}.dsr", values=values)
     shutil.copy(root / "archive" / "auto.dsr", root / "predict")
     # Archives of earlier versions, which must stay readable, are attacked too.
     for path in GOLDEN.glob("*.dsr"):
@@ -47,9 +49,11 @@ def main() -> None:
     torch.save(state, root / "pickle" / "state.pth")
 
 
-def _model() -> SparseModel:
+def _model(granularity: str = "weight") -> SparseModel:
     torch.manual_seed(0)
-    return sparsify(Network(), ModelConfig("module", "Network", 4, SHAPE), Budget.of_sparsity(0.8), positions="random")
+    budget = Budget.of_sparsity(0.8 if granularity == "weight" else 0.5)
+    config = ModelConfig("module", "Network", 4, SHAPE)
+    return sparsify(Network(), config, budget, positions="random", granularity=granularity)
 
 
 if __name__ == "__main__":
