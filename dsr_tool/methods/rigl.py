@@ -8,6 +8,7 @@ import torch
 
 from dsr_tool.errors import UsageError
 from dsr_tool.methods.base import Method, Reallocation
+from dsr_tool.methods.blocks import grow_in_blocks
 from dsr_tool.methods.grow import regrow
 from dsr_tool.methods.prune import cosine, smallest
 from dsr_tool.methods.schedule import ReallocationSchedule, Timing
@@ -23,12 +24,16 @@ class RigL(Method):
     The share that is pruned decays with a cosine to zero at the end of the schedule. A weight that was just pruned may
     have the largest gradient; then it stays, with its value, as in the authors' code. Unlike there, the optimizer takes
     its step on update steps too, and ties between magnitudes are not broken by noise.
+
+    At fan-in it is SRigL (Lasby et al., ICLR 2024, section 3.1) without ablation of neurons: the smallest magnitudes of
+    a layer are pruned wherever they are, and every output grows as many weights as it lost. At N:M every group does.
     """
 
     name = "rigl"
     summary = "prunes a share of every layer, grows where the dense gradient is largest"
     layers_may_change = True
     needs_gradients = True
+    granularities = ("weight", "fan-in", "N:M")
     storages = STORAGES
     fine_tuning: ClassVar = {"drop_fraction": 0.06, "stop": 0.5}  # 0.03 on average, as set: the share falls to zero
 
@@ -70,5 +75,9 @@ class RigL(Method):
             raise UsageError("rigl needs the gradients of inactive weights; gather them before they are masked.")
         fraction = self.fraction(step)
         counts = [int(fraction * active) for active in weights.counts]
-        dropped, grown = regrow(weights, smallest(weights, counts), weights.gradients, counts)
+        drop = smallest(weights, counts)
+        if weights.blocks:
+            dropped, grown = grow_in_blocks(weights, drop, weights.gradients, again=True)
+        else:
+            dropped, grown = regrow(weights, drop, weights.gradients, counts)
         return Reallocation(dropped, grown, {"drop_fraction": fraction})

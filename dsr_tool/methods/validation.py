@@ -8,6 +8,7 @@ from dsr_tool.errors import CheckFailed
 from dsr_tool.methods.base import Method, Reallocation
 from dsr_tool.methods.final_sparsity import active_count
 from dsr_tool.sparse.active import ActiveWeights, segment_counts
+from dsr_tool.sparse.pattern import split_blocks
 from dsr_tool.sparsity.granularity import groups
 
 __all__ = ["check_counts", "check_density", "check_positions"]
@@ -49,7 +50,8 @@ def check_positions(name: str, weights: ActiveWeights, moved: Reallocation) -> N
 
     Raises:
         CheckFailed: a position is not in its layer, not in rising order, pruned though inactive or grown though
-            active; a layer is emptied; or the values have another shape.
+            active; a layer is emptied; a block of fan-in or N:M gets more or fewer weights; or the values have another
+            shape.
     """
     active = weights.positions.flat
     for verb, positions in (("drop", moved.dropped), ("grow", moved.grown)):
@@ -66,6 +68,7 @@ def check_positions(name: str, weights: ActiveWeights, moved: Reallocation) -> N
     for i, had in enumerate(weights.counts):
         if had and had == moved.dropped.counts[i] - moved.grown.counts[i]:
             raise CheckFailed(f"method {name} empties layer {i}; each layer keeps at least one weight.")
+    _check_blocks(name, weights, moved)
     values = moved.values
     if values is not None and (values.shape != active.shape or values.dtype != torch.float32):
         raise CheckFailed(
@@ -110,6 +113,18 @@ def _check_kept(name: str, weights: ActiveWeights, moved: Reallocation) -> None:
             raise CheckFailed(
                 f"method {name} drops {lost:,} weights and grows {got:,}, which changes the budget; a method that "
                 f"changes it declares a final_sparsity."
+            )
+
+
+def _check_blocks(name: str, weights: ActiveWeights, moved: Reallocation) -> None:
+    pieces = zip(weights.blocks, weights.sizes, moved.dropped.per_layer(), moved.grown.per_layer(), strict=False)
+    for i, (blocks, size, lost, got) in enumerate(pieces):
+        balance = torch.zeros(size, dtype=torch.int8, device=lost.device)
+        balance[lost], balance[got] = -1, 1
+        if bool(split_blocks(balance, blocks).sum(1).any()):
+            raise CheckFailed(
+                f"method {name} changes the number of active weights of an output or a group in layer {i}; at fan-in "
+                f"and N:M, each grows as many as it prunes."
             )
 
 

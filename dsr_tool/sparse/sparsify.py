@@ -122,8 +122,9 @@ class Sparsifier:
         """
         if not self.sparse and budget.sparsity and self.granularity.density is not None:
             raise UsageError(
-                f"--granularity {self.granularity} fits no layer of this model: it takes convolutions and linear layers "
-                f"with a multiple of {self.granularity.group} input channels that are not kept dense; give another one."
+                f"--granularity {self.granularity} fits no layer of this model: it takes convolutions and linear "
+                f"layers with a multiple of {self.granularity.group} input channels that are not kept dense; give "
+                f"another one."
             )
         if not self.sparse and budget.sparsity:
             raise UsageError(

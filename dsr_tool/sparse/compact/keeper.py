@@ -156,6 +156,7 @@ class CompactKeeper(Keeper):
     def expect(self, *, update: bool) -> None:
         """Keeps gradients of inactive weights in the next backward pass if the method updates after the next step."""
         self._store.wants_gradients = self._gradients and update
+        self._store.granularity = self.model.granularity
         # Gradients of the step before stay if `zero_grad` keeps their tensors.
         self._store.gradients.clear()
 

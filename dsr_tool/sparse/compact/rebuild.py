@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from dsr_tool.sparse.pattern import join_blocks, split_blocks
+
 if TYPE_CHECKING:
     from dsr_tool.sparse.compact.store import CompactStore
 
@@ -44,7 +46,8 @@ class Rebuilt:
     def keep_largest(self, gradient: torch.Tensor) -> None:
         """Keeps the gradients of all active weights, and as many of the inactive ones, the largest.
 
-        A method that grows by gradients never grows more than it prunes, so these are all that it can choose.
+        A method that grows by gradients never grows more than it prunes, so these are all that it can choose. At fan-in
+        and N:M that holds for every block.
 
         Raises:
             RuntimeError: the layer has a gradient of this step already, to which this one would have to be added.
@@ -58,7 +61,14 @@ class Rebuilt:
         active = self.store.positions_of(self.name).long()
         score = gradient.abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
         score[active] = -1.0
-        largest = score.topk(min(layer.count, layer.size - layer.count), sorted=False).indices
+        blocks = self.store.granularity.blocks(layer.shape)
+        if blocks is None:
+            largest = score.topk(min(layer.count, layer.size - layer.count), sorted=False).indices
+        else:
+            rows, count = split_blocks(score, blocks), layer.count // blocks.count
+            chosen = rows.topk(min(count, blocks.size - count), sorted=False).indices
+            flags = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, chosen, True)
+            largest = join_blocks(flags, blocks).nonzero().squeeze(1)
         kept = torch.cat([active, largest])
         self.store.gradients[self.name] = (kept, gradient[kept].float())
 

@@ -20,6 +20,7 @@ from torch import nn
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.compact.layer_parameters import LayerParameters
 from dsr_tool.sparse.compact.rebuild import Rebuilt, rebuild
+from dsr_tool.sparsity.granularity import Granularity
 
 __all__ = ["CompactLayer", "CompactStore", "Entry", "UnexpectedAccessError", "frozen_before"]
 
@@ -102,6 +103,7 @@ class CompactStore:
         kernels: whether passes may run on kernels; if not, dense weights are rebuilt.
         wants_gradients: whether the next backward pass keeps the largest gradients of inactive weights, because a
             method grows by them after the step.
+        granularity: pattern of the masks, by which those gradients are the largest of each block.
         gradients: what it kept, by layer: int64 positions in the layer, and their gradients in float32.
         by_layer: parameters of the layers, once somebody asked for them; else None.
     """
@@ -115,6 +117,7 @@ class CompactStore:
         _check(entries)
         self.version = 0
         self.wants_gradients = False
+        self.granularity = Granularity("weight")
         self.kernels = True
         self.gradients: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.by_layer: LayerParameters | None = None
