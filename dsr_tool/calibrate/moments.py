@@ -83,7 +83,7 @@ def input_moments(module: nn.Module, input_shape: tuple[int, ...], graph: Graph 
         graph: the graph of the module; captured here when absent.
 
     Returns:
-        The moments of each layer. Weights that the output does not depend on are missing.
+        The moments of each layer. Weights that the outputs do not depend on are missing.
 
     Raises:
         UsageError: the module cannot be captured with this input shape.
@@ -91,10 +91,11 @@ def input_moments(module: nn.Module, input_shape: tuple[int, ...], graph: Graph 
     graph = graph or trace(module, input_shape)
     walk, steps = _Walk(graph, module.state_dict()), []
     with np.errstate(all="ignore"):
-        for node, release in live_nodes(graph.nodes, graph.outputs[0].name):
+        outputs = tuple(value.name for value in graph.outputs)
+        for node, release in live_nodes(graph.nodes, outputs):
             steps.append(walk.visit(node))
             walk.forget(release)
-    return InputMoments(walk.found, Paths(tuple(step for step in steps if step.inputs)))
+    return InputMoments(walk.found, Paths(tuple(step for step in steps if step.inputs), outputs))
 
 
 def untrained(state: Mapping[str, torch.Tensor]) -> list[str]:
@@ -174,7 +175,7 @@ class _Walk:
             return [self._layer(node, inputs)]
         if node.op == "BatchNormalization":
             return [normalised(node, inputs)]
-        if node.op in ("LayerNormalization", "InstanceNormalization"):
+        if operator_of(node.op).own_statistics:
             return [own_statistics(node, inputs)]
         if node.op == "MatMul":
             return [self._attention(node, inputs)]

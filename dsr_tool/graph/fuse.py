@@ -1,6 +1,6 @@
 """Graph pass: fuses nodes that one kernel computes, before a graph is lowered.
 
-Requires: nodes in topological order; the requested value is the first output of one of them.
+Requires: nodes in topological order; each requested value is the first output of one of them.
 Does: removes nodes that return their input (Identity, Dropout), so that their readers read that input; replaces the
 pair gate, x * gate(x) by one node (Swish, HardSwish) where nothing else reads the gate.
 Ensures: the requested value is made under its name, with the same numbers up to rounding; the order stays topological;
@@ -21,32 +21,32 @@ from dsr_tool.graph.operators import operator_of
 __all__ = ["fuse"]
 
 
-def fuse(nodes: Sequence[Node], known: Container[str], output: str) -> list[Node]:
+def fuse(nodes: Sequence[Node], known: Container[str], outputs: Container[str]) -> list[Node]:
     """Returns fewer nodes that compute the same; see the module's docstring.
 
     Args:
-        nodes: the nodes that `output` depends on, in topological order.
+        nodes: the nodes that `outputs` depend on, in topological order.
         known: names of weights and constants.
-        output: name of the requested value.
+        outputs: names of the requested values.
     """
-    return _fuse_gates(_remove_identities(nodes, known, output), output)
+    return _fuse_gates(_remove_identities(nodes, known, outputs), outputs)
 
 
-def _remove_identities(nodes: Sequence[Node], known: Container[str], output: str) -> list[Node]:
+def _remove_identities(nodes: Sequence[Node], known: Container[str], outputs: Container[str]) -> list[Node]:
     source: dict[str, str] = {}  # the output of a removed node -> what its readers read instead
     result = []
     for original in nodes:
         node = dataclasses.replace(original, inputs=tuple(source.get(name, name) for name in original.inputs))
         identity = operator_of(node.op).identity and bool(node.inputs)
         # One of a known value stays: it is folded, and folding frees the weight under its own name.
-        if identity and node.inputs[0] not in known and node.outputs[0] != output:
+        if identity and node.inputs[0] not in known and node.outputs[0] not in outputs:
             source[node.outputs[0]] = node.inputs[0]
         else:
             result.append(node)
     return result
 
 
-def _fuse_gates(nodes: Sequence[Node], output: str) -> list[Node]:
+def _fuse_gates(nodes: Sequence[Node], outputs: Container[str]) -> list[Node]:
     readers = Counter(name for node in nodes for name in set(node.inputs))
     gates = {node.outputs[0]: node for node in nodes if _is_gate(node)}
     fused: dict[str, Node] = {}  # the output of a gate that is gone -> the node that computes it too
@@ -55,7 +55,7 @@ def _fuse_gates(nodes: Sequence[Node], output: str) -> list[Node]:
             continue
         for name, x in (node.inputs, node.inputs[::-1]):
             gate = gates.get(name)
-            if gate is not None and gate.inputs == (x,) and readers[name] == 1 and name != output:
+            if gate is not None and gate.inputs == (x,) and readers[name] == 1 and name not in outputs:
                 fused[name] = Node(operator_of(gate.op).gate_of, (x,), node.outputs)
                 break
     replaced = {node.outputs[0]: node for node in fused.values()}

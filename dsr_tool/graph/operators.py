@@ -38,6 +38,7 @@ class Operator:
         arithmetic: the sum, difference, product or quotient of two inputs.
         commutative: two inputs may be swapped.
         pools: what it makes of the entries of a window, an image or an axis: `mean`, `max`, or empty for neither.
+        own_statistics: gives its input a mean of 0 and a variance of 1, measured on that input, before scale and bias.
         gate_of: name of the operator that x * gate(x) is.
         all_outputs: all outputs are computed; of other operators only the first is.
         inert: attributes that do not change what the first output holds at inference.
@@ -58,6 +59,7 @@ class Operator:
     arithmetic: bool = False
     commutative: bool = False
     pools: str = ""
+    own_statistics: bool = False
     gate_of: str = ""
     all_outputs: bool = False
     inert: frozenset[str] = frozenset()
@@ -119,7 +121,8 @@ _ROWS = (
     Operator("AveragePool", windowed=True, by_image=True, pools="mean"),
     Operator("GlobalAveragePool", by_image=True, pools="mean"),
     Operator("GlobalMaxPool", by_image=True, pools="max"),
-    Operator("LayerNormalization", 2, 3, by_row=True, inert=frozenset({"stash_type"})),
+    Operator("InstanceNormalization", 3, 3, own_statistics=True),
+    Operator("LayerNormalization", 2, 3, by_row=True, own_statistics=True, inert=frozenset({"stash_type"})),
     Operator(
         "MaxPool", windowed=True, by_image=True, inert=frozenset({"storage_order"}), pools="max"
     ),  # orders the second output

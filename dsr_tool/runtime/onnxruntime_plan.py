@@ -40,7 +40,7 @@ class _InferenceSession(Protocol):
 
 
 class OnnxRuntimePlan:
-    """Computes the first output of a graph with ONNX Runtime, from dense weights."""
+    """Computes the outputs of a graph with ONNX Runtime, from dense weights."""
 
     def __init__(
         self, session: _InferenceSession, graph: Graph, tensors: Mapping[str, SparseTensor], threads: int
@@ -65,8 +65,8 @@ class OnnxRuntimePlan:
         session = _load(graph, tensors, threads)
         return None if session is None else cls(session, graph, tensors, threads)
 
-    def run(self, x: Array) -> Array:
-        """Computes the output for an input.
+    def run(self, x: Array) -> tuple[Array, ...]:
+        """Computes the outputs for an input, in the order of the graph.
 
         Raises:
             FormatError: ONNX Runtime refuses the input, or fails on it.
@@ -76,7 +76,8 @@ class OnnxRuntimePlan:
         if self._session is None:
             raise FormatError("onnxruntime cannot load the model again in a forked process.")
         try:
-            return np.asarray(self._session.run([self._graph.outputs[0].name], {self._graph.inputs[0].name: x})[0])
+            names = [value.name for value in self._graph.outputs]
+            return tuple(map(np.asarray, self._session.run(names, {self._graph.inputs[0].name: x})))
         except Exception as error:  # its errors have no common class
             raise FormatError(f"onnxruntime cannot run inputs of shape {x.shape}: {first_line(error)}.") from error
 
@@ -123,7 +124,7 @@ def _graph(graph: Graph, tensors: Mapping[str, SparseTensor]) -> bytes:
             _field(2, "model"),
             *(_field(5, _tensor(name, array)) for name, array in arrays.items()),
             *(_field(11, _value(value)) for value in graph.inputs),
-            *(_field(12, _value(value)) for value in graph.outputs[:1]),
+            *(_field(12, _value(value)) for value in graph.outputs),
         ]
     )
 

@@ -60,8 +60,8 @@ class PlanCache:
             self._dense = OnnxRuntimePlan.of(self._graph, self._tensors, threads)
         return "native" if self._dense is None else "onnxruntime"
 
-    def run(self, x: Array) -> Array:
-        """Computes the output for an input."""
+    def run(self, x: Array) -> tuple[Array, ...]:
+        """Computes the outputs for an input, in the order of the graph."""
         if self._dense is not None:
             # The kernels may compute a batch that ONNX Runtime refuses.
             with contextlib.suppress(FormatError):

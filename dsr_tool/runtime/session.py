@@ -28,15 +28,15 @@ RUNTIMES = ("auto", "native", "scipy")
 _MAX_THREADS = 256
 _MAX_EAGER_SIZE = 1 << 28
 """Largest input, in floats, for which a plan is compiled before the first run."""
-_OPENED = frozenset(("config", "input", "output", "runtime", "_graph", "_tensors", "_plan"))
+_OPENED = frozenset(("config", "input", "output", "outputs", "runtime", "_graph", "_tensors", "_plan"))
 """Attributes of a session that follow from its file and its options, so that no pickle holds them."""
 
 
 class Session:
     """A model that is ready to predict, on compiled kernels for sparse weights or on numpy and scipy alone.
 
-    Weights stored as float16 are converted to the type of the input. Of a model with several outputs, the first is
-    computed. Threads may share a session; with compiled kernels, their calls run one after the other.
+    Weights stored as float16 are converted to the type of the input. Threads may share a session; with compiled
+    kernels, their calls run one after the other.
 
     A forked process may go on with a session: it makes threads of its own. A pickle holds the path of the file and the
     options, and opens that file again; a copy shares the weights and has a plan of its own.
@@ -44,7 +44,8 @@ class Session:
     Attributes:
         config: architecture, input shape, preprocessing and labels of the model.
         input: name, shape and type of the array that `run` expects; None in the shape for a free dimension.
-        output: name, shape and type of the array that `run` returns.
+        outputs: names, shapes and types of the arrays that `run_all` returns.
+        output: the first of them, which `run` returns.
         runtime: `native` or `scipy`; `onnxruntime` if `auto` found the model too dense for sparse kernels.
         threads: number of threads that share the work of one call.
     """
@@ -81,7 +82,8 @@ class Session:
         """Takes and decodes a model, and makes its plan."""
         self.config = model.config
         self.input: Value = model.graph.inputs[0]
-        self.output: Value = model.graph.outputs[0]
+        self.outputs: tuple[Value, ...] = model.graph.outputs
+        self.output: Value = self.outputs[0]
         # Absolute, since a process that opens it again may have another current folder.
         self._path = model.path.absolute()
         self._graph, self._tensors = decode(model)
@@ -147,13 +149,17 @@ class Session:
         return self._plan.memory if isinstance(self._plan, PlanCache) else None
 
     def run(self, x: Array) -> Array:
+        """Predicts a batch as `run_all` does, and returns the first output, an array whose first axis is the batch."""
+        return self.run_all(x)[self.output.name]
+
+    def run_all(self, x: Array) -> dict[str, Array]:
         """Predicts a batch.
 
         Args:
             x: an array of the shape and type of `input`, usually float32 (batch, channels, height, width).
 
         Returns:
-            The first output of the model; its first axis is the batch.
+            Every output of the model by name, in the order of `outputs`; the caller may change the arrays.
 
         Raises:
             FormatError: a value does not fit the operator that reads it, or the values need too much memory.
@@ -171,7 +177,7 @@ class Session:
                 f"input of type {x.dtype} does not fit; the model expects {self.input.dtype}, so convert it with "
                 f"astype."
             )
-        return self._plan.run(x)
+        return dict(zip((value.name for value in self.outputs), self._plan.run(x), strict=True))
 
 
 def _checksum(tensors: Mapping[str, SparseTensor]) -> int:

@@ -115,7 +115,7 @@ def compacted(builder: Builder, output: str) -> tuple[Graph, dict[str, SparseTen
     x = np.random.default_rng(1).standard_normal((3, 4, SIZE, SIZE)).astype(np.float32)
     before = onnxruntime_runs(graph, tensors, x)
     scale = float(np.abs(before).max()) + 1e-30
-    for run in (onnxruntime_runs(result.graph, result.tensors, x), Interpreter(result.graph, result.tensors).run(x)):
+    for run in (onnxruntime_runs(result.graph, result.tensors, x), *Interpreter(result.graph, result.tensors).run(x)):
         assert run.shape == before.shape
         np.testing.assert_allclose(run, before, rtol=0, atol=1e-5 * scale)
     return graph, tensors, result

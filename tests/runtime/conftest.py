@@ -67,7 +67,7 @@ def _interpret(op: str, arrays: list[np.ndarray | None], outputs: int, attribute
         tuple(tensors),
         OPSET,
     )
-    return Interpreter(graph, tensors).run(arrays[0])
+    return Interpreter(graph, tensors).run(arrays[0])[0]
 
 
 @pytest.fixture(scope="session")
@@ -135,7 +135,7 @@ def both() -> Callable[..., Plan]:
     ) -> Plan:
         last = nodes[-1].outputs[0]
         graph = Graph((Value("x", x.shape),), (Value(last, ()),), tuple(nodes), constants or {}, tuple(tensors), OPSET)
-        expected = Interpreter(graph, tensors).run(x)
+        (expected,) = Interpreter(graph, tensors).run(x)
         # Packed weights are cached by name, and the previous test used the same names for other weights.
         machine.packs.clear()
         plan = Plan(graph, tensors, x.shape, machine)
@@ -145,7 +145,7 @@ def both() -> Callable[..., Plan]:
             # Freed memory may hold the reference's result, and an op that writes nothing would return it as its own.
             # So arrays of NaN are freed first; numpy keeps up to seven of one size, and hands them out again.
             [np.full(expected.shape, np.nan, np.float32) for _ in range(8)]
-            found = plan.run(x)
+            (found,) = plan.run(x)
             assert found.shape == expected.shape
             assert found.dtype == expected.dtype
             scale = float(np.abs(expected[np.isfinite(expected)]).max(initial=0))

@@ -225,6 +225,6 @@ def test_results_are_bit_identical_for_any_number_of_threads(sparse):
     x = rng.standard_normal((1, 16, 31, 29)).astype(np.float32)
     tensors = {"w": sparse(rng, (33, 16, 3, 3), 0.2)}
     graph = Graph((Value("x", x.shape),), (Value("y", ()),), (Node("Conv", ("x", "w"), ("y",)),), {}, ("w",), 20)
-    results = [Plan(graph, tensors, x.shape, Machine(library(), threads)).run(x) for threads in (1, 2, 5)]
+    results = [Plan(graph, tensors, x.shape, Machine(library(), threads)).run(x)[0] for threads in (1, 2, 5)]
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])

@@ -57,7 +57,9 @@ def test_the_serialized_model_computes_what_the_reference_computes():
     weights = tensors(1.0)
     plan = OnnxRuntimePlan.of(graph(tuple(weights)), weights, 1)
     assert plan is not None
-    np.testing.assert_allclose(plan.run(X), Interpreter(graph(tuple(weights)), weights).run(X), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        plan.run(X)[0], Interpreter(graph(tuple(weights)), weights).run(X)[0], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_there_is_no_plan_without_onnxruntime(monkeypatch):

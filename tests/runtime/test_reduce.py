@@ -42,6 +42,13 @@ def test_layer_norm_agrees(agree, axis):
     agree("LayerNormalization", X, scale, axis=axis)
 
 
+@pytest.mark.parametrize("rank", [3, 4])
+def test_instance_norm_agrees(agree, rank):
+    x = X.reshape(2, 3, 4, 5)[(..., *[0] * (4 - rank))]
+    scale, bias = (RNG.standard_normal(3).astype(np.float32) for _ in range(2))
+    agree("InstanceNormalization", x, scale, bias, epsilon=1e-3)
+
+
 @pytest.mark.parametrize("rank", [2, 3, 4])
 def test_batch_norm_agrees(agree, rank):
     x = X.reshape(2, 3, 4, 5)[(..., *[0] * (4 - rank))]

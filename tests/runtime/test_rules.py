@@ -173,7 +173,7 @@ def test_a_rule_that_raises_is_a_fallback_that_names_the_error(machine, both, mo
     assert fallback.reason.startswith(f"failed: {error.__name__}: ")
     assert "a typo" in fallback.reason
     assert "(test_rules.py:" in fallback.reason
-    np.testing.assert_allclose(plan.run(case.input()), Interpreter(case.graph(), {}).run(case.input()), atol=1e-6)
+    np.testing.assert_allclose(plan.run(case.input())[0], Interpreter(case.graph(), {}).run(case.input())[0], atol=1e-6)
     with pytest.raises(AssertionError, match="a typo"):
         both(machine, list(case.nodes), {}, case.input(), fallback=("Tanh",))
 

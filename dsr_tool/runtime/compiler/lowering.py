@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -72,18 +72,19 @@ class Lowering:
             for name in node.inputs:
                 self._readers.setdefault(name, []).append(i)
 
-    def begin(self, name: str, shape: tuple[int, ...], output: str) -> None:
+    def begin(self, name: str, shape: tuple[int, ...], outputs: Iterable[str]) -> None:
         """Begins the first segment.
 
         Args:
             name: the input of the graph.
             shape: its shape, the batch first.
-            output: the value that the plan returns.
+            outputs: the values that the plan returns.
         """
         self.images = shape[0]
         self.start(self.images)
         self.shapes[name] = shape
-        self._readers.setdefault(output, []).append(len(self.nodes))
+        for output in outputs:
+            self._readers.setdefault(output, []).append(len(self.nodes))
 
     def start(self, batch: int | None = None) -> None:
         """Begins a new segment: values that were made before come back as arrays.

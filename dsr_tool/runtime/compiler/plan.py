@@ -24,7 +24,7 @@ __all__ = ["Plan"]
 
 
 class Plan:
-    """The first output of a graph as a function of an input of one shape.
+    """The outputs of a graph as a function of an input of one shape.
 
     Attributes:
         steps: segments of ops and fallbacks, in order.
@@ -39,7 +39,7 @@ class Plan:
         machine: Machine,
         folded: Folded | None = None,
     ) -> None:
-        """Lowers every node that the first output depends on; fallbacks run once, on zeros, to learn their shapes.
+        """Lowers every node that the outputs depend on; fallbacks run once, on zeros, to learn their shapes.
 
         Args:
             graph: one input of float32.
@@ -54,21 +54,21 @@ class Plan:
             FormatError: the weights do not fit the graph, or values take too much memory.
         """
         check_opset(graph)
-        self._input, self._output = graph.inputs[0].name, graph.outputs[0].name
+        self._input, self._outputs = graph.inputs[0].name, tuple(value.name for value in graph.outputs)
         self._machine = machine
         self.steps: list[KernelStep | FallbackStep] = []
         constants = Constants({**graph.constants, **{name: tensors[name] for name in graph.parameters}})
         self._folding_limit = folding_limit(constants.nbytes)
         self._running_limit = running_limit(4 * math.prod(shape))
-        nodes = fuse([node for node, _ in live_nodes(graph.nodes, self._output)], constants, self._output)
+        nodes = fuse([node for node, _ in live_nodes(graph.nodes, self._outputs)], constants, self._outputs)
         self._low = Lowering(nodes, constants, machine.target, RULES)
-        self._low.begin(self._input, shape, self._output)
+        self._low.begin(self._input, shape, self._outputs)
         # The values of a first run, on zeros, which goes along with the lowering.
         self._samples: dict[str, Array] = {self._input: np.zeros(shape, np.float32)}
         with np.errstate(all="ignore"):
             self.coverage = self._compile(nodes, constants, {} if folded is None else folded)
         del self._samples, self._low
-        self._constant = constants.dense(self._output) if self._output in constants else None
+        self._constants = {name: constants.dense(name) for name in self._outputs if name in constants}
 
     @property
     def cost(self) -> float:
@@ -86,8 +86,8 @@ class Plan:
         """
         return memory_of(self.steps, (self._input,), kept)
 
-    def run(self, x: Array) -> Array:
-        """Computes the first output for an input of the plan's shape.
+    def run(self, x: Array) -> tuple[Array, ...]:
+        """Computes the outputs, in the order of the graph, for an input of the plan's shape.
 
         Raises:
             FormatError: a value does not fit the operator that reads it, or values take too much memory.
@@ -96,8 +96,8 @@ class Plan:
         with memory_limit(self._running_limit), np.errstate(all="ignore"):
             for step in self.steps:
                 step.run(values)
-        result = values[self._output] if self._constant is None else self._constant
-        return for_caller(result, shared=self._constant is not None)
+        values |= self._constants
+        return for_caller((values[name] for name in self._outputs), (x, *self._constants.values()))
 
     def _compile(self, nodes: Sequence[Node], constants: Constants, folded: Folded) -> Coverage:
         """Folds, lowers or falls back, node by node."""
@@ -125,9 +125,7 @@ class Plan:
                 self._fall_back(i, node, constants)
             else:
                 lowered += 1
-        if self._output not in constants:
-            low.array(self._output)
-            self._end_segment()
+        self._export(len(nodes))
         return Coverage(lowered + len(fallbacks), tuple(fallbacks))
 
     def _lower(self, index: int) -> Fallback | None:

@@ -31,14 +31,14 @@ class _Step:
 
 
 class Interpreter:
-    """Computes the first output of a graph from its input.
+    """Computes the outputs of a graph from its input.
 
     Values that depend on weights and constants alone are computed once, at the start. Weights of convolutions and
     matrix products are kept as matrices, sparse ones as CSR; every other value is freed after its last use.
     """
 
     def __init__(self, graph: Graph, tensors: Mapping[str, SparseTensor], folded: Folded | None = None) -> None:
-        """Prepares every node that the first output depends on.
+        """Prepares every node that the outputs depend on.
 
         Args:
             graph: one input; operators of ONNX, operator set 18 or newer.
@@ -50,7 +50,7 @@ class Interpreter:
             FormatError: the weights do not fit the graph, or the values computed from them need too much memory.
         """
         check_opset(graph)
-        self._input, self._output = graph.inputs[0].name, graph.outputs[0].name
+        self._input, self._outputs = graph.inputs[0].name, tuple(value.name for value in graph.outputs)
         self._steps: list[_Step] = []
         self._constants: dict[str, Array] = {}
         known: dict[str, Weight] = {**graph.constants, **{name: tensors[name] for name in graph.parameters}}
@@ -61,7 +61,7 @@ class Interpreter:
         limit, total = folding_limit(sum(map(dense_bytes, known.values()))), 0
         # Infinities and NaN follow IEEE, as the standard asks; the caller judges the result.
         with memory_limit(limit), np.errstate(all="ignore"):
-            for node, release in live_nodes(nodes, self._output):
+            for node, release in live_nodes(nodes, self._outputs):
                 call = bind(node, known)
                 if all(name in known for name in call.inputs if name):
                     outputs = done.get(node.outputs) or fold(call, known)
@@ -73,11 +73,10 @@ class Interpreter:
                     self._steps.append(_Step(call, release))
                 for name in release:
                     known.pop(name, None)
-        if self._output in known:
-            self._constants[self._output] = dense(known[self._output])
+        self._constants.update({name: dense(known[name]) for name in self._outputs if name in known})
 
-    def run(self, x: Array) -> Array:
-        """Computes the first output.
+    def run(self, x: Array) -> tuple[Array, ...]:
+        """Computes the outputs, in the order of the graph.
 
         Args:
             x: the input, of the shape and type that the graph declares.
@@ -99,12 +98,18 @@ class Interpreter:
                     # Constants stay in memory for the next run, so their bytes are not freed.
                     total -= values[name].nbytes if name in values and name not in self._constants else 0
                     values.pop(name, None)
-        return for_caller(values[self._output], shared=self._output in self._constants)
+        return for_caller((values[name] for name in self._outputs), (x, *self._constants.values()))
 
 
-def for_caller(array: Array, *, shared: bool) -> Array:
-    """Returns a contiguous array that the caller may change: a copy of one that is `shared` with later runs."""
-    return np.array(array, order="C") if shared or not array.flags.owndata else np.asarray(array, order="C")
+def for_caller(arrays: Iterable[Array], shared: Iterable[Array]) -> tuple[Array, ...]:
+    """Returns contiguous arrays that the caller may change: copies of what is `shared`, a view, or there twice."""
+    taken = {id(array) for array in shared}
+    results = []
+    for array in arrays:
+        own = array.flags.owndata and id(array) not in taken
+        taken.add(id(array))
+        results.append(np.asarray(array, order="C") if own else np.array(array, order="C"))
+    return tuple(results)
 
 
 def check_opset(graph: Graph) -> None:
@@ -116,26 +121,26 @@ def check_opset(graph: Graph) -> None:
         )
 
 
-def live_nodes(nodes: Sequence[Node], output: str) -> Iterable[tuple[Node, tuple[str, ...]]]:
-    """Returns the nodes that `output` depends on, in order, each with the values that no later node reads.
+def live_nodes(nodes: Sequence[Node], outputs: Iterable[str]) -> Iterable[tuple[Node, tuple[str, ...]]]:
+    """Returns the nodes that `outputs` depend on, in order, each with the values that no later node reads.
 
     Raises:
         UsageError: a value is read that is an output which the reference does not compute, such as the indices of
             MaxPool.
     """
     # Backwards, so that the first reader met of a value is the last one to run.
-    later = {output}
+    later = set(outputs)
     result: list[tuple[Node, tuple[str, ...]]] = []
     for node in reversed(nodes):
-        outputs = {name for name in node.outputs if name}
-        if not outputs & later:
+        made = {name for name in node.outputs if name}
+        if not made & later:
             continue
-        if (extra := outputs & later - {node.outputs[0]}) and not operator_of(node.op).all_outputs:
+        if (extra := made & later - {node.outputs[0]}) and not operator_of(node.op).all_outputs:
             raise UsageError(
                 f"output {min(extra)[:80]!r} of operator {node.op} is read, but only its first output is supported; "
                 f"replace that layer."
             )
-        touched = outputs | {name for name in node.inputs if name}
+        touched = made | {name for name in node.inputs if name}
         result.append((node, tuple(sorted(touched - later))))
         later |= touched
     return reversed(result)

@@ -85,8 +85,20 @@ def _batch_norm(
     return result
 
 
+def _instance_norm(x: Array, scale: Array, bias: Array, *, epsilon: float = 1e-5) -> Array:
+    if not scale.shape == bias.shape == x.shape[1:2]:
+        raise FormatError(f"scale and bias must have shape {x.shape[1:2]}, one entry for each channel.")
+    axes, per_channel = tuple(range(2, x.ndim)), (-1, *(1 for _ in x.shape[2:]))
+    result: Array = x - mean(x, axes, keep=True)
+    variance = mean(np.square(result), axes, keep=True)
+    result *= scale.reshape(per_channel) / np.sqrt(variance + np.asarray(epsilon, x.dtype))
+    result += bias.reshape(per_channel)
+    return result
+
+
 FUNCTIONS: dict[str, NumpyFunction] = {
     "BatchNormalization": _batch_norm,
+    "InstanceNormalization": _instance_norm,
     "LayerNormalization": _layer_norm,
     "ReduceL2": _reduction(_l2),
     "ReduceMean": _reduction(mean),
