@@ -110,8 +110,8 @@ def pattern_notes(sparsifier: Sparsifier, total: int) -> list[str]:
         "N:M": f"of every {granularity.group} consecutive input channels {granularity.kept} have an active weight, for "
         f"each output and each position of a kernel",
     }[granularity.kind]
-    missing = total - sum(sparsifier.counts(total).values())
-    less = f"; so {missing:,} fewer weights are active than the {total:,} that were allowed" if missing else ""
+    active = sum(sparsifier.counts(total).values())
+    less = f"; so {active:,} are active, {total - active:,} below the {total:,} allowed" if active < total else ""
     return [f"granularity {granularity}: {meaning}{less}"]
 
 

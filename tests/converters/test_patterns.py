@@ -134,7 +134,7 @@ def test_every_output_has_the_same_fan_in(distribution, positions):
     allowed, steps = round(model.prunable_weights * 0.3), {mask.shape[0] for mask in model.masks.values()}
     missing = allowed - model.active_weights
     assert 0 <= missing < min(steps)
-    said = f"so {missing} fewer weights are active than the {allowed:,} that were allowed"
+    said = f"so {model.active_weights:,} are active, {missing} below the {allowed:,} allowed"
     assert (said in fitted[0].notes[-1]) == (missing > 0)
     assert fitted[0].notes[-1].startswith("granularity fan-in: every output of a layer")
 

@@ -134,6 +134,15 @@ def test_whole_kernels_stay_whole_in_a_calibration(trained):
             assert torch.equal(mask.flatten(2).any(2), mask.flatten(2).all(2))
 
 
+@pytest.mark.parametrize("granularity, options", [("2:4", {}), ("fan-in", {"sparsity": 0.6})])
+def test_patterns_hold_in_a_calibration(trained, granularity, options):
+    model, fitted = convert_trained(trained, calibrate=pictures(16), granularity=granularity, **options)
+    model.check()
+    assert str(model.granularity) == granularity and model.masks
+    assert any(note.startswith(f"granularity {granularity}: ") for note in fitted.notes)
+    assert model.config.conversion["distribution"] == ("uniform" if granularity == "2:4" else "output")
+
+
 def test_a_module_is_calibrated_in_place(trained):
     net = copy.deepcopy(trained[2])
     model = convert(net, sparsity=0.7, calibrate=pictures(16))

@@ -157,6 +157,7 @@ def test_a_run_killed_at_random_moments_resumes_to_the_same_bits(tiny, tmp_path,
         {"options": {"cross_layer": False, "threshold": 0.05}},
         {"options": {"threshold": 0.05}, "granularity": "kernel"},
         {"method": "set", "granularity": "kernel"},
+        {"method": "rigl", "granularity": "fan-in"},
     ],
 )
 def test_every_optimizer_and_variant_resumes(tiny, tmp_path, changes):
