@@ -29,6 +29,7 @@ __all__ = [
     "Codec",
     "Column",
     "Streams",
+    "column_bytes",
     "decoder_of",
     "encode_smallest",
     "is_codec",
@@ -71,7 +72,7 @@ class Codec:
         decode: returns the tensor of streams, shape, number of active entries and dtype. Raises `FormatError` if they
             disagree in any way: streams come from untrusted files.
         size: returns the bytes of the streams without making them; None if only encoding tells.
-        column: column in reports; None if reports show it otherwise.
+        column: column in reports, which codecs may share; None if reports show it otherwise.
         least: returns a quick lower bound of the bytes, by which a writer can skip the encoding; None without one.
         fits: returns whether the codec can hold a tensor; most hold any.
     """
@@ -194,6 +195,8 @@ def _decode_delta(
     return checked(decode_runs(runs, shape, active), decode_planes(planes, active, dtype), active, dtype)
 
 
+_CODED = Column("coded", "Coded, as in an archive")
+
 # --- the table -------------------------------------------------------------------------------------------
 
 CODECS: dict[str, Codec] = {
@@ -221,7 +224,7 @@ CODECS: dict[str, Codec] = {
             "most sparse weights: within 2 % of the entropy of the mask",
             _encode_delta,
             _decode_delta,
-            column=Column("coded", "Coded, as in an archive"),
+            column=_CODED,
         ),
         Codec(
             "palette",
@@ -230,7 +233,7 @@ CODECS: dict[str, Codec] = {
             decode_palette,
             least=least_palette_bytes,
         ),
-        Codec("nm", "weights with a mask N:M, such as 2:4", encode_nm, decode_nm, fits=is_nm),
+        Codec("nm", "weights with a mask N:M, such as 2:4", encode_nm, decode_nm, column=_CODED, fits=is_nm),
     )
 }
 """Codecs by name, from the simplest to the most elaborate: of two equally small ones the writer takes the earlier."""
@@ -274,6 +277,17 @@ def encode_smallest(tensor: SparseTensor, codecs: Mapping[str, Codec] = CODECS) 
 
 
 def size_columns(codecs: Mapping[str, Codec] = CODECS) -> dict[str, Column]:
-    """Returns the columns of reports by codec, sorted by the name of the column."""
-    columns = {name: codec.column for name, codec in codecs.items() if codec.column}
-    return dict(sorted(columns.items(), key=lambda item: item[1].name))
+    """Returns the columns of reports by the first codec of each, sorted by the name of the column."""
+    first: dict[Column, str] = {}
+    for name, codec in codecs.items():
+        if codec.column:
+            first.setdefault(codec.column, name)
+    return {name: column for column, name in sorted(first.items(), key=lambda item: item[0].name)}
+
+
+def column_bytes(tensor: SparseTensor, codecs: Mapping[str, Codec] = CODECS) -> dict[str, int]:
+    """Returns the bytes of a tensor in each column of reports, those of its smallest codec, by the column's first."""
+    return {
+        first: min(one.nbytes(tensor) for one in codecs.values() if one.column == column and one.fits(tensor))
+        for first, column in size_columns(codecs).items()
+    }

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsr_tool.formats.codecs import CODECS, size_columns
+from dsr_tool.formats.codecs import column_bytes, size_columns
 from dsr_tool.formats.coding import encode_planes
 from dsr_tool.formats.value_bits import entropy_bits
 from dsr_tool.sparsity.grid import GridTensor
@@ -29,7 +29,7 @@ class Sizes:
         parameters: number of entries, zeros included.
         active: number of entries that may differ from zero.
         dense_bytes: bytes of all entries in their own type, without a mask.
-        codec_bytes: exact bytes by name of the codec, for the codecs that have a column in reports.
+        codec_bytes: exact bytes of the smallest codec of each column in reports, by the name of its first.
         bound_bytes: least bytes of an entropy-coded mask, log2 C(parameters, active) bits or with N:M log2 C(M, N) for
             each group, and of raw active values; of weights on a grid, their scales and the entropy of their codes.
         dense_macs: multiply-adds for one input with all weights.
@@ -197,10 +197,11 @@ def _measure(tensor: SparseTensor, spec: LayerSpec) -> Sizes:
         # Each codec with codes of a byte in place of floats; scales come on top of any.
         codes, scales = SparseTensor(tensor.mask, tensor.codes), encode_planes(tensor.scales).nbytes
         sparse = spec.role == "sparse"
-        codecs = {name: (CODECS[name].nbytes(codes) if sparse else size) + scales for name in size_columns()}
+        stored = column_bytes(codes) if sparse else dict.fromkeys(size_columns(), size)
+        codecs = {name: nbytes + scales for name, nbytes in stored.items()}
         bound = math.ceil((pattern_bits(tensor.mask) + entropy_bits(tensor)) / 8) + scales
     elif spec.role == "sparse":
-        codecs = {name: CODECS[name].nbytes(tensor) for name in size_columns()}
+        codecs = column_bytes(tensor)
         bound = math.ceil(pattern_bits(tensor.mask) / 8) + active * width
     else:
         # The columns compare ways to store sparse weights; dense tensors are the same constant in each.

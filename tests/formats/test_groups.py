@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dsr_tool.errors import FormatError, UsageError
 from dsr_tool.formats import manifest
 from dsr_tool.formats.archive import open_archive, write_archive
-from dsr_tool.formats.codecs import CODECS, encode_smallest
+from dsr_tool.formats.codecs import CODECS, column_bytes, encode_smallest, size_columns
 from dsr_tool.formats.footprint import footprint
 from dsr_tool.formats.grid import GRIDS, encode_smallest_grid
 from dsr_tool.formats.groups import decode_groups, encode_groups, groups_bytes
@@ -201,3 +201,11 @@ def test_the_bound_of_a_footprint_knows_the_pattern():
     bound = footprint({"w": tensor}, specs).prunable.bound_bytes
     assert bound == math.ceil(80 * math.log2(6) / 8) + tensor.values.nbytes
     assert bound < math.ceil(tensor.mask.entropy_bound_bits / 8) + tensor.values.nbytes
+
+
+def test_the_column_of_coded_bytes_is_that_of_the_smaller_codec():
+    both = {name: CODECS[name].nbytes(weights(drawn((64, 64), 2, 4))) for name in ("delta", "nm")}
+    assert column_bytes(weights(drawn((64, 64), 2, 4)))["delta"] == both["nm"] < both["delta"]
+    other = weights(Mask.from_bool(np.random.default_rng(0).random((64, 64)) < 0.3))
+    assert column_bytes(other)["delta"] == CODECS["delta"].nbytes(other)
+    assert [column.name for column in size_columns().values()] == ["CSR", "bitmask", "coded"]
