@@ -162,8 +162,8 @@ def _closing(source: Source, values: Mapping[str, Any] | None) -> list[str]:
         f"size on disk {measured.file_bytes:,}, computed {measured.computed_bytes:,}: {agree}; "
         f"{_dense(measured)} {measured.everything.dense_bytes:,}, entropy bound {measured.everything.bound_bytes:,}",
         f"MB are 10^6 bytes; MMACs are millions of multiply-adds for one input of {size}, with active weights and with "
-        "all; coded: run lengths or groups N:M, and byte planes, Huffman-coded; bound: log2 C(parameters, active) bits, "
-        "or with N:M log2 C(M, N) for each group, and raw values, or the entropy of codes",
+        "all; coded: run lengths or groups N:M, and byte planes, Huffman-coded; bound: log2 C(parameters, active) bits "
+        "(of N:M, log2 C(M, N) for each group) and raw values, or the entropy of codes",
     ]
 
 
