@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from itertools import accumulate
 
 import torch
@@ -14,14 +14,15 @@ __all__ = ["grow_in_blocks", "with_room"]
 
 
 def grow_in_blocks(
-    weights: ActiveWeights, drop: torch.Tensor, scores: Sequence[torch.Tensor], *, again: bool
+    weights: ActiveWeights, drop: torch.Tensor, scores: Iterable[torch.Tensor], *, again: bool
 ) -> tuple[Positions, Positions]:
     """Grows in every block as many weights as are pruned there, where a score is largest.
 
     Args:
         weights: the active weights, with blocks.
         drop: boolean vector over them, True for those to prune; changed in place.
-        scores: a number for each position of each layer, flat, shapes (size,); magnitudes count.
+        scores: a number for each position of each layer, flat, shapes (size,), read one layer at a time; magnitudes
+            count.
         again: whether pruned weights may be chosen too; those that are stay, with their values, as in `regrow`.
 
     Returns:

@@ -65,7 +65,7 @@ class SET(Method):
         if weights.blocks:
             drop = with_room(weights, smallest(weights, counts))
             # Random scores choose among the free positions of a block, each equally likely.
-            scores = [torch.rand(size, device=drop.device, generator=generator) for size in weights.sizes]
+            scores = (torch.rand(size, device=drop.device, generator=generator) for size in weights.sizes)
             return Reallocation(*grow_in_blocks(weights, drop, scores, again=False))
         dropped = Positions(weights.sizes, tuple(counts), weights.positions.flat[smallest(weights, counts)])
         return Reallocation(dropped, at_random(weights, counts, generator))
