@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import distributed, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from converters.conversion import convert
 from converters.loading import load
@@ -92,7 +93,7 @@ def kill_at(moment, when):
 
     on_loss(look)
     if moment == "step":
-        torch.optim.optimizer.register_optimizer_step_pre_hook(die)
+        register_optimizer_step_pre_hook(die)
     if moment == "evaluation":
         loop.evaluate = and_die(loop.evaluate)
     if moment == "saving":
