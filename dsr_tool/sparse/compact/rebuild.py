@@ -6,6 +6,7 @@ replaced by a note to build it again, and its gradient is cut down to the active
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,8 +90,9 @@ class _Rebuild(torch.autograd.Function):
         return flat.index_select(0, layer.store.positions_of(layer.name).long()), None
 
 
-_LIVE: dict[int, tuple[StorageWeakRef, Rebuilt]] = {}
-"""The dense weights that exist now, by the address of their storage's head, which a weak reference keeps taken."""
+_LIVE: dict[int, tuple[StorageWeakRef, weakref.ref[CompactStore], str]] = {}
+"""The dense weights that exist now, with their stores and the names of their layers, by the address of their storage's
+head, which a weak reference keeps taken. A store of which nothing else is left must not stay in memory for this."""
 
 
 def rebuild(values: torch.Tensor, layer: Rebuilt) -> torch.Tensor:
@@ -101,10 +103,10 @@ def rebuild(values: torch.Tensor, layer: Rebuilt) -> torch.Tensor:
         layer: the layer.
     """
     dense: torch.Tensor = _Rebuild.apply(values, layer)
-    for key in [key for key, (reference, _) in _LIVE.items() if reference.expired()]:
+    for key in [key for key, (reference, *_) in _LIVE.items() if reference.expired()]:
         del _LIVE[key]
     storage = dense.untyped_storage()
-    _LIVE[storage._cdata] = (StorageWeakRef(storage), layer)
+    _LIVE[storage._cdata] = (StorageWeakRef(storage), weakref.ref(layer.store), layer.name)
     return dense
 
 
@@ -131,9 +133,10 @@ class _Note:
 
 def _pack(tensor: torch.Tensor) -> torch.Tensor | _Note:
     known = _LIVE.get(tensor.untyped_storage()._cdata)
-    if known is None or known[0].expired():
+    store = None if known is None or known[0].expired() else known[1]()
+    if known is None or store is None:
         return tensor
-    layer = known[1]
+    layer = Rebuilt(store, known[2])
     values = layer.store.values_of(layer.name).detach()
     size, stride, offset = tensor.size(), tensor.stride(), int(tensor.storage_offset())
     return _Note(layer, values, values._version, layer.store.version, size, stride, offset)

@@ -1,6 +1,7 @@
 """Rebuilt weights: right gradients, and no dense tensor that stays."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -69,3 +70,13 @@ def test_modules_called_by_themselves_have_gradients_too(pair):
     layer = compact.store.layers["first.weight"]
     gradient = compact.module.sparse_values.grad[layer.start : layer.start + layer.count]
     assert torch.equal(gradient, masked.module.first.weight.grad[mask])
+
+
+def test_a_network_that_nobody_uses_is_freed(pair):
+    _, compact = pair()
+    with torch.no_grad():
+        assert compact.module.state_dict()
+    store = weakref.ref(compact.store)
+    del compact, _
+    gc.collect()
+    assert store() is None
