@@ -80,6 +80,30 @@ def test_lamp_is_the_definition_of_the_paper(seed, position):
     assert Lamp(weights).counts(total, [0] * 5) == lamp_referee(weights, total)
 
 
+class Read(list):
+    """Layers that count how often one is asked for."""
+
+    times = 0
+
+    def __getitem__(self, index):
+        self.times += 1
+        return super().__getitem__(index)
+
+
+@given(st.integers(0, 2**32 - 1), st.lists(st.integers(0, 99), min_size=2, max_size=6))
+def test_lamp_answers_any_number_of_totals_and_reads_each_layer_three_times_at_most(seed, positions):
+    rng = np.random.default_rng(seed)
+    weights = Read(rng.normal(size=rng.integers(2, 60)) * rng.integers(0, 3) for _ in range(5))
+    size = sum(weight.size for weight in weights)
+    lamp, totals = Lamp(weights), [size * position // 99 for position in positions]
+    found = [lamp.counts(total, [0] * 5) for total in totals]
+    assert weights.times <= 15
+    assert found == [Lamp(list(weights)).counts(total, [0] * 5) for total in totals]
+    lamp = Lamp(weights := Read(weights))
+    lamp.counts(totals[0], [0] * 5)
+    assert weights.times == 10
+
+
 def test_lamp_ignores_the_scale_of_a_layer():
     rng = np.random.default_rng(0)
     weights = [rng.normal(size=(20, 30)), rng.normal(size=(10, 20))]
