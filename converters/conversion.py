@@ -25,7 +25,10 @@ from dsr_tool.sparse.model import STORAGES, SparseModel
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.density_file import PREFIX, DensityFile
 
-__all__ = ["convert"]
+__all__ = ["AUTO", "convert"]
+
+AUTO = "auto"
+"""Value of `storage` that leaves the model as the conversion made it."""
 
 
 def convert(
@@ -89,7 +92,8 @@ def convert(
             network change least: a folder, a tensor of shape (N, *input_shape), or a loader.
         calibration_images: largest number of these pictures; default 256.
         allow_starved: whether layers may be left with so few weights that they carry no signal.
-        storage: how the model holds its sparse weights, see `SparseModel`.
+        storage: how the model holds its sparse weights, see `SparseModel`; or `auto` for a model that is only saved:
+            however the conversion made it.
         on_fitted: called with the model and the budget that it meets.
         on_progress: receives the steps of the calibration that are done, and all of them.
 
@@ -100,8 +104,8 @@ def convert(
         CheckFailed: the original weights cannot be made again, or the network computes with a denser function of its
             sparse weights.
     """
-    if storage not in STORAGES:
-        raise unknown_name("storage", storage, STORAGES)
+    if storage not in (*STORAGES, AUTO):
+        raise unknown_name("storage", storage, (*STORAGES, AUTO))
     if seed is not None and not 0 <= seed < 1 << 63:
         raise UsageError(f"seed {seed} is not allowed; give a whole number from 0 to 2^63 - 1.")
     # A structure needs to know whether a seed was given; the others take 0.
@@ -149,10 +153,12 @@ def convert(
         told = on_progress or (lambda _, __: None)
         options = None if calibrate is None else CalibrationOptions(calibrate, images, told)
         fitted = _to_budget(network, selection, sparsity, budget, options)
-    require_zeros(fitted.model)
+    # A network that is compact already was pruned weight by weight, since it computes with nothing but its weights.
+    if fitted.model.storage == "masked":
+        require_zeros(fitted.model)
     if on_fitted is not None:
         on_fitted(fitted)
-    return fitted.model.to_storage(storage)
+    return fitted.model if storage == AUTO else fitted.model.to_storage(storage)
 
 
 def _to_budget(
@@ -171,7 +177,9 @@ def _to_budget(
     given = None if from_file else parse_budget(sparsity, budget, pattern)
     if options is None and selection.distribution == OUTPUT:
         raise UsageError("--distribution output needs --calibrate, a folder of pictures; give that too.")
-    prepared = prepare(network, selection)
+    # Pictures run through the dense network, and sizes in bytes are those of archives of the whole model.
+    in_file = options is None and (given is None or given.kind != "bytes")
+    prepared = prepare(network, selection, in_file=in_file)
     if options is not None and not (prepared.trained or prepared.may_be_trained):
         raise UsageError("--calibrate keeps what trained weights do, and these are random; give --weights.")
     file = density_file(prepared, selection)

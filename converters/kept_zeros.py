@@ -13,6 +13,7 @@ from converters.budgets import Fitted
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.contract import require_values
 from dsr_tool.sparse.discover import Rules, discover
+from dsr_tool.sparse.in_file import read
 from dsr_tool.sparse.macs import with_macs
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.budget import Budget
@@ -122,4 +123,4 @@ def _share(module: nn.Module, names: Sequence[str]) -> float:
     """Returns the fraction of zeros among some weights; 0 for none."""
     parameters = dict(module.named_parameters())
     total = sum(parameters[name].numel() for name in names)
-    return 1 - sum(int(torch.count_nonzero(parameters[name])) for name in names) / total if total else 0.0
+    return 1 - sum(int(torch.count_nonzero(read(parameters[name]))) for name in names) / total if total else 0.0

@@ -23,11 +23,14 @@ from converters.foreign_files import foreign_kind
 from dsr_tool.errors import FormatError, join_words
 from dsr_tool.files import require_file
 from dsr_tool.formats.tensor_file import is_safetensors
+from dsr_tool.sparse.in_file import CAN_MAP
 
 __all__ = ["read_file", "without_tensors"]
 
 _START_BYTES = 16
 """Bytes of a file that are read to recognise safetensors."""
+_ZIP = b"PK\x03\x04"
+"""First bytes of a zip file, which torch.save has written since 1.6."""
 
 _MODULES = ("torch.nn.modules.", "torch.nn.parallel.", "torchvision.models.", "timm.")
 """Starts of names that only the pickle of a whole network has."""
@@ -158,10 +161,14 @@ def _count_arrays(content: object) -> int:
 def _read(path: Path) -> object:
     # By content: files of either kind are called `.bin`. torch.load gets the open file, since it goes by names as well.
     with path.open("rb") as file, warnings.catch_warnings(), _listed():
-        if is_safetensors(file.read(_START_BYTES)):
+        start = file.read(_START_BYTES)
+        if is_safetensors(start):
             return load_file(path)
         file.seek(0)
         warnings.simplefilter("ignore")  # about unusual pickles, which are refused if they hold no state_dict
+        if CAN_MAP and start.startswith(_ZIP) and path.suffix != ".safetensors":
+            # As a map, so that a conversion can leave the weights in the file; this needs the path.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return torch.load(file, map_location="cpu", weights_only=True)
 
 

@@ -14,10 +14,13 @@ from converters.presets import make_rules
 from converters.request import NetworkOptions, SelectionOptions, build_network
 from converters.tickets import CHECKSUM, checksum
 from converters.torchvision_weights import AUXILIARY, FRESH
+from dsr_tool.sparse.computed import computes_functions
 from dsr_tool.sparse.contract import require_state, require_values
 from dsr_tool.sparse.discover import Rules, discover
 from dsr_tool.sparse.feeding import detector_kind, tensor_form
+from dsr_tool.sparse.in_file import bring_in, is_in_file
 from dsr_tool.sparsity.config import ModelConfig
+from dsr_tool.sparsity.layers import LayerSpec
 
 __all__ = ["Prepared", "prepare", "trained_part"]
 
@@ -30,7 +33,7 @@ class Prepared:
     """A dense network and what decides about its weights.
 
     Attributes:
-        module: the network, without hooks of pruning.
+        module: the network, without hooks of pruning. Its weights may lie in a file, see `in_file`.
         config: its description, with a record of the options that select weights.
         rules: which weights stay dense.
         masks: masks that the weights came with, by parameter name; usually none.
@@ -51,14 +54,24 @@ class Prepared:
     fresh: tuple[str, ...]
     notes: tuple[str, ...]
 
+    @property
+    def in_file(self) -> bool:
+        """Whether weights stay in their file until they are pruned; see `sparse.in_file`."""
+        return any(map(is_in_file, self.module.parameters()))
 
-def prepare(network: NetworkOptions, selection: SelectionOptions) -> Prepared:
+
+def prepare(network: NetworkOptions, selection: SelectionOptions, *, in_file: bool = False) -> Prepared:
     """Builds the network and finds out what is known about its weights.
+
+    Args:
+        network: what the network is.
+        selection: which weights are active.
+        in_file: whether weights may stay in their file, if nothing needs more than one of them at a time.
 
     Raises:
         UsageError, FileError, FormatError: see `convert`.
     """
-    built, config, may_be_trained = build_network(network)
+    built, config, may_be_trained = build_network(network, in_file=in_file)
     plain = make_plain(built)
     module = plain.module
     # Before anything is computed with them.
@@ -75,6 +88,8 @@ def prepare(network: NetworkOptions, selection: SelectionOptions) -> Prepared:
     dense = {**rules.preset_dense, **dict.fromkeys(fresh, _NEW_HEAD)}
     rules = replace(rules, preset_dense=dense, granularity=selection.pattern)
     specs = discover(module, rules)
+    if in_file and not _one_at_a_time(module, specs, config.input_shape):
+        bring_in(module)
     chosen = tuple(name for name in fresh if specs[name].role == "sparse")
     # Heads for training alone may be random in files; the outputs do not depend on them.
     kept = [name for name in fresh if name not in chosen and not name.startswith(AUXILIARY)]
@@ -97,6 +112,14 @@ def prepare(network: NetworkOptions, selection: SelectionOptions) -> Prepared:
         fresh=chosen,
         notes=(*_notes(config, kept, chosen), *plain.notes),
     )
+
+
+def _one_at_a_time(module: nn.Module, specs: Mapping[str, LayerSpec], input_shape: tuple[int, ...]) -> bool:
+    """Returns whether a network whose weights lie in a file can be pruned weight by weight."""
+    sparse = [module.get_parameter(name) for name, spec in specs.items() if spec.role == "sparse"]
+    # Compact storage has one type. What is computed from a pruned weight is only known when the network runs.
+    same = len({parameter.dtype for parameter in sparse}) == 1
+    return same and any(map(is_in_file, sparse)) and not computes_functions(module, specs, input_shape)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
 
 from converters.archive_size import captured
 from converters.budgets import Fitted, solve, trim
@@ -17,6 +20,7 @@ from dsr_tool.errors import CheckFailed, UsageError
 from dsr_tool.graph.ir import Graph
 from dsr_tool.sparse.discover import discover
 from dsr_tool.sparse.feeding import tensor_form
+from dsr_tool.sparse.in_file import Made, bring_in, read
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparse.sparsify import Sparsifier
 from dsr_tool.sparsity.budget import Budget
@@ -57,13 +61,15 @@ def without_data(prepared: Prepared, selection: SelectionOptions, budget: Budget
     total, nbytes = solve(sparsifier, budget, graph)
     # Before anything becomes zero.
     zeros = unused_zeros_warning(prepared.module, sparsifier.specs, 1 - total / max(sparsifier.prunable, 1))
-    parameters = dict(prepared.module.named_parameters())
     known = moments if isinstance(moments, InputMoments) and total < sparsifier.prunable else None
-    copied = sparsifier.sparse if known is not None else ()
-    dense = {spec.name: parameters[spec.name].detach().clone() for spec in copied}
-    model = sparsifier.apply(total, budget)
+    dense = _dense_weights(prepared, sparsifier) if known is not None else {}
     densities = [f"densities: {file.note}"] if file else []
     notes = [*prepared.notes, *densities, *pattern_notes(sparsifier, total)]
+    if prepared.in_file:
+        model = sparsifier.to_compact(total, budget)
+        bring_in(model.module)  # what stays dense
+    else:
+        model = sparsifier.apply(total, budget)
     if known is not None:
         corrected = correct_norms(model, dense, known)
         notes += _told(corrected.names, corrected.left_alone)
@@ -73,6 +79,14 @@ def without_data(prepared: Prepared, selection: SelectionOptions, budget: Budget
         notes.append(f"norms were left alone: {moments}")
     starved = check_signal(model, selection) if prepared.trained else []
     return Fitted(model, budget, nbytes, tuple(notes), (*([zeros] if zeros else []), *starved))
+
+
+def _dense_weights(prepared: Prepared, sparsifier: Sparsifier) -> Mapping[str, torch.Tensor]:
+    """Returns the weights of the sparse layers as they are now: copies, or what reads them from their file."""
+    parameters = {spec.name: prepared.module.get_parameter(spec.name) for spec in sparsifier.sparse}
+    if prepared.in_file:
+        return Made({name: partial(read, parameter) for name, parameter in parameters.items()})
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
 def check_signal(model: SparseModel, selection: SelectionOptions) -> list[str]:

@@ -63,8 +63,11 @@ class CalibrationOptions:
     on_progress: Callable[[int, int], None]
 
 
-def build_network(network: NetworkOptions) -> tuple[nn.Module, ModelConfig, bool]:
-    """Returns the network, its description, and whether its weights may be trained."""
+def build_network(network: NetworkOptions, *, in_file: bool = False) -> tuple[nn.Module, ModelConfig, bool]:
+    """Returns the network, its description, and whether its weights may be trained.
+
+    Weights from a file may stay there with `in_file`; see `sparse.in_file`.
+    """
     # Options are checked before the network is built, which may take seconds or download weights.
     source, shape = network.source, _checked_shape(network)
     if isinstance(source, str):
@@ -75,6 +78,7 @@ def build_network(network: NetworkOptions) -> tuple[nn.Module, ModelConfig, bool
             input_size=network.input_size,
             input_shape=shape,
             seed=network.seed,
+            in_file=in_file,
         )
         return module, config, find_source(source).may_be_trained
     if network.weights is not None or network.num_classes is not None:

@@ -9,6 +9,7 @@ from torch import nn
 from converters import callables, paper_models, torchvision_models
 from converters.base import Source
 from dsr_tool.errors import UsageError, unknown_name
+from dsr_tool.sparse.in_file import bring_in
 from dsr_tool.sparsity.config import MOST_CLASSES, ModelConfig
 
 __all__ = ["SOURCES", "build_structure", "find_source", "load_network"]
@@ -53,6 +54,7 @@ def load_network(
     input_shape: tuple[int, ...] = (),
     width: float = 1.0,
     seed: int = 0,
+    in_file: bool = False,
 ) -> tuple[nn.Module, ModelConfig]:
     """Builds the network of a name, and describes it.
 
@@ -64,6 +66,7 @@ def load_network(
         input_shape: instead of a size, the shape of one input without the batch; callables need it.
         width: factor on the channels, for architectures that can be built narrower.
         seed: seed of random weights.
+        in_file: whether weights may stay in their file; see `sparse.in_file`.
 
     Raises:
         UsageError: a name, weights or another value that is not allowed.
@@ -81,7 +84,7 @@ def load_network(
         raise UsageError(f"--num-classes {num_classes} is not allowed; give 1 to {MOST_CLASSES:,}.")
     if input_size is not None and input_size < 1:
         raise UsageError(f"--input-size {input_size} is not allowed; give pixels, 1 or more.")
-    return source.load(
+    module, config = source.load(
         name,
         weights,
         num_classes=num_classes,
@@ -90,6 +93,9 @@ def load_network(
         width=width,
         seed=seed,
     )
+    if not in_file:
+        bring_in(module)
+    return module, config
 
 
 def build_structure(config: ModelConfig) -> nn.Module:

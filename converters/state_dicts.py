@@ -19,6 +19,7 @@ from converters.torch_prune import prune_module
 from dsr_tool.errors import FormatError, UsageError, join_words
 from dsr_tool.sparse.aliases import completed
 from dsr_tool.sparse.compact.marks import store_of
+from dsr_tool.sparse.in_file import FileMaps
 
 __all__ = ["fill", "fill_from_file", "fitting", "is_state_file", "load_file", "load_strictly", "read_weights"]
 
@@ -78,32 +79,40 @@ def fitting(content: object, module: nn.Module, optional: Sequence[str] = (), ch
     return replace(found, notes=tuple(notes))
 
 
-def load_file(module: nn.Module, name: str, weights: str) -> Found:
+def load_file(module: nn.Module, name: str, weights: str, *, in_file: bool = False) -> Found:
     """Fills a module with exactly the weights of a file; see `read_weights` and `load_strictly`.
 
     Returns:
         What was loaded, with notes on how it was found.
     """
     found = read_weights(weights, module)
-    load_strictly(module, name, found.state, weights, found.label)
+    load_strictly(module, name, found.state, weights, found.label, in_file=in_file)
     return found
 
 
 def fill_from_file(module: nn.Module, name: str, weights: str | None) -> dict[str, Any]:
     """Fills a module from a file, if one is given, and prunes it by torch's hooks if the file has masks.
 
+    Weights may stay in the file; see `load_strictly`.
+
     Returns:
         What the description of the model records: `weights`, and `weights_read`, how they were found in the file.
     """
     if weights is None:
         return {"weights": None}
-    found = load_file(module, name, weights)
+    found = load_file(module, name, weights, in_file=True)
     prune_module(module, found.masks)
     return {"weights": weights, **found.record}
 
 
 def load_strictly(
-    module: nn.Module, name: str, state: Mapping[str, torch.Tensor], origin: str, label: str = ""
+    module: nn.Module,
+    name: str,
+    state: Mapping[str, torch.Tensor],
+    origin: str,
+    label: str = "",
+    *,
+    in_file: bool = False,
 ) -> None:
     """Fills a module, which may be on the meta device, with exactly its own entries.
 
@@ -113,6 +122,7 @@ def load_strictly(
         state: every entry of its state_dict.
         origin: where the state is from, for messages.
         label: keys and prefix under which the state was found there, for messages.
+        in_file: whether parameters of two or more dimensions may stay in the file; see `sparse.in_file`.
 
     Raises:
         UsageError: names are missing or unknown, shapes differ, or integers are to become real numbers.
@@ -147,7 +157,15 @@ def load_strictly(
                 f"--weights {origin!r} holds {key!r} as {value.dtype}, but {name} has {own[key].dtype}; give weights "
                 f"of real numbers that are not quantised."
             )
-    fill(module, {key: dense(value).to(own[key].dtype, copy=True) for key, value in state.items()})
+    weights = {key for key, parameter in module.named_parameters() if in_file and parameter.ndim > 1}
+    maps = FileMaps() if weights else None
+    fill(module, {key: _taken(value, own[key].dtype, maps if key in weights else None) for key, value in state.items()})
+
+
+def _taken(value: torch.Tensor, dtype: torch.dtype, maps: FileMaps | None) -> torch.Tensor:
+    """Returns an entry in the type of the module: a copy, or a weight that stays in its file."""
+    kept = maps.keep(value) if maps is not None and value.dtype == dtype else None
+    return dense(value).to(dtype, copy=True) if kept is None else kept
 
 
 def fill(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:

@@ -22,6 +22,7 @@ from converters.sources import find_source, load_network
 from dsr_tool.errors import CheckFailed, FileError, FormatError, UsageError, unknown_name
 from dsr_tool.sparse.discover import discover
 from dsr_tool.sparse.folder import read_folder
+from dsr_tool.sparse.in_file import values_of
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.config import ModelConfig
@@ -57,9 +58,9 @@ def checksum(module: nn.Module) -> str:
     """Returns the SHA-256 of names, dtypes, shapes and bytes of a state_dict, in its order."""
     # Names and shapes as well: equal bytes in another order are another network.
     digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
+    for name, tensor in values_of(module).items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -105,7 +105,9 @@ def _loaded(name: str, found: Found, num_classes: int | None, what: str) -> tupl
     fresh += _missing_head(found, path, num_classes, what, name)
     random = build(name, outputs).state_dict() if fresh else {}
     try:
-        load_strictly(module, name, {**found.state, **{key: random[key] for key in fresh}}, what, found.label)
+        load_strictly(
+            module, name, {**found.state, **{key: random[key] for key in fresh}}, what, found.label, in_file=True
+        )
     except UsageError as error:
         if (other := similar_architecture(name, found.state, AUXILIARY)) is None:
             raise
@@ -122,8 +124,8 @@ def _with_new_head(name: str, module: nn.Module, num_classes: int) -> tuple[nn.M
     """
     target = build(name, num_classes)
     shapes = {key: value.shape for key, value in target.state_dict().items()}
-    kept = {key: value for key, value in module.state_dict().items() if shapes.get(key) == value.shape}
-    target.load_state_dict(kept, strict=False)
+    kept = {key: value for key, value in module.state_dict(keep_vars=True).items() if shapes.get(key) == value.shape}
+    target.load_state_dict(kept, strict=False, assign=True)
     return target, [key for key in shapes if key not in kept]
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import nn
 
 from dsr_tool.calibrate.moments import Moments
+from dsr_tool.sparse.in_file import Made, read
 
 __all__ = ["data_free_importance"]
 
@@ -25,8 +27,7 @@ are rarely active, so a smaller power is better. KL divergence to the dense netw
 """
 
 
-@torch.no_grad()
-def data_free_importance(module: nn.Module, moments: Mapping[str, Moments | str]) -> dict[str, torch.Tensor]:
+def data_free_importance(module: nn.Module, moments: Mapping[str, Moments | str]) -> Made:
     """Returns |w| Var[x]^(1/4) for the weights of every layer whose input has known moments.
 
     Args:
@@ -34,10 +35,10 @@ def data_free_importance(module: nn.Module, moments: Mapping[str, Moments | str]
         moments: moments of the inputs of its layers.
 
     Returns:
-        For each weight by name a float32 tensor of its shape on the CPU.
+        For each weight by name a float32 tensor of its shape on the CPU, made from the weight on access.
     """
     known = {name: entry for name, entry in moments.items() if isinstance(entry, Moments)}
-    return {name: _importance(module.get_parameter(name), entry) for name, entry in known.items()}
+    return Made({name: partial(_importance, module.get_parameter(name), entry) for name, entry in known.items()})
 
 
 def _importance(weight: torch.Tensor, entry: Moments) -> torch.Tensor:
@@ -49,4 +50,4 @@ def _importance(weight: torch.Tensor, entry: Moments) -> torch.Tensor:
     else:
         shaped = factor.reshape(entry.groups, -1).repeat_interleave(weight.shape[0] // entry.groups, 0)
         shaped = shaped.reshape(*shaped.shape, *rest)
-    return weight.detach().cpu().float().abs() * shaped
+    return read(weight).cpu().float().abs() * shaped

@@ -32,6 +32,7 @@ from dsr_tool.errors import DsrError, first_line
 from dsr_tool.graph.ir import Graph, Node
 from dsr_tool.graph.operators import operator_of
 from dsr_tool.runtime.reference.interpreter import live_nodes
+from dsr_tool.sparse.in_file import values_of
 from dsr_tool.sparse.trace import trace
 
 __all__ = ["InputMoments", "Moments", "input_moments", "untrained"]
@@ -89,7 +90,7 @@ def input_moments(module: nn.Module, input_shape: tuple[int, ...], graph: Graph 
         UsageError: the module cannot be captured with this input shape.
     """
     graph = graph or trace(module, input_shape)
-    walk, steps = _Walk(graph, module.state_dict()), []
+    walk, steps = _Walk(graph, values_of(module)), []
     with np.errstate(all="ignore"):
         outputs = tuple(value.name for value in graph.outputs)
         for node, release in live_nodes(graph.nodes, outputs):

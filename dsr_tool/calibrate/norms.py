@@ -23,6 +23,8 @@ import torch
 
 from dsr_tool.calibrate.moments import InputMoments, Moments
 from dsr_tool.calibrate.signals import Float
+from dsr_tool.sparse.compact.change import held_state
+from dsr_tool.sparse.in_file import Made
 from dsr_tool.sparse.model import SparseModel
 
 __all__ = ["Corrected", "correct_norms"]
@@ -31,6 +33,8 @@ _LEAST_RATIO = 1e-3
 """Smallest factor on a running variance, so that errors of the mean are not divided by almost nothing."""
 _MOST_TOGETHER = 50.0
 """Largest variance relative to that of independent inputs; rows of almost zero weights have no meaningful one."""
+_CHUNK = 1 << 19
+"""Weights that are float64 at a time: with their squares and moments, some 20 MB."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,9 @@ def correct_norms(model: SparseModel, dense: Mapping[str, torch.Tensor], moments
         dense: the weights before that, by name; those of sparse layers are needed.
         moments: moments of the dense network.
     """
-    state, names = model.module.state_dict(), list[str]()
+    # One dense weight at a time in compact storage.
+    state = Made({name: make for name, _, make in held_state(model.module)})
+    names = list[str]()
     missing = "the output does not depend on it"
     left = {name: f"its input {why}" for name, why in moments.items() if isinstance(why, str) and name in model.masks}
     left |= {name: missing for name in model.masks if name not in moments}
@@ -64,7 +70,8 @@ def correct_norms(model: SparseModel, dense: Mapping[str, torch.Tensor], moments
         entry = moments.get(name, missing)
         if isinstance(entry, str):
             return signal
-        kept = _Kept.of(dense.get(name, state[name]), state[name], entry, state, signal)
+        before = dense[name] if name in dense else state[name]
+        kept = _Kept.of(before, state[name], entry, state, signal)
         # A layer that is used twice is met twice.
         if name in model.masks and name not in names and name not in left:
             if reason := kept.correct(state, entry):
@@ -98,9 +105,7 @@ class _Kept:
         cls, before: torch.Tensor, after: torch.Tensor, entry: Moments, state: Mapping[str, torch.Tensor], signal: float
     ) -> _Kept:
         """Computes it for the fraction of signal in the layer's input."""
-        old, new = (_by_output(tensor, entry) for tensor in (before, after))
-        means, variances = (_by_group(array, entry, old.shape[0]) for array in (entry.mean, entry.variance))
-        full, rest = (((array**2).sum(2) * variances).sum(1) for array in (old, new))
+        full, rest, shift, alive = _sums(_by_output(before, entry), _by_output(after, entry), entry)
         positive = full > 0
         energy = rest / np.where(positive, full, 1)
         together, weight = np.ones(len(full)), positive.astype(float)
@@ -112,9 +117,9 @@ class _Kept:
         coherent = together * signal + 1 - signal
         out = np.where(energy > 0, signal * energy * together / np.maximum(coherent, 1e-9), 0)
         mean_out = float((out * weight).sum() / weight.sum()) if weight.any() else signal
-        dead = np.asarray(~new.any((1, 2)))
+        dead = ~alive.astype(bool)
         ratio = np.where(dead | (energy == 0), 1.0, np.maximum(energy * coherent / together, _LEAST_RATIO))
-        return cls(((new - old).sum(2) * means).sum(1), ratio, dead, min(mean_out, 1.0))
+        return cls(shift, ratio, dead, min(mean_out, 1.0))
 
     def correct(self, state: Mapping[str, torch.Tensor], entry: Moments) -> str:
         """Changes what follows the layer. Returns why it cannot; empty if it could."""
@@ -131,20 +136,37 @@ class _Kept:
         return ""
 
 
-def _by_output(weight: torch.Tensor, entry: Moments) -> Float:
+def _sums(before: torch.Tensor, after: torch.Tensor, entry: Moments) -> Float:
+    """Returns what the outputs of a layer are before and after its mask.
+
+    Args:
+        before: the dense weight, shape (outputs, inputs per group, kernel entries).
+        after: the weight with its zeros.
+        entry: moments of the layer's input.
+
+    Returns:
+        For each output its variance before, its variance after, the change of its mean, and 1 if a weight is left;
+        shape (4, outputs).
+    """
+    outputs, per_output = before.shape[0], max(before[0].numel(), 1)
+    found, step = np.empty((4, outputs)), max(_CHUNK // per_output, 1)
+    for start in range(0, outputs, step):
+        rows = slice(start, start + step)
+        old, new = (weight[rows].double().numpy() for weight in (before, after))
+        groups = np.arange(start, start + len(old)) // (outputs // entry.groups)
+        means, variances = (array.reshape(entry.groups, -1)[groups] for array in (entry.mean, entry.variance))
+        found[:2, rows] = [((array**2).sum(2) * variances).sum(1) for array in (old, new)]
+        found[2, rows], found[3, rows] = ((new - old).sum(2) * means).sum(1), new.any((1, 2))
+    return found
+
+
+def _by_output(weight: torch.Tensor, entry: Moments) -> torch.Tensor:
     """Returns a weight with shape (outputs, inputs per group, kernel entries)."""
-    array = weight.detach().cpu().double().numpy()
+    weight = weight.detach().cpu()
     if entry.transposed:
-        grouped = array.reshape(entry.groups, array.shape[0] // entry.groups, array.shape[1], -1)
-        array = grouped.swapaxes(1, 2).reshape(-1, grouped.shape[1], grouped.shape[3])
-    shaped: Float = array.reshape(array.shape[0], array.shape[1], -1)
-    return shaped
-
-
-def _by_group(values: Float, entry: Moments, outputs: int) -> Float:
-    """Returns for each output the values of the inputs that it reads, shape (outputs, inputs per group)."""
-    grouped = values.reshape(entry.groups, -1)
-    return grouped.repeat(outputs // entry.groups, 0)
+        grouped = weight.reshape(entry.groups, weight.shape[0] // entry.groups, weight.shape[1], -1)
+        weight = grouped.swapaxes(1, 2).reshape(-1, grouped.shape[1], grouped.shape[3])
+    return weight.reshape(weight.shape[0], weight.shape[1], -1)
 
 
 def _add(tensor: torch.Tensor, values: Float) -> None:

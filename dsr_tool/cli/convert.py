@@ -123,7 +123,7 @@ def command(
     --calibrate, a folder of photographs keeps far more of what the network learned; the time depends on the network.
     """
     from converters.budgets import Fitted
-    from converters.conversion import convert
+    from converters.conversion import AUTO, convert
     from dsr_tool.errors import UsageError
     from dsr_tool.files import refuse_existing
     from dsr_tool.recipes.apply import resolve_conversion
@@ -143,7 +143,7 @@ def command(
         raise UsageError("ARCH is missing; name the model to convert, or give --recipe.")
     fitted: list[Fitted] = []
     with progress_bar("calibrating", quiet=quiet or "calibrate" not in options) as on_progress:
-        model = convert(**to_parameters(options), on_fitted=fitted.append, on_progress=on_progress)
+        model = convert(**to_parameters(options), storage=AUTO, on_fitted=fitted.append, on_progress=on_progress)
     model.save(output, force=force)
     for warning in fitted[0].warnings:
         note(f"warning: {warning}", quiet=False)

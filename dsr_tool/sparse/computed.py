@@ -6,13 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from dsr_tool.errors import CheckFailed, join_words
 from dsr_tool.sparse.flow import WeightFlow
 from dsr_tool.sparse.macs import run_once, split_weights
 from dsr_tool.sparse.model import SparseModel
+from dsr_tool.sparsity.layers import LayerSpec
 
-__all__ = ["Shortfall", "require_zeros", "shortfalls"]
+__all__ = ["Shortfall", "computes_functions", "require_zeros", "shortfalls"]
 
 _SHOWN = 6
 """Largest number of layers that a sentence names."""
@@ -46,16 +48,30 @@ def shortfalls(model: SparseModel) -> list[Shortfall]:
     Raises:
         UsageError: the network does not accept such an input.
     """
-    # On the meta device first, where a run costs nothing.
-    if not _operands(model, values=False).of:
+    if not computes_functions(model.module, model.specs, model.config.input_shape):
         return []
     active = {name: spec.size for name, spec in model.specs.items()} | model.counts
     found = []
-    for names, (nonzeros, size) in _operands(model, values=True).of.items():
+    operands = _operands(model.module, model.specs, model.config.input_shape, values=True)
+    for names, (nonzeros, size) in operands.of.items():
         wanted = sum(active[name] for name in names) / sum(model.specs[name].size for name in names)
         if any(name in model.masks for name in names) and nonzeros / size > wanted:
             found.append(Shortfall(names, 1 - wanted, 1 - nonzeros / size))
     return found
+
+
+def computes_functions(module: nn.Module, specs: Mapping[str, LayerSpec], input_shape: tuple[int, ...]) -> bool:
+    """Returns whether a network computes with a function of a weight anywhere, not with the weight itself.
+
+    Args:
+        module: the network, in masked storage. It runs on the meta device, where a run costs nothing.
+        specs: its specs by name.
+        input_shape: shape of one input, without the batch dimension.
+
+    Raises:
+        UsageError: the network does not accept such an input.
+    """
+    return bool(_operands(module, specs, input_shape, values=False).of)
 
 
 def require_zeros(model: SparseModel) -> None:
@@ -81,14 +97,16 @@ def require_zeros(model: SparseModel) -> None:
         )
 
 
-def _operands(model: SparseModel, *, values: bool) -> _Operands:
+def _operands(
+    module: nn.Module, specs: Mapping[str, LayerSpec], input_shape: tuple[int, ...], *, values: bool
+) -> _Operands:
     made: list[_Operands] = []
 
     def watch(state: Mapping[str, torch.Tensor]) -> _Operands:
-        made.append(_Operands(*split_weights(state, model.specs), values=values))
+        made.append(_Operands(*split_weights(state, specs), values=values))
         return made[-1]
 
-    run_once(model.module, model.config.input_shape, watch, values=values)
+    run_once(module, input_shape, watch, values=values)
     return made[-1]
 
 

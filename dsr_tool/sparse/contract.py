@@ -8,6 +8,7 @@ from torch import nn
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.compact.change import held_state
 from dsr_tool.sparse.compact.marks import VALUES
+from dsr_tool.sparse.in_file import read
 
 __all__ = ["DTYPES", "is_extra_state", "require_exportable", "require_state", "require_values"]
 
@@ -119,5 +120,6 @@ def require_values(module: nn.Module) -> None:
         if tensor.dtype == torch.float8_e4m3fn:
             tensor = tensor.float()  # noqa: PLW2901 - torch has no isfinite for this type
         finite = isinstance(tensor, nn.Parameter) or name.endswith(_STATISTICS)
-        if (~torch.isfinite(tensor) if finite else torch.isnan(tensor)).any():
+        values = read(tensor)
+        if (~torch.isfinite(values) if finite else torch.isnan(values)).any():
             raise UsageError(f"{name!r} contains {'NaN or inf' if finite else 'NaN'}; use an earlier checkpoint.")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
+from dsr_tool.sparse.in_file import read
 from dsr_tool.sparsity.distribution import Lamp, by_magnitude, erk, floors, least_total, uniform
 from dsr_tool.sparsity.layers import LayerSpec
 
@@ -66,10 +68,33 @@ class LayerCounts:
     def _lamp(self) -> Lamp:
         # Sorted once for all totals: a search for a budget in bytes or multiply-adds asks for a dozen.
         names = [self._sparse[i].name for i in self._trained]
-        arrays = [self._importance[n].cpu().numpy() if n in self._importance else self._values(n) for n in names]
-        return Lamp(arrays, [self._shares.get(name, 1.0) for name in names])
+        return Lamp(_Arrays(names, self._scored), [self._shares.get(name, 1.0) for name in names])
+
+    def _scored(self, name: str) -> npt.NDArray[np.float32]:
+        scored: npt.NDArray[np.float32]
+        scored = self._importance[name].cpu().numpy() if name in self._importance else self._values(name)
+        return scored
 
     def _values(self, name: str) -> npt.NDArray[np.float32]:
         # On the CPU with numpy, so that the counts do not depend on the device.
-        values: npt.NDArray[np.float32] = self._module.get_parameter(name).detach().float().cpu().numpy()
+        values: npt.NDArray[np.float32] = read(self._module.get_parameter(name)).float().cpu().numpy()
         return values
+
+
+class _Arrays(Sequence[npt.NDArray[np.float32]]):
+    """An array of each layer, made on access, so that one of them is in memory at a time."""
+
+    def __init__(self, names: Sequence[str], make: Callable[[str], npt.NDArray[np.float32]]) -> None:
+        self._names, self._make = names, make
+
+    @overload
+    def __getitem__(self, index: int) -> npt.NDArray[np.float32]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[npt.NDArray[np.float32]]: ...
+
+    def __getitem__(self, index: int | slice) -> npt.NDArray[np.float32] | Sequence[npt.NDArray[np.float32]]:
+        return _Arrays(self._names[index], self._make) if isinstance(index, slice) else self._make(self._names[index])
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from dsr_tool.errors import UsageError, unknown_name
+from dsr_tool.sparse.compact.modules import install
+from dsr_tool.sparse.compact.store import CompactStore, Entry
 from dsr_tool.sparse.contract import require_values
 from dsr_tool.sparse.discover import Rules, count, discover
+from dsr_tool.sparse.in_file import read
 from dsr_tool.sparse.layer_counts import LayerCounts
 from dsr_tool.sparse.macs import with_macs
 from dsr_tool.sparse.model import SparseModel
@@ -174,16 +177,44 @@ class Sparsifier:
             total: number of active weights.
             budget: the budget that it comes from, for the record in the model's description.
         """
+        counts = self.counts(total)
+        return SparseModel(self.module, self.specs, dict(self._masks(counts)), self._described(counts, budget))
+
+    @torch.no_grad()
+    def to_compact(self, total: int, budget: Budget) -> SparseModel:
+        """Returns the model of `apply` in compact storage, with the dense weight and mask of one layer at a time.
+
+        Args:
+            total: number of active weights.
+            budget: the budget that it comes from, for the record in the model's description.
+
+        Raises:
+            UsageError: compact storage cannot hold this module.
+        """
+        parameters = dict(self.module.named_parameters())
+        counts, entries = self.counts(total), []
+        for name, mask in self._masks(counts):
+            positions, trained = mask.reshape(-1).nonzero().squeeze(1), parameters[name].requires_grad
+            entries.append(Entry.of(name, read(parameters[name]), positions, trained=trained))
+        install(self.module, CompactStore(entries))
+        return SparseModel(self.module, self.specs, {}, self._described(counts, budget))
+
+    def _masks(self, counts: Mapping[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields name and mask of each sparse layer, one after the other."""
         # A generator of its own, on the CPU: the same seed gives the same masks on every device.
         generator = torch.Generator().manual_seed(self._seed)
         parameters = dict(self.module.named_parameters())
-        counts = self.counts(total)
-        masks = {
-            name: choose(
-                self._ranked(parameters[name], name), active, self.granularity, self._positions_of(name), generator
+        for name, active in counts.items():
+            # Nothing here holds what the mask was chosen by while the mask is used.
+            yield (
+                name,
+                choose(
+                    self._ranked(parameters[name], name), active, self.granularity, self._positions_of(name), generator
+                ),
             )
-            for name, active in counts.items()
-        }
+
+    def _described(self, counts: Mapping[str, int], budget: Budget) -> ModelConfig:
+        """Returns the model's description with a record of this conversion."""
         conversion = {
             **self.config.conversion,
             **budget.to_record(),
@@ -193,12 +224,12 @@ class Sparsifier:
             "seed": self._seed,
             "active_weights": sum(counts.values()),
         }
-        return SparseModel(self.module, self.specs, masks, replace(self.config, conversion=conversion))
+        return replace(self.config, conversion=conversion)
 
     def _ranked(self, weight: torch.Tensor, name: str) -> torch.Tensor:
         """Returns what ranks the weights of a layer, in the memory format of the weight."""
         if name not in self._importance:
-            return weight
+            return read(weight)
         return torch.empty_like(weight, dtype=torch.float32).copy_(self._importance[name])
 
     def _positions_of(self, name: str) -> str:
