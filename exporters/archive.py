@@ -23,11 +23,10 @@ if TYPE_CHECKING:
     from dsr_tool.graph.ir import Graph
     from dsr_tool.runtime.source import Model
     from dsr_tool.sparse.model import SparseModel
-    from dsr_tool.sparsity.tensor import Array, SparseTensor
+    from dsr_tool.sparsity.tensor import SparseTensor
     from exporters.checked import CheckedModel
+    from exporters.verify.outputs import Run
     from exporters.verify.result import Verification
-
-    Run = Callable[[Array], Array]
 
 __all__ = ["Archives"]
 
@@ -85,7 +84,8 @@ class Archives(Container):
         An archive of rounded weights is compared with the model rounded likewise; notes say what the rounding does to
         the outputs.
         """
-        from exporters.verify.outputs import compare_outputs
+        from dsr_tool.sparse.feeding import graph_form
+        from exporters.verify.compare import compare_outputs
         from exporters.verify.tensors import differing_tensors
 
         archive = open_archive(path)
@@ -108,6 +108,7 @@ class Archives(Container):
             rounded=expected.rounded,
             exact=expected.exact.module if expected.exact else None,
             how=expected.how,
+            form=graph_form,
         )
 
     def reader(self) -> Callable[[Path], Model]:
@@ -199,7 +200,7 @@ def _runs(archive: Archive) -> tuple[dict[str, Run], list[str]]:
         faults.append(f"onnxruntime cannot run it: {error}")
     try:
         # Not `auto`: for nearly dense models it would run ONNX Runtime, which is compared already.
-        runs["sparse"] = Session(archive, runtime="scipy" if library() is None else "native").run
+        runs["sparse"] = Session(archive, runtime="scipy" if library() is None else "native").run_all
     except UsageError as error:
         faults.append(f"the sparse runtime cannot run it: {error}")
     return runs, faults
@@ -209,7 +210,7 @@ def _run_by_onnxruntime(graph: Graph, tensors: dict[str, SparseTensor], encoding
     from exporters.onnx.session import OnnxSession
     from exporters.onnx.write import to_onnx
 
-    return OnnxSession(to_onnx(graph, tensors, encoding=encoding).SerializeToString()).run
+    return OnnxSession(to_onnx(graph, tensors, encoding=encoding).SerializeToString()).run_all
 
 
 def _stored_bytes(archive: Archive, name: str) -> StoredBytes:

@@ -9,8 +9,7 @@ import torch
 
 from dsr_tool.errors import UsageError
 from dsr_tool.graph.ir import Graph, Value
-from dsr_tool.sparse.capture import INPUT
-from dsr_tool.sparse.feeding import require_floats
+from dsr_tool.sparse.feeding import INPUT, require_floats
 from dsr_tool.sparse.macs import run_once
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparse.trace import trace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -14,6 +15,7 @@ from dsr_tool.files import require_file
 from dsr_tool.runtime import Session, load_inputs
 from dsr_tool.runtime.coverage import CoverageDocument
 from dsr_tool.runtime.source import Model, open_model
+from dsr_tool.sparsity.tensor import Array
 from exporters.containers import container_of
 
 if TYPE_CHECKING:
@@ -41,16 +43,37 @@ class _ClassScore(_Class, total=False):
     pixels: float
 
 
-class Prediction(TypedDict):
-    """The prediction for one input.
+class _OutputRange(TypedDict):
+    """One of several outputs for one input.
 
     Attributes:
-        input: path of the file, with an index if the file holds several inputs.
-        top: classes with the highest scores, in descending order.
+        name: its name in the file.
+        shape: its shape, the batch of one included.
+        least, largest: smallest and largest value; None for an output without entries.
     """
 
-    input: str
+    name: str
+    shape: list[int]
+    least: float | None
+    largest: float | None
+
+
+class _Found(TypedDict, total=False):
+    """What was found for one input: `top` of a model with one output, or `outputs` of one with several.
+
+    Attributes:
+        top: classes with the highest scores, in descending order.
+        outputs: the raw outputs in their order, such as those of a detector's heads.
+    """
+
     top: list[_ClassScore]
+    outputs: list[_OutputRange]
+
+
+class Prediction(_Found):
+    """The prediction for one input; `input` is the path of its file, with an index if the file holds several."""
+
+    input: str
 
 
 class PredictionDocument(TypedDict):
@@ -104,9 +127,9 @@ def prediction_document(
     batches = [load_inputs([path], model.config) for path in inputs]
     session = _session(model, runtime, threads)
     batch = np.concatenate(batches)
-    outputs = np.concatenate([session.run(batch[i : i + _CHUNK]) for i in range(0, len(batch), _CHUNK)])
-    # The softmax of such scores would be NaN for every class, and NaN is not JSON.
-    if not np.isfinite(outputs).all():
+    scores = _ranges if len(model.graph.outputs) > 1 else partial(_scores, names=names, top=top)
+    found = scores(session, batch)
+    if found is None:
         raise DsrError(
             f"the outputs of {str(file)!r} contain NaN or inf; check the scale of the inputs and verify the file."
         )
@@ -116,11 +139,7 @@ def prediction_document(
         "file": str(file),
         "runtime": runtime,
         "fallback": session.coverage.to_dict() if isinstance(session, Session) and session.coverage else None,
-        "predictions": [
-            # A classifier has one score a class and input; a segmentation model has one a class and pixel.
-            {"input": source, "top": (_top_classes if row.ndim == 1 else _pixel_shares)(row, names, top)}
-            for source, row in zip(sources, outputs, strict=True)
-        ],
+        "predictions": [{"input": source, **one} for source, one in zip(sources, found, strict=True)],
     }
 
 
@@ -128,15 +147,50 @@ def prediction_text(document: PredictionDocument) -> str:
     """Returns one line per input, with its classes in descending order."""
     lines = []
     for prediction in document["predictions"]:
-        parts = [f"{one['label']} {_share(one):.1%}" for one in prediction["top"]]
-        unit = " of the pixels" if "pixels" in prediction["top"][0] else ""
+        if "outputs" in prediction:
+            parts, unit = [_range_text(one) for one in prediction["outputs"]], ""
+        else:
+            parts = [f"{one['label']} {_share(one):.1%}" for one in prediction["top"]]
+            unit = " of the pixels" if "pixels" in prediction["top"][0] else ""
         lines.append(f"{prediction['input']}: {', '.join(parts)}{unit}")
     return "\n".join(lines)
+
+
+def _range_text(one: _OutputRange) -> str:
+    """Returns an output as its name, its shape and its range."""
+    values = "" if one["least"] is None else f" from {one['least']:.4g} to {one['largest']:.4g}"
+    return f"{one['name']} {'x'.join(map(str, one['shape']))}{values}"
 
 
 def _share(score: _ClassScore) -> float:
     """Returns the probability of a class, or its share of the pixels."""
     return score["probability"] if "probability" in score else score["pixels"]
+
+
+def _scores(session: Session | OnnxSession, batch: Array, *, names: tuple[str, ...], top: int) -> list[_Found] | None:
+    """Returns the classes of each input; None if a score is not finite, whose softmax would be NaN for every class."""
+    outputs = np.concatenate([session.run(batch[i : i + _CHUNK]) for i in range(0, len(batch), _CHUNK)])
+    if not np.isfinite(outputs).all():
+        return None
+    # A classifier has one score a class and input; a segmentation model has one a class and pixel.
+    return [{"top": (_top_classes if row.ndim == 1 else _pixel_shares)(row, names, top)} for row in outputs]
+
+
+def _ranges(session: Session | OnnxSession, batch: Array) -> list[_Found] | None:
+    """Returns the ranges of all outputs for each input; None if a value is not finite, which JSON does not have."""
+    predictions: list[_Found] = []
+    for i in range(len(batch)):
+        # One by one: not every output has the batch as its first axis.
+        outputs = session.run_all(batch[i : i + 1])
+        if not all(np.isfinite(array).all() for array in outputs.values()):
+            return None
+        predictions.append({"outputs": [_range(name, array) for name, array in outputs.items()]})
+    return predictions
+
+
+def _range(name: str, array: Array) -> _OutputRange:
+    least, largest = (float(array.min()), float(array.max())) if array.size else (None, None)
+    return {"name": name, "shape": list(array.shape), "least": least, "largest": largest}
 
 
 def _open(file: Path, inputs: Sequence[Path]) -> Model:

@@ -15,15 +15,12 @@ from torch import nn
 
 from dsr_tool.errors import UsageError, first_line
 from dsr_tool.sparse.compact.modules import uninstall
-from dsr_tool.sparse.feeding import main_output, plain_attention
+from dsr_tool.sparse.feeding import INPUT, graph_form, plain_attention, require_floats
 
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["INPUT", "OUTPUT", "capture", "frozen_copy"]
-
-INPUT, OUTPUT = "input", "output"
-"""Names of the graph's input and output."""
+__all__ = ["capture", "frozen_copy"]
 
 _NO_LIMIT = 1 << 40
 """Bytes up to which constants are folded: constants of any size are."""
@@ -32,20 +29,23 @@ _MAX_BATCH = 1 << 24
 """Upper bound of the batch dimension, which some versions of torch require."""
 
 
-def capture(module: nn.Module, input_shape: tuple[int, ...]) -> onnx_ir.Model:
-    """Captures a module in eval mode as an ONNX model with one input and one output.
+def capture(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[onnx_ir.Model, tuple[str, ...]]:
+    """Captures a module in eval mode as an ONNX model with one input; of a detector its `graph_form`.
 
     Args:
         module: the module; its training flags and torch's random state do not change.
         input_shape: shape of one input, without the batch dimension.
 
+    Returns:
+        The model, and the names of its outputs by `named_floats`, in their order.
+
     Raises:
-        UsageError: torch cannot capture the module with this input shape, or it returns several tensors.
+        UsageError: torch cannot capture the module with this input shape, or it returns no real numbers.
     """
     with _quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]), plain_attention():
-        program = _export(module, input_shape)
+        program, names = _export(module, input_shape)
         _fold(program.model, frozenset(module.state_dict()))
-    return program.model
+    return program.model, names
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
@@ -61,11 +61,17 @@ def frozen_copy(module: nn.Module) -> nn.Module:
     return copied
 
 
-def _export(module: nn.Module, input_shape: tuple[int, ...]) -> torch.onnx.ONNXProgram:
+def _export(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[torch.onnx.ONNXProgram, tuple[str, ...]]:
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    name, copied = type(module).__name__, frozen_copy(module)
-    # As a hook of the copy, so that torch captures a network of one output, whatever containers lie around it.
-    copied.register_forward_hook(lambda _module, _inputs, output: main_output(output, name))
+    name, copied, names = type(module).__name__, graph_form(frozen_copy(module)), list[str]()
+
+    def flat(_module: nn.Module, _inputs: object, output: object) -> tuple[torch.Tensor, ...]:
+        found = require_floats(output, name)
+        names[:] = found
+        return tuple(found.values())
+
+    # As a hook of the copy, so that torch captures a network of plain tensors, whatever containers lie around them.
+    copied.register_forward_hook(flat)
     try:
         program = torch.onnx.export(
             copied,
@@ -76,7 +82,6 @@ def _export(module: nn.Module, input_shape: tuple[int, ...]) -> torch.onnx.ONNXP
             verbose=False,
             dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=_MAX_BATCH)},),
             input_names=[INPUT],
-            output_names=[OUTPUT],
         )
     except Exception as error:  # torch has a class of its own for each stage, and the module may raise anything
         if (refused := _usage_error(error)) is not None:
@@ -86,11 +91,11 @@ def _export(module: nn.Module, input_shape: tuple[int, ...]) -> torch.onnx.ONNXP
             f"{first_line(error.__cause__ or error)}; give the shape of its input, and a model without "
             f"data-dependent control flow."
         ) from error
-    return cast("torch.onnx.ONNXProgram", program)  # None only with dynamo=False
+    return cast("torch.onnx.ONNXProgram", program), tuple(names)  # None only with dynamo=False
 
 
 def _usage_error(error: BaseException | None) -> UsageError | None:
-    """Returns the error of `main_output` that another one was raised for, or None."""
+    """Returns the error of `require_floats` that another one was raised for, or None."""
     while error is not None and not isinstance(error, UsageError):
         error = error.__cause__ or error.__context__
     return error

@@ -1,7 +1,7 @@
 """Feeds a batch tensor to any network: most take one, and torchvision's detectors get a form that does.
 
 A detector takes a list of pictures and returns boxes, as many as it finds, so two versions of it cannot be compared
-output by output. Its tensor form ends before the boxes are chosen.
+output by output. Its tensor form ends before the boxes are chosen. What a network returns is read as named tensors.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, cast
 
 import torch
@@ -20,16 +21,22 @@ from torch import nn
 from dsr_tool.errors import UsageError
 
 __all__ = [
+    "INPUT",
+    "OUTPUT",
     "REGIONS",
     "TensorDetector",
     "detector_kind",
     "evaluating",
     "float_tensors",
-    "main_output",
+    "graph_form",
+    "named_floats",
     "plain_attention",
     "require_floats",
     "tensor_form",
 ]
+
+INPUT, OUTPUT = "input", "output"
+"""Names of a graph's input, and of its output if there is one."""
 
 REGIONS = 16
 """Regions of a picture that the second stage of a detector gets; enough to see the whole picture at four levels."""
@@ -62,12 +69,20 @@ def tensor_form(module: nn.Module, regions: int | None = REGIONS) -> nn.Module:
     Args:
         module: the network.
         regions: for detectors with two stages, the regions of each picture that the second one gets; None for as many
-            as it gets at most.
+            as it gets at most, 0 for a network that ends with the first stage.
 
     Returns:
         The module itself, or for a detector of torchvision its `TensorDetector`.
     """
     return module if detector_kind(module) is None else TensorDetector(module, regions)
+
+
+def graph_form(module: nn.Module) -> nn.Module:
+    """Returns the network that files with a graph compute: as `tensor_form`, and of two stages the first one.
+
+    The second stage reads regions that the first one chose, so no network of pictures alone computes it.
+    """
+    return tensor_form(module, regions=0)
 
 
 @contextlib.contextmanager
@@ -101,30 +116,30 @@ def float_tensors(output: object) -> list[torch.Tensor]:
         output: a tensor, or any nesting of mappings, lists, tuples and dataclasses; a mapping with a key `out` counts
             as that entry, since the others are auxiliary heads.
     """
-    return list(_flatten(output))
+    return [tensor for _, tensor in _flatten(output)]
 
 
-def main_output(output: object, network: str) -> torch.Tensor:
-    """Returns the one tensor of real numbers in an output; what lies beside it, such as None, does not count.
+def named_floats(output: object) -> dict[str, torch.Tensor]:
+    """Returns `float_tensors` of an output by name.
 
-    Args:
-        output: see `float_tensors`.
-        network: name of the network's class, for messages.
-
-    Raises:
-        UsageError: there is no such tensor, or there are several.
+    One alone is called `output`. Several have the keys, fields and indices on the way to them, joined by `_`:
+    `boxes`, `levels_0`, or `output_1` for the second entry of a tuple.
     """
-    found = require_floats(output, network)
-    if len(found) > 1:
-        raise UsageError(
-            f"{network} returns {len(found)} tensors; wrap it in a module that returns one, or a mapping with the key "
-            f"'out'."
-        )
-    return found[0]
+    leaves = list(_flatten(output))
+    if len(leaves) == 1:
+        return {OUTPUT: leaves[0][1]}
+    named: dict[str, torch.Tensor] = {}
+    for path, tensor in leaves:
+        name = re.sub(r"\W", "_", "_".join(path))
+        name = name if name[:1].isalpha() else f"{OUTPUT}_{name}"
+        while name in named or name == INPUT:
+            name += "_"
+        named[name] = tensor
+    return named
 
 
-def require_floats(output: object, network: str) -> list[torch.Tensor]:
-    """Returns `float_tensors` of an output.
+def require_floats(output: object, network: str) -> dict[str, torch.Tensor]:
+    """Returns `named_floats` of an output.
 
     Args:
         output: the output.
@@ -133,30 +148,36 @@ def require_floats(output: object, network: str) -> list[torch.Tensor]:
     Raises:
         UsageError: there are none, or their type is one that numpy lacks.
     """
-    found = float_tensors(output)
+    found = named_floats(output)
     if not found:
         what = f"a tensor of {output.dtype}" if isinstance(output, torch.Tensor) else type(output).__name__
         raise UsageError(
             f"{network} returns {what} in eval mode, and an export compares tensors of real numbers; return the scores "
             f"that it is computed from, as a tensor or in a tuple, list or mapping."
         )
-    other = next((tensor.dtype for tensor in found if tensor.dtype not in _COMPARED), None)
+    other = next((tensor.dtype for tensor in found.values() if tensor.dtype not in _COMPARED), None)
     if other is not None:
         raise UsageError(f"{network} returns a tensor of {other}; return it as float32 (output.float()).")
     return found
 
 
-def _flatten(output: object) -> Iterator[torch.Tensor]:
+def _flatten(output: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
+    """Yields the tensors of real numbers, each with the keys, fields and indices on the way to it."""
+    entries: Iterable[tuple[object, object]] = ()
     if isinstance(output, torch.Tensor):
         if output.is_floating_point():
-            yield output
+            yield path, output
     elif isinstance(output, Mapping):
-        yield from _flatten(output["out"] if "out" in output else list(output.values()))
+        if "out" in output:
+            yield from _flatten(output["out"], path)
+        else:
+            entries = output.items()
     elif isinstance(output, Sequence) and not isinstance(output, str):
-        for part in output:
-            yield from _flatten(part)
+        entries = zip(getattr(output, "_fields", range(len(output))), output, strict=True)
     elif dataclasses.is_dataclass(output):
-        yield from _flatten([getattr(output, field.name) for field in dataclasses.fields(output)])
+        entries = [(field.name, getattr(output, field.name)) for field in dataclasses.fields(output)]
+    for key, part in entries:
+        yield from _flatten(part, (*path, str(key)))
 
 
 class TensorDetector(nn.Module):
@@ -164,8 +185,9 @@ class TensorDetector(nn.Module):
 
     It takes pictures of shape (batch, 3, height, width) with values in [0, 1], and returns tensors of fixed shapes:
     the predictions of the heads at every position and, with two stages, those for regions that depend on the
-    size of the pictures alone, so that two versions of the network are asked about the same regions. `torch.fx` can
-    trace it. All children but `transform` are those of the detector.
+    size of the pictures alone, so that two versions of the network are asked about the same regions. Without regions,
+    the maps that a second stage would read take their place. `torch.fx` can trace it. All children but `transform` are
+    those of the detector.
     """
 
     def __init__(self, detector: nn.Module, regions: int | None = REGIONS) -> None:
@@ -190,22 +212,25 @@ class TensorDetector(nn.Module):
         levels = list(maps.values())
         if not self._two_stages:
             return self.get_submodule("head")(levels)
-        return [self.get_submodule("rpn.head")(levels), *self._second_stage(maps)]
+        objectness, deltas = self.get_submodule("rpn.head")(levels)
+        first = {"objectness": objectness, "pred_bbox_deltas": deltas}
+        return {**first, **(self._second_stage(maps) if self._boxes else {"features": maps})}
 
-    def _second_stage(self, maps: Mapping[str, torch.Tensor]) -> list[object]:
+    def _second_stage(self, maps: Mapping[str, torch.Tensor]) -> dict[str, object]:
         """Returns the predictions for regions: classes and boxes, and masks or keypoints if the detector has them."""
         heads = self.get_submodule("roi_heads")
         predictor = heads.get_submodule("box_predictor")
         found = heads.get_submodule("box_head")(self._pooled("box", maps, self._boxes))
         if type(predictor).__name__ == "FastRCNNPredictor":
             # Its own forward asks for the rank of its input, which is 2 here; no trace can answer that.
-            outputs: list[object] = [predictor.get_submodule(part)(found) for part in ("cls_score", "bbox_pred")]
+            parts = {"class_logits": "cls_score", "box_regression": "bbox_pred"}
+            outputs: dict[str, object] = {name: predictor.get_submodule(part)(found) for name, part in parts.items()}
         else:
-            outputs = [predictor(found)]
+            outputs = {"box": predictor(found)}
         for kind in ("mask", "keypoint"):
             if getattr(heads, f"{kind}_head", None) is not None:
                 found = heads.get_submodule(f"{kind}_head")(self._pooled(kind, maps, self._others))
-                outputs.append(heads.get_submodule(f"{kind}_predictor")(found))
+                outputs[f"{kind}_logits"] = heads.get_submodule(f"{kind}_predictor")(found)
         return outputs
 
     def _pooled(self, kind: str, maps: Mapping[str, torch.Tensor], regions: int) -> torch.Tensor:

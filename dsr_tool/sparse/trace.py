@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +13,8 @@ from dsr_tool.errors import UsageError
 from dsr_tool.graph.ir import Attribute, Graph, Node, Value
 from dsr_tool.graph.operators import operator_of
 from dsr_tool.sparse.aliases import first_name, later_paths
-from dsr_tool.sparse.capture import INPUT, OUTPUT, capture
-from dsr_tool.sparse.feeding import detector_kind
+from dsr_tool.sparse.capture import capture
+from dsr_tool.sparse.feeding import INPUT
 from dsr_tool.sparsity.tensor import Array
 
 if TYPE_CHECKING:
@@ -31,32 +31,37 @@ _SCALARS: dict[str, type[int] | type[float] | type[str]] = {"INT": int, "FLOAT":
 def trace(module: nn.Module, input_shape: tuple[int, ...]) -> Graph:
     """Returns the computation of a module in eval mode, with parameters under their state_dict names.
 
-    The graph has only the nodes that the output depends on: no auxiliary heads, no counters. The module, its training
+    The graph has only the nodes that the outputs depend on: no auxiliary heads, no counters. The module, its training
     flags and torch's random state do not change. A module on another device is captured on the CPU.
 
     Args:
-        module: takes a tensor of shape (batch, *input_shape) and returns one, or a mapping with the key `out`.
+        module: takes a tensor of shape (batch, *input_shape), and returns tensors in any containers, which are the
+            outputs by `named_floats`; or a detector of torchvision, whose `graph_form` is captured.
         input_shape: shape of one input, without the batch dimension.
 
     Raises:
-        UsageError: the input shape is missing, torch cannot capture the module with it, the module returns several
-            tensors or is a detector, or it needs an operator that is not in the ONNX standard.
+        UsageError: the input shape is missing, torch cannot capture the module with it, the module returns no real
+            numbers, or it needs an operator that is not in the ONNX standard.
     """
     name = type(module).__name__
-    if detector_kind(module) is not None:
-        raise UsageError(
-            f"{name} is a detector, which takes a list of pictures and returns lists of boxes, so it has no "
-            f"graph to capture; export its weights (--to csr, safetensors or state-dict), and give no budget in bytes."
-        )
     if not input_shape or min(input_shape) < 1:
         raise UsageError(
             f"input shape {tuple(input_shape)} of {name} is not allowed; give the positive dimensions of one "
             f"input, e.g. (3, 224, 224)."
         )
     state = _first_names(module)
-    if reserved := state.keys() & {INPUT, OUTPUT}:
-        raise UsageError(f"{name} has a parameter named {min(reserved)!r}, a name of the graph itself; rename it.")
-    return _Reader(capture(module, tuple(input_shape)), state, name).graph()
+    # torch fails at a parameter with the name of the input; names of outputs are known once it has captured them.
+    _refuse_reserved(name, state, (INPUT,))
+    captured, outputs = capture(module, tuple(input_shape))
+    _refuse_reserved(name, state, outputs)
+    return _Reader(captured, outputs, state, name).graph()
+
+
+def _refuse_reserved(network: str, state: Container[str], names: Iterable[str]) -> None:
+    """Raises `UsageError` if a parameter has the name of an input or output."""
+    taken = next((name for name in names if name in state), None)
+    if taken is not None:
+        raise UsageError(f"{network} has a parameter named {taken!r}, a name of the graph itself; rename it.")
 
 
 def _first_names(module: nn.Module) -> dict[str, str]:
@@ -70,9 +75,13 @@ def _first_names(module: nn.Module) -> dict[str, str]:
 class _Reader:
     """Converts an `onnx_ir` model to a `Graph`. Inner values are named by operator and number (`conv_0`)."""
 
-    def __init__(self, model: onnx_ir.Model, state: Mapping[str, str], module: str) -> None:
-        """Takes the model, the names of `_first_names`, and the name of the module's class for messages."""
-        self._model, self._state, self._module = model, state, module
+    def __init__(self, model: onnx_ir.Model, outputs: Sequence[str], state: Mapping[str, str], module: str) -> None:
+        """Takes the model, its outputs' names, those of `_first_names`, and that of the module's class for messages."""
+        self._model, self._outputs, self._state, self._module = model, outputs, state, module
+        # A value that is returned twice is made under the first name, and copied to the second.
+        pairs = zip(model.graph.outputs, outputs, strict=True)
+        self._taken = {INPUT, *outputs, *state}
+        self._results = {_name(value): output for value, output in reversed(list(pairs))}
         self._nodes: list[Node] = []
         self._constants: dict[str, Array] = {}
         self._parameters: dict[str, None] = {}
@@ -87,25 +96,27 @@ class _Reader:
         for name, value in source.initializers.items():
             if name not in self._state and value.const_value is not None:
                 self._arrays[name] = value.const_value.numpy()
-        (image, *_), (result,) = source.inputs, source.outputs
+        image, *_ = source.inputs
         self._names[_name(image)] = INPUT
         for node in source:
-            self._read(node, _name(result))
-        # A module may return its input or a parameter as it is.
-        if self._names.get(_name(result)) != OUTPUT:
-            self._nodes.append(Node("Identity", (self._use(result),), (OUTPUT,)))
+            self._read(node)
+        results = list(zip(source.outputs, self._outputs, strict=True))
+        for value, output in results:
+            # A module may return its input or a parameter as it is, or one value twice.
+            if self._names.get(_name(value)) != output:
+                self._nodes.append(Node("Identity", (self._use(value),), (output,)))
         # Rewriting in `_simplify` can leave constants without a reader.
         used = {name for node in self._nodes for name in node.inputs}
         return Graph(
             (Value(INPUT, (None, *_shape(image)[1:]), _dtype(image)),),
-            (Value(OUTPUT, (None, *_shape(result)[1:]), _dtype(result)),),
+            tuple(Value(output, (*(None for _ in _shape(v)[:1]), *_shape(v)[1:]), _dtype(v)) for v, output in results),
             tuple(self._nodes),
             {name: array for name, array in self._constants.items() if name in used},
             tuple(self._parameters),
             int(self._model.opset_imports[""]),
         )
 
-    def _read(self, node: onnx_ir.Node, result: str) -> None:
+    def _read(self, node: onnx_ir.Node) -> None:
         if node.domain not in ("", "ai.onnx"):
             raise self._not_allowed(f"{node.domain}.{node.op_type}")
         if node.op_type == "Constant":
@@ -119,7 +130,7 @@ class _Reader:
                 self._names[name] = self._use(node.inputs[0])
             return
         op, inputs, attributes = self._simplify(node, [self._use(value) for value in node.inputs])
-        outputs = [self._define(op, value, result) for value in node.outputs]
+        outputs = [self._define(op, value) for value in node.outputs]
         self._nodes.append(Node(op, _strip(inputs), _strip(outputs), attributes))
 
     def _simplify(self, node: onnx_ir.Node, inputs: list[str]) -> tuple[str, list[str], dict[str, Attribute]]:
@@ -146,11 +157,11 @@ class _Reader:
             return self._constant(self._arrays[name])
         return self._names[name] if name else ""
 
-    def _define(self, op: str, value: onnx_ir.Value, result: str) -> str:
+    def _define(self, op: str, value: onnx_ir.Value) -> str:
         """Returns the name of a node's output; empty if nothing reads it and the operator may leave it out."""
-        if not value.name or not (value.uses() or value.name == result or operator_of(op).all_outputs):
+        if not value.name or not (value.uses() or value.name in self._results or operator_of(op).all_outputs):
             return ""
-        self._names[value.name] = OUTPUT if value.name == result else self._fresh(op.lower())
+        self._names[value.name] = self._results.get(value.name) or self._fresh(op.lower())
         return self._names[value.name]
 
     def _constant(self, array: Array) -> str:
@@ -163,7 +174,7 @@ class _Reader:
 
     def _fresh(self, stem: str) -> str:
         counter = self._counters.setdefault(stem, itertools.count())
-        return next(name for name in (f"{stem}_{i}" for i in counter) if name not in self._state)
+        return next(name for name in (f"{stem}_{i}" for i in counter) if name not in self._taken)
 
     def _attribute(self, node: onnx_ir.Node, attr: onnx_ir.Attr) -> Attribute:
         kind = _SCALARS.get(attr.type.name.removesuffix("S"))

@@ -58,7 +58,7 @@ def verify_dense(source: OnnxFile, dense: OnnxFile) -> Verification:
     weights = {*source.entries, *dense.entries}
     differing = [name for name in sorted(weights) if not _same_weight(name, source, dense)]
     inputs = random_inputs(_value(source.model.graph.input[0]), _SAMPLES, seed=0)
-    expected, found = ([OnnxSession(file.path).run(x) for x in inputs] for file in (source, dense))
+    expected, found = ([OnnxSession(file.path).run_all(x) for x in inputs] for file in (source, dense))
     scale, difference = largest_output(expected), largest_difference(expected, found)
     tolerance = _RELATIVE_TOLERANCE * scale
     problems = [f"the values of {name!r} differ" for name in differing[:1]]

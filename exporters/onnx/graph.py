@@ -72,7 +72,7 @@ def open_onnx(path: str | Path) -> OnnxModel:
 
 
 def _config(file: OnnxFile, graph: Graph) -> ModelConfig:
-    shape, classes = graph.inputs[0].shape[1:], (graph.outputs[0].shape or (None,))[1:2]
+    shape, classes = graph.inputs[0].shape[1:], graph.outputs[0].shape[1:2] if len(graph.outputs) == 1 else ()
     # One free size, or one that no description may have, leaves the input shape unknown.
     fixed = tuple(n for n in shape if n is not None and 0 < n < LONGEST_SIDE)
     count = next((n for n in classes if n is not None and 0 < n <= MOST_CLASSES), 0)

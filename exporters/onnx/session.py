@@ -83,7 +83,7 @@ def onnx_session(
 
 
 class OnnxSession:
-    """A loaded model with one input and one output."""
+    """A loaded model with one input."""
 
     def __init__(
         self,
@@ -119,18 +119,22 @@ class OnnxSession:
             options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
         self._session = _load(source, options)
         self._input = self._session.get_inputs()[0].name
+        self._outputs = [value.name for value in self._session.get_outputs()]
 
     def run(self, x: Array) -> Array:
-        """Computes the first output for one batch of inputs of shape (batch, ...).
+        """Computes the outputs as `run_all` does, and returns the first."""
+        return next(iter(self.run_all(x).values()))
+
+    def run_all(self, x: Array) -> dict[str, Array]:
+        """Computes the outputs by name, in the order of the file, for one batch of inputs of shape (batch, ...).
 
         Raises:
             FormatError: ONNX Runtime cannot run the model on it.
         """
         try:
-            output: Array = self._session.run(None, {self._input: x})[0]
+            return dict(zip(self._outputs, self._session.run(None, {self._input: x}), strict=True))
         except Exception as error:  # as in `_load`
             raise FormatError(f"onnxruntime cannot run inputs of shape {x.shape}: {first_line(error)}.") from error
-        return output
 
 
 def _load(source: Path | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:

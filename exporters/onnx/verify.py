@@ -12,6 +12,7 @@ import onnx
 from dsr_tool.files import temporary_folder
 from dsr_tool.graph.compact.record import COMPACTED, compacted_specs
 from dsr_tool.graph.compact.rewrite import fold_and_compact
+from dsr_tool.sparse.feeding import graph_form
 from dsr_tool.sparsity.grid import GridTensor
 from dsr_tool.sparsity.tensor import SparseTensor
 from exporters.checked import CheckedModel
@@ -19,7 +20,7 @@ from exporters.onnx.forms import nonzero
 from exporters.onnx.read import OnnxFile, read_onnx
 from exporters.onnx.session import OnnxSession
 from exporters.onnx.write import folded, to_onnx
-from exporters.verify.outputs import compare_outputs
+from exporters.verify.compare import compare_outputs
 from exporters.verify.result import Verification
 from exporters.verify.rounding import expected_tensors, how_rounded, steps_note
 from exporters.verify.tensors import differing_tensors
@@ -64,21 +65,32 @@ def verify_onnx(path: Path, checked: CheckedModel, *, samples: int, seed: int) -
     # Rounded weights have no module to compare with, since norms are folded as well.
     how, run = how_rounded(tensors, specs), None
     if how:
-        run = OnnxSession(to_onnx(without_norms, _as_floats(tensors), encoding="dense").SerializeToString()).run
+        run = OnnxSession(to_onnx(without_norms, _as_floats(tensors), encoding="dense").SerializeToString()).run_all
     return compare_outputs(
         path,
         "onnx",
         model.module,
-        runs={"onnxruntime": session.run},
+        runs={"onnxruntime": session.run_all},
         value=graph.inputs[0],
         samples=samples,
         seed=seed,
         differing=differing,
         problems=[f"onnxruntime decodes weights at every inference ({left[0]})"] if left else [],
-        notes=steps_note(tensors, unrounded),
+        notes=steps_note(tensors, unrounded) + _absent_note(checked),
         rounded=run,
         how=how,
+        form=graph_form,
     )
+
+
+def _absent_note(checked: CheckedModel) -> tuple[str, ...]:
+    """Names weights that are not in the file, because no output depends on them; nothing if there are none."""
+    used = set(checked.graph.parameters)
+    absent = [name for name, spec in checked.model.specs.items() if spec.weight and name not in used]
+    if not absent:
+        return ()
+    count = "a weight" if len(absent) == 1 else f"{len(absent)} weights"
+    return (f"the file lacks {count} that no output depends on, such as {absent[0]!r}",)
 
 
 def _under(file: OnnxFile, exact: Mapping[str, SparseTensor], name: str) -> SparseTensor:

@@ -50,11 +50,13 @@ def check_images(images: Images | None, least: float | None, checked: CheckedMod
         if not str(images):
             raise UsageError("--images is empty; give a folder of pictures.")  # not the current one
         input_files(Path(images), "--images")
-    (output,) = outputs_of(frozen_copy(checked.model.module), random_inputs(checked.input, 1, seed=0)[:1])
-    if output.ndim != 2 or output.shape[1] < 2:
+    (outputs,) = outputs_of(frozen_copy(checked.model.module), random_inputs(checked.input, 1, seed=0)[:1])
+    shapes = [output.shape for output in outputs.values()]
+    if len(shapes) > 1 or len(shapes[0]) != 2 or shapes[0][1] < 2:
+        returned = f"an output of shape {shapes[0]}" if len(shapes) == 1 else f"{len(shapes)} outputs"
         raise UsageError(
-            f"--images compares top-1 answers, and {checked.model.config.architecture} returns an output of shape "
-            f"{output.shape} where a classifier has (1, classes); leave it out."
+            f"--images compares top-1 answers, and {checked.model.config.architecture} returns {returned} where a "
+            f"classifier has one of (1, classes); leave it out."
         )
 
 
@@ -85,7 +87,7 @@ def with_agreement(
     count = equal = 0
     damaged: list[str] = []
     for inputs in _batches(images, checked.model.config, damaged):
-        one, other = outputs_of(exact, [inputs])[0], run(inputs)
+        (one,), (other,) = outputs_of(exact, [inputs])[0].values(), run(inputs).values()
         # The largest of scores with NaN would be the same entry in both.
         finite = np.isfinite(one).all(1) & np.isfinite(other).all(1)
         equal += int(((one.argmax(1) == other.argmax(1)) & finite).sum())
@@ -111,7 +113,7 @@ def _run(container: Container, path: Path, checked: CheckedModel) -> Run:
     if container.has_graph:
         # A network may have operators that ONNX Runtime alone has.
         with contextlib.suppress(UsageError):
-            return Session(container.reader()(path)).run
+            return Session(container.reader()(path)).run_all
     model = checked.model
     module = rounded_model(model, checked.stored(model.tensors(), model.specs)).module
     return lambda x: outputs_of(module, [x])[0]

@@ -20,9 +20,10 @@ class Verification:
         path: the file.
         kind: name of its container.
         file_bytes: size on disk.
-        runtimes: largest absolute difference of outputs to the reference, for each runtime that ran the file.
-        scale: largest absolute output of the reference.
-        tolerance: largest absolute difference allowed.
+        runtimes: largest absolute difference of outputs to the reference, for each runtime that ran the file; of
+            several outputs, that of the one which is the nearest to its tolerance.
+        scale: largest absolute value of that output in the reference.
+        tolerance: largest absolute difference allowed in it.
         masks_equal: True if the same weights are zero.
         weights_equal: True if every stored value is the same, bit for bit.
         problems: everything that does not agree, in words; empty if the file passed.

@@ -14,7 +14,8 @@ from dsr_tool.sparse.capture import frozen_copy
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.tensor import Array, SparseTensor
 from exporters.checked import CheckedModel
-from exporters.verify.outputs import Differing, compare_outputs, outputs_of
+from exporters.verify.compare import Differing, compare_outputs
+from exporters.verify.outputs import outputs_of
 from exporters.verify.result import Verification
 from exporters.verify.rounding import expected_tensors, how_rounded, rounded_model, steps_note, zeros_note
 

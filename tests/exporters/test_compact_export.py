@@ -26,7 +26,7 @@ from exporters.export import export, verify
 from exporters.onnx.read import read_onnx
 from exporters.onnx.session import OnnxSession
 from exporters.onnx.write import to_onnx
-from exporters.verify.outputs import RELATIVE_TOLERANCE, ROUNDING_FACTOR
+from exporters.verify.compare import RELATIVE_TOLERANCE, ROUNDING_FACTOR
 
 pytestmark = pytest.mark.usefixtures("trace_once")
 
@@ -172,7 +172,7 @@ def compared(module: nn.Module, size: int) -> tuple[int, int, int]:
     assert np.abs(wanted[0] - wanted[1]).max() > 1e-3 * scale
     # Some networks round more than 1e-5 of their largest output, in PyTorch as much.
     allowed = RELATIVE_TOLERANCE * scale + ROUNDING_FACTOR * np.abs(single - wanted).max()
-    for found in (session.run(x), Interpreter(small.graph, small.tensors).run(x)):
+    for found in (session.run(x), *Interpreter(small.graph, small.tensors).run(x)):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=allowed)
     return channels(before), channels(small.tensors), len(small.removed)
 

@@ -1,4 +1,4 @@
-"""Outputs: one tensor of real numbers in whatever container is taken, everything else is one sentence."""
+"""Outputs: tensors of real numbers in whatever containers are taken, everything else is one sentence."""
 
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
@@ -9,14 +9,17 @@ import torch
 from torch import nn
 
 from dsr_tool.errors import UsageError
+from dsr_tool.graph.ir import Value
 from dsr_tool.runtime import Session
-from dsr_tool.sparse.feeding import float_tensors, main_output
+from dsr_tool.sparse.feeding import named_floats
 from dsr_tool.sparse.macs import output_shape
 from dsr_tool.sparse.sparsify import sparsify
 from dsr_tool.sparse.trace import trace
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.config import ModelConfig
 from exporters.export import export
+from exporters.onnx.session import OnnxSession
+from exporters.verify.compare import compare_outputs
 
 SHAPE = (6,)
 WITH_GRAPH, WITHOUT = ("dsr", "onnx"), ("npz", "safetensors", "pth")
@@ -53,10 +56,15 @@ ONE = {
 }
 AUXILIARY = {"aux and out": lambda y: {"aux": y, "out": y * 2}, "out in a tuple": lambda y: {"out": (y,), "aux": y}}
 SEVERAL = {
-    "a pair": lambda y: (y, y * 2),
-    "two keys": lambda y: {"boxes": y, "scores": y * 2},
-    "levels": lambda y: [y, y[:, :3], y[:, :1]],
-    "a dataclass of two": lambda y: Result(y, y.mean(1)),
+    "a pair": (lambda y: (y, y * 2), ["output_0", "output_1"]),
+    "two keys": (lambda y: {"boxes": y, "scores": y * 2, "mask": y > 0}, ["boxes", "scores"]),
+    "levels": (lambda y: [y, [y[:, :3], y[:, :1]]], ["output_0", "output_1_0", "output_1_1"]),
+    "a dataclass of two": (lambda y: Result(y, y.mean(1)), ["logits", "loss"]),
+    "a named tuple of two": (lambda y: Pair(y.relu(), y), ["logits", "aux"]),
+    "one tensor twice": (lambda y: {"a": y, "b": y}, ["a", "b"]),
+    "a scalar beside": (lambda y: (y, y.mean()), ["output_0", "output_1"]),
+    "names of the graph itself": (lambda y: {"input": y, "gemm_0": y * 2}, ["input_", "gemm_0"]),
+    "names that are equal": (lambda y: {"a": [y], "a_0": y * 2, 3: y * 3}, ["a_0", "a_0_", "output_3"]),
 }
 NONE = {
     "None": (lambda _y: None, "returns NoneType"),
@@ -80,7 +88,8 @@ def test_one_tensor_in_any_container_is_the_output(kind):
     assert [value.shape for value in graph.outputs] == [(None, 40)]
     assert output_shape(Net(wrap), SHAPE) == (40,)
     y = torch.randn(2, 40)
-    assert torch.equal(main_output(wrap(y), "Net"), y * 2 if kind == "aux and out" else y)
+    named = named_floats(wrap(y))
+    assert list(named) == ["output"] and torch.equal(named["output"], y * 2 if kind == "aux and out" else y)
 
 
 @pytest.mark.parametrize("ending", [*WITH_GRAPH, *WITHOUT])
@@ -95,15 +104,51 @@ def test_such_networks_are_exported_to_every_container(kind, ending, tmp_path):
 
 
 @pytest.mark.parametrize("kind", SEVERAL)
-def test_several_tensors_go_to_files_without_a_graph_and_are_all_compared(kind, tmp_path):
-    model = model_of(SEVERAL[kind])
-    for ending in WITHOUT:
+def test_several_tensors_have_names_by_where_they_are(kind):
+    wrap, names = SEVERAL[kind]
+    assert list(named_floats(wrap(torch.ones(2, 40)))) == names
+    assert output_shape(Net(wrap), SHAPE) == ()
+
+
+@pytest.mark.parametrize("kind", ["one tensor twice", "a scalar beside", "names of the graph itself"])
+def test_all_of_several_outputs_are_in_the_files_and_computed(kind, tmp_path):
+    wrap, names = SEVERAL[kind]
+    model = model_of(wrap)
+    for ending in (*WITH_GRAPH, *WITHOUT):
         assert export(model, tmp_path / f"m.{ending}").passed
-    for ending in WITH_GRAPH:
-        with pytest.raises(UsageError, match=r"Net returns \d tensors; wrap it.*'out'"):
-            export(model, tmp_path / f"n.{ending}")
-    assert not list(tmp_path.glob("n.*"))
-    assert len(float_tensors(SEVERAL[kind](torch.ones(2, 40)))) > 1 and output_shape(model.module, SHAPE) == ()
+    x = np.random.default_rng(0).standard_normal((3, 6)).astype(np.float32)
+    expected = named_floats(wrap(model.module.layer(torch.from_numpy(x)).detach()))
+    assert list(expected) == names
+    sessions = [Session(tmp_path / f"m.{ending}", runtime=run) for ending in WITH_GRAPH for run in ("scipy", "auto")]
+    for session in (*sessions, OnnxSession(tmp_path / "m.onnx")):
+        found = session.run_all(x)
+        assert list(found) == names
+        for name, tensor in expected.items():
+            np.testing.assert_allclose(found[name], tensor.numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(session.run(x), found[names[0]])
+
+
+@pytest.mark.parametrize("large", [1e5, 1.0])
+def test_each_output_has_a_tolerance_of_its_own(large, tmp_path):
+    """A small output that is wrong must not hide behind a large one."""
+    net = nn.Linear(6, 40)
+    ours = {"boxes": np.full((2, 4), large, np.float32), "scores": np.full((2, 3), 1e-3, np.float32)}
+    theirs = {**ours, "scores": ours["scores"] + np.float32(1e-4)}
+
+    def verified(found):
+        (tmp_path / "f").touch()
+        run = {"onnxruntime": lambda _x: found}
+        value = Value("input", (None, 6))
+        return compare_outputs(
+            tmp_path / "f", "onnx", net, runs=run, value=value, samples=2, seed=0, differing=([], []),
+            rounded=lambda _x: ours,
+        )  # fmt: skip
+
+    assert verified(ours).passed
+    wrong = verified(theirs)
+    assert "differs" in wrong.problems[0] and "in output 'scores'" in wrong.problems[0]
+    assert wrong.scale == pytest.approx(1e-3) and wrong.largest_difference == pytest.approx(1e-4, rel=1e-2)
+    assert not verified({"boxes": ours["boxes"]}).passed
 
 
 @pytest.mark.parametrize("kind", NONE)

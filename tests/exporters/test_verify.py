@@ -93,7 +93,7 @@ def test_weights_outside_the_masks_are_not_exported(make_model, tmp_path, name):
 def test_force_replaces_only_after_the_verification(make_model, tmp_path, monkeypatch):
     path = tmp_path / "m.onnx"
     path.write_text("before")
-    monkeypatch.setattr("exporters.verify.outputs.RELATIVE_TOLERANCE", -1.0)
+    monkeypatch.setattr("exporters.verify.compare.RELATIVE_TOLERANCE", -1.0)
     with pytest.raises(CheckFailed):
         export(make_model(), path, force=True)
     assert path.read_text() == "before"

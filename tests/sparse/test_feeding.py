@@ -5,6 +5,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSD, SSDHead
@@ -99,7 +100,8 @@ def test_heads_predict_what_the_detector_predicts_inside(maker, path):
 def test_regions_are_pooled_as_the_detector_pools_boxes():
     detector, pictures = made(two_stages), torch.rand(2, 3, SIDE, SIDE)
     with torch.no_grad():
-        _, scores, boxes = tensor_form(detector, 8)(pictures)
+        raw = tensor_form(detector, 8)(pictures)
+        scores, boxes = raw["class_logits"], raw["box_regression"]
         features = detector.backbone(detector.transform(list(pictures))[0].tensors)
         corners = [0.0, SIDE - 112.0], [0.0, SIDE - 224.0]
         regions = torch.tensor(
@@ -135,6 +137,9 @@ def test_multiply_adds_of_every_weight_are_known(name):
     detector = made(MAKERS[name])
     specs = with_macs(detector, discover(detector), (3, SIDE, SIDE))
     assert all(spec.macs_per_weight > 0 for spec in specs.values() if spec.weight)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        tensor_form(detector, regions=None)(torch.rand(1, 3, SIDE, SIDE))
+    assert sum(spec.macs_per_weight * spec.size for spec in specs.values()) == counter.get_total_flops() / 2
     cells = (SIDE // (16 if name == "retina" else 8)) ** 2
     first = next(spec for spec in specs.values() if spec.weight)
     assert first.macs_per_weight == cells

@@ -133,6 +133,11 @@ def test_of_a_mapping_the_entry_out_is_the_output():
     assert graph.parameters == ("main.weight", "main.bias")
 
 
+def test_of_another_mapping_every_entry_is_an_output():
+    graph = trace(Heads(("one", "two")), (4,))
+    assert [value.name for value in graph.outputs] == ["one", "two"]
+
+
 def test_capture_does_not_change_the_module_or_the_random_state():
     module = small()
     module[1].eval()
@@ -159,7 +164,6 @@ def test_capture_is_deterministic_quiet_and_survives_json(capfd):
         (nn.Linear(3, 3), (0,), "positive"),
         (nn.Linear(3, 3), (4,), "Linear.*captured with input shape \\(4,\\).*reduction dim"),
         (Data(), (4,), "data-dependent"),
-        (Heads(("one", "two")), (4,), "returns 2 tensors"),
     ],
 )
 def test_modules_that_cannot_be_captured_are_usage_errors(module, shape, words, capfd):
@@ -172,4 +176,11 @@ def test_a_parameter_with_the_name_of_the_input_is_refused():
     module = nn.Module()
     module.input = nn.Parameter(torch.zeros(3))
     with pytest.raises(UsageError, match="'input'"):
+        trace(module, (3,))
+
+
+def test_a_parameter_with_the_name_of_an_output_is_refused():
+    module = nn.Linear(3, 3)
+    module.output = nn.Parameter(torch.zeros(3))
+    with pytest.raises(UsageError, match="'output'"):
         trace(module, (3,))
