@@ -30,7 +30,7 @@
 
 namespace {
 
-// Accumulators, the broadcast value and, in dense tiles, four weights and an input have to fit in the registers.
+// Accumulators, the broadcast value and, in dense tiles, the inputs have to fit in the registers.
 #if DSR_LANES == 16 || defined(__aarch64__)
 constexpr int WIDEST = 14, WIDEST_DENSE = 6;  // of 32 registers
 #else
@@ -185,14 +185,15 @@ void dense_tile(const Product& p, const Part& part, int64_t column) {
             }
             for (int k = 0; k < entry.count; k++) {
                 const float* x = (const float*)(in + (uint64_t)offset[k] * VECTOR_BYTES);
-                Vec weight[4];
-#pragma GCC unroll 4
-                for (int r = 0; r < 4; r++) weight[r] = splat(Weights::at(value + 4 * k + r));
+                // Four channels one after the other, since with 16 registers the weights of all four would not fit.
+                Vec inputs[T];
 #pragma GCC unroll 16
-                for (int t = 0; t < T; t++) {
-                    const Vec v = load(x + t * LANES);
+                for (int t = 0; t < T; t++) inputs[t] = load(x + t * LANES);
 #pragma GCC unroll 4
-                    for (int r = 0; r < 4; r++) sums[r][t] += weight[r] * v;
+                for (int r = 0; r < 4; r++) {
+                    const Vec weight = splat(Weights::at(value + 4 * k + r));
+#pragma GCC unroll 16
+                    for (int t = 0; t < T; t++) sums[r][t] += weight * inputs[t];
                 }
             }
             value += 4 * entry.count;
