@@ -18,6 +18,7 @@ from dsr_tool import attach
 from dsr_tool.formats.archive import open_archive
 from dsr_tool.runtime import Session
 from dsr_tool.sparse.feeding import graph_form, named_floats
+from dsr_tool.sparse.trace import trace
 from exporters.export import export
 from exporters.onnx.session import OnnxSession
 
@@ -29,8 +30,10 @@ RUNTIMES = {
 }
 
 
-def check_files(model, folder, names, endings=("onnx", "dsr")):
+def check_files(model, folder, names, monkeypatch, endings=("onnx", "dsr")):
     """Exports a model, and compares every output of every runtime with PyTorch."""
+    graph = trace(model.module, (3, SIDE, SIDE))  # once, since it takes seconds
+    monkeypatch.setattr("exporters.checked.trace", lambda *_: graph)
     done = {ending: export(model, folder / f"m.{ending}") for ending in endings}
     assert all(one.passed for one in done.values())
     module = graph_form(model.module).eval()
@@ -71,7 +74,7 @@ def test_a_network_like_yolo_is_trained_exported_and_run(tmp_path, run, monkeypa
         sum(level.square().mean() for level in levels).backward()
         optimizer.step()
     assert attached.step == 2 and model.active_weights == active
-    check_files(model, tmp_path, ["output_0", "output_1", "output_2"])
+    check_files(model, tmp_path, ["output_0", "output_1", "output_2"], monkeypatch)
     monkeypatch.chdir(tmp_path)
     np.save("x.npy", np.zeros((3, SIDE, SIDE), np.float32))
     code, out, _ = run("predict", "m.dsr", "x.npy", "--json")
@@ -103,14 +106,14 @@ def two_stages():
 @pytest.mark.parametrize(
     ("make", "names"),
     [
-        (one_stage, ["cls_logits", "bbox_regression", "bbox_ctrness"]),
+        pytest.param(one_stage, ["cls_logits", "bbox_regression", "bbox_ctrness"], marks=pytest.mark.slow),
         (two_stages, ["objectness_0", "pred_bbox_deltas_0", "features_0"]),
     ],
 )
-def test_detectors_of_torchvision_are_files_of_their_raw_outputs(make, names, tmp_path):
+def test_detectors_of_torchvision_are_files_of_their_raw_outputs(make, names, tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = convert(make(), sparsity=0.5, input_shape=(3, SIDE, SIDE))
-    done = check_files(model, tmp_path, names)
+    done = check_files(model, tmp_path, names, monkeypatch)
     absent = "the file lacks 4 weights that no output depends on, such as 'roi_heads.box_head.fc6.weight'"
     assert list(done["onnx"].notes) == ([absent] if make is two_stages else [])
     # An archive has them all the same.
@@ -127,12 +130,12 @@ def test_detectors_of_torchvision_are_files_of_their_raw_outputs(make, names, tm
         ("fasterrcnn_mobilenet_v3_large_320_fpn", None),
     ],
 )
-def test_every_kind_of_torchvisions_detectors_is_exported(name, names, tmp_path):
+def test_every_kind_of_torchvisions_detectors_is_exported(name, names, tmp_path, monkeypatch):
     model = convert(name, sparsity=0.5, num_classes=3, input_size=SIDE)
     levels = ("0", "1", "pool")
     two = [*(f"{what}_{i}" for what in ("objectness", "pred_bbox_deltas") for i in range(3))]
     names = names or [*two, *(f"features_{level}" for level in levels)]
-    check_files(model, tmp_path, names, ("onnx", "dsr", "npz", "safetensors", "pth"))
+    check_files(model, tmp_path, names, monkeypatch, ("onnx", "dsr", "npz", "safetensors", "pth"))
     model.save(tmp_path / "folder")
     again = load(tmp_path / "folder").module.state_dict()
     assert all(torch.equal(again[key], value) for key, value in model.module.state_dict().items())
