@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -140,7 +142,7 @@ def test_scales_whose_codes_overflow_are_left_to_floats(machine, both, scale):
         assert weights_taken(both(machine, [Node("Conv", ("x", "w"), ("y",))], {"w": weight}, x)) == [False]
 
 
-@pytest.mark.parametrize("density", [0.2, 0.9])
+@pytest.mark.parametrize("density", [0.03, 0.2, 0.9])
 @pytest.mark.parametrize("shape", [(1, 16, 31, 29), (1, 700, 7, 7), (1, 1, 1, 5000)])
 def test_results_are_bit_identical_for_any_number_of_threads(shape, density):
     rng = np.random.default_rng(0)
@@ -159,20 +161,51 @@ def test_results_are_bit_identical_for_any_number_of_threads(shape, density):
         np.testing.assert_array_equal(result, results[0])
 
 
-@pytest.mark.parametrize(("channels", "size", "converts"), [(8, 28, True), (700, 4, False)])
-def test_codes_become_values_first_where_planes_are_long_for_their_blocks(both, channels, size, converts):
+def product_of(plan: Plan) -> Any:
+    """Returns the struct of the only product of a plan."""
+    (product,) = (op.spmm for op in plan.steps[0].ops if op.kind == Kind.SPMM)
+    return product
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "density", "converts", "same_bits"),
+    [
+        (8, 28, 0.05, True, True),  # a long plane, and few records of a channel
+        (8, 28, 0.3, False, True),  # many records: values of codes in registers
+        (700, 4, 0.3, False, True),
+        (700, 4, 0.002, False, True),  # a short plane
+        (8, 28, 0.8, True, True),  # with zeros
+        (200, 4, 0.8, False, False),  # with zeros, and a short plane: sums of codes are scaled
+    ],
+)
+def test_codes_become_values_before_tiles_or_in_registers(both, channels, size, density, converts, same_bits):
     """Values are those of the reference, so such a product has every bit of one with floats."""
     rng = np.random.default_rng(0)
-    weight = grid(rng, (12, channels, 3, 3), 0.3)
+    weight = grid(rng, (10, channels, 3, 3), density)
     x = rng.standard_normal((1, channels, size, size)).astype(np.float32)
     machine = Machine(library(), 1)
     plan = both(machine, [Node("Conv", ("x", "w"), ("y",), PADS)], {"w": weight}, x)
     assert weights_taken(plan) == [True]
-    (product,) = (op for op in plan.steps[0].ops if op.kind == Kind.SPMM)
-    assert product.spmm.convert == converts
+    assert product_of(plan).convert == converts
     floats = both(machine, [Node("Conv", ("x", "w"), ("y",), PADS)], {"w": SparseTensor(weight.mask, weight.values)}, x)
     assert weights_taken(floats) == [False]
-    assert np.array_equal(plan.run(x)[0], floats.run(x)[0]) == converts
+    assert np.array_equal(plan.run(x)[0], floats.run(x)[0]) == same_bits
+
+
+@pytest.mark.parametrize(("most", "converts"), [(12, True), (60, False)])
+def test_channels_may_have_any_number_of_records(both, most, converts):
+    """A vector of codes may end anywhere in a channel; what follows belongs to the next one."""
+    rng = np.random.default_rng(0)
+    weight = grid(rng, (most, most, 1, 1), 1.0)
+    mask = np.tril(np.ones((most, most), np.bool_))
+    weight = GridTensor(Mask.from_bool(mask.reshape(most, most, 1, 1)), weight.codes[mask.ravel()], weight.scales)
+    x = rng.standard_normal((1, most, 40, 40)).astype(np.float32)
+    machine = Machine(library(), 1)
+    plan = both(machine, [Node("Conv", ("x", "w"), ("y",))], {"w": weight}, x)
+    assert product_of(plan).convert == converts
+    assert set(plan.steps[0].packs[0].entries[:, 1]) >= set(range(1, 9))
+    floats = both(machine, [Node("Conv", ("x", "w"), ("y",))], {"w": SparseTensor(weight.mask, weight.values)}, x)
+    np.testing.assert_array_equal(plan.run(x)[0], floats.run(x)[0])
 
 
 def test_a_session_of_an_archive_keeps_codes_through_the_norm_and_for_another_batch(tmp_path):

@@ -49,8 +49,12 @@ POINT_RECORDS = 13
 NARROW_TILE = 11
 """Vectors of a tile where inputs are read seldom: a narrow tile leaves more of the cache to other channels."""
 CONVERTED = 10
-"""Vectors of a plane per block from which codes become values once for all tiles. Scaling a sum costs a multiply-add
-for each of its vectors; scaling the weights of a row in a block costs about as much as 10 to 14 on Zen 4."""
+"""Vectors of a plane per block from which codes become values in memory before all tiles, where registers do not suit:
+scaling the weights of a row in a block costs about as much as scaling 10 to 14 of its sums (Zen 4)."""
+SHORT_ROW = 8
+"""Mean records of an output channel in a block from which codes become values in registers, in each tile again. With 2
+to 6, MobileNetV2 at .90 took 1.02 to 1.06 of the time with floats that way, and 1.00 to 1.03 by memory; with 9 it took
+.92 to 1.02 and 1.01 to 1.05 (Zen 3, AVX2)."""
 MIN_SHARED_TILE = 5
 """Fewest vectors of a tile that is narrowed to give each thread the same number of tiles."""
 MANY_TILES = 4
@@ -120,11 +124,12 @@ class Spmm(Op):
         )
 
     def _converts(self, pack: Pack) -> bool:
-        """Returns whether codes become values before all tiles, rather than their sums after each."""
+        """Returns whether codes become values in memory before all tiles."""
         first, last = pack.parts[0, :2]
-        # All that this depends on is the same for any number of threads, since the two ways round differently.
+        # All that this depends on is the same for any number of threads, since sums of codes round differently.
         few = len(pack.values) <= LIMITS["MAX_CONVERTED"]
-        return pack.coded and few and not self.computes_zeros and self.out.grid.length >= CONVERTED * (last - first)
+        short = self.computes_zeros or len(pack.values) < SHORT_ROW * len(pack.entries)
+        return pack.coded and few and short and self.out.grid.length >= CONVERTED * (last - first)
 
     def _pack(
         self, packs: PackCache, entries: SparseTensor, phases: Sequence[Taps], per_block: int, split: int

@@ -14,9 +14,9 @@
 // reads are cut into blocks that fit in the first-level cache; between blocks the sums are stored and loaded again.
 // Values and offsets are read once a run, front to back, so they are prefetched and cost bandwidth alone.
 //
-// Codes (weights.h). Their sums start from zero; the last block multiplies them by the scale of their channel, and adds
-// bias and residual. Where a plane is long for its number of blocks, that would be a fair share of all multiply-adds,
-// and codes become values before the first tile.
+// Codes (weights.h) become values in registers, a vector of records at once, and each is broadcast from there: one load
+// less for each record than with values in memory. Where channels have too few records to fill a vector, or four share
+// their records, codes become values in memory before the first tile, if there are tiles enough to be worth it.
 //
 // Dense parts. From a density of 0.7 on it is quicker to multiply the zeros too: four output channels share one list of
 // offsets, and each load of the input serves four multiply-adds.
@@ -139,21 +139,21 @@ void sparse_tile(const Product& p, const Part& part, int64_t column) {
         const Entry* entry = op.entries + block.entries;
         for (const Entry* end = entry + block.count; entry != end; entry++) {
             Vec sums[T];
-            place.template start<T, Weights::SCALED>(sums, entry->row, first);
+            place.template start<T, false>(sums, entry->row, first);
             // Weights are read once a run, so they come from far away.
             __builtin_prefetch(value + 512);
             __builtin_prefetch(offset + 1024);
-            for (const auto* stop = value + entry->count; value != stop; value++, offset++) {
-                const Vec weight = splat(Weights::at(value));
+            Weights::for_each(value, entry->count, place.scales, entry->row, [&](Vec weight) INLINE {
                 const float* x = (const float*)now;
                 now = next;
                 next = in + (uint64_t)offset[2] * VECTOR_BYTES;
+                offset++;
 #pragma GCC unroll 16
                 for (int t = 0; t < T; t++) sums[t] += weight * load(x + t * LANES);
-            }
+            });
+            value += entry->count;
             float* out = place.out + entry->row * place.out_step;
             if (last) {
-                if (Weights::SCALED) place.template scale<T>(sums, entry->row);
                 finish<T>(p, sums, place.mask, out);
             } else {
 #pragma GCC unroll 16

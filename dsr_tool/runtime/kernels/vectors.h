@@ -6,7 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -32,12 +32,22 @@ static inline Vec load(const float* from) {
     return v;
 }
 
-// Whole numbers of 8 bits as floats. gcc 12 widens vectors of bytes entry by entry, where x86 has an instruction.
+// Whole numbers of 8 bits as floats. gcc 12 widens vectors of bytes entry by entry, on x86 and on aarch64.
 static inline Vec load_codes(const int8_t* from) {
 #if defined(__AVX512F__)
     const Bits whole = (Bits)_mm512_maskz_cvtepi8_epi32(-1, _mm_loadu_si128((const __m128i*)from));
 #elif defined(__AVX2__)
     const Bits whole = (Bits)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#elif defined(__SSE2__)
+    int32_t codes;
+    std::memcpy(&codes, from, sizeof codes);
+    // Each code four times in an entry; the shift keeps the topmost, with its sign.
+    const __m128i twice = _mm_unpacklo_epi8(_mm_cvtsi32_si128(codes), _mm_cvtsi32_si128(codes));
+    const Bits whole = (Bits)_mm_srai_epi32(_mm_unpacklo_epi16(twice, twice), 24);
+#elif defined(__aarch64__)
+    int32_t codes;
+    std::memcpy(&codes, from, sizeof codes);
+    const Bits whole = (Bits{codes, codes, codes, codes} << Bits{24, 16, 8, 0}) >> 24;
 #else
     Bits whole;
     for (int i = 0; i < LANES; i++) whole[i] = from[i];
