@@ -24,6 +24,8 @@ from dsr_tool.sparsity.tensor import Array, SparseTensor
 __all__ = ["decode_groups", "decode_nm", "encode_groups", "encode_nm", "groups_bytes", "is_nm"]
 
 _WORD = np.dtype("<u8")
+_CHUNK = 1 << 18
+"""Groups that are coded together: a few MiB of whole numbers, however large the layer."""
 
 
 def is_nm(tensor: SparseTensor) -> bool:
@@ -70,13 +72,12 @@ def encode_groups(mask: Mask, pattern: Granularity) -> npt.NDArray[np.uint8]:
         pattern: the N:M that it has.
     """
     kept, group = pattern.kept, pattern.group
-    rows = Blocks.of(mask.shape, group).split(mask.to_bool())
-    places = np.nonzero(rows)[1].reshape(-1, kept)
-    numbers = _binomials(group, kept)[places, np.arange(1, kept + 1)].sum(axis=1)
-    choices = _choices(kept, group)
-    digits = _per_word(choices)
-    padded = np.zeros(-(-len(numbers) // digits) * digits, _WORD)
-    padded[: len(numbers)] = numbers
+    blocks, binomials, choices = Blocks.of(mask.shape, group), _binomials(group, kept), _choices(kept, group)
+    rows, digits = blocks.split(mask.to_bool()), _per_word(choices)
+    padded = np.zeros(-(-blocks.count // digits) * digits, _WORD)
+    for start in range(0, blocks.count, _CHUNK):
+        places = np.nonzero(rows[start : start + _CHUNK])[1].reshape(-1, kept)
+        padded[start : start + len(places)] = binomials[places, np.arange(1, kept + 1)].sum(axis=1)
     words = np.zeros(len(padded) // digits, _WORD)
     for column in reversed(padded.reshape(-1, digits).T):
         words = words * _WORD.type(choices) + column
@@ -108,20 +109,20 @@ def decode_groups(coded: npt.NDArray[np.uint8], shape: tuple[int, ...], active: 
     # One encoding for a mask: nothing may be left of a word, and nothing may stand behind the last group.
     if words.any() or numbers[blocks.count :].any():
         raise FormatError(f"a word of a mask {kept}:{group} has more groups than it holds; the file is damaged.")
-    rows = _rows(numbers[: blocks.count], kept, group)
+    rows = np.zeros((blocks.count, group), np.bool_)
+    for start in range(0, blocks.count, _CHUNK):
+        _mark(rows[start : start + _CHUNK], numbers[start : min(start + _CHUNK, blocks.count)], kept)
     return Mask.from_bool(blocks.join(rows).reshape(shape))
 
 
-def _rows(numbers: npt.NDArray[np.int64], kept: int, group: int) -> npt.NDArray[np.bool_]:
-    """Returns the active places of groups by their numbers, shape (groups, M)."""
-    rows = np.zeros((len(numbers), group), np.bool_)
-    binomials, each = _binomials(group, kept), np.arange(len(numbers))
+def _mark(rows: npt.NDArray[np.bool_], numbers: npt.NDArray[np.int64], kept: int) -> None:
+    """Sets the active places of groups, shape (groups, M), by their numbers."""
+    binomials, each = _binomials(rows.shape[1], kept), np.arange(len(numbers))
     for j in range(kept, 0, -1):
         # The largest place p_j with C(p_j, j) of at most what is left is the only one that leaves room for the others.
         place = np.searchsorted(binomials[:, j], numbers, side="right") - 1
         rows[each, place] = True
         numbers = numbers - binomials[place, j]
-    return rows
 
 
 def _binomials(group: int, kept: int) -> npt.NDArray[np.int64]:

@@ -6,12 +6,14 @@ import math
 from fractions import Fraction
 
 import numpy as np
-import numpy.typing as npt
 
-from dsr_tool.sparsity.granularity import MOST_GROUP, Blocks, Granularity
+from dsr_tool.sparsity.granularity import MOST_GROUP, Granularity
 from dsr_tool.sparsity.mask import Mask
 
 __all__ = ["found_groups", "found_pattern", "pattern_bits"]
+
+_CHUNK = 1 << 20
+"""Entries that are looked at together: 40 MiB of whole numbers, however large the layer."""
 
 
 def found_pattern(mask: Mask) -> Granularity | None:
@@ -39,7 +41,7 @@ def found_groups(mask: Mask) -> Granularity | None:
     density = Fraction(mask.active, mask.size)
     for group in range(density.denominator, MOST_GROUP + 1, density.denominator):
         kept = group * density.numerator // density.denominator
-        if mask.shape[1] % group == 0 and (_counts(mask, group) == kept).all():
+        if mask.shape[1] % group == 0 and _has_groups(mask, group, kept):
             return Granularity("N:M", kept, group)
     return None
 
@@ -52,13 +54,20 @@ def pattern_bits(mask: Mask) -> float:
     return mask.size // groups.group * math.log2(math.comb(groups.group, groups.kept))
 
 
-def _counts(mask: Mask, group: int) -> npt.NDArray[np.int64]:
-    """Returns the number of active entries of each group of input channels, in O(active)."""
-    blocks = Blocks.of(mask.shape, group)
-    rest, tap = np.divmod(mask.positions, blocks.taps)
-    output, channel = np.divmod(rest, blocks.inputs)
-    numbers = (output * blocks.taps + tap) * (blocks.inputs // group) + channel // group
-    return np.bincount(numbers, minlength=blocks.count)
+def _has_groups(mask: Mask, group: int, kept: int) -> bool:
+    """Returns whether every group of input channels has `kept` active entries, in O(active)."""
+    inputs, taps, positions = mask.shape[1], math.prod(mask.shape[2:]), mask.positions
+    step = max(_CHUNK // (inputs * taps), 1)
+    for first in range(0, mask.shape[0], step):
+        outputs = min(step, mask.shape[0] - first)
+        ends = np.searchsorted(positions, [first * inputs * taps, (first + outputs) * inputs * taps])
+        rest, tap = np.divmod(positions[slice(*ends)] - first * inputs * taps, taps)
+        # Input channels divide into groups, so a group is known by the place of its first channel among all.
+        numbers = rest // group * taps + tap
+        # Nearly every mask that has no groups is known by its first outputs.
+        if (np.bincount(numbers, minlength=outputs * inputs // group * taps) != kept).any():
+            return False
+    return True
 
 
 def _is_whole(mask: Mask, size: int, *, by_output: bool) -> bool:

@@ -56,6 +56,20 @@ def test_every_mask_round_trips_and_has_the_stated_size(case):
     assert decoded.values.tobytes() == tensor.values.tobytes()
 
 
+@pytest.mark.parametrize("shape", [(7, 12), (5, 8, 3, 1), (3, 4, 2)])
+def test_pieces_of_a_large_mask_make_the_same_bytes(shape, monkeypatch):
+    mask, pattern = drawn(shape, 2, 4), Granularity("N:M", 2, 4)
+    coded = encode_groups(mask, pattern)
+    monkeypatch.setattr("dsr_tool.formats.groups._CHUNK", 5)
+    monkeypatch.setattr("dsr_tool.sparsity.pattern._CHUNK", 2 * math.prod(shape[1:]))
+    assert found_groups(mask) == pattern
+    assert encode_groups(mask, pattern).tobytes() == coded.tobytes()
+    assert decode_groups(coded, shape, mask.active).equals(mask)
+    torn = mask.to_bool().reshape(-1)
+    torn[[np.flatnonzero(torn)[-1], np.flatnonzero(~torn)[0]]] = [False, True]
+    assert found_groups(Mask.from_bool(torn.reshape(shape))) != pattern
+
+
 @pytest.mark.parametrize("kept, group, most", [(2, 4, 1.04), (1, 4, 1.01), (4, 8, 1.05), (1, 16, 1.01), (8, 16, 1.18)])
 def test_masks_come_near_the_entropy(kept, group, most):
     mask = drawn((192, 480), kept, group)
