@@ -127,7 +127,7 @@ def test_a_share_that_is_exactly_the_floor_is_enough(make_model, tmp_path, monke
         answers = module(images).numpy()
     answers[55:] = -answers[55:]
     rows = iter(answers)
-    monkeypatch.setattr(agreement, "_run", lambda *_: lambda x: np.stack([next(rows) for _ in x]))
+    monkeypatch.setattr(agreement, "_run", lambda *_: lambda x: {"output": np.stack([next(rows) for _ in x])})
     assert export(model, tmp_path / "m.dsr", images=images, min_agreement=0.55).agreement == 0.55
 
 
