@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import pickle
 import re
+import sys
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors.torch import load_file
@@ -164,12 +167,24 @@ def _read(path: Path) -> object:
         start = file.read(_START_BYTES)
         if is_safetensors(start):
             return load_file(path)
-        file.seek(0)
         warnings.simplefilter("ignore")  # about unusual pickles, which are refused if they hold no state_dict
-        if CAN_MAP and start.startswith(_ZIP) and path.suffix != ".safetensors":
-            # As a map, so that a conversion can leave the weights in the file; this needs the path.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if CAN_MAP and start.startswith(_ZIP) and _has_plain_records(file):
+            # As a map, so that a conversion can leave the weights in the file. This needs a path, in UTF-8.
+            return torch.load(f"/proc/self/fd/{file.fileno()}", map_location="cpu", weights_only=True, mmap=True)
+        file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _has_plain_records(file: BinaryIO) -> bool:
+    """Returns whether tensors have the same bytes in a zip file as in memory: torch reads any record of a map so."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+            plain = all(record.compress_type == zipfile.ZIP_STORED for record in records)
+            orders = {archive.read(record) for record in records if plain and record.filename.endswith("/byteorder")}
+    except Exception:  # noqa: BLE001 - a damaged zip may raise anything; torch's reader has the last word
+        return False
+    return plain and orders <= {sys.byteorder.encode()}
 
 
 @contextmanager

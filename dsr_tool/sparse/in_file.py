@@ -7,6 +7,7 @@ is free again with the result.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -28,10 +29,17 @@ _PLACE = "_dsr_place"
 
 @dataclass(frozen=True)
 class _Place:
-    """The first byte of a tensor in a file."""
+    """Where a tensor lies in a file.
+
+    Attributes:
+        path: path of the file.
+        start: offset of the tensor's first byte.
+        version: what `_version` returned when the tensor was kept there.
+    """
 
     path: str
     start: int
+    version: tuple[int, ...]
 
 
 class FileMaps:
@@ -39,12 +47,13 @@ class FileMaps:
 
     def __init__(self) -> None:
         """Reads the system's list; it is empty where there is none."""
-        self._ranges: list[tuple[int, int, _Place]] = []
-        for line in _MAPS.read_text().splitlines() if CAN_MAP else ():
+        self._ranges: list[tuple[int, int, str, int]] = []
+        # Names of files are any bytes; the system writes those of line feeds as digits.
+        for line in os.fsdecode(_MAPS.read_bytes()).split("\n")[:-1] if CAN_MAP else ():
             addresses, permissions, offset, _, inode, *path = line.split(maxsplit=5)
             first, last = (int(number, 16) for number in addresses.split("-"))
             if path and inode != "0" and permissions.endswith("p"):
-                self._ranges.append((first, last, _Place(path[0], int(offset, 16))))
+                self._ranges.append((first, last, path[0], int(offset, 16)))
 
     def keep(self, tensor: torch.Tensor) -> nn.Parameter | None:
         """Returns a parameter that stays in its file, or None for a tensor that is no contiguous part of one.
@@ -52,12 +61,19 @@ class FileMaps:
         The values must not be changed.
         """
         first, nbytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-        for start, end, place in self._ranges:
-            if start <= first and first + nbytes <= end and tensor.is_contiguous() and Path(place.path).is_file():
+        if not tensor.is_contiguous() or tensor.is_neg():
+            return None
+        for start, end, path, offset in self._ranges:
+            if start <= first and first + nbytes <= end and Path(path).is_file():
                 parameter = nn.Parameter(tensor, requires_grad=False)
-                setattr(parameter, _PLACE, _Place(place.path, place.start + first - start))
+                setattr(parameter, _PLACE, _Place(path, offset + first - start, _version(Path(path).stat())))
                 return parameter
         return None
+
+
+def _version(status: os.stat_result) -> tuple[int, ...]:
+    """Returns what changes when a file is written again: device, number, bytes and the time of the last write in ns."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def is_in_file(tensor: torch.Tensor) -> bool:
@@ -70,7 +86,7 @@ def read(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the values of a tensor without its history: for a parameter in a file, a copy in memory.
 
     Raises:
-        FormatError: the file is shorter than it was.
+        FormatError: the file was written, replaced or removed since the parameter was kept there.
         OSError: it cannot be read.
     """
     place: _Place | None = getattr(tensor, _PLACE, None)
@@ -78,14 +94,21 @@ def read(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach()
     values = torch.empty(tensor.shape, dtype=tensor.dtype)
     raw = values.reshape(-1).view(torch.uint8).numpy()
-    with Path(place.path).open("rb", buffering=0) as file:
-        file.seek(place.start)
-        done = 0
-        while done < len(raw):
-            count = file.readinto(raw[done:].data)
-            if not count:
-                raise FormatError(f"--weights file {place.path!r} was cut while it was read; convert again.")
-            done += count
+    try:
+        with Path(place.path).open("rb", buffering=0) as file:
+            file.seek(place.start)
+            done, count = 0, 1
+            while done < len(raw) and count:
+                count = file.readinto(raw[done:].data)
+                done += count
+            same = done == len(raw) and _version(os.fstat(file.fileno())) == place.version
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise FormatError(
+            f"--weights file {place.path!r} was changed or removed while it was read; convert again once nothing "
+            f"writes to it."
+        )
     return values
 
 

@@ -1,6 +1,10 @@
 """A conversion from a file has one dense weight in memory at a time, and makes the same model to the last bit."""
 
 import gc
+import os
+import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +13,9 @@ from torch import nn
 
 from converters import pretrained, sources
 from converters.conversion import convert
+from converters.pickles import read_file
 from converters.sources import load_network
+from converters.state_dicts import load_strictly
 from dsr_tool.calibrate import moments
 from dsr_tool.errors import CheckFailed, FormatError
 from dsr_tool.sparse import in_file
@@ -148,16 +154,70 @@ def test_a_function_of_a_weight_is_still_refused(monkeypatch, tmp_path, taken):
     assert not taken
 
 
-def test_a_file_that_is_cut_meanwhile_is_told(monkeypatch, weights):
-    path, bring_in = weights.with_suffix(".pth"), in_file.bring_in
+CHANGES = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:1000]),
+    "removed": Path.unlink,
+    "replaced": lambda path: torch.save({}, path.with_suffix(".new")) or path.with_suffix(".new").replace(path),
+    "written again": lambda path: path.write_bytes(path.read_bytes()[::-1]),
+}
 
-    def cut(module):
-        path.write_bytes(path.read_bytes()[:1000])
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changes_meanwhile_is_told(monkeypatch, weights, change):
+    path, bring_in = weights.with_suffix(".pth"), in_file.bring_in
+    os.utime(path, (0, 0))  # the clock of a file system may stand still for some milliseconds
+
+    def changed(module):
+        CHANGES[change](path)
         bring_in(module)
 
-    monkeypatch.setattr(sources, "bring_in", cut)
-    with pytest.raises(FormatError, match="was cut while it was read"):
+    monkeypatch.setattr(sources, "bring_in", changed)
+    with pytest.raises(FormatError, match="was changed or removed while it was read"):
         load_network(f"{__name__}:Net", str(path), input_shape=(3, 8, 8))
+
+
+def _rewrite(path, compression, order, values):
+    """Writes the records of a file of torch.save again, with these values in the byte order of this name."""
+    swapped = values if order == sys.byteorder else values.byteswap()
+    with zipfile.ZipFile(path) as archive:
+        records = {record.filename: archive.read(record) for record in archive.infolist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in records.items():
+            new = {"byteorder": order.encode(), "0": swapped.tobytes()}
+            archive.writestr(name, new.get(name.rpartition("/")[2], content))
+
+
+OTHER = {"little": "big", "big": "little"}[sys.byteorder]
+FORMS = {
+    "as saved": (lambda path, weight: torch.save({"weight": weight, "more": weight}, path), True),
+    "in half": (lambda path, weight: torch.save({"weight": weight.half()}, path), False),
+    "transposed": (lambda path, weight: torch.save({"weight": weight.T.contiguous().T}, path), False),
+    "negated": (lambda path, weight: torch.save({"weight": torch._neg_view(-weight)}, path), False),
+    "compressed": (lambda path, weight: _rewrite(path, zipfile.ZIP_DEFLATED, sys.byteorder, weight.numpy()), False),
+    "in the other byte order": (lambda path, weight: _rewrite(path, zipfile.ZIP_STORED, OTHER, weight.numpy()), False),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_values_are_as_torch_reads_them(tmp_path, form):
+    path, weight, module = tmp_path / "w.pth", torch.randint(-9, 9, (64, 32)).float(), nn.Linear(32, 64, bias=False)
+    torch.save({"weight": weight}, path)
+    write, kept = FORMS[form]
+    write(path, weight)
+    load_strictly(module, "linear", {"weight": read_file(path)["weight"]}, str(path), in_file=True)
+    assert in_file.is_in_file(module.weight) is kept
+    assert torch.equal(in_file.read(module.weight), weight)
+
+
+@pytest.mark.parametrize("name", ["\u2028.pth", os.fsdecode(b"caf\xe9.pth"), "a  b .pth", "of torch.safetensors"])
+def test_names_of_files_are_of_any_kind(tmp_path, name):
+    path, module = tmp_path / name, nn.Linear(32, 64, bias=False)
+    torch.save(module.state_dict(), tmp_path / "w.pth")
+    (tmp_path / "w.pth").rename(path)
+    state = read_file(path)
+    load_strictly(module, "linear", state, str(path), in_file=True)
+    assert in_file.is_in_file(module.weight)
+    assert torch.equal(in_file.read(module.weight), state["weight"])
 
 
 def test_one_dense_weight_is_alive_at_a_time(monkeypatch, weights):
