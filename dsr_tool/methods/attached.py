@@ -347,6 +347,6 @@ def _check_granularity(name: str, model: SparseModel, method: Method) -> None:
     torn = torn_layer(model.masks, granularity)
     if torn is not None:
         raise UsageError(
-            f"the mask of {torn!r} has not the pattern of --granularity {granularity}; convert the model with "
-            f"--granularity weight."
+            f"the mask of {torn!r} does not have the pattern of --granularity {granularity}; convert the model "
+            f"with --granularity weight."
         )

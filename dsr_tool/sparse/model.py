@@ -224,8 +224,8 @@ class SparseModel:
         Loading a dense state_dict into the module undoes its sparsity silently; in compact storage it cannot.
 
         Raises:
-            CheckFailed: a mask does not fit its weight or has not the pattern of the granularity, an inactive weight is
-                not exactly zero, or the state_dict lacks an entry that the model was made with.
+            CheckFailed: a mask does not fit its weight or does not have the pattern of the granularity, an inactive
+                weight is not exactly zero, or the state_dict lacks an entry that the model was made with.
             UsageError: the state_dict has an entry that files cannot hold; see `require_state`.
         """
         require_state(self.module)
@@ -235,8 +235,8 @@ class SparseModel:
         torn = torn_layer(self.masks, self.granularity)
         if torn is not None:
             raise CheckFailed(
-                f"the mask of {torn!r} has not the pattern of --granularity {self.granularity}, with which the model "
-                f"was converted; convert it again, with that or with --granularity weight."
+                f"the mask of {torn!r} does not have the pattern of --granularity {self.granularity}, with which the "
+                f"model was converted; convert it again, with that or with --granularity weight."
             )
 
     def _check_masks(self) -> None:

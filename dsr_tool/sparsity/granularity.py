@@ -96,15 +96,16 @@ class Granularity:
         Raises:
             UsageError: there is no such granularity.
         """
-        if match := _PATTERN.fullmatch(text):
-            kept, group = int(match[1]), int(match[2])
+        if ":" in text:
+            match = _PATTERN.fullmatch(text)
+            kept, group = (int(match[1]), int(match[2])) if match else (0, 0)
             if not 0 < kept < group <= MOST_GROUP:
                 raise UsageError(
                     f"granularity {text!r} is not allowed; in N:M, N is at least 1 and below M, and M at most "
                     f"{MOST_GROUP}, such as 2:4."
                 )
             return cls("N:M", kept, group)
-        if text not in GRANULARITIES or text == "N:M":
+        if text not in GRANULARITIES:
             raise unknown_name("granularity", text, GRANULARITIES)
         return cls(text)
 

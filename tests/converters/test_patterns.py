@@ -90,13 +90,13 @@ def test_options_that_contradict_the_density_are_refused(options, message):
         converted(granularity="2:4", **options)
 
 
-@pytest.mark.parametrize("text", ["4:4", "0:4", "5:4", "2:65", "32:128"])
+@pytest.mark.parametrize("text", ["4:4", "0:4", "5:4", "2:65", "32:128", "N:M", " 2:4", "2:4:8", "-1:4"])
 def test_numbers_that_make_no_pattern_are_refused(text):
     with pytest.raises(UsageError, match=f"granularity '{text}' is not allowed; in N:M, N is at least 1"):
         converted(granularity=text)
 
 
-@pytest.mark.parametrize("text", ["2/4", "N:M", "fanin2", "", "2:4:8"])
+@pytest.mark.parametrize("text", ["2/4", "fanin2", ""])
 def test_unknown_granularities_are_refused(text):
     with pytest.raises(UsageError, match=f"granularity '{text}' is unknown"):
         converted(granularity=text, sparsity=0.5)
@@ -179,7 +179,7 @@ def test_the_pattern_is_saved_checked_and_taken_over(tmp_path, granularity, opti
     mask = ticket.masks["4.weight"]
     row, column = mask.nonzero()[0].tolist()
     mask[row, column], ticket.weights["4.weight"].data[row, column] = False, 0.0
-    with pytest.raises(CheckFailed, match=f"the mask of '4.weight' has not the pattern of --granularity {granularity}"):
+    with pytest.raises(CheckFailed, match=f"'4.weight' does not have the pattern of --granularity {granularity}"):
         ticket.check()
 
 

@@ -127,7 +127,7 @@ def test_the_granularity_is_saved_with_the_model(tmp_path):
 def test_masks_with_partly_active_kernels_are_refused():
     sparse = convert(network(), sparsity=0.8)
     sparse.config.conversion["granularity"] = "kernel"
-    with pytest.raises(UsageError, match="mask of '0.weight' has not the pattern of --granularity kernel"):
+    with pytest.raises(UsageError, match="mask of '0.weight' does not have the pattern of --granularity kernel"):
         attach(sparse, optim.SGD(sparse.module.parameters(), lr=0.1), "dsr", total_steps=100)
     sparse.config.conversion["granularity"] = "row"
     with pytest.raises(FormatError, match="granularity 'row'"):
