@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-__all__ = ["Inflow"]
+from dsr_tool.calibrate.memory import BATCH
 
-_BATCH = 8
-"""Pictures of one pass. It needs the activations of one layer at a time."""
+__all__ = ["Inflow"]
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
@@ -47,7 +46,7 @@ class Inflow:
         sums = {name: torch.zeros(3, _channels(owner)) for name, owner in layers.items()}
         hooks = [owner.register_forward_pre_hook(_adder(sums[name])) for name, owner in layers.items()]
         try:
-            for batch in pictures.split(_BATCH):
+            for batch in pictures.split(BATCH):
                 module(batch)
         finally:
             for hook in hooks:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from dsr_tool.calibrate.calls import Call, Watch, owners_of
+from dsr_tool.calibrate.calls import Call, Watch
 from dsr_tool.calibrate.survey import ADDITIONS, NORMS, Layer
 from dsr_tool.errors import CheckFailed
 from dsr_tool.sparse.flow import storage
@@ -92,7 +91,7 @@ class Collector(Watch):
 
     def __init__(
         self,
-        module: nn.Module,
+        owners: Mapping[int, str],
         layers: Collection[Layer],
         rows: Callable[[Call, int], torch.Tensor],
         *,
@@ -102,13 +101,13 @@ class Collector(Watch):
         """Prepares a pass.
 
         Args:
-            module: the network.
+            owners: names of the network's tensors, see `calls.owners_of`.
             layers: the layers to collect.
             rows: returns the positions to sample of a call, given its number among the uses of its weight.
             inputs: whether inputs are collected, as in the sparse network, or outputs, as in the dense one.
             to_the_end: whether the pass goes on when everything is seen.
         """
-        super().__init__(owners_of(module))
+        super().__init__(owners)
         self._layers = {layer.name: layer for layer in layers}
         self._rows, self._inputs, self._to_the_end = rows, inputs, to_the_end
         self.samples: dict[str, list[Sample]] = {name: [] for name in self._layers}

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dsr_tool.calibrate.calls import rows_of_weight
+from dsr_tool.calibrate.trials import TRIAL_BATCH
 from dsr_tool.calibrate.views import affordable_views
 from dsr_tool.calibrate.wide import moment_bytes, slices_of
 from dsr_tool.errors import UsageError, first_line
@@ -22,7 +23,7 @@ from dsr_tool.sparse.feeding import evaluating
 from dsr_tool.sparse.macs import with_macs
 from dsr_tool.sparsity.layers import LayerSpec
 
-__all__ = ["Need", "available_bytes", "memory_need", "release_freed", "require_memory"]
+__all__ = ["BATCH", "Need", "available_bytes", "memory_need", "release_freed", "require_memory"]
 
 _FLOAT = 4
 """Bytes of a float32."""
@@ -43,8 +44,12 @@ all slices are alive, and the rest for one slice at a time."""
 _SYSTEMS = 3 << 26
 """Most bytes of the rows' own systems, which are factorised in chunks: three times 64 MiB."""
 
-_BATCH, _ALIVE = 16, 4
-"""Pictures of one pass, and activations of the largest size that are alive in it, with the samples taken of them."""
+BATCH = 4
+"""Pictures of one pass while layers are fitted. glibc gives freed blocks above 32 MiB back to the system, and
+the values of 16 pictures are such blocks: fetching them again took MobileNetV2 as long as computing with them."""
+
+_ALIVE = 4
+"""Activations of the largest size that are alive in a pass, with the samples taken of them."""
 
 _KEPT = 3 << 29
 """Most bytes of the values that are kept between two stages: 1 GiB, and half of that again while a stage advances."""
@@ -111,10 +116,11 @@ def memory_need(module: nn.Module, input_shape: tuple[int, ...]) -> Need:
     """
     largest = _largest_activation(module, input_shape)
     weights = sum(parameter.numel() for parameter in module.parameters())
-    batch = _FLOAT * _BATCH * _ALIVE * largest
+    alive = _FLOAT * _ALIVE * largest
+    batch = BATCH * alive
     specs = with_macs(module, discover(module), input_shape).values()
     fitting = [_fitting(module, spec, batch) for spec in specs if spec.weight]
-    fixed = max(_GRADIENTS * weights + batch, _WEIGHTS * weights + max(fitting, default=batch))
+    fixed = max(_GRADIENTS * weights + TRIAL_BATCH * alive, _WEIGHTS * weights + max(fitting, default=batch))
     macs = sum(spec.macs_per_weight * spec.size for spec in specs)
     return Need(fixed, torch.Size(input_shape).numel(), largest, macs)
 

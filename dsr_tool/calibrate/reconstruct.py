@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from dsr_tool.calibrate.calls import Call
+from dsr_tool.calibrate.calls import Call, owners_of
 from dsr_tool.calibrate.fitting import Fitting, by_magnitude
 from dsr_tool.calibrate.inputs import Collector, Reached
-from dsr_tool.calibrate.memory import release_freed
+from dsr_tool.calibrate.memory import BATCH, release_freed
 from dsr_tool.calibrate.segments import Segments, Values, kept, used
 from dsr_tool.calibrate.survey import Layer, survey
 from dsr_tool.calibrate.views import with_views
@@ -26,9 +26,6 @@ from dsr_tool.sparse.feeding import evaluating
 from dsr_tool.sparsity.granularity import Granularity
 
 __all__ = ["Reconstruction", "reconstruct"]
-
-_BATCH = 16
-"""Pictures of one pass. Larger ones were no faster, and need memory in proportion."""
 
 _VECTORS, _VECTORS_PER_COLUMN = 16384, 6
 """Input vectors that a layer is fitted to: at least so many, and so many per column of its weight, if there are."""
@@ -111,13 +108,14 @@ class _Run:
         self._fitting = fitting
         self._module, self._counts, self._granularity, self._seed = module, counts, granularity, seed
         self._state = {**dict(module.named_buffers()), **dict(module.named_parameters())}
+        self._owners = owners_of(module)  # values are copied into place, so addresses stay
         pictures = with_views(pictures, views, seed)
         self._pictures = len(pictures)
         self._segments = Segments.of(module, pictures[:2], most_values=_KEPT_VALUES // len(pictures))
         first = self._segments.begin(pictures[:1])
         self._layers = survey(module, lambda: self._segments.run(used(first)))
         # In half precision: views would take half a gigabyte more.
-        self._dense = [kept(self._segments.begin(batch), half=True) for batch in pictures.split(_BATCH)]
+        self._dense = [kept(self._segments.begin(batch), half=True) for batch in pictures.split(BATCH)]
         self._sparse = list(self._dense)
         self._changed: dict[str, torch.Tensor] = {}  # dense values of everything that has changed
         self._result = Reconstruction()
@@ -186,12 +184,12 @@ class _Run:
             def rows(call: Call, use: int, number: int = number) -> torch.Tensor:
                 return self._rows(call, f"{number} {use}")
 
-            dense = Collector(self._module, group, rows, inputs=False, to_the_end=advance)
+            dense = Collector(self._owners, group, rows, inputs=False, to_the_end=advance)
             with self._as_dense(stage):
                 after = self._pass(stage, dense_values, dense)
             if advance:
                 self._dense[number] = kept(after, half=True)
-            sparse = Collector(self._module, group, rows, inputs=True)
+            sparse = Collector(self._owners, group, rows, inputs=True)
             self._pass(stage, sparse_values, sparse)
             for name, fitting in fittings.items():
                 fitting.add(dense.samples[name], sparse.samples[name])

@@ -16,10 +16,10 @@ from torch import nn
 from dsr_tool.calibrate.segments import Segments, Values, used
 from dsr_tool.sparse.feeding import evaluating, float_tensors
 
-__all__ = ["distance", "is_classifier", "prune_each"]
+__all__ = ["TRIAL_BATCH", "distance", "is_classifier", "prune_each"]
 
-_BATCH = 16
-"""Pictures of one pass."""
+TRIAL_BATCH = 16
+"""Pictures of one pass, and of the means of outputs that it gives back: those of fewer would say too much of each."""
 
 
 def is_classifier(output: object) -> bool:
@@ -68,7 +68,7 @@ def prune_each(
         costs: dict[str, list[float | None]] = {
             name: [] if name in segments.stage_of else [0.0] * len(tried) for name, tried in masks.items()
         }
-        values = [segments.begin(batch) for batch in pictures.split(_BATCH)]
+        values = [segments.begin(batch) for batch in pictures.split(TRIAL_BATCH)]
         dense = [segments.run(used(value)) for value in values]
         for stage in range(len(segments)):
             names = [name for name in masks if segments.stage_of.get(name) == stage]
