@@ -121,8 +121,8 @@ def pattern_notes(sparsifier: Sparsifier, total: int) -> list[str]:
     meaning = {
         "kernel": "a kernel of a convolution is active as a whole or not at all",
         "fan-in": "every output of a layer has as many active weights as its other outputs",
-        "N:M": f"of every {granularity.group} consecutive input channels {granularity.kept} have an active weight, for "
-        f"each output and each position of a kernel",
+        "N:M": f"{granularity.kept} active in every {granularity.group} consecutive input channels, for each output "
+        f"and each position of a kernel",
     }[granularity.kind]
     active = sum(sparsifier.counts(total).values())
     less = f"; so {active:,} are active, {total - active:,} below the {total:,} allowed" if active < total else ""

@@ -189,6 +189,6 @@ def test_trained_weights_and_a_thin_model(tmp_path):
     options = {"weights": str(tmp_path / "net.pth"), "on_fitted": fitted.append}
     model = convert("lenet-300-100", granularity="2:4", **options)
     assert all((groups_of(mask, 4) == 2).all() for mask in model.masks.values()) and len(model.masks) == 2
-    assert any("granularity 2:4: of every 4 consecutive input channels 2 have" in note for note in fitted[0].notes)
+    assert any("granularity 2:4: 2 active in every 4 consecutive input channels" in note for note in fitted[0].notes)
     thin = convert("wrn-22-2", granularity="2:4", thin=True, preset="paper")
     assert thin.active_weights == thin.prunable_weights
