@@ -120,7 +120,10 @@ class Graph:
         return graph
 
     def check(self) -> None:
-        """Raises `FormatError` unless every value is made once, before it is read, and has a valid type and size."""
+        """Raises `FormatError` unless every value is made once, before it is read, and has a valid type and size.
+
+        Each output is listed once, since callers get outputs by name.
+        """
         if not self.inputs or not self.outputs:
             raise FormatError("the graph has no input or no output; the file is damaged.")
         self._check_values()
@@ -137,9 +140,13 @@ class Graph:
                     raise FormatError(f"value {name[:80]!r} of node {node.op} is made twice.")
                 if name:
                     known.add(name)
+        listed: set[str] = set()
         for value in self.outputs:
             if value.name not in known:
                 raise FormatError(f"output {value.name[:80]!r} is made by no node.")
+            if value.name in listed:
+                raise FormatError(f"output {value.name[:80]!r} is listed twice.")
+            listed.add(value.name)
 
     def _check_values(self) -> None:
         """Raises `FormatError` if an input, output or constant has an invalid type or size."""

@@ -83,6 +83,11 @@ def test_negative_sizes_are_refused_in_one_sentence(graph, where, size):
         damaged.check()
 
 
+def test_an_output_that_is_listed_twice_is_refused(graph):
+    with pytest.raises(FormatError, match="output 'y' is listed twice"):
+        dataclasses.replace(graph, outputs=graph.outputs * 2).check()
+
+
 def test_constants_of_other_types_are_refused(graph):
     damaged = dataclasses.replace(graph, constants={"k": np.array([1], np.uint64)})
     with pytest.raises(FormatError, match="constant 'k' is of type 'uint64', not one of bool, int32"):
