@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 from onnx import ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
 
+from dsr_tool.errors import FormatError
 from dsr_tool.graph.ir import Value
+from dsr_tool.sparsity.tensor import Array
 from exporters.onnx.read import OnnxFile, stored_weights
 from exporters.onnx.session import OnnxSession
 from exporters.onnx.write import refuse_too_large
@@ -17,8 +20,6 @@ __all__ = ["densify", "verify_dense"]
 
 _SAMPLES = 3
 """Size of the second batch of random inputs; the first has one."""
-_RELATIVE_TOLERANCE = 1e-5
-"""Allowed difference as a fraction of the largest output: a runtime may compute the same graph in another order."""
 
 
 def densify(model: ModelProto) -> ModelProto:
@@ -52,30 +53,51 @@ def densify(model: ModelProto) -> ModelProto:
 
 
 def verify_dense(source: OnnxFile, dense: OnnxFile) -> Verification:
-    """Compares a file with its dense version: every weight bit for bit, and the outputs of both in ONNX Runtime."""
-    from exporters.verify.outputs import largest_difference, largest_output, random_inputs
+    """Compares a file with its dense version: every weight bit for bit, and the outputs of both in ONNX Runtime.
+
+    Raises:
+        FormatError: an output is no array of numbers.
+    """
+    from exporters.verify.compare import compare_each
+    from exporters.verify.outputs import random_inputs
 
     weights = {*source.entries, *dense.entries}
     differing = [name for name in sorted(weights) if not _same_weight(name, source, dense)]
     inputs = random_inputs(_value(source.model.graph.input[0]), _SAMPLES, seed=0)
-    expected, found = ([OnnxSession(file.path).run_all(x) for x in inputs] for file in (source, dense))
-    scale, difference = largest_output(expected), largest_difference(expected, found)
-    tolerance = _RELATIVE_TOLERANCE * scale
+    expected, found = ([_numbers(file, OnnxSession(file.path).run_all(x)) for x in inputs] for file in (source, dense))
+    # A runtime may compute the same graph in another order.
+    compared = compare_each(expected, {"onnxruntime": found})
+    (difference,) = compared.runtimes.values()
     problems = [f"the values of {name!r} differ" for name in differing[:1]]
-    if not difference <= tolerance:  # written so that NaN counts as a difference
-        problems.append(f"its outputs differ from those of {str(source.path)!r} by {difference:.3g}")
+    if not compared.agree:
+        problems.append(
+            f"its output {compared.name[:80]!r} differs from that of {str(source.path)!r} by {difference:.3g}"
+        )
     return Verification(
         dense.path,
         "onnx",
         dense.nbytes,
-        {"onnxruntime": difference},
-        scale,
-        tolerance,
+        compared.runtimes,
+        compared.scale,
+        compared.tolerance,
         masks_equal=not differing,
         weights_equal=not differing,
         problems=tuple(problems),
         notes=(f"compared with {source.path.name} in onnxruntime, not with PyTorch",),
     )
+
+
+def _numbers(file: OnnxFile, outputs: Mapping[str, object]) -> dict[str, Array]:
+    """Returns outputs of any type of numbers, truth values too, as float64: bytes have no negative difference."""
+    numbers = {}
+    for name, output in outputs.items():
+        if not isinstance(output, np.ndarray) or output.dtype.kind not in "biuf":
+            raise FormatError(
+                f"{str(file.path)!r}: output {name[:80]!r} is no tensor of real numbers, so that a dense file cannot "
+                f"be verified; remove that output."
+            )
+        numbers[name] = output.astype(np.float64)
+    return numbers
 
 
 def _without(nodes: Sequence[NodeProto], inner: set[str], names: set[str], outputs: set[str]) -> list[NodeProto]:

@@ -28,7 +28,7 @@ from exporters.verify.outputs import (
 )
 from exporters.verify.result import Verification
 
-__all__ = ["RELATIVE_TOLERANCE", "ROUNDING_FACTOR", "Differing", "compare_outputs"]
+__all__ = ["RELATIVE_TOLERANCE", "ROUNDING_FACTOR", "Compared", "Differing", "compare_each", "compare_outputs"]
 
 Differing = tuple[list[str], list[str]]
 """Names of tensors whose masks differ, and of others whose values differ."""
@@ -86,16 +86,16 @@ def compare_outputs(
         before, reference = reference, [rounded(x) for x in inputs]
     lost = () if before is None else (rounding_note(how, before, reference),)
     found = {name: [run(x) for x in inputs] for name, run in runs.items()}
-    compared = _compare(reference, found, None)
+    compared = compare_each(reference, found)
     if not compared.agree and rounded is None:
         # Double precision is slow, and needed only for networks that round more than most.
-        compared = _compare(reference, found, _in_double(frozen, inputs, form))
+        compared = compare_each(reference, found, _in_double(frozen, inputs, form))
     scale, whose = compared.scale, "PyTorch" if rounded is None else _ROUNDED
     masks, values = differing
     faults = [
         *(f"the zeros of {name!r} differ" for name in masks[:1]),
         *(f"the values of {name!r} differ" for name in values[:1]),
-        *_output_faults(compared, whose, several=len(reference[0]) > 1),
+        *(_name_faults(reference, found) or _output_faults(compared, whose, several=len(reference[0]) > 1)),
     ]
     # A network that outputs zeros agrees with anything, so the user is told.
     dead = () if largest_output(reference) else ("every output is zero, so that only the weights were compared",)
@@ -120,7 +120,7 @@ _ROUNDED = "the same rounded weights, stored dense,"
 
 
 @dataclass(frozen=True)
-class _Compared:
+class Compared:
     """One output in the runtimes that ran a file.
 
     Attributes:
@@ -148,15 +148,15 @@ class _Compared:
         return max(self.runtimes.values()) / self.tolerance if self.tolerance else 0.0
 
 
-def _compare(
-    reference: Sequence[Outputs], found: Mapping[str, Sequence[Outputs]], exact: Sequence[Outputs] | None
-) -> _Compared:
+def compare_each(
+    reference: Sequence[Outputs], found: Mapping[str, Sequence[Outputs]], exact: Sequence[Outputs] | None = None
+) -> Compared:
     """Compares every output; returns the one that is the nearest to its tolerance, or beyond it.
 
     Args:
-        reference: PyTorch's outputs, by batch.
+        reference: the outputs to compare with, by batch.
         found: those of each runtime.
-        exact: PyTorch's in double precision, from which its rounding error follows; None if that is not needed.
+        exact: the reference in double precision, from which its rounding error follows; None if that is not needed.
     """
     results = []
     for name in reference[0]:
@@ -166,7 +166,7 @@ def _compare(
         if exact is not None:
             tolerance += ROUNDING_FACTOR * largest_difference(_only(exact, name), one)
         runtimes = {runtime: largest_difference(one, _only(runs, name)) for runtime, runs in found.items()}
-        results.append(_Compared(name, runtimes, scale, tolerance))
+        results.append(Compared(name, runtimes, scale, tolerance))
     return max(results, key=lambda each: each.nearness)
 
 
@@ -175,7 +175,17 @@ def _only(outputs: Sequence[Outputs], name: str) -> list[Outputs]:
     return [{name: batch[name]} if name in batch else {} for batch in outputs]
 
 
-def _output_faults(compared: _Compared, reference: str, *, several: bool) -> list[str]:
+def _name_faults(reference: Sequence[Outputs], found: Mapping[str, Sequence[Outputs]]) -> list[str]:
+    """Names runtimes that return other outputs, or the same in another order, since callers may take the first."""
+    expected = list(reference[0])
+    return [
+        f"{runtime} returns the outputs {str(list(batch))[:200]} where {str(expected)[:200]} are expected"
+        for runtime, batches in found.items()
+        if list(batch := batches[0]) != expected
+    ]
+
+
+def _output_faults(compared: Compared, reference: str, *, several: bool) -> list[str]:
     faults = [] if np.isfinite(compared.scale) else ["the outputs of the model itself are not finite numbers"]
     where = f" in output {compared.name!r}" if several else ""
     return faults + [

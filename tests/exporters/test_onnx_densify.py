@@ -3,7 +3,7 @@
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from dsr_tool.errors import CheckFailed, FileError, FormatError
@@ -56,6 +56,43 @@ def test_dense_files_are_verified_and_can_be_quantized(make_model, tmp_path):
     assert np.abs(exact - rough).max() < 0.1 * np.abs(exact).max()
 
 
+def with_output(path, second):
+    """Writes a file with a matrix product `y` as its first output, and a node of it as the second."""
+    weight = numpy_helper.from_array(np.eye(3, 4, dtype=np.float32), "w")
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"]), helper.make_node(*second[:1], ["y"], ["z"], **second[1])]
+    x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", n]) for name, n in (("x", 3), ("y", 4)))
+    z = helper.make_tensor_value_info("z", second[2], ["n", None])
+    graph = helper.make_graph(nodes, "g", [x], [y, z], [weight])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), path)
+
+
+def test_outputs_of_every_type_of_numbers_are_compared(tmp_path):
+    for second in (
+        ("IsNaN", {}, onnx.TensorProto.BOOL),
+        ("Cast", {"to": onnx.TensorProto.UINT8}, onnx.TensorProto.UINT8),
+    ):
+        with_output(tmp_path / "a.onnx", second)
+        assert densify_export(tmp_path / "a.onnx", tmp_path / "b.onnx", encoding="dense", force=True).passed
+    with_output(tmp_path / "a.onnx", ("Cast", {"to": onnx.TensorProto.STRING}, onnx.TensorProto.STRING))
+    with pytest.raises(FormatError, match="output 'z' is no tensor of real numbers"):
+        densify_export(tmp_path / "a.onnx", tmp_path / "c.onnx", encoding="dense")
+    assert not (tmp_path / "c.onnx").exists()
+
+
+def test_a_small_output_is_not_hidden_by_a_large_one(tmp_path, monkeypatch):
+    with_output(tmp_path / "a.onnx", ("Sigmoid", {}, onnx.TensorProto.FLOAT))
+    run_all, runs = OnnxSession.run_all, []
+
+    def altered(session, x):
+        runs.append(1)
+        outputs = run_all(session, x)
+        return {"y": outputs["y"] * 1e6, "z": outputs["z"] + (1e-3 if len(runs) > 2 else 0)}  # of the second file
+
+    monkeypatch.setattr(OnnxSession, "run_all", altered)
+    with pytest.raises(CheckFailed, match="its output 'z' differs from that of .* by 0.001"):
+        densify_export(tmp_path / "a.onnx", tmp_path / "b.onnx", encoding="dense")
+
+
 def test_files_that_cannot_be_made_dense_are_refused(make_model, tmp_path, monkeypatch):
     with pytest.raises(FileError, match="does not exist"):
         densify_export(tmp_path / "none.onnx", tmp_path / "dense.onnx", encoding="dense")
@@ -65,7 +102,7 @@ def test_files_that_cannot_be_made_dense_are_refused(make_model, tmp_path, monke
     export(make_model(), tmp_path / "m.onnx")
     with pytest.raises(FileError, match="exists already"):
         densify_export(tmp_path / "m.onnx", tmp_path / "m.onnx", encoding="dense")
-    monkeypatch.setattr("exporters.onnx.densify._RELATIVE_TOLERANCE", -1.0)
-    with pytest.raises(CheckFailed, match="its outputs differ"):
+    monkeypatch.setattr("exporters.verify.compare.RELATIVE_TOLERANCE", -1.0)
+    with pytest.raises(CheckFailed, match="its output '.*' differs from that of"):
         densify_export(tmp_path / "m.onnx", tmp_path / "dense.onnx", encoding="dense")
     assert not (tmp_path / "dense.onnx").exists()

@@ -149,6 +149,8 @@ def test_each_output_has_a_tolerance_of_its_own(large, tmp_path):
     assert "differs" in wrong.problems[0] and "in output 'scores'" in wrong.problems[0]
     assert wrong.scale == pytest.approx(1e-3) and wrong.largest_difference == pytest.approx(1e-4, rel=1e-2)
     assert not verified({"boxes": ours["boxes"]}).passed
+    for other in ({**ours, "more": ours["boxes"]}, dict(reversed(ours.items()))):
+        assert "returns the outputs" in verified(other).problems[0]
 
 
 @pytest.mark.parametrize("kind", NONE)
