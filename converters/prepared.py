@@ -16,8 +16,9 @@ from converters.tickets import CHECKSUM, checksum
 from converters.torchvision_weights import AUXILIARY, FRESH
 from dsr_tool.sparse.computed import computes_functions
 from dsr_tool.sparse.contract import require_state, require_values
+from dsr_tool.sparse.detectors import detector_kind
 from dsr_tool.sparse.discover import Rules, discover
-from dsr_tool.sparse.feeding import detector_kind, tensor_form
+from dsr_tool.sparse.feeding import tensor_form
 from dsr_tool.sparse.in_file import bring_in, is_in_file
 from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.sparsity.layers import LayerSpec

@@ -19,7 +19,7 @@ from converters.state_dicts import is_state_file
 from converters.torchvision_builders import OWN_NORMALISATION, architectures, build, reason, structure, task_of
 from converters.torchvision_weights import class_head, from_enum, from_file
 from converters.widths import WIDTHS
-from dsr_tool.sparse.feeding import detector_kind
+from dsr_tool.sparse.detectors import detector_kind
 from dsr_tool.sparsity.config import ModelConfig, Preprocessing
 
 __all__ = ["SOURCE", "load"]

@@ -20,7 +20,7 @@ from converters.torchvision_builders import build, structure
 from converters.torchvision_similar import similar_architecture
 from dsr_tool.errors import FileError, UsageError, unknown_name
 from dsr_tool.files import disk_is_full
-from dsr_tool.sparse.feeding import detector_kind
+from dsr_tool.sparse.detectors import detector_kind
 
 __all__ = ["AUXILIARY", "FRESH", "class_head", "from_enum", "from_file"]
 

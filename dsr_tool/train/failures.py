@@ -12,7 +12,7 @@ from dsr_tool.errors import CheckFailed, DsrError, UsageError, first_line
 from dsr_tool.methods import Attached
 from dsr_tool.methods.final_sparsity import active_count
 from dsr_tool.sparse.compact.marks import held_values
-from dsr_tool.sparse.feeding import detector_kind
+from dsr_tool.sparse.detectors import detector_kind
 from dsr_tool.train.settings import TrainSettings
 
 __all__ = [

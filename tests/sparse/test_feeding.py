@@ -11,8 +11,9 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBo
 from torchvision.models.detection.ssd import SSD, SSDHead
 from torchvision.ops import MultiScaleRoIAlign
 
+from dsr_tool.sparse.detectors import detector_kind
 from dsr_tool.sparse.discover import discover
-from dsr_tool.sparse.feeding import detector_kind, float_tensors, tensor_form
+from dsr_tool.sparse.feeding import float_tensors, tensor_form
 from dsr_tool.sparse.macs import output_shape, with_macs
 
 SIDE = 256
