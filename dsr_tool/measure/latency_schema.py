@@ -20,7 +20,10 @@ class Latency(TypedDict):
 
 
 class Outputs(TypedDict):
-    """The largest difference of outputs and the largest output; None if some are not finite."""
+    """The largest difference of outputs and the largest output; None if some are not finite.
+
+    Of several outputs, both are of the one whose difference is the largest part of its scale.
+    """
 
     largest_difference: float | None
     scale: float | None

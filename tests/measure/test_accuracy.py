@@ -16,13 +16,16 @@ from safetensors.torch import save_file
 from converters.conversion import convert
 from converters.loading import load
 from dsr_tool.errors import UsageError
+from dsr_tool.graph.ir import Graph, Node, Value
 from dsr_tool.measure.accuracy.document import accuracy_document
+from dsr_tool.measure.accuracy.networks import _runner, open_network
 from dsr_tool.measure.accuracy.request import AccuracyRequest
 from dsr_tool.measure.accuracy.scores import Scores, wilson
 from dsr_tool.measure.accuracy.text import accuracy_text
 from dsr_tool.report.page.accuracy_view import accuracy_headline, accuracy_section
 from dsr_tool.runtime import load_inputs
 from exporters.export import export
+from exporters.onnx.write import to_onnx
 
 CLASSES, PICTURES = 7, 40
 
@@ -160,6 +163,22 @@ def test_a_segmentation_network_is_refused(photos, tmp_path):
     convert("lraspp_mobilenet_v3_large", sparsity=0.5, num_classes=CLASSES, input_size=48).save(tmp_path / "net")
     with pytest.raises(UsageError, match="needs a classifier"):
         measured(tmp_path / "net", photos)
+
+
+def test_networks_of_several_outputs_are_refused(tmp_path):
+    class Two(torch.nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3)), x
+
+    refused = "two.* returns 2 outputs of real numbers; --accuracy needs a classifier"
+    with pytest.raises(UsageError, match=refused):
+        _runner(Two(), tmp_path / "two")(np.zeros((1, 3, 4, 4), np.float32))
+    x, pooled, same = (Value(name, (None, 3, n, n)) for name, n in (("x", 4), ("pooled", 1), ("same", 4)))
+    nodes = (Node("GlobalAveragePool", ("x",), ("pooled",)), Node("Identity", ("x",), ("same",)))
+    graph = Graph((x,), (pooled, same), nodes, {}, (), 20)
+    (tmp_path / "two.onnx").write_bytes(to_onnx(graph, {}).SerializeToString())
+    with pytest.raises(UsageError, match=refused):
+        open_network(tmp_path / "two.onnx", "FILE")
 
 
 def test_the_command_prints_text_json_and_a_page(run, models, photos, tmp_path):

@@ -91,8 +91,15 @@ def test_figures_that_were_not_measured_are_named():
 
 
 def test_outputs_that_are_not_finite_are_not_compared():
-    assert bench._compare(np.array([np.nan]), np.array([1.0]))["scale"] is None
-    assert bench._compare(np.array([1.0, 2.5]), np.array([1.0, 2.0])) == {"largest_difference": 0.5, "scale": 2.0}
+    assert bench._compare({"y": np.array([np.nan])}, {"y": np.array([1.0])})["scale"] is None
+    found = bench._compare({"y": np.array([1.0, 2.5])}, {"y": np.array([1.0, 2.0])})
+    assert found == {"largest_difference": 0.5, "scale": 2.0}
+
+
+def test_of_several_outputs_the_one_that_differs_most_for_its_scale_is_told():
+    expected = {"large": np.array([1e6]), "small": np.array([1e-3]), "mask": np.array([True]), "none": np.zeros(0)}
+    result = {**expected, "large": np.array([1e6 + 1]), "small": np.array([2e-3])}
+    assert bench._compare(result, expected) == {"largest_difference": 1e-3, "scale": 1e-3}
 
 
 @pytest.mark.parametrize(

@@ -77,16 +77,17 @@ def open_network(path: Path, what: str, maker: str | None = None, like: ModelCon
     Raises:
         FileError: there is nothing at the path.
         FormatError: it is damaged, or of no known kind.
-        UsageError: its network cannot be built, or weights are those of another one.
+        UsageError: its network cannot be built, weights are those of another one, or a file has several outputs.
     """
     if path.is_dir():
         from converters.loading import load
 
         model = load(path, maker)
-        return Network(path, "model folder", "pytorch", model.config, True, _runner(model.module))
+        return Network(path, "model folder", "pytorch", model.config, True, _runner(model.module, path))
     container = container_of(path, what)
     if container.has_graph:
         session = Session(path)
+        _refuse_several(path, len(session.outputs))
         return Network(path, container.name, session.runtime, session.config, container.preprocesses, _sized(session))
     if container.measurable:
         from dsr_tool.formats.csr_file import load_csr
@@ -95,12 +96,13 @@ def open_network(path: Path, what: str, maker: str | None = None, like: ModelCon
         arrays = {name: file.tensor(name).to_dense() for name in file.entries}
         with _named(what):
             module = _with_arrays(file.config, maker, arrays, path)
-        return Network(path, container.name, "pytorch", file.config, True, _runner(module))
+        return Network(path, container.name, "pytorch", file.config, True, _runner(module, path))
     if like is None:
         raise UsageError(f"{what} {str(path)!r} holds weights alone, of no named architecture; give a model folder.")
     with _named(what):
         module, classes = _with_weights(like, maker, str(path))
-    return Network(path, container.name, "pytorch", replace(like, num_classes=classes), True, _runner(module))
+    config = replace(like, num_classes=classes)
+    return Network(path, container.name, "pytorch", config, True, _runner(module, path))
 
 
 def with_preprocessing(network: Network, other: Network | None) -> Network:
@@ -160,21 +162,31 @@ def _structure(config: ModelConfig, maker: str | None) -> nn.Module:
     return callables.build(maker) if maker else build_structure(config)
 
 
-def _runner(module: nn.Module) -> Callable[[Array], Array]:
-    """Returns a function that runs a module in eval mode on numpy arrays."""
+def _runner(module: nn.Module, path: Path) -> Callable[[Array], Array]:
+    """Returns a function that runs a module in eval mode on numpy arrays; it raises as `_refuse_several` does."""
     import torch
 
-    module.eval()
+    from dsr_tool.sparse.feeding import named_floats, tensor_form
+
+    network = tensor_form(module).eval()
 
     def run(inputs: Array) -> Array:
         with torch.inference_mode():
-            outputs = module(torch.from_numpy(inputs))
-        # Segmentation networks of torchvision return a dict; its shape is refused afterwards.
-        first = outputs["out"] if isinstance(outputs, Mapping) and "out" in outputs else outputs
-        array: Array = first.numpy()
+            outputs = named_floats(network(torch.from_numpy(inputs)))
+        _refuse_several(path, len(outputs))
+        (output,) = outputs.values()
+        array: Array = output.float().numpy()
         return array
 
     return run
+
+
+def _refuse_several(path: Path, outputs: int) -> None:
+    """Raises `UsageError` unless a network has one output of real numbers."""
+    if outputs != 1:
+        raise UsageError(
+            f"{str(path)!r} returns {outputs} outputs of real numbers; --accuracy needs a classifier, which has one."
+        )
 
 
 def _sized(session: Session) -> Callable[[Array], Array]:
