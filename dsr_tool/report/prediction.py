@@ -157,9 +157,9 @@ def prediction_text(document: PredictionDocument) -> str:
 
 
 def _range_text(one: _OutputRange) -> str:
-    """Returns an output as its name, its shape and its range."""
-    values = "" if one["least"] is None else f" from {one['least']:.4g} to {one['largest']:.4g}"
-    return f"{one['name']} {'x'.join(map(str, one['shape']))}{values}"
+    """Returns an output as its name, its shape unless that is of a scalar, and its range."""
+    values = "" if one["least"] is None else f"from {one['least']:.4g} to {one['largest']:.4g}"
+    return " ".join(filter(None, (one["name"], "x".join(map(str, one["shape"])), values)))
 
 
 def _share(score: _ClassScore) -> float:

@@ -10,6 +10,7 @@ from torch import nn
 
 from dsr_tool.errors import UsageError
 from dsr_tool.graph.ir import Value
+from dsr_tool.report.prediction import prediction_text
 from dsr_tool.runtime import Session
 from dsr_tool.sparse.feeding import named_floats
 from dsr_tool.sparse.macs import output_shape
@@ -171,6 +172,16 @@ def test_such_a_network_is_refused_before_anything_is_encoded(tmp_path, monkeypa
     monkeypatch.setattr(state_dict, "_state_of", lambda *_: pytest.fail("encoded"))
     with pytest.raises(UsageError, match="returns NoneType"):
         export(model_of(lambda _y: None), tmp_path / "m.pth")
+
+
+def test_predictions_tell_the_shape_and_range_of_every_output():
+    outputs = [
+        {"name": "boxes", "shape": [1, 4], "least": -0.5, "largest": 2.0},
+        {"name": "loss", "shape": [], "least": 1.25, "largest": 1.25},
+        {"name": "none", "shape": [1, 0], "least": None, "largest": None},
+    ]
+    text = prediction_text({"predictions": [{"input": "x.npy", "outputs": outputs}]})
+    assert text == "x.npy: boxes 1x4 from -0.5 to 2, loss from 1.25 to 1.25, none 1x0"
 
 
 def test_outputs_that_keep_their_gradient_are_compared(tmp_path):
