@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import click
@@ -84,6 +86,9 @@ def emit(document: Mapping[str, object], text: str, *, as_json: bool) -> None:
     except BrokenPipeError:  # the reader is gone, which is no error of ours
         raise
     except OSError as error:
+        # What stays in the buffer would fail again when Python ends, and change the exit code to 120.
+        with contextlib.suppress(OSError), Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), stdout.fileno())
         raise FileError(
             f"the result could not be written to stdout: {error.strerror or error}; the work itself is done."
         ) from error

@@ -178,7 +178,7 @@ FORK = """
             if child < 4 or session.runtime == "onnxruntime": os._exit(0)
             stop.append(1)
             sys.exit(0)
-        print(os.waitpid(pid, 0)[1])
+        print(os.waitpid(pid, 0)[1], flush=True)  # a child would print what is in the buffer again
     stop.append(1)
     for thread in threads: thread.join()
 """
