@@ -1,7 +1,6 @@
 """The storage of a training: what auto means, what is refused, and that both storages learn the same."""
 
 import json
-from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -82,8 +81,7 @@ def test_both_storages_learn_the_same(tiny, method):
 
 
 def test_a_model_stays_as_it_is_when_the_training_fails(tiny):
-    model = tiny.model()
-    model.config = replace(model.config, conversion={**model.config.conversion, "granularity": "kernel"})
+    model = tiny.model(granularity="kernel")
     with pytest.raises(UsageError, match="method deepr does not keep the pattern"):
         train(model, tiny.data(), tiny.settings(method="deepr"))
     assert model.storage == "masked"
