@@ -15,10 +15,19 @@ from dsr_tool.train.settings import TrainSettings
 __all__ = ["load_optimizer", "lr_factor", "make_optimizer", "optimizer_state"]
 
 
-def make_optimizer(module: nn.Module, settings: TrainSettings) -> optim.Optimizer:
-    """Returns an optimizer of all parameters of a module, at the peak learning rate."""
+def make_optimizer(module: nn.Module, settings: TrainSettings, *, shrinks: bool = False) -> optim.Optimizer:
+    """Returns an optimizer of all parameters of a module, at the peak learning rate.
+
+    Args:
+        module: the network.
+        settings: checked settings.
+        shrinks: whether the active values will be fewer than their parameter has room for, until a resume.
+    """
     parameters, lr, decay = list(module.parameters()), settings.learning_rate, settings.weight_decay
-    fused = True if _can_be_fused(parameters, settings) else None
+    # With AVX2, a fused step on a CPU rounds the last values of a parameter in another way than those before them.
+    # Where a resumed run has a shorter parameter, it would not end with the same bits.
+    exact = settings.torch_device.type == "cuda" or not shrinks
+    fused = True if exact and _can_be_fused(parameters, settings) else None
     momentum = settings.resolved_momentum or 0.0
     if settings.optimizer == "sgd":
         return optim.SGD(parameters, lr, momentum=momentum, nesterov=momentum > 0, weight_decay=decay, fused=fused)

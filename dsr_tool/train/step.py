@@ -72,7 +72,9 @@ class Stepper:
         if teacher is not None:
             teacher.module.to(device)
             teacher.module.to(memory_format=settings.memory_format)
-        self.optimizer = make_optimizer(model.module, settings)
+        method = settings.make_method(steps_per_epoch * settings.epochs)
+        shrinks = model.store is not None and method.final_sparsity is not None
+        self.optimizer = make_optimizer(model.module, settings, shrinks=shrinks)
         self._scheduler = optim.lr_scheduler.LambdaLR(self.optimizer, lr_factor(settings, steps_per_epoch))
         self._scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self._ranks.require_equal(common_tensors(model))
@@ -80,7 +82,6 @@ class Stepper:
         example = torch.zeros(2, *model.config.input_shape, device=device)
         # Compiled inside, so that ranks run the same code as a process alone.
         self._forward = replicate(compiled(model.module, settings), model.module, example)
-        method = settings.make_method(steps_per_epoch * settings.epochs)
         self.attached = Attached(
             model, self.optimizer, method, seed=settings.seed, on_reallocation=self._on_reallocation
         )
