@@ -23,7 +23,7 @@ from dsr_tool.calibrate.segments import Segments, Values, kept, used
 from dsr_tool.calibrate.survey import Layer, survey
 from dsr_tool.calibrate.views import with_views
 from dsr_tool.sparse.feeding import evaluating
-from dsr_tool.sparsity.granularity import Granularity
+from dsr_tool.sparsity.granularity import SINGLE, Granularity
 
 __all__ = ["Reconstruction", "reconstruct"]
 
@@ -38,8 +38,6 @@ _MOST_PASSES, _MACS = 12, 1.5e13
 
 _MOMENT_BYTES = 1 << 29
 """Bytes of the second moments that are summed in one pass."""
-
-_SINGLE = Granularity("weight")
 
 
 @dataclass
@@ -64,7 +62,7 @@ def reconstruct(
     counts: Mapping[str, int],
     pictures: torch.Tensor,
     *,
-    granularity: Granularity = _SINGLE,
+    granularity: Granularity = SINGLE,
     views: int = 0,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,

@@ -18,7 +18,7 @@ from dsr_tool.sparse.aliases import later_paths
 from dsr_tool.sparse.compact.change import held_state
 from dsr_tool.sparse.compact.marks import LAYERS
 from dsr_tool.sparse.contract import require_state
-from dsr_tool.sparsity.granularity import UNSTRUCTURED, Granularity
+from dsr_tool.sparsity.granularity import SINGLE, UNSTRUCTURED, Granularity
 from dsr_tool.sparsity.layers import LayerSpec
 
 __all__ = ["TINY_FRACTION", "TINY_WEIGHTS", "Rules", "discover", "is_weight"]
@@ -41,8 +41,6 @@ _NORMS = (
     nn.GroupNorm,
     nn.LocalResponseNorm,
 )
-
-_SINGLE = Granularity("weight")
 
 TINY_WEIGHTS, TINY_FRACTION = 1024, 0.01
 """Number of weights, and fraction of all weights, below both of which a layer stays dense.
@@ -69,7 +67,7 @@ class Rules:
     sparsify: Sequence[str] = ()
     preset_dense: Mapping[str, str] = field(default_factory=dict)
     small_layers: bool = True
-    granularity: Granularity = _SINGLE
+    granularity: Granularity = SINGLE
 
 
 def discover(module: nn.Module, rules: Rules | None = None) -> dict[str, LayerSpec]:

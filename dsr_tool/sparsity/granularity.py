@@ -14,7 +14,7 @@ import numpy.typing as npt
 from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.sparsity.apportion import apportion
 
-__all__ = ["GRANULARITIES", "MOST_GROUP", "UNSTRUCTURED", "Blocks", "Granularity", "groups", "whole_units"]
+__all__ = ["GRANULARITIES", "MOST_GROUP", "SINGLE", "UNSTRUCTURED", "Blocks", "Granularity", "groups", "whole_units"]
 
 GRANULARITIES = ("weight", "kernel", "fan-in", "N:M")
 """Values of `--granularity`; N and M stand for numbers, as in 2:4."""
@@ -30,7 +30,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Blocks:
-    """How the positions of a layer are divided into blocks of one size, each with as many active weights.
+    """Blocks divide the positions of a layer; all have one size, and each has as many active weights.
 
     A weight has the shape (outputs, inputs, kernel dimensions). Blocks are consecutive positions once input channels
     are its last dimension: (outputs, taps, inputs), where taps are the positions of a kernel.
@@ -152,6 +152,10 @@ class Granularity:
             f"{option} contradicts --granularity {self}, with which every sparse layer has sparsity "
             f"{float(1 - (self.density or 0)):.6g}; leave it out."
         )
+
+
+SINGLE = Granularity("weight")
+"""The usual granularity: every weight by itself."""
 
 
 def groups(units: Sequence[int]) -> list[list[int]]:

@@ -20,7 +20,7 @@ from torch import nn
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.compact.layer_parameters import LayerParameters
 from dsr_tool.sparse.compact.rebuild import Rebuilt, rebuild
-from dsr_tool.sparsity.granularity import Granularity
+from dsr_tool.sparsity.granularity import SINGLE
 
 __all__ = ["CompactLayer", "CompactStore", "Entry", "UnexpectedAccessError", "frozen_before"]
 
@@ -117,7 +117,7 @@ class CompactStore:
         _check(entries)
         self.version = 0
         self.wants_gradients = False
-        self.granularity = Granularity("weight")
+        self.granularity = SINGLE
         self.kernels = True
         self.gradients: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.by_layer: LayerParameters | None = None
