@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dsr_tool.sparse.pattern import largest_of_rows
+
 __all__ = ["Problem", "Solution", "largest_mask", "least_squares", "solve", "values"]
 
 _DAMPING = 0.1
@@ -152,8 +154,7 @@ def largest_mask(scores: torch.Tensor, count: int, taps: int, group: int = 0) ->
     """
     if group:
         rows = scores.reshape(-1, group)
-        chosen = rows.topk(count // len(rows), sorted=False).indices
-        return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, chosen, True).view(scores.shape)
+        return largest_of_rows(rows, count // len(rows)).view(scores.shape)
     if taps > 1:
         scores = scores.unflatten(-1, (taps, -1)).sum(-2)
     mask = torch.zeros_like(scores, dtype=torch.bool)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
-from dsr_tool.sparsity.granularity import UNSTRUCTURED, Blocks, Granularity
+from dsr_tool.sparsity.granularity import SINGLE, UNSTRUCTURED, Blocks, Granularity
 
-__all__ = ["join_blocks", "split_blocks", "torn_layer"]
+__all__ = ["join_blocks", "largest_of_rows", "split_blocks", "torn_layer"]
 
 
 def split_blocks(tensor: torch.Tensor, blocks: Blocks) -> torch.Tensor:
@@ -22,12 +22,18 @@ def join_blocks(rows: torch.Tensor, blocks: Blocks) -> torch.Tensor:
     return rows.reshape(blocks.outputs, blocks.taps, blocks.inputs).transpose(1, 2).reshape(-1)
 
 
+def largest_of_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Returns True at the `count` largest entries of each row, shape (rows, n); of equal entries any may be chosen."""
+    chosen = rows.topk(count, sorted=False).indices
+    return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, chosen, True)
+
+
 def torn_layer(masks: Mapping[str, torch.Tensor], granularity: Granularity) -> str | None:
     """Returns the name of the first mask without the pattern of a granularity; None if all have it.
 
     With fan-in any number per output is the pattern, as long as all outputs have it.
     """
-    if granularity == Granularity("weight"):
+    if granularity == SINGLE:
         return None
     return next((name for name, mask in masks.items() if not _has_pattern(mask, granularity)), None)
 

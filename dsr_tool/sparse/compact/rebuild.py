@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from dsr_tool.sparse.pattern import join_blocks, split_blocks
+from dsr_tool.sparse.pattern import join_blocks, largest_of_rows, split_blocks
 
 if TYPE_CHECKING:
     from dsr_tool.sparse.compact.store import CompactStore
@@ -67,8 +67,7 @@ class Rebuilt:
             largest = score.topk(min(layer.count, layer.size - layer.count), sorted=False).indices
         else:
             rows, count = split_blocks(score, blocks), layer.count // blocks.count
-            chosen = rows.topk(min(count, blocks.size - count), sorted=False).indices
-            flags = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, chosen, True)
+            flags = largest_of_rows(rows, min(count, blocks.size - count))
             largest = join_blocks(flags, blocks).nonzero().squeeze(1)
         kept = torch.cat([active, largest])
         self.store.gradients[self.name] = (kept, gradient[kept].float())
