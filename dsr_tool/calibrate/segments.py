@@ -37,7 +37,7 @@ class Segments:
 
     def __init__(self, module: nn.Module, graph: fx.Graph | None, stages: Sequence[Stage], channels_last: bool) -> None:
         """Takes what `of` found."""
-        self.module, self._graph, self._stages, self._channels_last = module, graph, stages, channels_last
+        self.module, self._stages, self._channels_last = module, stages, channels_last
         # Made once: it walks over all submodules, which takes as long as a stage of one small batch.
         self._interpreter = None if graph is None else fx.Interpreter(module, garbage_collect_values=False, graph=graph)
         self._names = [names_of(module, stage) for stage in stages]
@@ -84,21 +84,21 @@ class Segments:
 
     @property
     def _input(self) -> str:
-        if self._graph is None:
+        if self._interpreter is None:
             return "input"
-        return str(next(node.name for node in self._graph.nodes if node.op == "placeholder"))
+        return str(next(node.name for node in self._interpreter.graph.nodes if node.op == "placeholder"))
 
     def advance(self, stage: int, values: Values) -> Values:
         """Runs one stage on the values before it and returns those after it; `values` are left as they are.
 
         Tensors among them may be changed in place by the module; give `used` values where they are needed again.
         """
-        if self._graph is None or self._interpreter is None:
+        if self._interpreter is None:
             return {"output": self.module(values["input"])}
         interpreter = self._interpreter
         nodes = self._stages[stage].nodes
         last_use = {source: node for node in nodes for source in node.all_input_nodes}
-        environment: dict[fx.Node, Any] = {n: values[n.name] for n in self._graph.nodes if n.name in values}
+        environment: dict[fx.Node, Any] = {n: values[n.name] for n in interpreter.graph.nodes if n.name in values}
         interpreter.env = environment
         for node in nodes:
             for source in node.all_input_nodes:
