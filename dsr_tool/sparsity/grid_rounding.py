@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,8 @@ from dsr_tool.sparsity.grid import (
 from dsr_tool.sparsity.tensor import SparseTensor
 
 __all__ = ["balanced", "best_scales", "distance", "nearest_codes", "on_grid", "to_grid"]
+
+_Entry = TypeVar("_Entry", bound=np.generic)
 
 _SHRINK: dict[int, Floats] = {
     bits: np.linspace(least, 1, steps, dtype=np.float32)
@@ -216,20 +218,22 @@ def _starts(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 def _row_maxima(magnitudes: Floats, counts: npt.NDArray[np.int64]) -> Floats:
-    return cast("Floats", _reduced(np.maximum, magnitudes, counts, np.float32(0)))
+    return _reduced(np.maximum, magnitudes, counts, np.float32(0))
 
 
 def _row_sums(numbers: npt.NDArray[np.float64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    return cast("npt.NDArray[np.float64]", _reduced(np.add, numbers, counts, np.float64(0)))
+    return _reduced(np.add, numbers, counts, np.float64(0))
 
 
 def _row_all(truths: npt.NDArray[np.bool_], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    return cast("npt.NDArray[np.bool_]", _reduced(np.logical_and, truths, counts, np.True_))
+    return _reduced(np.logical_and, truths, counts, np.True_)
 
 
-def _reduced(operation: np.ufunc, entries: Any, counts: npt.NDArray[np.int64], empty: Any) -> Any:
+def _reduced(
+    operation: np.ufunc, entries: npt.NDArray[_Entry], counts: npt.NDArray[np.int64], empty: _Entry
+) -> npt.NDArray[_Entry]:
     """Reduces the entries of each row; rows without entries get `empty`."""
-    result = np.full(len(counts), empty)
+    result = np.full(len(counts), empty, entries.dtype)
     filled = counts > 0
     # Empty rows are left out: reduceat would give them the first entry of the next row.
     if filled.any():
