@@ -9,7 +9,7 @@ from converters.archive_size import captured
 from converters.budgets import Fitted, solve, trim
 from converters.output_budgets import OutputBudgets
 from converters.prepared import Prepared, trained_part
-from converters.pretrained import check_signal, known_moments, make_sparsifier, pattern_notes
+from converters.pretrained import budget_notes, check_signal, known_moments, make_sparsifier
 from converters.request import CalibrationOptions, SelectionOptions
 from dsr_tool.calibrate.memory import require_memory
 from dsr_tool.calibrate.pictures import Pictures, read_calibration
@@ -93,8 +93,7 @@ def calibrated(
     model.apply_masks()
     # Other values take another number of bytes than those that the search for the budget saw.
     nbytes = trim(model, budget.amount, graph) if nbytes is not None else None
-    densities = [f"densities: {file.note}"] if file else []
-    notes = (*prepared.notes, *densities, *pattern_notes(sparsifier, total), *_told(prepared, found, pictures))
+    notes = (*budget_notes(prepared, file, sparsifier, total), *_told(prepared, found, pictures))
     return Fitted(model, budget, nbytes, notes, (*pictures.warnings, *check_signal(model, selection)))
 
 

@@ -27,7 +27,7 @@ from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.density_file import PREFIX, DensityFile, parse_spec, read_densities
 from dsr_tool.sparsity.starved import silent_layers, starved_layers
 
-__all__ = ["check_signal", "density_file", "known_moments", "make_sparsifier", "pattern_notes", "without_data"]
+__all__ = ["budget_notes", "check_signal", "density_file", "known_moments", "make_sparsifier", "without_data"]
 
 _NAMED = 4
 """Largest number of starved layers that a warning names."""
@@ -63,8 +63,7 @@ def without_data(prepared: Prepared, selection: SelectionOptions, budget: Budget
     zeros = unused_zeros_warning(prepared.module, sparsifier.specs, 1 - total / max(sparsifier.prunable, 1))
     known = moments if isinstance(moments, InputMoments) and total < sparsifier.prunable else None
     dense = _dense_weights(prepared, sparsifier) if known is not None else {}
-    densities = [f"densities: {file.note}"] if file else []
-    notes = [*prepared.notes, *densities, *pattern_notes(sparsifier, total)]
+    notes = budget_notes(prepared, file, sparsifier, total)
     if prepared.in_file:
         model = sparsifier.to_compact(total, budget)
         bring_in(model.module)  # what stays dense
@@ -113,7 +112,13 @@ def check_signal(model: SparseModel, selection: SelectionOptions) -> list[str]:
     return [f"{layers} very few weights: {named}{more}."]
 
 
-def pattern_notes(sparsifier: Sparsifier, total: int) -> list[str]:
+def budget_notes(prepared: Prepared, file: DensityFile | None, sparsifier: Sparsifier, total: int) -> list[str]:
+    """Returns what is known about a network before its weights are chosen, and what its densities come from."""
+    densities = [f"densities: {file.note}"] if file else []
+    return [*prepared.notes, *densities, *_pattern_notes(sparsifier, total)]
+
+
+def _pattern_notes(sparsifier: Sparsifier, total: int) -> list[str]:
     """Returns what the granularity means for the masks, and by how much it changes a total of active weights."""
     granularity = sparsifier.granularity
     if granularity.kind == "weight":
