@@ -58,7 +58,7 @@ def decode_nm(streams: Mapping[str, Array], shape: tuple[int, ...], active: int,
 
 def groups_bytes(mask: Mask, pattern: Granularity) -> int:
     """Returns the bytes of `encode_groups`."""
-    return 2 + 8 * -(-mask.size // pattern.group // _per_word(_choices(pattern.kept, pattern.group)))
+    return 2 + 8 * -(-mask.size // pattern.group // _per_word(math.comb(pattern.group, pattern.kept)))
 
 
 def encode_groups(mask: Mask, pattern: Granularity) -> npt.NDArray[np.uint8]:
@@ -72,7 +72,7 @@ def encode_groups(mask: Mask, pattern: Granularity) -> npt.NDArray[np.uint8]:
         pattern: the N:M that it has.
     """
     kept, group = pattern.kept, pattern.group
-    blocks, binomials, choices = Blocks.of(mask.shape, group), _binomials(group, kept), _choices(kept, group)
+    blocks, binomials, choices = Blocks.of(mask.shape, group), _binomials(group, kept), math.comb(group, kept)
     rows, digits = blocks.split(mask.to_bool()), _per_word(choices)
     padded = np.zeros(-(-blocks.count // digits) * digits, _WORD)
     for start in range(0, blocks.count, _CHUNK):
@@ -97,7 +97,7 @@ def decode_groups(coded: npt.NDArray[np.uint8], shape: tuple[int, ...], active: 
         raise FormatError(
             f"a mask {kept}:{group} cannot be that of {active} active entries of shape {shape}; the file is damaged."
         )
-    blocks, choices = Blocks.of(shape, group), _choices(kept, group)
+    blocks, choices = Blocks.of(shape, group), math.comb(group, kept)
     digits = _per_word(choices)
     if len(coded) != 2 + 8 * -(-blocks.count // digits):
         raise FormatError(f"a mask {kept}:{group} does not hold {blocks.count} groups; the file is damaged.")
@@ -128,10 +128,6 @@ def _mark(rows: npt.NDArray[np.bool_], numbers: npt.NDArray[np.int64], kept: int
 def _binomials(group: int, kept: int) -> npt.NDArray[np.int64]:
     """Returns C(p, j) for p below M and j up to N, shape (M, N + 1)."""
     return np.array([[math.comb(p, j) for j in range(kept + 1)] for p in range(group)], np.int64)
-
-
-def _choices(kept: int, group: int) -> int:
-    return math.comb(group, kept)
 
 
 def _per_word(choices: int) -> int:
