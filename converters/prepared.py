@@ -57,7 +57,7 @@ class Prepared:
 
     @property
     def in_file(self) -> bool:
-        """Whether weights stay in their file until they are pruned; see `sparse.in_file`."""
+        """True if weights stay in their file until they are pruned; see `sparse.in_file`."""
         return any(map(is_in_file, self.module.parameters()))
 
 

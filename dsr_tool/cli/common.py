@@ -86,7 +86,7 @@ def emit(document: Mapping[str, object], text: str, *, as_json: bool) -> None:
     except BrokenPipeError:  # the reader is gone, which is no error of ours
         raise
     except OSError as error:
-        # What stays in the buffer would fail again when Python ends, and change the exit code to 120.
+        # Python writes the rest of the buffer when it ends; that would fail again, and change the exit code to 120.
         with contextlib.suppress(OSError), Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), stdout.fileno())
         raise FileError(

@@ -83,7 +83,7 @@ def _largest_of_each(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     most = int(counts.max()) if len(counts) else 0
     if not most:
         return torch.zeros_like(rows, dtype=torch.bool)
-    # Of topk only the values are used, since it breaks ties in another way on each device.
+    # Ties are broken here: topk breaks them in another way on each device, so only its values are used.
     least = rows.topk(most).values.gather(1, (counts - 1).clamp_min(0)[:, None])
     least = least.masked_fill((counts == 0)[:, None], torch.inf)
     chosen, ties = rows > least, rows == least

@@ -59,7 +59,7 @@ class _OutputRange(TypedDict):
 
 
 class _Found(TypedDict, total=False):
-    """What was found for one input: `top` of a model with one output, or `outputs` of one with several.
+    """The results for one input are `top` if the model has one output, and `outputs` if it has several.
 
     Attributes:
         top: classes with the highest scores, in descending order.

@@ -22,14 +22,14 @@ __all__ = ["CAN_MAP", "FileMaps", "Made", "bring_in", "is_in_file", "read", "val
 
 _MAPS = Path("/proc/self/maps")
 CAN_MAP = _MAPS.exists()
-"""Whether this system tells which file a tensor is a map of; Linux does."""
+"""True if this system tells which file a tensor is a map of, as Linux does."""
 _PLACE = "_dsr_place"
 """Attribute of a parameter that stays in its file: where it lies there."""
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies in a file.
+    """A place in a file, where a tensor lies.
 
     Attributes:
         path: path of the file.

@@ -157,7 +157,7 @@ class SparseModel:
 
     @property
     def granularity(self) -> Granularity:
-        """Which weights are active together, and which positions share a number of active ones.
+        """The granularity says which weights are active together, and which positions share a number of active ones.
 
         Raises:
             FormatError: the description of the model has another one.

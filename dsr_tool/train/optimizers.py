@@ -24,8 +24,8 @@ def make_optimizer(module: nn.Module, settings: TrainSettings, *, shrinks: bool 
         shrinks: whether the active values will be fewer than their parameter has room for, until a resume.
     """
     parameters, lr, decay = list(module.parameters()), settings.learning_rate, settings.weight_decay
-    # With AVX2, a fused step on a CPU rounds the last values of a parameter in another way than those before them.
-    # Where a resumed run has a shorter parameter, it would not end with the same bits.
+    # With AVX2, a fused step on a CPU rounds the last values of a parameter in another way than those before them. A
+    # resumed run has a shorter parameter if the active values shrink, so it would not end with the same bits.
     exact = settings.torch_device.type == "cuda" or not shrinks
     fused = True if exact and _can_be_fused(parameters, settings) else None
     momentum = settings.resolved_momentum or 0.0

@@ -67,7 +67,7 @@ def test_layers_without_such_groups_stay_dense_and_say_why():
     assert specs["0.weight"].reason == "3 input channels are no multiple of 4 (2:4)"
     assert specs["2.weight"].reason == "ConvTranspose2d has no input channels to choose from (2:4)"
     assert specs["0.weight"].role == specs["2.weight"].role == "dense"
-    # Of a grouped convolution, those of a group count.
+    # A grouped convolution counts the channels of one group.
     assert converted(granularity="2:8").specs["1.weight"].role == "sparse"
     assert converted(granularity="2:5").specs["1.weight"].reason == "8 input channels are no multiple of 5 (2:5)"
     with pytest.raises(UsageError, match=r"--granularity 3:64 fits no layer of this model"):

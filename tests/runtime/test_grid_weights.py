@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import ctypes
 
 import numpy as np
 import pytest
@@ -161,7 +161,7 @@ def test_results_are_bit_identical_for_any_number_of_threads(shape, density):
         np.testing.assert_array_equal(result, results[0])
 
 
-def product_of(plan: Plan) -> Any:
+def product_of(plan: Plan) -> ctypes.Structure:
     """Returns the struct of the only product of a plan."""
     (product,) = (op.spmm for op in plan.steps[0].ops if op.kind == Kind.SPMM)
     return product

@@ -52,7 +52,7 @@ struct Codes {
         return op.codes;
     }
     static float at(const int8_t* weight) { return CODE_TABLE.values[(uint8_t)*weight]; }
-    // The same of codes, as values: f gets them from a register, where a float is loaded once more for its broadcast.
+    // Codes are visited alike, as values: f gets them from a register, where a float is loaded again for its broadcast.
     // The loop over lanes is unrolled with its exit in each step: a loop over the rest would be a branch that is often
     // predicted wrong.
     template <class F>
