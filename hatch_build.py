@@ -131,7 +131,8 @@ class Build:
 
     def flags(self, level: str) -> list[str]:
         """Returns the compiler's flags for a level."""
-        flags = [*FLAGS, *(SANITIZERS if self.sanitize else ()), *(["-Werror"] if self.strict else [])]
+        # The namespace of everything that depends on the width of vectors (kernels/level.h).
+        flags = [f"-DDSR_LEVEL={level}", *FLAGS, *(SANITIZERS if self.sanitize else ()), *(["-Werror"] if self.strict else [])]
         if march := LEVELS.get(self.machine, {}).get(level):
             # Zig spells the same levels with underscores.
             flags.append(f"-march={march.replace('-', '_') if self._zig else march}")

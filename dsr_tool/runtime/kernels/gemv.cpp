@@ -11,6 +11,8 @@
 #include "kernels.h"
 #include "weights.h"
 
+namespace dsr::DSR_LEVEL {
+
 namespace {
 
 // Four vectors of partial sums, then over lanes: rounds about as often as other implementations do.
@@ -77,3 +79,5 @@ void gemv(const Call& call) {
     parallel(call.pool, op.part_count, op.codes ? run_part<Codes> : run_part<Floats>, &call);
     activate(call.op, call.out, op.rows);
 }
+
+}  // namespace dsr::DSR_LEVEL

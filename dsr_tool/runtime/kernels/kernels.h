@@ -2,31 +2,39 @@
 #pragma once
 
 #include "ops.h"
+#include "threads.h"
 #include "vectors.h"
 
-struct Pool;
+namespace dsr {
 
-// One op in one run: where its buffers lie now, and the threads that share the work.
-struct Call {
-    const Op& op;
-    const float* source;
-    const float* other;  // null where the op has no second input
-    float* out;
-    Pool* pool;
+// The kernels of one level of the processor, as whoever runs a plan sees them.
+struct Level {
+    const char* name;
+    int32_t lanes;       // floats in a vector
+    int32_t widest;      // vectors in the widest tile that spmm has for sparse parts; a plan must ask for no more
+    int32_t widest_dense;  // the same for dense parts
+
+    // Runs `count` ops once for each of `images`. Buffer 0 is the arena; the others are arrays of the caller, which
+    // advance by `steps` floats from one image to the next.
+    void (*run)(const Op* ops, int64_t count, float* const* starts, const int64_t* steps, int64_t buffers,
+                int64_t images, Pool* pool);
 };
+
+namespace DSR_LEVEL {
+
+extern const Level LEVEL;
+
+// Widest tiles of spmm in vectors: accumulators, the broadcast value and, in dense tiles, the inputs have to fit in the
+// registers.
+#if DSR_LANES == 16 || defined(__aarch64__)
+constexpr int WIDEST = 14, WIDEST_DENSE = 6;  // of 32 registers
+#else
+constexpr int WIDEST = 12, WIDEST_DENSE = 3;  // of 16 registers
+#endif
 
 // Each kind of op is computed by one function, named in its row of ops.def.
 #define OP(kind, number, function, line) void function(const Call& call);
 #include "ops.def"
-
-// Calls f(context, i) for every i below n on the threads of the pool; neighbouring i tend to stay on one thread.
-void parallel(Pool* pool, int64_t n, void (*f)(const void*, int64_t), const void* context);
-
-// Threads that take items of a round, the caller among them; 1 without a pool.
-int threads_of(const Pool* pool);
-
-// Calls f(call, i) for every i below `count`, in about 32 shares of neighbouring i.
-void in_shares(const Call& call, void (*f)(const Call&, int64_t), int64_t count);
 
 // Applies the activation of an op to `count` vectors in place, and zeroes what lies outside of the mask.
 void activate_masked(const Op& op, float* x, const int32_t* mask, int64_t count);
@@ -37,5 +45,5 @@ void activate(const Op& op, float* x, int64_t count);
 // Fills the halo around each plane of the result.
 void fill_halo(const Call& call);
 
-// Widest tiles of spmm in vectors, for sparse and for dense parts.
-int widest_tile(bool dense);
+}  // namespace DSR_LEVEL
+}  // namespace dsr

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+namespace dsr {
+
 enum Kind : int32_t {
 #define OP(kind, number, function, line) kind = number,
 #include "ops.def"
@@ -35,3 +37,5 @@ struct Op {
 #include "ops.def"
     };
 };
+
+}  // namespace dsr

@@ -5,6 +5,8 @@
 
 #include "kernels.h"
 
+namespace dsr::DSR_LEVEL {
+
 namespace {
 
 Vec activated(const Op& op, Vec x) {
@@ -149,3 +151,5 @@ void fill_halo(const Call& call) {
     const Op& op = call.op;
     if (op.halo_before || op.halo_after) in_shares(call, halo_plane, op.channels * op.phases);
 }
+
+}  // namespace dsr::DSR_LEVEL

@@ -9,6 +9,8 @@
 #include "kernels.h"
 #include "transpose.h"
 
+namespace dsr::DSR_LEVEL {
+
 namespace {
 
 constexpr int64_t SLACK = 8 * LANES;  // floats that whole vectors read or write past the end
@@ -153,3 +155,5 @@ void gather(const Call& call) { in_shares(call, gather_channel, call.op.gather.c
 void copy(const Call& call) {
     parallel(call.pool, (call.op.copy.entries + COPIED - 1) / COPIED, copy_share, &call);
 }
+
+}  // namespace dsr::DSR_LEVEL

@@ -28,14 +28,9 @@
 #include "kernels.h"
 #include "weights.h"
 
-namespace {
+namespace dsr::DSR_LEVEL {
 
-// Accumulators, the broadcast value and, in dense tiles, the inputs have to fit in the registers.
-#if DSR_LANES == 16 || defined(__aarch64__)
-constexpr int WIDEST = 14, WIDEST_DENSE = 6;  // of 32 registers
-#else
-constexpr int WIDEST = 12, WIDEST_DENSE = 3;  // of 16 registers
-#endif
+namespace {
 
 // The operands that do not change within one op.
 struct Product {
@@ -263,8 +258,6 @@ void run_item(const void* context, int64_t item) {
 
 }  // namespace
 
-int widest_tile(bool dense) { return dense ? WIDEST_DENSE : WIDEST; }
-
 void spmm(const Call& call) {
     const Op& op = call.op;
     // ReLU takes one instruction where a general clip takes two.
@@ -277,3 +270,5 @@ void spmm(const Call& call) {
     const Work work{product, op.spmm.parts->dense != 0, (op.length + tile - 1) / tile, ++calls};
     parallel(call.pool, op.spmm.part_count * work.tiles, run_item, &work);
 }
+
+}  // namespace dsr::DSR_LEVEL

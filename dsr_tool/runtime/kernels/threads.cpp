@@ -10,7 +10,9 @@
 
 #include <atomic>
 
-#include "kernels.h"
+#include "threads.h"
+
+namespace dsr {
 
 namespace {
 
@@ -140,10 +142,7 @@ void in_shares(const Call& call, void (*f)(const Call&, int64_t), int64_t count)
     parallel(call.pool, (count + shares.at_once - 1) / shares.at_once, run_share, &shares);
 }
 
-extern "C" {
-
-// Makes a pool of `threads` with the caller as one of them; null for one thread, or where the system has no more.
-Pool* dsr_pool_new(int threads) {
+Pool* new_pool(int threads) {
     if (threads < 2) return nullptr;
     Pool* pool = (Pool*)calloc(1, sizeof(Pool));
     if (!pool) return nullptr;
@@ -156,7 +155,7 @@ Pool* dsr_pool_new(int threads) {
     return pool;
 }
 
-void dsr_pool_free(Pool* pool) {
+void free_pool(Pool* pool) {
     if (!pool) return;
     pthread_mutex_lock(&pool->lock);
     pool->stop.store(true);
@@ -168,4 +167,5 @@ void dsr_pool_free(Pool* pool) {
     free(pool->threads);
     free(pool);
 }
-}
+
+}  // namespace dsr

@@ -9,6 +9,8 @@
 
 #include "kernels.h"
 
+namespace dsr::DSR_LEVEL {
+
 namespace {
 
 // Row r lies in lane r / length of vector r % length of every plane. Item i is vector i of all planes, 16 features at a
@@ -116,3 +118,5 @@ void layer_norm(const Call& call) { parallel(call.pool, call.op.length, norm_vec
 void softmax(const Call& call) {
     parallel(call.pool, (call.op.softmax.rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, softmax_rows, &call);
 }
+
+}  // namespace dsr::DSR_LEVEL

@@ -9,6 +9,10 @@
 #include "vectors.h"
 #include "ops.h"
 
+// These kernels are in the libraries of single levels alone, so they need no namespaces of their own.
+using namespace dsr;
+using namespace dsr::DSR_LEVEL;
+
 namespace planes {
 
 enum Function { IDENTITY, RELU, BETWEEN, LEAKY, LOGISTIC, SWISH, HARD_LOGISTIC, HARD_SWISH_3 };

@@ -23,6 +23,10 @@
 
 #include "kernels.h"
 
+// These kernels are in the libraries of single levels alone, so they need no namespaces of their own.
+using namespace dsr;
+using namespace dsr::DSR_LEVEL;
+
 // One direction of a gather convolution. A *slot* is a row of the panel, or a pixel of such a row.
 struct Axis {
     int64_t size;     // source positions

@@ -7,6 +7,10 @@
 
 #include "kernels.h"
 
+// These kernels are in the libraries of single levels alone, so they need no namespaces of their own.
+using namespace dsr;
+using namespace dsr::DSR_LEVEL;
+
 namespace planes {
 
 // Vectors that a loop handles at once, with a sum for each, which hides the latency of additions.

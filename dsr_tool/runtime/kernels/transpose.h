@@ -3,6 +3,8 @@
 
 #include "vectors.h"
 
+namespace dsr::DSR_LEVEL {
+
 typedef float Vec4 __attribute__((vector_size(16)));
 #if DSR_LANES >= 8
 typedef float Vec8 __attribute__((vector_size(32)));
@@ -44,3 +46,5 @@ template <class V> __attribute__((always_inline)) inline void transpose(V* squar
         for (int i = 0; i < SIDE; i++) square[i] = dealt[i];
     }
 }
+
+}  // namespace dsr::DSR_LEVEL

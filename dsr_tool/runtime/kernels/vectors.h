@@ -6,9 +6,13 @@
 
 #include <cstdint>
 #include <cstring>
+
+#include "level.h"
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
+
+namespace dsr::DSR_LEVEL {
 
 #if defined(__AVX512F__)
 #define DSR_LANES 16
@@ -137,3 +141,5 @@ static inline Vec error_function(Vec x) {
     p = p * t + 0.254829592f;
     return (Vec)((Bits)(1.0f - p * t * exponential(-(a * a))) | sign);
 }
+
+}  // namespace dsr::DSR_LEVEL

@@ -11,6 +11,8 @@
 
 #include "kernels.h"
 
+namespace dsr::DSR_LEVEL {
+
 struct CodeTable {
     float values[256] = {};
 
@@ -115,3 +117,5 @@ static inline const float* converted(const Op& op, int64_t number, int64_t group
     }
     return values;
 }
+
+}  // namespace dsr::DSR_LEVEL
