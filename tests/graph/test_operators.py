@@ -86,6 +86,7 @@ def test_rows_are_elementwise_where_the_reference_is():
 
 def test_rows_are_windowed_where_the_standard_has_a_kernel_shape():
     windowed = {row.name for row in computed if "kernel_shape" in schemas(row.name)[-1].attributes}
+    windowed.remove("ConvTranspose")  # its windows lie over the pixels of its output
     assert {row.name for row in OPERATORS.values() if row.windowed} == windowed
 
 
@@ -181,8 +182,10 @@ def test_operators_that_keep_entries_return_each_once(name):
         "Reshape": (np.array([4, -1]),),
         "Unsqueeze": (np.array([0]),),
     }
-    attributes = {"to": onnx.TensorProto.DOUBLE} if name == "Cast" else {}
-    result = np.asarray(FUNCTIONS[name](x, *further.get(name, ()), **attributes))
+    attributes = {"Cast": {"to": onnx.TensorProto.DOUBLE}, "DepthToSpace": {"blocksize": 2}}
+    attributes["SpaceToDepth"] = {"blocksize": 2}
+    x = x.reshape(1, 4, 2, 3) if name == "DepthToSpace" else x.reshape(1, 3, 2, 4) if name == "SpaceToDepth" else x
+    result = np.asarray(FUNCTIONS[name](x, *further.get(name, ()), **attributes.get(name, {})))
     assert sorted(result.ravel()) == list(range(24))
 
 

@@ -21,6 +21,8 @@ DIVISORS = np.array([2, -2, -2, 2, 3, 5], np.int64)
     [
         ("Abs", {}),
         ("Ceil", {}),
+        ("Celu", {}),
+        ("Celu", {"alpha": 2.5}),
         ("Cos", {}),
         ("Dropout", {}),
         ("Elu", {}),
@@ -36,19 +38,43 @@ DIVISORS = np.array([2, -2, -2, 2, 3, 5], np.int64)
         ("Identity", {}),
         ("LeakyRelu", {}),
         ("LeakyRelu", {"alpha": 0.2}),
+        ("Mish", {}),
         ("Neg", {}),
+        ("Reciprocal", {}),
         ("Relu", {}),
+        ("Round", {}),
+        ("Selu", {}),
+        ("Selu", {"alpha": 1.2, "gamma": 0.7}),
         ("Sigmoid", {}),
         ("Sign", {}),
         ("Sin", {}),
         ("Softplus", {}),
+        ("Softsign", {}),
         ("Tanh", {}),
+        ("ThresholdedRelu", {}),
+        ("ThresholdedRelu", {"alpha": 0.3}),
     ],
 )
 def test_operators_of_one_array_agree(agree, op, attributes):
     # ONNX Runtime approximates some of these, with errors of up to 2e-6 of the largest value.
     values = X[np.abs(X) < 20]
     agree(op, values.reshape(1, -1), rtol=2e-6, **attributes)
+
+
+def test_halves_are_rounded_to_the_even_number(agree):
+    agree("Round", np.array([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5], np.float32))
+
+
+@pytest.mark.parametrize("slope", [(3, 1, 1), (1,), (3, 4, 5), (2, 3, 4, 5)])
+def test_slopes_below_zero_agree(agree, slope):
+    x = X[:120].reshape(2, 3, 4, 5)
+    agree("PRelu", x, RNG.random(slope).astype(np.float32))
+
+
+@pytest.mark.parametrize("op", ["Sum", "Mean"])
+def test_sums_and_means_of_several_arrays_agree(agree, op):
+    agree(op, X)
+    agree(op, X.reshape(2, -1), Y.reshape(2, -1), Y[:1], X[:2].reshape(2, 1), rtol=2e-5)
 
 
 def test_extreme_values_give_no_warning(agree):

@@ -51,8 +51,9 @@ def test_average_pool_in_ceil_mode_agrees_with_torch(pool, include):
     np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_global_average_pool_agrees(agree):
-    agree("GlobalAveragePool", np.random.default_rng(0).standard_normal((2, 5, 7, 3)).astype(np.float32))
+@pytest.mark.parametrize("op", ["GlobalAveragePool", "GlobalMaxPool"])
+def test_global_pools_agree(agree, op):
+    agree(op, np.random.default_rng(0).standard_normal((2, 5, 7, 3)).astype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8])

@@ -12,13 +12,53 @@ RNG = np.random.default_rng(0)
 X = RNG.standard_normal((2, 3, 4, 5)).astype(np.float32)
 
 
-@pytest.mark.parametrize("op", ["ReduceMean", "ReduceSum", "ReduceL2"])
+@pytest.mark.parametrize(
+    "op",
+    [
+        "ReduceL1",
+        "ReduceL2",
+        "ReduceLogSumExp",
+        "ReduceMax",
+        "ReduceMean",
+        "ReduceMin",
+        "ReduceProd",
+        "ReduceSum",
+        "ReduceSumSquare",
+    ],
+)
 @pytest.mark.parametrize("keepdims", [0, 1])
 def test_reductions_agree(agree, op, keepdims):
     for axes in ((1,), (-1, 0), (0, 1, 2, 3)):
         agree(op, X, np.array(axes, np.int64), keepdims=keepdims)
     agree(op, X, keepdims=keepdims)
     agree(op, X, np.zeros(0, np.int64), keepdims=keepdims)
+
+
+def test_the_logarithm_of_a_sum_agrees(agree):
+    agree("ReduceLogSum", np.abs(X), np.array([1], np.int64))
+    agree("ReduceLogSumExp", X * 50, np.array([1], np.int64), keepdims=0)  # exp alone would overflow
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint8])
+@pytest.mark.parametrize("op", ["ReduceMax", "ReduceMin"])
+def test_extremes_of_integers_keep_their_type(agree, op, dtype):
+    agree(op, np.array([[3, 1, 2], [9, 7, 8]], dtype), np.array([1], np.int64))
+
+
+@pytest.mark.parametrize("op", ["ArgMax", "ArgMin"])
+@pytest.mark.parametrize("last", [0, 1])
+def test_places_of_extremes_agree(agree, op, last):
+    x = np.round(X)  # with equal entries
+    for axis in (0, 1, -1):
+        agree(op, x, axis=axis, keepdims=0, select_last_index=last)
+        agree(op, x, axis=axis, select_last_index=last)
+    agree(op, x)
+
+
+@pytest.mark.parametrize("op", ["ReduceMax", "ReduceMin", "ArgMax"])
+def test_extremes_of_nothing_are_refused(op):
+    with pytest.raises(ValueError, match="empty|zero-size"):
+        FUNCTIONS[op](np.zeros((0, 3), np.float32))
 
 
 def test_noop_with_empty_axes_agrees(agree):
@@ -32,6 +72,7 @@ def test_sums_of_integers_keep_their_type(agree):
 @pytest.mark.parametrize("axis", [-1, 1, 0])
 def test_softmax_agrees(agree, axis):
     agree("Softmax", X * 50, axis=axis)
+    agree("LogSoftmax", X * 50, axis=axis)
 
 
 @pytest.mark.parametrize("axis", [-1, 2, 1])

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import helper
+from onnx.reference import ReferenceEvaluator
 
 from dsr_tool.errors import FormatError, UsageError
 from dsr_tool.runtime.reference.call import FUNCTIONS
@@ -106,6 +108,38 @@ def test_pad_agrees(agree, mode):
     agree("Pad", X, int64(2, 1, 1, 3), None, int64(-2, 3), mode=mode)
 
 
+@pytest.mark.parametrize("pads", [(0, 0, 2, 1, 0, 0, 1, 3), (1, 0, 0, 7, 0, 2, 9, 0), (0, 0, 0, 0, 0, 0, 0, 0)])
+def test_pad_by_wrapping_agrees_with_the_standard(pads):
+    """The referee is onnx itself: ONNX Runtime reads outside the input where a pad is longer than an axis."""
+    model = helper.make_node("Pad", ["x", "pads"], ["y"], mode="wrap")
+    (expected,) = ReferenceEvaluator(model).run(None, {"x": X, "pads": int64(*pads)})
+    np.testing.assert_array_equal(FUNCTIONS["Pad"](X, int64(*pads), mode="wrap"), expected)
+
+
+def test_pad_by_wrapping_agrees(agree):
+    agree("Pad", X, int64(0, 0, 2, 1, 0, 0, 1, 3), mode="wrap")
+    agree("Pad", X, int64(2, 1, 1, 3), None, int64(-2, 3), mode="wrap")
+
+
+def test_tile_agrees(agree):
+    agree("Tile", X, int64(1, 2, 3, 1))
+    agree("Tile", X[0, 0, 0], int64(0))
+    for repeats in (int64(2), int64(1, 1, 1, -1)):
+        with pytest.raises(FormatError, match="repeats"):
+            FUNCTIONS["Tile"](X, repeats)
+
+
+@pytest.mark.parametrize("blocksize", [1, 2, 3])
+@pytest.mark.parametrize("mode", ["DCR", "CRD"])
+def test_depth_to_space_agrees(agree, mode, blocksize):
+    x = np.arange(2 * 36 * 2 * 3, dtype=np.float32).reshape(2, 36, 2, 3)
+    agree("DepthToSpace", x, blocksize=blocksize, mode=mode)
+
+
+def test_space_to_depth_agrees(agree):
+    agree("SpaceToDepth", np.arange(2 * 3 * 4 * 6, dtype=np.float32).reshape(2, 3, 4, 6), blocksize=2)
+
+
 def test_pad_with_a_value_and_negative_widths_agrees(agree):
     agree("Pad", X, int64(0, 0, -1, 1, 0, 1, -2, -3), np.float32(7).reshape(()))
 
@@ -138,8 +172,12 @@ def test_constants_have_the_values_and_types_of_the_standard():
 
 
 def test_unknown_modes_are_refused():
-    with pytest.raises(UsageError, match="wrap"):
-        FUNCTIONS["Pad"](X, int64(*[0] * 8), mode="wrap")
+    with pytest.raises(UsageError, match="novel"):
+        FUNCTIONS["Pad"](X, int64(*[0] * 8), mode="novel")
+    with pytest.raises(UsageError, match="novel"):
+        FUNCTIONS["DepthToSpace"](X, blocksize=1, mode="novel")
+    with pytest.raises(FormatError, match="blocksize 0"):
+        FUNCTIONS["SpaceToDepth"](X, blocksize=0)
     with pytest.raises(UsageError, match="reduction"):
         FUNCTIONS["ScatterND"](X, int64(0).reshape(1, 1), X[:1], reduction="mean")
 

@@ -21,7 +21,9 @@ from dsr_tool.runtime.reference import (
     pooling,
     reduce,
     resize,
+    sampling,
     shapes,
+    transposed,
 )
 from dsr_tool.sparsity.tensor import Array, Weight, dense
 
@@ -34,12 +36,15 @@ FUNCTIONS: dict[str, NumpyFunction] = {
     **pooling.FUNCTIONS,
     **reduce.FUNCTIONS,
     **resize.FUNCTIONS,
+    **sampling.FUNCTIONS,
     **shapes.FUNCTIONS,
+    **transposed.FUNCTIONS,
 }
 """The function of every operator that the reference computes, by the operator's name."""
 
 _WITH_WEIGHTS: dict[str, Callable[..., Callable[[Array], Array]]] = {
     "Conv": convolution.prepare_conv,
+    "ConvTranspose": transposed.prepare_conv_transpose,
     "Gemm": matmul.prepare_gemm,
     "MatMul": matmul.prepare_matmul,
 }

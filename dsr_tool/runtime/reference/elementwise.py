@@ -47,6 +47,7 @@ def _broadcasting(function: Callable[[Array, Array], Array]) -> Callable[[Array,
 
 
 _maximum, _minimum = _broadcasting(np.maximum), _broadcasting(np.minimum)
+_add, _multiply = _broadcasting(np.add), _broadcasting(np.multiply)
 
 
 def _relu(x: Array) -> Array:
@@ -129,6 +130,40 @@ def _leaky_relu(x: Array, *, alpha: float = 0.01) -> Array:
     return np.where(x < 0, x.dtype.type(alpha) * x, x)
 
 
+def _prelu(x: Array, slope: Array) -> Array:
+    return np.where(x < 0, _multiply(x, slope), x)
+
+
+def _selu(x: Array, *, alpha: float = 1.67326319217681884765625, gamma: float = 1.05070102214813232421875) -> Array:
+    return np.asarray(x.dtype.type(gamma) * _elu(x, alpha=alpha))
+
+
+def _celu(x: Array, *, alpha: float = 1.0) -> Array:
+    scale = x.dtype.type(alpha)
+    return np.maximum(x, 0) + np.minimum(0, scale * np.expm1(np.minimum(x, 0) / scale))
+
+
+def _thresholded_relu(x: Array, *, alpha: float = 1.0) -> Array:
+    return np.where(x > x.dtype.type(alpha), x, x.dtype.type(0))
+
+
+def _softsign(x: Array) -> Array:
+    return np.asarray(x / (1 + np.abs(x)))
+
+
+def _mish(x: Array) -> Array:
+    return np.asarray(x * np.tanh(_softplus(x)))
+
+
+def _sum(*arrays: Array) -> Array:
+    return functools.reduce(_add, arrays)
+
+
+def _mean(*arrays: Array) -> Array:
+    total = _sum(*arrays)
+    return np.asarray(total / total.dtype.type(len(arrays)))
+
+
 def _elu(x: Array, *, alpha: float = 1.0) -> Array:
     # np.where computes both sides, and expm1 of a large x would overflow.
     return np.where(x < 0, x.dtype.type(alpha) * np.expm1(np.minimum(x, 0)), x)
@@ -147,11 +182,12 @@ def _swish(x: Array, *, alpha: float = 1.0) -> Array:
 
 FUNCTIONS: dict[str, NumpyFunction] = {
     "Abs": np.abs,
-    "Add": _broadcasting(np.add),
+    "Add": _add,
     "And": _broadcasting(np.logical_and),
     "Cast": _cast,
     "CastLike": _cast_like,
     "Ceil": np.ceil,
+    "Celu": _celu,
     "Clip": _clip,
     "Cos": np.cos,
     "Div": _broadcasting(_div),
@@ -172,20 +208,29 @@ FUNCTIONS: dict[str, NumpyFunction] = {
     "LessOrEqual": _broadcasting(np.less_equal),
     "Log": np.log,
     "Max": _max,
+    "Mean": _mean,
     "Min": _min,
-    "Mul": _broadcasting(np.multiply),
+    "Mish": _mish,
+    "Mul": _multiply,
     "Neg": np.negative,
     "Not": np.logical_not,
     "Or": _broadcasting(np.logical_or),
+    "PRelu": _prelu,
     "Pow": _broadcasting(_pow),
+    "Reciprocal": np.reciprocal,
     "Relu": _relu,
+    "Round": np.rint,
+    "Selu": _selu,
     "Sigmoid": special.expit,
     "Sign": np.sign,
     "Sin": np.sin,
     "Softplus": _softplus,
+    "Softsign": _softsign,
     "Sqrt": np.sqrt,
     "Sub": _broadcasting(np.subtract),
+    "Sum": _sum,
     "Swish": _swish,
     "Tanh": np.tanh,
+    "ThresholdedRelu": _thresholded_relu,
     "Where": _where,
 }

@@ -76,8 +76,13 @@ def _global_average_pool(x: Array) -> Array:
     return mean(x, tuple(range(2, x.ndim)), keep=True)
 
 
+def _global_max_pool(x: Array) -> Array:
+    return np.asarray(x.max(axis=tuple(range(2, x.ndim)), keepdims=True))
+
+
 FUNCTIONS: dict[str, NumpyFunction] = {
     "AveragePool": _average_pool,
     "GlobalAveragePool": _global_average_pool,
+    "GlobalMaxPool": _global_max_pool,
     "MaxPool": _max_pool,
 }

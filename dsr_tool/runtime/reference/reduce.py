@@ -46,6 +46,52 @@ def _l2(x: Array, axes: tuple[int, ...] | None, keep: bool) -> Array:
     return np.sqrt(_sum(np.square(x), axes, keep))
 
 
+def _l1(x: Array, axes: tuple[int, ...] | None, keep: bool) -> Array:
+    return _sum(np.abs(x), axes, keep)
+
+
+def _sum_of_squares(x: Array, axes: tuple[int, ...] | None, keep: bool) -> Array:
+    return _sum(np.square(x), axes, keep)
+
+
+def _product(x: Array, axes: tuple[int, ...] | None, keep: bool) -> Array:
+    return np.asarray(x.prod(axis=axes, keepdims=keep, dtype=x.dtype))
+
+
+def _largest(x: Array, axes: tuple[int, ...] | None, keep: bool) -> Array:
+    return np.asarray(x.max(axis=axes, keepdims=keep))
+
+
+def _smallest(x: Array, axes: tuple[int, ...] | None, keep: bool) -> Array:
+    return np.asarray(x.min(axis=axes, keepdims=keep))
+
+
+def _log_sum(x: Array, axes: tuple[int, ...] | None, keep: bool) -> Array:
+    return np.log(_sum(x, axes, keep))
+
+
+def _log_sum_exp(x: Array, axes: tuple[int, ...] | None, keep: bool) -> Array:
+    # Less its maximum, as exp overflows float32 above 88.
+    top = _largest(x, axes, True)
+    result = np.log(_sum(np.exp(x - top), axes, True)) + top
+    return result if keep else result.reshape(_largest(x, axes, False).shape)
+
+
+def _place_of(find: Callable[..., Array]) -> NumpyFunction:
+    """Makes ArgMax or ArgMin of numpy's function, which returns the first of equal entries."""
+
+    def run(x: Array, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Array:
+        # Backwards, the last of equal entries is the first one.
+        place = find(np.flip(x, axis) if select_last_index else x, axis=axis, keepdims=bool(keepdims))
+        return np.asarray(x.shape[axis] - 1 - place if select_last_index else place, np.int64)
+
+    return run
+
+
+def _log_softmax(x: Array, *, axis: int = -1) -> Array:
+    return np.asarray(x - _log_sum_exp(x, (axis,), keep=True))
+
+
 def _softmax(x: Array, *, axis: int = -1) -> Array:
     # Less its maximum, as exp overflows float32 above 88.
     result: Array = np.exp(x - x.max(axis=axis, keepdims=True))
@@ -97,11 +143,21 @@ def _instance_norm(x: Array, scale: Array, bias: Array, *, epsilon: float = 1e-5
 
 
 FUNCTIONS: dict[str, NumpyFunction] = {
+    "ArgMax": _place_of(np.argmax),
+    "ArgMin": _place_of(np.argmin),
     "BatchNormalization": _batch_norm,
     "InstanceNormalization": _instance_norm,
     "LayerNormalization": _layer_norm,
+    "LogSoftmax": _log_softmax,
+    "ReduceL1": _reduction(_l1),
     "ReduceL2": _reduction(_l2),
+    "ReduceLogSum": _reduction(_log_sum),
+    "ReduceLogSumExp": _reduction(_log_sum_exp),
+    "ReduceMax": _reduction(_largest),
     "ReduceMean": _reduction(mean),
+    "ReduceMin": _reduction(_smallest),
+    "ReduceProd": _reduction(_product),
     "ReduceSum": _reduction(_sum),
+    "ReduceSumSquare": _reduction(_sum_of_squares),
     "Softmax": _softmax,
 }

@@ -11,7 +11,7 @@ from dsr_tool.graph.limits import claim
 from dsr_tool.runtime.reference import NumpyFunction
 from dsr_tool.sparsity.tensor import Array
 
-__all__ = ["FUNCTIONS"]
+__all__ = ["FUNCTIONS", "cubic_weights"]
 
 _MODES = ("cubic", "linear", "nearest")
 _COORDINATES = ("align_corners", "asymmetric", "half_pixel", "pytorch_half_pixel")
@@ -94,7 +94,7 @@ def _interpolated(x: Array, axis: int, at: Array, cubic: float | None) -> Array:
     at = at if cubic is not None else np.clip(at, 0, n - 1)
     first = np.floor(at)
     fraction = at - first
-    factors = {0: 1 - fraction, 1: fraction} if cubic is None else _cubic(fraction, cubic)
+    factors = {0: 1 - fraction, 1: fraction} if cubic is None else cubic_weights(fraction, cubic)
     column = (-1, *(1 for _ in range(x.ndim - 1 - axis % x.ndim)))
     result: Array | None = None
     for offset, factor in factors.items():
@@ -104,7 +104,7 @@ def _interpolated(x: Array, axis: int, at: Array, cubic: float | None) -> Array:
     return np.asarray(result)
 
 
-def _cubic(t: Array, a: float) -> dict[int, Array]:
+def cubic_weights(t: Array, a: float) -> dict[int, Array]:
     """Returns the weights of the four neighbours by their offset: Keys' cubic convolution (IEEE Trans. ASSP 29, 1981).
 
     Args:

@@ -6,13 +6,14 @@ import math
 
 import numpy as np
 
-from dsr_tool.errors import UsageError, unknown_name
+from dsr_tool.errors import FormatError, unknown_name
 from dsr_tool.graph.limits import claim, int_list
 from dsr_tool.runtime.reference import NumpyFunction
 from dsr_tool.sparsity.tensor import Array
 
 __all__ = ["FUNCTIONS"]
 
+_BLOCKS = ("CRD", "DCR")
 _REDUCTIONS = {"add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum}
 
 
@@ -141,7 +142,48 @@ def _pad(
         return np.pad(x, width, constant_values=0 if value is None else value.item())
     if mode in ("reflect", "edge"):
         return np.pad(x, width, mode=mode)  # type: ignore[call-overload,no-any-return]
-    raise UsageError(f"mode {str(mode)[:40]!r} of Pad is not supported; constant, edge and reflect are.")
+    if mode == "wrap":
+        # Entry by entry: numpy's own mode goes round after round where a pad is longer than the axis.
+        for axis, (begin, end) in enumerate(width):
+            if begin or end:
+                x = np.take(x, np.arange(-begin, x.shape[axis] + end) % x.shape[axis], axis)
+        return x
+    raise unknown_name("mode of Pad", mode, ("constant", "edge", "reflect", "wrap"))
+
+
+def _tile(x: Array, repeats: Array) -> Array:
+    counts = int_list(repeats)
+    if len(counts) != x.ndim or min(counts, default=0) < 0:
+        raise FormatError(f"repeats {str(counts)[:80]} do not fit a value of {x.ndim} dimensions.")
+    claim([n * count for n, count in zip(x.shape, counts, strict=True)], x.dtype)
+    return np.tile(x, counts)
+
+
+def _depth_to_space(x: Array, *, blocksize: int, mode: str = "DCR") -> Array:
+    """Moves channels to pixels: (batch, channels * blocksize², height, width) to a larger image of fewer channels."""
+    if mode not in _BLOCKS:
+        raise unknown_name("mode of DepthToSpace", mode, _BLOCKS)
+    batch, channels, height, width = x.shape
+    inner = channels // _squared(blocksize)
+    if mode == "DCR":  # the block's rows and columns are the outer part of a channel's number, in CRD the inner one
+        blocks = x.reshape(batch, blocksize, blocksize, inner, height, width).transpose(0, 3, 4, 1, 5, 2)
+    else:
+        blocks = x.reshape(batch, inner, blocksize, blocksize, height, width).transpose(0, 1, 4, 2, 5, 3)
+    return blocks.reshape(batch, inner, height * blocksize, width * blocksize)
+
+
+def _space_to_depth(x: Array, *, blocksize: int) -> Array:
+    """Moves pixels to channels, the inverse of DepthToSpace in mode DCR."""
+    batch, channels, height, width = x.shape
+    depth = channels * _squared(blocksize)
+    blocks = x.reshape(batch, channels, height // blocksize, blocksize, width // blocksize, blocksize)
+    return blocks.transpose(0, 3, 5, 1, 2, 4).reshape(batch, depth, height // blocksize, width // blocksize)
+
+
+def _squared(blocksize: int) -> int:
+    if blocksize < 1:
+        raise FormatError(f"blocksize {blocksize} is not positive.")
+    return blocksize * blocksize
 
 
 def _expand(x: Array, shape: Array) -> Array:
@@ -156,6 +198,7 @@ FUNCTIONS: dict[str, NumpyFunction] = {
     "Concat": _concat,
     "Constant": _constant,
     "ConstantOfShape": _constant_of_shape,
+    "DepthToSpace": _depth_to_space,
     "Expand": _expand,
     "Flatten": _flatten,
     "Gather": _gather,
@@ -166,8 +209,10 @@ FUNCTIONS: dict[str, NumpyFunction] = {
     "ScatterND": _scatter_nd,
     "Shape": _shape,
     "Slice": _slice,
+    "SpaceToDepth": _space_to_depth,
     "Split": _split,
     "Squeeze": _squeeze,
+    "Tile": _tile,
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
 }
