@@ -23,9 +23,18 @@ class BitMask(Mask):
 
     def __init__(self, mask: Mask) -> None:
         """Takes over the active entries of a mask that has positions."""
+        self._set(mask.shape, mask.active, np.packbits(mask.to_bool()))
+
+    def _set(self, shape: tuple[int, ...], active: int, bits: npt.NDArray[np.uint8]) -> None:
         # The class is frozen, as its base is; `stored` is computed, so the base's own __init__ does not run.
-        for name, part in (("shape", mask.shape), ("_active", mask.active), ("bits", np.packbits(mask.to_bool()))):
+        for name, part in (("shape", shape), ("_active", active), ("bits", bits)):
             object.__setattr__(self, name, part)
+
+    def reshaped(self, shape: tuple[int, ...]) -> BitMask:
+        """Returns the same entries in another shape of as many; both share their bits."""
+        reshaped = object.__new__(BitMask)
+        reshaped._set(shape, self.active, self.bits)
+        return reshaped
 
     @property
     def stored(self) -> npt.NDArray[np.int64]:

@@ -84,6 +84,10 @@ class Mask:
         """Number of active entries."""
         return self.size if self.stored is None else len(self.stored)
 
+    def reshaped(self, shape: tuple[int, ...]) -> Mask:
+        """Returns the same entries in another shape of as many."""
+        return Mask(shape, self.stored)
+
     @property
     def density(self) -> float:
         """Fraction of active entries, in [0, 1]."""

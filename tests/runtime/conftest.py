@@ -137,7 +137,7 @@ def both() -> Callable[..., Plan]:
         graph = Graph((Value("x", x.shape),), (Value(last, ()),), tuple(nodes), constants or {}, tuple(tensors), OPSET)
         (expected,) = Interpreter(graph, tensors).run(x)
         # Packed weights are cached by name, and the previous test used the same names for other weights.
-        machine.packs.clear()
+        machine.packer.clear()
         plan = Plan(graph, tensors, x.shape, machine)
         assert not [entry.reason for entry in plan.coverage.fallbacks if entry.failed]
         assert [entry.operator for entry in plan.coverage.fallbacks] == list(fallback)

@@ -240,7 +240,7 @@ def test_records_of_codes_take_3_bytes_and_of_floats_6():
     machine = Machine(library(), 1)
     taken = []
     for tensor in (weight, SparseTensor(weight.mask, weight.values)):
-        machine.packs.clear()
+        machine.packer.clear()
         (pack,) = Plan(graph, {"w": tensor}, x.shape, machine).steps[0].packs
         taken.append(pack.values.nbytes + pack.offsets.nbytes)
     # Two spare offsets, and spare codes, which kernels may read.

@@ -19,12 +19,22 @@ from dsr_tool.runtime.compiler.arena import Address
 from dsr_tool.runtime.compiler.encoding import encode
 from dsr_tool.runtime.compiler.layouts import Flat, Grid, Planes, Rows
 from dsr_tool.runtime.compiler.op import Activate, Op
-from dsr_tool.runtime.compiler.packing import pack_sparse
+from dsr_tool.runtime.compiler.packing import Packer, Recipe, Taps
 from dsr_tool.runtime.compiler.program import Machine
 from dsr_tool.runtime.compiler.relayout import Copy
 from dsr_tool.runtime.kernels import ops
 from dsr_tool.runtime.kernels.library import library
-from dsr_tool.runtime.kernels.ops import LAYOUT, PARAMETERS, STRUCTS, Activation, Combination, Kind, library_layout
+from dsr_tool.runtime.kernels.ops import (
+    ENUMS,
+    LAYOUT,
+    PARAMETERS,
+    STRUCTS,
+    Activation,
+    Combination,
+    Kind,
+    Packing,
+    library_layout,
+)
 
 KERNELS = pytest.mark.skipif(library() is None, reason="no kernels were built here")
 FOLDER = Path(ops.__file__).parent
@@ -48,7 +58,7 @@ def test_a_library_with_another_table_is_refused(monkeypatch):
 
 
 def test_names_and_numbers_are_unique():
-    for enum in (Kind, Activation, Combination):
+    for enum in ENUMS:
         assert sorted(enum) == list(range(len(enum.__members__)))
     assert len({row.name for row in LAYOUT}) == len(LAYOUT)
 
@@ -67,7 +77,7 @@ def test_every_kind_has_an_op_class_and_parameters_of_its_name():
     assert sorted(found.kind for found in Op.__subclasses__()) == sorted(Kind)
     assert set(PARAMETERS) <= {kind.name.lower() for kind in Kind}
     names = {struct.__name__ for struct in PARAMETERS.values()}
-    assert names | {"Entry", "Block", "Part"} == set(STRUCTS)
+    assert names | {"Entry", "Block", "Part", "Recipe", "Weight", "Sizes", "Packed"} == set(STRUCTS)
 
 
 @pytest.mark.parametrize("kind", Kind, ids=lambda kind: kind.name)
@@ -77,14 +87,16 @@ def test_every_kind_has_a_function(kind):
 
 
 def test_every_parameter_is_read_by_a_kernel():
-    text = "\n".join(path.read_text(encoding="utf-8") for path in SOURCES)
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (*SOURCES, *FOLDER.glob("*.h")))
     for struct, _, field, _ in ops._rows("FIELD"):
         assert re.search(rf"[.>]{field}\b", text), f"{struct}.{field}"
 
 
+@KERNELS
 def test_the_columns_of_packed_weights_are_the_fields_of_their_structs(sparse):
     weight = sparse(np.random.default_rng(0), (6, 4, 1, 1), 0.5)
-    pack = pack_sparse(weight, 1, [spmm.Taps((0,), 1)], 2)
+    recipe = Recipe(packing=Packing.SPARSE, weight=weight, taps=Taps(((0,),), 1), per_block=2)
+    pack = Packer(library()).pack(recipe)
     for array, name in ((pack.entries, "Entry"), (pack.blocks, "Block"), (pack.parts, "Part")):
         struct = STRUCTS[name]
         sizes = {getattr(struct, field).size for field in ops.columns(name)}
@@ -98,11 +110,12 @@ def test_the_columns_of_packed_weights_are_the_fields_of_their_structs(sparse):
     assert block["base"] == 2
 
 
+@KERNELS
 def test_parameters_that_the_table_does_not_have_are_refused(monkeypatch):
     source, out = Flat((1, 4), 4, 1), Flat((1, 4), 4, 1)
-    monkeypatch.setattr(Copy, "parameters", lambda self, packs: op.Parameters({"floats": 4}))
+    monkeypatch.setattr(Copy, "parameters", lambda self, packer: op.Parameters({"floats": 4}))
     with pytest.raises(TypeError, match=r"COPY has the fields \['entries'\]"):
-        encode([Copy(source=source, out=out)], {source: Address(0, 0), out: Address(0, 4)}, {})
+        encode([Copy(source=source, out=out)], {source: Address(0, 0), out: Address(0, 4)}, Packer(library()))
 
 
 def ops_of_many_kinds(sparse) -> list[Op]:
@@ -134,6 +147,7 @@ def ops_of_many_kinds(sparse) -> list[Op]:
     ]  # fmt: skip
 
 
+@KERNELS
 def test_encoding_an_op_twice_gives_the_same_numbers(sparse):
     """Parameters have no side effects: the plan, its cost and the values are as they were."""
     made = ops_of_many_kinds(sparse)
@@ -141,7 +155,7 @@ def test_encoding_an_op_twice_gives_the_same_numbers(sparse):
     addresses = {value: Address(0, 1000 * i) for i, value in enumerate(values)}
     before = [(value.shape, value.size, value.lead) for value in values]
     cost = [(one.work, one.dense_work) for one in made]
-    first, second = (encode(made, addresses, {}) for _ in range(2))
+    first, second = (encode(made, addresses, Packer(library())) for _ in range(2))
     for one, two in zip(first.structs, second.structs, strict=True):
         member = Kind(one.kind).name.lower()
         for struct, other in ((one, two), (getattr(one, member, None), getattr(two, member, None))):
@@ -152,6 +166,7 @@ def test_encoding_an_op_twice_gives_the_same_numbers(sparse):
     assert cost == [(one.work, one.dense_work) for one in made]
 
 
+@KERNELS
 @pytest.mark.parametrize("density", [0.05, 0.3, 1.0])
 @pytest.mark.parametrize(("widest", "widest_dense"), [(14, 6), (12, 3), (4, 2)])
 def test_no_tile_is_wider_than_those_of_the_library(sparse, density, widest, widest_dense):
@@ -168,7 +183,7 @@ def test_no_tile_is_wider_than_those_of_the_library(sparse, density, widest, wid
         weight_name=("Conv", "w"),
         target=op.Target(4, 1, widest, widest_dense),
     )
-    assert one.parameters({}).fields["tile"] <= (widest_dense if density == 1.0 else widest)
+    assert one.parameters(Packer(library())).fields["tile"] <= (widest_dense if density == 1.0 else widest)
 
 
 @KERNELS

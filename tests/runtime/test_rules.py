@@ -153,7 +153,7 @@ def test_a_missing_rule_is_noticed(machine, monkeypatch, case):
     """The check of `both` works: without its rule, the node of the case is a fallback."""
     without = {op: rule for op, rule in RULES.items() if op != case.operator}
     monkeypatch.setattr("dsr_tool.runtime.compiler.plan.RULES", without)
-    machine.packs.clear()
+    machine.packer.clear()
     plan = Plan(case.graph(), case.tensors(), case.shape, machine)
     assert case.operator in [entry.operator for entry in plan.coverage.fallbacks]
     assert {entry.reason for entry in plan.coverage.fallbacks if entry.operator == case.operator} == {"no kernel"}
@@ -193,7 +193,7 @@ def test_every_kernel_is_reached():
     kinds, activations, combinations = set(), set(), set()
     machine = Machine(library(), 1)
     for case in CASES:
-        machine.packs.clear()
+        machine.packer.clear()
         plan = Plan(case.graph(), case.tensors(), case.shape, machine)
         for step in plan.steps:
             for op in step.ops if isinstance(step, KernelStep) else ():

@@ -94,7 +94,7 @@ def as_sparse(weight: Weight) -> SparseTensor:
 
 def reshaped(weight: SparseTensor, shape: tuple[int, ...]) -> SparseTensor:
     """Returns a weight in another shape of as many rows and entries; a grid stays one."""
-    mask = Mask(shape, weight.mask.stored)
+    mask = weight.mask.reshaped(shape)
     if isinstance(weight, GridTensor):
         return GridTensor(mask, weight.codes, weight.scales)
     return SparseTensor(mask, weight.values)

@@ -12,7 +12,8 @@ from dsr_tool.runtime.compiler.gemv import Gemv
 from dsr_tool.runtime.compiler.layouts import Flat, Planes, Rows, Value, same_layout
 from dsr_tool.runtime.compiler.lowering import Lowered, Lowering, Rule
 from dsr_tool.runtime.compiler.matmul import add_bias
-from dsr_tool.runtime.compiler.op import IDENTITY, Activate, Op, PackCache, Parameters
+from dsr_tool.runtime.compiler.op import IDENTITY, Activate, Op, Parameters
+from dsr_tool.runtime.compiler.packing import Packer
 from dsr_tool.runtime.compiler.relayout import Copy
 from dsr_tool.runtime.compiler.spmm import Spmm
 from dsr_tool.runtime.kernels.ops import Activation, Combination, Kind
@@ -33,9 +34,9 @@ class Combine(Op):
     kind: ClassVar[Kind] = Kind.COMBINE
     fuses: ClassVar[bool] = True
 
-    def parameters(self, packs: PackCache) -> Parameters:
+    def parameters(self, packer: Packer) -> Parameters:
         """Returns the function."""
-        del packs
+        del packer
         return Parameters({"how": self.how})
 
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from dsr_tool.runtime.compiler.arena import Address
 from dsr_tool.runtime.compiler.layouts import Flat, Planes, Value
-from dsr_tool.runtime.compiler.op import Op, PackCache
-from dsr_tool.runtime.compiler.packing import Pack
+from dsr_tool.runtime.compiler.op import Op
+from dsr_tool.runtime.compiler.packing import Pack, Packer
 from dsr_tool.runtime.kernels import ops as table
 from dsr_tool.sparsity.tensor import Array
 
@@ -35,18 +35,18 @@ class Encoded:
     tables: list[Array] = field(default_factory=list)
 
 
-def encode(ops: Sequence[Op], addresses: Mapping[Value, Address], packs: PackCache) -> Encoded:
+def encode(ops: Sequence[Op], addresses: Mapping[Value, Address], packer: Packer) -> Encoded:
     """Returns the structs of ops, once all halos are final.
 
     Args:
         ops: the ops of a segment.
         addresses: the address of each value.
-        packs: packed weights that exist already; new ones are added.
+        packer: packs their weights.
     """
     encoded = Encoded((table.Op * len(ops))())
     for op, struct in zip(ops, encoded.structs, strict=True):
         _fill(struct, _common_fields(op, addresses), encoded.tables)
-        fields, pack = op.parameters(packs)
+        fields, pack = op.parameters(packer)
         if pack is not None:
             encoded.packs.append(pack)
         member = op.kind.name.lower()

@@ -7,19 +7,16 @@ lowered, so offsets and strides are asked for at the end alone (`parameters`). F
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from dsr_tool.runtime.compiler.layouts import Value
-from dsr_tool.runtime.compiler.packing import Pack
+from dsr_tool.runtime.compiler.packing import Pack, Packer
 from dsr_tool.runtime.kernels.ops import Activation, Kind
 from dsr_tool.sparsity.tensor import Array
 
-__all__ = ["IDENTITY", "Activate", "Op", "PackCache", "Parameters", "Target"]
-
-PackCache = MutableMapping[tuple[object, ...], Pack]
-"""Packed weights that plans of one session share, by weight, layout and blocks."""
+__all__ = ["IDENTITY", "Activate", "Op", "Parameters", "Target"]
 
 
 @dataclass(frozen=True)
@@ -110,11 +107,11 @@ class Op:
         """Multiply-adds of a dense kernel for the same op; 0 if it has no weights."""
         return 0.0
 
-    def parameters(self, packs: PackCache) -> Parameters:
+    def parameters(self, packer: Packer) -> Parameters:
         """Returns its named parameters; all halos must be final.
 
         Args:
-            packs: packed weights that exist already; one that is packed here is added.
+            packer: packs its weight, if it has one.
         """
-        del packs
+        del packer
         return Parameters({})

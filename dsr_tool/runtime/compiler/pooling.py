@@ -13,7 +13,8 @@ from dsr_tool.graph.windows import Window
 from dsr_tool.runtime.compiler.convolution import convolve, place_window
 from dsr_tool.runtime.compiler.layouts import Planes
 from dsr_tool.runtime.compiler.lowering import Lowered, Lowering
-from dsr_tool.runtime.compiler.op import Op, PackCache, Parameters
+from dsr_tool.runtime.compiler.op import Op, Parameters
+from dsr_tool.runtime.compiler.packing import Packer
 from dsr_tool.runtime.compiler.taps import extend_halo, offsets_of, taps_of, window_of
 from dsr_tool.runtime.kernels.ops import Kind
 from dsr_tool.sparsity.mask import Mask
@@ -36,9 +37,9 @@ class MaxPool(Op):
 
     kind: ClassVar[Kind] = Kind.MAX_POOL
 
-    def parameters(self, packs: PackCache) -> Parameters:
+    def parameters(self, packer: Packer) -> Parameters:
         """Returns the offsets of the window's taps."""
-        del packs
+        del packer
         taps = np.array(offsets_of(self.window, self.source, self.out), np.int32)
         fields = {"taps": taps, "taps_per_phase": taps.shape[1], "source_phases": self.source.phases}
         return Parameters(fields)

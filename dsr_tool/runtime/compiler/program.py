@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import math
 import mmap
-import weakref
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -16,7 +15,8 @@ from dsr_tool.errors import DsrError, FormatError
 from dsr_tool.graph.limits import claim, memory_limit
 from dsr_tool.runtime.compiler.arena import allocate
 from dsr_tool.runtime.compiler.encoding import encode
-from dsr_tool.runtime.compiler.op import PackCache, Target
+from dsr_tool.runtime.compiler.op import Target
+from dsr_tool.runtime.compiler.packing import Packer
 from dsr_tool.runtime.compiler.segment import Segment
 from dsr_tool.runtime.kernels.ops import LAYOUT, LIMITS, library_layout
 from dsr_tool.runtime.kernels.pool import Pool
@@ -35,19 +35,28 @@ class Machine:
     Attributes:
         library: the loaded library.
         target: the properties of the kernels that the compiler asks for.
-        packs: packed weights that some plan uses.
+        packer: packs weights, and keeps those that some plan uses.
         pool: the threads, and the lock that is held during a run.
     """
 
-    def __init__(self, library: ctypes.CDLL, threads: int) -> None:
+    def __init__(self, library: ctypes.CDLL, threads: int, *, keep_recipes: bool = False) -> None:
+        """Prepares the kernels.
+
+        Args:
+            library: the loaded library.
+            threads: number of threads that share an op.
+            keep_recipes: whether packed weights keep their recipes, as whoever writes a plan needs.
+
+        Raises:
+            DsrError: the library was built from other sources.
+        """
         _declare(library)
         # The kernels take every field on trust, so one that moved would be read as an address.
         if library_layout(library) != LAYOUT:
             raise DsrError("the kernels were built from other sources than this version; install dsr-tool again.")
         self.library = library
         self.target = Target(library.dsr_lanes(), threads, library.dsr_widest_tile(0), library.dsr_widest_tile(1))
-        # Weak, since a packed weight is needed as long as a plan uses it.
-        self.packs: PackCache = weakref.WeakValueDictionary()
+        self.packer = Packer(library, keep_recipes=keep_recipes)
         self.pool = Pool(library)
         self._memory = np.zeros(0, np.float32)
 
@@ -120,7 +129,7 @@ class KernelStep:
             claim((arena.floats,), np.float32)
             for value in segment.outputs.values():
                 claim(value.shape, np.float32)
-            encoded = encode(segment.ops, arena.addresses, machine.packs)
+            encoded = encode(segment.ops, arena.addresses, machine.packer)
         self.ops, self.packs, self.tables = encoded.structs, encoded.packs, encoded.tables
         self.work = sum(op.work for op in segment.ops)
         self.dense_work = sum(op.dense_work for op in segment.ops)

@@ -12,7 +12,8 @@ from dsr_tool.graph.ir import Node
 from dsr_tool.runtime.compiler.constants import shape_of
 from dsr_tool.runtime.compiler.layouts import Flat, Planes, Rows
 from dsr_tool.runtime.compiler.lowering import Lowered, Lowering
-from dsr_tool.runtime.compiler.op import Op, PackCache, Parameters
+from dsr_tool.runtime.compiler.op import Op, Parameters
+from dsr_tool.runtime.compiler.packing import Packer
 from dsr_tool.runtime.kernels.ops import Kind
 from dsr_tool.sparsity.tensor import Array, dense
 
@@ -29,9 +30,9 @@ class Mean(Op):
     kind: ClassVar[Kind] = Kind.MEAN
     exact: ClassVar[bool] = True
 
-    def parameters(self, packs: PackCache) -> Parameters:
+    def parameters(self, packer: Packer) -> Parameters:
         """Returns the sizes of the source."""
-        del packs
+        del packer
         source = self.source
         return Parameters(
             {
@@ -61,9 +62,9 @@ class LayerNorm(Op):
 
     kind: ClassVar[Kind] = Kind.LAYER_NORM
 
-    def parameters(self, packs: PackCache) -> Parameters:
+    def parameters(self, packer: Packer) -> Parameters:
         """Returns scale, shift and epsilon."""
-        del packs
+        del packer
         scale, shift = (np.ascontiguousarray(array, np.float32) for array in (self.scale, self.shift))
         return Parameters({"scale": scale, "shift": shift, "epsilon": self.epsilon})
 
@@ -83,9 +84,9 @@ class Softmax(Op):
     kind: ClassVar[Kind] = Kind.SOFTMAX
     exact: ClassVar[bool] = True
 
-    def parameters(self, packs: PackCache) -> Parameters:
+    def parameters(self, packer: Packer) -> Parameters:
         """Returns the number of rows and columns."""
-        del packs
+        del packer
         return Parameters({"rows": self.out.entries // self.columns, "columns": self.columns})
 
 

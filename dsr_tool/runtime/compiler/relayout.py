@@ -8,7 +8,8 @@ from typing import ClassVar
 import numpy as np
 
 from dsr_tool.runtime.compiler.layouts import Flat, Planes, Rows, Value
-from dsr_tool.runtime.compiler.op import Op, PackCache, Parameters
+from dsr_tool.runtime.compiler.op import Op, Parameters
+from dsr_tool.runtime.compiler.packing import Packer
 from dsr_tool.runtime.kernels.ops import LIMITS, Kind
 
 __all__ = ["Copy", "FromRows", "Gather", "Relayout", "ToRows", "to_flat", "to_planes"]
@@ -27,9 +28,9 @@ class Relayout(Op):
     exact: ClassVar[bool] = True
     masks: ClassVar[bool] = False  # rows are padded with zeros as they are moved
 
-    def parameters(self, packs: PackCache) -> Parameters:
+    def parameters(self, packer: Packer) -> Parameters:
         """Returns the sizes of both grids."""
-        del packs
+        del packer
         # Entries in rows may have come to this shape by a Reshape, which the source does not know.
         _, _, height, width = self.out.shape
         length, pitch, step = 0, width, height * width
@@ -61,9 +62,9 @@ class Gather(Op):
     kind: ClassVar[Kind] = Kind.GATHER
     exact: ClassVar[bool] = True
 
-    def parameters(self, packs: PackCache) -> Parameters:
+    def parameters(self, packer: Packer) -> Parameters:
         """Returns the table and the distances between channels."""
-        del packs
+        del packer
         source, out = self.source, self.out
         if isinstance(out, Planes):
             # By position of the result, so that it is written front to back while the source is read at random.
@@ -101,9 +102,9 @@ class Copy(Op):
     kind: ClassVar[Kind] = Kind.COPY
     exact: ClassVar[bool] = True
 
-    def parameters(self, packs: PackCache) -> Parameters:
+    def parameters(self, packer: Packer) -> Parameters:
         """Returns the number of entries."""
-        del packs
+        del packer
         return Parameters({"entries": self.out.entries})
 
 
@@ -116,9 +117,9 @@ class FromRows(Op):
     kind: ClassVar[Kind] = Kind.FROM_ROWS
     exact: ClassVar[bool] = True
 
-    def parameters(self, packs: PackCache) -> Parameters:
+    def parameters(self, packer: Packer) -> Parameters:
         """Returns the number of rows and features."""
-        del packs
+        del packer
         return Parameters({"rows": self.out.shape[3], "features": self.out.channels})
 
 
@@ -131,9 +132,9 @@ class ToRows(Op):
     kind: ClassVar[Kind] = Kind.TO_ROWS
     exact: ClassVar[bool] = True
 
-    def parameters(self, packs: PackCache) -> Parameters:
+    def parameters(self, packer: Packer) -> Parameters:
         """Returns the number of rows and features, and the vectors of a plane."""
-        del packs
+        del packer
         rows, features = self.source.shape[3], self.source.channels
         return Parameters({"rows": rows, "features": features, "source_length": self.source.grid.length})
 

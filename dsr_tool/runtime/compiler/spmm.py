@@ -13,11 +13,11 @@ import numpy as np
 from dsr_tool.graph.windows import Window
 from dsr_tool.runtime.compiler.constants import entries_of
 from dsr_tool.runtime.compiler.layouts import Planes
-from dsr_tool.runtime.compiler.op import Op, PackCache, Parameters, Target
-from dsr_tool.runtime.compiler.packing import MAX_OFFSET, Pack, Taps, pack_dense, pack_sparse
+from dsr_tool.runtime.compiler.op import Op, Parameters, Target
+from dsr_tool.runtime.compiler.packing import MAX_OFFSET, Pack, Packer, Recipe, Taps
 from dsr_tool.runtime.compiler.taps import offsets_of
-from dsr_tool.runtime.kernels.ops import LIMITS, Kind
-from dsr_tool.sparsity.tensor import Array, SparseTensor, dense
+from dsr_tool.runtime.kernels.ops import LIMITS, Kind, Packing
+from dsr_tool.sparsity.tensor import Array, SparseTensor
 
 __all__ = ["Spmm"]
 
@@ -55,10 +55,6 @@ SHORT_ROW = 8
 """Mean records of an output channel in a block from which codes become values in registers, in each tile again. With 2
 to 6, MobileNetV2 at .90 took 1.02 to 1.06 of the time with floats that way, and 1.00 to 1.03 by memory; with 9 it took
 .92 to 1.02 and 1.01 to 1.05 (Zen 3, AVX2)."""
-MIN_SHARED_TILE = 5
-"""Fewest vectors of a tile that is narrowed to give each thread the same number of tiles."""
-MANY_TILES = 4
-"""Tiles per thread from which an uneven number of them is shared well enough as it is."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -103,14 +99,22 @@ class Spmm(Op):
         """Multiply-adds of a dense kernel for the same op."""
         return math.prod(self.out.shape[2:]) * self.weight.mask.size
 
-    def parameters(self, packs: PackCache) -> Parameters:
+    def parameters(self, packer: Packer) -> Parameters:
         """Returns the packed weight, the width of tiles and the bias."""
-        channel = self.source.phases * self.source.stride
-        phases = [Taps(offsets, channel) for offsets in offsets_of(self.window, self.source, self.out)]
-        tile, per_block = self._tiling(phases)
-        tile, split = shared_tile(self.target.threads, self.out.grid.length, tile, len(phases))
+        offsets = offsets_of(self.window, self.source, self.out)
+        taps = Taps(tuple(offsets), self.source.phases * self.source.stride)
+        tile, per_block = self._tiling(taps)
+        tile, split = packer.share(self.target.threads, self.out.grid.length, tile, len(offsets))
         entries, scales = entries_of(self.weight)
-        pack = self._pack(packs, entries, phases, per_block, split)
+        recipe = Recipe(
+            packing=Packing.DENSE if self.computes_zeros else Packing.SPARSE,
+            weight=entries,
+            taps=taps,
+            per_block=per_block,
+            groups=self.groups,
+            split=split,
+        )
+        pack = packer.pack(recipe, self.weight_name)
         return Parameters(
             {
                 **pack.fields,
@@ -131,22 +135,7 @@ class Spmm(Op):
         short = self.computes_zeros or len(pack.values) < SHORT_ROW * len(pack.entries)
         return pack.coded and few and short and self.out.grid.length >= CONVERTED * (last - first)
 
-    def _pack(
-        self, packs: PackCache, entries: SparseTensor, phases: Sequence[Taps], per_block: int, split: int
-    ) -> Pack:
-        # Strides are part of the taps, so plans for other input sizes share a pack only if their layouts agree.
-        key = (self.weight_name, self.weight.mask.shape, self.groups, tuple(phases), per_block, split)
-        pack = packs.get(key)
-        if pack is None:
-            pack = (
-                pack_dense(dense(entries), phases, per_block, split)
-                if self.computes_zeros
-                else pack_sparse(entries, self.groups, phases, per_block, split)
-            )
-            packs[key] = pack
-        return pack
-
-    def _tiling(self, phases: Sequence[Taps]) -> tuple[int, int]:
+    def _tiling(self, taps: Taps) -> tuple[int, int]:
         """Returns the vectors of a tile, and the input channels of a block.
 
         A block keeps the inputs that it reads in the first-level cache, but it costs a load and a store of every
@@ -160,7 +149,7 @@ class Spmm(Op):
         tile = min(length, self.target.widest_dense_tile if self.computes_zeros else sparse_tile)
         # All tiles of a plane are about equally wide.
         width = -(-length // -(-length // tile))
-        vectors = max(_touched(taps.offsets, width) for taps in phases)
+        vectors = max(_touched(offsets, width) for offsets in taps.offsets)
         if point:
             nbytes, least = POINT_BYTES, POINT_RECORDS
         else:
@@ -173,31 +162,9 @@ class Spmm(Op):
         inner = self.source.channels
         # Blocks of equal size: a small last one would cost as much for its sums as a full one.
         blocks = max(round(inner / max(channels, 1)), 1)
-        reach = max(max(taps.offsets) - min(taps.offsets) for taps in phases)
-        most = (MAX_OFFSET - reach) // phases[0].channel
+        reach = max(max(offsets) - min(offsets) for offsets in taps.offsets)
+        most = (MAX_OFFSET - reach) // taps.channel
         return tile, max(min(-(-inner // blocks), most), 1)
-
-
-def shared_tile(threads: int, length: int, tile: int, phases: int) -> tuple[int, int]:
-    """Returns the vectors of a tile and the parts of the output channels that give threads equal shares.
-
-    Each part reads the whole input again, so threads share the tiles of a plane where there are enough of them.
-
-    Args:
-        threads: number of threads.
-        length: vectors of a plane.
-        tile: vectors of a tile for one thread.
-        phases: phases of the output.
-    """
-    tiles = -(-length // tile) * phases
-    if threads == 1 or tiles % threads == 0:
-        return tile, 1
-    even = -(-tiles // threads) * threads
-    narrow = -(-length * phases // even)
-    # Narrower tiles cost broadcasts, so they are taken only if they stay wide enough.
-    if tiles > threads and narrow >= MIN_SHARED_TILE:
-        return narrow, 1
-    return tile, 1 if tiles >= MANY_TILES * threads else threads
 
 
 def _touched(offsets: Sequence[int], width: int) -> int:

@@ -3,6 +3,7 @@
 #include <cstddef>
 
 #include "kernels.h"
+#include "pack.h"
 
 using namespace dsr;
 using dsr::DSR_LEVEL::LEVEL;
@@ -22,6 +23,8 @@ constexpr Row LAYOUT[] = {
 #define OP(kind, number, function, line) {"Kind." #kind, kind, 0},
 #define ACTIVATION(name, number, line) {"Activation." #name, name, 0},
 #define COMBINATION(name, number, line) {"Combination." #name, name, 0},
+#define PACKING(name, number, line) {"Packing." #name, number, 0},
+#define FAULT(name, number, line) {"Fault." #name, number, 0},
 #define STRUCT(name, line) {#name, 0, sizeof(name)},
 #define FIELD(name, type, field, line) {#name "." #field, offsetof(name, field), sizeof(name::field)},
 #define COMMON(type, field, line) {"Op." #field, offsetof(Op, field), sizeof(Op::field)},
@@ -56,4 +59,19 @@ void dsr_run(const Op* ops, int64_t count, float* const* starts, const int64_t* 
 Pool* dsr_pool_new(int threads) { return new_pool(threads); }
 
 void dsr_pool_free(Pool* pool) { free_pool(pool); }
+
+int dsr_pack_measure(const Recipe* recipe, const Weight* weight, Sizes* sizes) {
+    return int(measure(*recipe, *weight, *sizes));
+}
+
+int dsr_pack_fill(const Recipe* recipe, const Weight* weight, const Sizes* sizes, const Packed* packed) {
+    return int(fill(*recipe, *weight, *sizes, *packed));
+}
+
+// Returns the number of parts, and replaces the vectors of a tile by those for so many threads.
+int64_t dsr_share(int64_t threads, int64_t length, int64_t phases, int64_t* tile) {
+    const Share shared = share(threads, length, *tile, phases);
+    *tile = shared.tile;
+    return shared.parts;
+}
 }

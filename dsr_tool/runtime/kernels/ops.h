@@ -20,6 +20,16 @@ enum Combination : int32_t {
 #include "ops.def"
 };
 
+enum class Packing : int32_t {
+#define PACKING(name, number, line) name = number,
+#include "ops.def"
+};
+
+enum class Fault : int32_t {
+#define FAULT(name, number, line) name = number,
+#include "ops.def"
+};
+
 #define LIMIT(name, value, line) constexpr int64_t name = value;
 #include "ops.def"
 

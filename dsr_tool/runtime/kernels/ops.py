@@ -15,15 +15,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 __all__ = [
     "ABI",
+    "ENUMS",
     "LAYOUT",
     "LIMITS",
     "PARAMETERS",
     "STRUCTS",
     "Activation",
     "Combination",
+    "Fault",
     "Kind",
     "LayoutRow",
     "Op",
+    "Packing",
     "columns",
     "library_layout",
 ]
@@ -73,10 +76,21 @@ if TYPE_CHECKING:
     class Combination(_Numbers):
         """Functions of two entries."""
 
+    class Packing(_Numbers):
+        """Ways of packing weights."""
+
+    class Fault(_Numbers):
+        """Reasons why a weight cannot be packed."""
+
 else:
     Kind = _Numbers("Kind", {name: int(number) for name, number, *_ in _rows("OP")})
     Activation = _Numbers("Activation", {name: int(number) for name, number, _ in _rows("ACTIVATION")})
     Combination = _Numbers("Combination", {name: int(number) for name, number, _ in _rows("COMBINATION")})
+    Packing = _Numbers("Packing", {name: int(number) for name, number, _ in _rows("PACKING")})
+    Fault = _Numbers("Fault", {name: int(number) for name, number, _ in _rows("FAULT")})
+
+ENUMS = (Kind, Activation, Combination, Packing, Fault)
+"""The enums of the table."""
 
 LIMITS = {name: int(value) for name, value, _ in _rows("LIMIT")}
 """Numbers that the kernels and the compiler must both know."""
@@ -135,7 +149,7 @@ class LayoutRow(NamedTuple):
 
 
 def _layout() -> tuple[LayoutRow, ...]:
-    enums = [LayoutRow(f"{enum.__name__}.{m.name}", m, 0) for enum in (Kind, Activation, Combination) for m in enum]
+    enums = [LayoutRow(f"{enum.__name__}.{m.name}", m, 0) for enum in ENUMS for m in enum]
     # These rows must be those of LAYOUT in kernels/exports.cpp; sorted, since C++ lists them in the order of the table.
     limits = [LayoutRow(f"Limit.{name}", value, 0) for name, value in LIMITS.items()]
     structs = [LayoutRow(name, 0, ctypes.sizeof(struct)) for name, struct in STRUCTS.items()]
