@@ -3,7 +3,8 @@
 // Each has the same two functions, so that packing is compiled once for each. Both take a range of flat positions, and
 // neither reads or calls back out of bounds, whatever the memory behind the weight holds:
 //
-//     count(from, to, first)          active entries in [from, to), where `first` lie before; at most those left
+//     count(from, to, first)          active entries in [from, to), where `first` lie before: no more than are left,
+//                                     and no more than to - from
 //     each(from, first, number, extent, f)
 //                                     calls f(i, position - from) for `number` entries from the `first` one on, which
 //                                     lie in [from, from + extent); i counts from 0. Returns false if they do not.
@@ -86,9 +87,11 @@ struct EntryPositions {
 
     explicit EntryPositions(const Weight& weight) : positions(weight.positions), active(weight.active) {}
 
-    int64_t count(int64_t, int64_t to, int64_t first) const {
+    int64_t count(int64_t from, int64_t to, int64_t first) const {
+        // Positions that do not ascend may be more than the range has.
+        const int64_t end = to - from < active - first ? first + (to - from) : active;
         int64_t next = first;
-        while (next < active && positions[next] < to) next++;
+        while (next < end && positions[next] < to) next++;
         return next - first;
     }
 

@@ -9,6 +9,8 @@ namespace dsr {
 
 namespace {
 
+constexpr int64_t AHEAD = 6;  // runs from a prefetch to its use
+
 // Ranks the channels of a block by their number of records, most first. Stable, so that the order of sums, and with it
 // every bit of the result, depends on the mask alone.
 void rank(const Run* runs, int64_t rows, int64_t first_row, int32_t* places, Entry* entries) {
@@ -67,6 +69,7 @@ struct SparseFill {
     // Moves one run: its values, and its offsets of each list. Returns false where the entries are not those counted.
     bool move(const Run& run, int64_t from, int64_t table, int64_t extent, int64_t value, int64_t offset,
               int64_t records) {
+        if (run.count == 0) return true;
         const char* source = (const char*)w.values + run.first * w.width;
         memcpy((char*)out.values + value * w.width, source, size_t(run.count * w.width));
         for (int64_t list = 0; list < list_count; list++) {
@@ -90,9 +93,14 @@ struct SparseFill {
                 out.blocks[block + phase * cuts.blocks + b] = {
                     base, done + moved, offsets + phases[phase].list * records + moved, entry, rows};
             }
-            rank(own, rows, low, places, out.entries + entry);
+            Entry* ranked = out.entries + entry;
+            rank(own, rows, low, places, ranked);
             for (int64_t i = 0; i < rows; i++) {
-                const int64_t row = out.entries[entry + i].row;
+                const int64_t row = ranked[i].row;
+                // Runs lie in any order, so most begin where no cache has been.
+                const Run& later = own[ranked[smaller(i + AHEAD, rows - 1)].row - low];
+                for (int64_t byte = 0; byte < later.count * w.width; byte += 64)
+                    __builtin_prefetch((const char*)w.values + later.first * w.width + byte);
                 // The groups of a part lie one after the other in its only block.
                 const int64_t table = cuts.groups > 1 ? (row - low) / (r.rows / r.groups) * size : 0;
                 const int64_t from = b * cuts.extent, left = smaller(size - from, cuts.extent);
