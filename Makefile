@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 # Where there is a compiler, kernels that do not build are an error.
 export DSR_TOOL_REQUIRE_KERNELS ?= $(if $(shell command -v c++ g++ clang++),1,)
-KERNELS := $(wildcard dsr_tool/runtime/kernels/*.cpp dsr_tool/runtime/kernels/*.h dsr_tool/runtime/kernels/*.def)
+KERNELS := $(foreach ending,cpp h def,$(wildcard dsr_tool/runtime/kernels/*.$(ending) dsr_tool/runtime/deploy/*.$(ending) dsr_tool/runtime/deploy/include/*.$(ending)))
 
 .PHONY: help demo test test-slow fuzz lint bench zoo kernels sanitize neon clean
 help:

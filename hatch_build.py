@@ -1,4 +1,4 @@
-"""Builds the kernels: compiles the C++ sources to one shared library for each level of the processor.
+"""Builds the kernels: a shared library for each level of the processor, and one of all levels for C programs.
 
 Hatchling calls `KernelsHook` for wheels and editable installs; `python hatch_build.py` does the same in a checkout.
 Environment variables:
@@ -33,9 +33,19 @@ __all__ = ["Build", "KernelsHook", "compiler", "main"]
 
 NATIVE = Path("dsr_tool") / "runtime" / "kernels"
 """Folder of the sources, and of the libraries in the package."""
+DEPLOY = Path("dsr_tool") / "runtime" / "deploy"
+"""Folder of the sources of the library for C programs."""
 RECORD = "_kernels.json"
 """Name of the file beside the libraries that says what each was compiled from, and its SHA-256."""
 SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+LIBRARY = "libdsr"
+"""Name of the library for C programs, without its suffix; it holds all levels of its machine."""
+EXPORTED = (
+    *("dsr_open", "dsr_open_memory", "dsr_close", "dsr_run", "dsr_text", "dsr_last_error"),
+    *("dsr_input", "dsr_output", "dsr_input_count", "dsr_output_count", "dsr_level"),
+    "RegisterCustomOps",  # what ONNX Runtime calls
+)
+"""Functions that this library exports; all other names are its own, so that two copies fit into one process."""
 LEVELS = {
     "x86_64": {"avx512": "x86-64-v4", "avx2": "x86-64-v3", "baseline": "x86-64"},
     "aarch64": {"neon": ""},
@@ -47,7 +57,6 @@ FLAGS = (
     "-ffp-contract=fast",
     "-O3",
     "-fPIC",
-    "-shared",
     "-pthread",
     "-fno-exceptions",
     "-fno-rtti",
@@ -55,6 +64,8 @@ FLAGS = (
     "-Wextra",
 )
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g")
+_ONCE = ("threads", "pack")
+"""Names of the files of the kernels that do not depend on the level begin with these."""
 _ZIG = "ziglang>=0.13"
 _ZIG_MACHINES = ("x86_64", "aarch64", "arm64", "amd64")
 _MACOS = "11.0"
@@ -88,11 +99,11 @@ def _machine() -> str:
 
 @dataclass(frozen=True)
 class Build:
-    """A compilation of all levels.
+    """A compilation of all levels, and of the library for C programs.
 
     Attributes:
         command: command of the compiler.
-        sources: folder of the C++ files and of the table that they include.
+        sources: folder of the C++ files of the kernels, and of the table that they include.
         output: folder of the libraries.
         machine: `x86_64`, `aarch64` or another name of `platform.machine()`.
         sanitize: whether the libraries check addresses and undefined behaviour while running.
@@ -107,74 +118,127 @@ class Build:
     strict: bool = False
 
     def run(self) -> dict[str, str]:
-        """Compiles every level whose sources, flags or compiler have changed, in parallel.
+        """Compiles every library whose sources, flags or compiler have changed, file by file in parallel.
 
         Returns:
-            The compiler's message for each level that could not be compiled; such a level has no library any more.
+            The compiler's message for each library that could not be built; it does not exist any more.
         """
         self.output.mkdir(parents=True, exist_ok=True)
-        levels, version = LEVELS.get(self.machine, {"baseline": ""}), _version(self.command)
-        record = _read(self.output / RECORD)
-        digests = {level: self._digest(level, version) for level in levels}
-        due = [level for level in levels if not self._is_built(level, digests[level], record)]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            failed = {
-                level: message for level, message in zip(due, pool.map(self._compile, due), strict=True) if message
-            }
-        kept = {level: self._entry(level, digests[level]) for level in levels if level not in failed}
+        version, record = _version(self.command), _read(self.output / RECORD)
+        names = [*self.levels, *([LIBRARY] if self.deploy.is_dir() else [])]
+        digests = {name: self._digest(name, version) for name in names}
+        due = [name for name in names if not self._is_built(name, digests[name], record)]
+        failed = self._build(due) if due else {}
+        kept = {name: self._entry(name, digests[name]) for name in names if name not in failed}
         (self.output / RECORD).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         return failed
 
-    def library(self, level: str) -> Path:
-        """Returns the path of a level's library."""
-        return self.output / f"_kernels_{level}{SUFFIX}"
+    @property
+    def levels(self) -> list[str]:
+        """Levels of the machine, fastest first."""
+        return list(LEVELS.get(self.machine, {"baseline": ""}))
+
+    @property
+    def deploy(self) -> Path:
+        """Folder of the sources of the library for C programs."""
+        return self.sources.parent / DEPLOY.name
+
+    def library(self, name: str) -> Path:
+        """Returns the path of a level's library, or of the one for C programs."""
+        return self.output / f"{name if name == LIBRARY else f'_kernels_{name}'}{SUFFIX}"
 
     def flags(self, level: str) -> list[str]:
-        """Returns the compiler's flags for a level."""
+        """Returns the compiler's flags for a level; those of the lowest for what does not depend on the level."""
+        level = self.levels[-1] if level == LIBRARY else level
         # The namespace of everything that depends on the width of vectors (kernels/level.h).
-        flags = [f"-DDSR_LEVEL={level}", *FLAGS, *(SANITIZERS if self.sanitize else ()), *(["-Werror"] if self.strict else [])]
+        flags = [f"-DDSR_LEVEL={level}", *FLAGS, *(SANITIZERS if self.sanitize else ())]
+        flags += [f"-DDSR_LEVELS={' '.join(f'X({one})' for one in self.levels)}", *(["-Werror"] if self.strict else [])]
         if march := LEVELS.get(self.machine, {}).get(level):
             # Zig spells the same levels with underscores.
             flags.append(f"-march={march.replace('-', '_') if self._zig else march}")
-        if sys.platform == "darwin":
-            return [*flags, f"-mmacosx-version-min={_MACOS}"]
-        # The kernels use nothing of the C++ library, and Zig would leave debugging symbols of it inside.
-        return [*flags, "-Wl,--as-needed", *(["-Wl,-s"] if self._zig else [])]
+        return [*flags, *([f"-mmacosx-version-min={_MACOS}"] if sys.platform == "darwin" else [])]
+
+    def parts(self, name: str) -> list[tuple[str, Path]]:
+        """Returns the files that a library is linked from, each with the level that it is compiled for."""
+        kernels = sorted(self.sources.glob("*.cpp"))
+        if name != LIBRARY:
+            return [(name, path) for path in kernels]
+        # What trains, and what Python calls, is in the libraries of single levels alone.
+        wanted = [path for path in kernels if not path.name.startswith(("train_", "exports"))]
+        once = [path for path in wanted if path.name.startswith(_ONCE)]
+        own = [(LIBRARY, path) for path in (*once, *sorted(self.deploy.glob("*.cpp")))]
+        return own + [(level, path) for level in self.levels for path in wanted if path not in once]
 
     @property
     def _zig(self) -> bool:
         return any("zig" in Path(word).name for word in self.command)
 
-    def _compile(self, level: str) -> str:
-        """Compiles one level. Returns the compiler's message if it failed, otherwise an empty string."""
-        target = self.library(level)
-        with tempfile.TemporaryDirectory(dir=self.output) as folder:
-            part = Path(folder) / target.name
-            command = [*self.command, *self.flags(level), *map(str, sorted(self.sources.glob("*.cpp")))]
-            try:
-                done = subprocess.run(  # noqa: S603 - the compiler that the user has
-                    [*command, "-o", str(part)], capture_output=True, text=True, check=False, errors="replace"
+    def _build(self, due: list[str]) -> dict[str, str]:
+        """Compiles and links libraries. Returns the compiler's message for each that failed."""
+        parts = {name: self.parts(name) for name in due}
+        files = list(dict.fromkeys(part for name in due for part in parts[name]))
+        with tempfile.TemporaryDirectory(dir=self.output) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = {part: Path(folder) / f"{part[0]}_{part[1].stem}.o" for part in files}
+            compiled = pool.map(lambda part: self._call(part[0], ["-c", str(part[1])], objects[part]), files)
+            messages = dict(zip(files, compiled, strict=True))
+            failed = {}
+            for name in due:
+                target, new = self.library(name), Path(folder) / self.library(name).name
+                message = next((messages[part] for part in parts[name] if messages[part]), "")
+                message = message or self._call(
+                    name, self._linked(name, [objects[part] for part in parts[name]], folder), new
                 )
-                message = (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else ""
-            except OSError as error:
-                message = str(error.strerror)
-            # Processes that have mapped the old file keep it. After a failure, no outdated library may stay.
-            target.unlink(missing_ok=True) if message else part.replace(target)
-        return message
+                # Processes that have mapped the old file keep it. After a failure, no outdated library may stay.
+                target.unlink(missing_ok=True) if message else new.replace(target)
+                if message:
+                    failed[name] = message
+        return failed
 
-    def _digest(self, level: str, version: str) -> str:
-        digest = hashlib.sha256(json.dumps([self.command, version, self.flags(level)]).encode())
-        for path in sorted(path for ending in ("cpp", "h", "def") for path in self.sources.glob(f"*.{ending}")):
+    def _linked(self, name: str, objects: list[Path], folder: str) -> list[str]:
+        """Returns the arguments that link a library."""
+        arguments = ["-shared", *map(str, objects)]
+        if sys.platform == "darwin":
+            listed = Path(folder) / "exported"
+            listed.write_text("".join(f"_{one}\n" for one in EXPORTED), encoding="utf-8")
+            return [*arguments, *([f"-Wl,-exported_symbols_list,{listed}"] if name == LIBRARY else [])]
+        # The kernels use nothing of the C++ library, and Zig would leave debugging symbols of it inside.
+        arguments += ["-static-libgcc", "-Wl,--as-needed", *(["-Wl,-s"] if self._zig else [])]
+        if name == LIBRARY:
+            listed = Path(folder) / "exported"
+            listed.write_text(f"{{ global: {'; '.join(EXPORTED)}; local: *; }};\n", encoding="utf-8")
+            arguments += [f"-Wl,--version-script={listed}", f"-Wl,-soname,{LIBRARY}{SUFFIX}"]
+        return arguments
+
+    def _call(self, level: str, arguments: list[str], output: Path) -> str:
+        """Runs the compiler. Returns its message if it failed, otherwise an empty string."""
+        try:
+            done = subprocess.run(  # noqa: S603 - the compiler that the user has
+                [*self.command, *self.flags(level), *arguments, "-o", str(output)],
+                capture_output=True,
+                text=True,
+                check=False,
+                errors="replace",
+            )
+        except OSError as error:
+            return str(error.strerror)
+        return (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else ""
+
+    def _digest(self, name: str, version: str) -> str:
+        flags = [self.flags(level) for level in ([*self.levels, LIBRARY] if name == LIBRARY else [name])]
+        digest = hashlib.sha256(json.dumps([self.command, version, flags, EXPORTED]).encode())
+        folders = [self.sources, *([self.deploy, self.deploy / "include"] if name == LIBRARY else [])]
+        files = [path for folder in folders for ending in ("cpp", "h", "def") for path in folder.glob(f"*.{ending}")]
+        for path in sorted(files):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
         return digest.hexdigest()
 
-    def _is_built(self, level: str, digest: str, record: dict[str, Any]) -> bool:
-        path = self.library(level)
-        return path.is_file() and record.get(level) == self._entry(level, digest)
+    def _is_built(self, name: str, digest: str, record: dict[str, Any]) -> bool:
+        path = self.library(name)
+        return path.is_file() and record.get(name) == self._entry(name, digest)
 
-    def _entry(self, level: str, digest: str) -> dict[str, str]:
-        """Returns a level's entry in the record; the runtime refuses a library whose SHA-256 differs from it."""
-        return {"made_from": digest, "sha256": hashlib.sha256(self.library(level).read_bytes()).hexdigest()}
+    def _entry(self, name: str, digest: str) -> dict[str, str]:
+        """Returns a library's entry in the record; the runtime refuses a library whose SHA-256 differs from it."""
+        return {"made_from": digest, "sha256": hashlib.sha256(self.library(name).read_bytes()).hexdigest()}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -204,7 +268,8 @@ class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
         if message:
             self.app.display_warning(message)
         if any(native.glob(f"_kernels_*{SUFFIX}")):
-            build_data["artifacts"] += [f"/{NATIVE.as_posix()}/_kernels_*{SUFFIX}", f"/{NATIVE.as_posix()}/{RECORD}"]
+            built = (f"_kernels_*{SUFFIX}", f"{LIBRARY}{SUFFIX}", RECORD)
+            build_data["artifacts"] += [f"/{NATIVE.as_posix()}/{name}" for name in built]
             build_data["pure_python"] = False
             build_data["tag"] = f"py3-none-{_platform()}"
 

@@ -1,5 +1,6 @@
 """The build hook compiles each level once, rebuilds what has changed, reports failures, and finds a compiler."""
 
+import ctypes
 import importlib.util
 import json
 import shutil
@@ -73,14 +74,32 @@ def test_only_changed_sources_are_built_again(hook, module, monkeypatch):
     for name in ("kernels.cpp", "header.h", "ops.def"):
         (hook.native / name).write_text(f"{SOURCE if name.endswith('cpp') else ''}// {name}\n")
         with monkeypatch.context() as patch:
-            patch.setattr(module.Build, "_compile", lambda self, level: f"{level} again")
+            patch.setattr(module.Build, "_build", lambda self, due: {name: f"{name} again" for name in due})
             initialized(hook)
             assert "fast, slow" in hook.warnings.pop()
         initialized(hook)
         with monkeypatch.context() as patch:
-            patch.setattr(module.Build, "_compile", lambda self, level: f"{level} again")
+            patch.setattr(module.Build, "_build", lambda self, due: {name: f"{name} again" for name in due})
             initialized(hook)
         assert hook.warnings == []
+
+
+@needs_compiler
+def test_the_library_for_c_programs_holds_every_level_and_exports_its_interface_alone(hook, module):
+    deploy = hook.native.parent / "deploy"
+    deploy.mkdir()
+    names_of_levels = "#define X(level) #level,\nstatic const char* const NAMES[] = {DSR_LEVELS};\n"
+    interface = 'extern "C" const char* dsr_text(int i) { return NAMES[i]; }\nextern "C" int hidden() { return 1; }\n'
+    (deploy / "dsr.cpp").write_text(names_of_levels + interface)
+    (hook.native / "kernels.cpp").write_text("namespace DSR_LEVEL { int lanes() { return 1; } }\n")
+    (hook.native / "exports.cpp").write_text('extern "C" int dsr_lanes() { return 1; }\n')
+    data = initialized(hook)
+    assert hook.warnings == []
+    assert any(name.endswith(f"libdsr{module.SUFFIX}") for name in data["artifacts"])
+    library = ctypes.CDLL(str(hook.native / f"libdsr{module.SUFFIX}"))
+    library.dsr_text.restype = ctypes.c_char_p
+    assert [library.dsr_text(0), library.dsr_text(1)] == [b"fast", b"slow"]
+    assert not hasattr(library, "hidden") and not hasattr(library, "dsr_lanes")
 
 
 @needs_compiler

@@ -66,6 +66,25 @@ class Recipe:
         """All but the weight's entries."""
         return (self.packing, self.weight.mask.shape, self.taps, self.per_block, self.groups, self.split)
 
+    def struct(self) -> tuple[ctypes.Structure, npt.NDArray[np.int32]]:
+        """Returns the struct Recipe of ops.def, and the array of taps that it points to."""
+        taps = np.array(self.taps.offsets, np.int32)
+        rows, inner, *kernel = self.weight.mask.shape
+        struct = STRUCTS["Recipe"](
+            packing=self.packing,
+            rows=rows,
+            inner=inner,
+            kernel=math.prod(kernel),
+            groups=self.groups,
+            phases=len(taps),
+            channel=self.taps.channel,
+            per_block=self.per_block,
+            split=self.split,
+            taps=taps.size,
+            offsets=taps.ctypes.data,
+        )
+        return struct, taps
+
 
 @dataclass(frozen=True, eq=False)
 class Pack:
@@ -160,7 +179,7 @@ class Packer:
         return shared.value, parts
 
     def _packed(self, recipe: Recipe) -> Pack:
-        taps, mask = np.array(recipe.taps.offsets, np.int32), recipe.weight.mask
+        mask = recipe.weight.mask
         values = np.ascontiguousarray(recipe.weight.values)
         if values.dtype not in (np.float32, np.int8):
             raise TypeError(f"weights are packed as float32 or int8, not as {values.dtype}")
@@ -171,20 +190,7 @@ class Packer:
             )
         entries = _entries(recipe.weight)
         arrays = {name: 0 if array is None else array.ctypes.data for name, array in entries.items()}
-        rows, inner, *kernel = mask.shape
-        asked = STRUCTS["Recipe"](
-            packing=recipe.packing,
-            rows=rows,
-            inner=inner,
-            kernel=math.prod(kernel),
-            groups=recipe.groups,
-            phases=len(taps),
-            channel=recipe.taps.channel,
-            per_block=recipe.per_block,
-            split=recipe.split,
-            taps=taps.size,
-            offsets=taps.ctypes.data,
-        )
+        asked, _taps = recipe.struct()  # the array lives as long as its address is used
         weight = STRUCTS["Weight"](
             size=mask.size, active=mask.active, width=values.itemsize, values=values.ctypes.data, **arrays
         )

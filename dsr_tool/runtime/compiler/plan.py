@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from dsr_tool.errors import UsageError
 from dsr_tool.graph.fuse import fuse
 from dsr_tool.graph.ir import Graph, Node
 from dsr_tool.graph.limits import claim, folding_limit, memory_limit, running_limit
@@ -29,6 +30,8 @@ class Plan:
     Attributes:
         steps: segments of ops and fallbacks, in order.
         coverage: the number of nodes that run on compiled kernels, and the ones that do not.
+        input: name of the input.
+        outputs: names of the outputs, in the order of the graph.
     """
 
     def __init__(
@@ -50,25 +53,26 @@ class Plan:
                 them again if no plan can be made.
 
         Raises:
-            UsageError: neither kernels nor the reference know an operator, or a form of it.
+            UsageError: neither kernels nor the reference know an operator, or a form of it; or no kernel does, and the
+                plan is for another machine.
             FormatError: the weights do not fit the graph, or values take too much memory.
         """
         check_opset(graph)
-        self._input, self._outputs = graph.inputs[0].name, tuple(value.name for value in graph.outputs)
+        self.input, self.outputs = graph.inputs[0].name, tuple(value.name for value in graph.outputs)
         self._machine = machine
         self.steps: list[KernelStep | FallbackStep] = []
         constants = Constants({**graph.constants, **{name: tensors[name] for name in graph.parameters}})
         self._folding_limit = folding_limit(constants.nbytes)
         self._running_limit = running_limit(4 * math.prod(shape))
-        nodes = fuse([node for node, _ in live_nodes(graph.nodes, self._outputs)], constants, self._outputs)
+        nodes = fuse([node for node, _ in live_nodes(graph.nodes, self.outputs)], constants, self.outputs)
         self._low = Lowering(nodes, constants, machine.target, RULES)
-        self._low.begin(self._input, shape, self._outputs)
+        self._low.begin(self.input, shape, self.outputs)
         # The values of a first run, on zeros, which goes along with the lowering.
-        self._samples: dict[str, Array] = {self._input: np.zeros(shape, np.float32)}
+        self._samples: dict[str, Array] = {self.input: np.zeros(shape, np.float32)}
         with np.errstate(all="ignore"):
             self.coverage = self._compile(nodes, constants, {} if folded is None else folded)
         del self._samples, self._low
-        self._constants = {name: constants.dense(name) for name in self._outputs if name in constants}
+        self._constants = {name: constants.dense(name) for name in self.outputs if name in constants}
 
     @property
     def cost(self) -> float:
@@ -84,7 +88,7 @@ class Plan:
         Args:
             kept: arrays that the caller keeps and counts itself.
         """
-        return memory_of(self.steps, (self._input,), kept)
+        return memory_of(self.steps, (self.input,), kept)
 
     def run(self, x: Array) -> tuple[Array, ...]:
         """Computes the outputs, in the order of the graph, for an input of the plan's shape.
@@ -92,12 +96,12 @@ class Plan:
         Raises:
             FormatError: a value does not fit the operator that reads it, or values take too much memory.
         """
-        values: dict[str, Array] = {self._input: x}
+        values: dict[str, Array] = {self.input: x}
         with memory_limit(self._running_limit), np.errstate(all="ignore"):
             for step in self.steps:
                 step.run(values)
         values |= self._constants
-        return for_caller((values[name] for name in self._outputs), (x, *self._constants.values()))
+        return for_caller((values[name] for name in self.outputs), (x, *self._constants.values()))
 
     def _compile(self, nodes: Sequence[Node], constants: Constants, folded: Folded) -> Coverage:
         """Folds, lowers or falls back, node by node."""
@@ -142,6 +146,11 @@ class Plan:
         """Ends the segment, and lets the reference compute a node."""
         low = self._low
         self._export(index)
+        if not self._machine.runs:
+            raise UsageError(
+                f"operator {node.op} (output {node.outputs[0]!r}) has no kernel in this form, so no plan file can hold "
+                f"it; export an archive, which runs it on numpy."
+            )
         call = bind(node, constants.of_node(node))
         arrays = {name: constants.dense(name) for name in call.inputs if name in constants}
         # It runs at once, since the shapes of its outputs are known by running it alone.
@@ -163,8 +172,10 @@ class Plan:
         self._low.start()
 
     def _add(self, step: KernelStep | FallbackStep) -> None:
-        with memory_limit(self._running_limit):
-            step.run(self._samples)
+        # Only fallbacks need values to learn their shapes, and a plan for another machine has none.
+        if self._machine.runs:
+            with memory_limit(self._running_limit):
+                step.run(self._samples)
         self.steps.append(step)
 
 

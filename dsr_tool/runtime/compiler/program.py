@@ -37,15 +37,16 @@ class Machine:
         target: the properties of the kernels that the compiler asks for.
         packer: packs weights, and keeps those that some plan uses.
         pool: the threads, and the lock that is held during a run.
+        runs: False if plans are made for another machine, so that nothing of them may run here.
     """
 
-    def __init__(self, library: ctypes.CDLL, threads: int, *, keep_recipes: bool = False) -> None:
+    def __init__(self, library: ctypes.CDLL, threads: int, *, target: Target | None = None) -> None:
         """Prepares the kernels.
 
         Args:
             library: the loaded library.
             threads: number of threads that share an op.
-            keep_recipes: whether packed weights keep their recipes, as whoever writes a plan needs.
+            target: kernels of another machine, for which a plan is written: its packed weights keep their recipes.
 
         Raises:
             DsrError: the library was built from other sources.
@@ -55,8 +56,9 @@ class Machine:
         if library_layout(library) != LAYOUT:
             raise DsrError("the kernels were built from other sources than this version; install dsr-tool again.")
         self.library = library
-        self.target = Target(library.dsr_lanes(), threads, library.dsr_widest_tile(0), library.dsr_widest_tile(1))
-        self.packer = Packer(library, keep_recipes=keep_recipes)
+        own = Target(library.dsr_lanes(), threads, library.dsr_widest_tile(0), library.dsr_widest_tile(1))
+        self.target, self.runs = target or own, target is None
+        self.packer = Packer(library, keep_recipes=not self.runs)
         self.pool = Pool(library)
         self._memory = np.zeros(0, np.float32)
 
@@ -104,6 +106,9 @@ class KernelStep:
         packs: packed weights, which other segments and plans may share.
         tables: biases, pixel masks and index tables.
         output_bytes: bytes of each array that it fills, by name.
+        outputs: shape of each of these.
+        arrays: floats of one piece of each array that it reads or fills, by name, in the order of the buffers.
+        images: number of pieces, each of which is a run of its ops.
         release: values that no later step reads; a segment drops none.
     """
 
@@ -135,25 +140,28 @@ class KernelStep:
         self.dense_work = sum(op.dense_work for op in segment.ops)
         self.arena_bytes = 4 * arena.floats
         self.release: tuple[str, ...] = ()
-        self._machine, self._batch = machine, segment.batch
+        self._machine, self.images = machine, segment.batch
         self._inputs = tuple(segment.inputs)
-        self._outputs = {name: value.shape for name, value in segment.outputs.items()}
-        self.output_bytes = {name: 4 * math.prod(shape) for name, shape in self._outputs.items()}
-        steps = [0, *(value.entries for value in segment.arrays)]
+        self.outputs = {name: value.shape for name, value in segment.outputs.items()}
+        self.output_bytes = {name: 4 * math.prod(shape) for name, shape in self.outputs.items()}
+        names = (*segment.inputs, *segment.outputs)
+        self.arrays = {name: value.entries for name, value in zip(names, segment.arrays, strict=True)}
+        steps = [0, *self.arrays.values()]
         self._steps = (ctypes.c_int64 * len(steps))(*steps)
-        # Grown now, so that the first run finds its memory.
-        machine.arena(arena.floats)
+        if machine.runs:
+            # Grown now, so that the first run finds its memory.
+            machine.arena(arena.floats)
 
     def run(self, values: dict[str, Array]) -> None:
         """Reads its inputs from `values` and adds its outputs."""
         # New arrays in every run, since the caller keeps the output and may change it.
-        outputs = {name: np.empty(shape, np.float32) for name, shape in self._outputs.items()}
+        outputs = {name: np.empty(shape, np.float32) for name, shape in self.outputs.items()}
         arrays = [*(np.ascontiguousarray(values[name], np.float32) for name in self._inputs), *outputs.values()]
         machine, arena = self._machine, self._machine.arena(self.arena_bytes // 4)
         # Addresses are new in every run; structs refer to buffers by number, so they stay as they are.
         starts = (ctypes.c_void_p * (len(arrays) + 1))(arena, *(array.ctypes.data for array in arrays))
         pool = machine.pool.address(machine.target.threads)
-        machine.library.dsr_run(self.ops, len(self.ops), starts, self._steps, len(starts), self._batch, pool)
+        machine.library.dsr_run(self.ops, len(self.ops), starts, self._steps, len(starts), self.images, pool)
         values.update(outputs)
 
 

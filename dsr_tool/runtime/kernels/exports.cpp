@@ -1,40 +1,11 @@
 // What a library of one level exports to Python for inference: its kernels, its threads, and what this build is like.
 
-#include <cstddef>
-
 #include "kernels.h"
+#include "layout.h"
 #include "pack.h"
 
 using namespace dsr;
 using dsr::DSR_LEVEL::LEVEL;
-
-namespace {
-
-// The layout of this build, row by row, as the compiler expected it: enums by number, structs by size, fields by offset
-// and size. Python reads the same table and refuses a library that differs.
-struct Row {
-    const char* name;
-    int64_t number;  // of a limit or an enum's member; offset of a field; 0 for a struct
-    int64_t bytes;   // of a struct or field; 0 for an enum
-};
-
-constexpr Row LAYOUT[] = {
-#define LIMIT(name, value, line) {"Limit." #name, name, 0},
-#define OP(kind, number, function, line) {"Kind." #kind, kind, 0},
-#define ACTIVATION(name, number, line) {"Activation." #name, name, 0},
-#define COMBINATION(name, number, line) {"Combination." #name, name, 0},
-#define PACKING(name, number, line) {"Packing." #name, number, 0},
-#define FAULT(name, number, line) {"Fault." #name, number, 0},
-#define STRUCT(name, line) {#name, 0, sizeof(name)},
-#define FIELD(name, type, field, line) {#name "." #field, offsetof(name, field), sizeof(name::field)},
-#define COMMON(type, field, line) {"Op." #field, offsetof(Op, field), sizeof(Op::field)},
-#define PARAMETERS(name, member) {"Op." #member, offsetof(Op, member), sizeof(Op::member)},
-#include "ops.def"
-    {"Op", 0, sizeof(Op)},
-    {nullptr, 0, 0},
-};
-
-}  // namespace
 
 extern "C" {
 
@@ -49,7 +20,7 @@ int dsr_lanes() { return LEVEL.lanes; }
 int dsr_widest_tile(int dense) { return dense ? LEVEL.widest_dense : LEVEL.widest; }
 
 // The layout of the structs; ends with a row without a name.
-const Row* dsr_layout() { return LAYOUT; }
+const LayoutRow* dsr_layout() { return LAYOUT; }
 
 void dsr_run(const Op* ops, int64_t count, float* const* starts, const int64_t* steps, int64_t buffers, int64_t images,
              Pool* pool) {

@@ -150,7 +150,7 @@ class LayoutRow(NamedTuple):
 
 def _layout() -> tuple[LayoutRow, ...]:
     enums = [LayoutRow(f"{enum.__name__}.{m.name}", m, 0) for enum in ENUMS for m in enum]
-    # These rows must be those of LAYOUT in kernels/exports.cpp; sorted, since C++ lists them in the order of the table.
+    # These rows must be those of LAYOUT in kernels/layout.h; sorted, since C++ lists them in the order of the table.
     limits = [LayoutRow(f"Limit.{name}", value, 0) for name, value in LIMITS.items()]
     structs = [LayoutRow(name, 0, ctypes.sizeof(struct)) for name, struct in STRUCTS.items()]
     members = [(name, struct, field) for name, struct in STRUCTS.items() for field in columns(name)]

@@ -1,0 +1,224 @@
+// The functions of dsr.h: a handle is a plan that was read and checked, its memory, and the threads that run it.
+
+#include "include/dsr.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <unistd.h>
+
+#include <new>
+
+#include "plan_file.h"
+
+using namespace dsr;
+
+namespace {
+
+thread_local char last_error[512] = "";
+
+// Keeps the sentence for dsr_last_error. Returns `code`.
+template <class T, class... A>
+T failed(T code, const char* format, A... arguments) {
+    snprintf(last_error, sizeof last_error, format, arguments...);
+    return code;
+}
+
+}  // namespace
+
+struct dsr_plan {
+    PlanFile file;
+    int threads = 1;
+    pthread_mutex_t lock;
+    pid_t process;
+    Pool* pool = nullptr;
+    Array<float> arena;
+};
+
+namespace {
+
+// A forked process has none of its parent's threads, and a lock that may be held by one of them, so it starts with new
+// ones. The old ones are not freed, since that waits for the threads.
+void start_anew_after_fork(dsr_plan* plan) {
+    if (plan->process == getpid()) return;
+    pthread_mutex_init(&plan->lock, nullptr);
+    plan->pool = new_pool(plan->threads);
+    plan->process = getpid();
+}
+
+struct Locked {
+    pthread_mutex_t* lock;
+
+    explicit Locked(pthread_mutex_t* lock_) : lock(lock_) { pthread_mutex_lock(lock); }
+    ~Locked() { pthread_mutex_unlock(lock); }
+};
+
+dsr_tensor described(const Array<Value>* values, int32_t index) {
+    dsr_tensor tensor{};
+    if (!values || index < 0 || index >= values->count) return tensor;
+    const Value& value = (*values)[index];
+    tensor.type = DSR_FLOAT32;
+    tensor.rank = (int32_t)value.rank;
+    tensor.name = value.name;
+    for (int64_t axis = 0; axis < value.rank; axis++) tensor.shape[axis] = value.shape[axis];
+    return tensor;
+}
+
+void write_shape(const int64_t* shape, int64_t rank, char* text, size_t size) {
+    size_t used = 0;
+    text[0] = 0;
+    for (int64_t axis = 0; axis < rank && used < size; axis++)
+        used += snprintf(text + used, size - used, "%s%lld", axis ? ", " : "", (long long)shape[axis]);
+}
+
+// Whether an array of the caller is what the plan expects.
+bool fits(const Value& value, const dsr_tensor& tensor, const char* what) {
+    if (!tensor.data)
+        return failed(false, "%s '%s' has no data; set tensor.data to its first entry.", what, value.name);
+    if (tensor.type != DSR_FLOAT32)
+        return failed(false, "%s '%s' has type %d; a plan takes DSR_FLOAT32 (%d).", what, value.name, tensor.type,
+                      DSR_FLOAT32);
+    bool equal = tensor.rank == value.rank;
+    for (int64_t axis = 0; equal && axis < value.rank; axis++) equal = tensor.shape[axis] == value.shape[axis];
+    if (!equal) {
+        char given[200], expected[200];
+        const bool known = tensor.rank >= 0 && tensor.rank <= DSR_MAX_RANK;
+        write_shape(tensor.shape, known ? tensor.rank : 0, given, sizeof given);
+        write_shape(value.shape, value.rank, expected, sizeof expected);
+        return failed(false, "%s '%s' has rank %d and shape (%s); the plan expects (%s).", what, value.name,
+                      tensor.rank, given, expected);
+    }
+    int64_t step = 1;
+    for (int64_t axis = value.rank - 1; tensor.strides && axis >= 0; step *= value.shape[axis--])
+        if (tensor.strides[axis] != step && value.shape[axis] > 1)
+            return failed(false, "%s '%s' has a stride of %lld on axis %lld, not %lld; copy it to row-major order.",
+                          what, value.name, (long long)tensor.strides[axis], (long long)axis, (long long)step);
+    return true;
+}
+
+bool all_fit(const Array<Value>& values, const dsr_tensor* tensors, int32_t count, const char* what) {
+    if (count != values.count)
+        return failed(false, "%d %ss were given; the plan has %lld.", count, what, (long long)values.count);
+    if (!tensors) return failed(false, "the array of %ss is NULL.", what);
+    for (int64_t i = 0; i < values.count; i++)
+        if (!fits(values[i], tensors[i], what)) return false;
+    return true;
+}
+
+// The bytes of a file; null, with a sentence, if it cannot be read.
+uint8_t* read_file(const char* path, size_t* size) {
+    FILE* file = fopen(path, "rb");
+    if (!file) return failed(nullptr, "plan '%.300s' cannot be opened: %s.", path, strerror(errno));
+    uint8_t* bytes = nullptr;
+    const bool sought = !fseeko(file, 0, SEEK_END);
+    const off_t end = sought ? ftello(file) : -1;
+    if (end < 0 || fseeko(file, 0, SEEK_SET)) {
+        failed(0, "plan '%.300s' cannot be read: %s.", path, strerror(errno));
+    } else if (!(bytes = (uint8_t*)malloc(end + 1))) {
+        failed(0, "plan '%.300s' has %lld bytes, for which there is no memory.", path, (long long)end);
+    } else if ((*size = fread(bytes, 1, end, file)) != (size_t)end) {
+        failed(0, "plan '%.300s' cannot be read: %s.", path, ferror(file) ? strerror(errno) : "it became shorter");
+        free(bytes);
+        bytes = nullptr;
+    }
+    fclose(file);
+    return bytes;
+}
+
+}  // namespace
+
+extern "C" {
+
+dsr_plan* dsr_open(const char* path, int32_t threads) {
+    if (!path) return failed(nullptr, "the path of the plan is NULL.");
+    size_t size = 0;
+    uint8_t* bytes = read_file(path, &size);
+    if (!bytes) return nullptr;
+    dsr_plan* plan = dsr_open_memory(bytes, size, threads);
+    free(bytes);
+    if (!plan) {
+        char why[sizeof last_error];
+        memcpy(why, last_error, sizeof why);
+        snprintf(last_error, sizeof last_error, "plan '%.200s' cannot be used: %.280s", path, why);
+    }
+    return plan;
+}
+
+dsr_plan* dsr_open_memory(const void* bytes, size_t size, int32_t threads) {
+    if (!bytes) return failed(nullptr, "the address of the plan is NULL.");
+    if (threads < 1 || threads > 256)
+        return failed(nullptr, "threads %d is not in [1, 256]; give one for each core.", threads);
+    Problem problem;
+    // Not the operators of C++, which need its library.
+    void* memory = malloc(sizeof(dsr_plan));
+    dsr_plan* plan = memory ? new (memory) dsr_plan : nullptr;
+    if (!plan) {
+        problem.no_memory(sizeof *plan);
+    } else {
+        pthread_mutex_init(&plan->lock, nullptr);
+        plan->process = getpid();
+        plan->threads = threads;
+        if (plan->file.read(bytes, (int64_t)size, threads, problem)) plan->arena.make(plan->file.arena_floats, problem);
+    }
+    if (problem) {
+        dsr_close(&plan);
+        return failed(nullptr, "%s", problem.text);
+    }
+    plan->pool = new_pool(threads);
+    return plan;
+}
+
+int32_t dsr_input_count(const dsr_plan* plan) { return plan ? (int32_t)plan->file.inputs.count : 0; }
+
+int32_t dsr_output_count(const dsr_plan* plan) { return plan ? (int32_t)plan->file.outputs.count : 0; }
+
+dsr_tensor dsr_input(const dsr_plan* plan, int32_t index) {
+    return described(plan ? &plan->file.inputs : nullptr, index);
+}
+
+dsr_tensor dsr_output(const dsr_plan* plan, int32_t index) {
+    return described(plan ? &plan->file.outputs : nullptr, index);
+}
+
+const char* dsr_text(const dsr_plan* plan, const char* name) {
+    if (!plan || !name) return nullptr;
+    if (!strcmp(name, "level")) return plan->file.level->name;
+    for (const Text& text : plan->file.texts)
+        if (!strcmp(text.name, name)) return text.value;
+    return nullptr;
+}
+
+int32_t dsr_run(dsr_plan* plan, const dsr_tensor* inputs, int32_t input_count, const dsr_tensor* outputs,
+                int32_t output_count) {
+    if (!plan) return failed(DSR_BAD_ARGUMENT, "the plan is NULL; open one with dsr_open.");
+    PlanFile& file = plan->file;
+    if (!all_fit(file.inputs, inputs, input_count, "input") || !all_fit(file.outputs, outputs, output_count, "output"))
+        return DSR_BAD_ARGUMENT;
+    start_anew_after_fork(plan);
+    const Locked locked(&plan->lock);
+    for (const Step& step : file.steps) {
+        float* starts[MAX_BUFFERS] = {plan->arena.data};
+        for (int64_t b = 0; b < step.arrays.count; b++) {
+            Exchanged& array = file.exchanged[step.arrays[b]];
+            starts[b + 1] = array.role == 0   ? array.own.data
+                            : array.role == 1 ? (float*)inputs[array.index].data
+                                              : (float*)outputs[array.index].data;
+        }
+        file.level->run(file.ops.data + step.first_op, step.op_count, starts, step.steps.data, step.steps.count,
+                        step.images, plan->pool);
+    }
+    return DSR_OK;
+}
+
+void dsr_close(dsr_plan** plan) {
+    if (!plan || !*plan) return;
+    // Of a parent's threads nothing is left in a forked process, so there is nothing to wait for.
+    if ((*plan)->process == getpid()) free_pool((*plan)->pool);
+    pthread_mutex_destroy(&(*plan)->lock);
+    (*plan)->~dsr_plan();
+    free(*plan);
+    *plan = nullptr;
+}
+
+const char* dsr_last_error(void) { return last_error; }
+}
