@@ -84,6 +84,8 @@ def test_records_hold_exactly_the_active_weights(
     for phase in range(len(taps.offsets)):
         found = matrix_of(made, phase, (rows * groups, channels * groups), taps.channel)
         np.testing.assert_array_equal(found, expected(weight, taps, phase, groups))
+    # A part without output channels would be an item without work for some thread.
+    assert (made.blocks[:, 4] > 0).all()
     assert len(made.offsets) < 3 + len(taps.offsets) * max(weight.mask.active, channels * 3)
     if taps is SHIFTED and not dense:
         assert len(made.offsets) == 2 * weight.mask.active + 2
@@ -221,6 +223,34 @@ def test_no_recipe_reads_or_writes_outside_of_its_arrays(recipe, weight, how, po
         assert ((entries[:, 0] >= 0) & (entries[:, 0] < fields["rows"])).all()
         used = memory["offsets"][GUARD:-GUARD].view(np.uint16)
         assert (used.astype(int) <= sizes.reach).all()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rows", 2**31),
+        ("phases", 257),
+        ("split", 2**16 + 1),
+        ("taps", 2),
+        ("groups", 2),
+        ("channel", 0),
+        ("packing", 3),
+    ],
+)
+def test_numbers_out_of_range_are_refused(field, value):
+    numbers = {"packing": 0, "rows": 3, "inner": 1, "kernel": 1, "groups": 1, "phases": 1, "channel": 1, "per_block": 1}
+    numbers |= {"split": 1, "taps": 1, field: value}
+    # Everything else agrees with the number in question.
+    numbers |= {"taps": value} if field == "phases" else {}
+    offsets = np.zeros(257, np.int32)
+    recipe = STRUCTS["Recipe"](**numbers, offsets=offsets.ctypes.data)
+    weight, sizes = STRUCTS["Weight"](size=numbers["rows"], width=4), STRUCTS["Sizes"]()
+    Packer(library())
+    structs = [ctypes.byref(struct) for struct in (recipe, weight, sizes)]
+    assert library().dsr_pack_measure(*structs) == Fault.SIZES
+    setattr(recipe, field, {"rows": 3, "packing": 2}.get(field, 1))
+    recipe.taps, weight.size = 1, 3
+    assert library().dsr_pack_measure(*structs) == Fault.NONE
 
 
 def test_sizes_of_another_recipe_are_refused():

@@ -49,6 +49,17 @@ def test_few_positions_and_no_positions_stay():
         assert at_rest(tensor) is tensor
 
 
+@pytest.mark.parametrize("density", [0.001, 0.1, 1.0])
+def test_another_shape_shares_the_bits(density):
+    mask = at_rest(tensor_of(0, (64, 800), density)).mask
+    other = mask.reshaped((64, 20, 40))
+    assert type(other) is type(mask)
+    assert (other.shape, other.active) == ((64, 20, 40), mask.active)
+    assert np.array_equal(other.to_bool().reshape(64, 800), mask.to_bool())
+    if isinstance(mask, BitMask):
+        assert np.shares_memory(other.bits, mask.bits)
+
+
 @pytest.mark.parametrize("positions", [[-1, 2], [0, 12], [3, 3], [5, 2]])
 def test_positions_of_a_damaged_file_are_left_to_those_who_check_them(positions):
     tensor = SparseTensor(Mask((3, 4), np.array(positions)), np.ones(2, np.float32))

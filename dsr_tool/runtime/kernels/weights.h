@@ -78,7 +78,7 @@ struct Codes {
 static inline Vec scales_of(const Op& op, const Part& part, int64_t row) {
     if (!part.dense) return splat(op.spmm.scales[row]);
     float scales[LANES];
-    // If fewer than four channels are left, the last one takes the place of the others (packing.py).
+    // If fewer than four channels are left, the last one takes the place of the others (pack_fill.cpp).
     for (int64_t i = 0; i < LANES; i++) {
         const int64_t channel = row + i % 4;
         scales[i] = op.spmm.scales[channel < op.channels ? channel : op.channels - 1];
