@@ -12,7 +12,10 @@
 // channel pass by: one broadcast of the value, then T multiply-adds whose operands come from the first-level cache. Two
 // loads a cycle are the limit, so a wide tile pays: the broadcast is shared by T multiply-adds. Channels that a tile
 // reads are cut into blocks that fit in the first-level cache; between blocks the sums are stored and loaded again.
-// Values and offsets are read once a run, front to back, so they are prefetched and cost bandwidth alone.
+// Values and offsets are read once a run, front to back, so they are prefetched and cost bandwidth alone. The outputs of
+// one channel lie far from those of the next, too far for the processor to foresee, so the sums of the channels that
+// follow are prefetched, and in the first block what is added to them: ResNet-50 at .90 took .90 of the time, and single
+// layers that add a residual .65 to .85 (Zen 3).
 //
 // Codes (weights.h) become values in registers, a vector of records at once, and each is broadcast from there: one load
 // less for each record than with values in memory. Where channels have too few records to fill a vector, or four share
@@ -85,7 +88,23 @@ struct Place {
         add_residual<T>(sums, row);
     }
 
+    // Prefetches what `start` loads for a channel, and the lines that its results are stored to.
+    template <int T>
+    INLINE void fetch(int64_t row, bool first) const {
+        using Lines = std::make_integer_sequence<int, (T * VECTOR_BYTES + LINE - 1) / LINE>;
+        fetch_lines(out + row * out_step, Lines());
+        if (first && residual) fetch_lines(residual + row * residual_step, Lines());
+    }
+
    private:
+    static constexpr int LINE = 64;  // bytes of a line of the cache
+
+    // Without a loop: gcc takes one that does nothing but prefetch for one without effect, and removes it.
+    template <int... I>
+    INLINE static void fetch_lines(const float* from, std::integer_sequence<int, I...>) {
+        (__builtin_prefetch((const char*)from + LINE * I), ...);
+    }
+
     template <int T>
     void add_residual(Vec* sums, int64_t row) const {
         if (!residual) return;
@@ -117,6 +136,8 @@ inline void finish(const Product& p, Vec* sums, const int32_t* mask, float* out)
     if (p.op.activation != CLIP) activate_masked(p.op, out, mask, T);
 }
 
+constexpr int AHEAD = 3;  // channels from one whose sums are computed to one whose sums are prefetched
+
 template <int T, class Weights>
 void sparse_tile(const Product& p, const Part& part, int64_t column) {
     const Spmm& op = p.op.spmm;
@@ -134,6 +155,7 @@ void sparse_tile(const Product& p, const Part& part, int64_t column) {
         const Entry* entry = op.entries + block.entries;
         for (const Entry* end = entry + block.count; entry != end; entry++) {
             Vec sums[T];
+            if (end - entry > AHEAD) place.template fetch<T>(entry[AHEAD].row, first);
             place.template start<T, false>(sums, entry->row, first);
             // Weights are read once a run, so they come from far away.
             __builtin_prefetch(value + 512);
@@ -177,6 +199,10 @@ void dense_tile(const Product& p, const Part& part, int64_t column) {
                 // If fewer than four channels are left, the last one is computed again and stored over itself.
                 row[r] = entry.row + r < p.op.channels ? entry.row + r : p.op.channels - 1;
                 place.template start<T, Weights::SCALED>(sums[r], row[r], first);
+            }
+            if (e + 1 < block.entries + block.count) {
+#pragma GCC unroll 4
+                for (int r = 0; r < 4; r++) place.template fetch<T>(entry.row + 4 + r, first);
             }
             for (int k = 0; k < entry.count; k++) {
                 const float* x = (const float*)(in + (uint64_t)offset[k] * VECTOR_BYTES);
