@@ -18,6 +18,7 @@ import numpy as np
 
 from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.files import require_file, temporary_folder
+from dsr_tool.measure.latency_layers import measure_layers
 from dsr_tool.measure.latency_schema import BenchDocument, Latency, Outputs
 from dsr_tool.measure.memory.process import Measured, Request, can_measure, measure
 from dsr_tool.measure.pairs import paired, spread, verdict
@@ -50,18 +51,22 @@ class Settings:
         threads: number of worker threads of each side.
         rounds: number of pairs of timed runs.
         runtime: our side, one of `RUNTIMES`.
+        layers: whether each op is timed too.
     """
 
     batch: int = 1
     threads: int = 1
     rounds: int = 20
     runtime: str = "sparse"
+    layers: bool = False
 
     def check(self) -> None:
         """Raises `UsageError` for a value that is not allowed."""
         cores = os.cpu_count() or 1
         if self.runtime not in RUNTIMES:
             raise unknown_name("--runtime", self.runtime, RUNTIMES)
+        if self.layers and self.runtime != "sparse":
+            raise UsageError(f"--layers times the kernels, which --runtime {self.runtime} does not run; leave one out.")
         for name, value, least, most, unit in (
             ("--batch", self.batch, 1, _MAX_BATCH, "inputs at once"),
             ("--threads", self.threads, 1, cores, "threads, at most one per core"),
@@ -95,6 +100,10 @@ def bench_document(path: Path, settings: Settings, say: Callable[[str], None] = 
         # Prepared for this batch, so that compiling it is not part of the first run.
         ours = open_session(model, settings.runtime, settings.batch, settings.threads)
         latency, outputs = _latency(ours, dense, x, settings)
+        layers = None
+        if settings.layers:
+            say("timing each op")
+            layers = measure_layers(model, x, settings.threads, settings.rounds)
         children: dict[str, Measured] = {}
         if can_measure():
             # In this process both are loaded, and each would count the memory of the other.
@@ -119,6 +128,7 @@ def bench_document(path: Path, settings: Settings, say: Callable[[str], None] = 
             "load_s": {name: child.load_s for name, child in children.items()} or None,
             "loaded_bytes": {name: child.ready_bytes for name, child in children.items()} or None,
             "peak_bytes": {name: child.peak_bytes for name, child in children.items()} or None,
+            "layers": layers,
         }
 
 

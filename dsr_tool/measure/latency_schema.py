@@ -7,7 +7,7 @@ from typing import TypedDict
 from dsr_tool.measure.pairs import Spread
 from dsr_tool.runtime.coverage import CoverageDocument
 
-__all__ = ["BenchDocument", "Latency", "Outputs"]
+__all__ = ["BenchDocument", "Latency", "LayerRow", "Layers", "Outputs"]
 
 
 class Latency(TypedDict):
@@ -27,6 +27,68 @@ class Outputs(TypedDict):
 
     largest_difference: float | None
     scale: float | None
+
+
+class LayerRow(TypedDict):
+    """One op of a plan, or one node on the reference.
+
+    Attributes:
+        kind: kind of the op as in `ops.def`; `reference` for a node that no kernel computes.
+        operator: ONNX operator of the node that it was made for.
+        node: name of the node's first output.
+        layer: module whose weights it reads; None if it reads none.
+        on_reference: True if no kernel computes it.
+        shape: shape of the result, without the batch.
+        layout: layout of the result in words.
+        tile: output vectors that are held in registers; 0 for kinds without tiles.
+        block: input channels that are kept in the cache together; 0 for kinds without blocks.
+        blocks: number of blocks.
+        density: density of its weight; None if it has none.
+        with_zeros: True if inactive weights are multiplied too.
+        multiply_adds: multiply-adds of active weights with pixels that exist, for the whole batch.
+        seconds: median time over the runs, for the whole batch.
+        share: share of the time of all ops.
+        gflops: two operations per multiply-add, per nanosecond; None if it has no weights.
+        peak_share: the same as a share of the peak; None if it has no weights.
+    """
+
+    kind: str
+    operator: str
+    node: str
+    layer: str | None
+    on_reference: bool
+    shape: list[int]
+    layout: str
+    tile: int
+    block: int
+    blocks: int
+    density: float | None
+    with_zeros: bool
+    multiply_adds: int
+    seconds: float
+    share: float
+    gflops: float | None
+    peak_share: float | None
+
+
+class Layers(TypedDict):
+    """The time of each op on the kernels.
+
+    Attributes:
+        whole_s: median seconds of a run.
+        ops_s: sum of the median seconds of all ops.
+        reference_s: those of nodes on the reference.
+        peak_gflops: operations per nanosecond of multiply-adds that stay in registers, times the threads; measured.
+        gflops: operations per nanosecond with active weights, over all ops.
+        ops: the ops, in the order in which they run.
+    """
+
+    whole_s: float
+    ops_s: float
+    reference_s: float
+    peak_gflops: float
+    gflops: float
+    ops: list[LayerRow]
 
 
 class BenchDocument(TypedDict):
@@ -50,6 +112,7 @@ class BenchDocument(TypedDict):
             are medians of child processes, and None where no memory can be measured.
         loaded_bytes: resident memory after running, by side.
         peak_bytes: peak of resident memory while running, by side.
+        layers: time of each op on the kernels; None unless it was asked for.
     """
 
     schema: str
@@ -68,3 +131,4 @@ class BenchDocument(TypedDict):
     load_s: dict[str, float] | None
     loaded_bytes: dict[str, int] | None
     peak_bytes: dict[str, int] | None
+    layers: Layers | None

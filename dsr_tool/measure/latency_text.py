@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dsr_tool.measure.latency_layers_text import layers_text
 from dsr_tool.report.tables import megabytes, plain_table, render
 from dsr_tool.runtime.coverage import coverage_text
 
@@ -33,6 +34,8 @@ def bench_text(document: BenchDocument) -> str:
         lines.append(
             "start and memory were not measured: that needs Linux, whose /proc tells how much memory a process holds"
         )
+    if document["layers"] is not None:
+        lines.append(layers_text(document["layers"]))
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ from dsr_tool.graph.ir import Graph
 from dsr_tool.runtime.compiler.memory import PlanMemory
 from dsr_tool.runtime.compiler.plan import Plan
 from dsr_tool.runtime.compiler.program import Machine
+from dsr_tool.runtime.compiler.summary import OpTime
 from dsr_tool.runtime.coverage import Coverage
 from dsr_tool.runtime.onnxruntime_plan import OnnxRuntimePlan
 from dsr_tool.runtime.reference.interpreter import Folded, Interpreter
@@ -76,6 +77,12 @@ class PlanCache:
                     raise
                 # A plan holds for one set of shapes inside the graph; the reference computes any.
                 return self._interpreter().run(x)
+
+    def run_timed(self, x: Array) -> list[OpTime] | None:
+        """Computes as `run` does, on the kernels, and returns the time of each op; None if the model has no plan."""
+        with self._machine.pool.lock:
+            plan = self._plan_for(x.shape)
+            return plan.run_timed(x) if isinstance(plan, Plan) else None
 
     def _latest(self) -> Plan | None:
         """Returns the plan used last; None if that was the reference or ONNX Runtime."""

@@ -14,6 +14,7 @@ from dsr_tool.graph.fold import fold_norms
 from dsr_tool.graph.ir import Graph, Value
 from dsr_tool.runtime.compiler.memory import PlanMemory
 from dsr_tool.runtime.compiler.program import Machine
+from dsr_tool.runtime.compiler.summary import OpTime
 from dsr_tool.runtime.coverage import Coverage
 from dsr_tool.runtime.kernels.library import library
 from dsr_tool.runtime.plan_cache import PlanCache
@@ -165,6 +166,27 @@ class Session:
             FormatError: a value does not fit the operator that reads it, or the values need too much memory.
             UsageError: the rank, size or type of `x` is not that of `input`.
         """
+        x = self._checked(x)
+        return dict(zip((value.name for value in self.outputs), self._plan.run(x), strict=True))
+
+    def time_ops(self, x: Array) -> list[OpTime]:
+        """Predicts a batch on the kernels, and returns the time of each op, in order, instead of the outputs.
+
+        Args:
+            x: as for `run_all`.
+
+        Raises:
+            FormatError: a value does not fit the operator that reads it, or the values need too much memory.
+            UsageError: the rank, size or type of `x` is not that of `input`, or no kernels run this model.
+        """
+        x = self._checked(x)
+        times = self._plan.run_timed(x) if isinstance(self._plan, PlanCache) else None
+        if times is None:
+            raise UsageError("the times of ops come from the kernels, and this model runs without them here.")
+        return times
+
+    def _checked(self, x: Array) -> Array:
+        """Returns an input as an array; raises `UsageError` if its shape or type does not fit."""
         x, shape = np.asarray(x), self.input.shape
         fits = len(x.shape) == len(shape) and all(
             expected in (None, size) for size, expected in zip(x.shape, shape, strict=True)
@@ -177,7 +199,7 @@ class Session:
                 f"input of type {x.dtype} does not fit; the model expects {self.input.dtype}, so convert it with "
                 f"astype."
             )
-        return dict(zip((value.name for value in self.outputs), self._plan.run(x), strict=True))
+        return x
 
 
 def _checksum(tensors: Mapping[str, SparseTensor]) -> int:

@@ -30,6 +30,27 @@ def test_bench_of_an_archive(run_json, archive, runtime):
 
 
 @pytest.mark.usefixtures("one_child")
+@pytest.mark.skipif(library() is None, reason="no kernels")
+def test_bench_lists_the_time_of_each_op(run_json, run, archive):
+    layers = run_json("bench", archive, "--rounds", 4, "--batch", 2, "--layers")["layers"]
+    rows = layers["ops"]
+    assert sum(row["share"] for row in rows) == pytest.approx(1)
+    assert layers["ops_s"] == pytest.approx(sum(row["seconds"] for row in rows))
+    assert layers["reference_s"] == pytest.approx(sum(row["seconds"] for row in rows if row["operator"] == "Concat"))
+    assert {row["layer"] for row in rows} > {"features.0", "classifier.1"}
+    for row in rows:
+        assert row["on_reference"] == (row["operator"] == "Concat")
+        assert (row["gflops"] is None) == (row["multiply_adds"] == 0)
+        if row["gflops"] is not None:
+            assert row["gflops"] == pytest.approx(2e-9 * row["multiply_adds"] / row["seconds"])
+            assert row["peak_share"] == pytest.approx(row["gflops"] / layers["peak_gflops"])
+    code, out, _ = run("bench", archive, "--rounds", 4, "--layers")
+    assert code == 0
+    assert "8 nodes on the reference took" in out
+    assert "in registers reach here" in out
+
+
+@pytest.mark.usefixtures("one_child")
 def test_bench_of_an_onnx_file(run, onnx_file):
     code, out, err = run("bench", onnx_file, "--rounds", 4, "--quiet")
     assert (code, err) == (0, "")
@@ -45,6 +66,7 @@ def test_bench_of_an_onnx_file(run, onnx_file):
         (("nowhere.onnx",), 1, "'nowhere.onnx' does not exist"),
         (("nowhere.dsr", "--threads", 0), 2, "--threads 0 is not in 1 to"),
         (("nowhere.dsr", "--batch", 0), 2, "--batch 0 is not in 1 to"),
+        (("nowhere.dsr", "--runtime", "scipy", "--layers"), 2, "--layers times the kernels"),
         (("nowhere.dsr", "--batch", "two"), 2, "'two' is not a valid integer"),
     ],
 )

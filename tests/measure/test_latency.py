@@ -57,6 +57,7 @@ def document(low, median, high, **changes):
         "load_s": {"ours": 0.1, "dense": 0.2},
         "loaded_bytes": {"ours": 1_000_000, "dense": 2_000_000},
         "peak_bytes": {"ours": 3_000_000, "dense": 4_000_000},
+        "layers": None,
         **changes,
     }
 

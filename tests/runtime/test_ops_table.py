@@ -137,7 +137,7 @@ def ops_of_many_kinds(sparse) -> list[Op]:
         elementwise.Combine(source=a, other=b, out=c, how=Combination.DIVIDE, activate=Activate(Activation.TANH)),
         elementwise.Scale(source=a, other=flat, out=b),
         reduce.Mean(source=a, out=flat),
-        gemv.Gemv(source=flat, out=more, weight=sparse(rng, (6, 324), 0.1), bias=vector, threads=1),
+        gemv.Gemv(source=flat, out=more, weight=sparse(rng, (6, 324), 0.1), bias=vector, threads=1, block=8192),
         relayout.FromRows(source=flat, out=rows),
         relayout.ToRows(source=rows, out=flat),
         reduce.LayerNorm(source=rows, out=more_rows, scale=vector, shift=vector, epsilon=1e-5),

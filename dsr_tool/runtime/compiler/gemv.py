@@ -18,8 +18,8 @@ from dsr_tool.sparsity.tensor import Array, SparseTensor, Weight, dense
 
 __all__ = ["Gemv", "lower_gemv"]
 
-BLOCK_FLOATS = 8192
-"""Floats of the input per block: 32 KiB, about a first-level cache."""
+BLOCK_SHARE = 2 / 3
+"""Bytes of the input per block, as a share of the first-level cache: 32 KiB of 48."""
 MIN_DENSE = 0.4
 """Density from which a plain dot product with the zeros is faster than one that looks up its inputs."""
 
@@ -32,6 +32,7 @@ class Gemv(Op):
         weight: shape (rows, columns).
         bias: shape (rows,).
         threads: number of threads that share the rows.
+        block: floats of the input per block.
     """
 
     source: Flat
@@ -39,10 +40,21 @@ class Gemv(Op):
     weight: SparseTensor
     bias: Array
     threads: int
+    block: int
 
     kind: ClassVar[Kind] = Kind.GEMV
     fuses: ClassVar[bool] = True
     exact: ClassVar[bool] = True
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of its active weights, for one image."""
+        return self.weight.mask.active
+
+    @property
+    def density(self) -> float:
+        """Density of the weight."""
+        return self.weight.mask.density
 
     def parameters(self, packer: Packer) -> Parameters:
         """Returns the packed weight and the bias."""
@@ -52,7 +64,7 @@ class Gemv(Op):
             weight=entries,
             # A matrix is packed as a convolution whose pixels are single floats: one tap, and one float per channel.
             taps=Taps(((0,),), 1),
-            per_block=BLOCK_FLOATS,
+            per_block=self.block,
             split=self.threads,
         )
         # Weights of one row are few, and packed anew for each plan.
@@ -82,5 +94,6 @@ def lower_gemv(low: Lowering, name: str, weight: Weight, bias: Weight | None, sh
         weight=reshaped(as_sparse(weight), (rows, columns)),
         bias=np.zeros(rows, np.float32) if bias is None else dense(bias),
         threads=low.target.threads,
+        block=int(BLOCK_SHARE * low.target.l1_bytes) // 4,
     )
     return Lowered(low.add(op), shape)

@@ -18,6 +18,7 @@ from dsr_tool.runtime.compiler.layouts import Flat, Grid, Planes, Rows, Value
 from dsr_tool.runtime.compiler.op import Op, Target
 from dsr_tool.runtime.compiler.relayout import FromRows, to_flat, to_planes
 from dsr_tool.runtime.compiler.segment import Segment
+from dsr_tool.runtime.compiler.summary import Origin
 from dsr_tool.runtime.coverage import Fallback, describe_failure
 
 __all__ = ["Lowered", "Lowering", "Rule"]
@@ -126,7 +127,7 @@ class Lowering:
         rule = self._rules.get(node.op)
         if rule is None:
             return Fallback(node.op, node.outputs[0], "no kernel")
-        self.index = index
+        self.index, self.segment.origin = index, Origin.of(node, self.constants)
         # A rule may add and fuse ops before it finds that it cannot go on; all of that is undone then.
         before = (list(self.segment.ops), dict(self.segment.inputs), dict(self.values))
         reason = "declined"

@@ -13,10 +13,19 @@ from typing import ClassVar, NamedTuple
 
 from dsr_tool.runtime.compiler.layouts import Value
 from dsr_tool.runtime.compiler.packing import Pack, Packer
+from dsr_tool.runtime.kernels.cpu import CACHES
 from dsr_tool.runtime.kernels.ops import Activation, Kind
 from dsr_tool.sparsity.tensor import Array
 
-__all__ = ["IDENTITY", "Activate", "Op", "Parameters", "Target"]
+__all__ = ["IDENTITY", "L1_CLASSES", "Activate", "Op", "Parameters", "Target", "l1_class"]
+
+L1_CLASSES = (32 << 10, 48 << 10, 64 << 10)
+"""First-level caches in bytes that plans are made for. Few, so that most processors of a kind give the same bits."""
+
+
+def l1_class(nbytes: int) -> int:
+    """Returns the largest class of first-level caches that is not larger than one of `nbytes`, or the smallest."""
+    return max((size for size in L1_CLASSES if size <= nbytes), default=L1_CLASSES[0])
 
 
 @dataclass(frozen=True)
@@ -28,12 +37,17 @@ class Target:
         threads: number of threads that share an op.
         widest_tile: most output vectors that sparse weights hold in registers.
         widest_dense_tile: the same of weights with their zeros, for each of four output channels.
+        l1_bytes: first-level data cache of a core, one of `L1_CLASSES`. Blocks, and with them the order of sums, depend
+            on it.
+        l2_bytes: second-level cache of a core.
     """
 
     lanes: int
     threads: int
     widest_tile: int
     widest_dense_tile: int
+    l1_bytes: int = CACHES.l1
+    l2_bytes: int = CACHES.l2
 
 
 @dataclass(frozen=True)
@@ -101,6 +115,16 @@ class Op:
     def work(self) -> float:
         """Its multiply-adds, as many as a dense kernel would do in the same time; 0 if it has no weights."""
         return 0.0
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of its active weights with pixels that exist, for one image; 0 if it has no weights."""
+        return 0
+
+    @property
+    def density(self) -> float | None:
+        """Density of its weight; None if it has none."""
+        return None
 
     @property
     def dense_work(self) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from dsr_tool.runtime.compiler.lowering import Lowering
 from dsr_tool.runtime.compiler.memory import PlanMemory, memory_of
 from dsr_tool.runtime.compiler.program import FallbackStep, KernelStep, Machine
 from dsr_tool.runtime.compiler.rules import RULES
+from dsr_tool.runtime.compiler.summary import OpTime
 from dsr_tool.runtime.coverage import Coverage, Fallback
 from dsr_tool.runtime.reference.call import bind, fold
 from dsr_tool.runtime.reference.interpreter import Folded, check_opset, for_caller, live_nodes
@@ -97,11 +99,23 @@ class Plan:
             FormatError: a value does not fit the operator that reads it, or values take too much memory.
         """
         values: dict[str, Array] = {self.input: x}
-        with memory_limit(self._running_limit), np.errstate(all="ignore"):
+        with self._running():
             for step in self.steps:
                 step.run(values)
         values |= self._constants
         return for_caller((values[name] for name in self.outputs), (x, *self._constants.values()))
+
+    def run_timed(self, x: Array) -> list[OpTime]:
+        """Computes as `run` does, and returns the time of each op and fallback, in order, instead of the outputs."""
+        values: dict[str, Array] = {self.input: x}
+        with self._running():
+            return [one for step in self.steps for one in step.run_timed(values)]
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """Limits the memory of values, and silences numpy: NaN and infinity go through as the arithmetic puts them."""
+        with memory_limit(self._running_limit), np.errstate(all="ignore"):
+            yield
 
     def _compile(self, nodes: Sequence[Node], constants: Constants, folded: Folded) -> Coverage:
         """Folds, lowers or falls back, node by node."""

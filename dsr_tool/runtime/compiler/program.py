@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import math
 import mmap
+import time
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -15,9 +16,11 @@ from dsr_tool.errors import DsrError, FormatError
 from dsr_tool.graph.limits import claim, memory_limit
 from dsr_tool.runtime.compiler.arena import allocate
 from dsr_tool.runtime.compiler.encoding import encode
-from dsr_tool.runtime.compiler.op import Target
+from dsr_tool.runtime.compiler.op import Target, l1_class
 from dsr_tool.runtime.compiler.packing import Packer
 from dsr_tool.runtime.compiler.segment import Segment
+from dsr_tool.runtime.compiler.summary import OpSummary, OpTime, Origin, summary_of
+from dsr_tool.runtime.kernels.cpu import caches
 from dsr_tool.runtime.kernels.ops import LAYOUT, LIMITS, library_layout
 from dsr_tool.runtime.kernels.pool import Pool
 from dsr_tool.runtime.reference.call import Call
@@ -56,8 +59,7 @@ class Machine:
         if library_layout(library) != LAYOUT:
             raise DsrError("the kernels were built from other sources than this version; install dsr-tool again.")
         self.library = library
-        own = Target(library.dsr_lanes(), threads, library.dsr_widest_tile(0), library.dsr_widest_tile(1))
-        self.target, self.runs = target or own, target is None
+        self.target, self.runs = target or _target(library, threads), target is None
         self.packer = Packer(library, keep_recipes=not self.runs)
         self.pool = Pool(library)
         self._memory = np.zeros(0, np.float32)
@@ -88,11 +90,20 @@ def _pages(nbytes: int) -> Array:
     return memory[start : start + nbytes]
 
 
+def _target(library: ctypes.CDLL, threads: int) -> Target:
+    """Returns the properties of a library's kernels on this processor."""
+    l1, l2 = caches()
+    widest = (library.dsr_widest_tile(0), library.dsr_widest_tile(1))
+    return Target(library.dsr_lanes(), threads, *widest, l1_class(l1), l2)
+
+
 def _declare(library: ctypes.CDLL) -> None:
     """Tells ctypes the arguments and results of the library's functions."""
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.dsr_run.argtypes = (pointer, number, pointer, pointer, number, number, pointer)
     library.dsr_run.restype = None
+    library.dsr_run_timed.argtypes = (*library.dsr_run.argtypes, pointer)
+    library.dsr_run_timed.restype = None
 
 
 class KernelStep:
@@ -100,6 +111,7 @@ class KernelStep:
 
     Attributes:
         ops: the structs that the kernels read.
+        summaries: a line about each op.
         work: multiply-adds of its ops, as many as dense kernels would do in the same time.
         dense_work: multiply-adds of dense kernels for the same ops.
         arena_bytes: bytes of the arena that its values take.
@@ -136,6 +148,10 @@ class KernelStep:
                 claim(value.shape, np.float32)
             encoded = encode(segment.ops, arena.addresses, machine.packer)
         self.ops, self.packs, self.tables = encoded.structs, encoded.packs, encoded.tables
+        self.summaries = tuple(
+            summary_of(op, struct, segment.origins.get(op), segment.batch)
+            for op, struct in zip(segment.ops, self.ops, strict=True)
+        )
         self.work = sum(op.work for op in segment.ops)
         self.dense_work = sum(op.dense_work for op in segment.ops)
         self.arena_bytes = 4 * arena.floats
@@ -154,6 +170,15 @@ class KernelStep:
 
     def run(self, values: dict[str, Array]) -> None:
         """Reads its inputs from `values` and adds its outputs."""
+        self._run(values, None)
+
+    def run_timed(self, values: dict[str, Array]) -> list[OpTime]:
+        """Runs as `run` does, and returns the time of each op."""
+        nanoseconds = np.zeros(len(self.ops), np.int64)
+        self._run(values, nanoseconds)
+        return [OpTime(op, int(spent)) for op, spent in zip(self.summaries, nanoseconds, strict=True)]
+
+    def _run(self, values: dict[str, Array], nanoseconds: Array | None) -> None:
         # New arrays in every run, since the caller keeps the output and may change it.
         outputs = {name: np.empty(shape, np.float32) for name, shape in self.outputs.items()}
         arrays = [*(np.ascontiguousarray(values[name], np.float32) for name in self._inputs), *outputs.values()]
@@ -161,7 +186,11 @@ class KernelStep:
         # Addresses are new in every run; structs refer to buffers by number, so they stay as they are.
         starts = (ctypes.c_void_p * (len(arrays) + 1))(arena, *(array.ctypes.data for array in arrays))
         pool = machine.pool.address(machine.target.threads)
-        machine.library.dsr_run(self.ops, len(self.ops), starts, self._steps, len(starts), self.images, pool)
+        arguments = (self.ops, len(self.ops), starts, self._steps, len(starts), self.images, pool)
+        if nanoseconds is None:
+            machine.library.dsr_run(*arguments)
+        else:
+            machine.library.dsr_run_timed(*arguments, nanoseconds.ctypes.data)
         values.update(outputs)
 
 
@@ -218,3 +247,12 @@ class FallbackStep:
         values.update(outputs)
         for name in self.release:
             values.pop(name, None)
+
+    def run_timed(self, values: dict[str, Array]) -> list[OpTime]:
+        """Runs as `run` does, and returns the time of the node."""
+        start = time.perf_counter_ns()
+        self.run(values)
+        node = self._call.node
+        shape, _ = self.results[node.outputs[0]]
+        summary = OpSummary("reference", Origin.of(node, self.constants), shape[1:], on_reference=True)
+        return [OpTime(summary, time.perf_counter_ns() - start)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from dsr_tool.runtime.compiler.layouts import Flat, Value
 from dsr_tool.runtime.compiler.op import Op
+from dsr_tool.runtime.compiler.summary import Origin
 
 __all__ = ["Segment"]
 
@@ -21,6 +22,8 @@ class Segment:
         ops: the ops, in order.
         inputs: arrays of the caller that it reads, by name.
         outputs: arrays of the caller that it fills, by name.
+        origin: the node that is being lowered; None before the first.
+        origins: the node of each op; of a fused one the first.
     """
 
     lanes: int
@@ -28,15 +31,19 @@ class Segment:
     ops: list[Op] = field(default_factory=list)
     inputs: dict[str, Flat] = field(default_factory=dict)
     outputs: dict[str, Flat] = field(default_factory=dict)
+    origin: Origin | None = None
+    origins: dict[Op, Origin | None] = field(default_factory=dict)
 
     def add(self, op: Op) -> Value:
         """Appends an op. Returns the value that it makes."""
         self.ops.append(op)
+        self.origins[op] = self.origin
         return op.out
 
     def replace(self, old: Op, new: Op) -> None:
         """Puts one op in the position of another, as fusing does."""
         self.ops[self.ops.index(old)] = new
+        self.origins[new] = self.origins[old]
 
     def maker(self, value: Value) -> Op | None:
         """Returns the op of this segment that makes a value."""

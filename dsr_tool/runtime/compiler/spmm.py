@@ -27,10 +27,13 @@ MIN_DENSE = 0.7
 SPARSE_COST = 1.6
 """Time of a multiply-add in a sparse product, in units of one in a dense product."""
 
-CACHE_BYTES = 40 << 10
-"""Input bytes per block where inputs are read often. They must fit in the first-level cache next to the weights."""
+CACHE_SHARE = 5 / 6
+"""Input bytes per block where inputs are read often, as a share of the first-level cache: they must fit in it next to
+the weights. 24 to 40 KiB were within 3 % of each other with a cache of 48 KiB (Zen 5). With one of 32 KiB, networks took
+.91 to 1.00 of the time with 26 KiB instead of 40, the denser the less, and 20 KiB were as fast as 26 (Zen 3)."""
 FAR_BYTES = 100 << 10
-"""Input bytes per block where inputs are read seldom: fewer blocks save more than a warm cache gives."""
+"""Input bytes per block where inputs are read seldom: fewer blocks save more than a warm cache gives. 64 and 100 KiB
+are as fast with a second-level cache of 512 KiB."""
 OFTEN = 0.12
 """Mean records per pair of output and input channel above which inputs count as read often."""
 MIN_RECORDS = 20
@@ -39,8 +42,9 @@ DENSE_BYTES = 3584
 """Input bytes per block of a dense part, per vector of the widest dense tile: 21 KiB with 32 registers, 10.5 with 16,
 where 12 KiB was 5 % faster than 21 on a ResNet-18 of density 0.8 (AVX2, 40 pairs)."""
 
-POINT_BYTES = 36 << 10
-"""Input bytes per block of a 1 x 1 kernel."""
+POINT_SHARE = 3 / 4
+"""Input bytes per block of a 1 x 1 kernel, as a share of the first-level cache: 36 KiB of 48 and 24 of 32. 18 KiB of 32
+were within 2 %."""
 POINT_DENSITY = 0.25
 """Mean records per pair of channels from which the tiles of a 1 x 1 kernel are as wide as they can be."""
 POINT_RECORDS = 13
@@ -93,6 +97,16 @@ class Spmm(Op):
         mask = self.weight.mask
         positions = self.out.grid.length * self.target.lanes * self.out.phases
         return positions * (mask.size if self.computes_zeros else mask.active * SPARSE_COST)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of its active weights with pixels that exist, for one image."""
+        return math.prod(self.out.shape[2:]) * self.weight.mask.active
+
+    @property
+    def density(self) -> float:
+        """Density of the weight."""
+        return self.weight.mask.density
 
     @property
     def dense_work(self) -> float:
@@ -151,11 +165,11 @@ class Spmm(Op):
         width = -(-length // -(-length // tile))
         vectors = max(_touched(offsets, width) for offsets in taps.offsets)
         if point:
-            nbytes, least = POINT_BYTES, POINT_RECORDS
+            nbytes, least = POINT_SHARE * self.target.l1_bytes, POINT_RECORDS
         else:
-            nbytes, least = CACHE_BYTES if often else FAR_BYTES, MIN_RECORDS
+            nbytes, least = CACHE_SHARE * self.target.l1_bytes if often else FAR_BYTES, MIN_RECORDS
         if self.computes_zeros:
-            nbytes = DENSE_BYTES * self.target.widest_dense_tile
+            nbytes = float(DENSE_BYTES * self.target.widest_dense_tile)
         # As many channels as fit in the cache, but no fewer than give each sum enough records to be worth its store.
         channels = max(nbytes / (vectors * 4 * self.target.lanes), least / max(records, 1e-9))
         # A block of a grouped convolution holds whole groups, so all channels of the source are counted.

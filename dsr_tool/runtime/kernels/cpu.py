@@ -1,13 +1,16 @@
-"""The levels of the kernels that this processor and its operating system run."""
+"""What this processor and its operating system offer the kernels: instructions, and sizes of caches."""
 
 from __future__ import annotations
 
+import functools
+import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-__all__ = ["LEVELS", "missing_features", "supported_levels"]
+__all__ = ["CACHES", "LEVELS", "Caches", "caches", "missing_features", "supported_levels"]
 
 LEVELS = ("avx512", "avx2", "neon", "baseline")
 """All levels, fastest first; a build has those of its machine."""
@@ -56,9 +59,66 @@ def _cpu_flags(path: Path) -> frozenset[str]:
     return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
 
 
+class Caches(NamedTuple):
+    """The caches of one core.
+
+    Attributes:
+        l1: bytes of the first-level data cache.
+        l2: bytes of the second-level cache.
+    """
+
+    l1: int
+    l2: int
+
+
+CACHES = Caches(32 << 10, 512 << 10)
+"""The caches that are assumed where the system does not tell: those of Zen 2 and 3; few processors have less."""
+
+_SYSFS = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+@functools.cache
+def caches() -> Caches:
+    """Returns the caches of the first core; of one that the system does not tell, the size in `CACHES`."""
+    found = _linux_caches(_SYSFS)
+    if sys.platform == "darwin":
+        # Of the fast cores, where a processor has two kinds of them.
+        found = {
+            level: _sysctl_number(f"hw.perflevel0.{name}") or _sysctl_number(f"hw.{name}")
+            for level, name in ((1, "l1dcachesize"), (2, "l2cachesize"))
+        }
+    return Caches(*(found.get(level) or _sysconf(level) or CACHES[level - 1] for level in (1, 2)))
+
+
+def _linux_caches(folder: Path) -> dict[int, int]:
+    """Returns the bytes of each cache that holds data, by level; none if the system has no such folder."""
+    found: dict[int, int] = {}
+    for index in sorted(folder.glob("index*")):
+        try:
+            level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
+            if kind in ("Data", "Unified"):
+                found[int(level)] = int(size.removesuffix("K")) << 10
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def _sysconf(level: int) -> int:
+    """Returns the bytes of a cache as the C library tells them; 0 if it does not."""
+    name = {1: "SC_LEVEL1_DCACHE_SIZE", 2: "SC_LEVEL2_CACHE_SIZE"}[level]
+    try:
+        return max(os.sysconf(name), 0)
+    except (AttributeError, OSError, ValueError):
+        return 0  # Windows has no sysconf, and other systems not these names
+
+
 def _sysctl(name: str) -> bool:
+    return _sysctl_number(name) == 1
+
+
+def _sysctl_number(name: str) -> int:
     try:
         done = subprocess.run(["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, check=False)  # noqa: S603
-    except OSError:
-        return False
-    return done.stdout.strip() == "1"
+        return int(done.stdout)
+    except (OSError, ValueError):
+        return 0

@@ -18,6 +18,13 @@ struct Level {
     // advance by `steps` floats from one image to the next.
     void (*run)(const Op* ops, int64_t count, float* const* starts, const int64_t* steps, int64_t buffers,
                 int64_t images, Pool* pool);
+
+    // Runs the same, and adds the nanoseconds of each op, over all images, to `nanoseconds`.
+    void (*run_timed)(const Op* ops, int64_t count, float* const* starts, const int64_t* steps, int64_t buffers,
+                      int64_t images, Pool* pool, int64_t* nanoseconds);
+
+    // Returns the floating-point operations per nanosecond of one thread whose multiply-adds stay in registers.
+    double (*peak)();
 };
 
 namespace DSR_LEVEL {
@@ -44,6 +51,9 @@ void activate(const Op& op, float* x, int64_t count);
 
 // Fills the halo around each plane of the result.
 void fill_halo(const Call& call);
+
+// `Level::peak`.
+double peak();
 
 }  // namespace DSR_LEVEL
 }  // namespace dsr
