@@ -87,11 +87,15 @@ class ExportOptions:
         encoding: name of one of the container's encodings.
         values: one of the container's values.
         compact: True to remove channels that no active weight reaches.
+        batch: number of inputs of one run, for containers that compile.
+        levels: levels of the processor to compile for; all that the library holds if empty.
     """
 
     encoding: str = "auto"
     values: str = "fp32"
     compact: bool = False
+    batch: int = 1
+    levels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ class Container(ABC):
         has_graph: True if the file holds a computation, so that sessions run it; such a container has a `reader`.
         measurable: True if the file says which weights are sparse; such a container has a `measure`.
         compacts: True if dead channels can be removed from the graph that the file holds.
+        compiles: True if the file holds a plan, which is made for one batch size and some levels of the processor.
         preprocesses: True if the file says how pictures become inputs.
     """
 
@@ -128,6 +133,7 @@ class Container(ABC):
     has_graph: ClassVar[bool] = False
     measurable: ClassVar[bool] = False
     compacts: ClassVar[bool] = False
+    compiles: ClassVar[bool] = False
     preprocesses: ClassVar[bool] = False
 
     @abstractmethod

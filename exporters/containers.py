@@ -16,6 +16,7 @@ from exporters.archive import Archives
 from exporters.base import Container, Head
 from exporters.csr import CsrFiles
 from exporters.onnx.container import OnnxFiles
+from exporters.plan import PlanFiles
 from exporters.state_dict import SafetensorsFiles, StateDicts
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ __all__ = ["CONTAINERS", "contents_of", "container_of", "listed", "reader_of"]
 _ROWS: tuple[Container, ...] = (
     Archives(),
     OnnxFiles(),
+    PlanFiles(),
     CsrFiles(),
     SafetensorsFiles(),
     StateDicts(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from dsr_tool.errors import UsageError, join_words
 from dsr_tool.graph.ir import Graph, Value
@@ -42,13 +42,16 @@ def chosen_levels(names: Sequence[str]) -> list[LevelRow]:
     return [row for row in rows if not names or row.name in names]
 
 
-def plan_bytes(model: Model, batch: int, levels: Sequence[LevelRow]) -> bytes:
+def plan_bytes(
+    model: Model, batch: int, levels: Sequence[LevelRow], more_texts: Mapping[str, str] | None = None
+) -> bytes:
     """Returns the bytes of a plan file.
 
     Args:
         model: a model with a computation, such as an open archive.
         batch: number of inputs that a run of the plan takes.
         levels: levels to compile for.
+        more_texts: texts that `dsr_text` returns besides those that describe the model, by name.
 
     Raises:
         UsageError: an operator that no kernel computes, an input that is not float32 or has free sizes besides the
@@ -74,7 +77,7 @@ def plan_bytes(model: Model, batch: int, levels: Sequence[LevelRow]) -> bytes:
         content = _level(plan, weights, tables)
         head = numbers(level.lanes, level.widest_tile, level.widest_dense_tile, len(content))
         written.append(string(level.name) + head + content)
-    texts = counted(string(name) + string(text) for name, text in _texts(model.config))
+    texts = counted(string(name) + string(text) for name, text in (*_texts(model.config), *(more_texts or {}).items()))
     head = texts + values[0] + values[1]
     return document(numbers(len(head)) + head + weights.encode() + tables.encode() + counted(written))
 
