@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from dsr_tool.formats.codecs import VALUE_SUFFIXES
 from dsr_tool.formats.manifest import METADATA
 from dsr_tool.graph.compact.record import COMPACTED, compacted_specs, measure_savings
 from dsr_tool.graph.compact.rewrite import fold_and_compact
-from dsr_tool.sparsity.config import installed_versions
+from dsr_tool.sparsity.config import ModelConfig, installed_versions
 from exporters.base import Container, Draft, ExportOptions, Head
 from exporters.contents import Contents, StoredBytes, measured
 from exporters.values import GRID_BITS, PALETTE, VALUES
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from dsr_tool.graph.ir import Graph
     from dsr_tool.runtime.source import Model
     from dsr_tool.sparse.model import SparseModel
+    from dsr_tool.sparsity.layers import LayerSpec
     from dsr_tool.sparsity.tensor import SparseTensor
     from exporters.checked import CheckedModel
     from exporters.verify.outputs import Run
     from exporters.verify.result import Verification
 
-__all__ = ["Archives"]
+__all__ = ["Archives", "archive_runs", "draft_archive"]
 
 _MOST_DENSE_ONNX_BYTES = (1 << 31) - (1 << 24)
 """Largest weights, in bytes, that ONNX Runtime gets as a dense file: protobuf ends at 2 GiB, less 16 MiB of graph."""
@@ -60,23 +61,7 @@ class Archives(Container):
                 module that cannot be captured.
         """
         model = checked.model
-        tensors, specs, config = model.tensors(), model.specs, model.config
-        encode = partial(encode_archive, encoding=_encoding(options), versions=installed_versions())
-        plain = encode(checked.stored(tensors, specs), specs, checked.graph, config)
-        if not options.compact:
-            return Draft(plain.save)
-        before, small = fold_and_compact(checked.graph, tensors)
-        small_specs = compacted_specs(small.tensors, specs)
-        stored = checked.stored(small.tensors, small_specs)
-
-        def write(path: Path) -> None:
-            # The record has the size of the plain archive, which is known once it is written.
-            plain.save(path)
-            record = measure_savings(before, small, specs, path.stat().st_size)
-            noted = replace(config, conversion={**config.conversion, COMPACTED: record.to_dict()})
-            encode(stored, small_specs, small.graph, noted).save(path)
-
-        return Draft(write)
+        return draft_archive(checked.graph, model.tensors(), model.specs, model.config, checked.stored, options)
 
     def verify(self, path: Path, checked: CheckedModel, *, samples: int, seed: int) -> Verification:
         """Compares every tensor bit for bit, and the outputs of the sparse runtime and of ONNX Runtime.
@@ -92,7 +77,7 @@ class Archives(Container):
         expected = _expected(archive, checked)
         shapes = {name: entry.spec.shape for name, entry in archive.entries.items()}
         differing = differing_tensors(path, expected.model, expected.tensors, shapes, archive.tensor)
-        runs, faults = _runs(archive)
+        runs, faults = archive_runs(archive)
         if not runs:
             raise UsageError(f"{str(path)!r} cannot be verified, since no runtime runs it: {'; '.join(faults)}")
         return compare_outputs(
@@ -122,6 +107,46 @@ class Archives(Container):
         parts = {"graph and manifest": archive.document_bytes, "container header": archive.header_bytes}
         record = archive.config.conversion.get(COMPACTED)
         return measured(archive, stored, parts, config=archive.config, record=record)
+
+
+_Stored = Callable[[Mapping[str, "SparseTensor"], Mapping[str, "LayerSpec"]], dict[str, "SparseTensor"]]
+"""Returns tensors of these descriptions as a file holds them."""
+
+
+def draft_archive(
+    graph: Graph,
+    tensors: Mapping[str, SparseTensor],
+    specs: Mapping[str, LayerSpec],
+    config: ModelConfig,
+    stored: _Stored,
+    options: ExportOptions,
+) -> Draft:
+    """Encodes a computation with its weights; see `Archives.encode`.
+
+    Args:
+        graph: the computation.
+        tensors: its weights, and possibly others.
+        specs: description of each.
+        config: description of the model.
+        stored: rounds tensors as the options say.
+        options: encoding, values, and whether to remove channels.
+    """
+    encode = partial(encode_archive, encoding=_encoding(options), versions=installed_versions())
+    plain = encode(stored(tensors, specs), specs, graph, config)
+    if not options.compact:
+        return Draft(plain.save)
+    before, small = fold_and_compact(graph, tensors)
+    small_specs = compacted_specs(small.tensors, specs)
+    rounded = stored(small.tensors, small_specs)
+
+    def write(path: Path) -> None:
+        # The record has the size of the plain archive, which is known once it is written.
+        plain.save(path)
+        record = measure_savings(before, small, specs, path.stat().st_size)
+        noted = replace(config, conversion={**config.conversion, COMPACTED: record.to_dict()})
+        encode(rounded, small_specs, small.graph, noted).save(path)
+
+    return Draft(write)
 
 
 def _encoding(options: ExportOptions) -> str:
@@ -182,7 +207,7 @@ def _expected(archive: Archive, checked: CheckedModel) -> _Expected:
     return _Expected(rounded, tensors, notes, exact=model, how=how)
 
 
-def _runs(archive: Archive) -> tuple[dict[str, Run], list[str]]:
+def archive_runs(archive: Archive) -> tuple[dict[str, Run], list[str]]:
     """Prepares every runtime that takes the archive; returns them by name, and why the others do not take it."""
     from dsr_tool.runtime import Session
     from dsr_tool.runtime.kernels.library import library

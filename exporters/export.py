@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from exporters.base import Container, Draft, ExportOptions
 from exporters.calibrated import check_calibration, rounded_by_pictures
 from exporters.checked import CheckedModel
 from exporters.containers import CONTAINERS, container_of
+from exporters.onnx.native_node import NATIVE
 from exporters.verify.agreement import Images, check_images, with_agreement
 from exporters.verify.result import Verification, require
 
@@ -24,7 +25,13 @@ if TYPE_CHECKING:
 
     from dsr_tool.sparse.model import SparseModel
 
-__all__ = ["densify_export", "export", "verify"]
+__all__ = ["densify_export", "export", "export_onnx", "verify", "verify_onnx_export"]
+
+_OF_ONNX = ("archive", "onnx")
+"""Containers that a computation can be written to without the model that it was captured from."""
+
+MOST_BATCH = 1 << 16
+"""Largest batch of a plan."""
 
 _OTHER_ENDINGS = (".npy", ".bin", ".zip", ".json", ".txt", ".gz", ".html")
 """Endings of well-known files that no container writes: a reader would take the export for something else."""
@@ -42,6 +49,8 @@ def export(
     calibration_images: int | None = None,
     images: Images | None = None,
     min_agreement: float | None = None,
+    batch: int | None = None,
+    levels: Sequence[str] | None = None,
     force: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
@@ -63,6 +72,8 @@ def export(
         images: other pictures, on which the top-1 answers of the file are compared with those of the model: a folder,
             a tensor of preprocessed inputs of shape (N, *input_shape), or batches of that shape.
         min_agreement: least share of equal answers, in (0, 1].
+        batch: number of inputs of one run, for plans, which are compiled for one number; default 1.
+        levels: levels of the processor that a plan is compiled for, such as `avx2`; default all of this machine's kind.
         force: True to replace an existing file.
         on_progress: receives the number of layers that are calibrated, and of all.
 
@@ -79,8 +90,7 @@ def export(
     """
     path = Path(path)
     container = _container_for(path, to)
-    options = ExportOptions(encoding, values, compact)
-    _check_options(container, options)
+    options = _options(container, encoding, values, compact, batch, levels)
     check_calibration(calibrate, calibration_images, options)
     # Before the model is captured and encoded, which can take minutes.
     refuse_existing(path, force=force)
@@ -172,6 +182,78 @@ def densify_export(
     return _write_verified(path, draft, lambda part: verify_dense(compact_file, read_onnx(part)), force=force)
 
 
+def export_onnx(
+    source: str | Path,
+    path: str | Path,
+    *,
+    to: str | None = None,
+    encoding: str = "auto",
+    values: str = "fp32",
+    compact: bool = False,
+    input_shape: Sequence[int] = (),
+    force: bool = False,
+    **pictures: object,
+) -> Verification:
+    """Writes an ONNX file of any tool as an archive or a compact ONNX file; the zeros of its weights become masks.
+
+    The new file is run and compared with the ONNX file, as ONNX Runtime runs it, before it is moved into place.
+
+    Args:
+        source: the ONNX file.
+        path: the new file.
+        to: `archive` or `onnx`; None as in `export`.
+        encoding: one that the container has. `dense` in an ONNX file keeps its nodes, see `densify_export`.
+        values: one that the container has.
+        compact: see `export`.
+        input_shape: shape of one input without the batch, for a file that takes any; empty to leave it free.
+        force: True to replace an existing file.
+        pictures: the other options of `export`, all None: without a model there is nothing to calibrate.
+
+    Raises:
+        UsageError: a container or an option that an ONNX file does not go with, or an input shape that is not its own.
+        FileError: `source` does not exist, or `path` exists and `force` is not set.
+        FormatError: `source` is no ONNX file, is damaged, or has operators or types that are not run here.
+        CheckFailed: the new file does not compute what `source` computes; no file remains.
+    """
+    source, path = Path(source), Path(path)
+    container, options = _container_for(path, to), ExportOptions(encoding, values, compact)
+    given = [f"--{name.replace('_', '-')}" for name, option in pictures.items() if option is not None]
+    if given or container.name not in _OF_ONNX:
+        what = f"{given[0]} takes a model" if given else f"{container.name} files take the parameters of a model"
+        raise UsageError(
+            f"MODEL_DIR {str(source)!r} is an ONNX file, and {what}; export it to {join_words(list(_OF_ONNX))}, or "
+            f"make a model folder of it first (dsr-tool convert)."
+        )
+    _check_options(container, options)
+    if container.name == "onnx" and (encoding, values, compact) == ("dense", "fp32", False) and not input_shape:
+        return densify_export(source, path, to=to, encoding=encoding, force=force)
+    from exporters.onnx.source import OnnxSource
+    from exporters.onnx.verify_source import verify_source
+
+    refuse_existing(path, force=force)
+    opened = OnnxSource(source, tuple(input_shape))
+    draft = opened.encode(container.name, options)
+    return _write_verified(path, draft, lambda part: verify_source(part, opened), force=force)
+
+
+def verify_onnx_export(path: str | Path, source: str | Path) -> Verification:
+    """Compares a file with the ONNX file that it was exported from, by running both on random inputs.
+
+    Raises:
+        FileError: there is no such file.
+        FormatError: one of them is damaged, or `source` does not run.
+        UsageError: `path` is neither an archive nor an ONNX file.
+    """
+    from dsr_tool.runtime.source import open_model
+    from exporters.onnx.source import OnnxSource
+    from exporters.onnx.verify_source import verify_source
+
+    container = container_of(Path(path))
+    # The archive says for which inputs it was exported.
+    shape = open_model(path).config.input_shape if container.name in _OF_ONNX else ()
+    return verify_source(Path(path), OnnxSource(Path(source), tuple(shape)))
+
+
 def _write_verified(path: Path, draft: Draft, check: Callable[[Path], Verification], *, force: bool) -> Verification:
     """Writes a file beside its target, verifies it, and moves it into place only if it passed."""
     # A temporary name in the same folder: renaming is atomic there, and nobody reads a file that is not verified.
@@ -201,6 +283,27 @@ def _container_for(path: Path, to: str | None) -> Container:
             f"understand; call it {path.stem}{container.endings[0]}."
         )
     return container
+
+
+def _options(
+    container: Container, encoding: str, values: str, compact: bool, batch: int | None, levels: Sequence[str] | None
+) -> ExportOptions:
+    """Returns the options of an export.
+
+    Raises:
+        UsageError: the container does not have one of them, or a value is out of range.
+    """
+    options = ExportOptions(encoding, values, compact, 1 if batch is None else batch, tuple(levels or ()))
+    _check_options(container, options)
+    if not (container.compiles or encoding == NATIVE) and (batch is not None or levels):
+        given = "--batch" if batch is not None else "--level"
+        raise UsageError(
+            f"{given} is for plans, which are compiled for one batch size and some levels; leave it out, or use --to "
+            f"plan."
+        )
+    if not 1 <= options.batch <= MOST_BATCH:
+        raise UsageError(f"--batch {batch} is not in [1, {MOST_BATCH}]; give the number of inputs of one run.")
+    return options
 
 
 def _check_options(container: Container, options: ExportOptions) -> None:

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from dsr_tool.sparsity.config import ModelConfig
     from dsr_tool.sparsity.tensor import Array, SparseTensor
     from exporters.checked import CheckedModel
+    from exporters.verify.outputs import Run
     from exporters.verify.result import Verification
 
-__all__ = ["PlanFiles", "run_in_batches"]
+__all__ = ["PlanFiles", "in_batches", "plan_content", "verify_plan"]
 
 _VALUES = "values"
 """Name of the text that says how the weights of a plan are rounded; `ROUNDED_BY_PICTURES` if pictures decided it."""
@@ -66,62 +67,88 @@ class PlanFiles(Container):
             UsageError: an operator that no kernel computes, a level that the library does not hold, a weight that
                 float16 or a grid cannot hold, or a machine without kernels.
         """
-        from dsr_tool.runtime.deploy.writer import chosen_levels, plan_bytes
-
-        levels = chosen_levels(options.levels)
-        model = checked.model
-        graph, tensors = checked.graph, checked.stored(model.tensors(), model.specs)
-        if options.compact:
-            if options.values not in EXACT:
-                raise UsageError(
-                    f"--compact does not go with --values {options.values!r} in a plan; leave one of them out."
-                )
-            _, small = fold_and_compact(graph, tensors)
-            graph, tensors = small.graph, dict(small.tensors)
-        source = _Encoded(Path(model.config.architecture), model.config, graph, tensors)
-        values = _ROUNDED_BY_PICTURES if checked.rounded else options.values
-        content = plan_bytes(source, options.batch, levels, {_VALUES: values})
-        return Draft(partial(_write, content))
+        return Draft(partial(_write, plan_content(checked, options)))
 
     def verify(self, path: Path, checked: CheckedModel, *, samples: int, seed: int) -> Verification:
         """Compares the outputs of the library with those of the model, rounded as the plan is.
 
         Weights are folded into the plan, so they are compared by what they compute.
         """
-        from dsr_tool.graph.ir import Value
         from dsr_tool.runtime.deploy.plan import PlanFile
-        from dsr_tool.sparse.feeding import graph_form
-        from exporters.verify.compare import compare_outputs
-        from exporters.verify.rounding import how_rounded, rounded_model, zeros_note
 
         plan = PlanFile(path)
-        model, notes = checked.model, ("weights are part of the plan, so they were compared by the outputs alone",)
-        tensors = _rounded(path, plan, checked)
-        how = how_rounded(tensors, model.specs)
-        rounded = rounded_model(model, tensors) if how else model
-        value = plan.inputs[0]
-        return compare_outputs(
-            path,
-            self.name,
-            rounded.module,
-            runs={f"kernels ({plan.text('level')})": partial(run_in_batches, plan)},
-            value=Value(value.name, (None, *value.shape[1:]), "float32"),
-            samples=samples,
-            seed=seed,
-            differing=([], []),
-            notes=(*notes, *(zeros_note(model, rounded) if how else ())),
-            exact=model.module if how else None,
-            how=how,
-            form=graph_form,
-        )
+        runs = {f"kernels ({plan.text('level')})": in_batches(plan.run, plan.inputs[0].shape[0])}
+        return verify_plan(path, self.name, plan, runs, checked, samples=samples, seed=seed)
 
 
-def run_in_batches(plan: PlanFile, x: Array) -> dict[str, Array]:
-    """Runs a plan on any number of inputs: as often as its batch asks for, the last time filled up with zeros."""
-    batch = plan.inputs[0].shape[0]
-    padded = np.concatenate([x, np.zeros((-len(x) % batch, *x.shape[1:]), x.dtype)])
-    runs = [plan.run(padded[i : i + batch]) for i in range(0, len(padded), batch)]
-    return {name: np.concatenate([run[name] for run in runs])[: len(x)] for name in runs[0]}
+def plan_content(checked: CheckedModel, options: ExportOptions) -> bytes:
+    """Compiles a model for each level; see `PlanFiles.encode`."""
+    from dsr_tool.runtime.deploy.writer import chosen_levels, plan_bytes
+
+    levels = chosen_levels(options.levels)
+    model = checked.model
+    graph, tensors = checked.graph, checked.stored(model.tensors(), model.specs)
+    if options.compact:
+        if options.values not in EXACT:
+            raise UsageError(
+                f"--compact does not go with --values {options.values!r} in a plan; leave one of them out."
+            )
+        _, small = fold_and_compact(graph, tensors)
+        graph, tensors = small.graph, dict(small.tensors)
+    source = _Encoded(Path(model.config.architecture), model.config, graph, tensors)
+    values = _ROUNDED_BY_PICTURES if checked.rounded else options.values
+    return plan_bytes(source, options.batch, levels, {_VALUES: values})
+
+
+def verify_plan(
+    path: Path, kind: str, plan: PlanFile, runs: Mapping[str, Run], checked: CheckedModel, *, samples: int, seed: int
+) -> Verification:
+    """Compares the outputs of a plan with those of the model, rounded as the plan is.
+
+    Args:
+        path: the file with the plan.
+        kind: name of its container.
+        plan: the plan.
+        runs: the plan as some runtimes run it on any number of inputs.
+        checked: the model.
+        samples: size of the second batch of inputs; the first has one.
+        seed: seed of the inputs.
+    """
+    from dsr_tool.graph.ir import Value
+    from dsr_tool.sparse.feeding import graph_form
+    from exporters.verify.compare import compare_outputs
+    from exporters.verify.rounding import how_rounded, rounded_model, zeros_note
+
+    model, notes = checked.model, ("weights are part of the plan, so they were compared by the outputs alone",)
+    tensors = _rounded(path, plan, checked)
+    how = how_rounded(tensors, model.specs)
+    rounded = rounded_model(model, tensors) if how else model
+    value = plan.inputs[0]
+    return compare_outputs(
+        path,
+        kind,
+        rounded.module,
+        runs=runs,
+        value=Value(value.name, (None, *value.shape[1:]), "float32"),
+        samples=samples,
+        seed=seed,
+        differing=([], []),
+        notes=(*notes, *(zeros_note(model, rounded) if how else ())),
+        exact=model.module if how else None,
+        how=how,
+        form=graph_form,
+    )
+
+
+def in_batches(run: Run, batch: int) -> Run:
+    """Returns a function that runs any number of inputs, a batch at a time; the last one is filled up with zeros."""
+
+    def run_all(x: Array) -> dict[str, Array]:
+        padded = np.concatenate([x, np.zeros((-len(x) % batch, *x.shape[1:]), x.dtype)])
+        found = [run(padded[i : i + batch]) for i in range(0, len(padded), batch)]
+        return {name: np.concatenate([one[name] for one in found])[: len(x)] for name in found[0]}
+
+    return run_all
 
 
 def _rounded(path: Path, plan: PlanFile, checked: CheckedModel) -> dict[str, SparseTensor]:

@@ -15,7 +15,7 @@ import click
 
 from dsr_tool.errors import FileError
 
-__all__ = ["TableOption", "emit", "examples", "model_option", "note", "output_options", "result_options"]
+__all__ = ["TableOption", "emit", "examples", "model_option", "note", "output_options", "parse_shape", "result_options"]
 
 _STDOUT = "dsr_tool.cli.stdout"
 """Key of click's context under which the real stdout is kept."""
@@ -71,6 +71,18 @@ def _add_json(function: F) -> F:
             return function(*arguments, **options)
 
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(cast(F, run))
+
+
+def parse_shape(
+    context: click.Context,  # noqa: ARG001 - click's signature
+    parameter: click.Parameter,  # noqa: ARG001
+    value: str | None,
+) -> tuple[int, ...]:
+    """Reads a shape that is written as 3,224,224; empty for an option that is not given."""
+    try:
+        return tuple(int(part) for part in value.split(",")) if value is not None else ()
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not a shape; write it as 3,224,224.") from error
 
 
 def examples(*lines: str) -> str:

@@ -7,21 +7,10 @@ from typing import Any
 
 import click
 
-from dsr_tool.cli.common import emit, examples, note, output_options
+from dsr_tool.cli.common import emit, examples, note, output_options, parse_shape
 from dsr_tool.cli.progress import progress_bar
 
 __all__ = ["command"]
-
-
-def _parse_shape(
-    context: click.Context,  # noqa: ARG001 - click's signature
-    parameter: click.Parameter,  # noqa: ARG001
-    value: str | None,
-) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in value.split(",")) if value is not None else ()
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is not a shape; write it as 3,224,224.") from error
 
 
 @click.command(
@@ -50,7 +39,7 @@ def _parse_shape(
 @click.option("--input-size", type=int, help="Side of the square input in pixels; default: the architecture's.")
 @click.option(
     "--input-shape",
-    callback=_parse_shape,
+    callback=parse_shape,
     metavar="C,H,W",
     help="Shape of one input instead, C,T,H,W for video; needed for module:callable.",
 )

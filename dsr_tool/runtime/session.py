@@ -245,7 +245,9 @@ def decode(model: Model) -> tuple[Graph, dict[str, SparseTensor]]:
     Returns:
         The computation that a session runs, and the tensors that it keeps.
     """
-    dtype = model.graph.inputs[0].dtype
+    given = model.graph.inputs[0].dtype
+    # Inputs that are whole numbers, such as bytes of a picture, are converted in the graph; weights stay floats.
+    dtype = given if np.issubdtype(given, np.floating) else "float32"
     tensors = {name: _as_type(model.tensor(name), dtype) for name in model.graph.parameters}
     graph, tensors = fold_norms(model.graph, tensors)
     return graph, {name: at_rest(tensor) for name, tensor in tensors.items()}

@@ -1,6 +1,7 @@
 """The container of ONNX files: small on disk, and read by every runtime.
 
-Sparse weights decode once, when a runtime loads the file and folds constants.
+Sparse weights decode once, when a runtime loads the file and folds constants. With `--encoding native`, one operator
+holds a plan for our kernels instead, and ONNX Runtime alone runs the file.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dsr_tool.graph.compact.rewrite import fold_and_compact
 from exporters.base import Container, Draft, ExportOptions, Head
 from exporters.contents import Contents, StoredBytes, measured
 from exporters.onnx import ONNX_ENCODINGS
+from exporters.onnx.native_node import NATIVE, is_native, refuse_native
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -37,7 +39,7 @@ class OnnxFiles(Container):
 
     name = "onnx"
     endings = (".onnx",)
-    encodings = ONNX_ENCODINGS
+    encodings = (*ONNX_ENCODINGS, NATIVE)
     has_graph = True
     measurable = True
     compacts = True
@@ -50,9 +52,16 @@ class OnnxFiles(Container):
     def encode(self, checked: CheckedModel, options: ExportOptions) -> Draft:
         """Builds one ONNX model with a free batch; with rounded values, it still computes in float32.
 
+        A file of the encoding `native` has the batch of the options.
+
         Raises:
-            UsageError: a weight that float16 cannot hold, more than 2 GB, or a module that cannot be captured.
+            UsageError: a weight that float16 cannot hold, more than 2 GB, or a module that cannot be captured; a native
+                file also for an operator without a kernel.
         """
+        if options.encoding == NATIVE:
+            from exporters.onnx.native import native_onnx
+
+            return Draft(partial(_write, native_onnx(checked, options)))
         from exporters.onnx.write import to_onnx
 
         model, tensors = checked.model, checked.model.tensors()
@@ -72,7 +81,14 @@ class OnnxFiles(Container):
         return Draft(partial(_write, content))
 
     def verify(self, path: Path, checked: CheckedModel, *, samples: int, seed: int) -> Verification:
-        """Compares weights and outputs, and checks that nothing is decoded at every inference."""
+        """Compares weights and outputs, and checks that nothing is decoded at every inference.
+
+        Of a native file, whose weights are packed, the outputs are compared alone.
+        """
+        if is_native(path):
+            from exporters.onnx.native import verify_native
+
+            return verify_native(path, checked, samples=samples, seed=seed)
         from exporters.onnx.verify import verify_onnx
 
         return verify_onnx(path, checked, samples=samples, seed=seed)
@@ -83,12 +99,13 @@ class OnnxFiles(Container):
             from exporters.onnx.graph import open_onnx
         except ImportError as error:
             return partial(_refuse_without_onnx, error)
-        return open_onnx
+        return partial(_open, open_onnx)
 
     def measure(self, path: Path) -> Contents:
         """Measures every weight with the operators that make it, and the rest as `nodes and names`."""
         from exporters.onnx.read import read_onnx
 
+        refuse_native(path)
         file = read_onnx(path)
         # Decoded once here: the footprint and the split of bytes both need every weight.
         tensors = dict(file)
@@ -99,6 +116,11 @@ class OnnxFiles(Container):
 
 def _write(content: ModelProto, path: Path) -> None:
     path.write_bytes(content.SerializeToString(deterministic=True))
+
+
+def _open(read: Callable[[Path], Model], path: Path) -> Model:
+    refuse_native(path)
+    return read(path)
 
 
 def _refuse_without_onnx(error: ImportError, path: Path) -> Model:

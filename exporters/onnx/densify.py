@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from onnx import ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
@@ -16,7 +17,7 @@ from exporters.onnx.session import OnnxSession
 from exporters.onnx.write import refuse_too_large
 from exporters.verify.result import Verification
 
-__all__ = ["densify", "verify_dense"]
+__all__ = ["densify", "numbers", "verify_dense"]
 
 _SAMPLES = 3
 """Size of the second batch of random inputs; the first has one."""
@@ -64,7 +65,9 @@ def verify_dense(source: OnnxFile, dense: OnnxFile) -> Verification:
     weights = {*source.entries, *dense.entries}
     differing = [name for name in sorted(weights) if not _same_weight(name, source, dense)]
     inputs = random_inputs(_value(source.model.graph.input[0]), _SAMPLES, seed=0)
-    expected, found = ([_numbers(file, OnnxSession(file.path).run_all(x)) for x in inputs] for file in (source, dense))
+    expected, found = (
+        [numbers(file.path, OnnxSession(file.path).run_all(x)) for x in inputs] for file in (source, dense)
+    )
     # A runtime may compute the same graph in another order.
     compared = compare_each(expected, {"onnxruntime": found})
     (difference,) = compared.runtimes.values()
@@ -87,17 +90,21 @@ def verify_dense(source: OnnxFile, dense: OnnxFile) -> Verification:
     )
 
 
-def _numbers(file: OnnxFile, outputs: Mapping[str, object]) -> dict[str, Array]:
-    """Returns outputs of any type of numbers, truth values too, as float64: bytes have no negative difference."""
-    numbers = {}
+def numbers(path: Path, outputs: Mapping[str, object]) -> dict[str, Array]:
+    """Returns outputs of any type of numbers, truth values too, as float64: bytes have no negative difference.
+
+    Raises:
+        FormatError: an output is no array of numbers.
+    """
+    found = {}
     for name, output in outputs.items():
         if not isinstance(output, np.ndarray) or output.dtype.kind not in "biuf":
             raise FormatError(
-                f"{str(file.path)!r}: output {name[:80]!r} is no tensor of real numbers, so that a dense file cannot "
-                f"be verified; remove that output."
+                f"{str(path)!r}: output {name[:80]!r} is no tensor of real numbers, so that an export cannot be "
+                f"verified; remove that output."
             )
-        numbers[name] = output.astype(np.float64)
-    return numbers
+        found[name] = output.astype(np.float64)
+    return found
 
 
 def _without(nodes: Sequence[NodeProto], inner: set[str], names: set[str], outputs: set[str]) -> list[NodeProto]:

@@ -12,22 +12,28 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from dsr_tool.errors import FileError, FormatError, first_line
 from dsr_tool.files import require_file
+from exporters.onnx.external import bring_in
 
 __all__ = ["constants", "load"]
 
 
-def load(path: Path) -> ModelProto:
-    """Parses an ONNX file.
+def load(path: Path) -> tuple[ModelProto, int]:
+    """Parses an ONNX file, and reads the data that it keeps in other files beside it.
+
+    Returns:
+        The model, without external data and with free dimensions where a file has -1; and the bytes of its data files.
 
     Raises:
-        FileError: there is no such file, or it cannot be read.
-        FormatError: it is no ONNX file, damaged, or keeps weights in other files.
+        FileError: there is no such file, it cannot be read, or a data file is missing.
+        FormatError: it is no ONNX file, damaged, or keeps data outside of its folder.
     """
     require_file(path, "ONNX file")
     try:
         model = onnx.load_model_from_string(path.read_bytes())
         _check_tensors(path, model)
         _check_names(path, model.graph)
+        _free_dimensions(path, model.graph)
+        nbytes = bring_in(path, _tensors_of(model))
         # Last, so that the faults above are named by sentences of their own.
         onnx.checker.check_model(model)
     except FormatError:
@@ -36,7 +42,7 @@ def load(path: Path) -> ModelProto:
         raise FileError(f"ONNX file {str(path)!r} cannot be read: {first_line(error)}.") from error
     except (DecodeError, RuntimeError, UnicodeError, ValueError, onnx.checker.ValidationError) as error:
         raise FormatError(f"{str(path)!r} is not an ONNX file, or is damaged: {first_line(error)}.") from error
-    return model
+    return model, nbytes
 
 
 def constants(graph: GraphProto) -> Iterator[tuple[str, TensorProto]]:
@@ -46,13 +52,24 @@ def constants(graph: GraphProto) -> Iterator[tuple[str, TensorProto]]:
             yield from ((node.output[0], attribute.t) for attribute in node.attribute if attribute.name == "value")
 
 
-def _check_tensors(path: Path, model: ModelProto) -> None:
+def _free_dimensions(path: Path, graph: GraphProto) -> None:
+    """Makes dimensions of -1, which some exporters write for any size, free ones; refuses other negative sizes."""
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_value < -1:
+                raise FormatError(f"{str(path)!r}: value {value.name[:80]!r} has a negative size; the file is damaged.")
+            if dim.dim_value == -1:
+                dim.ClearField("dim_value")
+
+
+def _tensors_of(model: ModelProto) -> Iterator[TensorProto]:
     # Functions are graphs of their own, which the main graph only names.
     nodes = [node for function in model.functions for node in function.node]
-    for tensor in itertools.chain(_tensors_of_graph(model.graph), _tensors_of_nodes(nodes)):
-        # A path in a file of a stranger could name any file of this machine.
-        if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
-            raise FormatError(f"{str(path)!r} keeps its weights in other files; save it again as one file.")
+    return itertools.chain(_tensors_of_graph(model.graph), _tensors_of_nodes(nodes))
+
+
+def _check_tensors(path: Path, model: ModelProto) -> None:
+    for tensor in _tensors_of(model):
         if any(n < 0 for n in tensor.dims):
             raise FormatError(f"{str(path)!r}: tensor {tensor.name!r} has a negative size; the file is damaged.")
 

@@ -15,7 +15,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 from dsr_tool.errors import FormatError, first_line
 from dsr_tool.graph.operators import operator_of
 
-__all__ = ["WeightUse", "weight_uses"]
+__all__ = ["WeightUse", "static_shapes", "weight_uses"]
 
 Shape = tuple[int, ...]
 
@@ -58,6 +58,23 @@ def weight_uses(
         return _uses(light, {name: _static(value) or () for name, value in weights.items()})
     except (ArithmeticError, RuntimeError, ValueError, onnx.shape_inference.InferenceError) as error:
         raise FormatError(f"the shapes of the model are not understood ({first_line(error)}).") from error
+
+
+def static_shapes(model: ModelProto, weights: Mapping[str, ValueInfoProto]) -> dict[str, Shape]:
+    """Returns the shapes of all values that have one for a batch of 1, and of all weights.
+
+    Args:
+        model: the model, without nodes that decode weights.
+        weights: type and static shape of each weight.
+
+    Raises:
+        FormatError: types or shapes of the model contradict each other.
+    """
+    try:
+        shapes, _ = _shapes(_without_weights(model, weights, weights.keys()))
+    except (ArithmeticError, RuntimeError, ValueError, onnx.shape_inference.InferenceError) as error:
+        raise FormatError(f"the shapes of the model are not understood ({first_line(error)}).") from error
+    return {**shapes, **{name: _static(value) or () for name, value in weights.items()}}
 
 
 def _uses(model: ModelProto, weights: Mapping[str, Shape]) -> dict[str, WeightUse]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,23 +61,40 @@ class OnnxFile:
     def __init__(self, path: Path) -> None:
         """Reads a file; see `read_onnx`."""
         self.path = path
-        self.model = load(path)
+        self.model, self._data_bytes = load(path)
         self.record = _record(self.model)
         self.architecture = str(self.record.get("architecture", ""))
         self._stored = {stored.name: stored for stored in stored_weights(self.model.graph)}
         # Before anything is decoded: a small file can claim weights of any size.
-        _check_size(path, self._stored.values())
-        declared = {name: stored.declared() for name, stored in self._stored.items()}
-        uses = weight_uses(self.model, declared, decode_steps=self.decode_steps)
+        _check_size(path, self.nbytes, self._stored.values())
+        uses = self._uses()
         # In files of other tools every weight of a product counts as sparse: its zeros are all that is known.
         listed = self.record.get("sparse_weights")
         sparse = {str(name) for name in listed} if isinstance(listed, list) else uses
         self.entries = {name: _entry(stored, uses.get(name), name in sparse) for name, stored in self._stored.items()}
 
+    def fix_input(self, name: str, shape: Sequence[int]) -> None:
+        """Gives the free dimensions of an input sizes, the first one excepted, and counts multiply-adds for them.
+
+        Args:
+            name: name of the input.
+            shape: its sizes without the first one.
+        """
+        dims = next(value for value in self.model.graph.input if value.name == name).type.tensor_type.shape.dim
+        for dim, size in zip(dims[1:], shape, strict=True):
+            dim.dim_value = size
+        uses = self._uses()
+        for weight, entry in self.entries.items():
+            macs = uses[weight].macs_per_weight if weight in uses else 0.0
+            self.entries[weight] = replace(entry, spec=replace(entry.spec, macs_per_weight=macs))
+
+    def _uses(self) -> dict[str, WeightUse]:
+        return weight_uses(self.model, self.declared(), decode_steps=self.decode_steps)
+
     @property
     def nbytes(self) -> int:
-        """Bytes of the file."""
-        return self.path.stat().st_size
+        """Bytes of the file, and of those beside it that hold its external data."""
+        return self.path.stat().st_size + self._data_bytes
 
     @property
     def document_bytes(self) -> int:
@@ -88,6 +105,10 @@ class OnnxFile:
     def decode_steps(self) -> frozenset[str]:
         """Names of the values between stored bytes and weights, weights included."""
         return frozenset(step for stored in self._stored.values() for step in stored.steps)
+
+    def declared(self) -> dict[str, ValueInfoProto]:
+        """Returns name, shape and computed type of every weight."""
+        return {name: stored.declared() for name, stored in self._stored.items()}
 
     def tensor(self, name: str) -> SparseTensor:
         """Decodes one weight in the type that is stored; its mask is where it is not zero."""
@@ -107,8 +128,8 @@ def read_onnx(path: str | Path) -> OnnxFile:
 
     Raises:
         FileError: there is no such file.
-        FormatError: it is no ONNX file, damaged, keeps weights in other files, or claims more of them than its
-            size makes likely.
+        FormatError: it is no ONNX file, damaged, keeps weights outside of its folder, or claims more of them than
+            its size makes likely.
     """
     return OnnxFile(Path(path))
 
@@ -205,9 +226,9 @@ def _dtype(data_type: int) -> np.dtype[Any]:
     return np.dtype(helper.tensor_dtype_to_np_dtype(data_type))
 
 
-def _check_size(path: Path, weights: Iterable[StoredWeight]) -> None:
+def _check_size(path: Path, file_bytes: int, weights: Iterable[StoredWeight]) -> None:
     nbytes = sum(math.prod(stored.shape) * stored.computed.itemsize for stored in weights)
-    most = most_decoded_bytes(path.stat().st_size)
+    most = most_decoded_bytes(file_bytes)
     if nbytes > most:
         raise FormatError(
             f"{str(path)!r} claims weights of {nbytes:,} bytes, more than the {most:,} that are decoded from a file of "

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from dsr_tool.errors import FileError, FormatError, UsageError, first_line, unknown_name
 from dsr_tool.files import require_file
+from dsr_tool.runtime.deploy.library import ort_library
 from dsr_tool.sparsity.tensor import Array
+from exporters.onnx.native_node import THREADS, is_native
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -20,6 +22,8 @@ _ERRORS_ONLY = 3
 """ONNX Runtime's log level for errors; its warnings about initializers would mix with the output of commands."""
 _LARGEST_FOLDED = "optimization.constant_folding_max_output_size_in_bytes"
 """ONNX Runtime's option for the largest value that it computes while loading, in bytes."""
+_MAX_THREADS = 256
+"""Most threads of a plan."""
 
 
 def _latency(_: onnxruntime.SessionOptions) -> None:
@@ -60,12 +64,12 @@ def onnx_session(
         threads: number of threads of one inference; None for one per core.
 
     Returns:
-        A plain session of ONNX Runtime.
+        A plain session of ONNX Runtime; for a file that holds a plan, with our operator registered.
 
     Raises:
         FileError: there is no such file.
         FormatError: ONNX Runtime refuses it.
-        UsageError: unknown preset, or fewer than one thread.
+        UsageError: unknown preset, fewer than one thread, or a plan where our library was not built.
     """
     import onnxruntime
 
@@ -79,6 +83,7 @@ def onnx_session(
     options.log_severity_level = _ERRORS_ONLY
     options.intra_op_num_threads = threads or 0
     PRESETS[preset](options)
+    _register(path, options, threads)
     return _load(path, options)
 
 
@@ -117,6 +122,8 @@ class OnnxSession:
             data = optimized.with_suffix(".data").name
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data)
             options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        if isinstance(source, Path):
+            _register(source, options, threads)
         self._session = _load(source, options)
         self._input = self._session.get_inputs()[0].name
         self._outputs = [value.name for value in self._session.get_outputs()]
@@ -135,6 +142,18 @@ class OnnxSession:
             return dict(zip(self._outputs, self._session.run(None, {self._input: x}), strict=True))
         except Exception as error:  # as in `_load`
             raise FormatError(f"onnxruntime cannot run inputs of shape {x.shape}: {first_line(error)}.") from error
+
+
+def _register(path: Path, options: onnxruntime.SessionOptions, threads: int | None) -> None:
+    """Adds our operator to a session, if the file holds a plan.
+
+    Raises:
+        UsageError: the library with the operator was not built.
+    """
+    if is_native(path):
+        # Before the library is registered, which reads the entry; our kernels have threads of their own.
+        options.add_session_config_entry(THREADS, str(min(threads or os.cpu_count() or 1, _MAX_THREADS)))
+        options.register_custom_ops_library(str(ort_library()))
 
 
 def _load(source: Path | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:

@@ -25,7 +25,7 @@ from exporters.verify.result import Verification
 from exporters.verify.rounding import expected_tensors, how_rounded, steps_note
 from exporters.verify.tensors import differing_tensors
 
-__all__ = ["verify_onnx"]
+__all__ = ["under", "verify_onnx"]
 
 
 def verify_onnx(path: Path, checked: CheckedModel, *, samples: int, seed: int) -> Verification:
@@ -54,7 +54,7 @@ def verify_onnx(path: Path, checked: CheckedModel, *, samples: int, seed: int) -
     without_norms, unrounded = folded(graph, exact)
     if checked.values is None:
         # The file itself tells how it was exported, so `verify` needs no options.
-        tensors = expected_tensors(checked, unrounded, specs, file.entries, partial(_under, file, unrounded))
+        tensors = expected_tensors(checked, unrounded, specs, file.entries, partial(under, file, unrounded))
     else:
         tensors = folded(graph, {**exact, **checked.rounded}, values=checked.values, specs=specs)[1]
     # An exported file has no active zeros and no integer parameters among its weights.
@@ -93,7 +93,7 @@ def _absent_note(checked: CheckedModel) -> tuple[str, ...]:
     return (f"the file lacks {count} that no output depends on, such as {absent[0]!r}",)
 
 
-def _under(file: OnnxFile, exact: Mapping[str, SparseTensor], name: str) -> SparseTensor:
+def under(file: OnnxFile, exact: Mapping[str, SparseTensor], name: str) -> SparseTensor:
     """Decodes a weight; one on a grid under the mask of the model, since the file leaves out codes of zero."""
     found, mask = file.tensor(name), exact[name].mask
     if not isinstance(found, GridTensor) or found.mask.shape != mask.shape:

@@ -121,7 +121,7 @@ def folded(
     Raises:
         UsageError: an unknown name of values, or a weight that float16 cannot hold.
     """
-    dtype = np.dtype(graph.inputs[0].dtype)
+    dtype = np.dtype(_computed(graph))
     # Archives may hold float16 weights; folding multiplies them, which must not round a second time.
     typed = {name: tensors[name] for name in graph.parameters}
     for name, tensor in typed.items():
@@ -133,6 +133,12 @@ def folded(
     return graph, typed if values in GRID_BITS else typed | stored_as(_unrounded(typed, specs), specs or {}, values)
 
 
+def _computed(graph: Graph) -> str:
+    """Returns the type that weights are computed in: that of the input, or float32 if that is no float."""
+    dtype = graph.inputs[0].dtype
+    return dtype if np.dtype(dtype).kind == "f" else "float32"
+
+
 def _unrounded(tensors: Mapping[str, SparseTensor], specs: Mapping[str, LayerSpec] | None) -> dict[str, SparseTensor]:
     """Returns the tensors that rounding may change: biases that folding made have no spec, and grids are rounded."""
     return {n: tensor for n, tensor in tensors.items() if n in (specs or {}) and not isinstance(tensor, GridTensor)}
@@ -142,7 +148,7 @@ def _add_weights(
     writer: NodeWriter, graph: Graph, tensors: Mapping[str, SparseTensor], encoding: str
 ) -> list[SparseTensorProto]:
     """Writes every parameter; returns those of `coo`, which are fields of the graph and not initializers."""
-    dtype = graph.inputs[0].dtype
+    dtype = _computed(graph)
     sparse = {name: nonzero(tensors[name]) for name in graph.parameters if _is_sparse(tensors[name])}
     forms = {} if encoding == "coo" else choose(sparse, encoding, dtype)
     sparse_initializers = []

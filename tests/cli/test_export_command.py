@@ -126,9 +126,43 @@ def test_wrong_arguments_of_export_are_one_sentence(run, folder, tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_an_onnx_file_can_only_become_a_dense_one(run, onnx_file, tmp_path):
-    code, _, err = run("export", onnx_file, "-o", tmp_path / "a.dsr")
-    assert code == 2 and "can only become a dense one" in err
+def test_an_onnx_file_becomes_an_archive_that_every_command_takes(run_json, run, onnx_file, tmp_path):
+    exported = run_json("export", onnx_file, "-o", tmp_path / "a.dsr")
+    assert (
+        exported["passed"] and exported["kind"] == "archive" and set(exported["runtimes"]) == {"onnxruntime", "sparse"}
+    )
+    assert run_json("verify", tmp_path / "a.dsr", "--against", onnx_file)["passed"]
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((1, 3, 64, 64)).astype(np.float32))
+    (one,), (other,) = (
+        run_json("predict", file, tmp_path / "x.npy")["predictions"] for file in (onnx_file, tmp_path / "a.dsr")
+    )
+    assert [best["class"] for best in one["top"]] == [best["class"] for best in other["top"]]
+    assert run_json("report", tmp_path / "a.dsr")["totals"] == run_json("report", onnx_file)["totals"]
+    # The file does not say how pictures become inputs, and neither does the archive.
+    code, _, err = run("predict", tmp_path / "a.dsr", tmp_path / "x.jpg")
+    assert code == 2 and "x.jpg" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["-o", "a.npz"], "csr files take the parameters of a model"),
+        (["-o", "a.dsr", "--calibrate", "photos"], "--calibrate takes a model"),
+        (["-o", "a.dsr", "--input-shape", "3,32,32"], "does not fit"),
+        (["-o", "a.dsr", "--encoding", "novel"], "--encoding"),
+    ],
+)
+def test_wrong_options_beside_an_onnx_file_are_one_sentence(run, onnx_file, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("export", onnx_file, *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert says in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_input_shape_is_for_onnx_files(run, folder, tmp_path):
+    code, _, err = run("export", folder, "-o", tmp_path / "a.dsr", "--input-shape", "3,64,64")
+    assert code == 2 and "--input-shape is for ONNX files" in err
 
 
 def test_an_archive_over_its_budget_is_reported(run, run_json, folder, tmp_path):

@@ -221,16 +221,6 @@ def test_files_that_are_no_onnx_are_refused(tmp_path, make_model, captured):
             read_onnx(tmp_path / name)
 
 
-def test_weights_in_other_files_are_refused(tmp_path):
-    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
-    foreign(tmp_path / "m.onnx", nodes, [numpy_helper.from_array(np.ones((6, 4), np.float32), "w")])
-    onnx.save(
-        onnx.load(tmp_path / "m.onnx"), tmp_path / "n.onnx", save_as_external_data=True, location="w", size_threshold=0
-    )
-    with pytest.raises(FormatError, match="other files"):
-        read_onnx(tmp_path / "n.onnx")
-
-
 def test_unknown_options_a_missing_shape_and_too_large_models_are_refused(make_model, tmp_path, monkeypatch, captured):
     with pytest.raises(UsageError, match="csr"):
         export(make_model(), tmp_path / "m.onnx", encoding="csr")

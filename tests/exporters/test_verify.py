@@ -6,13 +6,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 
 from dsr_tool.errors import CheckFailed, FileError, FormatError, UsageError
 from dsr_tool.sparsity.tensor import SparseTensor
 from exporters.export import export, verify
 from exporters.onnx.decode import find
-from exporters.onnx.read import read_onnx
 from exporters.verify.result import require
 
 pytestmark = pytest.mark.usefixtures("trace_once")
@@ -177,18 +176,3 @@ def test_weights_of_other_types_are_refused(make_model, tmp_path, dtype):
         with pytest.raises(UsageError, match="float32"):
             export(model, tmp_path / name)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_external_constants_are_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "secret.bin").write_bytes(bytes(400))
-    constant = helper.make_tensor("k", TensorProto.FLOAT, [10, 10], bytes(400), raw=True)
-    constant.ClearField("raw_data")
-    constant.data_location = TensorProto.EXTERNAL
-    constant.external_data.add(key="location", value="secret.bin")
-    nodes = [helper.make_node("Constant", [], ["k"], value=constant), helper.make_node("MatMul", ["x", "k"], ["y"])]
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, 10]) for name in "xy"]
-    graph = helper.make_graph(nodes, "g", values[:1], values[1:])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), "a.onnx")
-    with pytest.raises(FormatError, match="other files"):
-        read_onnx(tmp_path / "a.onnx")

@@ -1,0 +1,241 @@
+"""Verifying an export of an ONNX file: its weights, and its outputs beside those of the file in ONNX Runtime."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from dsr_tool.errors import DsrError, FormatError, UsageError
+from dsr_tool.formats.archive import open_archive
+from dsr_tool.graph.compact.record import COMPACTED, compacted_specs
+from dsr_tool.graph.compact.rewrite import fold_and_compact
+from dsr_tool.graph.ir import Graph, Value
+from dsr_tool.runtime.reference.interpreter import Interpreter
+from dsr_tool.sparsity.tensor import Array, SparseTensor
+from exporters.archive import archive_runs
+from exporters.containers import container_of
+from exporters.onnx.densify import numbers
+from exporters.onnx.forms import nonzero
+from exporters.onnx.read import read_onnx
+from exporters.onnx.session import OnnxSession
+from exporters.onnx.source import OnnxSource, graph_in
+from exporters.onnx.verify import under
+from exporters.onnx.write import folded, to_onnx
+from exporters.values import stored_like
+from exporters.verify.compare import Compared, compare_each
+from exporters.verify.outputs import Outputs, Run, largest_difference, largest_output, mean_difference, rounding_note
+from exporters.verify.result import Verification
+from exporters.verify.rounding import how_rounded
+
+__all__ = ["in_double", "verify_source"]
+
+_SIDES = (64, 224, 32, 48, 128, 16, 8, 1)
+"""Sizes tried for free dimensions of an input until the model takes one; many models ask for multiples of 32."""
+_PAIRS = ((48, 192), (48, 320), (32, 100), (320, 320), (640, 640))
+"""Heights and widths that are tried after equal ones: readers of text take lines of a fixed height."""
+_BATCHES = (1, 3)
+"""Sizes of the two batches of inputs: a batch that was captured as a constant shows in one of them."""
+_MOST_ENTRIES = 1 << 27
+"""Largest number of entries of one random input: half a GiB in float32."""
+
+
+def verify_source(path: Path, source: OnnxSource, *, seed: int = 0) -> Verification:
+    """Compares a file with the ONNX file that it was exported from.
+
+    Outputs may differ by 1e-5 of the largest one; for networks that round more than that, by four times the rounding
+    error of ONNX Runtime itself on top, which a run in double precision shows.
+
+    Args:
+        path: an archive or an ONNX file.
+        source: the ONNX file.
+        seed: seed of the random inputs.
+
+    Raises:
+        FormatError: the file is damaged, or the source does not run.
+        UsageError: the file is of another kind, or no runtime runs it.
+    """
+    kind = container_of(path).name
+    held = _Held(path, kind, source)
+    inputs, theirs, notes = _references(source, seed)
+    how = how_rounded(held.rounded(source.tensors), source.specs)
+    reference, lost = theirs, ()
+    if how:
+        dense = to_onnx(held.graph, _as_floats(held.expected), encoding="dense").SerializeToString()
+        reference = _outputs(OnnxSession(dense).run_all, inputs)
+        lost = (rounding_note(how, theirs, reference),)
+    found = {name: _outputs(run, inputs) for name, run in held.runs.items()}
+    compared = compare_each(reference, found)
+    if not compared.agree and not how:
+        compared = compare_each(reference, found, in_double(source, inputs))
+    masks, values = held.differing()
+    problems = [
+        *(f"the zeros of {name!r} differ" for name in masks[:1]),
+        *(f"the values of {name!r} differ" for name in values[:1]),
+        *_faults(compared, len(reference[0]) > 1),
+    ]
+    dead = () if largest_output(reference) else ("every output is zero, so that only the weights were compared",)
+    compared_with = f"compared with {source.path.name} in onnxruntime, on inputs of {_sizes(inputs)}"
+    return Verification(
+        path,
+        kind,
+        path.stat().st_size,
+        compared.runtimes,
+        compared.scale,
+        compared.tolerance,
+        masks_equal=not masks,
+        weights_equal=not (masks or values),
+        problems=tuple(problems),
+        notes=(*lost, compared_with, *notes, *held.notes, *dead),
+        rounding_largest=largest_difference(theirs, reference) if how else None,
+        rounding_mean=mean_difference(theirs, reference) if how else None,
+    )
+
+
+class _Held:
+    """What a file holds, and what it should hold.
+
+    Attributes:
+        expected: the weights that it should have.
+        graph: the computation that they belong to.
+        runs: the file in every runtime that takes it.
+        notes: why others do not.
+    """
+
+    def __init__(self, path: Path, kind: str, source: OnnxSource) -> None:
+        exact, specs, self.graph = source.tensors, source.specs, source.graph
+        self.notes: tuple[str, ...] = ()
+        self.runs: Mapping[str, Run]
+        if kind == "archive":
+            archive = open_archive(path)
+            compacted, names, self._read = COMPACTED in archive.config.conversion, set(archive.entries), archive.tensor
+            self.runs, faults = archive_runs(archive)
+            if not self.runs:
+                raise UsageError(f"{str(path)!r} cannot be verified, since no runtime runs it: {'; '.join(faults)}")
+            self.notes = tuple(faults)
+        elif kind == "onnx":
+            file = read_onnx(path)
+            compacted, names = COMPACTED in file.record, set(file.entries)
+            self.runs = {"onnxruntime": OnnxSession(path).run_all}
+        else:
+            raise UsageError(f"{str(path)!r} is a {kind} file; an ONNX file is compared with archives and ONNX files.")
+        if compacted:
+            small = fold_and_compact(self.graph, exact)[1]
+            exact, specs, self.graph = dict(small.tensors), compacted_specs(small.tensors, specs), small.graph
+        if kind == "onnx":
+            self.graph, exact = folded(self.graph, exact)
+            # Such a file has no active zeros, and weights of floating point alone.
+            exact = {name: nonzero(tensor) for name, tensor in exact.items() if tensor.values.dtype.kind == "f"}
+            self._read = partial(under, file, exact)
+        self.missing = sorted(names.symmetric_difference(exact))
+        # The file itself tells how it was exported, so `verify` needs no options.
+        self.expected = {
+            name: stored_like(self._read(name), tensor, specs[name]) if name in names and name in specs else tensor
+            for name, tensor in exact.items()
+        }
+
+    def rounded(self, exact: Mapping[str, SparseTensor]) -> dict[str, SparseTensor]:
+        """Returns the weights that the file has in another type than the ONNX file."""
+        kinds = {name: (type(tensor), tensor.values.dtype) for name, tensor in exact.items()}
+        return {n: t for n, t in self.expected.items() if n in kinds and kinds[n] != (type(t), t.values.dtype)}
+
+    def differing(self) -> tuple[list[str], list[str]]:
+        """Returns the names of weights whose masks differ, and of others that differ."""
+        masks, values = [], list(self.missing)
+        for name, tensor in self.expected.items():
+            if name in self.missing:
+                continue
+            other = self._read(name)
+            if not tensor.mask.equals(other.mask):
+                masks.append(name)
+            elif tensor.values.dtype != other.values.dtype or tensor.values.tobytes() != other.values.tobytes():
+                values.append(name)
+        return masks, values
+
+
+def _references(source: OnnxSource, seed: int) -> tuple[list[Array], list[Outputs], tuple[str, ...]]:
+    """Returns random inputs that the source takes, its outputs, and notes on what it does not take."""
+    run, value = OnnxSession(source.path).run_all, source.graph.inputs[0]
+    random = np.random.default_rng(seed)
+    fault: DsrError | None = None
+    for shape in _shapes(value):
+        first, *more = _BATCHES if value.shape[0] is None else (value.shape[0],)
+        x = _random(random, (first, *shape), value.dtype)
+        try:
+            outputs = [numbers(source.path, run(x))]
+        except FormatError as error:
+            fault = fault or error
+            continue
+        inputs, notes = [x], ()
+        for batch in more:
+            x = _random(random, (batch, *shape), value.dtype)
+            try:
+                outputs.append(numbers(source.path, run(x)))
+                inputs.append(x)
+            except FormatError:
+                notes = (f"the file says that it takes any batch, and fails on one of {batch}",)
+        return inputs, outputs, notes
+    free = ",".join("any" if n is None else str(n) for n in value.shape[1:])
+    raise FormatError(
+        f"{str(source.path)!r} takes inputs of shape {free} and runs on none that was tried ({fault}); give "
+        f"--input-shape, such as 3,224,224."
+    )
+
+
+def _shapes(value: Value) -> Iterator[tuple[int, ...]]:
+    """Yields shapes of one input that a model with free dimensions may take."""
+    own = value.shape[1:]
+    free = sum(n is None for n in own)
+    pairs = _PAIRS if free == 2 else ()
+    seen = set()
+    for sizes in itertools.chain(((side,) * free for side in _SIDES), pairs):
+        left = iter(sizes)
+        shape = tuple(next(left) if n is None else n for n in own)
+        if shape not in seen and min(shape, default=1) > 0 and int(np.prod(shape, dtype=object)) <= _MOST_ENTRIES:
+            seen.add(shape)
+            yield shape
+
+
+def _random(random: np.random.Generator, shape: Sequence[int], dtype: str) -> Array:
+    x = random.standard_normal(shape)
+    # Whole numbers are mostly indices.
+    return (x if np.dtype(dtype).kind == "f" else np.abs(x)).astype(dtype)
+
+
+def _outputs(run: Run, inputs: Sequence[Array]) -> list[Outputs]:
+    return [{name: array.astype(np.float64) for name, array in run(x).items()} for x in inputs]
+
+
+def in_double(source: OnnxSource, inputs: Sequence[Array]) -> list[Outputs] | None:
+    """Returns the outputs in double precision; None if the reference does not compute the model."""
+    tensors = {n: SparseTensor(t.mask, t.values.astype(np.float64)) for n, t in _as_floats(source.tensors).items()}
+    graph: Graph = graph_in(source.graph, "float64")
+    names = [value.name for value in graph.outputs]
+    try:
+        interpreter = Interpreter(graph, tensors)
+        runs = [interpreter.run(x.astype(np.float64)) for x in inputs]
+    except DsrError:
+        return None
+    return [dict(zip(names, arrays, strict=True)) for arrays in runs]
+
+
+def _as_floats(tensors: Mapping[str, SparseTensor]) -> dict[str, SparseTensor]:
+    """Returns weights on grids as plain floats."""
+    return {name: SparseTensor(tensor.mask, tensor.values) for name, tensor in tensors.items()}
+
+
+def _faults(compared: Compared, several: bool) -> list[str]:
+    faults = [] if np.isfinite(compared.scale) else ["the outputs of the ONNX file itself are not finite numbers"]
+    where = f" in output {compared.name[:80]!r}" if several else ""
+    return faults + [
+        f"{runtime} differs from the ONNX file by {difference:.3g}{where} where {compared.tolerance:.3g} is allowed"
+        for runtime, difference in compared.runtimes.items()
+        if not difference <= compared.tolerance  # written so that NaN counts as a difference
+    ]
+
+
+def _sizes(inputs: Sequence[Array]) -> str:
+    return " and ".join("x".join(map(str, x.shape)) for x in inputs)
