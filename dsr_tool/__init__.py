@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from dsr_tool.methods import attach as attach
     from dsr_tool.report.footprints import footprint as footprint
     from dsr_tool.runtime import Session as Session
+    from dsr_tool.runtime.deploy.library import include_dir as include_dir
+    from dsr_tool.runtime.deploy.library import library as library
+    from dsr_tool.runtime.deploy.library import ort_library as ort_library
     from dsr_tool.sparse.model import SparseModel as SparseModel
     from exporters.export import export as export
     from exporters.export import verify as verify
@@ -28,9 +31,12 @@ _PUBLIC = {
     "convert": "converters.conversion",
     "export": "exporters.export",
     "footprint": "dsr_tool.report.footprints",
+    "include_dir": "dsr_tool.runtime.deploy.library",
+    "library": "dsr_tool.runtime.deploy.library",
     "load": "converters.loading",
     "load_csr": "dsr_tool.formats.csr_file",
     "onnx_session": "exporters.onnx.session",
+    "ort_library": "dsr_tool.runtime.deploy.library",
     "open_archive": "dsr_tool.formats.archive",
     "verify": "exporters.export",
 }
