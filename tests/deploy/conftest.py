@@ -23,6 +23,8 @@ from dsr_tool.sparsity.tensor import SparseTensor
 
 SHAPE, CLASSES = (3, 40, 36), 7
 PADS = {"pads": (1, 1, 1, 1)}
+Network = tuple[dict[str, tuple[int, ...]], list[Node], list[str]]
+"""Shapes of the weights, nodes, and names of the outputs."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=str(error)))
 
 
-def _gated() -> tuple[dict[str, tuple[int, ...]], list[Node], list[str]]:
+def _gated() -> Network:
     """A depthwise convolution, a gate for each channel, and a linear layer."""
     shapes = {"stem": (16, 3, 3, 3), "depth": (16, 1, 3, 3), "squeeze": (4, 16, 1, 1), "excite": (16, 4, 1, 1)}
     nodes = [
@@ -58,7 +60,7 @@ def _gated() -> tuple[dict[str, tuple[int, ...]], list[Node], list[str]]:
     return {**shapes, "wide": (16, 16, 3, 3), "head": (CLASSES, 16)}, nodes, ["scores"]
 
 
-def _heads() -> tuple[dict[str, tuple[int, ...]], list[Node], list[str]]:
+def _heads() -> Network:
     """Maps of two resolutions and a vector; the first one is read by other nodes as well."""
     shapes = {"a": (12, 3, 3, 3), "b": (20, 12, 3, 3), "c": (20, 20, 1, 1)}
     nodes = [

@@ -58,7 +58,8 @@ DSR_API dsr_tensor dsr_output(const dsr_plan *plan, int32_t index);
  * shape, preprocessing, labels), "resize", "crop", "mean" and "std" of the preprocessing, "label/0", "label/1", ... */
 DSR_API const char *dsr_text(const dsr_plan *plan, const char *name);
 
-/* Computes the outputs. Every array must have the type and shape of the plan, entries in row-major order, no gaps. */
+/* Computes the outputs. Every array must have the type and shape of the plan, entries in row-major order, no gaps; no
+ * output may share memory with another array. */
 DSR_API int32_t dsr_run(dsr_plan *plan, const dsr_tensor *inputs, int32_t input_count, const dsr_tensor *outputs,
                         int32_t output_count);
 
