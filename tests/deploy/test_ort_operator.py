@@ -134,7 +134,7 @@ def test_two_copies_of_the_library_and_a_second_registration_do_no_harm(plan, mo
 
 
 def _tasks():
-    return len(os.listdir("/proc/self/task"))
+    return len(list(Path("/proc/self/task").iterdir()))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
@@ -258,7 +258,7 @@ def test_without_the_library_the_operator_is_named(model):
         onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
-def test_a_program_finds_the_library_beside_the_header(tmp_path):
+def test_the_package_names_the_library_and_its_header():
     assert dsr_tool.ort_library() == dsr_tool.library()
     assert (dsr_tool.include_dir() / "dsr.h").is_file()
     assert isinstance(dsr_tool.library(), Path) and dsr_tool.library().is_file()
