@@ -54,6 +54,13 @@ def test_first_level_caches_are_rounded_to_few_classes(kib, rounded):
     assert op.l1_class(kib << 10) == rounded << 10
 
 
+def test_plans_for_other_levels_assume_the_cache_of_most_processors_that_run_them(monkeypatch):
+    monkeypatch.setattr(op, "caches", lambda: cpu.Caches(64 << 10, 1 << 20))
+    assert op.level_l1("avx512", runs=True) == op.level_l1("avx2", runs=True) == 64 << 10
+    assert op.level_l1("avx512", runs=False) == 48 << 10
+    assert op.level_l1("avx2", runs=False) == op.level_l1("neon", runs=False) == 32 << 10
+
+
 @pytest.mark.skipif(library() is None, reason="no kernels")
 def test_plans_are_made_for_the_caches_of_this_processor(monkeypatch):
     monkeypatch.setattr(program, "caches", lambda: cpu.Caches(50 << 10, 1 << 20))

@@ -13,11 +13,11 @@ from typing import ClassVar, NamedTuple
 
 from dsr_tool.runtime.compiler.layouts import Value
 from dsr_tool.runtime.compiler.packing import Pack, Packer
-from dsr_tool.runtime.kernels.cpu import CACHES
+from dsr_tool.runtime.kernels.cpu import CACHES, caches
 from dsr_tool.runtime.kernels.ops import Activation, Kind
 from dsr_tool.sparsity.tensor import Array
 
-__all__ = ["IDENTITY", "L1_CLASSES", "Activate", "Op", "Parameters", "Target", "l1_class"]
+__all__ = ["IDENTITY", "L1_CLASSES", "Activate", "Op", "Parameters", "Target", "l1_class", "level_l1"]
 
 L1_CLASSES = (32 << 10, 48 << 10, 64 << 10)
 """First-level caches in bytes that plans are made for. Few, so that most processors of a kind give the same bits."""
@@ -26,6 +26,19 @@ L1_CLASSES = (32 << 10, 48 << 10, 64 << 10)
 def l1_class(nbytes: int) -> int:
     """Returns the largest class of first-level caches that is not larger than one of `nbytes`, or the smallest."""
     return max((size for size in L1_CLASSES if size <= nbytes), default=L1_CLASSES[0])
+
+
+def level_l1(level: str, *, runs: bool) -> int:
+    """Returns the class of first-level caches that a plan for a level is made for.
+
+    Args:
+        level: name of the level.
+        runs: whether this processor runs the level; a plan is then made for its own cache.
+    """
+    if runs:
+        return l1_class(caches().l1)
+    # Ice Lake, Zen 5 and later have 48 KiB; most of the others 32.
+    return 48 << 10 if level == "avx512" else CACHES.l1
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ SPARSE_COST = 1.6
 
 CACHE_SHARE = 5 / 6
 """Input bytes per block where inputs are read often, as a share of the first-level cache: they must fit in it next to
-the weights. 24 to 40 KiB were within 3 % of each other with a cache of 48 KiB (Zen 5). With one of 32 KiB, networks took
+the weights. 24 to 40 KiB were within 3 % of each other with a cache of 48 KiB (Zen 5). With 32 KiB, networks took
 .91 to 1.00 of the time with 26 KiB instead of 40, the denser the less, and 20 KiB were as fast as 26 (Zen 3)."""
 FAR_BYTES = 100 << 10
 """Input bytes per block where inputs are read seldom: fewer blocks save more than a warm cache gives. 64 and 100 KiB

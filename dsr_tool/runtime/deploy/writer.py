@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from dsr_tool.errors import UsageError, join_words
 from dsr_tool.graph.ir import Graph, Value
-from dsr_tool.runtime.compiler.op import Target
+from dsr_tool.runtime.compiler.op import Target, level_l1
 from dsr_tool.runtime.compiler.packing import Pack
 from dsr_tool.runtime.compiler.plan import Plan
 from dsr_tool.runtime.compiler.program import KernelStep, Machine
@@ -70,7 +70,8 @@ def plan_bytes(
     written = []
     values: tuple[bytes, bytes] = (b"", b"")
     for level in levels:
-        target = Target(level.lanes, 1, level.widest_tile, level.widest_dense_tile)
+        l1 = level_l1(level.name, runs=level.runs)
+        target = Target(level.lanes, 1, level.widest_tile, level.widest_dense_tile, l1)
         machine = Machine(kernels, 1, target=target)
         plan = Plan(graph, tensors, shape, machine)
         values = (_values([(graph.inputs[0], shape)]), _values(_outputs(graph, plan)))
