@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from converters import callables, paper_models, torchvision_models
+from converters import callables, onnx_files, paper_models, torchvision_models
 from converters.base import Source
 from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.sparse.in_file import bring_in
@@ -15,7 +15,7 @@ from dsr_tool.sparsity.config import MOST_CLASSES, ModelConfig
 __all__ = ["SOURCES", "build_structure", "find_source", "load_network"]
 
 SOURCES: dict[str, Source] = {
-    row.name: row for row in (callables.SOURCE, paper_models.SOURCE, torchvision_models.SOURCE)
+    row.name: row for row in (onnx_files.SOURCE, callables.SOURCE, paper_models.SOURCE, torchvision_models.SOURCE)
 }
 """All sources by name. The first that recognises the name of a network builds it."""
 
@@ -59,7 +59,7 @@ def load_network(
     """Builds the network of a name, and describes it.
 
     Args:
-        name: a torchvision model, a paper's network, or `module:callable`.
+        name: a torchvision model, a paper's network, an ONNX file, or `module:callable`.
         weights: torchvision enum name or state_dict file; random when absent.
         num_classes: number of outputs of a new head; not for callables.
         input_size: side of the square input in pixels; not for callables.
