@@ -20,7 +20,10 @@ __all__ = ["command"]
 )
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
-    "--against", required=True, type=click.Path(path_type=Path), help="The model folder that FILE was exported from."
+    "--against",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The model folder that FILE was exported from, or the ONNX file.",
 )
 @model_option
 @result_options
@@ -30,12 +33,15 @@ def command(file: Path, against: Path, maker: str | None, as_json: bool) -> int:
     from dsr_tool.errors import CheckFailed, FormatError
     from dsr_tool.files import require_file
     from dsr_tool.report.verification import verification_document, verification_text
-    from exporters.export import verify
+    from exporters.containers import container_of
+    from exporters.export import verify, verify_onnx_export
 
     require_file(file, "FILE")
-    model = load(against, maker)
+    # An ONNX file that was exported is its own reference: there is no model in PyTorch.
+    foreign = against.is_file() and container_of(against, "--against").name == "onnx"
+    model = None if foreign else load(against, maker)
     try:
-        verification = verify(file, model)
+        verification = verify_onnx_export(file, against) if model is None else verify(file, model)
     except FormatError as error:
         # A damaged file answers the question that this command asks, so it is a failed check (3), not an error (1).
         raise CheckFailed(str(error)) from error

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from dsr_tool.errors import DsrError, FormatError, UsageError, unknown_name
 from dsr_tool.files import require_file
+from dsr_tool.graph.ir import Value
 from dsr_tool.runtime import Session, load_inputs
 from dsr_tool.runtime.coverage import CoverageDocument
 from dsr_tool.runtime.source import Model, open_model
@@ -59,7 +60,7 @@ class _OutputRange(TypedDict):
 
 
 class _Found(TypedDict, total=False):
-    """The results for one input are `top` if the model has one output, and `outputs` if it has several.
+    """The results for one input are `top` if the model has one output of scores, and `outputs` for all others.
 
     Attributes:
         top: classes with the highest scores, in descending order.
@@ -127,7 +128,7 @@ def prediction_document(
     batches = [load_inputs([path], model.config) for path in inputs]
     session = _session(model, runtime, threads)
     batch = np.concatenate(batches)
-    scores = _ranges if len(model.graph.outputs) > 1 else partial(_scores, names=names, top=top)
+    scores = partial(_scores, names=names, top=top) if _has_scores(model.graph.outputs) else _ranges
     found = scores(session, batch)
     if found is None:
         raise DsrError(
@@ -154,6 +155,13 @@ def prediction_text(document: PredictionDocument) -> str:
             unit = " of the pixels" if "pixels" in prediction["top"][0] else ""
         lines.append(f"{prediction['input']}: {', '.join(parts)}{unit}")
     return "\n".join(lines)
+
+
+def _has_scores(outputs: Sequence[Value]) -> bool:
+    """Returns whether a model may be a classifier or a segmentation model: one output with a score for each class."""
+    rank = len(outputs[0].shape)
+    # A file of another tool need not say what shape its output has.
+    return len(outputs) == 1 and (not rank or (rank in (2, 4) and outputs[0].shape[1] != 1))
 
 
 def _range_text(one: _OutputRange) -> str:
@@ -196,12 +204,15 @@ def _range(name: str, array: Array) -> _OutputRange:
 def _open(file: Path, inputs: Sequence[Path]) -> Model:
     """Opens the file. Refuses pictures next to an ONNX file, which does not say how pictures become inputs."""
     pictures = [path for path in inputs if path.suffix.lower() != ".npy"]
-    if pictures and not container_of(file, "FILE").preprocesses:
+    says = container_of(file, "FILE").preprocesses
+    model = open_model(file) if says or not pictures else None
+    # An archive that was made of an ONNX file knows no more than that.
+    if model is None or (pictures and model.config.source == "onnx"):
         raise UsageError(
             f"{str(file)!r} does not say how to preprocess pictures such as {str(pictures[0])!r}; give .npy arrays, "
             f"or an archive of the model."
         )
-    return open_model(file)
+    return model
 
 
 def _class_names(path: Path | None, model: Model) -> tuple[str, ...]:

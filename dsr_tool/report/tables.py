@@ -152,6 +152,7 @@ def _closing(source: Source, values: Mapping[str, Any] | None) -> list[str]:
     # report missed or double counted bytes, not that the file is damaged.
     agree = "agrees" if measured.computed_bytes == measured.file_bytes else "DOES NOT AGREE"
     size = "x".join(map(str, source.config.input_shape)) if source.config else "the file's size"
+    size = size or "any size, as far as their number is known,"
     folded = ["an ONNX file has no masks: active weights are those that are not zero, and norms are folded into them"]
     return [
         *(folded if source.kind == "onnx" else []),
