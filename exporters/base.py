@@ -120,6 +120,7 @@ class Container(ABC):
         encodings: values of `--encoding`, ways in which sparse weights can be stored.
         values: values of `--values`, types in which weights can be stored.
         has_graph: True if the file holds a computation, so that sessions run it; such a container has a `reader`.
+        holds: what such a file has instead of a computation, for messages.
         measurable: True if the file says which weights are sparse; such a container has a `measure`.
         compacts: True if dead channels can be removed from the graph that the file holds.
         compiles: True if the file holds a plan, which is made for one batch size and some levels of the processor.
@@ -131,6 +132,7 @@ class Container(ABC):
     encodings: ClassVar[tuple[str, ...]]
     values: ClassVar[tuple[str, ...]] = tuple(name for name in VALUES if name != PALETTE)
     has_graph: ClassVar[bool] = False
+    holds: ClassVar[str] = "weights and no computation"
     measurable: ClassVar[bool] = False
     compacts: ClassVar[bool] = False
     compiles: ClassVar[bool] = False

@@ -77,7 +77,7 @@ def reader_of(path: Path) -> Callable[[Path], Model]:
     container = container_of(path)
     if not container.has_graph:
         raise FormatError(
-            f"{str(path)!r} is a {container.name} file, which holds weights and no computation; give a file of the "
+            f"{str(path)!r} is a {container.name} file, which holds {container.holds}; give a file of the "
             f"model in a container with one: {listed(lambda one: one.has_graph)}."
         )
     return container.reader()
@@ -101,8 +101,8 @@ def contents_of(path: Path, what: str = "file") -> tuple[Container, Contents]:
     container = container_of(path, what)
     if not container.measurable:
         raise UsageError(
-            f"{what} {str(path)!r} is a {container.name} file of plain weights, which does not say what is sparse; "
-            f"give the model folder that it was exported from, or one of these files of the model: "
+            f"{what} {str(path)!r} is a {container.name} file, which holds {container.holds}, and does not say what is "
+            f"sparse; give the model folder that it was exported from, or one of these files of the model: "
             f"{listed(lambda one: one.measurable)}."
         )
     return container, container.measure(path)

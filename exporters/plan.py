@@ -55,6 +55,7 @@ class PlanFiles(Container):
     values = tuple(name for name in VALUES if name != PALETTE)
     compacts = True
     compiles = True
+    holds = "a program for the kernels"
 
     def recognises(self, head: Head) -> bool:
         """Looks for the first bytes of a plan file."""
@@ -132,7 +133,7 @@ def verify_plan(
         value=Value(value.name, (None, *value.shape[1:]), "float32"),
         samples=samples,
         seed=seed,
-        differing=([], []),
+        differing=None,
         notes=(*notes, *(zeros_note(model, rounded) if how else ())),
         exact=model.module if how else None,
         how=how,

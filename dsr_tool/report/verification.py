@@ -23,9 +23,11 @@ def verification_text(verification: Verification) -> str:
         f"{'verified' if verification.passed else 'NOT VERIFIED'}",
         f"  largest difference of outputs: {runs} (allowed {verification.tolerance:.2g}, "
         f"largest output {verification.scale:.3g})",
-        f"  masks {'equal' if verification.masks_equal else 'DIFFER'}, "
-        f"weights {'equal bit for bit' if verification.weights_equal else 'DIFFER'}",
     ]
+    if verification.masks_equal is not None:
+        masks = "equal" if verification.masks_equal else "DIFFER"
+        weights = "equal bit for bit" if verification.weights_equal else "DIFFER"
+        lines.append(f"  masks {masks}, weights {weights}")
     if verification.agreement is not None:
         share = f"{verification.agreement:.2%} of {verification.pictures:,} pictures"
         lines.append(f"  top-1 answers equal to those of the model: {share}")

@@ -48,7 +48,7 @@ def compare_outputs(
     value: Value,
     samples: int,
     seed: int,
-    differing: Differing,
+    differing: Differing | None,
     problems: Sequence[str] = (),
     notes: Sequence[str] = (),
     rounded: Run | None = None,
@@ -69,7 +69,7 @@ def compare_outputs(
         value: name, shape and type of the input.
         samples: size of the second batch of inputs; the first has one.
         seed: seed of the inputs.
-        differing: tensors that differ.
+        differing: tensors that differ; None for a file whose tensors cannot be compared.
         problems: other faults that were found.
         notes: comparisons that were not possible, and remarks.
         rounded: runs the model with its weights rounded as in the file, to compare with in place of PyTorch.
@@ -91,7 +91,7 @@ def compare_outputs(
         # Double precision is slow, and needed only for networks that round more than most.
         compared = compare_each(reference, found, _in_double(frozen, inputs, form))
     scale, whose = compared.scale, "PyTorch" if rounded is None else _ROUNDED
-    masks, values = differing
+    masks, values = differing or ([], [])
     faults = [
         *(f"the zeros of {name!r} differ" for name in masks[:1]),
         *(f"the values of {name!r} differ" for name in values[:1]),
@@ -106,8 +106,8 @@ def compare_outputs(
         compared.runtimes,
         scale,
         compared.tolerance,
-        masks_equal=not masks,
-        weights_equal=not (masks or values),
+        masks_equal=None if differing is None else not masks,
+        weights_equal=None if differing is None else not (masks or values),
         problems=(*faults, *problems),
         notes=(*lost, *notes, *dead),
         rounding_largest=None if before is None else largest_difference(before, reference),

@@ -24,8 +24,8 @@ class Verification:
             several outputs, that of the one which is the nearest to its tolerance.
         scale: largest absolute value of that output in the reference.
         tolerance: largest absolute difference allowed in it.
-        masks_equal: True if the same weights are zero.
-        weights_equal: True if every stored value is the same, bit for bit.
+        masks_equal: True if the same weights are zero; None if they were not compared.
+        weights_equal: True if every stored value is the same, bit for bit; None if they were not compared.
         problems: everything that does not agree, in words; empty if the file passed.
         notes: comparisons that were not possible, with the reason, and remarks.
         rounding_largest: largest absolute difference of outputs between the model and the one with rounded weights, on
@@ -42,8 +42,8 @@ class Verification:
     runtimes: Mapping[str, float]
     scale: float
     tolerance: float
-    masks_equal: bool
-    weights_equal: bool
+    masks_equal: bool | None
+    weights_equal: bool | None
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     rounding_largest: float | None = None

@@ -10,6 +10,7 @@ import torch
 from network import SHAPE, Network
 from safetensors.torch import save_file
 
+from dsr_tool.runtime.deploy.library import level_rows
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparse.sparsify import sparsify
 from dsr_tool.sparsity.budget import Budget
@@ -23,7 +24,7 @@ FOLDER_FILES = {"weights": "model.safetensors", "masks": "masks.safetensors", "c
 def main() -> None:
     """Writes the files of every kind."""
     root = Path(sys.argv[1])
-    for kind in ("archive", "predict", "onnx", "npz", *FOLDER_FILES, "safetensors", "pickle"):
+    for kind in ("archive", "predict", "onnx", "npz", "plan", *FOLDER_FILES, "safetensors", "pickle"):
         (root / kind).mkdir(parents=True)
     model = _model()
     for encoding in ("auto", "delta", "csr", "dense", "palette"):
@@ -41,6 +42,9 @@ def main() -> None:
     for encoding in ("delta", "bitmask", "dense"):
         export(model, root / "onnx" / f"int8-{encoding}.onnx", encoding=encoding, values="int8")
     export(model, root / "npz" / "model.npz")
+    for values in ("fp32", "int8"):
+        export(model, root / "plan" / f"{values}.dsrplan", values=values)
+    export(model, root / "plan" / "batch.dsrplan", batch=3, levels=[row.name for row in level_rows() if row.runs])
     model.save(root / "folder")
     for kind, name in FOLDER_FILES.items():
         shutil.copy(root / "folder" / name, root / kind)

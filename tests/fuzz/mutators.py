@@ -9,6 +9,7 @@ from blind import any_bytes, json_bytes
 from npz_mutants import npz
 from numpy.random import Generator
 from onnx_mutants import onnx_model
+from plan_mutants import plan
 
 __all__ = ["MUTATORS"]
 
@@ -20,6 +21,7 @@ MUTATORS: dict[str, tuple[Mutate, ...]] = {
     "predict": (archive,),
     "onnx": (any_bytes, onnx_model, onnx_model),
     "npz": (any_bytes, npz, npz),
+    "plan": (any_bytes, *(plan,) * 9),
     "weights": (any_bytes, safetensors),
     "masks": (any_bytes, safetensors),
     "config": (any_bytes, json_bytes, json_bytes),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-KINDS = ("archive", "predict", "onnx", "npz", "weights", "masks", "config", "safetensors", "pickle")
+KINDS = ("archive", "predict", "onnx", "npz", "plan", "weights", "masks", "config", "safetensors", "pickle")
 
 
 @pytest.fixture(scope="module")

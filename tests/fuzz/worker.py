@@ -140,11 +140,27 @@ def _state_dict(ending: str) -> Reader:
     return reader
 
 
+def _plan(scratch: Path) -> tuple[Callable[[], Any], Path]:
+    from dsr_tool.runtime.deploy.plan import PlanFile
+
+    def run() -> Any:
+        plan = PlanFile(path, threads=2)
+        shape = plan.inputs[0].shape
+        return plan.run(np.zeros(shape, np.float32)) if len(plan.inputs) == 1 and _is_small(plan) else None
+
+    def _is_small(plan: PlanFile) -> bool:
+        return all(math.prod(value.shape) < MOST_INPUTS for value in (*plan.inputs, *plan.outputs))
+
+    path = scratch / "mutant.dsrplan"
+    return run, path
+
+
 READERS: dict[str, Reader] = {
     "archive": _report(".dsr"),
     "predict": _predict(".dsr"),
     "onnx": _report_and_predict(".onnx"),
     "npz": _report(".npz"),
+    "plan": _plan,
     "weights": _folder("model.safetensors"),
     "masks": _folder("masks.safetensors"),
     "config": _folder("config.json"),

@@ -2,6 +2,8 @@
 
 #include "check.h"
 
+#include <initializer_list>
+
 namespace dsr {
 
 namespace {
@@ -49,8 +51,12 @@ struct Check {
         require(head.type == type && head.count >= least, what);
     }
 
-    // Floats from the first of `count` planes to the end of the last.
-    Wide span(Wide count, Wide stride, Wide length) { return ((count - 1) * stride + length) * lanes; }
+    // Floats from the first of `count` planes to the end of the last. Planes may not overlap: a few floats of memory
+    // could be any amount of work.
+    Wide span(Wide count, Wide stride, Wide length) {
+        require(count == 1 || stride >= length, "the stride");
+        return ((count - 1) * stride + length) * lanes;
+    }
 
     Wide channels() { return number(op.channels, 1, "channels"); }
     Wide phases() { return number(op.phases, 1, "phases"); }
@@ -126,6 +132,7 @@ struct Check {
             low = p.index[i] < low ? p.index[i] : low;
             high = p.index[i] > high ? p.index[i] : high;
         }
+        require(moved * planes_of == 1 || p.out_step >= p.entries, "the step");
         source(low, (moved - 1) * number(p.source_step, 0, "step") + high + 1);
         // A mask is applied a vector at a time.
         if (op.mask) require(p.entries % space.lanes == 0, "entries");
@@ -209,6 +216,15 @@ struct Check {
 
 bool check_op(const Op& op, const Space& space, const Reach* reach, Problem& problem) {
     Check check(op, space, reach, problem);
+    // Every op looks up its three buffers, also a kind that reads one of them alone.
+    check.require(op.source_buffer >= 0 && op.source_buffer < space.buffers, "the buffer of the input");
+    check.require(op.out_buffer >= 0 && op.out_buffer < space.buffers, "the buffer of the result");
+    check.require(op.other_buffer < space.buffers && op.other_offset >= -MOST && op.other_offset <= MOST,
+                  "the buffer of the second input");
+    // Kernels compute steps from strides and phases, also those of an input that they do not have.
+    for (const int64_t stride : {op.source_stride, op.other_stride, op.out_stride})
+        check.require(stride >= 0 && stride <= INT64_C(1) << 36, "a stride");
+    check.require(op.phases >= 0 && op.phases <= INT64_C(1) << 16, "phases");
     switch (op.kind) {
 #define OP(kind, number, function, line) \
     case kind: check.function(); break;

@@ -37,6 +37,7 @@ template <class T>
 struct Array {
     T* data = nullptr;
     int64_t count = 0;
+    void* memory = nullptr;  // what was allocated; `data` lies at the first whole cache line of it
 
     Array() = default;
     Array(const Array&) = delete;
@@ -45,7 +46,8 @@ struct Array {
 
     void clear() {
         for (int64_t i = 0; i < count; i++) data[i].~T();
-        free(data);
+        free(memory);
+        memory = nullptr;
         data = nullptr;
         count = 0;
     }
@@ -60,12 +62,12 @@ struct Array {
     // Makes the array `number` entries of zeros. Returns false, and says so, where there is no memory.
     bool make(int64_t number, Problem& problem) {
         constexpr int64_t LINE = 64, MOST = INT64_C(1) << 44;
-        if (number < 0 || number > MOST / (int64_t)sizeof(T)) return problem.no_memory((double)number * sizeof(T));
-        const int64_t nbytes = (number * (int64_t)sizeof(T) + LINE) / LINE * LINE;
         clear();
-        data = (T*)aligned_alloc(LINE, nbytes);
-        if (!data) return problem.no_memory((double)nbytes);
-        memset((void*)data, 0, nbytes);
+        if (number < 0 || number > MOST / (int64_t)sizeof(T)) return problem.no_memory((double)number * sizeof(T));
+        // The system's zeros cost nothing until they are written.
+        memory = calloc(number * sizeof(T) + LINE, 1);
+        if (!memory) return problem.no_memory((double)number * sizeof(T));
+        data = (T*)(((uintptr_t)memory + LINE - 1) / LINE * LINE);
         count = number;
         return true;
     }

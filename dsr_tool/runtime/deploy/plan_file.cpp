@@ -123,7 +123,8 @@ struct Opening {
     Array<StoredTable> stored_tables;
     Array<StoredWeight> weights;
     Array<Reach> reaches;  // of each packed weight
-    int64_t left;          // bytes that packed weights may take in all, so that no small file asks for any amount
+    int64_t left;  // bytes that packed weights may take in all, so that no small file asks for any amount
+    int64_t left_values = INT64_C(256) << 20;  // the same of values of a run; more, the larger the input
 
     Opening(PlanFile& plan_, const void* bytes, int64_t size, int threads_, Problem& problem_)
         : plan(plan_), file(bytes, size), threads(threads_), problem(problem_), left(256 * size + (INT64_C(1) << 28)) {}
@@ -262,6 +263,12 @@ struct Opening {
         return true;
     }
 
+    // Counts floats that a run needs. The limit is that of sessions (graph/limits.py).
+    bool claim(int64_t floats) {
+        left_values -= 4 * floats;
+        return left_values >= 0 || damaged("its values take more memory than an input of its size is granted");
+    }
+
     bool read_exchanged() {
         if (!plan.exchanged.make(file.count(24), problem)) return false;
         for (Exchanged& array : plan.exchanged) {
@@ -272,6 +279,7 @@ struct Opening {
             const Array<Value>& values = array.role == 1 ? plan.inputs : plan.outputs;
             if (array.role && (array.index >= values.count || values[array.index].entries != array.entries))
                 return damaged("an array is no input or output");
+            if (!array.role && !claim(array.entries)) return false;
             if (!array.role && !array.own.make(array.entries, problem)) return false;
         }
         return true;
@@ -279,7 +287,8 @@ struct Opening {
 
     bool read_step(Step& step, int64_t& next_op) {
         step.images = file.word_in(1, INT64_C(1) << 31);
-        const int64_t arrays = file.word_in(0, MAX_BUFFERS - 2);
+        // A step without arrays could run any number of times.
+        const int64_t arrays = file.word_in(1, MAX_BUFFERS - 2);
         if (!step.arrays.make(arrays, problem) || !step.steps.make(arrays + 1, problem)) return false;
         Array<int64_t> entries;
         if (!entries.make(arrays + 1, problem)) return false;
@@ -317,7 +326,7 @@ struct Opening {
             memcpy(&id, place, 8);
             const void* pointer = nullptr;
             // Pointers into packed weights are set below.
-            if (field.type >= 0 && id && !(pointer = table(id - 1, field.type))) return false;
+            if (field.type >= 0 && id && !(pointer = table(id < 0 ? id : id - 1, field.type))) return false;
             memcpy(place, &pointer, sizeof pointer);
         }
         const bool to_array = op.out_buffer > 0 && op.out_buffer < space.buffers;
@@ -356,7 +365,10 @@ struct Opening {
     }
 
     bool read_level() {
+        for (const Value& input : plan.inputs)
+            left_values += input.entries < (INT64_C(1) << 40) / 40000 ? 40000 * input.entries : INT64_C(1) << 40;
         plan.arena_floats = file.word_in(0, INT64_C(1) << 36);
+        if (!claim(plan.arena_floats)) return false;
         if (!plan.packs.make(file.count(96), problem) || !reaches.make(plan.packs.count, problem)) return false;
         for (int64_t i = 0; i < plan.packs.count; i++)
             if (!read_pack(plan.packs[i], reaches[i])) return false;
