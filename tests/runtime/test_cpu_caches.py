@@ -68,18 +68,26 @@ def test_plans_are_made_for_the_caches_of_this_processor(monkeypatch):
     assert (target.l1_bytes, target.l2_bytes) == (48 << 10, 1 << 20)
 
 
-def channels_of_a_block(kernel, l1_kib):
-    """Returns the input channels of a block, and the bytes that a tile of 14 vectors of 16 lanes reads of them."""
+def channels_of_a_block(kernel, l1_kib, groups=1, every=2):
+    """Returns the input channels of a block of an op of 512 channels on planes of 103 vectors of 16 lanes.
+
+    Args:
+        kernel: height and width of the kernel.
+        l1_kib: first-level cache in KiB.
+        groups: number of groups of channels.
+        every: distance between two active weights.
+    """
     source, out = (Planes((1, 512, 40, 40), Grid(40, 40, 1, 16), 1) for _ in range(2))
-    weight = np.zeros((8, 512, kernel, kernel), np.float32)
-    weight.reshape(8, -1)[:, ::2] = 1
+    weight = np.zeros((8 if groups == 1 else 512, 512 // groups, kernel, kernel), np.float32)
+    weight.reshape(len(weight), -1)[:, ::every] = 1
     pad = kernel // 2
     one = spmm.Spmm(
         source=source, out=out, weight=SparseTensor.from_dense(weight, Mask.from_bool(weight != 0)),
-        bias=np.zeros(8, np.float32), window=Window((kernel, kernel), (1, 1), (1, 1), (pad, pad), (pad, pad)),
-        groups=1, weight_name=("Conv", "w"), target=op.Target(16, 1, 14, 6, l1_kib << 10),
+        bias=np.zeros(len(weight), np.float32), window=Window((kernel, kernel), (1, 1), (1, 1), (pad, pad), (pad, pad)),
+        groups=groups, weight_name=("Conv", "w"), target=op.Target(16, 1, 14, 6, l1_kib << 10),
     )  # fmt: skip
-    _, channels = one._tiling(spmm.Taps(spmm.offsets_of(one.window, source, out), source.stride))
+    offsets = spmm.offsets_of(one.window, source, out)
+    _, channels = one._tiling(spmm.Taps(tuple(offsets), source.stride))
     return channels
 
 
@@ -94,3 +102,17 @@ def test_blocks_grow_with_the_first_level_cache(kernel):
 def test_blocks_with_48_kib_are_those_that_were_measured():
     assert spmm.CACHE_SHARE * (48 << 10) == 40 << 10
     assert spmm.POINT_SHARE * (48 << 10) == 36 << 10
+
+
+def test_few_records_are_worth_a_block_where_the_cache_is_small():
+    # 1 weight in 20: what fits in the cache would give each output channel 2 records.
+    small, medium = (channels_of_a_block(1, kib, every=20) for kib in (32, 48))
+    assert medium / small == pytest.approx(1.5, rel=0.2)
+    assert medium / 20 == pytest.approx(spmm.POINT_RECORDS, rel=0.2)
+
+
+@pytest.mark.parametrize("l1_kib", [32, 48])
+def test_whole_planes_of_depthwise_convolutions_stay_in_the_cache(l1_kib):
+    plane_bytes = 103 * 64
+    channels = channels_of_a_block(3, l1_kib, groups=512, every=1)
+    assert channels * plane_bytes <= 1.02 * (l1_kib << 10) < 2 * channels * plane_bytes
