@@ -89,26 +89,16 @@ def sparsified(module: nn.Module, density: float) -> dict[str, SparseTensor]:
     return tensors
 
 
-FALLBACKS = {
-    convolutional: ["BatchNormalization", "GatherND", "MaxPool", "ReduceMean", *["Transpose"] * 2],
-    Encoder: [
-        "Concat", *["Gather"] * 7, *["MatMul"] * 4, *["Mul"] * 4, *["Reshape"] * 2, *["Squeeze"] * 2,
-        *["Transpose"] * 13, *["Unsqueeze"] * 2,
-    ],
-}  # fmt: skip
-"""Operators that no kernel computes, one entry for each node, for a batch of one; attention itself is among them."""
-
-
 @pytest.fixture(scope="module", params=[convolutional, Encoder])
 def network(request):
     torch.manual_seed(0)
     module = request.param().eval()
-    return module, trace(module, (3, 16, 16)), FALLBACKS[request.param]
+    return module, trace(module, (3, 16, 16))
 
 
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.3, 1.0])
 def test_networks_agree_with_torch(network, tmp_path: Path, density):
-    module, graph, fallbacks = network
+    module, graph = network
     torch.manual_seed(1)
     for layer in module.modules():
         if layer is not module and hasattr(layer, "reset_parameters"):
@@ -120,9 +110,8 @@ def test_networks_agree_with_torch(network, tmp_path: Path, density):
     }
     write_archive(tmp_path / "net.dsr", tensors, specs, graph, ModelConfig("module", "Net", 10, (3, 16, 16)))
     if library() is not None:
-        coverage = Session(tmp_path / "net.dsr", runtime="native").coverage
-        assert sorted(entry.operator for entry in coverage.fallbacks) == fallbacks
-        assert not any(entry.failed for entry in coverage.fallbacks)
+        for batch in (1, 3):
+            assert not Session(tmp_path / "net.dsr", runtime="native", batch=batch).coverage.fallbacks
     session = Session(tmp_path / "net.dsr")
     for batch in (1, 3):
         x = torch.randn(batch, 3, 16, 16)

@@ -14,12 +14,25 @@ import pytest
 from dsr_tool.errors import DsrError
 from dsr_tool.graph.windows import Window
 from dsr_tool.runtime import compiler
-from dsr_tool.runtime.compiler import elementwise, gemv, op, pooling, program, reduce, relayout, spmm
+from dsr_tool.runtime.compiler import (
+    broadcast,
+    elementwise,
+    gemv,
+    op,
+    picking,
+    pooling,
+    products,
+    program,
+    reduce,
+    relayout,
+    spmm,
+)
 from dsr_tool.runtime.compiler.arena import Address
 from dsr_tool.runtime.compiler.encoding import encode
 from dsr_tool.runtime.compiler.layouts import Flat, Grid, Planes, Rows
 from dsr_tool.runtime.compiler.op import Activate, Op
 from dsr_tool.runtime.compiler.packing import Packer, Recipe, Taps
+from dsr_tool.runtime.compiler.picked import Picked
 from dsr_tool.runtime.compiler.program import Machine
 from dsr_tool.runtime.compiler.relayout import Copy
 from dsr_tool.runtime.kernels import ops
@@ -123,7 +136,7 @@ def ops_of_many_kinds(sparse) -> list[Op]:
     grid, rows_grid = Grid(9, 9, 1, 4), Grid(1, 5, 0, 4)
     a, b, c = (Planes((1, 4, 9, 9), grid, 1) for _ in range(3))
     rows, more_rows = Rows((1, 6, 1, 5), rows_grid, 1), Rows((1, 6, 1, 5), rows_grid, 1)
-    flat, more = Flat((1, 324), 4, 1), Flat((1, 324), 4, 1)
+    flat, more, whole, small = (Flat((1, size), 4, 1) for size in (324, 324, 324, 16))
     vector = np.ones(6, np.float32)
     window = Window((3, 3), (1, 1), (1, 1), (1, 1), (1, 1))
     target = op.Target(4, 1, 12, 3)
@@ -144,6 +157,16 @@ def ops_of_many_kinds(sparse) -> list[Op]:
         reduce.Softmax(source=flat, out=more, columns=9),
         relayout.Relayout(source=flat, out=a),
         relayout.Copy(source=flat, out=more),
+        picking.Pick(source=a, out=flat, picked=Picked.of(a, a.shape).transposed((0, 2, 3, 1)), split=1),
+        picking.constant_of(np.ones(324, np.float32), more),
+        products.Matmul(
+            source=flat, other=more, out=small, left=Picked.of(flat, (4, 81)), right=Picked.of(more, (81, 4)),
+        ),
+        broadcast.Broadcast(
+            source=flat, other=more, out=whole, left=Picked.of(flat, (4, 81)), right=Picked.of(more, (4, 81)),
+            split=0, how=Combination.ADD,
+        ),
+        reduce.Reduce(source=flat, out=small, columns=20, squares=True, factor=0.5),
     ]  # fmt: skip
 
 

@@ -77,8 +77,233 @@ def of_two(op: str) -> tuple[Node, ...]:
     return (Node("Tanh", ("x",), ("a",)), Node("Sigmoid", ("x",), ("b",)), Node(op, ("a", "b"), ("y",)))
 
 
+def ints(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+def floats(*shape: int) -> np.ndarray:
+    return np.random.default_rng(2).standard_normal(shape).astype(np.float32)
+
+
+def heads(*after: Node) -> tuple[Node, ...]:
+    """The queries `q` and keys `k` of two heads of attention, (batch, 2, 5, 4), from one linear layer on tokens."""
+    return (
+        Node("MatMul", ("x", "w"), ("a",)),
+        Node("Reshape", ("a", "parts"), ("b",)),
+        Node("Transpose", ("b",), ("c",), {"perm": (2, 0, 3, 1, 4)}),
+        Node("Gather", ("c", "first"), ("q",)),
+        Node("Gather", ("c", "second"), ("k",)),
+        *after,
+    )
+
+
+HEADS = {"parts": ints(-1, 5, 2, 2, 4), "first": np.array(0), "second": np.array(1)}
+WINDOWS = (
+    Node("Conv", ("x", "w"), ("a",)),
+    Node("Transpose", ("a",), ("b",), {"perm": (0, 2, 3, 1)}),
+    Node("LayerNormalization", ("b", "s"), ("c",)),
+    Node("Pad", ("c", "pads"), ("d",)),
+    Node("Slice", ("d", "two", "far", "one"), ("e",)),
+    Node("Slice", ("d", "zero", "two", "one"), ("f",)),
+    Node("Concat", ("e", "f"), ("g",), {"axis": 1}),
+    Node("Reshape", ("g", "cut"), ("h",)),
+    Node("Transpose", ("h",), ("i",), {"perm": (0, 1, 3, 2, 4, 5)}),
+)
+"""Windows of 5 x 5 pixels of a rolled picture of 9 x 9, as Swin transformers make them."""
+OF_WINDOWS = {
+    "pads": ints(0, 0, 0, 0, 0, 1, 1, 0), "zero": ints(0), "one": ints(1), "two": ints(2), "far": ints(1 << 62),
+    "cut": ints(-1, 2, 5, 2, 5, 6),
+}  # fmt: skip
+
 CASES = [
     Case("Add", of_two("Add")),
+    Case("Add:twice", (Node("Tanh", ("x",), ("a",)), Node("Add", ("a", "a"), ("y",)))),
+    Case("Add:pixels", (Node("Tanh", ("x",), ("a",)), Node("Add", ("a", "c"), ("y",))), constants={"c": floats(9, 9)}),
+    Case("Add:channels", (Node("Add", ("x", "c"), ("y",)),), constants={"c": floats(4, 1, 1)}),
+    Case(
+        "Add:scores",
+        heads(
+            Node("Transpose", ("k",), ("t",), {"perm": (0, 1, 3, 2)}),
+            Node("MatMul", ("q", "t"), ("u",)),
+            Node("Add", ("u", "bias"), ("y",)),
+        ),
+        (3, 5, 6),
+        {"w": (6, 16)},
+        {**HEADS, "bias": floats(1, 2, 5, 5)},
+    ),
+    Case(
+        "BatchNormalization",
+        (Node("BatchNormalization", ("x", "s", "b", "m", "v"), ("a",)), Node("Relu", ("a",), ("y",))),
+        constants={"s": floats(4), "b": floats(4), "m": floats(4), "v": floats(4) ** 2},
+    ),
+    Case(
+        "Concat",
+        (
+            Node("Conv", ("x", "w"), ("a",)),
+            Node("Concat", ("x", "a"), ("b",), {"axis": 1}),
+            Node("Conv", ("b", "v"), ("c",)),
+            Node("Concat", ("x", "a", "c"), ("d",), {"axis": 1}),
+            Node("Relu", ("d",), ("y",)),
+        ),
+        weights={"w": (5, 4, 1, 1), "v": (3, 9, 1, 1)},
+    ),
+    Case("Concat:twice", (Node("Relu", ("x",), ("a",)), Node("Concat", ("a", "x", "a"), ("y",), {"axis": 1}))),
+    Case("Concat:rows", (Node("Tanh", ("x",), ("a",)), Node("Concat", ("a", "x"), ("y",), {"axis": 2}))),
+    Case(
+        "Concat:token",
+        (
+            Node("MatMul", ("x", "w"), ("a",)),
+            Node("Concat", ("t", "a"), ("b",), {"axis": 1}),
+            Node("Add", ("b", "p"), ("y",)),
+        ),
+        TOKENS,
+        {"w": (6, 8)},
+        {"t": floats(1, 1, 8), "p": floats(1, 6, 8)},
+    ),
+    Case("Concat:windows", WINDOWS, (2, 4, 9, 9), {"w": (6, 4, 1, 1), "s": (6,)}, OF_WINDOWS),
+    Case(
+        "Concat:features",
+        (
+            Node("MatMul", ("x", "w"), ("a",)),
+            Node("Slice", ("a", "zero", "far", "one", "two"), ("b",)),
+            Node("Slice", ("a", "one", "far", "one", "two"), ("c",)),
+            Node("Concat", ("b", "c"), ("d",), {"axis": 2}),
+            Node("MatMul", ("d", "v"), ("y",)),
+        ),
+        (1, 6, 6),
+        {"w": (6, 8), "v": (16, 3)},
+        OF_WINDOWS,
+    ),
+    Case("Div:number", (Node("Div", ("x", "c"), ("y",)),), constants={"c": np.array(3, np.float32)}),
+    Case("Div:tokens", (Node("Div", ("x", "c"), ("y",)),), TOKENS, constants={"c": floats(5, 1)}),
+    Case(
+        "Einsum",
+        heads(Node("Einsum", ("q", "k"), ("y",), {"equation": "b h i d, b h j d -> b h i j"})),
+        (3, 5, 6),
+        {"w": (6, 16)},
+        HEADS,
+    ),
+    Case(
+        "Einsum:order",
+        heads(Node("Einsum", ("q", "k"), ("y",), {"equation": "bhid,bhjd->bihj"})),
+        (2, 5, 6),
+        {"w": (6, 16)},
+        HEADS,
+    ),
+    Case(
+        "Expand",
+        (
+            Node("ReduceL2", ("x", "axes"), ("a",)),
+            Node("Expand", ("a", "shape"), ("b",)),
+            Node("Div", ("x", "b"), ("y",)),
+        ),
+        TOKENS,
+        constants={"axes": ints(-1), "shape": ints(3, 1, 5, 6)},
+    ),
+    Case(
+        "Gather",
+        (Node("Gather", ("x", "i"), ("y",), {"axis": 1}),),
+        constants={"i": np.array([[0, -1, 2], [3, 3, 1]])},
+    ),
+    Case(
+        "Gather:token",
+        (Node("Tanh", ("x",), ("a",)), Node("Gather", ("a", "i"), ("y",), {"axis": 1})),
+        TOKENS,
+        constants={"i": np.array(0)},
+    ),
+    Case(
+        "GatherND",
+        (Node("Transpose", ("x",), ("a",), {"perm": (2, 3, 0, 1)}), Node("GatherND", ("a", "i"), ("y",))),
+        constants={"i": np.array([[0, 1], [8, -1], [3, 3]])},
+    ),
+    Case("MatMul:left", (Node("MatMul", ("c", "x"), ("y",)),), (2, 5, 6), constants={"c": floats(7, 5)}),
+    Case(
+        "MatMul:batch",
+        (Node("Tanh", ("x",), ("a",)), Node("MatMul", ("a", "c"), ("y",))),
+        (2, 3, 5, 6),
+        constants={"c": floats(3, 6, 7)},
+    ),
+    Case(
+        "MatMul:heads",
+        heads(
+            Node("Mul", ("q", "half"), ("r",)),
+            Node("Transpose", ("k",), ("t",), {"perm": (0, 1, 3, 2)}),
+            Node("MatMul", ("r", "t"), ("u",)),
+            Node("Softmax", ("u",), ("v",)),
+            Node("MatMul", ("v", "k"), ("m",)),
+            Node("Transpose", ("m",), ("n",), {"perm": (0, 2, 1, 3)}),
+            Node("Reshape", ("n", "shape"), ("o",)),
+            Node("MatMul", ("o", "z"), ("y",)),
+        ),
+        (3, 5, 6),
+        {"w": (6, 16), "z": (8, 6)},
+        {**HEADS, "half": np.array(0.5, np.float32), "shape": ints(-1, 5, 8)},
+    ),
+    Case("MaxPool:padded", one("MaxPool", kernel_shape=(3, 3), strides=(2, 2), pads=(1, 1, 1, 1))),
+    Case(
+        "Mul:scores",
+        (Node("MatMul", ("x", "x"), ("a",)), Node("Mul", ("a", "c"), ("y",))),
+        (2, 3, 5, 5),
+        constants={"c": floats(3, 1, 1)},
+    ),
+    Case(
+        "Pad",
+        (Node("Pad", ("x", "pads", "fill"), ("y",)),),
+        constants={"pads": ints(0, 1, 2, -1, 0, 0, 1, 3), "fill": np.array(7, np.float32)},
+    ),
+    Case(
+        "Pad:reflect",
+        (Node("Pad", ("x", "pads"), ("y",), {"mode": "reflect"}),),
+        constants={"pads": ints(0, 0, 2, 1, 0, 0, 1, 3)},
+    ),
+    Case("ReduceL2", (Node("ReduceL2", ("x", "axes"), ("y",)),), constants={"axes": ints(-1)}),
+    Case(
+        "ReduceMean:tokens",
+        (Node("ReduceMean", ("x", "axes"), ("y",), {"keepdims": 0}),),
+        (2, 5, 6),
+        constants={"axes": ints(1)},
+    ),
+    Case("ReduceSum", (Node("ReduceSum", ("x", "axes"), ("y",), {"keepdims": 0}),), constants={"axes": ints(1, 3)}),
+    Case(
+        "Reshape:shuffle",
+        (
+            Node("Relu", ("x",), ("a",)),
+            Node("Reshape", ("a", "groups"), ("b",)),
+            Node("Transpose", ("b",), ("c",), {"perm": (0, 2, 1, 3, 4)}),
+            Node("Reshape", ("c", "image"), ("d",)),
+            Node("Split", ("d",), ("e", "f"), {"axis": 1, "num_outputs": 2}),
+            Node("Conv", ("f", "w"), ("g",), {"pads": (1, 1, 1, 1)}),
+            Node("Concat", ("e", "g"), ("y",), {"axis": 1}),
+        ),
+        weights={"w": (2, 2, 3, 3)},
+        constants={"groups": ints(-1, 2, 2, 9, 9), "image": ints(-1, 4, 9, 9)},
+    ),
+    Case(
+        "Slice",
+        (Node("Slice", ("x", "zero", "far", "axes", "steps"), ("y",)),),
+        constants={"zero": ints(-1, 1), "far": ints(-99, 9), "axes": ints(-1, 2), "steps": ints(-2, 3)},
+    ),
+    Case(
+        "Split",
+        (Node("Split", ("x", "sizes"), ("a", "b"), {"axis": 2}), Node("Relu", ("b",), ("y",))),
+        constants={"sizes": ints(2, 7)},
+    ),
+    Case(
+        "Squeeze",
+        (Node("GlobalAveragePool", ("x",), ("a",)), Node("Squeeze", ("a", "axes"), ("y",))),
+        constants={"axes": ints(-1, 2)},
+    ),
+    Case(
+        "Unsqueeze",
+        (Node("Tanh", ("x",), ("a",)), Node("Unsqueeze", ("a", "axes"), ("y",))),
+        constants={"axes": ints(1, -1)},
+    ),
+    Case("Transpose:images", (Node("Relu", ("x",), ("a",)), Node("Transpose", ("a",), ("y",), {"perm": (1, 0, 3, 2)}))),
+    Case(
+        "Where",
+        (Node("Relu", ("x",), ("a",)), Node("Where", ("c", "zero", "a"), ("y",))),
+        constants={"c": floats(9, 1) > 0, "zero": np.array(0, np.float32)},
+    ),
     Case(
         "Add:bias",
         (Node("MatMul", ("x", "w"), ("a",)), Node("Add", ("a", "b"), ("y",))),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from dsr_tool.runtime.compiler.layouts import Value
+from dsr_tool.runtime.compiler.layouts import Planes, Value
 from dsr_tool.runtime.compiler.op import Op
 from dsr_tool.runtime.compiler.segment import Segment
 
@@ -59,6 +59,11 @@ def allocate(segment: Segment) -> Arena:
         blocks.append((start, start + value.size, value))
         # The first halo belongs to the value's memory, and offsets count from the first vector after it.
         addresses[value] = Address(0, start + value.lead)
+    for op in segment.ops:
+        for part in (op.source, op.other, op.out):
+            if isinstance(part, Planes) and part.whole is not None:
+                offset = addresses[part.whole].offset + part.first_channel * part.channel_step
+                addresses[part] = Address(0, offset)
     return Arena(max((high for _, high, _ in blocks), default=0) + _SLACK, addresses)
 
 
@@ -66,8 +71,10 @@ def _lifetimes(ops: Sequence[Op]) -> dict[Value, tuple[int, int]]:
     """Returns the index of the op that makes each value, and of the last op that touches it."""
     lifetimes: dict[Value, tuple[int, int]] = {}
     for i, op in enumerate(ops):
-        for value in (op.source, op.other, op.out):
-            if value is not None:
+        for part in (op.source, op.other, op.out):
+            if part is not None:
+                # Parts lie in the memory of their whole.
+                value = part.root if isinstance(part, Planes) else part
                 # A value that is read before an op makes it is an array of the caller, whose lifetime does not count.
                 first, _ = lifetimes.get(value, (i, i))
                 lifetimes[value] = (first, i)

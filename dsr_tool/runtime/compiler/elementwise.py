@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dsr_tool.graph.ir import Node
+from dsr_tool.runtime.compiler.broadcast import broadcast
+from dsr_tool.runtime.compiler.channels import by_channel
 from dsr_tool.runtime.compiler.gemv import Gemv
 from dsr_tool.runtime.compiler.layouts import Flat, Planes, Rows, Value, same_layout
 from dsr_tool.runtime.compiler.lowering import Lowered, Lowering, Rule
 from dsr_tool.runtime.compiler.matmul import add_bias
 from dsr_tool.runtime.compiler.op import IDENTITY, Activate, Op, Parameters
 from dsr_tool.runtime.compiler.packing import Packer
+from dsr_tool.runtime.compiler.picked import Picked
+from dsr_tool.runtime.compiler.products import add_to_product
 from dsr_tool.runtime.compiler.relayout import Copy
 from dsr_tool.runtime.compiler.spmm import Spmm
 from dsr_tool.runtime.kernels.ops import Activation, Combination, Kind
@@ -149,14 +153,14 @@ def arithmetic(low: Lowering, node: Node) -> Lowered | None:
     """Lowers a sum, difference, product or quotient of two values; a sum becomes part of the op that makes one."""
     first, second = node.inputs
     how = _ARITHMETIC[node.op]
-    for name, vector in ((first, second), (second, first)):
-        if how is Combination.ADD and vector in low.constants and name in low.shapes:
-            return add_bias(low, name, vector)
+    for name, known in ((first, second), (second, first)):
+        if known in low.constants and name in low.shapes:
+            return _with_known(low, node, name, known) or broadcast(low, node, how)
     shape = low.shapes.get(first)
-    # x + x is left to the reference, since a product cannot start from its own result; so is broadcasting, except for
-    # factors per channel.
+    # x + x is none for the ops below, since a product cannot start from its own result.
     if shape is None or low.shapes.get(second) != shape or first == second:
-        return _scale(low, node) if how is Combination.MULTIPLY else None
+        scaled = _scale(low, node) if how is Combination.MULTIPLY else None
+        return scaled or broadcast(low, node, how)
     if low.value(first) is None or low.value(second) is None:
         return None
     a, b = _whole_vectors(low, first), _whole_vectors(low, second)
@@ -176,8 +180,22 @@ def arithmetic(low: Lowering, node: Node) -> Lowered | None:
         # Branches with different strides may lie on different grids.
         b = low.on_grid(b, a.grid, a.factor)
     if not same_layout(a, b):
-        return None
+        return broadcast(low, node, how)
     return Lowered(low.add(Combine(source=a, out=_new_like(low, a, shape), other=b, how=how)), shape)
+
+
+def _with_known(low: Lowering, node: Node, name: str, known: str) -> Lowered | None:
+    """Lowers arithmetic with a known array as part of an op that is there, or as factors and summands of channels."""
+    lowered = None
+    if node.op == "Add":
+        lowered = add_bias(low, name, known) or add_to_product(low, name, known)
+    value, array = low.values.get(name), low.constants.dense(known)
+    if isinstance(value, Picked) and array.size == 1 and array.ndim <= len(low.shapes[name]):
+        # Whoever reads the entries multiplies them by the number.
+        factor = array.item() if node.op == "Mul" else 1 / array.item() if node.op == "Div" and array.item() else 0.0
+        if factor and math.isfinite(factor) and known in node.inputs[0 if node.op == "Mul" else 1 :]:
+            return Lowered(value.times(factor), low.shapes[name])
+    return lowered or by_channel(low, node, name, known)
 
 
 def _can_start_from(low: Lowering, maker: Op, residual: Value, name: str) -> bool:

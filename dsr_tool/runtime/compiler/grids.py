@@ -80,7 +80,7 @@ class Grids:
             row = operator_of(node.op)
             if source is None or node.op not in self._lowered:
                 continue
-            if row.elementwise:
+            if row.elementwise or (node.op == "Concat" and node.attributes.get("axis") == 1):
                 # The result lies on the grid of its input, so the strides after it count for the input too.
                 factors[node.outputs[0]] = factors[source]
             elif row.windowed and source == node.inputs[0]:

@@ -111,23 +111,49 @@ class Flat(Value):
 class Planes(Value):
     """Channels of pixels on a grid; shape (batch, channels, height, width).
 
-    The last four attributes grow while later nodes are lowered, so strides are final only when the segment ends.
+    Halos grow while later nodes are lowered, so strides are final only when the segment ends. A value may become a part
+    of another one, as the inputs of a concatenation do: neighbouring channels of it, in the same memory.
 
     Attributes:
         grid: the grid of its pixels.
         factor: pixels per position in each direction.
-        halo_before: vectors before each plane that kernels read.
-        halo_after: vectors after each plane that kernels read.
         nonnegative: no entry is negative.
-        zero_padded: some op relies on zeros at positions without a pixel.
+        whole: the planes that it is a part of, which are part of no others; None where it has memory of its own.
+        first_channel: its first channel among those.
     """
 
     grid: Grid
     factor: int
-    halo_before: int = field(default=0, init=False)
-    halo_after: int = field(default=0, init=False)
     nonnegative: bool = field(default=False, init=False)
-    zero_padded: bool = field(default=False, init=False)
+    whole: Planes | None = field(default=None, init=False)
+    first_channel: int = field(default=0, init=False)
+    _before: int = field(default=0, init=False)
+    _after: int = field(default=0, init=False)
+    _zero_padded: bool = field(default=False, init=False)
+
+    @property
+    def root(self) -> Planes:
+        """The planes that have the memory in which it lies."""
+        return self if self.whole is None else self.whole
+
+    @property
+    def halo_before(self) -> int:
+        """Vectors before each plane that kernels read."""
+        return self.root._before
+
+    @property
+    def halo_after(self) -> int:
+        """Vectors after each plane that kernels read."""
+        return self.root._after
+
+    @property
+    def zero_padded(self) -> bool:
+        """True if some op relies on zeros at positions without a pixel."""
+        return self.root._zero_padded
+
+    @zero_padded.setter
+    def zero_padded(self, value: bool) -> None:
+        self.root._zero_padded = value
 
     @property
     def phases(self) -> int:
@@ -169,8 +195,13 @@ class Planes(Value):
             or self.phases * stride * self.grid.lanes > _MAX_CHANNEL_FLOATS
         ):
             return False
-        self.halo_before, self.halo_after = before, after
+        self.root._before, self.root._after = before, after
         return True
+
+    def become_part(self, whole: Planes, first_channel: int) -> None:
+        """Makes it the channels from one on of other planes, whose grid is the same and whose halo is as wide."""
+        whole.zero_padded = whole.zero_padded or self.zero_padded
+        self.whole, self.first_channel = whole, first_channel
 
     def pixel_of_position(self) -> _Int:
         """Returns the number of the pixel at each position, (phases, length, lanes); -1 where there is none."""

@@ -16,6 +16,8 @@ from dsr_tool.runtime.compiler.constants import Constants
 from dsr_tool.runtime.compiler.grids import Grids
 from dsr_tool.runtime.compiler.layouts import Flat, Grid, Planes, Rows, Value
 from dsr_tool.runtime.compiler.op import Op, Target
+from dsr_tool.runtime.compiler.picked import Picked
+from dsr_tool.runtime.compiler.picking import can_be_planes, constant_of, pick_to_flat, pick_to_planes
 from dsr_tool.runtime.compiler.relayout import FromRows, to_flat, to_planes
 from dsr_tool.runtime.compiler.segment import Segment
 from dsr_tool.runtime.compiler.summary import Origin
@@ -161,7 +163,7 @@ class Lowering:
             self.segment.outputs[name] = out = value
         else:
             self.segment.outputs[name] = out
-            self.add(to_flat(value, out))
+            self.add(self._to_flat(value, out))
         return out
 
     # --- requests of rules ---------------------------------------------------------------------------------------
@@ -177,7 +179,7 @@ class Lowering:
     def value(self, name: str) -> Value | None:
         """Returns a float32 value in the layout that the segment has it in; None if it is unknown or not float32."""
         if name in self.values:
-            return self.values[name]
+            return self._settled(name)
         # Ops run once for each piece of the batch, so a first axis of another size cannot be cut into pieces.
         if (
             not self.shapes.get(name)
@@ -190,7 +192,10 @@ class Lowering:
 
     def planes(self, name: str) -> Planes | None:
         """Returns a value as planes, on the grid that suits the nodes that follow."""
-        value = self.value(name)
+        picked = self.values.get(name)
+        if isinstance(picked, Picked) and (made := self._as_planes(name, picked)) is not None:
+            return made
+        value = self.flat(name) if isinstance(picked, Picked) else self.value(name)
         if isinstance(value, Rows):
             # The pixels of rows are the rows themselves, so a convolution has to see entries in order first.
             value = self.flat(name)
@@ -209,7 +214,10 @@ class Lowering:
 
     def rows(self, name: str) -> Rows | None:
         """Returns a value as rows of features, its last axis."""
-        value = self.value(name)
+        picked = self.values.get(name)
+        if isinstance(picked, Picked) and (made := self._as_rows(name, picked)) is not None:
+            return made
+        value = self.flat(name) if isinstance(picked, Picked) else self.value(name)
         if isinstance(value, Rows):
             return value
         flat, shape = self.flat(name), self.shapes.get(name, ())
@@ -223,12 +231,105 @@ class Lowering:
 
     def flat(self, name: str) -> Flat | None:
         """Returns a value as entries in order."""
-        value = self.value(name)
+        value = self.values.get(name) or self.value(name)
         if isinstance(value, Flat) or value is None:
             return value
+        if isinstance(value, Picked) and isinstance(value.base, Flat) and value.is_in_order():
+            # Two names of one value now: what is done to it must not be seen under the other one.
+            self.segment.shared.add(value.base)
+            self.values[name] = value.base
+            return value.base
         out = self.new_flat(self.shapes[name])
-        self.add(to_flat(value, out))
+        self.add(self._to_flat(value, out))
+        if isinstance(value, Picked):
+            self.values[name] = out
         return out
+
+    def picked(self, name: str) -> Picked | None:
+        """Returns a value, or a known array of float32, as entries of a value that lies in memory."""
+        if name in self.constants:
+            array = self.constants.dense(name)
+            if array.dtype != np.float32 or not array.size:
+                return None
+            # The same for all pieces of the batch.
+            out = Flat(array.shape, self.target.lanes, 1)
+            self.add(constant_of(array, out))
+            return Picked.of(out, array.shape)
+        value = self.values.get(name) or self.value(name)
+        if value is None or isinstance(value, Picked):
+            return value
+        return Picked.of(value, self.piece(self.shapes[name]))
+
+    def gathered(self, picked: Picked) -> Picked:
+        """Returns picked entries as a value of their own, in order."""
+        # One piece of the batch, or a known array that all pieces share.
+        out = Flat(picked.shape, self.target.lanes, 1)
+        self.add(pick_to_flat(picked, out))
+        return Picked.of(out, picked.shape)
+
+    def piece(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of what one run of the segment sees of a value."""
+        return (1, *shape[1:]) if self.batch > 1 else shape
+
+    def _to_flat(self, value: Value, out: Flat) -> Op:
+        if not isinstance(value, Picked):
+            return to_flat(value, out)
+        return pick_to_flat(value, out)
+
+    def _settled(self, name: str) -> Value | None:
+        """Returns a value in a layout: a picked one in that in which its channels lie."""
+        value = self.values[name]
+        if not isinstance(value, Picked):
+            return value
+        channels = {group.axes for group in value.groups if group.kind == "channel"}
+        last = len(value.shape) - 1
+        made: Value | None = None
+        if channels == {(1,)} and last == 3:
+            made = self._as_planes(name, value)
+        elif channels == {(last,)} and last:
+            made = self._as_rows(name, value)
+        return self.flat(name) if made is None else made
+
+    def _as_planes(self, name: str, picked: Picked) -> Planes | None:
+        """Returns picked entries as planes; None if one op cannot write them so."""
+        shape, base = self.shapes[name], picked.base
+        if len(shape) != 4 or shape[2] * shape[3] > MAX_PIXELS or self.batch != shape[0]:
+            return None
+        image = isinstance(base, Planes) and not isinstance(base, Rows) and base.shape[2:] == shape[2:]
+        if image and picked.is_whole(1):
+            self.segment.shared.add(base)
+            self.values[name] = base
+            return base
+        if not can_be_planes(picked, 1):
+            return None
+        if image and picked.has_pixels((0, 2, 3)):
+            planes = Planes(shape, base.grid, base.factor)
+        else:
+            grid, factor = self.grids.choose(name, shape[2], shape[3], self.index)
+            planes = Planes(shape, grid, factor)
+        if not planes.extend_halo(0, 0):
+            return None
+        planes.nonnegative = isinstance(base, Planes) and base.nonnegative and picked.factor >= 0
+        self.add(pick_to_planes(picked, planes))
+        self.values[name] = planes
+        return planes
+
+    def _as_rows(self, name: str, picked: Picked) -> Rows | None:
+        """Returns picked entries as rows of features; None if one op cannot write them so."""
+        shape, last = self.shapes[name], len(picked.shape) - 1
+        if self.batch != 1 or math.prod(shape) > MAX_PIXELS:
+            return None
+        if isinstance(picked.base, Rows) and picked.is_whole(last):
+            self.segment.shared.add(picked.base)
+            self.values[name] = picked.base
+            return picked.base
+        if not can_be_planes(picked, last):
+            return None
+        features, count = shape[-1], math.prod(shape[:-1])
+        rows = Rows((1, features, 1, count), self.grids.grid(1, count, 0), 1)
+        self.add(pick_to_planes(picked, rows))
+        self.values[name] = rows
+        return rows
 
     def on_grid(self, source: Planes, grid: Grid, factor: int) -> Planes:
         """Returns the same pixels on another grid."""

@@ -13,6 +13,7 @@ from dsr_tool.runtime.compiler.gemv import Gemv, lower_gemv
 from dsr_tool.runtime.compiler.layouts import Rows
 from dsr_tool.runtime.compiler.lowering import Lowered, Lowering
 from dsr_tool.runtime.compiler.op import IDENTITY
+from dsr_tool.runtime.compiler.products import multiply
 from dsr_tool.runtime.compiler.spmm import Spmm
 from dsr_tool.runtime.compiler.taps import POINT
 from dsr_tool.sparsity.tensor import Weight, dense
@@ -21,15 +22,16 @@ __all__ = ["add_bias", "gemm", "matmul"]
 
 
 def matmul(low: Lowering, node: Node) -> Lowered | None:
-    """Lowers a product with a known matrix on the right."""
+    """Lowers a product: with a known matrix on the right as a linear layer, or of two matrices."""
     name, matrix = node.inputs
     # Exporters write x @ transpose(w), and w itself lies as the kernels want it.
     weight: Weight | None = low.constants.transposed_source(matrix)
     if weight is None and matrix in low.constants:
         weight = np.ascontiguousarray(low.constants.dense(matrix).T)
-    if weight is None or name not in low.shapes or len(shape_of(weight)) != 2:
-        return None
-    return _linear(low, name, weight, None, (node.op, matrix))
+    lowered = None
+    if weight is not None and name in low.shapes and len(shape_of(weight)) == 2:
+        lowered = _linear(low, name, weight, None, (node.op, matrix))
+    return lowered or multiply(low, node)
 
 
 def gemm(

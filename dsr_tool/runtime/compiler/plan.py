@@ -154,7 +154,13 @@ class Plan:
         if batch not in (None, low.batch):
             self._export(index)
             low.start(batch)
-        return low.lower(index)
+        fallback = low.lower(index)
+        if fallback is not None and low.batch > 1:
+            # What concerns the batch itself, such as another order of its axes, takes all images at once.
+            self._export(index)
+            low.start(1)
+            fallback = low.lower(index)
+        return fallback
 
     def _fall_back(self, index: int, node: Node, constants: Constants) -> None:
         """Ends the segment, and lets the reference compute a node."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,6 +16,8 @@ from dsr_tool.runtime.compiler.layouts import Planes
 from dsr_tool.runtime.compiler.lowering import Lowered, Lowering
 from dsr_tool.runtime.compiler.op import Op, Parameters
 from dsr_tool.runtime.compiler.packing import Packer
+from dsr_tool.runtime.compiler.picked import Picked
+from dsr_tool.runtime.compiler.picking import pick_to_planes
 from dsr_tool.runtime.compiler.taps import extend_halo, offsets_of, taps_of, window_of
 from dsr_tool.runtime.kernels.ops import Kind
 from dsr_tool.sparsity.mask import Mask
@@ -46,7 +49,7 @@ class MaxPool(Op):
 
 
 def max_pool(low: Lowering, node: Node, *, ceil_mode: int = 0, **_: Any) -> Lowered | None:
-    """Lowers a max pool over two axes. Padded ones need an input without negative entries."""
+    """Lowers a max pool over two axes."""
     name = node.inputs[0]
     window, shape = window_of(node, low.constants), low.shapes.get(name, ())
     if window is None or len(shape) != 4 or len(set(window.strides)) != 1:
@@ -57,7 +60,10 @@ def max_pool(low: Lowering, node: Node, *, ceil_mode: int = 0, **_: Any) -> Lowe
         return None
     # The halo is zero where the standard pads with minus infinity, which is the same after a ReLU alone.
     if _reads_padding(window, size, shape[2:]) and not planes.nonnegative:
-        return None
+        planes = _padded(low, planes, window, size)
+        window = dataclasses.replace(window, begin=(0, 0), end=(0, 0))
+        if planes is None:
+            return None
     windowed = place_window(low, planes, window, size, node)
     if windowed is None:
         return None
@@ -68,6 +74,27 @@ def max_pool(low: Lowering, node: Node, *, ceil_mode: int = 0, **_: Any) -> Lowe
     if not extend_halo(source, taps_of(window, source.factor, factor)):
         return None
     return Lowered(low.add(MaxPool(source=source, out=out, window=window)), out.shape)
+
+
+def _padded(low: Lowering, source: Planes, window: Window, size: tuple[int, ...]) -> Planes | None:
+    """Returns pixels with as much minus infinity around them as windows reach; None if kernels cannot address them."""
+    picked, shape = Picked.of(source, (1, *source.shape[1:])), list(source.shape)
+    for axis in (2, 3):
+        n, begin, stride = shape[axis], window.begin[axis - 2], window.strides[axis - 2]
+        reach = (size[axis - 2] - 1) * stride + (window.kernel[axis - 2] - 1) * window.dilations[axis - 2] + 1
+        indices = np.arange(reach) - begin
+        taken = picked.taken(axis, np.where(indices < n, indices, -1))
+        if taken is None:
+            return None
+        picked, shape[axis] = taken, reach
+    picked.fill = -math.inf
+    stride = window.strides[0]
+    rows, columns = -(-shape[2] // stride), -(-shape[3] // stride)
+    out = Planes(tuple(shape), low.grids.grid(rows, columns, max(window.kernel) * max(window.dilations)), stride)
+    if not picked.divides((1,)) or not out.extend_halo(0, 0):
+        return None
+    low.add(pick_to_planes(picked, out))
+    return out
 
 
 def _reads_padding(window: Window, out: tuple[int, ...], size: tuple[int, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""Lowering rules of means, layer normalisation and softmax."""
+"""Lowering rules of reductions, layer normalisation and softmax."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 from dsr_tool.graph.ir import Node
 from dsr_tool.runtime.compiler.constants import shape_of
 from dsr_tool.runtime.compiler.layouts import Flat, Planes, Rows
-from dsr_tool.runtime.compiler.lowering import Lowered, Lowering
+from dsr_tool.runtime.compiler.lowering import Lowered, Lowering, Rule
 from dsr_tool.runtime.compiler.op import Op, Parameters
 from dsr_tool.runtime.compiler.packing import Packer
 from dsr_tool.runtime.kernels.ops import Kind
 from dsr_tool.sparsity.tensor import Array, dense
 
-__all__ = ["LayerNorm", "Mean", "Softmax", "global_average_pool", "layer_norm", "reduce_mean", "softmax"]
+__all__ = ["LayerNorm", "Mean", "Reduce", "Softmax", "global_average_pool", "layer_norm", "reduction", "softmax"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -90,18 +90,73 @@ class Softmax(Op):
         return Parameters({"rows": self.out.entries // self.columns, "columns": self.columns})
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Reduce(Op):
+    """The sum of each row of entries in order, or the root of the sum of squares, times a factor.
+
+    Attributes:
+        columns: entries of a row.
+        squares: squares are summed.
+        factor: factor of the sum.
+    """
+
+    out: Flat
+    columns: int
+    squares: bool
+    factor: float
+
+    kind: ClassVar[Kind] = Kind.REDUCE
+    exact: ClassVar[bool] = True
+
+    def parameters(self, packer: Packer) -> Parameters:
+        """Returns the sizes, the function and the factor."""
+        del packer
+        fields = {"rows": self.out.entries, "columns": self.columns, "squares": int(self.squares)}
+        return Parameters({**fields, "factor": self.factor})
+
+
 def global_average_pool(low: Lowering, node: Node) -> Lowered | None:
     """Lowers the mean over all pixels."""
     return _mean(low, node.inputs[0], keep_axes=True)
 
 
-def reduce_mean(low: Lowering, node: Node, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Lowered | None:
-    """Lowers a mean over the last two of four axes."""
-    del noop_with_empty_axes  # concerns means without axes, which are refused below
-    axes = low.constants.get(node.inputs[1]) if len(node.inputs) > 1 else None
-    if axes is None or sorted(int(axis) % 4 for axis in dense(axes).ravel()) != [2, 3]:
+def reduction(*, mean: bool = False, squares: bool = False) -> Rule:
+    """Returns the rule of the sum over known axes, of the mean, or of the root of the sum of squares."""
+
+    def rule(low: Lowering, node: Node, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Lowered | None:
+        del noop_with_empty_axes  # concerns reductions without axes, which are refused below
+        name, *others = node.inputs
+        known = low.constants.get(others[0]) if others else None
+        shape = low.shapes.get(name, ())
+        axes = [] if known is None else sorted(int(axis) % max(len(shape), 1) for axis in dense(known).ravel())
+        if not axes or not shape or len(set(axes)) != len(axes):
+            return None
+        lowered = None
+        if mean and axes == [2, 3]:
+            lowered = _mean(low, name, keep_axes=bool(keepdims))
+        return lowered or _reduce(low, name, axes, keep_axes=bool(keepdims), mean=mean, squares=squares)
+
+    return rule
+
+
+def _reduce(low: Lowering, name: str, axes: list[int], *, keep_axes: bool, mean: bool, squares: bool) -> Lowered | None:
+    """Lowers a reduction over any axes, which become the last ones first."""
+    shape, picked = low.shapes[name], low.picked(name)
+    if picked is None or (low.batch > 1 and 0 in axes):
         return None
-    return _mean(low, node.inputs[0], keep_axes=bool(keepdims))
+    kept = [axis for axis in range(len(shape)) if axis not in axes]
+    moved = picked.transposed([*kept, *axes])
+    source = moved.base if moved.is_in_order() else low.gathered(moved).base
+    out_shape = tuple(1 if axis in axes else size for axis, size in enumerate(shape) if axis in kept or keep_axes)
+    columns = math.prod(shape[axis] for axis in axes)
+    op = Reduce(
+        source=source,
+        out=low.new_flat(out_shape or (1,)),
+        columns=columns,
+        squares=squares,
+        factor=1 / columns if mean else 1.0,
+    )
+    return Lowered(low.add(op), out_shape)
 
 
 def _mean(low: Lowering, name: str, *, keep_axes: bool) -> Lowered | None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dsr_tool.runtime.compiler.channels import batch_norm
+from dsr_tool.runtime.compiler.concat import concat
 from dsr_tool.runtime.compiler.convolution import conv
 from dsr_tool.runtime.compiler.elementwise import activation, arithmetic, clip, gelu, relu
 from dsr_tool.runtime.compiler.lowering import Rule
 from dsr_tool.runtime.compiler.matmul import gemm, matmul
+from dsr_tool.runtime.compiler.movement import expand, gather, gather_nd, pad, slices, split, transpose, where
 from dsr_tool.runtime.compiler.pooling import average_pool, max_pool
-from dsr_tool.runtime.compiler.reduce import global_average_pool, layer_norm, reduce_mean, softmax
-from dsr_tool.runtime.compiler.shapes import flatten, reshape, transpose
+from dsr_tool.runtime.compiler.products import einsum
+from dsr_tool.runtime.compiler.reduce import global_average_pool, layer_norm, reduction, softmax
+from dsr_tool.runtime.compiler.shapes import flatten, reshape, squeeze, unsqueeze
 from dsr_tool.runtime.kernels.ops import Activation
 
 __all__ = ["RULES"]
@@ -20,11 +24,17 @@ _BELOW_ZERO = {"alpha": "negative_scale"}
 RULES: dict[str, Rule] = {
     "Add": arithmetic,
     "AveragePool": average_pool,
+    "BatchNormalization": batch_norm,
     "Clip": clip,
+    "Concat": concat,
     "Conv": conv,
     "Div": arithmetic,
+    "Einsum": einsum,
     "Elu": activation(Activation.ELU, _BELOW_ZERO, alpha=1.0),
+    "Expand": expand,
     "Flatten": flatten,
+    "Gather": gather,
+    "GatherND": gather_nd,
     "Gelu": gelu,
     "Gemm": gemm,
     "GlobalAveragePool": global_average_pool,
@@ -35,14 +45,22 @@ RULES: dict[str, Rule] = {
     "MatMul": matmul,
     "MaxPool": max_pool,
     "Mul": arithmetic,
-    "ReduceMean": reduce_mean,
+    "Pad": pad,
+    "ReduceL2": reduction(squares=True),
+    "ReduceMean": reduction(mean=True),
+    "ReduceSum": reduction(),
     "Relu": relu,
     "Reshape": reshape,
     "Sigmoid": activation(Activation.SIGMOID),
+    "Slice": slices,
     "Softmax": softmax,
+    "Split": split,
+    "Squeeze": squeeze,
     "Sub": arithmetic,
     "Swish": activation(Activation.SILU),
     "Tanh": activation(Activation.TANH),
     "Transpose": transpose,
+    "Unsqueeze": unsqueeze,
+    "Where": where,
 }
 """Lowering rules by operator; a node of any other operator is a fallback."""

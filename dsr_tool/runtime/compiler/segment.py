@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from dsr_tool.runtime.compiler.layouts import Flat, Value
+from dsr_tool.runtime.compiler.layouts import Flat, Planes, Value
 from dsr_tool.runtime.compiler.op import Op
 from dsr_tool.runtime.compiler.summary import Origin
 
@@ -24,6 +24,8 @@ class Segment:
         outputs: arrays of the caller that it fills, by name.
         origin: the node that is being lowered; None before the first.
         origins: the node of each op; of a fused one the first.
+        shared: values that several names mean, which no later op may change.
+        wholes: planes that other planes are parts of.
     """
 
     lanes: int
@@ -33,6 +35,8 @@ class Segment:
     outputs: dict[str, Flat] = field(default_factory=dict)
     origin: Origin | None = None
     origins: dict[Op, Origin | None] = field(default_factory=dict)
+    shared: set[Value] = field(default_factory=set)
+    wholes: list[Planes] = field(default_factory=list)
 
     def add(self, op: Op) -> Value:
         """Appends an op. Returns the value that it makes."""
@@ -46,7 +50,9 @@ class Segment:
         self.origins[new] = self.origins[old]
 
     def maker(self, value: Value) -> Op | None:
-        """Returns the op of this segment that makes a value."""
+        """Returns the op of this segment that makes a value, if it alone does and may be replaced."""
+        if value in self.shared:
+            return None
         # From the end, since a rule mostly asks for the latest value.
         return next((op for op in reversed(self.ops) if op.out is value), None)
 

@@ -1,4 +1,4 @@
-"""Lowering rules of operators that change a shape and move nothing."""
+"""Lowering rules of operators that change a shape alone."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import operator
 
 from dsr_tool.graph.ir import Node
 from dsr_tool.graph.limits import int_list
-from dsr_tool.runtime.compiler.layouts import Rows
+from dsr_tool.runtime.compiler.layouts import Flat, Rows
 from dsr_tool.runtime.compiler.lowering import Lowered, Lowering
 
-__all__ = ["flatten", "reshape", "transpose"]
+__all__ = ["flatten", "reshape", "squeeze", "unsqueeze"]
 
 
 def flatten(low: Lowering, node: Node, *, axis: int = 1) -> Lowered | None:
@@ -34,6 +34,30 @@ def reshape(low: Lowering, node: Node, *, allowzero: int = 0) -> Lowered | None:
     return _view(low, node.inputs[0], tuple(sizes))
 
 
+def squeeze(low: Lowering, node: Node) -> Lowered | None:
+    """Lowers the removal of axes of size one."""
+    shape = low.shapes.get(node.inputs[0], ())
+    if len(node.inputs) > 1 and node.inputs[1]:
+        axes = [axis + len(shape) if axis < 0 else axis for axis in int_list(low.constants.dense(node.inputs[1]))]
+    else:
+        axes = [axis for axis, size in enumerate(shape) if size == 1]
+    if any(not 0 <= axis < len(shape) or shape[axis] != 1 for axis in axes):
+        return None
+    return _view(low, node.inputs[0], tuple(size for axis, size in enumerate(shape) if axis not in axes))
+
+
+def unsqueeze(low: Lowering, node: Node) -> Lowered | None:
+    """Lowers new axes of size one."""
+    shape = low.shapes.get(node.inputs[0], ())
+    wanted = int_list(low.constants.dense(node.inputs[1]))
+    rank = len(shape) + len(wanted)
+    axes = {axis + rank if axis < 0 else axis for axis in wanted}
+    if len(axes) != len(wanted) or not axes <= set(range(rank)):
+        return None
+    sizes = iter(shape)
+    return _view(low, node.inputs[0], tuple(1 if axis in axes else next(sizes) for axis in range(rank)))
+
+
 def _view(low: Lowering, name: str, wanted: tuple[int, ...]) -> Lowered | None:
     """Lowers a value of another shape with the same entries in the same order."""
     shape = low.shapes.get(name, ())
@@ -42,26 +66,19 @@ def _view(low: Lowering, name: str, wanted: tuple[int, ...]) -> Lowered | None:
         or min(wanted, default=0) < 0
         or (low.batch > 1 and wanted[:1] != shape[:1])
         or math.prod(wanted) != math.prod(shape)
-        # The view aliases its input, so refuse it if anything else reads the input: later ops are fused in place.
-        or not low.only_reader(name)
     ):
         return None
-    rows = low.values.get(name)
-    if isinstance(rows, Rows) and wanted[-1:] == shape[-1:]:
-        return Lowered(rows, wanted)
-    value = low.flat(name)
-    return None if value is None else Lowered(value, wanted)
-
-
-def transpose(low: Lowering, node: Node, *, perm: tuple[int, ...] = ()) -> Lowered | None:
-    """Lowers a permutation that moves axes of one entry alone, so that entries keep their order."""
-    name = node.inputs[0]
-    shape, value = low.shapes.get(name, ()), low.values.get(name)
-    if not perm or sorted(perm) != list(range(len(shape))) or not low.only_reader(name):
-        return None
-    order = [axis for axis in perm if shape[axis] > 1]
-    wanted = tuple(shape[axis] for axis in perm)
-    # Values of rows alone know no other axes than rows and features.
-    if order != sorted(order) or not isinstance(value, Rows) or wanted[-1] != shape[-1] or low.batch != 1:
-        return None
-    return Lowered(value, wanted)
+    value = low.values.get(name)
+    # A view aliases its input. Where that is read elsewhere, entries are picked: later ops are fused in place.
+    if low.only_reader(name) and (isinstance(value, Flat) or (isinstance(value, Rows) and wanted[-1:] == shape[-1:])):
+        return Lowered(value, wanted)
+    picked = low.picked(name)
+    changed = None if picked is None else picked.reshaped(low.piece(wanted))
+    if changed is None and (flat := low.flat(name)) is not None:
+        if low.only_reader(name):
+            return Lowered(flat, wanted)
+        # Its tables would be too large, or mix channels and pixels; in order it is the same entries.
+        low.values[name] = flat
+        picked = low.picked(name)
+        changed = None if picked is None else picked.reshaped(low.piece(wanted))
+    return None if changed is None else Lowered(changed, wanted)

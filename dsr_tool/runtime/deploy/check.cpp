@@ -210,6 +210,79 @@ struct Check {
         out(0, entries);
         halo();
     }
+
+    // The largest entry of a table of 64-bit distances, none of which is negative unless `gaps` allows it.
+    Wide farthest(const int64_t* data, Wide count, bool gaps, const char* what) {
+        table(data, INT64S, count, what);
+        Wide most = -1;
+        for (int64_t i = 0; good && i < (int64_t)count; i++) {
+            require(data[i] <= MOST && (gaps || data[i] >= 0), what);
+            most = data[i] > most ? data[i] : most;
+        }
+        return most;
+    }
+    void pick() {
+        const Pick& p = op.pick;
+        const Wide outers = number(p.outer_count, 1, "the outer table"), phase = number(p.phases, 1, "phases");
+        const Wide inners = number(p.inner_count, 1, "the inner table"), run = number(p.run, 1, "the run");
+        const Wide first = number(p.out_first, 0, "the result"), step = number(p.out_step, 0, "the result");
+        table(p.inner, INT32S, phase * inners, "the inner table");
+        const Wide outer = farthest(p.outer, outers, true, "the outer table");
+        if (!good) return;
+        Wide inner = -1;
+        for (int64_t i = 0; i < (int64_t)(phase * inners); i++) inner = p.inner[i] > inner ? p.inner[i] : inner;
+        if (outer >= 0 && inner >= 0) source(0, outer + inner + run);
+        out(first, first + (outers * phase - 1) * step + inners * run);
+        halo();
+    }
+    void constant() {
+        const Wide floats = planes() * length() * lanes;
+        table(op.constant.values, FLOATS, floats, "the constant");
+        out_planes();
+    }
+    void matmul() {
+        const Matmul& p = op.matmul;
+        const Wide batches = number(p.batches, 1, "products"), rows = number(p.rows, 1, "rows");
+        const Wide columns = number(p.columns, 1, "columns"), depth = number(p.depth, 1, "depth");
+        // A step is the size of one table, or 0 where all products share it.
+        require(p.source_rows_step == 0 || p.source_rows_step == rows, "rows");
+        require(p.source_depth_step == 0 || p.source_depth_step == depth, "depth");
+        require(p.other_depth_step == 0 || p.other_depth_step == depth, "depth");
+        require(p.other_columns_step == 0 || p.other_columns_step == columns, "columns");
+        if (!good) return;
+        const Wide of_source =
+            farthest(p.source_rows, (p.source_rows_step ? batches : 1) * rows, false, "rows") +
+            farthest(p.source_depth, (p.source_depth_step ? batches : 1) * depth, false, "depth");
+        const Wide of_other =
+            farthest(p.other_depth, (p.other_depth_step ? batches : 1) * depth, false, "depth") +
+            farthest(p.other_columns, (p.other_columns_step ? batches : 1) * columns, false, "columns");
+        source(0, of_source + 1);
+        other(0, of_other + 1);
+        if (p.addend_count) {
+            const Wide count = number(p.addend_count, 1, "the summands");
+            table(p.addend, FLOATS, count, "the summands");
+            require(farthest(p.addend_batch, batches, false, "the summands") + rows * columns <= count, "the summands");
+        }
+        out(0, batches * rows * columns);
+        halo();
+    }
+    void broadcast() {
+        const Broadcast& p = op.broadcast;
+        const Wide rows = number(p.rows, 1, "rows"), columns = number(p.columns, 1, "columns");
+        require(p.how >= ADD && p.how < FIRST, "the combination");
+        require(p.source_step == 0 || p.source_step == 1, "the step");
+        require(p.other_step == 0 || p.other_step == 1, "the step");
+        source(0, farthest(p.source_rows, rows, false, "rows") + (columns - 1) * p.source_step + 1);
+        other(0, farthest(p.other_rows, rows, false, "rows") + (columns - 1) * p.other_step + 1);
+        out(0, rows * columns);
+        halo();
+    }
+    void reduce() {
+        const Wide rows = number(op.reduce.rows, 1, "rows"), columns = number(op.reduce.columns, 1, "columns");
+        source(0, rows * columns);
+        out(0, rows);
+        halo();
+    }
 };
 
 }  // namespace

@@ -1,0 +1,208 @@
+"""Lowering rules of operators that move, repeat or select entries by numbers that are known: they pick entries."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dsr_tool.graph.ir import Node
+from dsr_tool.graph.limits import int_list
+from dsr_tool.runtime.compiler.layouts import Rows
+from dsr_tool.runtime.compiler.lowering import Lowered, Lowering
+from dsr_tool.runtime.compiler.picked import Picked
+from dsr_tool.sparsity.tensor import Array
+
+__all__ = ["expand", "gather", "gather_nd", "pad", "slices", "split", "transpose", "where"]
+
+_Int = npt.NDArray[np.int64]
+
+
+def transpose(low: Lowering, node: Node, *, perm: tuple[int, ...] = ()) -> Lowered | None:
+    """Lowers a permutation of axes."""
+    name = node.inputs[0]
+    shape, value = low.shapes.get(name, ()), low.values.get(name)
+    perm = perm or tuple(reversed(range(len(shape))))
+    if sorted(perm) != list(range(len(shape))) or (low.batch > 1 and perm[0] != 0):
+        return None
+    wanted = tuple(shape[axis] for axis in perm)
+    order = [axis for axis in perm if shape[axis] > 1]
+    # Rows stay rows if axes of one entry alone move.
+    if order == sorted(order) and isinstance(value, Rows) and wanted[-1] == shape[-1] and low.only_reader(name):
+        return Lowered(value, wanted)
+    picked = low.picked(name)
+    return None if picked is None else Lowered(picked.transposed(perm), wanted)
+
+
+def slices(low: Lowering, node: Node) -> Lowered | None:
+    """Lowers a slice of known bounds."""
+    shape, picked = low.shapes.get(node.inputs[0], ()), low.picked(node.inputs[0])
+    bounds = [_ints(low, name) for name in node.inputs[1:]]
+    if picked is None or None in bounds[:2]:
+        return None
+    starts, ends = bounds[0] or [], bounds[1] or []
+    axes = (bounds[2] if len(bounds) > 2 and node.inputs[3] else None) or list(range(len(starts)))
+    steps = (bounds[3] if len(bounds) > 3 and node.inputs[4] else None) or [1] * len(starts)
+    wanted = list(shape)
+    for number, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        axis = number % len(shape)
+        # As the reference: a start before the first entry means the first one, also backwards.
+        indices = np.arange(shape[axis])[max(start, -shape[axis]) : end : step]
+        if len(indices) == shape[axis] and step == 1:
+            continue
+        taken = _take(low, picked, axis, indices)
+        if taken is None:
+            return None
+        picked, wanted[axis] = taken, len(indices)
+    return Lowered(picked, tuple(wanted))
+
+
+def split(low: Lowering, node: Node, *, axis: int = 0, num_outputs: int = 1) -> Lowered | None:
+    """Lowers a split into pieces of known size; it makes all outputs, and returns the first."""
+    shape, picked = low.shapes.get(node.inputs[0], ()), low.picked(node.inputs[0])
+    if picked is None or not all(node.outputs):
+        return None
+    axis %= len(shape)
+    sizes = _ints(low, node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] else None
+    if sizes is None:
+        piece = -(-shape[axis] // num_outputs)
+        sizes = [min(piece, shape[axis] - piece * i) for i in range(num_outputs)]
+    if len(sizes) != len(node.outputs) or min(sizes) < 1 or sum(sizes) != shape[axis]:
+        return None
+    results = []
+    for begin, size in zip(np.cumsum([0, *sizes]), sizes, strict=False):
+        taken = _take(low, picked, axis, np.arange(begin, begin + size))
+        if taken is None:
+            return None
+        results.append(Lowered(taken, (*shape[:axis], size, *shape[axis + 1 :])))
+    for name, result in zip(node.outputs[1:], results[1:], strict=True):
+        low.values[name], low.shapes[name] = result
+    return results[0]
+
+
+def gather(low: Lowering, node: Node, *, axis: int = 0) -> Lowered | None:
+    """Lowers a selection along one axis by known indices."""
+    shape, picked = low.shapes.get(node.inputs[0], ()), low.picked(node.inputs[0])
+    indices = _whole_numbers(low, node.inputs[1])
+    if picked is None or indices is None or not indices.size:
+        return None
+    axis %= len(shape)
+    indices = np.where(indices < 0, indices + shape[axis], indices)
+    if indices.min() < 0 or indices.max() >= shape[axis]:
+        return None
+    taken = _take(low, picked, axis, indices)
+    return None if taken is None else Lowered(taken, (*shape[:axis], *indices.shape, *shape[axis + 1 :]))
+
+
+def gather_nd(low: Lowering, node: Node, *, batch_dims: int = 0) -> Lowered | None:
+    """Lowers a selection along the first axes together by known indices."""
+    shape, picked = low.shapes.get(node.inputs[0], ()), low.picked(node.inputs[0])
+    indices = _whole_numbers(low, node.inputs[1])
+    if picked is None or indices is None or batch_dims or not indices.size or low.batch > 1:
+        return None
+    depth = indices.shape[-1]
+    sizes = np.array(shape[:depth])
+    indices = np.where(indices < 0, indices + sizes, indices)
+    if depth > len(shape) or (indices < 0).any() or (indices >= sizes).any():
+        return None
+    # The first axes become one, of which entries are taken.
+    merged = picked.reshaped((math.prod(shape[:depth]), *shape[depth:]))
+    if merged is None:
+        return None
+    places = np.ravel_multi_index(tuple(np.moveaxis(indices, -1, 0)), tuple(shape[:depth]))
+    taken = merged.taken(0, np.asarray(places, np.int64))
+    return None if taken is None else Lowered(taken, (*places.shape, *shape[depth:]))
+
+
+def pad(low: Lowering, node: Node, *, mode: str = "constant") -> Lowered | None:
+    """Lowers known padding, by one value or by entries."""
+    shape, picked = low.shapes.get(node.inputs[0], ()), low.picked(node.inputs[0])
+    widths = _ints(low, node.inputs[1])
+    value = low.constants.dense(node.inputs[2]).item() if len(node.inputs) > 2 and node.inputs[2] else 0.0
+    axes = _ints(low, node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] else list(range(len(shape)))
+    if picked is None or widths is None or axes is None or mode not in ("constant", "edge", "reflect"):
+        return None
+    wanted = list(shape)
+    for number, begin, end in zip(axes, widths[: len(axes)], widths[len(axes) :], strict=True):
+        axis = number % len(shape)
+        # Negative padding removes entries.
+        indices = np.arange(shape[axis])[max(-begin, 0) : shape[axis] - max(-end, 0)]
+        width = (max(begin, 0), max(end, 0))
+        if mode == "constant":
+            indices = np.pad(indices, width, constant_values=-1)
+        else:
+            indices = np.pad(indices, width, mode="edge" if mode == "edge" else "reflect")
+        if np.array_equal(indices, np.arange(shape[axis])):
+            continue
+        taken = _take(low, picked, axis, indices, float(value))
+        if taken is None:
+            return None
+        picked, wanted[axis] = taken, len(indices)
+    return Lowered(picked, tuple(wanted))
+
+
+def expand(low: Lowering, node: Node) -> Lowered | None:
+    """Lowers a value that is repeated along axes of size one."""
+    shape, picked = low.shapes.get(node.inputs[0], ()), low.picked(node.inputs[0])
+    sizes = _ints(low, node.inputs[1])
+    if picked is None or sizes is None:
+        return None
+    shape = shape or picked.shape
+    wanted = np.broadcast_shapes(shape, tuple(sizes))
+    if low.batch > 1 and (len(wanted) != len(shape) or wanted[0] != shape[0]):
+        return None
+    expanded = picked.expanded(low.piece(wanted))
+    return None if expanded is None else Lowered(expanded, wanted)
+
+
+def where(low: Lowering, node: Node) -> Lowered | None:
+    """Lowers a selection, by a known condition, between one number and a computed value."""
+    condition, *names = node.inputs
+    known = [name for name in names if name in low.constants]
+    if condition not in low.constants or len(known) != 1 or low.constants.dense(known[0]).size != 1:
+        return None
+    name = next(name for name in names if name != known[0])
+    shape, picked = low.shapes.get(name, ()), low.picked(name)
+    mask = low.constants.dense(condition).astype(bool)
+    keep = mask if names[0] == name else ~mask
+    fill = float(low.constants.dense(known[0]).item())
+    if picked is None or np.broadcast_shapes(keep.shape, shape) != shape:
+        return None
+    # The condition may have sizes of one at axes that it does not depend on.
+    keep = keep.reshape((1,) * (len(shape) - keep.ndim) + keep.shape)
+    axes = [axis for axis, size in enumerate(keep.shape) if size > 1]
+    if not _may_fill(picked, fill) or (low.batch > 1 and 0 in axes):
+        return None
+    changed = picked.hidden(axes, keep.reshape([shape[axis] for axis in axes]))
+    if changed is not None and not picked.partial:
+        changed.fill = fill
+    return None if changed is None else Lowered(changed, shape)
+
+
+def _take(low: Lowering, picked: Picked, axis: int, indices: Array, fill: float = 0.0) -> Picked | None:
+    """Returns entries along an axis; None if that is the batch that the segment is divided by, or there are none."""
+    indices = np.asarray(indices, np.int64)
+    if not indices.size or (low.batch > 1 and axis == 0) or ((indices < 0).any() and not _may_fill(picked, fill)):
+        return None
+    taken = picked.taken(axis, indices)
+    if taken is not None and not picked.partial:
+        taken.fill = fill
+    return taken
+
+
+def _may_fill(picked: Picked, fill: float) -> bool:
+    """Returns whether entries that have no place may be this number: all of them are the same one."""
+    return not picked.partial or picked.fill == fill
+
+
+def _ints(low: Lowering, name: str) -> list[int] | None:
+    """Returns a known array of whole numbers as a list."""
+    return int_list(low.constants.dense(name)) if name in low.constants else None
+
+
+def _whole_numbers(low: Lowering, name: str) -> _Int | None:
+    """Returns a known array of whole numbers."""
+    array: Any = low.constants.dense(name) if name in low.constants else None
+    return None if array is None or array.dtype.kind not in "iu" else array.astype(np.int64)

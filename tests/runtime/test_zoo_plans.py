@@ -1,0 +1,105 @@
+"""Every classifier of torchvision has a plan of kernels alone, for one image and for several."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+from torchvision.models import densenet, googlenet, maxvit, shufflenetv2, swin_transformer, vision_transformer
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+
+from converters.torchvision_builders import architectures
+from dsr_tool.graph.fold import fold_norms
+from dsr_tool.graph.ir import Graph
+from dsr_tool.runtime.compiler.plan import Plan
+from dsr_tool.runtime.compiler.program import Machine
+from dsr_tool.runtime.kernels.library import library
+from dsr_tool.runtime.reference.interpreter import Interpreter
+from dsr_tool.sparse.trace import trace
+from dsr_tool.sparsity.mask import Mask
+from dsr_tool.sparsity.tensor import SparseTensor
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no kernels were built here")
+
+CLASSES = {"num_classes": 10}
+SWIN = ([4, 4], 24, [2, 2], [2, 4], [4, 4])
+
+# Torchvision's own classes with few layers, for every kind of operator that is not in a plain convolutional network.
+SMALL = {
+    "convnext": lambda: ConvNeXt([CNBlockConfig(24, 48, 1), CNBlockConfig(48, None, 1)], **CLASSES),
+    "densenet": lambda: densenet.DenseNet(8, (2, 2), 16, **CLASSES),
+    "googlenet": lambda: googlenet.GoogLeNet(10, aux_logits=False, init_weights=False),
+    "maxvit": lambda: maxvit.MaxVit((64, 64), 16, 4, [16, 32], [1, 1], 16, 0.1, **CLASSES),
+    "shufflenet": lambda: shufflenetv2.ShuffleNetV2([2, 2, 2], [24, 32, 64, 96, 128], **CLASSES),
+    "swin": lambda: swin_transformer.SwinTransformer(*SWIN, **CLASSES),
+    "swin_v2": lambda: swin_transformer.SwinTransformer(
+        *SWIN, **CLASSES, block=swin_transformer.SwinTransformerBlockV2,
+        downsample_layer=swin_transformer.PatchMergingV2,
+    ),
+    "vgg": lambda: models.vgg11(**CLASSES),
+    "vit": lambda: vision_transformer.VisionTransformer(64, 16, 2, 4, 48, 96, **CLASSES),
+}  # fmt: skip
+
+
+def small_input(name: str) -> tuple[int, int, int]:
+    """A small input that a classifier allows: tables of positions fix the size of some, pools need one."""
+    sides = {"vit_h_14": 224, "vit_*": 224, "maxvit_t": 224, "inception_v3": 96}
+    side = next((side for pattern, side in sides.items() if fnmatch.fnmatchcase(name, pattern)), 64)
+    return (3, side, side)
+
+
+def sparse_tensors(module: nn.Module, graph: Graph) -> dict[str, SparseTensor]:
+    """Random values for the parameters of a graph: a tenth of a large weight, of a size that keeps signals alive."""
+    rng, state, tensors = np.random.default_rng(0), module.state_dict(), {}
+    for name in graph.parameters:
+        shape = tuple(state[name].shape)
+        if state[name].dtype != torch.float32:
+            tensors[name] = SparseTensor.from_dense(state[name].numpy(), Mask.full(shape))
+            continue
+        large = len(shape) > 1 and state[name].numel() > 4096
+        mask = rng.random(shape) < (0.1 if large else 1)
+        fan_in = max(int(np.prod(shape[1:])), 1) if len(shape) > 1 else 100
+        values = rng.standard_normal(int(mask.sum())) * np.sqrt(2 / (fan_in * (0.1 if large else 1)))
+        # Scales of norms and variances are positive.
+        values = np.abs(values) + 0.7 if len(shape) == 1 and "bias" not in name and "mean" not in name else values
+        tensors[name] = SparseTensor(Mask.from_bool(mask), values.astype(np.float32))
+    return tensors
+
+
+def check(module: nn.Module, shape: tuple[int, int, int]) -> None:
+    module.eval()
+    graph = trace(module, shape)
+    graph, tensors = fold_norms(graph, sparse_tensors(module, graph))
+    reference, machine = Interpreter(graph, tensors), Machine(library(), 2)
+    for batch in (1, 2):
+        x = np.random.default_rng(batch).standard_normal((batch, *shape)).astype(np.float32)
+        plan = Plan(graph, tensors, x.shape, machine)
+        assert not plan.coverage.fallbacks
+        (expected,), (found,) = reference.run(x), plan.run(x)
+        assert np.isfinite(expected).all()
+        assert np.ptp(expected) > 0
+        # Random networks make rounding errors grow with their depth; a wrong entry would be off by its own size.
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4 * float(np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_every_family_has_a_plan_of_kernels_alone(family):
+    torch.manual_seed(0)
+    check(SMALL[family](), (3, 64, 64))
+
+
+def build(name: str) -> nn.Module:
+    options: Mapping[str, object] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    return models.get_model(name, weights=None, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(architectures("classification")))
+def test_every_classifier_has_a_plan_of_kernels_alone(name):
+    """An hour on two cores, and up to 12 GB for the largest."""
+    check(build(name), small_input(name))
