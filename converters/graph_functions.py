@@ -294,7 +294,7 @@ def _instance_norm(attributes: Attributes, x: torch.Tensor, scale: torch.Tensor,
 def _gemm(attributes: Attributes, a: torch.Tensor, b: torch.Tensor, c: Any = None) -> torch.Tensor:
     a = a.T if attributes.get("transA", 0) else a
     b = b.T if attributes.get("transB", 0) else b
-    result = a @ b * attributes.get("alpha", 1.0)
+    result: torch.Tensor = a @ b * attributes.get("alpha", 1.0)
     return result if c is None else result + c * attributes.get("beta", 1.0)
 
 

@@ -75,7 +75,8 @@ def _conv(node: Node, names: list[str], shapes: _Shapes, _: int) -> Layer:
     (out, channels, *kernel), bias = shapes[names[0]], len(names) > 1
     pads, half = window.pop("pads"), len(kernel)
     same = pads[:half] == pads[half:]
-    module = _CONVOLUTIONS[half - 1](
+    make: Callable[..., nn.Module] = _CONVOLUTIONS[half - 1]
+    module = make(
         channels * group, out, tuple(kernel), padding=pads[:half] if same else 0, groups=group, bias=bias, **window
     )
     return Layer(module, tuple(names), ("weight", "bias")[: len(names)], pads=() if same else pads)
@@ -91,7 +92,8 @@ def _conv_transpose(node: Node, names: list[str], shapes: _Shapes, _: int) -> La
             f"is not supported in PyTorch."
         )
     extra = tuple(cast("tuple[int, ...]", node.attributes.get("output_padding", (0,) * half)))
-    module = _TRANSPOSED[half - 1](
+    make: Callable[..., nn.Module] = _TRANSPOSED[half - 1]
+    module = make(
         channels,
         out * group,
         tuple(kernel),

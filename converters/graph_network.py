@@ -95,6 +95,7 @@ class GraphNetwork(nn.Module):
                 f"the network itself (module:callable), or export the ONNX file as it is (dsr-tool export)."
             )
         self.names: dict[str, tuple[str, bool]] = {}
+        self._shapes = shapes
         self._graph, self._layers = graph, cast("dict[str, tuple[str, Layer]]", {})
         ranks = _ranks(graph, shapes, len(input_shape) + 1)
         forms: dict[object, tuple[str, Layer]] = {}
@@ -226,6 +227,14 @@ class GraphNetwork(nn.Module):
     # --- names -------------------------------------------------------------------------------------------
 
     def _add_layer(self, node: Node, layer: Layer) -> None:
+        own = layer.module.state_dict()
+        for name, local in zip(layer.parameters, layer.locals, strict=True):
+            shape = self._shapes[name][::-1] if layer.transposed and local == "weight" else self._shapes[name]
+            if shape != tuple(own[local].shape):
+                raise UsageError(
+                    f"{node.op} (output {node.outputs[0][:80]!r}) cannot read {name[:80]!r} of shape "
+                    f"{self._shapes[name]}; the graph does not fit its weights."
+                )
         weight = layer.parameters[0]
         stem = weight.removesuffix(".weight") if weight.endswith(".weight") else weight.replace(".", "_")
         path = self._place(stem.split("."), layer.module)

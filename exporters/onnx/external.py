@@ -163,7 +163,7 @@ class _Reader:
 
 def _nbytes(path: Path, tensor: TensorProto) -> int:
     """Returns the bytes that a tensor of its shape and type has."""
-    size = math.prod(tensor.dims)
+    size: int = math.prod(tensor.dims)
     if tensor.data_type in _HALF_BYTES:
         return -(-size // 2)
     try:

@@ -10,6 +10,8 @@ from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
+
 from dsr_tool.errors import UsageError
 from dsr_tool.graph.compact.record import COMPACTED, compacted_specs, measure_savings
 from dsr_tool.graph.compact.rewrite import fold_and_compact
@@ -26,7 +28,7 @@ from exporters.onnx.read import read_onnx
 from exporters.onnx.write import to_onnx
 from exporters.values import stored_as
 
-__all__ = ["OnnxSource"]
+__all__ = ["OnnxSource", "graph_in"]
 
 
 class OnnxSource:
@@ -139,6 +141,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def graph_in(graph: Graph, dtype: str) -> Graph:
-    """Returns a computation whose input and constants of floating point have another type."""
+    """Returns a computation whose constants of floating point have another type, and its input if that is a float."""
     constants = {n: array.astype(dtype) if array.dtype.kind == "f" else array for n, array in graph.constants.items()}
-    return replace(graph, inputs=tuple(replace(one, dtype=dtype) for one in graph.inputs), constants=constants)
+    inputs = tuple(replace(one, dtype=dtype) if np.dtype(one.dtype).kind == "f" else one for one in graph.inputs)
+    return replace(graph, inputs=inputs, constants=constants)

@@ -141,6 +141,17 @@ def test_a_wrong_computation_does_not_pass_and_leaves_no_file(tmp_path, source, 
     assert [path.name for path in tmp_path.iterdir()] == ["source.onnx"]
 
 
+def test_a_fault_of_the_reference_does_not_pass_for_rounding(tmp_path, source, monkeypatch):
+    """The run in double precision is by the same code, and would agree with its faults."""
+    from dsr_tool.runtime.reference import call
+
+    monkeypatch.setitem(call.FUNCTIONS, "GlobalAveragePool", lambda x: x.mean(axis=(2, 3), keepdims=True) * 1.01)
+    monkeypatch.setattr("dsr_tool.runtime.kernels.library.library", lambda: None)
+    monkeypatch.setattr("dsr_tool.runtime.session.library", lambda: None)
+    with pytest.raises(CheckFailed, match="sparse differs from the ONNX file"):
+        export_onnx(source, tmp_path / "a.dsr")
+
+
 def test_bytes_of_pictures_are_an_input(tmp_path):
     cast = [helper.make_node("Cast", ["x"], ["f"], to=TensorProto.FLOAT)]
     path = tmp_path / "bytes.onnx"

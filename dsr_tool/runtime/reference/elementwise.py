@@ -140,7 +140,7 @@ def _selu(x: Array, *, alpha: float = 1.67326319217681884765625, gamma: float = 
 
 def _celu(x: Array, *, alpha: float = 1.0) -> Array:
     scale = x.dtype.type(alpha)
-    return np.maximum(x, 0) + np.minimum(0, scale * np.expm1(np.minimum(x, 0) / scale))
+    return np.asarray(np.maximum(x, 0) + np.minimum(0, scale * np.expm1(np.minimum(x, 0) / scale)))
 
 
 def _thresholded_relu(x: Array, *, alpha: float = 1.0) -> Array:

@@ -90,7 +90,8 @@ def _entries(x: Array, indices: list[Array]) -> Array:
         np.logical_and, [(index >= 0) & (index < n) for index, n in zip(indices, x.shape[1:], strict=True)]
     )
     places = [np.where(inside, index, 0).astype(np.int64) for index in indices]
-    return np.asarray(x[(slice(None), *places)] * inside.astype(x.dtype))
+    index: tuple[slice | Array, ...] = (slice(None), *places)
+    return np.asarray(x[index] * inside.astype(x.dtype))
 
 
 def _padded(place: Array, n: int, *, padding: str, aligned: bool) -> Array:

@@ -169,7 +169,7 @@ def _depth_to_space(x: Array, *, blocksize: int, mode: str = "DCR") -> Array:
         blocks = x.reshape(batch, blocksize, blocksize, inner, height, width).transpose(0, 3, 4, 1, 5, 2)
     else:
         blocks = x.reshape(batch, inner, blocksize, blocksize, height, width).transpose(0, 1, 4, 2, 5, 3)
-    return blocks.reshape(batch, inner, height * blocksize, width * blocksize)
+    return np.asarray(blocks.reshape(batch, inner, height * blocksize, width * blocksize))
 
 
 def _space_to_depth(x: Array, *, blocksize: int) -> Array:
@@ -177,7 +177,8 @@ def _space_to_depth(x: Array, *, blocksize: int) -> Array:
     batch, channels, height, width = x.shape
     depth = channels * _squared(blocksize)
     blocks = x.reshape(batch, channels, height // blocksize, blocksize, width // blocksize, blocksize)
-    return blocks.transpose(0, 3, 5, 1, 2, 4).reshape(batch, depth, height // blocksize, width // blocksize)
+    moved = blocks.transpose(0, 3, 5, 1, 2, 4)
+    return np.asarray(moved.reshape(batch, depth, height // blocksize, width // blocksize))
 
 
 def _squared(blocksize: int) -> int:

@@ -146,8 +146,8 @@ def _added(
     # Views of the result, one for each tap: no two windows write one entry through the same view.
     for view, part in zip(window.taps(result, places), columns, strict=True):
         np.add(view, part, out=view)
-    inner = tuple(slice(b, b + o) for b, o in zip(begin, out, strict=True))
-    return np.ascontiguousarray(result[(slice(None), *inner)])
+    inner = (slice(None), *(slice(b, b + o) for b, o in zip(begin, out, strict=True)))
+    return np.ascontiguousarray(result[inner])
 
 
 def _positive(size: Iterable[int]) -> Sizes:
