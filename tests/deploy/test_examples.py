@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,8 @@ import pytest
 from dsr_tool.runtime import Session
 from dsr_tool.runtime.deploy.library import include_dir, library
 
-EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "docs" / "examples"
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-pedantic"]
 RESIZE, MEAN, STD = 44, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -89,8 +93,6 @@ def test_a_photograph_of_another_size_is_cut_in_the_middle(program, called, plan
 
 
 def test_the_program_says_what_is_wrong_in_one_sentence(program, plan_path, picture, tmp_path):
-    import subprocess
-
     (tmp_path / "text").write_text("P3 no picture")
     (tmp_path / "short.ppm").write_bytes(picture.read_bytes()[:-1])
     for arguments, why in [
@@ -103,6 +105,22 @@ def test_the_program_says_what_is_wrong_in_one_sentence(program, plan_path, pict
         done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
         assert why in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler named c++ here")
+def test_the_commands_of_the_page_compile_and_run_it(called, plan_path, archives, picture, rgb, tmp_path):
+    lines = [line.strip() for line in (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8").splitlines()]
+    last = lines.index("./classify model.dsrplan picture.ppm")
+    first = next(i for i, line in enumerate(lines) if line.startswith("INCLUDE="))
+    script = "\n".join(lines[first : last + 1])
+    for name, path in [("picture.ppm", picture), ("model.dsrplan", plan_path), ("docs/", f"{ROOT}/docs/")]:
+        script = script.replace(name, str(path))
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    check(
+        called("env", f"PATH={path}", f"PYTHONPATH={ROOT}", "sh", "-ec", f"cd {tmp_path}\n{script}"),
+        archives["gated"],
+        rgb,
+    )
 
 
 @pytest.mark.skipif(shutil.which("rustc") is None, reason="there is no Rust compiler here")
