@@ -13,7 +13,7 @@ import pytest
 from dsr_tool.errors import UsageError
 from dsr_tool.formats.archive import open_archive, write_archive
 from dsr_tool.graph.ir import Graph, Node, Value
-from dsr_tool.runtime.deploy.library import library
+from dsr_tool.runtime.deploy.library import LevelRow, level_rows, library
 from dsr_tool.runtime.deploy.writer import chosen_levels, plan_bytes
 from dsr_tool.sparsity.config import ModelConfig, Preprocessing
 from dsr_tool.sparsity.grid_rounding import to_grid
@@ -112,6 +112,12 @@ def _write(
     config = ModelConfig("module", "Net", CLASSES, SHAPE, picture, labels if outputs == ["scores"] else ())
     write_archive(path, tensors, specs, graph, config)
     return path
+
+
+@pytest.fixture(scope="session")
+def levels() -> tuple[LevelRow, ...]:
+    """The levels that the library holds, fastest first."""
+    return level_rows()
 
 
 @pytest.fixture(scope="session")

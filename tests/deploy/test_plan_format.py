@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from dsr_tool.formats.archive import open_archive
-from dsr_tool.runtime.deploy.library import level_rows
 from dsr_tool.runtime.kernels.ops import ABI
 from dsr_tool.runtime.session import decode
 
@@ -76,7 +75,7 @@ class Reader:
 
 
 @pytest.mark.parametrize("name", ["gated", "few bits", "heads"])
-def test_a_plan_is_what_the_page_says(archives, plan_of, name):
+def test_a_plan_is_what_the_page_says(archives, plan_of, levels, name):
     content = plan_of(name, batch=2)
     assert content[:8] == b"\x89DSRPLAN"
     version, interface, _, size, checksum = struct.unpack("<5q", content[8:48])
@@ -102,12 +101,12 @@ def test_a_plan_is_what_the_page_says(archives, plan_of, name):
     assert len(weights) == len(tensors)
 
     assert all(np.isfinite(table).all() for table in file.list(file.table))
-    levels = file.list(file.level)
-    assert [(one, sizes) for one, sizes, _ in levels] == [
-        (row.name, (row.lanes, row.widest_tile, row.widest_dense_tile)) for row in level_rows()
+    found = file.list(file.level)
+    assert [(one, sizes) for one, sizes, _ in found] == [
+        (row.name, (row.lanes, row.widest_tile, row.widest_dense_tile)) for row in levels
     ]
     assert file.now == len(file.content)
-    for _, _, body in levels:
+    for _, _, body in found:
         level = Reader(body)
         arena, packs = level.number(), level.rows(12)
         arrays = level.rows(3)
