@@ -12,6 +12,7 @@ from dsr_tool.runtime.compiler.program import KernelStep, Machine
 from dsr_tool.runtime.compiler.rules import RULES
 from dsr_tool.runtime.kernels.library import library
 from dsr_tool.runtime.kernels.ops import Kind
+from dsr_tool.runtime.reference.interpreter import Interpreter
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no kernels were built here")
 
@@ -77,3 +78,30 @@ def test_the_layout_of_a_value_ends_at_an_operator_without_a_rule(sparse):
     first = plan.steps[0]
     assert isinstance(first, KernelStep)
     assert {op.phases for op in first.ops if op.kind == Kind.SPMM} == {1}
+
+
+@pytest.mark.parametrize(("channels", "moved"), [(16, 4), (3, 3)])
+def test_pixels_are_moved_where_they_have_fewer_channels(sparse, channels, moved):
+    """A depthwise stride follows a 1 x 1 kernel: pixels move before a kernel that adds channels, else after it."""
+    rng = np.random.default_rng(0)
+    tensors = {
+        "v": sparse(rng, (4, 4, 3, 3), 0.5),
+        "w": sparse(rng, (channels, 4, 1, 1), 0.5),
+        "d": sparse(rng, (channels, 1, 3, 3), 0.9),
+    }
+    nodes = (
+        Node("Conv", ("x", "v"), ("a",), PADS),
+        Node("Conv", ("a", "w"), ("b",), {}),
+        Node("Clip", ("b", "low", "high"), ("c",)),
+        Node("Conv", ("c", "d"), ("y",), {**STRIDED, "group": channels}),
+    )
+    constants = {"low": np.float32(0), "high": np.float32(6)}
+    graph = Graph((Value("x", (1, 4, 28, 28)),), (Value("y", ()),), nodes, constants, tuple(tensors), 20)
+    x = rng.standard_normal((1, 4, 28, 28)).astype(np.float32)
+    plan = Plan(graph, tensors, x.shape, Machine(library(), 1))
+    assert not plan.coverage.fallbacks
+    ops = [op for step in plan.steps if isinstance(step, KernelStep) for op in step.ops]
+    moves = [op for op in ops if op.kind in (Kind.RELAYOUT, Kind.GATHER) and op.source_stride > 0 and op.out_stride > 0]
+    assert [op.channels for op in moves] == [moved]
+    expected = Interpreter(graph, tensors).run(x)[0]
+    assert np.abs(plan.run(x)[0] - expected).max() <= 1e-5 * np.abs(expected).max()

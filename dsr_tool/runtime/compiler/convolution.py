@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsr_tool.graph.ir import Node
+from dsr_tool.graph.operators import operator_of
 from dsr_tool.graph.windows import Window
 from dsr_tool.runtime.compiler.constants import as_sparse, is_packable, shape_of
 from dsr_tool.runtime.compiler.gemv import lower_gemv
@@ -81,6 +82,8 @@ def convolve(low: Lowering, node: Node, weight: Weight, bias: Weight | None, gro
         # One pixel of each image is one vector: the gates of squeeze-and-excitation.
         return lower_gemv(low, name, weight, bias, out_shape)
     planes = low.planes(name)
+    if planes is not None and window == POINT and rows > planes.channels:
+        planes = _on_grid_of_stride(low, planes, node)
     windowed = None if planes is None else place_window(low, planes, window, size, node)
     if windowed is None:
         return None
@@ -99,6 +102,36 @@ def convolve(low: Lowering, node: Node, weight: Weight, bias: Weight | None, gro
         target=low.target,
     )
     return Lowered(low.add(op), out.shape)
+
+
+def _on_grid_of_stride(low: Lowering, source: Planes, node: Node) -> Planes:
+    """Returns the source of a 1 x 1 kernel on the grid that a strided window after that kernel needs, or as it is.
+
+    The kernel has more output channels than input channels, so pixels are moved before it rather than after it.
+    """
+    window = _window_after(low, node.outputs[0])
+    if source.factor > 1 or window is None or len(set(window.strides)) != 1 or max(window.kernel) == 1:
+        return source
+    stride, size = window.strides[0], window.output_size(source.shape[2:])
+    if stride == 1 or min(size) < 1:
+        return source
+    pad, _ = low.grids.survey(node.inputs[0], stride, low.index)
+    rows = max(-(-source.shape[2] // stride), size[0])
+    columns = max(-(-source.shape[3] // stride), size[1])
+    return low.on_grid(source, low.grids.grid(rows, columns, pad), stride)
+
+
+def _window_after(low: Lowering, name: str) -> Window | None:
+    """Returns the window that alone reads a value, perhaps after functions of single entries; None if there is none."""
+    for reader in low.nodes[low.index + 1 :]:
+        if name in reader.inputs:
+            row = operator_of(reader.op)
+            if not low.only_reader(name) or not (row.elementwise or row.windowed):
+                return None
+            if row.windowed:
+                return window_of(reader, low.constants) if reader.inputs[0] == name else None
+            name = reader.outputs[0]
+    return None
 
 
 def place_window(low: Lowering, source: Planes, window: Window, size: tuple[int, ...], node: Node) -> Windowed | None:

@@ -91,7 +91,7 @@ def summary_of(op: Op, struct: table.Op, origin: Origin | None, batch: int) -> O
     """
     parameters = getattr(struct, op.kind.name.lower(), None)
     tile, block, blocks, with_zeros = 0, 0, 0, False
-    if getattr(parameters, "parts", None):
+    if parameters is not None and getattr(parameters, "parts", None):
         part = ctypes.cast(parameters.parts, ctypes.POINTER(table.STRUCTS["Part"])).contents
         blocks, with_zeros = part.last - part.first, bool(part.dense)
         tile = getattr(parameters, "tile", 0)
