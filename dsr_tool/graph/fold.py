@@ -1,8 +1,8 @@
-"""Graph pass: folds batch normalisation into the convolution before it.
+"""Graph pass: folds batch normalisation into the convolution or linear layer before it.
 
 Requires: a valid graph in inference mode, with a tensor for each parameter.
-Does: scales the convolution's filters and bias by the norm's factors, and removes the norm. A norm stays if another
-node reads the convolution's output or weight, or if its parameters are not known.
+Does: scales the layer's weight and bias by the norm's factors, and removes the norm. A norm stays if another node reads
+the layer's output or weight, or if its parameters are not known.
 Ensures: outputs as before, up to rounding; masks as before, even where a scaled weight becomes zero.
 """
 
@@ -30,7 +30,7 @@ _Float64 = npt.NDArray[np.float64]
 
 
 def fold_norms(graph: Graph, tensors: Mapping[str, SparseTensor]) -> tuple[Graph, dict[str, SparseTensor]]:
-    """Folds every BatchNormalization that directly follows a convolution; see the module's docstring.
+    """Folds every BatchNormalization that directly follows a convolution or linear layer; see the module's docstring.
 
     Args:
         graph: a computation in inference mode.
@@ -49,7 +49,7 @@ def fold_norms(graph: Graph, tensors: Mapping[str, SparseTensor]) -> tuple[Graph
 
 
 class _Folder:
-    """Copies a graph node by node; `add` replaces a convolution when the node is its norm."""
+    """Copies a graph node by node; `add` replaces a layer when the node is its norm."""
 
     def __init__(self, graph: Graph, tensors: Mapping[str, SparseTensor]) -> None:
         self._graph = graph
@@ -87,7 +87,7 @@ class _Folder:
             # Anything else is an invalid graph; the code that computes the norm says so.
             and isinstance(norm.attributes.get("epsilon", _EPSILON), float)
             and len(norm.inputs) == 5
-            and conv.op == "Conv"
+            and (conv.op == "Conv" or _is_linear(conv))
             and len(conv.inputs) > 1
             and conv.inputs[1] in self._tensors
             # Another reader would see the scaled output or weight.
@@ -134,6 +134,13 @@ class _Folder:
     def _float64(self, name: str) -> _Float64:
         array = self._tensors[name].to_dense() if name in self._tensors else self._graph.constants[name]
         return array.astype(np.float64)
+
+
+def _is_linear(node: Node) -> bool:
+    """Returns whether a node is x W^T + b, with an output channel in each row of W, as a convolution has it."""
+    defaults = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
+    values = {name: node.attributes.get(name, default) for name, default in defaults.items()}
+    return node.op == "Gemm" and values == {**defaults, "transB": 1}
 
 
 def _scaled(weight: SparseTensor, factor: _Float64) -> SparseTensor:

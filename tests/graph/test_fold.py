@@ -92,6 +92,33 @@ def test_folded_convolution_equals_both_layers(seed, density, group, bias, epsil
     torch.testing.assert_close(one, both, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("bias", [None, "c.bias"])
+def test_a_folded_linear_layer_equals_both_layers(bias):
+    rng = np.random.default_rng(0)
+    tensors = {"c.weight": sparse(rng, (6, 9), 0.5), **norm_tensors(rng, 6)}
+    if bias:
+        tensors[bias] = full(rng.standard_normal(6).astype(np.float32))
+    layer = Node("Gemm", ("x", "c.weight", *filter(None, [bias])), ("c",), {"transB": 1})
+    graph, folded = fold_norms(graph_of(layer, norm(), parameters=tensors), tensors)
+    assert ops(graph) == ["Gemm"] and graph.parameters == tuple(folded) == ("c.weight", "c.bias")
+    np.testing.assert_array_equal(folded["c.weight"].mask.positions, tensors["c.weight"].mask.positions)
+    x = rng.standard_normal((3, 9)).astype(np.float32)
+    weight, scale, shift, mean, variance = (tensors[name].to_dense() for name in ("c.weight", *NORM))
+    old = tensors[bias].to_dense() if bias else 0
+    both = (x @ weight.T + old - mean) / np.sqrt(variance + 1e-5) * scale + shift
+    one = x @ folded["c.weight"].to_dense().T + folded["c.bias"].to_dense()
+    np.testing.assert_allclose(one, both, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attributes", [{}, {"transB": 1, "alpha": 2.0}, {"transB": 1, "transA": 1}])
+def test_a_norm_behind_another_product_stays(attributes):
+    rng = np.random.default_rng(0)
+    tensors = {"c.weight": sparse(rng, (6, 6), 0.5), **norm_tensors(rng, 6)}
+    layer = Node("Gemm", ("x", "c.weight"), ("c",), attributes)
+    graph, _ = fold_norms(graph_of(layer, norm(), parameters=tensors), tensors)
+    assert ops(graph) == ["Gemm", "BatchNormalization"]
+
+
 def test_folding_does_not_change_its_arguments():
     rng = np.random.default_rng(0)
     tensors = {"c.weight": sparse(rng, (6, 4, 1, 1), 0.5), **norm_tensors(rng, 6)}
