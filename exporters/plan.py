@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from dsr_tool.errors import UsageError
 from dsr_tool.graph.compact.rewrite import fold_and_compact
 from dsr_tool.runtime.deploy.format import MAGIC
@@ -20,12 +18,12 @@ if TYPE_CHECKING:
     from dsr_tool.graph.ir import Graph
     from dsr_tool.runtime.deploy.plan import PlanFile
     from dsr_tool.sparsity.config import ModelConfig
-    from dsr_tool.sparsity.tensor import Array, SparseTensor
+    from dsr_tool.sparsity.tensor import SparseTensor
     from exporters.checked import CheckedModel
     from exporters.verify.outputs import Run
     from exporters.verify.result import Verification
 
-__all__ = ["PlanFiles", "in_batches", "plan_content", "verify_plan"]
+__all__ = ["PlanFiles", "plan_content", "verify_plan"]
 
 _VALUES = "values"
 """Name of the text that says how the weights of a plan are rounded; `ROUNDED_BY_PICTURES` if pictures decided it."""
@@ -55,6 +53,7 @@ class PlanFiles(Container):
     values = tuple(name for name in VALUES if name != PALETTE)
     compacts = True
     compiles = True
+    preprocesses = True
     holds = "a program for the kernels"
 
     def recognises(self, head: Head) -> bool:
@@ -76,6 +75,7 @@ class PlanFiles(Container):
         Weights are folded into the plan, so they are compared by what they compute.
         """
         from dsr_tool.runtime.deploy.plan import PlanFile
+        from dsr_tool.runtime.deploy.session import in_batches
 
         plan = PlanFile(path)
         runs = {f"kernels ({plan.text('level')})": in_batches(plan.run, plan.inputs[0].shape[0])}
@@ -139,17 +139,6 @@ def verify_plan(
         how=how,
         form=graph_form,
     )
-
-
-def in_batches(run: Run, batch: int) -> Run:
-    """Returns a function that runs any number of inputs, a batch at a time; the last one is filled up with zeros."""
-
-    def run_all(x: Array) -> dict[str, Array]:
-        padded = np.concatenate([x, np.zeros((-len(x) % batch, *x.shape[1:]), x.dtype)])
-        found = [run(padded[i : i + batch]) for i in range(0, len(padded), batch)]
-        return {name: np.concatenate([one[name] for one in found])[: len(x)] for name in found[0]}
-
-    return run_all
 
 
 def _rounded(path: Path, plan: PlanFile, checked: CheckedModel) -> dict[str, SparseTensor]:

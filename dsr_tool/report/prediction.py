@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from dsr_tool.files import require_file
 from dsr_tool.graph.ir import Value
 from dsr_tool.runtime import Session, load_inputs
 from dsr_tool.runtime.coverage import CoverageDocument
+from dsr_tool.runtime.deploy.session import PlanSession
 from dsr_tool.runtime.source import Model, open_model
 from dsr_tool.sparsity.tensor import Array
 from exporters.containers import container_of
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from exporters.onnx.session import OnnxSession
 
 __all__ = ["Prediction", "PredictionDocument", "prediction_document", "prediction_text"]
+
+_Runs: TypeAlias = "Session | OnnxSession | PlanSession"
+"""What computes the outputs of a model."""
 
 _RUNTIMES = ("sparse", "scipy", "onnxruntime")
 _CHUNK = 16
@@ -107,7 +111,7 @@ def prediction_document(
     """Predicts and returns plain values, schema `dsr-tool/predict/1`.
 
     Args:
-        file: an archive or an ONNX file.
+        file: an archive, an ONNX file or a plan.
         inputs: pictures, or .npy arrays of one or several preprocessed inputs.
         runtime: `sparse`, `scipy` or `onnxruntime`.
         threads: worker threads of one call; None for 1, or for every core with onnxruntime.
@@ -123,12 +127,13 @@ def prediction_document(
     if runtime not in _RUNTIMES:
         raise unknown_name("--runtime", runtime, _RUNTIMES)
     # Labels and inputs are checked before the session is made, since compiling a model takes longer.
-    model = _open(file, inputs)
+    model = _open(file, inputs, threads)
     names = _class_names(labels, model)
     batches = [load_inputs([path], model.config) for path in inputs]
     session = _session(model, runtime, threads)
     batch = np.concatenate(batches)
-    scores = partial(_scores, names=names, top=top) if _has_scores(model.graph.outputs) else _ranges
+    outputs = model.outputs if isinstance(model, PlanSession) else model.graph.outputs
+    scores = partial(_scores, names=names, top=top) if _has_scores(outputs) else _ranges
     found = scores(session, batch)
     if found is None:
         raise DsrError(
@@ -175,7 +180,7 @@ def _share(score: _ClassScore) -> float:
     return score["probability"] if "probability" in score else score["pixels"]
 
 
-def _scores(session: Session | OnnxSession, batch: Array, *, names: tuple[str, ...], top: int) -> list[_Found] | None:
+def _scores(session: _Runs, batch: Array, *, names: tuple[str, ...], top: int) -> list[_Found] | None:
     """Returns the classes of each input; None if a score is not finite, whose softmax would be NaN for every class."""
     outputs = np.concatenate([session.run(batch[i : i + _CHUNK]) for i in range(0, len(batch), _CHUNK)])
     if not np.isfinite(outputs).all():
@@ -184,7 +189,7 @@ def _scores(session: Session | OnnxSession, batch: Array, *, names: tuple[str, .
     return [{"top": (_top_classes if row.ndim == 1 else _pixel_shares)(row, names, top)} for row in outputs]
 
 
-def _ranges(session: Session | OnnxSession, batch: Array) -> list[_Found] | None:
+def _ranges(session: _Runs, batch: Array) -> list[_Found] | None:
     """Returns the ranges of all outputs for each input; None if a value is not finite, which JSON does not have."""
     predictions: list[_Found] = []
     for i in range(len(batch)):
@@ -201,11 +206,13 @@ def _range(name: str, array: Array) -> _OutputRange:
     return {"name": name, "shape": list(array.shape), "least": least, "largest": largest}
 
 
-def _open(file: Path, inputs: Sequence[Path]) -> Model:
+def _open(file: Path, inputs: Sequence[Path], threads: int | None) -> Model | PlanSession:
     """Opens the file. Refuses pictures next to an ONNX file, which does not say how pictures become inputs."""
     pictures = [path for path in inputs if path.suffix.lower() != ".npy"]
-    says = container_of(file, "FILE").preprocesses
-    model = open_model(file) if says or not pictures else None
+    container = container_of(file, "FILE")
+    says = container.preprocesses
+    opened = PlanSession(file, threads or 1) if container.compiles else None
+    model = opened or (open_model(file) if says or not pictures else None)
     # An archive that was made of an ONNX file knows no more than that.
     if model is None or (pictures and model.config.source == "onnx"):
         raise UsageError(
@@ -215,7 +222,7 @@ def _open(file: Path, inputs: Sequence[Path]) -> Model:
     return model
 
 
-def _class_names(path: Path | None, model: Model) -> tuple[str, ...]:
+def _class_names(path: Path | None, model: Model | PlanSession) -> tuple[str, ...]:
     """Returns the name of each class, from a text file or, without one, from the model; more names are no error."""
     if path is None:
         return model.config.labels
@@ -234,8 +241,15 @@ def _class_names(path: Path | None, model: Model) -> tuple[str, ...]:
     return names
 
 
-def _session(model: Model, runtime: str, threads: int | None) -> Session | OnnxSession:
+def _session(model: Model | PlanSession, runtime: str, threads: int | None) -> _Runs:
     """Returns a session of the model on the runtime that the user chose."""
+    if isinstance(model, PlanSession):
+        if runtime != "sparse":
+            raise UsageError(
+                f"--runtime {runtime!r} does not run plans, which are programs for the kernels; leave it out, or give "
+                f"an archive of the model."
+            )
+        return model
     if runtime == "onnxruntime":
         # Here, because only this runtime needs onnx and onnxruntime.
         from exporters.onnx.session import OnnxSession

@@ -11,13 +11,14 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from dsr_tool.errors import FormatError
 from dsr_tool.runtime.deploy.plan import PlanFile, PlanValue
+from dsr_tool.runtime.deploy.session import in_batches
 from exporters.base import ExportOptions
 from exporters.checked import CheckedModel
 from exporters.onnx.load import load
 from exporters.onnx.native_node import DOMAIN, NATIVE, OPERATOR
 from exporters.onnx.session import OnnxSession
 from exporters.onnx.write import METADATA, refuse_too_large
-from exporters.plan import in_batches, plan_content, verify_plan
+from exporters.plan import plan_content, verify_plan
 from exporters.verify.result import Verification
 
 __all__ = ["native_onnx", "plan_of", "verify_native", "wrapped"]

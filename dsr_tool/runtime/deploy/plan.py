@@ -81,7 +81,7 @@ class PlanFile:
     def text(self, name: str) -> str | None:
         """Returns a text of the plan, as `dsr_text` in dsr.h describes; None if it has none of that name."""
         found: bytes | None = self._library.dsr_text(self._handle, name.encode())
-        return None if found is None else found.decode()
+        return None if found is None else found.decode(errors="replace")
 
     def run(self, x: Array) -> dict[str, Array]:
         """Computes the outputs for one batch.
@@ -124,7 +124,7 @@ class PlanFile:
     def _values(self, kind: str) -> tuple[PlanValue, ...]:
         count = getattr(self._library, f"dsr_{kind}_count")(self._handle)
         found = [getattr(self._library, f"dsr_{kind}")(self._handle, index) for index in range(count)]
-        return tuple(PlanValue(one.name.decode(), tuple(one.shape[: one.rank])) for one in found)
+        return tuple(PlanValue(one.name.decode(errors="replace"), tuple(one.shape[: one.rank])) for one in found)
 
 
 def _tensor(array: Array) -> _Tensor:
