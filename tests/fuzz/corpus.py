@@ -11,6 +11,7 @@ from network import SHAPE, Network
 from safetensors.torch import save_file
 
 from dsr_tool.runtime.deploy.library import level_rows
+from dsr_tool.runtime.deploy.writer import chosen_levels, plan_bytes
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparse.sparsify import sparsify
 from dsr_tool.sparsity.budget import Budget
@@ -45,12 +46,24 @@ def main() -> None:
     for values in ("fp32", "int8"):
         export(model, root / "plan" / f"{values}.dsrplan", values=values)
     export(model, root / "plan" / "batch.dsrplan", batch=3, levels=[row.name for row in level_rows() if row.runs])
+    _write_plans_of_rules(root / "plan")
     model.save(root / "folder")
     for kind, name in FOLDER_FILES.items():
         shutil.copy(root / "folder" / name, root / kind)
     state = {f"features.{i}.weight": torch.arange(12.0).reshape(3, 4) for i in range(6)}
     save_file(state, root / "safetensors" / "state.safetensors")
     torch.save(state, root / "pickle" / "state.pth")
+
+
+def _write_plans_of_rules(folder: Path) -> None:
+    """Writes a plan for each case of the lowering rules, which together have every kind of op."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
+    from test_rules import CASES, CaseModel
+
+    levels = chosen_levels([row.name for row in level_rows() if row.runs])
+    for case in CASES:
+        content = plan_bytes(CaseModel(case), case.shape[0], levels)
+        (folder / f"{case.name.replace(':', '-')}.dsrplan").write_bytes(content)
 
 
 def _model(granularity: str = "weight") -> SparseModel:

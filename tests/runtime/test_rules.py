@@ -7,6 +7,7 @@ that is added without a case fails too.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +17,13 @@ from dsr_tool.runtime.compiler.plan import Plan
 from dsr_tool.runtime.compiler.program import KernelStep, Machine
 from dsr_tool.runtime.compiler.rules import RULES
 from dsr_tool.runtime.coverage import Coverage, Fallback, coverage_text
-from dsr_tool.runtime.kernels.library import library
+from dsr_tool.runtime.deploy.plan import PlanFile
+from dsr_tool.runtime.deploy.writer import chosen_levels, plan_bytes
+from dsr_tool.runtime.kernels.library import level, library
 from dsr_tool.runtime.kernels.ops import Activation, Combination, Kind
 from dsr_tool.runtime.reference.interpreter import Interpreter
+from dsr_tool.runtime.session import decode
+from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor
 
@@ -65,6 +70,25 @@ class Case:
     def graph(self) -> Graph:
         output = Value(self.nodes[-1].outputs[0], ())
         return Graph((Value("x", self.shape),), (output,), self.nodes, self.constants, tuple(self.weights), 20)
+
+
+@dataclass(frozen=True)
+class CaseModel:
+    """A case as an open file, which plan files are made from."""
+
+    case: Case
+    path: Path = Path("case")
+
+    @property
+    def config(self) -> ModelConfig:
+        return ModelConfig("module", "Case")
+
+    @property
+    def graph(self) -> Graph:
+        return self.case.graph()
+
+    def tensor(self, name: str) -> SparseTensor:
+        return self.case.tensors()[name]
 
 
 def one(op: str, **attributes: object) -> tuple[Node, ...]:
@@ -367,6 +391,19 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_rule_lowers_to_kernels_that_agree_with_the_reference(machine, both, case):
     both(machine, list(case.nodes), case.tensors(), case.input(), case.constants)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_plan_file_of_each_rule_is_accepted_and_computes_the_same_bits(machine, case):
+    # The library checks every float that an op touches, so a check that is too strict shows here.
+    content = plan_bytes(CaseModel(case), case.shape[0], chosen_levels(()))
+    file, x = PlanFile(content, threads=2), case.input()
+    found = file.run(x)[case.nodes[-1].outputs[0]]
+    if file.text("level") == level():
+        expected = Plan(*decode(CaseModel(case)), case.shape, machine).run(x)[0]
+        assert found.tobytes() == expected.tobytes()
+    else:
+        np.testing.assert_allclose(found, Interpreter(*decode(CaseModel(case))).run(x)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_every_rule_has_a_case():
