@@ -43,12 +43,12 @@ def by_channel(low: Lowering, node: Node, name: str, known: str) -> Lowered | No
         return None
     axis = len(shape) - 1 if isinstance(value, Rows) else 1
     wide = array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
-    if any(size > 1 and i != axis for i, size in enumerate(wide.shape)):
+    if any(wide.shape[i] > 1 and i != axis for i in range(wide.ndim)):
         return None
     vector = np.broadcast_to(wide.reshape(-1), shape[axis : axis + 1]).astype(np.float32)
     ones, zeros = np.ones_like(vector), np.zeros_like(vector)
     first = node.inputs[0] == name
-    forms = {
+    forms: dict[tuple[str, bool], tuple[Array, Array]] = {
         ("Add", True): (ones, vector),
         ("Add", False): (ones, vector),
         ("Mul", True): (vector, zeros),

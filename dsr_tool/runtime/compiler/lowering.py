@@ -292,24 +292,25 @@ class Lowering:
 
     def _as_planes(self, name: str, picked: Picked) -> Planes | None:
         """Returns picked entries as planes; None if one op cannot write them so."""
-        shape, base = self.shapes[name], picked.base
+        shape = self.shapes[name]
         if len(shape) != 4 or shape[2] * shape[3] > MAX_PIXELS or self.batch != shape[0]:
             return None
-        image = isinstance(base, Planes) and not isinstance(base, Rows) and base.shape[2:] == shape[2:]
-        if image and picked.is_whole(1):
+        base = picked.base if isinstance(picked.base, Planes) and not isinstance(picked.base, Rows) else None
+        same = base is not None and base.shape[2:] == shape[2:]
+        if base is not None and same and picked.is_whole(1):
             self.segment.shared.add(base)
             self.values[name] = base
             return base
         if not can_be_planes(picked, 1):
             return None
-        if image and picked.has_pixels((0, 2, 3)):
+        if base is not None and same and picked.has_pixels((0, 2, 3)):
             planes = Planes(shape, base.grid, base.factor)
         else:
             grid, factor = self.grids.choose(name, shape[2], shape[3], self.index)
             planes = Planes(shape, grid, factor)
         if not planes.extend_halo(0, 0):
             return None
-        planes.nonnegative = isinstance(base, Planes) and base.nonnegative and picked.factor >= 0
+        planes.nonnegative = base is not None and base.nonnegative and picked.factor >= 0
         self.add(pick_to_planes(picked, planes))
         self.values[name] = planes
         return planes

@@ -172,7 +172,7 @@ def where(low: Lowering, node: Node) -> Lowered | None:
         return None
     # The condition may have sizes of one at axes that it does not depend on.
     keep = keep.reshape((1,) * (len(shape) - keep.ndim) + keep.shape)
-    axes = [axis for axis, size in enumerate(keep.shape) if size > 1]
+    axes = [axis for axis in range(keep.ndim) if keep.shape[axis] > 1]
     if not _may_fill(picked, fill) or (low.batch > 1 and 0 in axes):
         return None
     changed = picked.hidden(axes, keep.reshape([shape[axis] for axis in axes]))

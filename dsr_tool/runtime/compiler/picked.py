@@ -289,7 +289,7 @@ def _divided(group: Group) -> list[Group]:
             break
         line = rest.table[tuple(slice(None) if i == at else 0 for i in range(rest.table.ndim))]
         low = int(line.argmin())
-        others = rest.table.take(low, at)
+        others: _Int = np.asarray(rest.table.take(low, at), np.int64)
         steps = line - line[low]
         if np.array_equal(
             np.expand_dims(others, at) + np.expand_dims(steps, _all_but(at, rest.table.ndim)), rest.table

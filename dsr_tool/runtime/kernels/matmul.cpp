@@ -47,17 +47,19 @@ bool in_order(const int64_t* steps, int64_t count) {
     return true;
 }
 
-// `count` rows of the left matrix from its first one on, HEIGHT at a time; rows past the last one are zeros.
+// `count` rows of the left matrix from its first one on, HEIGHT at a time.
 void pack_left(const Matrix& left, int64_t count, int64_t depth, float* to) {
-    for (int64_t r = 0; r < count; r += HEIGHT, to += HEIGHT * depth)
-        for (int64_t i = 0; i < HEIGHT; i++) {
-            if (r + i < count) {
-                const float* row = left.first + left.rows[r + i];
-                for (int64_t k = 0; k < depth; k++) to[k * HEIGHT + i] = row[left.columns[k]] * left.factor;
-            } else {
-                for (int64_t k = 0; k < depth; k++) to[k * HEIGHT + i] = 0;
-            }
+    for (int64_t r = 0; r < count; r += HEIGHT) {
+        // The last row stands for those past it. Their sums are computed, and not stored.
+        const float* rows[HEIGHT];
+#pragma GCC unroll 12
+        for (int64_t i = 0; i < HEIGHT; i++) rows[i] = left.first + left.rows[r + i < count ? r + i : count - 1];
+        for (int64_t k = 0; k < depth; k++, to += HEIGHT) {
+            const int64_t column = left.columns[k];
+#pragma GCC unroll 12
+            for (int64_t i = 0; i < HEIGHT; i++) to[i] = rows[i][column] * left.factor;
         }
+    }
 }
 
 // `count` columns of the right matrix from its first one on; columns past the last one are zeros.
@@ -120,8 +122,7 @@ void put(const float* tile, int64_t height, int64_t width, int64_t columns, bool
 }
 
 // Item i is a block of rows of one product of the batch.
-void multiply_block(const void* context, int64_t item) {
-    static thread_local Panels panels;
+__attribute__((noinline)) void multiply_rows(const void* context, int64_t item, Panels& panels) {
     const Products& products = *(const Products*)context;
     const Call& call = products.call;
     const Matmul& op = call.op.matmul;
@@ -151,6 +152,11 @@ void multiply_block(const void* context, int64_t item) {
             }
         }
     }
+}
+
+void multiply_block(const void* context, int64_t item) {
+    static thread_local Panels panels;
+    multiply_rows(context, item, panels);
 }
 
 }  // namespace
