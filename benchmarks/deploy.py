@@ -28,7 +28,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from inference import fill_zeros, first_convolution, seconds
 from machine import processor
 
 from dsr_tool.measure.memory.process import ENVIRONMENT, held_bytes, reset_peak
@@ -122,6 +121,8 @@ def write(model: str, sparsity: float, folder: Path) -> dict[str, Path]:
 
     They are not verified one by one, which takes minutes: each way must give the reference's answer anyway.
     """
+    from inference import fill_zeros, first_convolution
+
     from converters.conversion import convert
     from exporters.base import ExportOptions
     from exporters.checked import CheckedModel
@@ -194,6 +195,9 @@ def latencies(files: dict[str, Path], threads: int, rounds: int) -> dict[str, li
     Raises:
         SystemExit: a way gives another answer than the reference; weights in few bits may be some way off.
     """
+    # Here and above, since it imports torch, which a child process need not load.
+    from inference import seconds
+
     x = np.random.default_rng(0).standard_normal(shape_of(files["dsr"])).astype(np.float32)
     runs: dict[str, Run] = {way.title: way.load(files[way.ending], threads).run for way in WAYS if way.timed}  # type: ignore[attr-defined]
     expected = runs[WAYS[0].title](x)
@@ -217,8 +221,8 @@ def main() -> None:
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=30, help="rounds of timed runs; default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=7, help="child processes of each way; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=20, help="rounds of timed runs; default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=5, help="child processes of each way; default: %(default)s")
     parser.add_argument("--folder", type=Path, help="keep the files in this folder for the next run")
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
