@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -67,7 +68,7 @@ def verify_source(path: Path, source: OnnxSource, *, seed: int = 0) -> Verificat
     held = _Held(path, kind, source)
     inputs, theirs, notes = _references(source, seed)
     how = how_rounded(held.rounded(source.tensors), source.specs)
-    reference, lost = theirs, ()
+    reference, lost = theirs, cast("tuple[str, ...]", ())
     if how:
         dense = to_onnx(held.graph, _as_floats(held.expected), encoding="dense").SerializeToString()
         reference = _outputs(OnnxSession(dense).run_all, inputs)
@@ -170,11 +171,11 @@ def _references(source: OnnxSource, seed: int) -> tuple[list[Array], list[Output
         first, *more = _BATCHES if value.shape[0] is None else (value.shape[0],)
         x = _random(random, (first, *shape), value.dtype)
         try:
-            outputs = [numbers(source.path, run(x))]
+            outputs: list[Outputs] = [numbers(source.path, run(x))]
         except FormatError as error:
             fault = fault or error
             continue
-        inputs, notes = [x], ()
+        inputs, notes = [x], cast("tuple[str, ...]", ())
         for batch in more:
             x = _random(random, (batch, *shape), value.dtype)
             try:
@@ -224,7 +225,7 @@ def _with_rounding(source: OnnxSource, inputs: Sequence[Array], theirs: Sequence
     if exact is None or ours is None or any(list(one) != list(other) for one, other in zip(exact, theirs, strict=True)):
         return None
     most = _MOST_ROUNDING * largest_output(theirs) + _SIGMOID_ERROR
-    rounded = []
+    rounded: list[Outputs] = []
     for double, single, reference in zip(exact, ours, theirs, strict=True):
         if any(double[name].shape != array.shape for name, array in reference.items()):
             return None
