@@ -32,8 +32,8 @@ def concat(low: Lowering, node: Node, *, axis: int) -> Lowered | None:
     # A known array has the entries of all images.
     if low.batch > 1 and (axis == 0 or any(name in low.constants for name in node.inputs)):
         return None
-    if axis == 1 and len(wanted) == 4 and (value := _channels(low, node.inputs, wanted)) is not None:
-        return Lowered(value, wanted)
+    if axis == 1 and len(wanted) == 4 and (planes := _channels(low, node.inputs, wanted)) is not None:
+        return Lowered(planes, wanted)
     pieces = [low.picked(name) for name in node.inputs]
     if any(piece is None for piece in pieces):
         return None

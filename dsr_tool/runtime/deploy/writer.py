@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from dsr_tool.errors import UsageError, join_words
 from dsr_tool.graph.ir import Graph, Value
@@ -22,9 +23,10 @@ from dsr_tool.sparsity.config import ModelConfig
 
 __all__ = ["chosen_levels", "plan_bytes"]
 
+_STRUCTS: dict[str, type[ctypes.Structure]] = {**table.PARAMETERS, "": table.Op}
 _POINTERS = {
-    name: tuple(field for field, kind in struct._fields_ if kind is ctypes.c_void_p)
-    for name, struct in {**table.PARAMETERS, "": table.Op}.items()
+    name: tuple(field for field, kind, *_ in struct._fields_ if kind is ctypes.c_void_p)
+    for name, struct in _STRUCTS.items()
 }
 """Fields that hold addresses, by member of `Op`; those of all ops under the empty name."""
 
@@ -190,7 +192,8 @@ def _step(step: KernelStep, arrays: _Exchanged, packs: dict[bytes, int], weights
         copied = table.Op.from_buffer_copy(op)
         member = table.Kind(op.kind).name.lower()
         number = -1
-        for holder, name in ((copied, ""), (getattr(copied, member, None), member)):
+        holders: list[tuple[Any, str]] = [(copied, ""), (getattr(copied, member, None), member)]
+        for holder, name in holders:
             weighs = name in ("spmm", "gemv")
             for field in _POINTERS.get(name, ()):
                 address = getattr(holder, field)
