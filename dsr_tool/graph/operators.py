@@ -104,7 +104,7 @@ _ROWS = (
     # Several inputs, entry by entry.
     Operator("Add", 2, 2, elementwise=True, arithmetic=True, commutative=True),
     Operator("And", 2, 2, elementwise=True, commutative=True),
-    Operator("BatchNormalization", 5, 5, elementwise=True, inert=frozenset({"momentum"})),
+    Operator("BatchNormalization", 5, 5, elementwise=True, by_image=True, inert=frozenset({"momentum"})),
     Operator("Div", 2, 2, elementwise=True, arithmetic=True),
     Operator("Equal", 2, 2, elementwise=True, commutative=True),
     Operator("Greater", 2, 2, elementwise=True),

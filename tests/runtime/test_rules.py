@@ -161,6 +161,17 @@ CASES = [
         constants={"s": floats(4), "b": floats(4), "m": floats(4), "v": floats(4) ** 2},
     ),
     Case(
+        "BatchNormalization:after_tokens",
+        (
+            Node("Transpose", ("x",), ("a",), {"perm": (0, 2, 3, 1)}),
+            Node("LayerNormalization", ("a", "s"), ("c",)),
+            Node("Transpose", ("c",), ("d",), {"perm": (0, 3, 1, 2)}),
+            Node("BatchNormalization", ("d", "s", "b", "m", "v"), ("y",)),
+        ),
+        weights={"s": (4,)},
+        constants={"b": floats(4), "m": floats(4), "v": floats(4) ** 2},
+    ),
+    Case(
         "Concat",
         (
             Node("Conv", ("x", "w"), ("a",)),
