@@ -12,7 +12,7 @@ from dsr_tool.errors import UsageError
 from dsr_tool.graph.compact.rewrite import fold_and_compact
 from dsr_tool.runtime.deploy.format import MAGIC
 from exporters.base import Container, Draft, ExportOptions, Head
-from exporters.values import EXACT, PALETTE, VALUES
+from exporters.values import EXACT, GRID_BITS
 
 if TYPE_CHECKING:
     from dsr_tool.graph.ir import Graph
@@ -50,7 +50,8 @@ class PlanFiles(Container):
     name = "plan"
     endings = (".dsrplan",)
     encodings = ("auto",)
-    values = tuple(name for name in VALUES if name != PALETTE)
+    # Kernels take floats and codes, so float16 would be as large as float32.
+    values = ("fp32", *GRID_BITS)
     compacts = True
     compiles = True
     preprocesses = True

@@ -60,7 +60,7 @@ def test_any_number_of_inputs_is_predicted_with_any_batch(exported, batch):
     np.testing.assert_allclose(PlanSession(path).run(x), PlanSession(one).run(x), atol=1e-6)
 
 
-@pytest.mark.parametrize("values", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("values", ["int8", "int5", "int4"])
 def test_rounded_weights_are_verified_against_the_model_rounded_likewise(exported, model, values):
     found, path = exported(values=values)
     assert found.rounding_largest > 0

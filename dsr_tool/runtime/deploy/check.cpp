@@ -27,7 +27,7 @@ struct Check {
     void require(bool holds, const char* what) {
         if (holds || !good) return;
         good = false;
-        problem.say("the plan is damaged: %s of an op of kind %d is out of range.", what, op.kind);
+        problem.say("the plan is damaged: %s of an op of kind %d is out of range; export it again.", what, op.kind);
     }
     // A field as a number of the arithmetic here.
     Wide number(int64_t value, int64_t low, const char* what) {

@@ -71,7 +71,7 @@ Status* plan_of(const Api& api, const KernelInfo* info, const void** bytes, size
     const Value* value = nullptr;
     if (Status* status = api.KernelInfoGetConstantInput_tensor(info, 0, &is_constant, &value)) return status;
     if (!is_constant || !value)
-        return failed(api, INVALID_ARGUMENT, "the plan of SparsePlan is computed; it must be an initializer of the model.");
+        return failed(api, INVALID_ARGUMENT, "the plan of SparsePlan is computed; make it an initializer.");
     ShapeInfo* shape = nullptr;
     if (Status* status = api.GetTensorTypeAndShape(value, &shape)) return status;
     Status* status = api.GetTensorShapeElementCount(shape, size);
@@ -90,7 +90,8 @@ Status* check_counts(const Api& api, const KernelInfo* info, const dsr_plan* pla
     if (inputs == (size_t)dsr_input_count(plan) + 1 && outputs == (size_t)dsr_output_count(plan)) return nullptr;
     char sentence[200];
     snprintf(sentence, sizeof sentence,
-             "the node SparsePlan has %zu inputs and %zu outputs; its plan takes %d and the plan itself, and computes %d.",
+             "the node SparsePlan has %zu inputs and %zu outputs; its plan takes %d and the plan itself, and computes "
+             "%d.",
              inputs, outputs, dsr_input_count(plan), dsr_output_count(plan));
     return failed(api, INVALID_ARGUMENT, sentence);
 }
@@ -143,12 +144,14 @@ Status* run(const Kernel& kernel, KernelContext* context, dsr_tensor* inputs, in
         outputs[i] = dsr_output(kernel.plan, i);
         Value* value = nullptr;
         const size_t rank = (size_t)outputs[i].rank;
-        if (Status* status = api.KernelContext_GetOutput(context, (size_t)i, outputs[i].shape, rank, &value)) return status;
+        if (Status* status = api.KernelContext_GetOutput(context, (size_t)i, outputs[i].shape, rank, &value))
+            return status;
         if (!value) return failed(api, INVALID_ARGUMENT, "an output of SparsePlan has no name; the plan computes all.");
         if (Status* status = api.GetTensorMutableData(value, &outputs[i].data)) return status;
     }
     const int32_t result = dsr_run(kernel.plan, inputs, input_count, outputs, output_count);
-    return result == DSR_OK ? nullptr : failed(api, result == DSR_BAD_ARGUMENT ? INVALID_ARGUMENT : FAIL, dsr_last_error());
+    if (result == DSR_OK) return nullptr;
+    return failed(api, result == DSR_BAD_ARGUMENT ? INVALID_ARGUMENT : FAIL, dsr_last_error());
 }
 
 Status* compute(void* self, KernelContext* context) {
@@ -196,7 +199,8 @@ Status* threads_entry(const Api& api, const SessionOptions* options, int64_t* th
     const long long value = status ? 0 : strtoll(text, &end, 10);
     if (value < 1 || value > MOST_THREADS || *end) {
         char sentence[200];
-        snprintf(sentence, sizeof sentence, "the session's entry %s is '%s', which is not in [1, %lld]; give one for each core.",
+        snprintf(sentence, sizeof sentence,
+                 "the session's entry %s is '%s', which is not in [1, %lld]; give one for each core.",
                  THREADS_ENTRY, text, (long long)MOST_THREADS);
         return failed(api, INVALID_ARGUMENT, sentence);
     }
@@ -248,7 +252,8 @@ extern "C" DSR_API Status* RegisterCustomOps(SessionOptions* options, const ApiB
     // Every release has the first version, whose table begins with the function that makes a status.
     Status* (*create_status)(ErrorCode, const char*) = *(Status * (*const*)(ErrorCode, const char*)) base->get_api(1);
     char sentence[200];
-    snprintf(sentence, sizeof sentence, "dsr-tool: ONNX Runtime %.40s is too old for SparsePlan; install 1.16 or newer.",
+    snprintf(sentence, sizeof sentence,
+             "dsr-tool: ONNX Runtime %.40s is too old for SparsePlan; install 1.16 or newer.",
              base->get_version_string());
     return create_status(FAIL, sentence);
 }

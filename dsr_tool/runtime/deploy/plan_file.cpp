@@ -2,12 +2,12 @@
 
 #include "plan_file.h"
 
-#include <strings.h>
-
 #include "../kernels/layout.h"
 #include "check.h"
 #include "checksum.h"
+#include "pointers.h"
 #include "reader.h"
+#include "stored.h"
 
 namespace dsr {
 
@@ -31,188 +31,28 @@ uint32_t layout_digest() {
     return digest;
 }
 
-// A pointer field of an op: where it lies, and the type of its table; -1 if it points into a packed weight.
-struct PointerField {
-    const char* owner;  // the struct; null for fields that every op has
-    int64_t offset;     // bytes from the start of the struct, or of the op
-    int64_t type;
-};
-
-template <class T>
-struct PointerType {
-    static constexpr int64_t type = -2;  // no pointer
-};
-template <class T>
-struct PointerType<const T*> {
-    static constexpr int64_t type = -1;
-};
-template <>
-struct PointerType<const float*> {
-    static constexpr int64_t type = FLOATS;
-};
-template <>
-struct PointerType<const int32_t*> {
-    static constexpr int64_t type = INT32S;
-};
-template <>
-struct PointerType<const int64_t*> {
-    static constexpr int64_t type = INT64S;
-};
-
-constexpr PointerField FIELDS[] = {
-#define FIELD(name, kind, field, line) {#name, offsetof(name, field), PointerType<kind>::type},
-#define COMMON(kind, field, line) {nullptr, offsetof(Op, field), PointerType<kind>::type},
-#include "../kernels/ops.def"
-};
-
-// The struct of parameters of a kind, and where it lies in an op; null for a kind without parameters.
-const char* parameters_of(int64_t kind, int64_t* offset) {
-    const char* wanted = "";
-    switch (kind) {
-#define OP(name, number, function, line) \
-    case number: wanted = #name; break;
-#include "../kernels/ops.def"
-    }
-    // The member of `Op` is the kind in lower case.
-#define PARAMETERS(name, member) \
-    if (!strcasecmp(wanted, #member)) return *offset = offsetof(Op, member), #name;
-#include "../kernels/ops.def"
-    return nullptr;
-}
-
-struct StoredTable {
-    int64_t type, count;
-    const void* data;
-};
-
-// A weight of the file: all entries, a bit each, or the distances between active entries as bytes.
-enum WeightForm : int64_t { FULL = 0, BITS = 1, DISTANCES = 2 };
-
-struct StoredWeight {
-    Weight weight;
-    int64_t form, distance_bytes;
-    const uint8_t* distances;
-    Array<uint8_t> bits;  // made of the distances
-};
-
-// Marks the active entries of distances, where 255 means 255 inactive entries, and no active one. A bit for each entry,
-// the first one highest.
-bool to_bits(StoredWeight& stored, Problem& problem) {
-    if (stored.form != DISTANCES || stored.weight.bits) return true;
-    const int64_t size = stored.weight.size;
-    if (!stored.bits.make((size + 7) / 8, problem)) return false;
-    int64_t at = -1, found = 0;
-    for (int64_t i = 0; i < stored.distance_bytes; i++) {
-        const uint8_t distance = stored.distances[i];
-        at += distance == 255 ? 255 : distance + 1;
-        if (at >= size) break;
-        if (distance == 255) continue;
-        stored.bits[at >> 3] |= 128 >> (at & 7);
-        found++;
-    }
-    if (at >= size || found != stored.weight.active) return problem.say("the plan is damaged: a mask does not fit.");
-    stored.weight.bits = stored.bits.data;
-    return true;
-}
-
 struct Opening {
     PlanFile& plan;
     Reader file;
     int threads;
     Problem& problem;
-    Array<StoredTable> stored_tables;
-    Array<StoredWeight> weights;
+    Stored stored;
     Array<Reach> reaches;  // of each packed weight
     int64_t left;  // bytes that packed weights may take in all, so that no small file asks for any amount
     int64_t left_values = INT64_C(256) << 20;  // the same of values of a run; more, the larger the input
 
     Opening(PlanFile& plan_, const void* bytes, int64_t size, int threads_, Problem& problem_)
-        : plan(plan_), file(bytes, size), threads(threads_), problem(problem_), left(256 * size + (INT64_C(1) << 28)) {}
+        : plan(plan_),
+          file(bytes, size),
+          threads(threads_),
+          problem(problem_),
+          stored(plan_, problem_),
+          left(256 * size + (INT64_C(1) << 28)) {}
 
-    bool damaged(const char* what) { return problem.say("the plan is damaged: %s.", what); }
+    bool damaged(const char* what) { return problem.say("the plan is damaged: %s; export it again.", what); }
     bool whole(const char* what) { return !file.failed || damaged(what); }
 
-    bool read_values(Array<Value>& values, const char* what) {
-        if (!values.make(file.count(24), problem)) return false;
-        for (Value& value : values) {
-            value.name = file.string();
-            value.rank = file.word_in(1, MAX_RANK);
-            value.entries = 1;
-            for (int64_t axis = 0; axis < value.rank; axis++) {
-                value.shape[axis] = file.word_in(1, INT64_C(1) << 40);
-                if (__builtin_mul_overflow(value.entries, value.shape[axis], &value.entries)) file.failed = true;
-            }
-        }
-        return whole(what);
-    }
-
-    // What names point to is copied, since the bytes of the file are not kept.
-    bool read_head() {
-        const int64_t size = file.word();
-        const void* bytes = file.block(size);
-        if (!bytes) return damaged("its texts are cut off");
-        if (!plan.head.make(size, problem)) return false;
-        memcpy(plan.head.data, bytes, size);
-        const Reader rest = file;
-        file = Reader(plan.head.data, size);
-        if (!plan.texts.make(file.count(24), problem)) return false;
-        for (Text& text : plan.texts) text = {file.string(), file.string()};
-        if (!whole("a text is cut off") || !read_values(plan.inputs, "an input is out of range") ||
-            !read_values(plan.outputs, "an output is out of range"))
-            return false;
-        file = rest;
-        return true;
-    }
-
-    bool read_weights() {
-        if (!weights.make(file.count(48), problem)) return false;
-        for (StoredWeight& stored : weights) {
-            Weight& weight = stored.weight;
-            stored.form = file.word_in(FULL, DISTANCES);
-            weight.width = file.word_in(1, 4);
-            weight.size = file.word_in(1, INT32_MAX);
-            weight.active = file.word_in(0, weight.size);
-            stored.distance_bytes = file.word();
-            const void* mask = file.block(stored.distance_bytes);
-            weight.values = file.block(weight.active * weight.width);
-            if (!whole("a weight is cut off")) return false;
-            if (stored.form == BITS) weight.bits = (const uint8_t*)mask;
-            if (stored.form == BITS && stored.distance_bytes != (weight.size + 7) / 8)
-                return damaged("a mask is cut off");
-            if (stored.form == FULL && weight.active != weight.size) return damaged("a weight lacks entries");
-            stored.distances = (const uint8_t*)mask;
-        }
-        return true;
-    }
-
-    bool read_tables() {
-        if (!stored_tables.make(file.count(16), problem)) return false;
-        if (!plan.tables.make(stored_tables.count, problem)) return false;
-        for (StoredTable& table : stored_tables) {
-            table.type = file.word_in(FLOATS, INT64S);
-            table.count = file.word_in(0, INT64_C(1) << 40);
-            table.data = file.block(table.count * (table.type == INT64S ? 8 : 4));
-        }
-        return whole("a table is cut off");
-    }
-
-    // The entries of a table, copied when it is used first; null, with a problem, if there is none of that type.
-    const void* table(int64_t id, int64_t type) {
-        if (id < 0 || id >= stored_tables.count || stored_tables[id].type != type)
-            return damaged("an op names a table that is not there"), nullptr;
-        const StoredTable& stored = stored_tables[id];
-        Array<uint8_t>& own = plan.tables[id];
-        const int64_t nbytes = stored.count * (type == INT64S ? 8 : 4);
-        if (!own.data) {
-            if (!own.make(nbytes + (int64_t)sizeof(TableHead), problem)) return nullptr;
-            const TableHead head = {stored.count, type};
-            memcpy(own.data, &head, sizeof head);
-            memcpy(own.data + sizeof head, stored.data, nbytes);
-        }
-        return own.data + sizeof(TableHead);
-    }
-
-    bool packing_failed(Fault fault) {
+    bool packed_well(Fault fault) {
         if (fault == Fault::NONE) return true;
         if (fault == Fault::MEMORY) return problem.no_memory(0);
         return damaged("a weight does not fit the op that uses it");
@@ -220,7 +60,7 @@ struct Opening {
 
     bool read_pack(Pack& pack, Reach& reach) {
         Recipe& recipe = pack.recipe;
-        const int64_t number = file.word_in(0, weights.count - 1);
+        const int64_t number = file.word_in(0, stored.weights.count - 1);
         recipe.packing = file.word();
         recipe.rows = file.word_in(1, INT32_MAX);
         recipe.inner = file.word_in(1, INT32_MAX);
@@ -232,7 +72,7 @@ struct Opening {
         const int64_t offsets = file.word(), length = file.word_in(0, INT64_C(1) << 31);
         pack.tile = file.word_in(0, INT64_C(1) << 10);
         if (!whole("a recipe is out of range")) return false;
-        recipe.offsets = (const int32_t*)table(offsets, INT32S);
+        recipe.offsets = (const int32_t*)stored.table(offsets, INT32S);
         if (!recipe.offsets) return false;
         recipe.taps = ((const TableHead*)recipe.offsets)[-1].count;
         // An op with tiles is shared by tiles first; GEMV, which has none, by output channels.
@@ -242,22 +82,24 @@ struct Opening {
             pack.tile = shared.tile;
             recipe.split = shared.parts;
         }
-        StoredWeight& stored = weights[number];
-        if (!to_bits(stored, problem)) return false;
+        const Weight* weight = stored.weight(number);
+        if (!weight) return false;
+        // What is read counts too: a mask of zeros may be shorter in the file than in memory.
+        left -= weight->size / 8;
         Sizes sizes{};
-        if (!packing_failed(measure(recipe, stored.weight, sizes))) return false;
-        const int64_t nbytes = sizes.values * stored.weight.width + sizes.offsets * 2 + sizes.entries * sizeof(Entry) +
+        if (left >= 0 && !packed_well(measure(recipe, *weight, sizes))) return false;
+        const int64_t nbytes = sizes.values * weight->width + sizes.offsets * 2 + sizes.entries * sizeof(Entry) +
                                sizes.blocks * sizeof(Block) + sizes.parts * sizeof(Part) + sizes.scratch;
         left -= nbytes;
         if (left < 0) return damaged("its weights take more memory than a file of its size is granted");
-        const bool coded = stored.weight.width == 1;
+        const bool coded = weight->width == 1;
         if (coded ? !pack.codes.make(sizes.values, problem) : !pack.values.make(sizes.values, problem)) return false;
         if (!pack.offsets.make(sizes.offsets, problem) || !pack.entries.make(sizes.entries, problem) ||
             !pack.blocks.make(sizes.blocks, problem) || !pack.parts.make(sizes.parts, problem))
             return false;
         const Packed packed = {coded ? (void*)pack.codes.data : pack.values.data, pack.offsets.data, pack.entries.data,
                                pack.blocks.data, pack.parts.data};
-        if (!packing_failed(fill(recipe, stored.weight, sizes, packed))) return false;
+        if (!packed_well(fill(recipe, *weight, sizes, packed))) return false;
         reach = {sizes.lowest, sizes.highest, recipe.rows, recipe.phases, sizes.values, coded,
                  recipe.packing != (int64_t)Packing::SPARSE};
         return true;
@@ -326,7 +168,7 @@ struct Opening {
             memcpy(&id, place, 8);
             const void* pointer = nullptr;
             // Pointers into packed weights are set below.
-            if (field.type >= 0 && id && !(pointer = table(id < 0 ? id : id - 1, field.type))) return false;
+            if (field.type >= 0 && id && !(pointer = stored.table(id < 0 ? id : id - 1, field.type))) return false;
             memcpy(place, &pointer, sizeof pointer);
         }
         const bool to_array = op.out_buffer > 0 && op.out_buffer < space.buffers;
@@ -429,11 +271,12 @@ bool PlanFile::read(const void* bytes, int64_t size, int threads, Problem& probl
     if (version > VERSION)
         return problem.say("the plan has format %lld, newer than this library; install a newer dsr-tool.",
                            (long long)version);
-    if (version < 1) return problem.say("the plan is damaged: its format is %lld.", (long long)version);
+    if (version < 1)
+        return problem.say("the plan is damaged: its format is %lld; export it again.", (long long)version);
     if (interface != INTERFACE || layout != (int64_t)layout_digest())
-        return problem.say("the plan was made for another version of the library (interface %lld, here %lld); export "
-                           "it again with the dsr-tool that this library belongs to.",
-                           (long long)interface, (long long)INTERFACE);
+        return problem.say("the plan was made for another version of the library (interface %lld, layout %llx; here "
+                           "%lld, %llx); export it again with the dsr-tool that this library belongs to.",
+                           (long long)interface, (long long)layout, (long long)INTERFACE, (long long)layout_digest());
     if (total != size)
         return problem.say("the plan has %lld bytes instead of %lld; copy the file again.", (long long)size,
                            (long long)total);
@@ -441,7 +284,7 @@ bool PlanFile::read(const void* bytes, int64_t size, int threads, Problem& probl
     if (sum != (int64_t)checksum(body, size - HEAD_BYTES))
         return problem.say("the plan is damaged: its checksum does not fit; copy the file again.");
     Opening opening(*this, body, size - HEAD_BYTES, threads, problem);
-    return opening.read_head() && opening.read_weights() && opening.read_tables() && opening.choose_level() &&
+    return opening.stored.read(opening.file) && opening.choose_level() &&
            opening.read_level();
 }
 

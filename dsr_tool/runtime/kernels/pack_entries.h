@@ -17,6 +17,17 @@
 
 namespace dsr {
 
+// The number of bits that are set. Without the instruction, gcc calls a function for it.
+inline int bits_of(uint64_t word) {
+#if defined(__POPCNT__) || !defined(__x86_64__)
+    return __builtin_popcountll(word);
+#else
+    word -= word >> 1 & 0x5555555555555555u;
+    word = (word & 0x3333333333333333u) + (word >> 2 & 0x3333333333333333u);
+    return int(((word + (word >> 4)) & 0x0F0F0F0F0F0F0F0Fu) * 0x0101010101010101u >> 56);
+#endif
+}
+
 struct AllEntries {
     explicit AllEntries(const Weight&) {}
 
@@ -56,7 +67,7 @@ struct EntryBits {
     // All active entries in a range.
     int64_t count_all(int64_t from, int64_t to) const {
         int64_t found = 0, number;
-        for (int64_t at = from; at < to; at += number) found += __builtin_popcountll(word(at, to - at, number));
+        for (int64_t at = from; at < to; at += number) found += bits_of(word(at, to - at, number));
         return found;
     }
 
@@ -70,7 +81,7 @@ struct EntryBits {
         int64_t i = 0, valid;
         for (int64_t at = 0; at < extent && i < number; at += valid) {
             uint64_t rest = word(from + at, extent - at, valid);
-            if (__builtin_popcountll(rest) > number - i) return false;
+            if (bits_of(rest) > number - i) return false;
             for (; rest; i++) {
                 const int zeros = __builtin_clzll(rest);
                 f(i, at + zeros);
