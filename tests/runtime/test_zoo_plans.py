@@ -79,7 +79,13 @@ def check(module: nn.Module, shape: tuple[int, int, int]) -> None:
         assert np.isfinite(expected).all()
         assert np.ptp(expected) > 0
         # Random networks make rounding errors grow with their depth; a wrong entry would be off by its own size.
-        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4 * float(np.abs(expected).max()))
+        allowed = 1e-5 * float(np.abs(expected).max())
+        if not np.abs(found - expected).max() <= allowed:
+            # Random weights make some deep networks chaotic: EfficientNetV2-L moves by .44 of its largest output when
+            # its input moves by 1e-7. A plan may differ by some times what the reference itself does then.
+            (moved,) = reference.run(x * np.float32(1 + 2**-23))
+            allowed += 10 * float(np.abs(moved - expected).max())
+        np.testing.assert_allclose(found, expected, rtol=0, atol=allowed)
 
 
 @pytest.mark.parametrize("family", SMALL)
