@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dsr_tool.runtime.deploy.library import include_dir as include_dir
     from dsr_tool.runtime.deploy.library import library as library
     from dsr_tool.runtime.deploy.library import ort_library as ort_library
+    from dsr_tool.runtime.deploy.session import PlanSession as PlanSession
     from dsr_tool.sparse.model import SparseModel as SparseModel
     from exporters.export import export as export
     from exporters.export import verify as verify
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "SparseModel": "dsr_tool.sparse.model",
     "Session": "dsr_tool.runtime",
+    "PlanSession": "dsr_tool.runtime.deploy.session",
     "attach": "dsr_tool.methods",
     "convert": "converters.conversion",
     "export": "exporters.export",

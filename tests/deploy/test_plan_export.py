@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 
 import numpy as np
@@ -58,6 +59,14 @@ def test_any_number_of_inputs_is_predicted_with_any_batch(exported, batch):
     x = np.random.default_rng(1).standard_normal((7, 3, 12, 12)).astype(np.float32)
     _, one = exported("one.dsrplan")
     np.testing.assert_allclose(PlanSession(path).run(x), PlanSession(one).run(x), atol=1e-6)
+
+
+def test_a_session_of_a_plan_is_pickled_by_its_path(exported):
+    _, path = exported()
+    session, x = dsr_tool.PlanSession(str(path), threads=2), np.ones((2, 3, 12, 12), np.float32)
+    again = pickle.loads(pickle.dumps(session))  # noqa: S301
+    assert again.path == path.absolute() and again.threads == 2
+    np.testing.assert_array_equal(again.run(x), session.run(x))
 
 
 @pytest.mark.parametrize("values", ["int8", "int5", "int4"])

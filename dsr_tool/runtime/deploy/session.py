@@ -22,13 +22,16 @@ _Run = Callable[[Array], Mapping[str, Array]]
 class PlanSession:
     """A plan that is ready to predict.
 
+    A pickle holds the path of the file and the number of threads, and opens that file again.
+
     Attributes:
         path: the file.
+        threads: number of threads that share the work of one run.
         config: architecture, input shape, preprocessing and labels of the model.
         outputs: names, shapes and types of the arrays that `run_all` returns; the batch is free.
     """
 
-    def __init__(self, path: Path, threads: int = 1) -> None:
+    def __init__(self, path: str | Path, threads: int = 1) -> None:
         """Opens a plan.
 
         Args:
@@ -47,10 +50,13 @@ class PlanSession:
             self.config = ModelConfig.from_dict(json.loads(plan.text("config") or ""))
         except (TypeError, ValueError) as error:
             raise FormatError(f"{str(path)!r} does not describe its model ({error}); export it again.") from error
-        self.path = path
+        self.path, self.threads = Path(path), threads
         self.outputs = tuple(Value(value.name, (None, *value.shape[1:])) for value in plan.outputs)
         self._expected = plan.inputs[0].shape
         self._run = in_batches(plan.run, self._expected[0])
+
+    def __reduce__(self) -> tuple[type[PlanSession], tuple[Path, int]]:
+        return PlanSession, (self.path.absolute(), self.threads)
 
     def run(self, x: Array) -> Array:
         """Predicts as `run_all` does, and returns the first output."""
