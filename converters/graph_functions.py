@@ -76,7 +76,9 @@ def _div(_: Attributes, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _clip(_: Attributes, x: torch.Tensor, low: Any = None, high: Any = None) -> torch.Tensor:
-    limits = [None if limit is None else float(limit) for limit in (low, high)]
+    # A limit of another type would change that of the result.
+    number = float if x.is_floating_point() else int
+    limits = [None if limit is None else number(limit) for limit in (low, high)]
     return x if limits == [None, None] else torch.clamp(x, *limits)
 
 
@@ -116,7 +118,12 @@ def _max_pool(attributes: Attributes, x: torch.Tensor) -> torch.Tensor:
     kernel, strides, pads, dilations = _window(attributes)
     pool = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[len(kernel) - 1]
     ceil = bool(attributes.get("ceil_mode", 0))
-    return pool(padded(x, pads, -math.inf), kernel, strides, 0, dilations, ceil)
+    found = pool(padded(x, pads, -math.inf), kernel, strides, 0, dilations, ceil)
+    if ceil and any(pads):
+        # No window starts behind the last pixel. Here the border counts as pixels, so PyTorch may have one more.
+        for i, (stride, pad) in enumerate(zip(strides, pads, strict=False)):
+            found = found.narrow(2 + i, 0, min(found.shape[2 + i], -(-(x.shape[2 + i] + pad) // stride)))
+    return found
 
 
 def _average_pool(attributes: Attributes, x: torch.Tensor) -> torch.Tensor:
@@ -257,25 +264,52 @@ def _resize(
     out: Any = None,
 ) -> torch.Tensor:
     mode, where = attributes.get("mode", "nearest"), attributes.get("coordinate_transformation_mode", "half_pixel")
-    if out is not None and len(sizes(out)):
-        wanted = [int(n) for n in sizes(out)[2:]]
-    else:
-        wanted = [int(n * scale) for n, scale in zip(x.shape[2:], sizes(scales)[2:], strict=True)]
     pixels = [int(n) for n in x.shape[2:]]
-    if attributes.get("axes") or attributes.get("antialias") or len(wanted) not in (1, 2, 3):
-        raise UsageError("Resize of chosen axes or with antialias is not supported in PyTorch.")
+    if any(attributes.get(name) for name in ("antialias", "axes", "exclude_outside")) or len(pixels) not in (1, 2, 3):
+        raise UsageError("Resize of chosen axes, with antialias or exclude_outside is not supported in PyTorch.")
+    if attributes.get("keep_aspect_ratio_policy", "stretch") != "stretch":
+        raise UsageError("Resize with keep_aspect_ratio_policy is not supported in PyTorch.")
+    if out is not None and len(sizes(out)):
+        wanted, others = [int(n) for n in sizes(out)[2:]], sizes(out)[1] == x.shape[1]
+    else:
+        # Sizes are those of float32, in which 1.3 times 10 is 13. PyTorch computes coordinates from sizes alone.
+        grown = [float(np.float32(n * scale)) for n, scale in zip(pixels, sizes(scales)[2:], strict=True)]
+        wanted, others = [int(n) for n in grown], sizes(scales)[:2] == [1, 1]
+        others = others and (wanted == grown or where == "align_corners")
+    if not others:
+        raise UsageError(f"Resize of {pixels} pixels to parts of a pixel, or of channels, is not supported in PyTorch.")
     if mode == "nearest":
-        # Repeated pixels are the same in all ways of rounding.
-        whole = all(n % own == 0 for n, own in zip(wanted, pixels, strict=True))
-        floor = where == "asymmetric" and attributes.get("nearest_mode", "") == "floor"
-        if not (floor or (whole and where in ("asymmetric", "half_pixel", "pytorch_half_pixel"))):
-            raise UsageError(f"Resize to {wanted} by nearest pixels in mode {where} is not supported in PyTorch.")
+        rounding = attributes.get("nearest_mode", "round_prefer_floor")
+        if not _repeats(pixels, wanted, where, rounding):
+            raise UsageError(
+                f"Resize of {pixels} to {wanted} by nearest pixels in mode {where}, {rounding} is not supported in "
+                f"PyTorch."
+            )
         return functional.interpolate(x, wanted, mode="nearest")
-    known = where in ("half_pixel", "pytorch_half_pixel", "align_corners")
+    known = where in ("half_pixel", "align_corners") or (where == "pytorch_half_pixel" and 1 not in wanted)
     if not known or (mode == "cubic" and (len(wanted) != 2 or attributes.get("cubic_coeff_a", -0.75) != -0.75)):
         raise UsageError(f"Resize in mode {mode} with coordinates {where} is not supported in PyTorch.")
     name = "bicubic" if mode == "cubic" else ("linear", "bilinear", "trilinear")[len(wanted) - 1]
     return functional.interpolate(x, wanted, mode=name, align_corners=where == "align_corners")
+
+
+def _repeats(pixels: list[int], wanted: list[int], where: str, rounding: str) -> bool:
+    """Returns whether a Resize takes the pixels that torch's `nearest` takes, at the coordinate rounded down."""
+    if where == "asymmetric" and rounding == "floor":
+        return True
+    if any(n % own for n, own in zip(wanted, pixels, strict=True)):
+        return False
+    if where == "asymmetric":
+        # Coordinates of a twice as large picture end in .0 and .5; larger ones have some above .5.
+        return rounding == "round_prefer_floor" and all(n <= 2 * own for n, own in zip(wanted, pixels, strict=True))
+    return where in ("half_pixel", "pytorch_half_pixel") and rounding in ("round_prefer_floor", "round_prefer_ceil")
+
+
+def _selu(attributes: Attributes, x: torch.Tensor) -> torch.Tensor:
+    if not attributes:
+        return functional.selu(x)
+    alpha = attributes.get("alpha", 1.67326319217681884765625)
+    return functional.elu(x, alpha) * attributes.get("gamma", 1.05070102214813232421875)
 
 
 def _softmax(attributes: Attributes, x: torch.Tensor) -> torch.Tensor:
@@ -351,7 +385,7 @@ FUNCTIONS: dict[str, _Function] = {
     "Relu": _simple(functional.relu),
     "Reshape": _reshape,
     "Resize": _resize,
-    "Selu": _simple(functional.selu),
+    "Selu": _selu,
     "Sigmoid": _simple(torch.sigmoid),
     "Sign": _simple(torch.sign),
     "Sin": _simple(torch.sin),

@@ -155,8 +155,12 @@ def _with_free_batch(graph: Graph) -> Graph:
     if fixed is None:
         return graph
     constants, nodes = dict(graph.constants), []
+    # Weights have no batch.
+    held = {*graph.constants, *graph.parameters}
     for node in graph:
         target = graph.constants.get(node.inputs[1]) if node.op == "Reshape" and len(node.inputs) > 1 else None
+        if node.inputs and node.inputs[0] in held:
+            target = None
         if target is not None and target.ndim == 1 and target.size and target[0] == fixed:
             name = f"{node.inputs[1]}/any"
             constants[name] = np.array([0, *target[1:]], np.int64)

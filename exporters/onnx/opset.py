@@ -13,6 +13,8 @@ __all__ = ["OLDEST", "converted", "opset_of"]
 
 OLDEST = 18
 """Oldest operator set that the runtimes compute; see `runtime/reference/interpreter.py`."""
+_FIRST_WITH_MODES = 11
+"""Operator set since which Resize says how it computes coordinates."""
 _SMALL = 1024
 """Most entries of a weight that the converter gets to see: it may be an operand that becomes an attribute."""
 
@@ -43,12 +45,25 @@ def converted(model: ModelProto, nodes: Sequence[NodeProto], weights: Mapping[st
     if version >= OLDEST or version < 1:
         return light
     try:
-        return version_converter.convert_version(light, OLDEST)
+        result = version_converter.convert_version(light, OLDEST)
     except Exception as error:  # its errors have several classes, of C++ and of Python
         raise FormatError(
             f"its operator set {version} cannot be converted to {OLDEST} by onnx ({first_line(error)}); export the "
             f"model with operator set {OLDEST} or newer."
         ) from error
+    if version < _FIRST_WITH_MODES:
+        _set_modes(result.graph)
+    return result
+
+
+def _set_modes(graph: GraphProto) -> None:
+    """Gives each Resize the coordinates of its old operator set, where the converter leaves today's defaults."""
+    for node in graph.node:
+        if node.op_type == "Resize":
+            modes = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+            kept = [attribute for attribute in node.attribute if attribute.name not in modes]
+            del node.attribute[:]
+            node.attribute.extend([*kept, *(helper.make_attribute(name, mode) for name, mode in modes.items())])
 
 
 def _light(graph: GraphProto, nodes: Sequence[NodeProto], weights: Mapping[str, ValueInfoProto]) -> GraphProto:

@@ -183,6 +183,71 @@ def test_networks_compute_what_the_file_computes(tmp_path, name):
     assert [kind for kind in layers if kind not in ("Module", "GraphNetwork")] == kinds.split()
 
 
+FORMS = {
+    "selu with its own numbers": [node("Selu", "x", alpha=2.0, gamma=0.5)],
+    "limits of whole numbers": [
+        node("Cast", "x", "i", to=TensorProto.INT32),
+        node("Clip", "i low high", "k"),
+        node("Div", "k high", "d"),
+        node("Cast", "d", to=TensorProto.FLOAT),
+    ],
+    "window behind the pixels": [
+        node("MaxPool", "x", kernel_shape=[2, 2], strides=[3, 3], ceil_mode=1, pads=[0, 0, 1, 1])
+    ],
+    "size rounded to float32": [node("Resize", "x  third", mode="linear")],
+    "twice as large": [node("Resize", "x  scales", mode="nearest", coordinate_transformation_mode="asymmetric")],
+    "three times as large": [node("Resize", "x  triple", mode="nearest")],
+    "shape of a weight in a fixed batch": [node("Reshape", "bias column", "r"), node("Add", "x r")],
+}
+FORM_ARRAYS = {
+    "low": np.array(-1, np.int32),
+    "high": np.array(2, np.int32),
+    "scales": np.array([1, 1, 2, 2], np.float32),
+    "triple": np.array([1, 1, 3, 3], np.float32),
+    "third": np.array([1, 1, 1.5, 1.3], np.float32),
+    "bias": floats(4),
+    "column": np.array([1, 4, 1, 1], np.int64),
+}
+
+
+def resized(nodes):
+    """Gives each Resize its absent second input, which a list of words cannot have."""
+    nodes = [onnx.NodeProto.FromString(one.SerializeToString()) for one in nodes]
+    for one in nodes:
+        if one.op_type == "Resize":
+            one.input[:] = ["x", "", one.input[1]]
+    return nodes
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_rare_forms_of_operators_are_computed(tmp_path, name):
+    batch = 1 if "fixed" in name else "n"
+    path = written(tmp_path, resized(FORMS[name]), FORM_ARRAYS, shape=(batch, 4, 12, 10))
+    compare(path, 3 * X[: 1 if batch == 1 else None])
+
+
+@pytest.mark.parametrize(
+    ("scales", "attributes"),
+    [
+        ("triple", {"mode": "nearest", "coordinate_transformation_mode": "asymmetric"}),
+        ("triple", {"mode": "nearest", "nearest_mode": "floor"}),
+        ("triple", {"mode": "nearest", "nearest_mode": "ceil"}),
+        ("triple", {"mode": "cubic", "exclude_outside": 1}),
+        ("part", {"mode": "linear"}),
+        ("channels", {"mode": "nearest"}),
+    ],
+)
+def test_a_resize_that_torch_lacks_is_refused(tmp_path, scales, attributes):
+    arrays = {
+        **FORM_ARRAYS,
+        "part": np.array([1, 1, 1.3, 1.3], np.float32),
+        "channels": np.array([1, 2, 1, 1], np.float32),
+    }
+    path = written(tmp_path, resized([node("Resize", f"x {scales}", **attributes)]), arrays)
+    with pytest.raises(UsageError, match="Resize"):
+        load(str(path))
+
+
 def test_names_of_weights_are_kept_and_numbers_are_not_trained(tmp_path):
     module = compare(written(tmp_path, CASES["hard swish in parts"][0], ARRAYS))
     assert list(module.state_dict()) == ["stem.conv.weight", "stem.conv.bias"]

@@ -50,6 +50,16 @@ CASES = {
         [node("Conv", "x w", "c"), node("Upsample", "c s", mode="nearest")],
         {"s": np.array([1, 1, 2, 2], np.float32)},
     ),
+    "upsample between pixels": (
+        9,
+        [node("Upsample", "x s", mode="linear")],
+        {"s": np.array([1, 1, 3, 3], np.float32)},
+    ),
+    "resize by parts of a pixel": (
+        10,
+        [node("Resize", "x s", mode="nearest")],
+        {"s": np.array([1, 1, 1.5, 1.3], np.float32)},
+    ),
     "softmax over the rest": (11, [node("Conv", "x w", "c"), node("Softmax", "c")], {}),
     "slice of attributes": (9, [node("Slice", "x", starts=[1, 0], ends=[3, -1], axes=[1, 2])], {}),
     "pad of attributes": (9, [node("Pad", "x", mode="reflect", pads=[0, 0, 1, 2, 0, 0, 0, 1])], {}),

@@ -58,7 +58,8 @@ def _resize(
             scale = out / n
         else:
             scale = 1.0 if scales is None else float(scales[i])
-            out = int(n * scale)
+            # In float32, as ONNX Runtime: the float32 next to 1.3 is smaller, and yet 1.3 times 10 is 13.
+            out = int(np.float32(min(n * scale, 2.0**62)))
         if out == n and scale == 1.0:
             continue
         claim((out, max(x.size // max(n, 1), 1)), np.float64)
