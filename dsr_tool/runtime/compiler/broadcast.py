@@ -65,7 +65,9 @@ def broadcast(low: Lowering, node: Node, how: Combination) -> Lowered | None:
     if sides[0] is None or sides[1] is None:
         return None
     shape = np.broadcast_shapes(sides[0].shape, sides[1].shape)
-    if low.batch > 1 and (len(shape) > max(len(low.shapes.get(name, ())) for name in node.inputs) or shape[0] != 1):
+    # The first axis of each computed value is the batch, so that of a value with fewer axes would meet another axis.
+    ranks = {len(low.shapes[name]) for name in node.inputs if name in low.shapes}
+    if low.batch > 1 and (ranks != {len(shape)} or shape[0] != 1):
         return None
     wide = [_in_rows(low, side, shape) for side in sides if side is not None]
     left, right = wide

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dsr_tool.graph.ir import Node
+from dsr_tool.graph.limits import claim
 from dsr_tool.runtime.compiler.elementwise import Combine
 from dsr_tool.runtime.compiler.layouts import Flat, Planes, Rows, same_layout
 from dsr_tool.runtime.compiler.lowering import Lowered, Lowering
@@ -29,6 +30,7 @@ def concat(low: Lowering, node: Node, *, axis: int) -> Lowered | None:
     wanted = (*shapes[0][:axis], sum(sizes), *shapes[0][axis + 1 :])
     if any((*shape[:axis], *shape[axis + 1 :]) != (*wanted[:axis], *wanted[axis + 1 :]) for shape in shapes):
         return None
+    claim(wanted, np.float32)
     # A known array has the entries of all images.
     if low.batch > 1 and (axis == 0 or any(name in low.constants for name in node.inputs)):
         return None

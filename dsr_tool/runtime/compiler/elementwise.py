@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from dsr_tool.graph.ir import Node
 from dsr_tool.runtime.compiler.broadcast import broadcast
 from dsr_tool.runtime.compiler.channels import by_channel
@@ -141,6 +143,8 @@ def _new_like(low: Lowering, value: Value, shape: tuple[int, ...]) -> Value:
     return Planes(shape, value.grid, value.factor) if isinstance(value, Planes) else low.new_flat(shape)
 
 
+_FLOAT = np.finfo(np.float32)
+
 _ARITHMETIC = {
     "Add": Combination.ADD,
     "Div": Combination.DIVIDE,
@@ -193,7 +197,9 @@ def _with_known(low: Lowering, node: Node, name: str, known: str) -> Lowered | N
     if isinstance(value, Picked) and array.size == 1 and array.ndim <= len(low.shapes[name]):
         # Whoever reads the entries multiplies them by the number.
         factor = array.item() if node.op == "Mul" else 1 / array.item() if node.op == "Div" and array.item() else 0.0
-        if factor and math.isfinite(factor) and known in node.inputs[0 if node.op == "Mul" else 1 :]:
+        # As one float32, with those before it; other numbers would overflow or lose bits.
+        normal = _FLOAT.tiny <= abs(value.factor * factor) <= _FLOAT.max
+        if normal and known in node.inputs[0 if node.op == "Mul" else 1 :]:
             return Lowered(value.times(factor), low.shapes[name])
     return lowered or by_channel(low, node, name, known)
 

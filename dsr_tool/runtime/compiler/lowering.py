@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from dsr_tool.errors import DsrError
 from dsr_tool.graph.ir import Node
+from dsr_tool.graph.limits import claim
 from dsr_tool.graph.operators import operator_of
 from dsr_tool.runtime.compiler.constants import Constants
 from dsr_tool.runtime.compiler.grids import Grids
@@ -135,6 +136,8 @@ class Lowering:
         reason = "declined"
         try:
             lowered = rule(self, node, **node.attributes)
+            if lowered is not None:
+                claim(lowered.shape, np.float32)
         except DsrError:
             lowered = None  # the node is invalid, and the reference says what is wrong with it
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

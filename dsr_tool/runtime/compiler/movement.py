@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dsr_tool.graph.ir import Node
-from dsr_tool.graph.limits import int_list
+from dsr_tool.graph.limits import claim, int_list
 from dsr_tool.runtime.compiler.layouts import Rows
 from dsr_tool.runtime.compiler.lowering import Lowered, Lowering
 from dsr_tool.runtime.compiler.picked import Picked
@@ -39,12 +39,11 @@ def transpose(low: Lowering, node: Node, *, perm: tuple[int, ...] = ()) -> Lower
 def slices(low: Lowering, node: Node) -> Lowered | None:
     """Lowers a slice of known bounds."""
     shape, picked = low.shapes.get(node.inputs[0], ()), low.picked(node.inputs[0])
-    bounds = [_ints(low, name) for name in node.inputs[1:]]
-    if picked is None or None in bounds[:2]:
+    names = (*node.inputs[1:], "", "")[:4]
+    if picked is None or any(name and name not in low.constants for name in names):
         return None
-    starts, ends = bounds[0] or [], bounds[1] or []
-    axes = (bounds[2] if len(bounds) > 2 and node.inputs[3] else None) or list(range(len(starts)))
-    steps = (bounds[3] if len(bounds) > 3 and node.inputs[4] else None) or [1] * len(starts)
+    starts, ends, axes, steps = (_ints(low, name) or [] for name in names)
+    axes, steps = axes or list(range(len(starts))), steps or [1] * len(starts)
     wanted = list(shape)
     for number, start, end, step in zip(axes, starts, ends, steps, strict=True):
         axis = number % len(shape)
@@ -67,6 +66,8 @@ def split(low: Lowering, node: Node, *, axis: int = 0, num_outputs: int = 1) -> 
     axis %= len(shape)
     sizes = _ints(low, node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] else None
     if sizes is None:
+        if num_outputs != len(node.outputs):
+            return None
         piece = -(-shape[axis] // num_outputs)
         sizes = [min(piece, shape[axis] - piece * i) for i in range(num_outputs)]
     if len(sizes) != len(node.outputs) or min(sizes) < 1 or sum(sizes) != shape[axis]:
@@ -130,6 +131,7 @@ def pad(low: Lowering, node: Node, *, mode: str = "constant") -> Lowered | None:
         # Negative padding removes entries.
         indices = np.arange(shape[axis])[max(-begin, 0) : shape[axis] - max(-end, 0)]
         width = (max(begin, 0), max(end, 0))
+        claim((len(indices) + sum(width),), np.int64)
         if mode == "constant":
             indices = np.pad(indices, width, constant_values=-1)
         else:
@@ -161,14 +163,17 @@ def where(low: Lowering, node: Node) -> Lowered | None:
     """Lowers a selection, by a known condition, between one number and a computed value."""
     condition, *names = node.inputs
     known = [name for name in names if name in low.constants]
-    if condition not in low.constants or len(known) != 1 or low.constants.dense(known[0]).size != 1:
+    if condition not in low.constants or len(known) != 1:
+        return None
+    number = low.constants.dense(known[0])
+    if number.size != 1:
         return None
     name = next(name for name in names if name != known[0])
     shape, picked = low.shapes.get(name, ()), low.picked(name)
     mask = low.constants.dense(condition).astype(bool)
     keep = mask if names[0] == name else ~mask
-    fill = float(low.constants.dense(known[0]).item())
-    if picked is None or np.broadcast_shapes(keep.shape, shape) != shape:
+    fill = float(number.item())
+    if picked is None or np.broadcast_shapes(keep.shape, number.shape, shape) != shape:
         return None
     # The condition may have sizes of one at axes that it does not depend on.
     keep = keep.reshape((1,) * (len(shape) - keep.ndim) + keep.shape)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from dsr_tool.graph.limits import claim
 from dsr_tool.runtime.compiler.layouts import Planes, Rows, Value
 
 __all__ = ["Group", "Picked"]
@@ -172,6 +173,8 @@ class Picked(Value):
     def taken(self, axis: int, indices: _Int) -> Picked | None:
         """Returns the entries at these positions of an axis, -1 for none; the indices may have any number of axes."""
         shape = (*self.shape[:axis], *indices.shape, *self.shape[axis + 1 :])
+        # No table has more entries than the value.
+        claim(shape, np.float32)
         own = next((group for group in self.groups if axis in group.axes), None)
         if own is None:
             own = Group((axis,), self._default, np.zeros(1, np.int64))
@@ -211,6 +214,7 @@ class Picked(Value):
 
     def expanded(self, shape: tuple[int, ...]) -> Picked | None:
         """Returns it repeated along axes of size one, and along new ones in front; the shape is the result's."""
+        claim(shape, np.float32)
         lead = len(shape) - len(self.shape)
         result = self._renamed((*(1,) * lead, *self.shape), lambda axis: axis + lead)
         for axis, size in enumerate(shape):

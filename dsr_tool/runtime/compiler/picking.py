@@ -64,7 +64,8 @@ class Pick(Op):
                 "out_first": self.first,
                 "out_step": step,
                 "factor": self.picked.factor,
-                "fill": self.picked.fill,
+                # Where every entry has a place, the fill is of positions without a pixel alone, which must be zero.
+                "fill": self.picked.fill if self.picked.partial else 0.0,
             }
         )
 

@@ -154,12 +154,14 @@ class Plan:
         if batch not in (None, low.batch):
             self._export(index)
             low.start(batch)
-        fallback = low.lower(index)
+        with memory_limit(self._running_limit):
+            fallback = low.lower(index)
         if fallback is not None and low.batch > 1:
             # What concerns the batch itself, such as another order of its axes, takes all images at once.
             self._export(index)
             low.start(1)
-            fallback = low.lower(index)
+            with memory_limit(self._running_limit):
+                fallback = low.lower(index)
         return fallback
 
     def _fall_back(self, index: int, node: Node, constants: Constants) -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from dsr_tool.graph.ir import Node
+from dsr_tool.graph.limits import claim
 from dsr_tool.graph.windows import Window
 from dsr_tool.runtime.compiler.convolution import convolve, place_window
 from dsr_tool.runtime.compiler.layouts import Planes
@@ -82,6 +83,7 @@ def _padded(low: Lowering, source: Planes, window: Window, size: tuple[int, ...]
     for axis in (2, 3):
         n, begin, stride = shape[axis], window.begin[axis - 2], window.strides[axis - 2]
         reach = (size[axis - 2] - 1) * stride + (window.kernel[axis - 2] - 1) * window.dilations[axis - 2] + 1
+        claim((reach,), np.int64)
         indices = np.arange(reach) - begin
         taken = picked.taken(axis, np.where(indices < n, indices, -1))
         if taken is None:
