@@ -253,6 +253,18 @@ def test_numbers_out_of_range_are_refused(field, value):
     assert library().dsr_pack_measure(*structs) == Fault.NONE
 
 
+def test_records_that_the_kernel_cannot_count_are_refused():
+    """Four dense channels of 2^29 records each, in one block."""
+    offsets = np.zeros(2**13, np.int32)
+    recipe = STRUCTS["Recipe"](1, 1, 2**16, 2**13, 1, 1, 1, 2**16, 1, 2**13, offsets.ctypes.data)
+    weight, sizes = STRUCTS["Weight"](2**29, 0, 1), STRUCTS["Sizes"]()
+    Packer(library())
+    structs = [ctypes.byref(struct) for struct in (recipe, weight, sizes)]
+    assert library().dsr_pack_measure(*structs) == Fault.SIZES
+    recipe.per_block = 2**16 - 1
+    assert library().dsr_pack_measure(*structs) == Fault.NONE
+
+
 def test_sizes_of_another_recipe_are_refused():
     """Arrays of other sizes than those of the recipe are not written."""
     offsets, values = np.zeros(1, np.int32), np.ones(6, np.float32)

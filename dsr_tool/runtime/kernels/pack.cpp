@@ -11,7 +11,7 @@ namespace dsr {
 namespace {
 
 constexpr int64_t MAX_SIZE = INT32_MAX;  // entries of a weight, zeros included: rows and counts are int32
-constexpr int64_t MAX_PHASES = 256;      // layouts have at most 16; each is compared with all others
+constexpr int64_t MAX_PHASES = 256;      // of the largest factor, 16 each way; each is compared with all others
 constexpr int64_t MAX_SPLIT = 1 << 16;
 
 // Fewest vectors of a tile that is narrowed to give each thread the same number of tiles.
@@ -124,6 +124,8 @@ Fault sizes_of(const Recipe& r, const Weight& w, Sizes& s) {
     int64_t blocks;
     if (packs_as(r, Packing::DENSE)) {
         const int64_t quads = divided_up(r.rows, 4), per_block = smaller(r.per_block, r.inner);
+        // The kernel counts the four values of each record in 32 bits.
+        if (per_block * r.kernel > INT32_MAX / 4) return Fault::SIZES;
         blocks = divided_up(r.inner, per_block);
         s.values = with_spare(4 * quads * r.inner * r.kernel, w);
         s.offsets = r.phases * per_block * r.kernel + SPARE_OFFSETS;

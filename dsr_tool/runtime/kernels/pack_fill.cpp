@@ -147,15 +147,17 @@ template <class Value, class Entries, class Place>
 bool scatter(const Recipe& r, const Weight& w, const Entries& entries, int64_t per_block, Value* out, int64_t step,
              Place place) {
     const int64_t size = r.inner * r.kernel;
-    const Value* values = (const Value*)w.values;
     int64_t next = 0;
     for (int64_t row = 0; row < r.rows; row++)
         for (int64_t low = 0; low < r.inner; low += per_block) {
             const int64_t channels = smaller(per_block, r.inner - low), from = row * size + low * r.kernel;
             const int64_t extent = channels * r.kernel, count = entries.count(from, from + extent, next);
             Value* target = out + place(row, low, channels);
-            const Value* source = values + next;
-            const auto write = [=](int64_t i, int64_t position) { target[position * step] = source[i]; };
+            // The values of a plan file lie wherever its reader has put the file.
+            const char* source = (const char*)w.values + next * sizeof(Value);
+            const auto write = [=](int64_t i, int64_t position) {
+                memcpy(target + position * step, source + i * sizeof(Value), sizeof(Value));
+            };
             if (!entries.each(from, next, count, extent, write)) return false;
             next += count;
         }

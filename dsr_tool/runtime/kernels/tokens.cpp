@@ -3,7 +3,7 @@
 // Linear layers on tokens run as spmm on planes: features are channels, and the rows (tokens) lie in strips as pixels
 // do. FROM_ROWS and TO_ROWS are the transposition between rows of features and such planes. LAYER_NORM works on planes
 // too: the features of LANES rows pass by in vectors, so no sum over lanes is needed. SOFTMAX works on rows as they
-// lie, since attention's products are computed by numpy and hand over rows.
+// lie, since MATMUL, which computes the products of attention, writes rows.
 
 #include <cmath>
 
