@@ -161,6 +161,8 @@ struct Check {
         require(op.combine.how >= ADD && op.combine.how <= FIRST, "the combination");
         source_planes();
         if (op.combine.how != FIRST) other_planes();
+        // The kernel steps through a second input that is not there as well.
+        require(op.combine.how != FIRST || op.other_stride == 0, "the stride");
         out_planes();
         mask();
     }
@@ -232,6 +234,8 @@ struct Check {
         Wide inner = -1;
         for (int64_t i = 0; i < (int64_t)(phase * inners); i++) inner = p.inner[i] > inner ? p.inner[i] : inner;
         if (outer >= 0 && inner >= 0) source(0, outer + inner + run);
+        // As of planes: a few floats that are written again and again could be any amount of work.
+        require(outers * phase == 1 || step >= inners * run, "the step");
         out(first, first + (outers * phase - 1) * step + inners * run);
         halo();
     }
@@ -290,7 +294,9 @@ struct Check {
 bool check_op(const Op& op, const Space& space, const Reach* reach, Problem& problem) {
     Check check(op, space, reach, problem);
     // Every op looks up its three buffers, also a kind that reads one of them alone.
-    check.require(op.source_buffer >= 0 && op.source_buffer < space.buffers, "the buffer of the input");
+    check.require(op.source_buffer >= 0 && op.source_buffer < space.buffers && op.source_offset >= -MOST &&
+                      op.source_offset <= MOST,
+                  "the buffer of the input");
     check.require(op.out_buffer >= 0 && op.out_buffer < space.buffers, "the buffer of the result");
     check.require(op.other_buffer < space.buffers && op.other_offset >= -MOST && op.other_offset <= MOST,
                   "the buffer of the second input");

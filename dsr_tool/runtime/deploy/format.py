@@ -23,7 +23,7 @@ MAGIC, VERSION = b"\x89DSRPLAN", 1
 _TYPES = {np.dtype(np.float32): 0, np.dtype(np.int32): 1, np.dtype(np.int64): 2}
 """Numbers of the types of tables (TableType in check.h)."""
 _FULL, _BITS, _DISTANCES = range(3)
-"""Forms of the mask of a weight (WeightForm in plan_file.cpp)."""
+"""Forms of the mask of a weight (WeightForm in stored.h)."""
 _SKIP = 255
 """Distance that stands for as many inactive entries and no active one."""
 

@@ -66,7 +66,7 @@ struct Opening {
         recipe.inner = file.word_in(1, INT32_MAX);
         recipe.kernel = file.word_in(1, INT32_MAX);
         recipe.groups = file.word_in(1, INT32_MAX);
-        recipe.phases = file.word_in(1, INT32_MAX);
+        recipe.phases = file.word_in(1, INT64_C(1) << 16);
         recipe.channel = file.word_in(1, INT64_C(1) << 31);
         recipe.per_block = file.word_in(1, INT64_C(1) << 31);
         const int64_t offsets = file.word(), length = file.word_in(0, INT64_C(1) << 31);
@@ -84,8 +84,9 @@ struct Opening {
         }
         const Weight* weight = stored.weight(number);
         if (!weight) return false;
-        // What is read counts too: a mask of zeros may be shorter in the file than in memory.
-        left -= weight->size / 8;
+        // What is read counts too: a mask of zeros may be shorter in the file than in memory, and the taps of each
+        // phase are compared with those of all others.
+        left -= weight->size / 8 + recipe.phases * recipe.taps;
         Sizes sizes{};
         if (left >= 0 && !packed_well(measure(recipe, *weight, sizes))) return false;
         const int64_t nbytes = sizes.values * weight->width + sizes.offsets * 2 + sizes.entries * sizeof(Entry) +
@@ -127,8 +128,17 @@ struct Opening {
         return true;
     }
 
+    // Whether a step may run so often. Each run may take as long as all memory allows, so only what the caller knows,
+    // the first axis of an input, multiplies it.
+    bool is_batch(int64_t images) const {
+        bool found = images == 1;
+        for (const Value& input : plan.inputs) found |= images == input.shape[0];
+        return found;
+    }
+
     bool read_step(Step& step, int64_t& next_op) {
         step.images = file.word_in(1, INT64_C(1) << 31);
+        if (!is_batch(step.images)) return damaged("a step runs more often than the batch has images");
         // A step without arrays could run any number of times.
         const int64_t arrays = file.word_in(1, MAX_BUFFERS - 2);
         if (!step.arrays.make(arrays, problem) || !step.steps.make(arrays + 1, problem)) return false;
@@ -207,8 +217,9 @@ struct Opening {
     }
 
     bool read_level() {
+        constexpr int64_t MOST = (INT64_C(1) << 40) / 40000;
         for (const Value& input : plan.inputs)
-            left_values += input.entries < (INT64_C(1) << 40) / 40000 ? 40000 * input.entries : INT64_C(1) << 40;
+            if (left_values < 40000 * MOST) left_values += 40000 * (input.entries < MOST ? input.entries : MOST);
         plan.arena_floats = file.word_in(0, INT64_C(1) << 36);
         if (!claim(plan.arena_floats)) return false;
         if (!plan.packs.make(file.count(96), problem) || !reaches.make(plan.packs.count, problem)) return false;
