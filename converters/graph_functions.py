@@ -309,7 +309,8 @@ def _selu(attributes: Attributes, x: torch.Tensor) -> torch.Tensor:
     if not attributes:
         return functional.selu(x)
     alpha = attributes.get("alpha", 1.67326319217681884765625)
-    return functional.elu(x, alpha) * attributes.get("gamma", 1.05070102214813232421875)
+    gamma: float = attributes.get("gamma", 1.05070102214813232421875)
+    return functional.elu(x, alpha) * gamma
 
 
 def _softmax(attributes: Attributes, x: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from dsr_tool.graph.ir import Graph, Node
 from dsr_tool.graph.limits import FREE_BYTES, memory_limit
 from dsr_tool.graph.operators import operator_of
 from dsr_tool.runtime.reference.call import FUNCTIONS as REFERENCE
+from dsr_tool.runtime.reference.interpreter import live_nodes
 from dsr_tool.sparsity.tensor import Array
 
 __all__ = ["GraphNetwork", "Shapes", "takes_known"]
@@ -94,6 +95,8 @@ class GraphNetwork(nn.Module):
                 f"a network with {join_words(sorted(unknown), 'and')} cannot be made in PyTorch from its graph; give "
                 f"the network itself (module:callable), or export the ONNX file as it is (dsr-tool export)."
             )
+        # Functions have the outputs that the reference has: readers of others, such as indices of MaxPool, are refused.
+        live_nodes(tuple(graph), [value.name for value in graph.outputs])
         self.names: dict[str, tuple[str, bool]] = {}
         self._shapes = shapes
         self._graph, self._layers = graph, cast("dict[str, tuple[str, Layer]]", {})
@@ -158,7 +161,10 @@ class GraphNetwork(nn.Module):
                 value = torch.tensor(np.array(value), device=device) if i < first else value
             arguments.append(value)
         if node.op not in FUNCTIONS:
-            raise UsageError("it has no counterpart in PyTorch here, or has weights that are computed.")
+            raise UsageError(
+                "it has no counterpart in PyTorch here, or has weights that are computed, or that another node uses in "
+                "another way."
+            )
         inert = operator_of(node.op).inert
         results = FUNCTIONS[node.op]({k: v for k, v in node.attributes.items() if k not in inert}, *arguments)
         outputs = [results] if isinstance(results, torch.Tensor) else results

@@ -287,6 +287,18 @@ def test_operators_without_a_counterpart_are_named(tmp_path):
         load(str(path))
 
 
+def test_a_second_output_that_is_read_and_a_weight_used_in_two_ways_are_named(tmp_path):
+    nodes = [node("Dropout", "x", "d", "mask"), node("Cast", "mask", "m", to=1), node("Add", "d m")]
+    with pytest.raises(UsageError, match="output 'mask' of operator Dropout is read"):
+        load(str(written(tmp_path, nodes, {})))
+    near, far = (
+        node("Conv", "x stem.conv.weight", name, dilations=[n, n], pads=[n] * 4)
+        for n, name in ((1, "near"), (2, "far"))
+    )
+    with pytest.raises(UsageError, match="operator Conv .*that another node uses in another way"):
+        load(str(written(tmp_path, [near, far, node("Add", "near far")], ARRAYS)))
+
+
 @pytest.fixture
 def classifier(tmp_path):
     arrays = {
