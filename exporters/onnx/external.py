@@ -139,7 +139,7 @@ class _Reader:
                 found = file.stat(follow_symlinks=False)
             except OSError as error:
                 raise FileError(
-                    f"{str(self._path)!r} keeps weights in {str(file)!r}, which cannot be read "
+                    f"{str(self._path)!r} keeps weights in {str(file)[:200]!r}, which cannot be read "
                     f"({error.strerror or error}); put that file beside it."
                 ) from error
             # A device or a pipe could block or never end.

@@ -36,7 +36,7 @@ def load(path: Path) -> tuple[ModelProto, int]:
         nbytes = bring_in(path, _tensors_of(model))
         # Last, so that the faults above are named by sentences of their own.
         onnx.checker.check_model(model)
-    except FormatError:
+    except (FileError, FormatError):
         raise
     except OSError as error:
         raise FileError(f"ONNX file {str(path)!r} cannot be read: {first_line(error)}.") from error

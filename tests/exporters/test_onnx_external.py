@@ -121,8 +121,12 @@ def test_pipes_and_folders_are_refused(folder):
 
 
 def test_a_missing_data_file_is_named(folder):
-    with pytest.raises(FileError, match=r"none\.bin.*put that file beside it"):
+    with pytest.raises(FileError, match=r"none\.bin.*put that file beside it\.$") as caught:
         read(folder, model(location="none.bin"))
+    assert str(caught.value).count("cannot be read") == 1
+    with pytest.raises(FileError) as caught:
+        read(folder, model(location="x" * 5000))
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize(
