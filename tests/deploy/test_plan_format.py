@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dsr_tool.formats.archive import open_archive
+from dsr_tool.runtime.deploy.format import string
 from dsr_tool.runtime.kernels.ops import ABI
 from dsr_tool.runtime.session import decode
 
@@ -72,6 +73,10 @@ class Reader:
     def level(self):
         name, lanes, widest, widest_dense = self.text(), self.number(), self.number(), self.number()
         return name, (lanes, widest, widest_dense), self.bytes(self.number())
+
+
+def test_a_label_that_is_no_unicode_is_written_all_the_same():
+    assert Reader(string("Käse\ud800\0!")).text() == "Käse?!"
 
 
 @pytest.mark.parametrize("name", ["gated", "few bits", "heads"])

@@ -39,8 +39,8 @@ def block(content: bytes) -> bytes:
 
 
 def string(text: str) -> bytes:
-    """Returns a text with its length; a zero ends it."""
-    content = text.encode().replace(b"\0", b"") + b"\0"
+    """Returns a text with its length; a zero ends it. Half of a surrogate pair, which JSON may hold, becomes `?`."""
+    content = text.encode(errors="replace").replace(b"\0", b"") + b"\0"
     return numbers(len(content)) + block(content)
 
 
