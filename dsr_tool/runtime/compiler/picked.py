@@ -28,7 +28,7 @@ __all__ = ["Group", "Picked"]
 _Int = npt.NDArray[np.int64]
 
 _MAX_TABLE = 1 << 22
-"""Most entries of a table; a value that needs a larger one is moved first."""
+"""Most entries of a table that joins others; a value that needs a larger one is moved first."""
 
 _CHANNEL, _PIXEL, _ENTRY = "channel", "pixel", "entry"
 
@@ -155,7 +155,7 @@ class Picked(Value):
         return np.array_equal(pixels, np.arange(base.shape[2] * base.shape[3]))
 
     def is_in_order(self) -> bool:
-        """Returns whether it has every entry of a base in order, in that order."""
+        """Returns whether its entries are the first ones of a base in order, all of them or some, in that order."""
         if isinstance(self.base, Planes) or self.factor != 1 or any(self.first.values()):
             return False
         expected = Picked.of(self.base, self.shape)
