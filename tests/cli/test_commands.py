@@ -97,7 +97,7 @@ class Odd(torch.nn.Sequential):
 
 def test_report_and_predict_name_the_nodes_that_no_kernel_computes(run_json, run, folder, archive, onnx_file, tmp_path):
     odd = tmp_path / "odd.dsr"
-    dsr_tool.export(dsr_tool.convert(Odd(), sparsity=0.5, input_shape=(3, 8, 8)), odd)
+    dsr_tool.export(dsr_tool.convert(Odd(), sparsity=0.9, input_shape=(3, 8, 8)), odd)
     np.save(tmp_path / "small.npy", np.zeros((3, 8, 8), np.float32))
     for done in (run_json("report", odd), run_json("predict", odd, tmp_path / "small.npy")):
         assert (done["fallback"] or {}).get("operators") == (["Exp"] if library() else None)
