@@ -16,7 +16,7 @@ from exporters.base import Container, Draft, ExportOptions
 from exporters.calibrated import check_calibration, rounded_by_pictures
 from exporters.checked import CheckedModel
 from exporters.containers import CONTAINERS, container_of
-from exporters.onnx.native_node import NATIVE
+from exporters.onnx.native_node import NATIVE, refuse_native
 from exporters.verify.agreement import Images, check_images, with_agreement
 from exporters.verify.result import Verification, require
 
@@ -159,7 +159,7 @@ def densify_export(
         The result of running both files in ONNX Runtime; `scale` is the largest output of `source`.
 
     Raises:
-        UsageError: any other option, or a dense model of more than 2 GB.
+        UsageError: any other option, a file that holds a plan, or a dense model of more than 2 GB.
         FileError: `source` does not exist, or `path` exists and `force` is not set.
         FormatError: `source` is no ONNX file, or is damaged.
         CheckFailed: the new file does not compute what `source` computes; no file remains.
@@ -177,6 +177,7 @@ def densify_export(
     refuse_existing(path, force=force)
     # The parsed file is also what the result is compared with, since there is no PyTorch model.
     compact_file = read_onnx(source)
+    refuse_native(source)
     content = densify(compact_file.model).SerializeToString(deterministic=True)
     draft = Draft(lambda part: _write_bytes(part, content))
     return _write_verified(path, draft, lambda part: verify_dense(compact_file, read_onnx(part)), force=force)

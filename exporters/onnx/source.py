@@ -24,6 +24,7 @@ from dsr_tool.sparsity.tensor import SparseTensor
 from exporters.archive import draft_archive
 from exporters.base import Draft, ExportOptions
 from exporters.onnx.graph import OnnxModel
+from exporters.onnx.native_node import refuse_native
 from exporters.onnx.read import read_onnx
 from exporters.onnx.write import to_onnx
 from exporters.values import stored_as
@@ -51,10 +52,11 @@ class OnnxSource:
         Raises:
             FileError: there is no such file.
             FormatError: it is damaged, or has operators, types or subgraphs that are not run here.
-            UsageError: it has several inputs, or inputs of another shape.
+            UsageError: it has several inputs, inputs of another shape, or a plan in place of a computation.
         """
         self.path = path
         self._file = read_onnx(path)
+        refuse_native(path)
         self._model = OnnxModel(self._file)
         graph, config = self._model.graph, self._model.config
         if len(graph.inputs) != 1:

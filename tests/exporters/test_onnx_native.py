@@ -23,7 +23,7 @@ from dsr_tool.sparse.sparsify import sparsify
 from dsr_tool.sparse.trace import trace
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.config import ModelConfig
-from exporters.export import export, verify
+from exporters.export import export, export_onnx, verify
 from exporters.onnx.native import plan_of
 
 try:
@@ -116,6 +116,10 @@ def test_readers_of_weights_refuse_the_file_in_one_sentence(file, tmp_path):
         done = CliRunner().invoke(cli, arguments)
         assert isinstance(done.exception, UsageError)
         assert "holds a plan for ONNX Runtime" in str(done.exception)
+    for target, encoding in (("d.onnx", "dense"), ("m.dsr", "auto")):
+        with pytest.raises(UsageError, match="holds a plan for ONNX Runtime"):
+            export_onnx(file, tmp_path / target, encoding=encoding)
+        assert not (tmp_path / target).exists()
 
 
 def test_the_python_of_the_page_runs(file, tmp_path):
