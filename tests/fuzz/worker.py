@@ -31,7 +31,7 @@ Reader = Callable[[Path], tuple[Callable[[], Any], Path]]
 
 CAP_BYTES = 1 << 30
 """Memory that reading one small file may take; no reader needs a tenth of it for the files of this corpus."""
-MOST_S = 2.0
+MOST_S = 4.0
 """Processor time that reading one mutant may take, in seconds."""
 MOST_INPUTS = 10**6
 """Largest number of entries of an input that a mutant is run on: a mutant may ask for any size."""
