@@ -126,8 +126,10 @@ def test_kernels_take_what_their_plan_says(files, name, batch):
     session = Session(files / name, batch=batch)
     plan = session.memory
     assert row["weights_bytes"] > plan.weight_bytes > 0
-    # The arena is not one of numpy's allocations, so what is left is what numpy allocates.
-    assert _numpy_peak(session, batch) == pytest.approx(row["activations_bytes"] - plan.arena_bytes, rel=0.05)
+    # The arena is not one of numpy's allocations, so what is left is what numpy allocates, and Python's own objects,
+    # which take a few KiB of the small batch.
+    expected = row["activations_bytes"] - plan.arena_bytes
+    assert _numpy_peak(session, batch) == pytest.approx(expected, rel=0.05, abs=4 << 10)
 
 
 def test_a_model_that_is_given_to_onnxruntime_is_only_measured(files, monkeypatch):
