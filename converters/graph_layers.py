@@ -14,7 +14,7 @@ from converters.graph_functions import padded
 from dsr_tool.errors import UsageError
 from dsr_tool.graph.ir import Node
 
-__all__ = ["Layer", "layer_of"]
+__all__ = ["LAYERS", "Layer", "layer_of"]
 
 _Shapes = Mapping[str, tuple[int, ...]]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -61,7 +61,7 @@ def layer_of(node: Node, shapes: _Shapes, rank: int) -> Layer | None:
     Raises:
         UsageError: torch's layer lacks this form of the operator.
     """
-    make = _MAKERS.get(node.op)
+    make = LAYERS.get(node.op)
     inputs = [name for name in node.inputs[1:] if name]
     if make is None or node.inputs[0] in shapes or not inputs or any(name not in shapes for name in inputs):
         return None
@@ -150,10 +150,11 @@ def _norm(node: Node, names: list[str], shapes: _Shapes, rank: int) -> Layer | N
     return Layer(module, tuple(names), ("weight", "bias", "running_mean", "running_var"))
 
 
-_MAKERS: dict[str, Callable[[Node, list[str], _Shapes, int], Layer | None]] = {
+LAYERS: dict[str, Callable[[Node, list[str], _Shapes, int], Layer | None]] = {
     "BatchNormalization": _norm,
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
     "Gemm": _gemm,
     "MatMul": _matmul,
 }
+"""Functions that make the module of an operator with weights."""

@@ -216,7 +216,8 @@ class GraphNetwork(nn.Module):
     def _is_known(self, node: Node, record: _Recording) -> bool:
         inputs = [name for name in node.inputs if name]
         # What is expanded to the size of the batch stays a tensor.
-        large = node.op in ("Expand", "Tile") and not record.sized.isdisjoint(inputs)
+        grows = node.op == "Expand" or node.op == "Tile"  # noqa: PLR1714 - lists of operators are rows of one table
+        large = grows and not record.sized.isdisjoint(inputs)
         return node.op in REFERENCE and all(name in record.values for name in inputs) and not large
 
     def _fold(self, node: Node, record: _Recording) -> None:
@@ -290,7 +291,7 @@ def _ranks(graph: Graph, shapes: Shapes, rank: int) -> dict[str, int]:
     ranks = {graph.inputs[0].name: rank, **{name: len(shape) for name, shape in shapes.items()}}
     for node in graph:
         found = ranks.get(node.inputs[0], rank) if node.inputs else rank
-        if node.op in ("Flatten", "Gemm"):
+        if node.op == "Flatten" or node.op == "Gemm":  # noqa: PLR1714 - lists of operators are rows of one table
             found = 2
         elif node.op == "Reshape" and len(node.inputs) > 1 and node.inputs[1] in graph.constants:
             found = graph.constants[node.inputs[1]].size

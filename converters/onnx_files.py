@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from converters.base import Source
+from converters.graph_layers import LAYERS
 from converters.graph_network import GraphNetwork, takes_known
 from converters.state_dicts import fill, fill_from_file
 from dsr_tool.errors import FormatError, UsageError
@@ -140,7 +141,7 @@ def _with_scalars(graph: Graph, tensors: Mapping[str, Array]) -> Graph:
     """Returns the graph with single numbers and scales as constants: they are part of the computation."""
     uses = [(node.op, i, name) for node in graph for i, name in enumerate(node.inputs)]
     # Weights of layers are no such numbers, however small.
-    weights = {name for op, _, name in uses if op in ("BatchNormalization", "Conv", "ConvTranspose", "Gemm", "MatMul")}
+    weights = {name for op, _, name in uses if op in LAYERS}
     known = {name for op, i, name in uses if takes_known(op, i)}
     scalars = {n: tensors[n] for n in graph.parameters if (tensors[n].size == 1 and n not in weights) or n in known}
     input_ = replace(graph.inputs[0], dtype="float32")

@@ -83,7 +83,7 @@ def test_nothing_is_replaced_without_force(make_model, tmp_path, name):
 
 
 @pytest.mark.usefixtures("trace_once")
-@pytest.mark.parametrize("to", CONTAINERS)
+@pytest.mark.parametrize("to", [name for name, one in CONTAINERS.items() if "fp16" in one.values])
 def test_a_model_that_a_container_cannot_hold_is_refused_before_anything_is_written(make_model, tmp_path, to):
     model = make_model()
     with torch.no_grad():

@@ -115,7 +115,8 @@ def test_commands_refuse_nonsense_with_exit_code_1(run, tmp_path, monkeypatch, c
     code, out, err = run(command[0], "m.onnx", *command[1:])
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert ("is empty" in err) != ("starts like no file" in err)
-    assert "archive (.dsr), onnx (.onnx), csr (.npz), safetensors (.safetensors), state-dict (.pth)" in err
+    kinds = "archive (.dsr), onnx (.onnx), plan (.dsrplan), csr (.npz), safetensors (.safetensors), state-dict (.pth)"
+    assert kinds in err
 
 
 def test_paths_without_a_file(tmp_path):
