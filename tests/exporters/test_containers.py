@@ -174,7 +174,7 @@ def test_a_new_container_is_named_by_help_and_errors(run, make_model, tmp_path, 
     text = " ".join(run("export", "--help")[1].split())
     assert f"{listed()}; default:" in text and "state-dict (.pth), toy (.toy)" in text
     assert "for all: " in text and "coo, native, text." in text
-    assert "reaches; for archive (.dsr), onnx (.onnx), toy (.toy)." in text
+    assert "reaches; for archive (.dsr), onnx (.onnx), plan (.dsrplan), toy (.toy)." in text
     with pytest.raises(FormatError, match=r"holds weights and no computation.*onnx \(\.onnx\), toy \(\.toy\)"):
         Session(plain)
     with pytest.raises(UsageError, match=r"does not say what is sparse.*csr \(\.npz\), toy \(\.toy\)"):
