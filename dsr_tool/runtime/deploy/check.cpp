@@ -51,6 +51,19 @@ struct Check {
         require(head.type == type && head.count >= least, what);
     }
 
+    struct Extremes {
+        Wide low, high;
+    };
+    // The smallest and the largest of `count` entries of a table, which has them.
+    static Extremes extremes(const int32_t* data, Wide count) {
+        Extremes found{data[0], data[0]};
+        for (int64_t i = 1; i < (int64_t)count; i++) {
+            found.low = data[i] < found.low ? data[i] : found.low;
+            found.high = data[i] > found.high ? data[i] : found.high;
+        }
+        return found;
+    }
+
     // Floats from the first of `count` planes to the end of the last. Planes may not overlap: a few floats of memory
     // could be any amount of work.
     Wide span(Wide count, Wide stride, Wide length) {
@@ -111,11 +124,7 @@ struct Check {
         const Wide taps = number(p.taps_per_phase, 1, "taps");
         table(p.taps, INT32S, phases() * taps, "the taps");
         if (!good) return;
-        Wide low = p.taps[0], high = low;
-        for (int64_t i = 0; i < (int64_t)(phases() * taps); i++) {
-            low = p.taps[i] < low ? p.taps[i] : low;
-            high = p.taps[i] > high ? p.taps[i] : high;
-        }
+        const auto [low, high] = extremes(p.taps, phases() * taps);
         const Wide step = number(p.source_phases, 1, "phases") * number(op.source_stride, 0, "stride");
         source(low * lanes, ((channels() - 1) * step + high + length()) * lanes);
         out_planes();
@@ -127,11 +136,7 @@ struct Check {
         const Wide moved = number(p.channels, 1, "channels");
         table(p.index, INT32S, planes_of * entries, "the index");
         if (!good) return;
-        Wide low = p.index[0], high = low;
-        for (int64_t i = 0; i < (int64_t)(planes_of * entries); i++) {
-            low = p.index[i] < low ? p.index[i] : low;
-            high = p.index[i] > high ? p.index[i] : high;
-        }
+        const auto [low, high] = extremes(p.index, planes_of * entries);
         require(moved * planes_of == 1 || p.out_step >= p.entries, "the step");
         source(low, (moved - 1) * number(p.source_step, 0, "step") + high + 1);
         // A mask is applied a vector at a time.
@@ -231,8 +236,7 @@ struct Check {
         table(p.inner, INT32S, phase * inners, "the inner table");
         const Wide outer = farthest(p.outer, outers, true, "the outer table");
         if (!good) return;
-        Wide inner = -1;
-        for (int64_t i = 0; i < (int64_t)(phase * inners); i++) inner = p.inner[i] > inner ? p.inner[i] : inner;
+        const Wide inner = extremes(p.inner, phase * inners).high;
         if (outer >= 0 && inner >= 0) source(0, outer + inner + run);
         // As of planes: a few floats that are written again and again could be any amount of work.
         require(outers * phase == 1 || step >= inners * run, "the step");

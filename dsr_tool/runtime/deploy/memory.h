@@ -12,7 +12,6 @@ namespace dsr {
 // The first problem that was found, as one sentence; later ones follow from it.
 struct Problem {
     char text[400] = "";
-    bool of_memory = false;
 
     explicit operator bool() const { return text[0] != 0; }
 
@@ -26,7 +25,6 @@ struct Problem {
         return false;
     }
     bool no_memory(double nbytes) {
-        of_memory = true;
         return say("there is no memory for %.0f bytes; use a smaller batch, or a machine with more.", nbytes);
     }
 };

@@ -43,6 +43,16 @@ constexpr int WIDEST = 12, WIDEST_DENSE = 3;  // of 16 registers
 #define OP(kind, number, function, line) void function(const Call& call);
 #include "ops.def"
 
+// The combination of two vectors; FIRST is none.
+static inline Vec combined(int64_t how, Vec a, Vec b) {
+    switch (how) {
+        case ADD: return a + b;
+        case SUBTRACT: return a - b;
+        case MULTIPLY: return a * b;
+        default: return a / b;
+    }
+}
+
 // Applies the activation of an op to `count` vectors in place, and zeroes what lies outside of the mask.
 void activate_masked(const Op& op, float* x, const int32_t* mask, int64_t count);
 

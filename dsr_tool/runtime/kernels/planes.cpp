@@ -52,15 +52,6 @@ void pool_plane(const Call& call, int64_t plane) {
     }
 }
 
-Vec combined(int64_t how, Vec a, Vec b) {
-    switch (how) {
-        case ADD: return a + b;
-        case SUBTRACT: return a - b;
-        case MULTIPLY: return a * b;
-        default: return a / b;
-    }
-}
-
 // COMBINE. Two values whose entries lie alike, or one alone; then the activation. A value that is not planes counts as
 // one plane of whole vectors: its buffer is rounded up, so the last vector may be computed in full.
 void combine_plane(const Call& call, int64_t plane) {

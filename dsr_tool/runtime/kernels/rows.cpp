@@ -18,15 +18,6 @@ struct Items {
     int64_t rows;  // of an item
 };
 
-Vec of_two(int64_t how, Vec a, Vec b) {
-    switch (how) {
-        case ADD: return a + b;
-        case SUBTRACT: return a - b;
-        case MULTIPLY: return a * b;
-        default: return a / b;
-    }
-}
-
 // A vector of a row: its next entries, of which `count` exist, or the one that it has.
 Vec entries(const float* row, int64_t step, int64_t c, int64_t count) {
     if (!step) return splat(*row);
@@ -46,7 +37,7 @@ void broadcast_rows(const void* context, int64_t item) {
         float* out = call.out + r * op.columns;
         for (int64_t c = 0; c < op.columns; c += LANES) {
             const int64_t count = op.columns - c < LANES ? op.columns - c : LANES;
-            const Vec x = of_two(op.how, entries(a, op.source_step, c, count), entries(b, op.other_step, c, count));
+            const Vec x = combined(op.how, entries(a, op.source_step, c, count), entries(b, op.other_step, c, count));
             std::memcpy(out + c, &x, 4 * count);
         }
         activate(call.op, out, op.columns);

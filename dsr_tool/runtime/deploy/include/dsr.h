@@ -27,8 +27,8 @@ extern "C" {
 #define DSR_API
 #endif
 
-enum { DSR_OK = 0, DSR_BAD_ARGUMENT = 1, DSR_NO_MEMORY = 2 }; /* results of dsr_run */
-enum { DSR_FLOAT32 = 1 };                                     /* types of entries */
+enum { DSR_OK = 0, DSR_BAD_ARGUMENT = 1 }; /* results of dsr_run */
+enum { DSR_FLOAT32 = 1 };                  /* types of entries */
 enum { DSR_MAX_RANK = 8 };
 
 /* An array of the caller, or what a plan expects of one. */
