@@ -16,7 +16,7 @@ from dsr_tool.errors import FormatError
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import Array
 
-__all__ = ["decode_planes", "decode_runs", "encode_planes", "encode_runs", "inflate"]
+__all__ = ["decode_planes", "decode_runs", "encode_planes", "encode_runs", "gap_bytes", "inflate"]
 
 _SKIP = 255
 """Byte of a run that moves by 255 positions without an entry there."""
@@ -44,13 +44,22 @@ def encode_runs(mask: Mask) -> npt.NDArray[np.uint8]:
     positions = mask.positions
     if mask.active * 2 > mask.size:
         positions = np.flatnonzero(~mask.to_bool().reshape(-1))
+    return _deflate(gap_bytes(positions).tobytes())
+
+
+def gap_bytes(positions: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    """Returns the number of positions between each entry and the one before as a byte; a byte of 255 skips 255 of them.
+
+    Args:
+        positions: strictly increasing positions of the entries.
+    """
     gaps = np.diff(positions, prepend=-1) - 1
     if gaps.size == 0 or gaps.max() < _SKIP:
-        return _deflate(gaps.astype(np.uint8).tobytes())
+        return gaps.astype(np.uint8)
     skips = gaps // _SKIP
     runs = np.full(len(gaps) + int(skips.sum()), _SKIP, dtype=np.uint8)
     runs[np.cumsum(skips + 1) - 1] = gaps % _SKIP
-    return _deflate(runs.tobytes())
+    return runs
 
 
 def decode_runs(coded: npt.NDArray[np.uint8], shape: tuple[int, ...], active: int) -> Mask:

@@ -11,8 +11,8 @@ import zlib
 from collections.abc import Iterable
 
 import numpy as np
-import numpy.typing as npt
 
+from dsr_tool.formats.coding import gap_bytes
 from dsr_tool.runtime.kernels.ops import ABI, LAYOUT
 from dsr_tool.sparsity.at_rest import BitMask
 from dsr_tool.sparsity.tensor import Array, SparseTensor
@@ -24,8 +24,6 @@ _TYPES = {np.dtype(np.float32): 0, np.dtype(np.int32): 1, np.dtype(np.int64): 2}
 """Numbers of the types of tables (TableType in check.h)."""
 _FULL, _BITS, _DISTANCES = range(3)
 """Forms of the mask of a weight (WeightForm in stored.h)."""
-_SKIP = 255
-"""Distance that stands for as many inactive entries and no active one."""
 
 
 def numbers(*values: int) -> bytes:
@@ -110,20 +108,11 @@ def _mask_bytes(weight: SparseTensor) -> tuple[int, bytes]:
     mask = weight.mask
     if mask.active == mask.size:
         return _FULL, b""
-    distances = _distances(mask.positions)
+    distances = gap_bytes(mask.positions)
     if len(distances) < -(-mask.size // 8):
         return _DISTANCES, distances.tobytes()
     bits = mask.bits if isinstance(mask, BitMask) else np.packbits(mask.to_bool())
     return _BITS, bits.tobytes()
-
-
-def _distances(positions: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-    """Returns the inactive entries before each active one, as bytes; `_SKIP` as often as it fits, then the rest."""
-    gaps = np.diff(positions, prepend=-1) - 1
-    skips, rest = np.divmod(gaps, _SKIP)
-    result = np.full(len(gaps) + int(skips.sum()), _SKIP, np.uint8)
-    result[np.cumsum(skips + 1) - 1] = rest
-    return result
 
 
 def counted(pieces: Iterable[bytes]) -> bytes:

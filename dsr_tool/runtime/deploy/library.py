@@ -5,17 +5,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from dsr_tool.errors import UsageError
-from dsr_tool.runtime.kernels.library import VARIABLE
+from dsr_tool.runtime.kernels.library import FOLDER, SUFFIX, VARIABLE
 
 __all__ = ["LevelRow", "include_dir", "level_rows", "library", "load", "ort_library"]
-
-_KERNELS = Path(__file__).parents[1] / "kernels"
-_SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
 
 def include_dir() -> Path:
@@ -31,8 +27,8 @@ def library() -> Path:
     """
     # A level that is named by its path, as one with sanitizers, has the library of its build beside it.
     chosen = os.environ.get(VARIABLE, "")
-    folder = Path(chosen).parent if Path(chosen).suffix == _SUFFIX else _KERNELS
-    path = folder / f"libdsr{_SUFFIX}"
+    folder = Path(chosen).parent if Path(chosen).suffix == SUFFIX else FOLDER
+    path = folder / f"libdsr{SUFFIX}"
     if not path.is_file():
         raise UsageError(
             f"the library for C programs was not built: there is no {str(path)!r}; install dsr-tool where a C++ "

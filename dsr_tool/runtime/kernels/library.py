@@ -20,14 +20,16 @@ from dsr_tool.errors import UsageError, first_line, unknown_name
 from dsr_tool.runtime.kernels.cpu import LEVELS, missing_features, supported_levels
 from dsr_tool.runtime.kernels.ops import ABI
 
-__all__ = ["ABI", "VARIABLE", "Kernels", "choose", "kernels", "level", "library"]
+__all__ = ["ABI", "FOLDER", "SUFFIX", "VARIABLE", "Kernels", "choose", "kernels", "level", "library"]
 
 VARIABLE = "DSR_TOOL_KERNELS"
 """Environment variable that selects the kernels."""
 
-_FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent
+"""Folder of the libraries that were built."""
 _RECORD = "_kernels.json"
-_SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+"""Ending of shared libraries on this system."""
 _REMEDY = "install dsr-tool again, or run `make kernels` in a checkout"
 
 
@@ -69,7 +71,7 @@ def kernels() -> Kernels:
 
 @functools.cache
 def _kernels(wanted: str) -> Kernels:
-    return choose(wanted, _FOLDER)
+    return choose(wanted, FOLDER)
 
 
 def choose(wanted: str, folder: Path) -> Kernels:
@@ -85,7 +87,7 @@ def choose(wanted: str, folder: Path) -> Kernels:
     built = tuple(name for name in LEVELS if _path(folder, name).is_file())
     if wanted == "none":
         return Kernels(None, None, built, ())
-    if Path(wanted).suffix == _SUFFIX:
+    if Path(wanted).suffix == SUFFIX:
         return _load_path(Path(wanted), built)
     runs = supported_levels()
     if wanted:
@@ -166,4 +168,4 @@ def _read_record(folder: Path) -> Mapping[str, object]:
 
 
 def _path(folder: Path, name: str) -> Path:
-    return folder / f"_kernels_{name}{_SUFFIX}"
+    return folder / f"_kernels_{name}{SUFFIX}"
