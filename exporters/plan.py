@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,13 +10,12 @@ from typing import TYPE_CHECKING
 from dsr_tool.errors import UsageError
 from dsr_tool.graph.compact.rewrite import fold_and_compact
 from dsr_tool.runtime.deploy.format import MAGIC
+from dsr_tool.runtime.source import ModelInMemory
 from exporters.base import Container, Draft, ExportOptions, Head
 from exporters.values import EXACT, GRID_BITS
 
 if TYPE_CHECKING:
-    from dsr_tool.graph.ir import Graph
     from dsr_tool.runtime.deploy.plan import PlanFile
-    from dsr_tool.sparsity.config import ModelConfig
     from dsr_tool.sparsity.tensor import SparseTensor
     from exporters.checked import CheckedModel
     from exporters.verify.outputs import Run
@@ -28,20 +26,6 @@ __all__ = ["PlanFiles", "plan_content", "verify_plan"]
 _VALUES = "values"
 """Name of the text that says how the weights of a plan are rounded; `ROUNDED_BY_PICTURES` if pictures decided it."""
 _ROUNDED_BY_PICTURES = "calibrated"
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """A model whose weights are as the file will hold them; a `Model` of the runtime."""
-
-    path: Path
-    config: ModelConfig
-    graph: Graph
-    tensors: Mapping[str, SparseTensor]
-
-    def tensor(self, name: str) -> SparseTensor:
-        """Returns one of the graph's parameters."""
-        return self.tensors[name]
 
 
 class PlanFiles(Container):
@@ -97,7 +81,7 @@ def plan_content(checked: CheckedModel, options: ExportOptions) -> bytes:
             )
         _, small = fold_and_compact(graph, tensors)
         graph, tensors = small.graph, dict(small.tensors)
-    source = _Encoded(Path(model.config.architecture), model.config, graph, tensors)
+    source = ModelInMemory(Path(model.config.architecture), model.config, graph, tensors)
     values = _ROUNDED_BY_PICTURES if checked.rounded else options.values
     return plan_bytes(source, options.batch, levels, {_VALUES: values})
 

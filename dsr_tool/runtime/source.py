@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +13,7 @@ from dsr_tool.graph.ir import Graph
 from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.sparsity.tensor import SparseTensor
 
-__all__ = ["Model", "open_model"]
+__all__ = ["Model", "ModelInMemory", "open_model"]
 
 _TABLE = "exporters.containers"
 """Module with the table of containers, imported by name when a file is opened: it stands on a floor above this one, and
@@ -35,6 +37,27 @@ class Model(Protocol):
 
     def tensor(self, name: str) -> SparseTensor:
         """Decodes one of the graph's parameters."""
+
+
+@dataclass(frozen=True)
+class ModelInMemory:
+    """A computation and its weights without a file; sessions and plan files are made of it as of an archive.
+
+    Attributes:
+        path: path of the model that it was made from; nothing is read from it.
+        config: description of the model.
+        graph: the computation.
+        tensors: every parameter of the graph by name.
+    """
+
+    path: Path
+    config: ModelConfig
+    graph: Graph
+    tensors: Mapping[str, SparseTensor]
+
+    def tensor(self, name: str) -> SparseTensor:
+        """Returns one of the parameters."""
+        return self.tensors[name]
 
 
 def open_model(source: Model | str | Path) -> Model:

@@ -11,12 +11,12 @@ import torch
 import dsr_tool
 from dsr_tool.errors import CheckFailed, FileError, FormatError, UsageError
 from dsr_tool.measure.memory.document import memory_document
-from dsr_tool.measure.memory.inference import ModelInMemory
 from dsr_tool.measure.memory.request import MemoryRequest
 from dsr_tool.report.fallbacks import fallback_document
 from dsr_tool.report.sources import read
 from dsr_tool.runtime import Session
 from dsr_tool.runtime.kernels.library import library
+from dsr_tool.runtime.source import ModelInMemory
 from dsr_tool.sparsity.layers import LayerSpec
 from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.tensor import SparseTensor

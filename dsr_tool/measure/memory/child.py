@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from dsr_tool.measure.memory.process import Measured, Request, held_bytes, reset_peak
 
 if TYPE_CHECKING:
-    from dsr_tool.measure.memory.inference import ModelInMemory
+    from dsr_tool.runtime.source import ModelInMemory
 
 __all__ = ["KINDS"]
 
@@ -174,7 +174,7 @@ def _tiny_model() -> ModelInMemory:
     import numpy as np
 
     from dsr_tool.graph.ir import Graph, Node, Value
-    from dsr_tool.measure.memory.inference import ModelInMemory
+    from dsr_tool.runtime.source import ModelInMemory
     from dsr_tool.sparsity.config import ModelConfig
     from dsr_tool.sparsity.mask import Mask
     from dsr_tool.sparsity.tensor import SparseTensor

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from dsr_tool.errors import UsageError, unknown_name
 from dsr_tool.files import temporary_folder
-from dsr_tool.measure.memory.inference import ComputedRow, ModelInMemory, computed_inference
+from dsr_tool.measure.memory.inference import ComputedRow, computed_inference
 from dsr_tool.measure.memory.process import Measured, Request, measure
 from dsr_tool.measure.memory.request import MemoryRequest
 from dsr_tool.measure.memory.schema import Comparison, MemoryDocument, MethodMemory, RuntimeRow, TrainingStep
 from dsr_tool.report.sources import Source
-from dsr_tool.runtime.source import Model, open_model
+from dsr_tool.runtime.source import Model, ModelInMemory, open_model
 
 if TYPE_CHECKING:
     from dsr_tool.methods import Method

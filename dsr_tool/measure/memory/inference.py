@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -22,11 +21,10 @@ from dsr_tool.runtime.reference.matrices import MAX_CSR_DENSITY
 from dsr_tool.runtime.session import Session, decode
 from dsr_tool.runtime.source import Model
 from dsr_tool.sparsity.at_rest import arrays_of, dtype_of
-from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.sparsity.layers import matrix_shape
 from dsr_tool.sparsity.tensor import SparseTensor
 
-__all__ = ["ComputedRow", "ModelInMemory", "computed_inference", "csr_weight_bytes"]
+__all__ = ["ComputedRow", "computed_inference", "csr_weight_bytes"]
 
 _INDEX_BYTES = np.dtype(np.int32).itemsize
 """Bytes of one column index or row offset in the reference's CSR matrices."""
@@ -47,27 +45,6 @@ class ComputedRow:
     weights_bytes: int | None = None
     activations_bytes: int | None = None
     moment: str | None = None
-
-
-@dataclass(frozen=True)
-class ModelInMemory:
-    """A computation and its weights without a file; sessions open it like an archive (`runtime.source.Model`).
-
-    Attributes:
-        path: path of the model that it was made from; nothing is read from it.
-        config: description of the model.
-        graph: the computation.
-        tensors: every parameter of the graph by name.
-    """
-
-    path: Path
-    config: ModelConfig
-    graph: Graph
-    tensors: Mapping[str, SparseTensor]
-
-    def tensor(self, name: str) -> SparseTensor:
-        """Returns one of the parameters."""
-        return self.tensors[name]
 
 
 def computed_inference(model: Model, batch: int, shape: Sequence[int]) -> tuple[Peak, ComputedRow]:
