@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -27,7 +28,7 @@ from exporters.onnx.source import OnnxSource, graph_in
 from exporters.onnx.verify import under
 from exporters.onnx.write import folded, to_onnx
 from exporters.values import stored_like
-from exporters.verify.compare import Compared, compare_each
+from exporters.verify.compare import compare_each, output_faults
 from exporters.verify.outputs import Outputs, Run, largest_difference, largest_output, mean_difference, rounding_note
 from exporters.verify.result import Verification
 from exporters.verify.rounding import how_rounded
@@ -78,10 +79,12 @@ def verify_source(path: Path, source: OnnxSource, *, seed: int = 0) -> Verificat
     if not compared.agree and not how:
         compared = compare_each(reference, found, _with_rounding(source, inputs, reference))
     masks, values = held.differing()
+    # A file of another tool may name its outputs at any length.
+    named = replace(compared, name=compared.name[:80])
     problems = [
         *(f"the zeros of {name!r} differ" for name in masks[:1]),
         *(f"the values of {name!r} differ" for name in values[:1]),
-        *_faults(compared, len(reference[0]) > 1),
+        *output_faults(named, "the ONNX file", "the ONNX file", several=len(reference[0]) > 1),
     ]
     dead = () if largest_output(reference) else ("every output is zero, so that only the weights were compared",)
     compared_with = f"compared with {source.path.name} in onnxruntime, on inputs of {_sizes(inputs)}"
@@ -256,16 +259,6 @@ def _interpreted(source: OnnxSource, inputs: Sequence[Array], dtype: str) -> lis
 def _as_floats(tensors: Mapping[str, SparseTensor]) -> dict[str, SparseTensor]:
     """Returns weights on grids as plain floats."""
     return {name: SparseTensor(tensor.mask, tensor.values) for name, tensor in tensors.items()}
-
-
-def _faults(compared: Compared, several: bool) -> list[str]:
-    faults = [] if np.isfinite(compared.scale) else ["the outputs of the ONNX file itself are not finite numbers"]
-    where = f" in output {compared.name[:80]!r}" if several else ""
-    return faults + [
-        f"{runtime} differs from the ONNX file by {difference:.3g}{where} where {compared.tolerance:.3g} is allowed"
-        for runtime, difference in compared.runtimes.items()
-        if not difference <= compared.tolerance  # written so that NaN counts as a difference
-    ]
 
 
 def _sizes(inputs: Sequence[Array]) -> str:

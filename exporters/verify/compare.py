@@ -28,7 +28,15 @@ from exporters.verify.outputs import (
 )
 from exporters.verify.result import Verification
 
-__all__ = ["RELATIVE_TOLERANCE", "ROUNDING_FACTOR", "Compared", "Differing", "compare_each", "compare_outputs"]
+__all__ = [
+    "RELATIVE_TOLERANCE",
+    "ROUNDING_FACTOR",
+    "Compared",
+    "Differing",
+    "compare_each",
+    "compare_outputs",
+    "output_faults",
+]
 
 Differing = tuple[list[str], list[str]]
 """Names of tensors whose masks differ, and of others whose values differ."""
@@ -95,7 +103,7 @@ def compare_outputs(
     faults = [
         *(f"the zeros of {name!r} differ" for name in masks[:1]),
         *(f"the values of {name!r} differ" for name in values[:1]),
-        *(_name_faults(reference, found) or _output_faults(compared, whose, several=len(reference[0]) > 1)),
+        *(_name_faults(reference, found) or output_faults(compared, whose, "the model", several=len(reference[0]) > 1)),
     ]
     # A network that outputs zeros agrees with anything, so the user is told.
     dead = () if largest_output(reference) else ("every output is zero, so that only the weights were compared",)
@@ -185,8 +193,16 @@ def _name_faults(reference: Sequence[Outputs], found: Mapping[str, Sequence[Outp
     ]
 
 
-def _output_faults(compared: Compared, reference: str, *, several: bool) -> list[str]:
-    faults = [] if np.isfinite(compared.scale) else ["the outputs of the model itself are not finite numbers"]
+def output_faults(compared: Compared, reference: str, itself: str, *, several: bool) -> list[str]:
+    """Says which runtimes are beyond the tolerance, and whether the reference has finite outputs.
+
+    Args:
+        compared: the output that is the nearest to its tolerance.
+        reference: what runtimes are compared with, for the sentence about one that differs.
+        itself: what the outputs of the reference come from.
+        several: whether there are other outputs, so that this one is named.
+    """
+    faults = [] if np.isfinite(compared.scale) else [f"the outputs of {itself} itself are not finite numbers"]
     where = f" in output {compared.name!r}" if several else ""
     return faults + [
         f"{runtime} differs from {reference} by {difference:.3g}{where} where {compared.tolerance:.3g} is allowed"
