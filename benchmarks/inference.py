@@ -88,7 +88,7 @@ AVX2_TARGETS = {
     ("mobilenet_v2", "erk", 16): {0.9: (1.9, 2.6)},
     ("vit_b_16", "uniform", 1): {0.9: (2.2, 3)},
 }
-"""The same for the other levels of x86-64."""
+"""Least and aimed-at ratios of levels below AVX-512, by model, masks and batch, then by sparsity."""
 
 ROWS = [
     Row(model, distribution, sparsity, batch, *ratios)

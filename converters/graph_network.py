@@ -55,7 +55,7 @@ class _Growing:
     start: Array
     step: Array | None = None
 
-    def at(self, batch: int | torch.SymInt) -> Any:
+    def at(self, batch: int | torch.SymInt) -> Array | list[int | torch.SymInt] | int | torch.SymInt:
         """Returns the value for a batch: an array, or a list if it depends on it."""
         if self.step is None:
             return self.start
@@ -215,7 +215,7 @@ class GraphNetwork(nn.Module):
 
     def _is_known(self, node: Node, record: _Recording) -> bool:
         inputs = [name for name in node.inputs if name]
-        # What is expanded to the size of the batch stays a tensor.
+        # A value that is expanded to the size of the batch stays a tensor.
         grows = node.op == "Expand" or node.op == "Tile"  # noqa: PLR1714 - lists of operators are rows of one table
         large = grows and not record.sized.isdisjoint(inputs)
         return node.op in REFERENCE and all(name in record.values for name in inputs) and not large

@@ -41,7 +41,7 @@ def measure_layers(model: Model, x: Array, threads: int, rounds: int) -> Layers:
         if index >= _WARM_UP_ROUNDS:
             whole.append(time.perf_counter_ns() - start)
             by_op.append([nanoseconds for _, nanoseconds in times])
-    # Of each op its own median: a process that takes the core for a moment slows one op of one run.
+    # Each op has its own median: a process that takes the core for a moment slows one op of one run.
     medians = np.median(np.array(by_op, float), axis=0)
     best, total = threads * peak(), max(float(medians.sum()), 1.0)
     rows = [_row(op, float(median), total, best) for (op, _), median in zip(times, medians, strict=True)]

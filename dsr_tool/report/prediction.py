@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Prediction", "PredictionDocument", "prediction_document", "prediction_text"]
 
 _Runs: TypeAlias = "Session | OnnxSession | PlanSession"
-"""What computes the outputs of a model."""
+"""Sessions of all kinds, which compute the outputs of a model."""
 
 _RUNTIMES = ("sparse", "scipy", "onnxruntime")
 _CHUNK = 16

@@ -143,7 +143,7 @@ def _state_dict(ending: str) -> Reader:
 def _plan(scratch: Path) -> tuple[Callable[[], Any], Path]:
     from dsr_tool.runtime.deploy.plan import PlanFile
 
-    def run() -> Any:
+    def run() -> object:
         plan = PlanFile(path, threads=2)
         shape = plan.inputs[0].shape
         return plan.run(np.zeros(shape, np.float32)) if len(plan.inputs) == 1 and _is_small(plan) else None

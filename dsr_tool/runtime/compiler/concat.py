@@ -50,7 +50,7 @@ def _shape(low: Lowering, name: str) -> tuple[int, ...]:
 
 def _channels(low: Lowering, names: Sequence[str], wanted: tuple[int, ...]) -> Planes | None:
     """Returns the channels of all inputs as planes; no pixel moves if all of them lie on one grid."""
-    # Those that are picked from flat values stay so: a roll of rows of pixels is no matter of channels.
+    # Values picked from flat ones stay so: a roll of rows of pixels moves no channels.
     values = [low.values.get(name) for name in names]
     if not any(isinstance(v.base if isinstance(v, Picked) else v, Planes) for v in values if v is not None):
         return None

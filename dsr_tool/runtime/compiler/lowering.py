@@ -254,7 +254,7 @@ class Lowering:
             array = self.constants.dense(name)
             if array.dtype != np.float32 or not array.size:
                 return None
-            # The same for all pieces of the batch.
+            # All pieces of the batch share it.
             out = Flat(array.shape, self.target.lanes, 1)
             self.add(constant_of(array, out))
             return Picked.of(out, array.shape)

@@ -40,7 +40,7 @@ class Taps:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Recipe:
-    """How a weight is packed. The same recipe gives the same bytes.
+    """Says how a weight is packed. Equal recipes give equal bytes.
 
     Attributes:
         packing: SPARSE for a record for each active weight; DENSE for four output channels at once, zeros included;

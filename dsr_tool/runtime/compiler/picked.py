@@ -131,7 +131,7 @@ class Picked(Value):
         """Returns whether places are sums of a part that these axes decide and a part that the others decide."""
         inner = set(axes)
         sides = [(set(group.axes) <= inner, not set(group.axes) & inner, group.kind) for group in self.groups]
-        # Where a pixel lies depends on its whole number.
+        # The place of a pixel depends on its whole number.
         pixels = {within for within, _, kind in sides if kind == _PIXEL}
         return all(within or without for within, without, _ in sides) and len(pixels) < 2
 

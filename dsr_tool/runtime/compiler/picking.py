@@ -64,7 +64,7 @@ class Pick(Op):
                 "out_first": self.first,
                 "out_step": step,
                 "factor": self.picked.factor,
-                # Where every entry has a place, the fill is of positions without a pixel alone, which must be zero.
+                # The fill goes to positions without a pixel alone if every entry has a place, and these must be zero.
                 "fill": self.picked.fill if self.picked.partial else 0.0,
             }
         )

@@ -157,7 +157,7 @@ class Plan:
         with memory_limit(self._running_limit):
             fallback = low.lower(index)
         if fallback is not None and low.batch > 1:
-            # What concerns the batch itself, such as another order of its axes, takes all images at once.
+            # A node that moves the batch axis, say, takes all images at once.
             self._export(index)
             low.start(1)
             with memory_limit(self._running_limit):

@@ -110,7 +110,7 @@ def _product(
     sides = []
     for side in (left, right):
         wide = side.expanded((*batch, *side.shape[-2:]))
-        # Where places do not divide into rows and columns, or entries are no part of a value, these are made first.
+        # A side is moved first if places do not divide into rows and columns, or entries are no part of a value.
         if wide is None or wide.partial or _divided(wide) is None:
             wide = low.gathered(side).expanded((*batch, *side.shape[-2:]))
         if wide is None or _divided(wide) is None:
