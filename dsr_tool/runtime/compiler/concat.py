@@ -145,12 +145,7 @@ def _in_order(low: Lowering, pieces: Sequence[Picked], axis: int, wanted: tuple[
     shape = low.piece(wanted)
     step, begin = math.prod(shape[axis:]), 0
     for piece in pieces:
-        source = piece
-        axes = range(len(shape))
-        if not piece.divides(axes[axis:]):
-            flat = low.new_flat((low.batch * piece.shape[0], *piece.shape[1:]))
-            low.add(Pick(source=piece.base, out=flat, picked=piece, split=0))
-            source = Picked.of(flat, piece.shape)
+        source = piece if piece.divides(range(len(shape))[axis:]) else low.gathered(piece)
         low.add(Pick(source=source.base, out=out, picked=source, split=axis, first=begin, step=step))
         begin += math.prod(piece.shape[axis:])
     return out
