@@ -97,6 +97,12 @@ def _parse_threshold(
     "same --values.",
 )
 @click.option("--label-smoothing", type=float, help="Fraction of each label spread over all classes; default 0.")
+@click.option(
+    "--class-weights",
+    metavar="W",
+    help="Factors on the loss of a training image by its class: none (default), balanced (all classes count alike), or "
+    "a CSV file with columns class and weight.",
+)
 @click.option("--augment", help="none, shift, crop-flip or imagenet; default: what suits the data.")
 @click.option("--device", help="auto (default), cpu or cuda.")
 @click.option("--precision", help="fp32 (default), bf16 or fp16.")

@@ -24,6 +24,7 @@ def training_loss(
     classes: int,
     settings: TrainSettings,
     taught: torch.Tensor | None = None,
+    class_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the loss of a batch, and the scores by which its accuracy is counted, shape (batch, classes).
 
@@ -33,6 +34,7 @@ def training_loss(
         classes: number of classes of the data.
         settings: for the smoothing of labels, and for weight and temperature of the teacher.
         taught: scores of a teacher for this batch, shape (batch, outputs); None without one.
+        class_weights: factors on the loss of an image by its class, shape (classes,); None for 1.
 
     Raises:
         UsageError: the outputs are not scores.
@@ -40,15 +42,27 @@ def training_loss(
     # Under autocast, outputs are in half precision, in which a loss would be too coarse: hence float() below.
     every = outputs if isinstance(outputs, tuple) else (outputs,)
     scores = require_scores(every[0], classes)
+    weights = None if class_weights is None else class_weights[labels]
     main, *auxiliary = (
-        cross_entropy(output.float(), labels, label_smoothing=settings.label_smoothing)
-        for output in every
-        if output is not None
+        _label_loss(output.float(), labels, settings.label_smoothing, weights) for output in every if output is not None
     )
     if taught is not None:
-        learned = distillation(scores.float(), taught.float(), settings.teacher_temperature)
+        learned = distillation(scores.float(), taught.float(), settings.teacher_temperature, weights)
         main = (1 - settings.teacher_weight) * main + settings.teacher_weight * learned
     return main + AUXILIARY_WEIGHT * sum(auxiliary), scores
+
+
+def _label_loss(
+    scores: torch.Tensor, labels: torch.Tensor, smoothing: float, weights: torch.Tensor | None
+) -> torch.Tensor:
+    """Returns the mean over a batch of the weighted losses of its images.
+
+    torch's own class weights divide by the sum of weights in the batch instead, so that the loss of a batch would not
+    be the mean of its parts, and a rare class would count more in the batches that hold it.
+    """
+    if weights is None:
+        return cross_entropy(scores, labels, label_smoothing=smoothing)
+    return (weights * cross_entropy(scores, labels, label_smoothing=smoothing, reduction="none")).mean()
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsr_tool.sparse.model import SparseModel
+from dsr_tool.train.class_weights import class_weights, uneven_note
 from dsr_tool.train.data import Data
 from dsr_tool.train.failures import require_classifier
 from dsr_tool.train.fine_tuning import announcement, starts_trained
@@ -58,14 +59,18 @@ def train_in_folder(
     settings.require_update(settings.epochs * data.steps(settings.batch_size))
     teacher = open_teacher(settings.teacher, model) if settings.teacher is not None else None
     taught = {} if teacher is None else {"teacher_sha256": teacher.checksum}
+    weights = class_weights(settings.class_weights, data.dataset)
+    weighted = {} if weights is None else {"class_weights": list(weights)}
     settings, against = apply_storage(model, settings)
-    run.facts = {**facts, **taught, **data.sizes, "settings": settings.to_dict()}
+    run.facts = {**facts, **taught, **weighted, **data.sizes, "settings": settings.to_dict()}
     before = stopped.epochs if stopped else ()
     Ranks.current().wait()  # until every rank has read the files that rank 0 changes from here on
     with run, Progress(settings.epochs, done=len(before), quiet=quiet) as progress:
         if settings.fine_tune:
             progress.note(announcement(settings))
         progress.note(storage_line(model, against))
+        if not stopped and "class_weights" not in given and (line := uneven_note(data.dataset)):
+            progress.note(line)
         state = stopped.state if stopped else None
         result = train(model, data, settings, [run, progress], teacher=teacher, state=state, deadline=deadline)
     start = stopped.start_accuracy if stopped else result.start_accuracy

@@ -13,6 +13,7 @@ import torch
 from dsr_tool.errors import DsrError, FormatError
 from dsr_tool.methods import Reallocation
 from dsr_tool.sparse.model import SparseModel
+from dsr_tool.train.class_weights import class_weights
 from dsr_tool.train.data import Data
 from dsr_tool.train.device import on_device
 from dsr_tool.train.evaluation import evaluate
@@ -62,7 +63,7 @@ def train(
 
     Raises:
         UsageError: a setting is not allowed, or the model or data do not fit it.
-        FormatError: the state is from another model or training.
+        FormatError: the state is from another model or training, or a file of class weights is wrong.
         DsrError: the loss is NaN or inf, the GPU's memory ran out, or the model cannot be compiled.
         CheckFailed: something else changed the masks, or the method did not reach its final sparsity.
     """
@@ -129,6 +130,7 @@ class _Training:
             steps_per_epoch=self.steps,
             on_reallocation=self._on_reallocation,
             teacher=teacher,
+            class_weights=class_weights(settings.class_weights, data.dataset),
         )
         self.attached = self.stepper.attached
         self.moved = Moved.nothing(model)

@@ -20,8 +20,9 @@ __all__ = ["LOG", "SETTINGS", "Stopped", "find_stopped"]
 
 LOG, SETTINGS = "log.jsonl", "settings.json"
 
-_MAY_DIFFER = ("device", "workers", "teacher")
-"""Settings that may be changed when a run resumes: they say where it is computed, or where the teacher is, not what."""
+_MAY_DIFFER = ("device", "workers", "teacher", "class_weights")
+"""Settings that may be changed when a run resumes: they say where it is computed, or where teacher and class weights
+are, not what. Teacher and class weights themselves are compared by `Stopped.require`."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,17 @@ class Stopped:
                     f"{str(self.path)!r} was not started with this --teacher: its weights are others; give the same "
                     f"weights to resume, or another folder to train from the start."
                 )
-            if self.facts.get(name) != value:
+            if self.facts.get(name) != value and name != "class_weights":
                 raise UsageError(
                     f"{str(self.path)!r} was started with {name} {self.facts.get(name)!r}, not {value!r}; give the "
                     f"same model and --data to resume, or another folder to train from the start."
                 )
+        # Last, since other data have other weights; and of both, since a run without weights has no such fact.
+        if self.facts.get("class_weights") != facts.get("class_weights"):
+            raise UsageError(
+                f"{str(self.path)!r} was not started with these --class-weights; give the same to resume, or another "
+                f"folder to train from the start."
+            )
 
 
 def find_stopped(path: Path) -> Stopped | None:

@@ -53,6 +53,8 @@ class TrainSettings:
         l1: factor of the L1 penalty, the sum of the magnitudes of all weights of sparse layers; the optimizer takes its
             gradient together with that of the loss.
         label_smoothing: fraction of each label that is spread over all classes.
+        class_weights: `none`, `balanced`, or the path of a file of weights: factors on the loss of a training image by
+            its class, see `train.class_weights`.
         values: `fp32`, or a grid of few bits (`int8`, `int6`, `int5`, `int4`) that weights are rounded to in all passes
             and in the model that is saved; steps change exact weights behind them, see `train.rounding`.
         augment: name of an augmentation; None for the one that suits the data.
@@ -91,6 +93,7 @@ class TrainSettings:
     weight_decay: float = 5e-4
     l1: float = 0.0
     label_smoothing: float = 0.0
+    class_weights: str = "none"
     values: str = "fp32"
     augment: str | None = None
     device: str = "auto"

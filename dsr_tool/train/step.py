@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -48,6 +48,7 @@ class Stepper:
         steps_per_epoch: int,
         on_reallocation: Callable[[int, Reallocation], None],
         teacher: Teacher | None = None,
+        class_weights: Sequence[float] | None = None,
     ) -> None:
         """Moves the model to its device, and makes what trains it there.
 
@@ -58,6 +59,7 @@ class Stepper:
             steps_per_epoch: optimizer steps per epoch, from which learning rate and method take their schedules.
             on_reallocation: called with the step and the reallocation after each update of the method.
             teacher: network whose outputs are learned from; moved to the device. None for labels alone.
+            class_weights: factors on the loss of an image by its class; None for 1.
 
         Raises:
             UsageError: the model or the settings do not fit the method.
@@ -69,6 +71,7 @@ class Stepper:
         # First of all: the optimizer must see the parameters that are on the device.
         model.to(device, memory_format=settings.memory_format)
         self._teacher = teacher
+        self._class_weights = None if class_weights is None else torch.tensor(class_weights, device=device)
         if teacher is not None:
             teacher.module.to(device)
             teacher.module.to(memory_format=settings.memory_format)
@@ -155,7 +158,8 @@ class Stepper:
         with mixed:
             # The teacher is not compiled: its forward pass has no gradients, and a second graph would cost minutes.
             taught = None if self._teacher is None else self._teacher(inputs)
-            loss, scores = training_loss(self._forward(inputs), labels, self._classes, self._settings, taught)
+            outputs = self._forward(inputs)
+            loss, scores = training_loss(outputs, labels, self._classes, self._settings, taught, self._class_weights)
         # Stop before the step spreads it to all weights. Reading the loss would stall a GPU, so there the loop looks at
         # many losses at once, later.
         if loss.device.type == "cpu" and self._ranks.count == 1 and not math.isfinite(loss.item()):

@@ -101,7 +101,9 @@ def _require_fit(path: str, name: str, module: nn.Module, state: Mapping[str, to
     )
 
 
-def distillation(scores: torch.Tensor, taught: torch.Tensor, temperature: float) -> torch.Tensor:
+def distillation(
+    scores: torch.Tensor, taught: torch.Tensor, temperature: float, weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """Returns temperature^2 * KL(teacher || student), the mean over a batch, of scores divided by the temperature.
 
     The square keeps the size of the gradients when the temperature changes (section 2).
@@ -110,6 +112,10 @@ def distillation(scores: torch.Tensor, taught: torch.Tensor, temperature: float)
         scores: scores of the student, shape (batch, classes), float32.
         taught: scores of the teacher, of the same shape.
         temperature: divisor of both scores; a higher one weighs the classes that are not the answer more.
+        weights: factors on the images, shape (batch,); None for 1.
     """
     student, teacher = (log_softmax(values / temperature, 1) for values in (scores, taught))
-    return temperature**2 * kl_div(student, teacher, reduction="batchmean", log_target=True)
+    if weights is None:
+        return temperature**2 * kl_div(student, teacher, reduction="batchmean", log_target=True)
+    of_image = kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+    return temperature**2 * (weights * of_image).mean()
