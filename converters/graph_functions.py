@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from dsr_tool.errors import UsageError
+from dsr_tool.graph.axes import axes_of, axis_of
 
 __all__ = ["FUNCTIONS", "Attributes", "Known", "padded", "sizes"]
 
@@ -102,7 +103,7 @@ def _hard_sigmoid(attributes: Attributes, x: torch.Tensor) -> torch.Tensor:
 
 def _reduction(function: Callable[[torch.Tensor, list[int], bool], torch.Tensor]) -> _Function:
     def run(attributes: Attributes, x: torch.Tensor, axes: Any = None) -> torch.Tensor:
-        chosen = sizes(axes) if axes is not None else []
+        chosen = axes_of(sizes(axes), x.ndim) if axes is not None else []
         if not chosen and attributes.get("noop_with_empty_axes", 0):
             return x
         return function(x, chosen or list(range(x.ndim)), bool(attributes.get("keepdims", 1)))
@@ -158,28 +159,28 @@ def _window(attributes: Attributes) -> tuple[tuple[int, ...], ...]:
 
 
 def _concat(attributes: Attributes, *inputs: torch.Tensor) -> torch.Tensor:
-    return torch.cat(inputs, attributes["axis"])
+    return torch.cat(inputs, axis_of(attributes["axis"], inputs[0].ndim))
 
 
 def _split(attributes: Attributes, x: torch.Tensor, split: Any = None) -> Sequence[torch.Tensor]:
-    axis = attributes.get("axis", 0)
+    axis = axis_of(attributes.get("axis", 0), x.ndim)
     parts = -(-x.shape[axis] // attributes.get("num_outputs", 1)) if split is None else sizes(split)
     return torch.split(x, parts, axis)
 
 
 def _slice(_: Attributes, x: torch.Tensor, starts: Any, ends: Any, axes: Any = None, steps: Any = None) -> torch.Tensor:
     first, last = sizes(starts), sizes(ends)
-    chosen = sizes(axes) if axes is not None else range(len(first))
+    chosen = axes_of(sizes(axes) if axes is not None else range(len(first)), x.ndim)
     strides = sizes(steps) if steps is not None else [1] * len(first)
     for axis, start, end, step in zip(chosen, first, last, strides, strict=True):
         if step < 1:
             raise UsageError(f"Slice with step {step} is not supported in PyTorch.")
-        x = x[(slice(None),) * (axis % x.ndim) + (slice(max(start, -x.shape[axis]), end, step),)]
+        x = x[(slice(None),) * axis + (slice(max(start, -x.shape[axis]), end, step),)]
     return x
 
 
 def _gather(attributes: Attributes, x: torch.Tensor, indices: Any) -> torch.Tensor:
-    axis = attributes.get("axis", 0) % x.ndim
+    axis = axis_of(attributes.get("axis", 0), x.ndim)
     at = indices if isinstance(indices, torch.Tensor) else torch.tensor(np.array(indices), device=x.device)
     at = torch.where(at < 0, at + x.shape[axis], at)
     found = torch.index_select(x, axis, at.reshape(-1))
@@ -195,7 +196,7 @@ def _reshape(attributes: Attributes, x: torch.Tensor, shape: Any) -> torch.Tenso
 
 def _flatten(attributes: Attributes, x: torch.Tensor) -> torch.Tensor:
     axis = attributes.get("axis", 1)
-    axis = axis + x.ndim if axis < 0 else axis
+    axis = axis if axis == x.ndim else axis_of(axis, x.ndim)
     if axis == 0:
         return x.reshape(1, -1)
     # The batch stays the first axis, whatever its size.
@@ -207,12 +208,12 @@ def _transpose(attributes: Attributes, x: torch.Tensor) -> torch.Tensor:
 
 
 def _squeeze(_: Attributes, x: torch.Tensor, axes: Any = None) -> torch.Tensor:
-    return x.squeeze() if axes is None else x.squeeze(tuple(sizes(axes)))
+    return x.squeeze() if axes is None else x.squeeze(tuple(axes_of(sizes(axes), x.ndim)))
 
 
 def _unsqueeze(_: Attributes, x: torch.Tensor, axes: Any) -> torch.Tensor:
     rank = x.ndim + len(sizes(axes))
-    for axis in sorted(axis % rank for axis in sizes(axes)):
+    for axis in sorted(axes_of(sizes(axes), rank)):
         x = x.unsqueeze(axis)
     return x
 
@@ -235,8 +236,8 @@ def _pad(attributes: Attributes, x: torch.Tensor, pads: Any, value: Any = None, 
     widths, half = sizes(pads), len(sizes(pads)) // 2
     if axes is not None:
         full = [0] * (2 * x.ndim)
-        for i, axis in enumerate(sizes(axes)):
-            full[axis % x.ndim], full[x.ndim + axis % x.ndim] = widths[i], widths[half + i]
+        for i, axis in enumerate(axes_of(sizes(axes), x.ndim)):
+            full[axis], full[x.ndim + axis] = widths[i], widths[half + i]
         widths, half = full, x.ndim
     if mode not in (None, "constant"):
         # torch mirrors the last axes alone.
@@ -314,11 +315,15 @@ def _selu(attributes: Attributes, x: torch.Tensor) -> torch.Tensor:
 
 
 def _softmax(attributes: Attributes, x: torch.Tensor) -> torch.Tensor:
-    return torch.softmax(x, attributes.get("axis", -1))
+    return torch.softmax(x, axis_of(attributes.get("axis", -1), x.ndim))
+
+
+def _log_softmax(attributes: Attributes, x: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(x, axis_of(attributes.get("axis", -1), x.ndim))
 
 
 def _layer_norm(attributes: Attributes, x: torch.Tensor, scale: torch.Tensor, bias: Any = None) -> torch.Tensor:
-    shape = x.shape[attributes.get("axis", -1) % x.ndim :]
+    shape = x.shape[axis_of(attributes.get("axis", -1), x.ndim) :]
     return functional.layer_norm(x, shape, scale.reshape(shape), bias, attributes.get("epsilon", 1e-5))
 
 
@@ -333,7 +338,13 @@ def _gemm(attributes: Attributes, a: torch.Tensor, b: torch.Tensor, c: Any = Non
     return result if c is None else result + c * attributes.get("beta", 1.0)
 
 
-def _identity(_: Attributes, x: torch.Tensor, *__: object) -> torch.Tensor:
+def _identity(_: Attributes, x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _dropout(_: Attributes, x: torch.Tensor, ratio: Any = None, training: Any = None) -> torch.Tensor:  # noqa: ARG001
+    if training is not None and bool(np.any(sizes(training))):
+        raise UsageError("Dropout in training mode returns random values; export the model in eval mode.")
     return x
 
 
@@ -348,7 +359,7 @@ FUNCTIONS: dict[str, _Function] = {
     "Cos": _simple(torch.cos),
     "DepthToSpace": _depth_to_space,
     "Div": _div,
-    "Dropout": _identity,
+    "Dropout": _dropout,
     "Elu": lambda attributes, x: functional.elu(x, attributes.get("alpha", 1.0)),
     "Erf": _simple(torch.erf),
     "Exp": _simple(torch.exp),
@@ -367,7 +378,7 @@ FUNCTIONS: dict[str, _Function] = {
     "LayerNormalization": _layer_norm,
     "LeakyRelu": lambda attributes, x: functional.leaky_relu(x, attributes.get("alpha", 0.01)),
     "Log": _simple(torch.log),
-    "LogSoftmax": lambda attributes, x: torch.log_softmax(x, attributes.get("axis", -1)),
+    "LogSoftmax": _log_softmax,
     "MatMul": _simple(torch.matmul),
     "Max": _many(torch.maximum),
     "MaxPool": _max_pool,

@@ -143,6 +143,11 @@ def _matmul(_: Node, names: list[str], shapes: _Shapes, __: int) -> Layer | None
 def _norm(node: Node, names: list[str], shapes: _Shapes, rank: int) -> Layer | None:
     if len(names) != 4 or rank not in _NORMS:
         return None
+    if node.attributes.get("training_mode", 0):
+        raise UsageError(
+            f"BatchNormalization (output {node.outputs[0][:80]!r}) in training mode has the statistics of each batch; "
+            f"export the model in eval mode."
+        )
     # ONNX keeps this share of the old statistics, torch takes this share of the new ones.
     momentum = 1 - cast("float", node.attributes.get("momentum", 0.9))
     epsilon = cast("float", node.attributes.get("epsilon", 1e-5))

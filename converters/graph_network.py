@@ -31,6 +31,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 _KNOWN_FROM = {
     "Clip": 1,
+    "Dropout": 1,
     "Expand": 1,
     "Gather": 1,
     "Pad": 1,
@@ -197,13 +198,14 @@ class GraphNetwork(nn.Module):
                 start, end = (cast("int | None", node.attributes.get(name)) for name in ("start", "end"))
                 record.values[node.outputs[0]] = np.array(values[node.inputs[0]].shape[start:end], np.int64)
                 record.sized.add(node.outputs[0])
-            elif self._is_known(node, record):
-                self._fold(node, record)
-            else:
-                try:
+                continue
+            try:
+                if self._is_known(node, record):
+                    self._fold(node, record)
+                else:
                     self._compute(node, values, record.values)
-                except DsrError as error:
-                    raise UsageError(f"operator {node.op} (output {node.outputs[0][:80]!r}): {error}") from error
+            except DsrError as error:
+                raise UsageError(f"operator {node.op} (output {node.outputs[0][:80]!r}): {error}") from error
         results = self._results(values)
         for tensor in results.values() if isinstance(results, dict) else [results]:
             if tensor.ndim and tensor.shape[0] % len(x):

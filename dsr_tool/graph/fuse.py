@@ -1,8 +1,8 @@
 """Graph pass: fuses nodes that one kernel computes, before a graph is lowered.
 
 Requires: nodes in topological order; each requested value is the first output of one of them.
-Does: removes nodes that return their input (Identity, Dropout), so that their readers read that input; replaces the
-pair gate, x * gate(x) by one node (Swish, HardSwish) where nothing else reads the gate.
+Does: removes nodes that return their input (Identity, Dropout without a training mode), so that their readers read that
+input; replaces the pair gate, x * gate(x) by one node (Swish, HardSwish) where nothing else reads the gate.
 Ensures: the requested value is made under its name, with the same numbers up to rounding; the order stays topological;
 no other value is made under a new name.
 """
@@ -37,7 +37,8 @@ def _remove_identities(nodes: Sequence[Node], known: Container[str], outputs: Co
     result = []
     for original in nodes:
         node = dataclasses.replace(original, inputs=tuple(source.get(name, name) for name in original.inputs))
-        identity = operator_of(node.op).identity and bool(node.inputs)
+        # A third input of Dropout says whether it trains, which has to be read first.
+        identity = operator_of(node.op).identity and bool(node.inputs) and not any(node.inputs[2:])
         # One of a known value stays: it is folded, and folding frees the weight under its own name.
         if identity and node.inputs[0] not in known and node.outputs[0] not in outputs:
             source[node.outputs[0]] = node.inputs[0]

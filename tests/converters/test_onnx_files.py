@@ -287,6 +287,14 @@ def test_operators_without_a_counterpart_are_named(tmp_path):
         load(str(path))
 
 
+def test_norms_in_training_mode_are_refused_by_name(tmp_path):
+    norm = [f"bn.{name}" for name in ("weight", "bias", "running_mean", "running_var")]
+    arrays = {name: np.ones(4, np.float32) for name in norm}
+    nodes = [node("BatchNormalization", f"x {' '.join(norm)}", "b", "m", "v", training_mode=1), node("Relu", "b")]
+    with pytest.raises(UsageError, match=r"BatchNormalization \(output 'b'\) in training mode"):
+        load(str(written(tmp_path, nodes, arrays)))
+
+
 def test_a_second_output_that_is_read_and_a_weight_used_in_two_ways_are_named(tmp_path):
     nodes = [node("Dropout", "x", "d", "mask"), node("Cast", "mask", "m", to=1), node("Add", "d m")]
     with pytest.raises(UsageError, match="output 'mask' of operator Dropout is read"):

@@ -82,6 +82,15 @@ def test_identities_go_and_their_readers_read_their_input():
     assert node == Node("Add", ("x", "x"), ("y",))
 
 
+def test_a_dropout_with_a_training_mode_stays():
+    nodes = [
+        Node("Dropout", ("x", "", "t"), ("a",)),
+        Node("Dropout", ("a", "r", ""), ("b",)),
+        Node("Neg", ("b",), ("y",)),
+    ]
+    assert fuse(nodes, {"r", "t"}, ("y",)) == [nodes[0], Node("Neg", ("a",), ("y",))]
+
+
 def test_an_identity_that_makes_the_output_stays():
     assert fused(Node("Relu", ("x",), ("r",)), Node("Identity", ("r",), ("y",))) == ["Relu", "Identity"]
 

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
+from converters.graph_network import GraphNetwork
 from dsr_tool.errors import UsageError
+from dsr_tool.graph.ir import Graph, Node, Value
+from dsr_tool.runtime.compiler.plan import Plan
 from dsr_tool.runtime.reference.call import FUNCTIONS
+from dsr_tool.runtime.reference.interpreter import Interpreter
 
 RNG = np.random.default_rng(0)
 X = np.concatenate([RNG.standard_normal(500) * 4, [0, -0.0, 1, -1, 30, -30, 88, -88]]).astype(np.float32)
@@ -136,3 +140,28 @@ def test_cast_like_agrees(agree):
 def test_cast_to_an_unknown_type_is_refused():
     with pytest.raises(UsageError, match="type number 16"):
         FUNCTIONS["Cast"](X, to=TensorProto.BFLOAT16)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("last", [True, False])
+def test_dropout_in_training_mode_is_refused_by_name(machine, known, last):
+    """In the middle of a graph it would otherwise be removed as an identity."""
+    nodes = [Node("Dropout", ("x", "", "on" if known else "some"), ("d",))]
+    if not known:
+        nodes = [Node("ReduceMax", ("x",), ("m",), {"keepdims": 0}), Node("Greater", ("m", "low"), ("some",)), *nodes]
+    nodes += [] if last else [Node("Relu", ("d",), ("y",))]
+    constants = {"on": np.array(True), "low": np.array(-9, np.float32)}
+    graph = Graph((Value("x", (None, 4)),), (Value(nodes[-1].outputs[0], ()),), tuple(nodes), constants, (), 20)
+    expected = r"operator Dropout \(output 'd'\).*training mode.*eval mode"
+    x = np.ones((2, 4), np.float32)
+    with pytest.raises(UsageError, match=expected):
+        Interpreter(graph, {}).run(x)
+    with pytest.raises(UsageError, match=expected):
+        Plan(graph, {}, x.shape, machine).run(x)
+    if known:
+        with pytest.raises(UsageError, match=expected):
+            GraphNetwork(graph, {}, (4,))
+
+
+def test_dropout_with_its_training_mode_off_agrees(agree):
+    agree("Dropout", X, np.array(0.5, np.float32), np.array(False))

@@ -212,6 +212,20 @@ CASES = [
     Case("Div:number", (Node("Div", ("x", "c"), ("y",)),), constants={"c": np.array(3, np.float32)}),
     Case("Div:tokens", (Node("Div", ("x", "c"), ("y",)),), TOKENS, constants={"c": floats(5, 1)}),
     Case(
+        "Dropout:off",
+        (
+            Node("Tanh", ("x",), ("a",)),
+            Node("Dropout", ("a", "", "off"), ("b",), {"seed": 3}),
+            Node("Relu", ("b",), ("y",)),
+        ),
+        constants={"off": np.array(False)},
+    ),
+    Case(
+        "Dropout:twice",
+        (Node("Tanh", ("x",), ("a",)), Node("Dropout", ("a", "", "off"), ("b",)), Node("Add", ("a", "b"), ("y",))),
+        constants={"off": np.array(False)},
+    ),
+    Case(
         "Einsum",
         heads(Node("Einsum", ("q", "k"), ("y",), {"equation": "b h i d, b h j d -> b h i j"})),
         (3, 5, 6),
@@ -372,6 +386,8 @@ CASES = [
     Case("GlobalAveragePool", one("GlobalAveragePool")),
     Case("HardSigmoid", one("HardSigmoid")),
     Case("HardSwish", one("HardSwish")),
+    Case("Identity", (Node("Conv", ("x", "w"), ("a",)), Node("Identity", ("a",), ("y",))), weights={"w": (5, 4, 1, 1)}),
+    Case("Identity:input", one("Identity")),
     Case("LayerNormalization", (Node("LayerNormalization", ("x", "s", "b"), ("y",)),), TOKENS, {"s": (6,), "b": (6,)}),
     Case("LeakyRelu", one("LeakyRelu", alpha=0.2)),
     Case("MatMul", (Node("MatMul", ("x", "w"), ("y",)),), TOKENS, {"w": (6, 8)}),

@@ -127,7 +127,7 @@ def _mean(survey: Survey, node: Node) -> bool:
     if value is None or value.axis != 1 or value.rank is None or axes is None:
         return False
     # A mean over channels would divide by the number of channels that are left.
-    if {n % value.rank for n in axes.tolist()} != set(range(2, value.rank)):
+    if {n + value.rank if n < 0 else n for n in axes.tolist()} != set(range(2, value.rank)):
         return False
     if not node.attributes.get("keepdims", 1):
         value = replace(value, axis=-1, rank=2)
@@ -142,7 +142,8 @@ def _concat(survey: Survey, node: Node) -> bool:
     first = parts[0]
     if first is None or first.rank is None:
         return _flat_shape(survey, node)
-    axis = cast("int", node.attributes["axis"]) % first.rank
+    axis = cast("int", node.attributes["axis"])
+    axis = axis + first.rank if axis < 0 else axis
     if any(p is None or (p.axis, p.rank) != (first.axis, first.rank) for p in parts) or axis != first.position:
         return False
     known = cast("list[Channels]", parts)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dsr_tool.graph.axes import axis_of
 from dsr_tool.graph.ir import Node
 from dsr_tool.graph.limits import claim
 from dsr_tool.runtime.compiler.elementwise import Combine
@@ -25,7 +26,7 @@ def concat(low: Lowering, node: Node, *, axis: int) -> Lowered | None:
     shapes = [_shape(low, name) for name in node.inputs]
     if not all(shapes):
         return None
-    axis %= len(shapes[0])
+    axis = axis_of(axis, len(shapes[0]))
     sizes = [shape[axis] for shape in shapes]
     wanted = (*shapes[0][:axis], sum(sizes), *shapes[0][axis + 1 :])
     if any((*shape[:axis], *shape[axis + 1 :]) != (*wanted[:axis], *wanted[axis + 1 :]) for shape in shapes):

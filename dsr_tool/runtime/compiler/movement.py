@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dsr_tool.graph.axes import axes_of, axis_of
 from dsr_tool.graph.ir import Node
 from dsr_tool.graph.limits import claim, int_list
 from dsr_tool.runtime.compiler.layouts import Rows
@@ -45,8 +46,7 @@ def slices(low: Lowering, node: Node) -> Lowered | None:
     starts, ends, axes, steps = (_ints(low, name) or [] for name in names)
     axes, steps = axes or list(range(len(starts))), steps or [1] * len(starts)
     wanted = list(shape)
-    for number, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        axis = number % len(shape)
+    for axis, start, end, step in zip(axes_of(axes, len(shape)), starts, ends, steps, strict=True):
         # As the reference: a start before the first entry means the first one, also backwards.
         indices = np.arange(shape[axis])[max(start, -shape[axis]) : end : step]
         if len(indices) == shape[axis] and step == 1:
@@ -63,7 +63,7 @@ def split(low: Lowering, node: Node, *, axis: int = 0, num_outputs: int = 1) -> 
     shape, picked = low.shapes.get(node.inputs[0], ()), low.picked(node.inputs[0])
     if picked is None or not all(node.outputs):
         return None
-    axis %= len(shape)
+    axis = axis_of(axis, len(shape))
     sizes = _ints(low, node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] else None
     if sizes is None:
         if num_outputs != len(node.outputs):
@@ -89,7 +89,7 @@ def gather(low: Lowering, node: Node, *, axis: int = 0) -> Lowered | None:
     indices = _whole_numbers(low, node.inputs[1])
     if picked is None or indices is None or not indices.size:
         return None
-    axis %= len(shape)
+    axis = axis_of(axis, len(shape))
     indices = np.where(indices < 0, indices + shape[axis], indices)
     if indices.min() < 0 or indices.max() >= shape[axis]:
         return None
@@ -126,8 +126,7 @@ def pad(low: Lowering, node: Node, *, mode: str = "constant") -> Lowered | None:
     if picked is None or widths is None or axes is None or mode not in ("constant", "edge", "reflect"):
         return None
     wanted = list(shape)
-    for number, begin, end in zip(axes, widths[: len(axes)], widths[len(axes) :], strict=True):
-        axis = number % len(shape)
+    for axis, begin, end in zip(axes_of(axes, len(shape)), widths[: len(axes)], widths[len(axes) :], strict=True):
         # Negative padding removes entries.
         indices = np.arange(shape[axis])[max(-begin, 0) : shape[axis] - max(-end, 0)]
         width = (max(begin, 0), max(end, 0))

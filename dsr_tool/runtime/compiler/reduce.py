@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from dsr_tool.graph.axes import axes_of
 from dsr_tool.graph.ir import Node
 from dsr_tool.runtime.compiler.constants import shape_of
 from dsr_tool.runtime.compiler.layouts import Flat, Planes, Rows
@@ -128,8 +129,8 @@ def reduction(*, mean: bool = False, squares: bool = False) -> Rule:
         name, *others = node.inputs
         known = low.constants.get(others[0]) if others else None
         shape = low.shapes.get(name, ())
-        axes = [] if known is None else sorted(int(axis) % max(len(shape), 1) for axis in dense(known).ravel())
-        if not axes or not shape or len(set(axes)) != len(axes):
+        axes = [] if known is None else sorted(axes_of(dense(known).ravel().tolist(), len(shape)))
+        if not axes or not shape:
             return None
         lowered = None
         if mean and axes == [2, 3]:

@@ -12,7 +12,7 @@ from dsr_tool.runtime.compiler.movement import expand, gather, gather_nd, pad, s
 from dsr_tool.runtime.compiler.pooling import average_pool, max_pool
 from dsr_tool.runtime.compiler.products import einsum
 from dsr_tool.runtime.compiler.reduce import global_average_pool, layer_norm, reduction, softmax
-from dsr_tool.runtime.compiler.shapes import flatten, reshape, squeeze, unsqueeze
+from dsr_tool.runtime.compiler.shapes import flatten, identity, reshape, squeeze, unsqueeze
 from dsr_tool.runtime.kernels.ops import Activation
 
 __all__ = ["RULES"]
@@ -29,6 +29,7 @@ RULES: dict[str, Rule] = {
     "Concat": concat,
     "Conv": conv,
     "Div": arithmetic,
+    "Dropout": identity,
     "Einsum": einsum,
     "Elu": activation(Activation.ELU, _BELOW_ZERO, alpha=1.0),
     "Expand": expand,
@@ -40,6 +41,7 @@ RULES: dict[str, Rule] = {
     "GlobalAveragePool": global_average_pool,
     "HardSigmoid": activation(Activation.HARD_SIGMOID, _LINE, alpha=0.2, beta=0.5),
     "HardSwish": activation(Activation.HARD_SWISH, _LINE, alpha=1 / 6, beta=0.5),
+    "Identity": identity,
     "LayerNormalization": layer_norm,
     "LeakyRelu": activation(Activation.LEAKY_RELU, _BELOW_ZERO, alpha=0.01),
     "MatMul": matmul,

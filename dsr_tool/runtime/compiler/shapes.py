@@ -5,18 +5,32 @@ from __future__ import annotations
 import math
 import operator
 
+from dsr_tool.graph.axes import axes_of, axis_of
 from dsr_tool.graph.ir import Node
 from dsr_tool.graph.limits import int_list
 from dsr_tool.runtime.compiler.layouts import Flat, Rows
 from dsr_tool.runtime.compiler.lowering import Lowered, Lowering
 
-__all__ = ["flatten", "reshape", "squeeze", "unsqueeze"]
+__all__ = ["flatten", "identity", "reshape", "squeeze", "unsqueeze"]
 
 
 def flatten(low: Lowering, node: Node, *, axis: int = 1) -> Lowered | None:
     """Lowers a change to two axes."""
     shape = low.shapes.get(node.inputs[0], ())
+    axis = axis if axis == len(shape) else axis_of(axis, len(shape))
     return _view(low, node.inputs[0], (math.prod(shape[:axis]), math.prod(shape[axis:])))
+
+
+def identity(low: Lowering, node: Node, *, seed: int = 0) -> Lowered | None:
+    """Lowers a value under another name. A Dropout that trains, or may train, is declined."""
+    del seed  # concerns a Dropout that trains
+    training = node.inputs[2] if len(node.inputs) > 2 else ""
+    if training and (training not in low.constants or low.constants.dense(training).any()):
+        return None
+    name = node.inputs[0]
+    # An alias, as of a view: where the input is read elsewhere, entries are picked.
+    value = low.value(name) if low.only_reader(name) else low.picked(name)
+    return None if value is None else Lowered(value, low.shapes[name])
 
 
 def reshape(low: Lowering, node: Node, *, allowzero: int = 0) -> Lowered | None:
@@ -38,10 +52,10 @@ def squeeze(low: Lowering, node: Node) -> Lowered | None:
     """Lowers the removal of axes of size one."""
     shape = low.shapes.get(node.inputs[0], ())
     if len(node.inputs) > 1 and node.inputs[1]:
-        axes = [axis + len(shape) if axis < 0 else axis for axis in int_list(low.constants.dense(node.inputs[1]))]
+        axes = axes_of(int_list(low.constants.dense(node.inputs[1])), len(shape))
     else:
         axes = [axis for axis, size in enumerate(shape) if size == 1]
-    if any(not 0 <= axis < len(shape) or shape[axis] != 1 for axis in axes):
+    if any(shape[axis] != 1 for axis in axes):
         return None
     return _view(low, node.inputs[0], tuple(size for axis, size in enumerate(shape) if axis not in axes))
 
@@ -51,9 +65,7 @@ def unsqueeze(low: Lowering, node: Node) -> Lowered | None:
     shape = low.shapes.get(node.inputs[0], ())
     wanted = int_list(low.constants.dense(node.inputs[1]))
     rank = len(shape) + len(wanted)
-    axes = {axis + rank if axis < 0 else axis for axis in wanted}
-    if len(axes) != len(wanted) or not axes <= set(range(rank)):
-        return None
+    axes = axes_of(wanted, rank)
     sizes = iter(shape)
     return _view(low, node.inputs[0], tuple(1 if axis in axes else next(sizes) for axis in range(rank)))
 

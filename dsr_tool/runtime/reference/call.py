@@ -151,8 +151,8 @@ def _errors_name(node: Node) -> Iterator[None]:
     try:
         yield
     # A function that does not support a form of its operator says so in its own words.
-    except UsageError:
-        raise
+    except UsageError as error:
+        raise UsageError(f"{_described(node)} cannot be computed: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
         raise FormatError(
             f"{_described(node)} cannot be computed: {first_line(error)[:200]}; the graph does not fit its weights or "

@@ -118,6 +118,8 @@ def _identity(x: Array) -> Array:
 
 
 def _dropout(x: Array, ratio: Array | None = None, training: Array | None = None) -> Array:  # noqa: ARG001
+    if training is not None and training.any():
+        raise UsageError("Dropout in training mode returns random values; export the model in eval mode.")
     return x
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from dsr_tool.errors import FormatError, UsageError
+from dsr_tool.graph.axes import axes_of, axis_of
 from dsr_tool.graph.limits import int_list
 from dsr_tool.runtime.reference import NumpyFunction
 from dsr_tool.sparsity.tensor import Array
@@ -21,7 +22,7 @@ def _reduction(function: Callable[[Array, tuple[int, ...] | None, bool], Array])
         if axes is None or not axes.size:
             # Without axes nothing is reduced, but ReduceL2 still returns absolute values.
             return function(x, () if noop_with_empty_axes else None, bool(keepdims))
-        return function(x, tuple(int_list(axes)), bool(keepdims))
+        return function(x, tuple(axes_of(int_list(axes), x.ndim)), bool(keepdims))
 
     return run
 
@@ -81,6 +82,7 @@ def _place_of(find: Callable[..., Array]) -> NumpyFunction:
     """Makes ArgMax or ArgMin of numpy's function, which returns the first of equal entries."""
 
     def run(x: Array, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Array:
+        axis = axis_of(axis, x.ndim)
         # Backwards, the last of equal entries is the first one.
         place = find(np.flip(x, axis) if select_last_index else x, axis=axis, keepdims=bool(keepdims))
         return np.asarray(x.shape[axis] - 1 - place if select_last_index else place, np.int64)
@@ -89,10 +91,11 @@ def _place_of(find: Callable[..., Array]) -> NumpyFunction:
 
 
 def _log_softmax(x: Array, *, axis: int = -1) -> Array:
-    return np.asarray(x - _log_sum_exp(x, (axis,), keep=True))
+    return np.asarray(x - _log_sum_exp(x, (axis_of(axis, x.ndim),), keep=True))
 
 
 def _softmax(x: Array, *, axis: int = -1) -> Array:
+    axis = axis_of(axis, x.ndim)
     # Less its maximum, as exp overflows float32 above 88.
     result: Array = np.exp(x - x.max(axis=axis, keepdims=True))
     result /= result.sum(axis=axis, keepdims=True)
@@ -100,7 +103,7 @@ def _softmax(x: Array, *, axis: int = -1) -> Array:
 
 
 def _layer_norm(x: Array, scale: Array, bias: Array | None = None, *, axis: int = -1, epsilon: float = 1e-5) -> Array:
-    axes = tuple(range(axis % x.ndim, x.ndim))
+    axes = tuple(range(axis_of(axis, x.ndim), x.ndim))
     result: Array = x - mean(x, axes, keep=True)
     variance = mean(np.square(result), axes, keep=True)
     result *= scale / np.sqrt(variance + np.asarray(epsilon, x.dtype))

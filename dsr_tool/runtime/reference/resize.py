@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from dsr_tool.errors import UsageError, unknown_name
+from dsr_tool.graph.axes import axes_of
 from dsr_tool.graph.limits import claim
 from dsr_tool.runtime.reference import NumpyFunction
 from dsr_tool.sparsity.tensor import Array
@@ -51,7 +52,7 @@ def _resize(
             "Resize with antialias, exclude_outside or keep_aspect_ratio_policy is not supported; replace that layer."
         )
     # All modes are separable: one axis after the other gives the same as all at once, with fewer neighbours.
-    for i, axis in enumerate(axes or range(x.ndim)):
+    for i, axis in enumerate(axes_of(axes or range(x.ndim), x.ndim)):
         n = x.shape[axis]
         if sizes is not None and sizes.size:
             out = int(sizes[i])
@@ -96,7 +97,7 @@ def _interpolated(x: Array, axis: int, at: Array, cubic: float | None) -> Array:
     first = np.floor(at)
     fraction = at - first
     factors = {0: 1 - fraction, 1: fraction} if cubic is None else cubic_weights(fraction, cubic)
-    column = (-1, *(1 for _ in range(x.ndim - 1 - axis % x.ndim)))
+    column = (-1, *(1 for _ in range(x.ndim - 1 - axis)))
     result: Array | None = None
     for offset, factor in factors.items():
         index = np.clip(first.astype(np.int64) + offset, 0, n - 1)

@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from dsr_tool.errors import FormatError, unknown_name
+from dsr_tool.graph.axes import axes_of, axis_of
 from dsr_tool.graph.limits import claim, int_list
 from dsr_tool.runtime.reference import NumpyFunction
 from dsr_tool.sparsity.tensor import Array
@@ -55,28 +56,34 @@ def _reshape(x: Array, shape: Array, *, allowzero: int = 0) -> Array:
 
 
 def _flatten(x: Array, *, axis: int = 1) -> Array:
-    # A negative axis counts from the back, as in a slice, and axis may be the rank itself.
+    # The axis may be the rank itself: all axes become the first one.
+    axis = axis if axis == x.ndim else axis_of(axis, x.ndim)
     return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
 
 
 def _squeeze(x: Array, axes: Array | None = None) -> Array:
-    return x.squeeze(None if axes is None else tuple(int_list(axes)))
+    return x.squeeze(None if axes is None else tuple(axes_of(int_list(axes), x.ndim)))
 
 
 def _unsqueeze(x: Array, axes: Array) -> Array:
-    return np.expand_dims(x, tuple(int_list(axes)))
+    wanted = int_list(axes)
+    return np.expand_dims(x, tuple(axes_of(wanted, x.ndim + len(wanted))))
 
 
 def _transpose(x: Array, *, perm: tuple[int, ...] | None = None) -> Array:
+    # numpy takes negative axes, which the standard does not allow here.
+    if perm is not None and sorted(perm) != list(range(x.ndim)):
+        raise FormatError(f"perm {str(list(perm))[:80]} is no order of the axes 0 to {x.ndim - 1}.")
     return np.transpose(x, perm)
 
 
 def _concat(*arrays: Array, axis: int) -> Array:
     claim((sum(array.size for array in arrays),), np.result_type(*arrays))
-    return np.concatenate(arrays, axis)
+    return np.concatenate(arrays, axis_of(axis, arrays[0].ndim))
 
 
 def _split(x: Array, split: Array | None = None, *, axis: int = 0, num_outputs: int = 1) -> tuple[Array, ...]:
+    axis = axis_of(axis, x.ndim)
     if split is None:
         claim((num_outputs,), np.int64)
         # Pieces of equal size; if the axis does not divide evenly, the last one is smaller.
@@ -88,7 +95,7 @@ def _split(x: Array, split: Array | None = None, *, axis: int = 0, num_outputs: 
 
 
 def _slice(x: Array, starts: Array, ends: Array, axes: Array | None = None, steps: Array | None = None) -> Array:
-    dimensions = range(len(starts)) if axes is None else int_list(axes)
+    dimensions = axes_of(range(len(starts)) if axes is None else int_list(axes), x.ndim)
     strides = [1] * len(starts) if steps is None else int_list(steps)
     parts = [slice(None)] * x.ndim
     for axis, start, end, step in zip(dimensions, int_list(starts), int_list(ends), strides, strict=True):
@@ -98,7 +105,7 @@ def _slice(x: Array, starts: Array, ends: Array, axes: Array | None = None, step
 
 
 def _gather(x: Array, indices: Array, *, axis: int = 0) -> Array:
-    axis %= x.ndim
+    axis = axis_of(axis, x.ndim)
     claim((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]), x.dtype)
     if indices.ndim == 0 and indices.dtype.kind in "iu":
         # One entry: a view is enough, while `take` would copy.
@@ -107,6 +114,8 @@ def _gather(x: Array, indices: Array, *, axis: int = 0) -> Array:
 
 
 def _gather_nd(x: Array, indices: Array, *, batch_dims: int = 0) -> Array:
+    if not 0 <= batch_dims < min(x.ndim, indices.ndim):
+        raise FormatError(f"batch_dims {batch_dims} is not in [0, {min(x.ndim, indices.ndim)}).")
     batch = np.ogrid[tuple(slice(n) for n in x.shape[:batch_dims])]
     rest = indices.ndim - 1 - batch_dims
     claim((*indices.shape[:-1], *x.shape[batch_dims + indices.shape[-1] :]), x.dtype)
@@ -129,7 +138,7 @@ def _scatter_nd(x: Array, indices: Array, updates: Array, *, reduction: str = "n
 def _pad(
     x: Array, pads: Array, value: Array | None = None, axes: Array | None = None, *, mode: str = "constant"
 ) -> Array:
-    dimensions = range(x.ndim) if axes is None else int_list(axes)
+    dimensions = axes_of(range(x.ndim) if axes is None else int_list(axes), x.ndim)
     width = [(0, 0)] * x.ndim
     parts = [slice(None)] * x.ndim
     for axis, begin, end in zip(dimensions, *(int_list(part) for part in pads.reshape(2, -1)), strict=True):

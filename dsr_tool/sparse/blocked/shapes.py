@@ -71,7 +71,7 @@ def mean_step(operation: Operation, node: fx.Node, context: Context, otherwise: 
     place, out = context.place(given["input"]), context.places[node]
     if place is None or not isinstance(dim, (list, tuple)) or isinstance(keep, fx.Node):
         return None
-    if not all(isinstance(each, int) for each in dim) or sorted(each % 4 for each in dim) != [2, 3]:
+    if not all(isinstance(each, int) for each in dim) or sorted(_axis(each, 4) for each in dim) != [2, 3]:
         return None
 
     def run(registers: Registers) -> None:
@@ -100,7 +100,7 @@ def cat_step(operation: Operation, node: fx.Node, context: Context, otherwise: R
             # The ones that have no blocked form yet get it: the others are larger or as large.
             values = held if whole is not None else [value_at(registers, place) for place in places]
             first = values[0]
-            if type(first) is Value and (dim % first.rank) == 1:
+            if type(first) is Value and _axis(dim, first.rank) == 1:
                 alike = [each.lanes for each in values if type(each) is Value and _alike(each, first)]
                 if len(alike) == len(values):
                     registers[out] = first.same(torch.cat(alike, 1))
@@ -140,10 +140,17 @@ def _read(operation: Operation, context: Context) -> tuple[int | None, Callable[
     return place, reader(options, context.places)
 
 
+def _axis(dim: int, rank: int) -> int:
+    """Returns a dimension as a number from 0 on; -1 for one that the value lacks, which torch itself refuses."""
+    if not -rank <= dim < rank:
+        return -1
+    return dim + rank if dim < 0 else dim
+
+
 def _flatten(value: Value, start_dim: int, end_dim: int) -> Value | None:
     rank = value.rank
-    start, end = start_dim % rank, end_dim % rank
-    if not start:
+    start, end = _axis(start_dim, rank), _axis(end_dim, rank)
+    if start <= 0 or end < 0:
         return None
     lanes = value.lanes
     return value.same(lanes.flatten(start, end)) if end > start else value
@@ -164,17 +171,20 @@ def _view(value: Value, sizes: Any) -> Value | None:
 def _transpose(value: Value, dim0: int, dim1: int) -> Value | None:
     rank = value.rank
     # Of four dimensions the result is mostly tokens, which torch's own layers take.
-    if rank < 5 or not dim0 % rank or not dim1 % rank:
+    one, other = _axis(dim0, rank), _axis(dim1, rank)
+    if rank < 5 or min(one, other) <= 0:
         return None
-    return value.same(value.lanes.transpose(dim0 % rank, dim1 % rank))
+    return value.same(value.lanes.transpose(one, other))
 
 
 def _chunk(value: Value, chunks: int, dim: int) -> tuple[Value, ...] | None:
-    return tuple(map(value.same, value.lanes.chunk(chunks, dim % value.rank))) if dim % value.rank else None
+    axis = _axis(dim, value.rank)
+    return tuple(map(value.same, value.lanes.chunk(chunks, axis))) if axis > 0 else None
 
 
 def _split(value: Value, split_size: Any, dim: int) -> tuple[Value, ...] | None:
-    return tuple(map(value.same, value.lanes.split(split_size, dim % value.rank))) if dim % value.rank else None
+    axis = _axis(dim, value.rank)
+    return tuple(map(value.same, value.lanes.split(split_size, axis))) if axis > 0 else None
 
 
 REARRANGED: dict[str, Callable[..., Any]] = {
