@@ -7,6 +7,9 @@ import pytest
 
 from dsr_tool.errors import FormatError
 from dsr_tool.graph.ir import Graph, Node, Value
+from dsr_tool.runtime.compiler.layouts import Flat
+from dsr_tool.runtime.compiler.picked import Picked
+from dsr_tool.runtime.compiler.picking import pick_to_flat
 from dsr_tool.runtime.compiler.plan import Plan
 from dsr_tool.runtime.kernels.library import library
 
@@ -109,3 +112,16 @@ def test_a_plan_needs_no_more_memory_than_the_reference_may(machine, nodes):
     graph = Graph((Value("x", x.shape),), (Value(output, ()),), nodes, constants, (), 20)
     with pytest.raises(FormatError):
         Plan(graph, {}, x.shape, machine)
+
+
+@pytest.mark.parametrize("row", [65535, 65536])
+def test_entries_too_far_apart_for_an_int32_are_refused_and_do_not_wrap(machine, row):
+    """As int32 the second entry of the table would be negative, and its float would be a zero."""
+    base = Flat((1, 1 << 17, 1 << 15), machine.lanes, 1)
+    picked = Picked.of(base, base.shape).taken(1, ints(0, row)).taken(2, ints(7))
+    op = pick_to_flat(picked, Flat((2,), machine.lanes, 1))
+    if row << 15 < 1 << 31:
+        assert op.parameters(machine.packer).fields["inner"].tolist() == [[0, row << 15]]
+    else:
+        with pytest.raises(FormatError, match="2,147,483,648 floats apart"):
+            op.parameters(machine.packer)

@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from dsr_tool.errors import FormatError
 from dsr_tool.runtime.compiler.layouts import Flat, Planes, Rows
 from dsr_tool.runtime.compiler.op import Op, Parameters
 from dsr_tool.runtime.compiler.packing import Packer
@@ -19,6 +20,9 @@ from dsr_tool.sparsity.tensor import Array
 __all__ = ["Constant", "Pick", "can_be_planes", "constant_of", "pick_to_flat", "pick_to_planes", "split_of"]
 
 _Int = npt.NDArray[np.int64]
+
+_MAX_INNER = (1 << 31) - 1
+"""Largest entry of the inner table of PICK, in floats: the kernel has it as int32, where a larger one would wrap."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -42,7 +46,11 @@ class Pick(Op):
     masks: ClassVar[bool] = False  # positions without a pixel are filled with zeros as they are
 
     def parameters(self, packer: Packer) -> Parameters:
-        """Returns both tables."""
+        """Returns both tables.
+
+        Raises:
+            FormatError: an entry lies too far away; the reference computes the model then.
+        """
         del packer
         if isinstance(self.out, Planes):
             outer, inner = self._of_planes(self.out)
@@ -52,6 +60,11 @@ class Pick(Op):
             outer = self.picked.floats(axes[: self.split], first=True).reshape(-1)
             inner = self.picked.floats(axes[self.split :], first=False).reshape(1, -1)
             step, phases = self.step or inner.size, 1
+        if inner.max() > _MAX_INNER:
+            raise FormatError(
+                f"entries that lie {inner.max():,} floats apart are picked, and kernels reach {_MAX_INNER:,}; give "
+                f"smaller inputs, or run the model on scipy."
+            )
         run = _run(inner)
         return Parameters(
             {
