@@ -20,6 +20,7 @@ from dsr_tool.sparse.folder import CONFIG, save_folder, write_model
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.config import installed_versions
 from dsr_tool.train.checkpoint import PART, finish_replacing, replace_model, sync
+from dsr_tool.train.csv_log import CSV, append_epoch, write_epochs
 from dsr_tool.train.exploration import Exploration
 from dsr_tool.train.lock import Lock
 from dsr_tool.train.records import EpochRecord, Observer, Start
@@ -32,7 +33,7 @@ _KEPT = "what was saved before is complete"
 
 
 class RunFolder(Observer):
-    """A model folder of the last complete epoch, with `log.jsonl`, `settings.json` and `best/` in it.
+    """A model folder of the last complete epoch, with `log.jsonl`, `log.csv`, `settings.json` and `best/` in it.
 
     The folder is created before the first step, with the model as it is then, and removed if no epoch completes. Model
     and checkpoint are replaced together, so a run that was killed at any moment resumes from its last complete epoch.
@@ -95,7 +96,7 @@ class RunFolder(Observer):
     def on_start(self, model: SparseModel, total_steps: int) -> None:
         """Creates the folder, or restores the existing one to its last complete epoch."""
         model.check()
-        self._names = model.trained
+        self._names, self._prunable = model.trained, model.prunable_weights
         self._explored = Exploration(model, self.stopped.explored if self.stopped else None)
         if self.stopped is not None:
             self._restore(self.stopped)
@@ -115,6 +116,7 @@ class RunFolder(Observer):
             write_model(model, part)
             (part / SETTINGS).write_text(json.dumps(self.facts, indent=1) + "\n", encoding="utf-8")
             (part / LOG).write_text(_line("start", start), encoding="utf-8")
+            write_epochs(part, (), self._prunable)
             for name, text in self.files.items():
                 (part / name).write_text(text, encoding="utf-8")
         self._started = True
@@ -144,6 +146,8 @@ class RunFolder(Observer):
         """Logs the epoch and saves the best model. A log line without a checkpoint is cut off when the run resumes."""
         explored = self._explored.counts() if self._explored else {}
         self._log("epoch", **asdict(record), explored=explored)
+        with writing(self.path, _KEPT):
+            append_epoch(self.path, record, self._prunable)
         # Only a higher accuracy replaces it, so best/ is the first of equal epochs, as TrainResult.best is.
         if self._best is None or record.test_accuracy > self._best:
             with writing(self.path, _KEPT):
@@ -165,7 +169,7 @@ class RunFolder(Observer):
         self._delete_replaced()
 
     def _restore(self, stopped: Stopped) -> None:
-        """Removes what a killed process left half done, and cuts the log to the last complete epoch."""
+        """Removes what a killed process left half done, and cuts the logs to the last complete epoch."""
         stopped.require({name: value for name, value in self.facts.items() if name != "settings"})
         with writing(self.path, _KEPT):
             finish_replacing(self.path)
@@ -175,7 +179,11 @@ class RunFolder(Observer):
             for pattern in (f"{PART}*", f".{_BEST}.*"):
                 for part in self.path.glob(pattern):
                     shutil.rmtree(part, ignore_errors=True)
+            for file in self.path.glob(f".{CSV}.*"):
+                file.unlink()
             os.truncate(self.path / LOG, stopped.log_bytes)
+            # Made of the records: it has their rows however the process ended, and runs of older versions get it.
+            write_epochs(self.path, stopped.epochs, self._prunable)
         self._best = max(record.test_accuracy for record in stopped.epochs)
         self._done = len(stopped.epochs)
         self._started = True

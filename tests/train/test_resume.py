@@ -1,5 +1,6 @@
 """A run that was stopped anywhere and resumed ends with the same bits as one that was never stopped."""
 
+import csv
 import json
 import shutil
 import subprocess
@@ -65,6 +66,12 @@ def log_of(folder):
     return [{name: value for name, value in line.items() if name != "time_s"} for line in lines]
 
 
+def table_of(folder):
+    """Returns the rows of the table of epochs without times."""
+    with (folder / "log.csv").open(newline="") as file:
+        return [{name: value for name, value in row.items() if name != "time_s"} for row in csv.DictReader(file)]
+
+
 def assert_equal(folder, other):
     for name in FILES:
         # The container's writer orders its metadata and names alike, so that whole files can be compared.
@@ -72,6 +79,7 @@ def assert_equal(folder, other):
     for name in ("model.safetensors", "masks.safetensors"):
         assert (folder / "best" / name).read_bytes() == (other / "best" / name).read_bytes()
     assert log_of(folder) == log_of(other)
+    assert table_of(folder) == table_of(other)
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in other.iterdir())
 
 

@@ -53,6 +53,7 @@ def test_a_run_is_a_model_folder_of_the_last_epoch(tiny, tmp_path):
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "best",
         "config.json",
+        "log.csv",
         "log.jsonl",
         "masks.safetensors",
         "model.safetensors",
