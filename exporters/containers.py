@@ -77,8 +77,8 @@ def reader_of(path: Path) -> Callable[[Path], Model]:
     container = container_of(path)
     if not container.has_graph:
         raise FormatError(
-            f"{str(path)!r} is a {container.name} file, which holds {container.holds}; give a file of the "
-            f"model in a container with one: {listed(lambda one: one.has_graph)}."
+            f"{str(path)!r} is a {container.name} file, which holds {container.holds}; give the model in a "
+            f"file that has its graph: {listed(lambda one: one.has_graph)}."
         )
     return container.reader()
 

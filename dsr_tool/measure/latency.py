@@ -27,7 +27,7 @@ from dsr_tool.runtime.kernels.library import level
 from dsr_tool.runtime.source import Model, open_model
 from dsr_tool.sparsity.tensor import Array
 
-__all__ = ["RUNTIMES", "Settings", "bench_document", "open_session"]
+__all__ = ["RUNTIMES", "Settings", "bench_document", "measure_latency", "open_session"]
 
 RUNTIMES = ("sparse", "scipy")
 """The runtimes that are measured against the dense model: the one that users run, and its reference alone."""
@@ -90,12 +90,12 @@ def bench_document(path: Path, settings: Settings, say: Callable[[str], None] = 
         UsageError: a setting is not allowed, or one of the two runtimes does not support the model.
     """
     settings.check()
+    require_file(path, "FILE")
+    model = open_model(path)
+    x = _inputs(model, settings.batch)
     with temporary_folder() as folder:
         say("writing the dense model")
-        require_file(path, "FILE")
-        model = open_model(path)
         dense = _dense(model, folder)
-        x = _inputs(model, settings.batch)
         say(f"running both, {settings.rounds} rounds")
         # Prepared for this batch, so that compiling it is not part of the first run.
         ours = open_session(model, settings.runtime, settings.batch, settings.threads)
@@ -130,6 +130,20 @@ def bench_document(path: Path, settings: Settings, say: Callable[[str], None] = 
             "peak_bytes": {name: child.peak_bytes for name, child in children.items()} or None,
             "layers": layers,
         }
+
+
+def measure_latency(path: Path, settings: Settings) -> Latency:
+    """Times a file beside its dense model, without the loading times and memory that `bench_document` adds.
+
+    Raises:
+        FormatError: the file is damaged.
+        UsageError: as `bench_document`.
+    """
+    settings.check()
+    with temporary_folder() as folder:
+        model = open_model(path)
+        ours = open_session(model, settings.runtime, settings.batch, settings.threads)
+        return _latency(ours, _dense(model, folder), _inputs(model, settings.batch), settings)[0]
 
 
 def open_session(source: Model | str | Path, runtime: str, batch: int, threads: int) -> Session:

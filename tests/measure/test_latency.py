@@ -5,10 +5,12 @@ import os
 import numpy as np
 import pytest
 
+from dsr_tool.errors import DsrError
 from dsr_tool.measure import latency as bench
 from dsr_tool.measure.latency import Settings, bench_document
 from dsr_tool.measure.latency_text import bench_text
 from dsr_tool.measure.pairs import paired, spread, verdict
+from dsr_tool.runtime.deploy.format import MAGIC
 
 
 @pytest.fixture
@@ -116,6 +118,22 @@ def test_of_several_outputs_the_one_that_differs_most_for_its_scale_is_told():
 def test_settings_that_are_not_allowed_are_refused(tmp_path, settings, message):
     with pytest.raises(bench.UsageError, match=message):
         bench_document(tmp_path / "none.dsr", settings)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "FILE .*none"),
+        (MAGIC, "is a plan file, which holds a program .* has its graph: archive"),
+    ],
+)
+def test_a_file_that_cannot_be_measured_is_refused_before_a_stage_begins(tmp_path, content, message):
+    path, said = tmp_path / "none.dsr", []
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DsrError, match=message):
+        bench_document(path, Settings(), said.append)
+    assert said == []
 
 
 def test_a_model_that_onnxruntime_runs_is_named():
