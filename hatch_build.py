@@ -6,8 +6,8 @@ Environment variables:
 - `CXX`: command of the compiler; otherwise `c++`, `g++`, `clang++`, or Zig's compiler from the package `ziglang`.
 - `DSR_TOOL_KERNELS=none`: builds no kernels.
 - `DSR_TOOL_REQUIRE_KERNELS=1`: warnings are errors, and a level that cannot be built fails the build.
-- `DSR_TOOL_WHEEL_PLATFORM`: platform of the wheel's tag, for builders who know that the libraries run on it, such as
-  `manylinux_2_17_x86_64`.
+- `DSR_TOOL_WHEEL_PLATFORM`: platform of the wheel's tag. For one like `manylinux_2_17_aarch64`, Zig's compiler builds
+  for that machine and that version of the C library, on any machine; a `CXX` is trusted to do so.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -35,6 +36,8 @@ NATIVE = Path("dsr_tool") / "runtime" / "kernels"
 """Folder of the sources, and of the libraries in the package."""
 DEPLOY = Path("dsr_tool") / "runtime" / "deploy"
 """Folder of the sources of the library for C programs."""
+OBJECTS = "_objects"
+"""Name of the folder beside the libraries that keeps compiled files, so that only changed ones are compiled again."""
 RECORD = "_kernels.json"
 """Name of the file beside the libraries that says what each was compiled from, and its SHA-256."""
 SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
@@ -68,6 +71,8 @@ _ONCE = ("threads", "pack")
 """Names of the files of the kernels that do not depend on the level begin with these."""
 _ZIG = "ziglang>=0.13"
 _ZIG_MACHINES = ("x86_64", "aarch64", "arm64", "amd64")
+_MANYLINUX = re.compile(r"manylinux_(\d+_\d+)_(x86_64|aarch64)")
+"""Platforms of wheels that Zig's compiler builds for on any machine: the version of the C library, and the machine."""
 _MACOS = "11.0"
 
 
@@ -75,11 +80,19 @@ def compiler() -> list[str] | None:
     """Returns the command of a C++ compiler; None if there is none."""
     if own := os.environ.get("CXX"):
         return shlex.split(own)
+    zig = [sys.executable, "-m", "ziglang", "c++"] if importlib.util.find_spec("ziglang") else None
+    if (libc := _manylinux()) is not None:
+        return zig and [*zig, "-target", f"{libc[2]}-linux-gnu.{libc[1].replace('_', '.')}"]
     for name in ("c++", "g++", "clang++"):
         # macOS has commands of these names that only offer to install a compiler.
         if (path := shutil.which(name)) and _version([path]):
             return [path]
-    return [sys.executable, "-m", "ziglang", "c++"] if importlib.util.find_spec("ziglang") else None
+    return zig
+
+
+def _manylinux() -> re.Match[str] | None:
+    """Returns the C library and the machine that the wheel's platform names; None if it names none."""
+    return _MANYLINUX.fullmatch(os.environ.get("DSR_TOOL_WHEEL_PLATFORM", ""))
 
 
 def _version(command: list[str]) -> str:
@@ -92,6 +105,9 @@ def _version(command: list[str]) -> str:
 
 
 def _machine() -> str:
+    """Returns the machine that the wheel is for: this one, unless its platform names another."""
+    if (libc := _manylinux()) is not None:
+        return libc[2]
     name = platform.machine().lower()
     name = {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
     return name if sys.maxsize > 2**32 else f"{name}, 32 bits"
@@ -124,14 +140,18 @@ class Build:
             The compiler's message for each library that could not be built; it does not exist any more.
         """
         self.output.mkdir(parents=True, exist_ok=True)
-        version, record = _version(self.command), _read(self.output / RECORD)
-        names = [*self.levels, *([LIBRARY] if self.deploy.is_dir() else [])]
-        digests = {name: self._digest(name, version) for name in names}
-        due = [name for name in names if not self._is_built(name, digests[name], record)]
-        failed = self._build(due) if due else {}
-        kept = {name: self._entry(name, digests[name]) for name in names if name not in failed}
+        record, objects = _read(self.output / RECORD), self._objects()
+        digests = {name: self._digest(name, objects) for name in self.libraries}
+        due = [name for name in self.libraries if not self._is_built(name, digests[name], record)]
+        failed = self._build(due, objects) if due else {}
+        kept = {name: self._entry(name, digests[name]) for name in self.libraries if name not in failed}
         (self.output / RECORD).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         return failed
+
+    @property
+    def libraries(self) -> list[str]:
+        """Names of all libraries: the levels, and the one for C programs if its sources are there."""
+        return [*self.levels, *([LIBRARY] if self.deploy.is_dir() else [])]
 
     @property
     def levels(self) -> list[str]:
@@ -173,26 +193,58 @@ class Build:
     def _zig(self) -> bool:
         return any("zig" in Path(word).name for word in self.command)
 
-    def _build(self, due: list[str]) -> dict[str, str]:
+    def _objects(self) -> dict[tuple[str, Path], Path]:
+        """Returns the object file of every part. Its name has a digest of all that it is compiled from."""
+        compiler = [self.command, _version(self.command)]
+        kernels = _texts(self.sources, ("h", "def"))
+        deploy = kernels + _texts(self.deploy, ("h",)) + _texts(self.deploy / "include", ("h",))
+        objects = {}
+        for level, path in dict.fromkeys(part for name in self.libraries for part in self.parts(name)):
+            included = deploy if path.parent == self.deploy else kernels
+            made_from = json.dumps([*compiler, self.flags(level), path.name]).encode() + path.read_bytes() + included
+            digest = hashlib.sha256(made_from).hexdigest()[:16]
+            objects[level, path] = self.output / OBJECTS / f"{level}_{path.stem}_{digest}.o"
+        return objects
+
+    def _build(self, due: list[str], objects: dict[tuple[str, Path], Path]) -> dict[str, str]:
         """Compiles and links libraries. Returns the compiler's message for each that failed."""
+        (self.output / OBJECTS).mkdir(exist_ok=True)
         parts = {name: self.parts(name) for name in due}
         files = list(dict.fromkeys(part for name in due for part in parts[name]))
-        with tempfile.TemporaryDirectory(dir=self.output) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = {part: Path(folder) / f"{part[0]}_{part[1].stem}.o" for part in files}
-            compiled = pool.map(lambda part: self._call(part[0], ["-c", str(part[1])], objects[part]), files)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiled = pool.map(lambda part: self._compiled(part, objects[part]), files)
             messages = dict(zip(files, compiled, strict=True))
-            failed = {}
-            for name in due:
-                target, new = self.library(name), Path(folder) / self.library(name).name
-                message = next((messages[part] for part in parts[name] if messages[part]), "")
-                message = message or self._call(
-                    name, self._linked(name, [objects[part] for part in parts[name]], folder), new
-                )
-                # Processes that have mapped the old file keep it. After a failure, no outdated library may stay.
-                target.unlink(missing_ok=True) if message else new.replace(target)
-                if message:
-                    failed[name] = message
+        failed = {}
+        for name in due:
+            message = next((messages[part] for part in parts[name] if messages[part]), "")
+            if message := message or self._link(name, [objects[part] for part in parts[name]]):
+                # After a failure, no outdated library may stay.
+                self.library(name).unlink(missing_ok=True)
+                failed[name] = message
+        for outdated in set((self.output / OBJECTS).iterdir()) - set(objects.values()):
+            outdated.unlink(missing_ok=True)
         return failed
+
+    def _compiled(self, part: tuple[str, Path], made: Path) -> str:
+        """Compiles a part unless that was done before. Returns the compiler's message if it failed."""
+        if made.exists():
+            return ""
+        level, path = part
+        with tempfile.TemporaryDirectory(dir=self.output) as folder:
+            message = self._call(level, ["-c", str(path)], Path(folder) / made.name)
+            if not message:
+                (Path(folder) / made.name).replace(made)
+        return message
+
+    def _link(self, name: str, objects: list[Path]) -> str:
+        """Links a library. Returns the compiler's message if it failed."""
+        with tempfile.TemporaryDirectory(dir=self.output) as folder:
+            new = Path(folder) / self.library(name).name
+            message = self._call(name, self._linked(name, objects, folder), new)
+            if not message:
+                # Processes that have mapped the old file keep it.
+                new.replace(self.library(name))
+        return message
 
     def _linked(self, name: str, objects: list[Path], folder: str) -> list[str]:
         """Returns the arguments that link a library."""
@@ -223,14 +275,9 @@ class Build:
             return str(error.strerror)
         return (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else ""
 
-    def _digest(self, name: str, version: str) -> str:
-        flags = [self.flags(level) for level in ([*self.levels, LIBRARY] if name == LIBRARY else [name])]
-        digest = hashlib.sha256(json.dumps([self.command, version, flags, EXPORTED]).encode())
-        folders = [self.sources, *([self.deploy, self.deploy / "include"] if name == LIBRARY else [])]
-        files = [path for folder in folders for ending in ("cpp", "h", "def") for path in folder.glob(f"*.{ending}")]
-        for path in sorted(files):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
-        return digest.hexdigest()
+    def _digest(self, name: str, objects: dict[tuple[str, Path], Path]) -> str:
+        made_from = [[objects[part].name for part in self.parts(name)], EXPORTED]
+        return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
 
     def _is_built(self, name: str, digest: str, record: dict[str, Any]) -> bool:
         path = self.library(name)
@@ -239,6 +286,12 @@ class Build:
     def _entry(self, name: str, digest: str) -> dict[str, str]:
         """Returns a library's entry in the record; the runtime refuses a library whose SHA-256 differs from it."""
         return {"made_from": digest, "sha256": hashlib.sha256(self.library(name).read_bytes()).hexdigest()}
+
+
+def _texts(folder: Path, endings: tuple[str, ...]) -> bytes:
+    """Returns the names and contents of a folder's files with these endings; empty without that folder."""
+    files = sorted(path for ending in endings for path in folder.glob(f"*.{ending}"))
+    return b"".join(path.name.encode() + b"\0" + path.read_bytes() for path in files)
 
 
 def _read(path: Path) -> dict[str, Any]:

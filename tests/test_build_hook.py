@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -64,9 +65,22 @@ def test_every_level_is_built_and_the_wheel_is_one_of_this_platform(hook, module
 
 
 @needs_compiler
-def test_the_platform_of_the_tag_can_be_given(hook, monkeypatch):
+def test_the_platform_of_the_tag_can_be_given(hook, module, monkeypatch):
+    monkeypatch.setenv("CXX", shlex.join(module.compiler()))
     monkeypatch.setenv("DSR_TOOL_WHEEL_PLATFORM", "manylinux_2_17_x86_64")
     assert initialized(hook)["tag"] == "py3-none-manylinux_2_17_x86_64"
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_zig_builds_for_the_platform_of_the_tag(hook, module, monkeypatch, machine):
+    monkeypatch.setenv("DSR_TOOL_WHEEL_PLATFORM", f"manylinux_2_17_{machine}")
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: object())
+    assert module.compiler() == [sys.executable, "-m", "ziglang", "c++", "-target", f"{machine}-linux-gnu.2.17"]
+    assert module._machine() == machine
+    # Another compiler of this machine could not build it, so Zig's is installed.
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
+    assert module.compiler() is None
+    assert hook.dependencies() == ["ziglang>=0.13"]
 
 
 @needs_compiler
@@ -74,12 +88,12 @@ def test_only_changed_sources_are_built_again(hook, module, monkeypatch):
     for name in ("kernels.cpp", "header.h", "ops.def"):
         (hook.native / name).write_text(f"{SOURCE if name.endswith('cpp') else ''}// {name}\n")
         with monkeypatch.context() as patch:
-            patch.setattr(module.Build, "_build", lambda self, due: {name: f"{name} again" for name in due})
+            patch.setattr(module.Build, "_build", lambda self, due, objects: {name: f"{name} again" for name in due})
             initialized(hook)
             assert "fast, slow" in hook.warnings.pop()
         initialized(hook)
         with monkeypatch.context() as patch:
-            patch.setattr(module.Build, "_build", lambda self, due: {name: f"{name} again" for name in due})
+            patch.setattr(module.Build, "_build", lambda self, due, objects: {name: f"{name} again" for name in due})
             initialized(hook)
         assert hook.warnings == []
 
@@ -100,6 +114,37 @@ def test_the_library_for_c_programs_holds_every_level_and_exports_its_interface_
     library.dsr_text.restype = ctypes.c_char_p
     assert [library.dsr_text(0), library.dsr_text(1)] == [b"fast", b"slow"]
     assert not hasattr(library, "hidden") and not hasattr(library, "dsr_lanes")
+
+
+def test_only_changed_files_are_compiled_again(hook, module, monkeypatch):
+    deploy = hook.native.parent / "deploy"
+    (deploy / "include").mkdir(parents=True)
+    (deploy / "dsr.cpp").write_text("")
+    (hook.native / "more.cpp").write_text("")
+    compiled = []
+
+    def call(_, level, arguments, output):
+        compiled.extend(f"{level} {Path(name).stem}" for name in arguments[1:] if arguments[0] == "-c")
+        output.write_bytes(b"")
+        return ""
+
+    monkeypatch.setattr(module.Build, "_call", call)
+    monkeypatch.setattr(module, "compiler", lambda: ["c++"])
+    every = {f"{level} {name}" for level in ("fast", "slow") for name in ("kernels", "more")}
+    initialized(hook)
+    assert (len(compiled), set(compiled)) == (5, every | {"libdsr dsr"})
+    for path, expected in (
+        (deploy / "dsr.cpp", {"libdsr dsr"}),
+        (deploy / "include" / "dsr.h", {"libdsr dsr"}),
+        (hook.native / "more.cpp", {"fast more", "slow more"}),
+        (hook.native / "x.def", every | {"libdsr dsr"}),
+    ):
+        compiled.clear()
+        path.write_text(f"{path.read_text() if path.exists() else ''}// changed\n")
+        initialized(hook)
+        assert set(compiled) == expected
+    # Files that are outdated are not kept.
+    assert len(list((hook.native / module.OBJECTS).iterdir())) == 5
 
 
 @needs_compiler
