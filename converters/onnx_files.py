@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,6 +30,9 @@ __all__ = ["SOURCE", "load"]
 _GRAPH, _SHAPES = "onnx_graph", "onnx_shapes"
 """Entries of a model's `conversion` with the graph that describes the network, and the shapes of its parameters."""
 _ENDING = ".onnx"
+_VERIFIER = "exporters.onnx.verify_network"
+"""Module that compares a network with its file, imported by name as the table of containers is: sources and containers
+stand on one floor (`docs/decisions/0008-sessions-of-onnx-files.md`)."""
 
 
 def load(
@@ -41,7 +45,7 @@ def load(
     width: float = 1.0,  # noqa: ARG001
     seed: int = 0,  # noqa: ARG001
 ) -> tuple[nn.Module, ModelConfig]:
-    """Builds the network of an ONNX file with its values.
+    """Builds the network of an ONNX file with its values, and compares it with ONNX Runtime on the file.
 
     Args:
         name: path of the file.
@@ -56,6 +60,7 @@ def load(
         FileError: there is no such file.
         FormatError: it is damaged.
         UsageError: the shape is missing or another one, or the network cannot be made in PyTorch.
+        CheckFailed: the network does not compute what ONNX Runtime computes of the file.
     """
     require_file(Path(name), "ONNX file")
     model = open_model(Path(name))
@@ -72,6 +77,7 @@ def load(
         if key.endswith("num_batches_tracked"):
             value.zero_()
     fill(module, state)
+    importlib.import_module(_VERIFIER).verify_network(Path(name), module, model.graph, shape)
     record = fill_from_file(module, name, weights)
     found = output_shape(module, shape)
     conversion = {

@@ -11,6 +11,7 @@ from torch import nn
 
 import dsr_tool
 from converters.conversion import convert
+from converters.graph_functions import FUNCTIONS
 from converters.onnx_files import load
 from converters.sources import build_structure
 from dsr_tool.errors import CheckFailed, FileError, FormatError, UsageError
@@ -285,6 +286,32 @@ def test_operators_without_a_counterpart_are_named(tmp_path):
     path = written(tmp_path, [node("LRN", "x", size=3)], {})
     with pytest.raises(UsageError, match="LRN"):
         load(str(path))
+
+
+def test_a_network_that_differs_from_its_file_is_refused(tmp_path, monkeypatch):
+    path = written(tmp_path, [STEM, node("LeakyRelu", "c", alpha=0.25)], ARRAYS)
+    wrong = lambda attributes, x: torch.nn.functional.leaky_relu(x, 0.2501)  # noqa: E731
+    monkeypatch.setitem(FUNCTIONS, "LeakyRelu", wrong)
+    with pytest.raises(
+        CheckFailed, match=r"net\.onnx.* ONNX Runtime differs from PyTorch by .* is allowed; export"
+    ) as error:
+        load(str(path))
+    assert error.value.exit_code == 3
+
+
+def test_a_network_is_compared_output_by_output(tmp_path, monkeypatch):
+    nodes = [STEM, node("LeakyRelu", "c", "l.eaky", alpha=0.25), node("Relu", "c", "r")]
+    path = written(tmp_path, nodes, ARRAYS, outputs=("r", "l.eaky"))
+    load(str(path))
+    wrong = lambda attributes, x: torch.nn.functional.leaky_relu(x, 0.2501)  # noqa: E731
+    monkeypatch.setitem(FUNCTIONS, "LeakyRelu", wrong)
+    with pytest.raises(CheckFailed, match=r"in output 'l_eaky' where"):
+        load(str(path))
+
+
+def test_a_file_of_a_fixed_batch_and_one_without_finite_outputs_become_networks(tmp_path):
+    load(str(written(tmp_path, [STEM], ARRAYS, shape=(3, 4, 12, 10), outputs=("c",))))
+    load(str(written(tmp_path, [node("Log", "x")], ARRAYS)))
 
 
 def test_norms_in_training_mode_are_refused_by_name(tmp_path):
