@@ -1,11 +1,15 @@
-"""A progress bar with the time left, on stderr and only on a terminal."""
+"""What is shown on a terminal alone, on stderr: a progress bar with the time left, and pictures of results."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-__all__ = ["progress_bar"]
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["progress_bar", "show_on_terminal"]
 
 
 @contextlib.contextmanager
@@ -36,3 +40,12 @@ def progress_bar(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], No
     task = bar.add_task(label, total=None)
     with bar:
         yield lambda done, steps: bar.update(task, completed=done, total=steps)
+
+
+def show_on_terminal(table: Table, *, quiet: bool) -> None:
+    """Prints a table to stderr if that is a terminal, cut to its width; elsewhere nothing: it is only a picture."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False, quiet=quiet)
+    if console.is_terminal:
+        console.print(table)

@@ -13,6 +13,7 @@ import click
 from dsr_tool.cli.common import TableOption, emit, examples, model_option, output_options
 from dsr_tool.cli.ending import ended_by_sigterm
 from dsr_tool.cli.method_help import MethodsCommand, lr_help, method_names, option_help, stop_help
+from dsr_tool.cli.progress import show_on_terminal
 
 __all__ = ["command"]
 
@@ -218,6 +219,7 @@ def command(
     from converters.loading import load
     from dsr_tool.errors import UsageError
     from dsr_tool.recipes.apply import require_model, resolve_training, training_arguments
+    from dsr_tool.report.bars import density_bars
     from dsr_tool.report.budget import check_trained, too_large
     from dsr_tool.report.training import training_document, training_text
     from dsr_tool.train import Follower, RunFolder, TrainSettings, joined, load_data, train_in_folder
@@ -256,6 +258,7 @@ def command(
     settings, result = train_in_folder(run, model, images, arguments, facts=facts, quiet=quiet, deadline=deadline)
     if not ranks.first:
         return
+    show_on_terminal(density_bars(model.counts, model.sizes), quiet=quiet or as_json or not model.counts)
     check = check_trained(model)
     document = training_document(output, row.name or None, settings, result, model, check)
     emit(document, training_text(document), as_json=as_json)

@@ -65,7 +65,10 @@ def train_in_folder(
     run.facts = {**facts, **taught, **weighted, **data.sizes, "settings": settings.to_dict()}
     before = stopped.epochs if stopped else ()
     Ranks.current().wait()  # until every rank has read the files that rank 0 changes from here on
-    with run, Progress(settings.epochs, done=len(before), quiet=quiet) as progress:
+    images = min(settings.batch_size, data.sizes["train_images"])
+    # Rank 0 alone says what is the same for all.
+    quiet = quiet or not Ranks.current().first
+    with run, Progress(settings.epochs, images, done=len(before), quiet=quiet) as progress:
         if settings.fine_tune:
             progress.note(announcement(settings))
         progress.note(storage_line(model, against))

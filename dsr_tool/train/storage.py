@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from dsr_tool.errors import UsageError
+from dsr_tool.sparse.aliases import later_names
 from dsr_tool.sparse.compact.marks import VALUES
 from dsr_tool.sparse.compact.modules import runner_of
 from dsr_tool.sparse.model import SparseModel
@@ -45,9 +46,10 @@ def apply_storage(
     """
     if state is not None and settings.storage == "auto":
         settings = replace(settings, storage="compact" if VALUES in state.get("trained", ()) else "masked")
-    if settings.storage == "compact" and (reason := _method_against(settings)):
+    reason = _method_against(settings) or _tied_against(model, settings)
+    if settings.storage == "compact" and reason:
         raise UsageError(f"--storage compact is not possible: {reason}; give masked or auto.")
-    against = "" if settings.storage == "compact" else _settings_against(settings) or _model_against(model)
+    against = "" if settings.storage == "compact" else _settings_against(settings) or _model_against(model, settings)
     if settings.storage != "auto":
         model.to_storage(settings.storage)
         return settings, against
@@ -102,8 +104,17 @@ def _method_against(settings: TrainSettings) -> str:
     return ""
 
 
-def _model_against(model: SparseModel) -> str:
+def _model_against(model: SparseModel, settings: TrainSettings) -> str:
     if not model.prunable_weights:
         return "the model has no sparse layer"
     density = model.active_weights / model.prunable_weights
-    return f"{100 * density:.3g} % of the weights are active" if density > MOST_DENSITY else ""
+    return f"{100 * density:.3g} % of the weights are active" if density > MOST_DENSITY else _tied_against(model, settings)
+
+
+def _tied_against(model: SparseModel, settings: TrainSettings) -> str:
+    """Returns why tied weights keep a model out of compact storage; empty if nothing does."""
+    tied = next((name for name in later_names(model.module).values() if name in model.masks), None)
+    # Each module that reads the weight has a gradient of its own, and the largest of each cannot be added up.
+    if tied is None or not settings.make_method(10**6).needs_gradients:
+        return ""
+    return f"method {settings.method} needs gradients of inactive weights, and {tied!r} is tied"

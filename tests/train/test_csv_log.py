@@ -46,14 +46,14 @@ def run_in(tiny, folder, *, sparsity=0.8, **changes):
     "changes", [{}, {"method": "static"}, {"method": "gmp", "sparsity": 0, "options": {"final_sparsity": 0.5}}]
 )
 def test_the_table_has_a_row_for_each_epoch_of_the_log(tiny, tmp_path, changes):
-    run_in(tiny, tmp_path / "run", epochs=3, **changes)
+    run_in(tiny, tmp_path / "run", epochs=3, every=2, **changes)
     content = (tmp_path / "run" / "log.csv").read_bytes()
     assert content.startswith(HEADER.encode() + b"\r\n") and content.endswith(b"\r\n")
     assert content.count(b"\n") == content.count(b"\r\n") == 4
     assert rows_of_table(tmp_path / "run") == rows_of_log(tmp_path / "run")
     last = rows_of_table(tmp_path / "run")[-1]
     assert float(last["sparsity"]) == pytest.approx(0.5 if "sparsity" in changes else 0.8, abs=1e-3)
-    assert (rows_of_table(tmp_path / "run")[0]["threshold"] == "") == (changes != {})
+    assert any(row["threshold"] for row in rows_of_table(tmp_path / "run")) == (changes == {})
 
 
 @pytest.mark.parametrize("damage", ["lost", "cut", "ahead", "left over"])

@@ -104,7 +104,7 @@ def test_a_line_names_the_layers_that_gained_and_lost_most():
 def test_a_bar_is_drawn_only_on_a_terminal(tiny, terminal):
     text = StringIO()
     console = Console(file=text, force_terminal=terminal, width=200, highlight=False)
-    with Progress(3, console=console) as progress:
+    with Progress(3, 64, console=console) as progress:
         progress.on_start(tiny.model(), 30)
         progress.on_step(10)
         progress.on_epoch(tiny.model(), record())
