@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsr_tool.errors import UsageError
+from dsr_tool.graph.ir import Graph, Node, Value
+from dsr_tool.runtime.compiler.plan import Plan
 from dsr_tool.runtime.reference.call import FUNCTIONS
 
 COORDINATES = ("align_corners", "asymmetric", "half_pixel", "pytorch_half_pixel")
@@ -75,3 +77,12 @@ def test_resize_of_volumes_agrees(agree):
 def test_unsupported_modes_are_refused(attributes, words):
     with pytest.raises(UsageError, match=words):
         FUNCTIONS["Resize"](picture((2, 2)), None, None, np.array((2, 3, 4, 4)), **attributes)
+
+
+@pytest.mark.parametrize("name", ["coordinate_transformation_mode", "nearest_mode"])
+def test_an_unknown_mode_is_refused_by_plans_too(machine, name):
+    node = Node("Resize", ("x", "", "scales"), ("y",), {name: "novel"})
+    scales = {"scales": np.array([1, 1, 2, 2], np.float32)}
+    graph = Graph((Value("x", (None, 3, 4, 4)),), (Value("y", ()),), (node,), scales, (), 20)
+    with pytest.raises(UsageError, match="novel"):
+        Plan(graph, {}, (1, 3, 4, 4), machine)

@@ -139,6 +139,8 @@ OF_WINDOWS = {
     "cut": ints(-1, 2, 5, 2, 5, 6),
 }  # fmt: skip
 
+NEAREST = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+
 CASES = [
     Case("Add", of_two("Add")),
     Case("Add:twice", (Node("Tanh", ("x",), ("a",)), Node("Add", ("a", "a"), ("y",)))),
@@ -400,6 +402,21 @@ CASES = [
     Case("ReduceMean", (Node("ReduceMean", ("x", "axes"), ("y",)),), constants={"axes": np.array([2, 3])}),
     Case("Relu", one("Relu")),
     Case("Reshape", (Node("Reshape", ("x", "shape"), ("y",)),), constants={"shape": np.array([2, 12, 27])}),
+    Case(
+        "Resize",
+        (
+            Node("Conv", ("x", "w"), ("a",)),
+            Node("Resize", ("a", "", "scales"), ("b",), NEAREST),
+            Node("Conv", ("b", "v"), ("y",), {"pads": (1, 1, 1, 1)}),
+        ),
+        weights={"w": (5, 4, 1, 1), "v": (3, 5, 3, 3)},
+        constants={"scales": np.array([1, 1, 2, 2], np.float32)},
+    ),
+    Case(
+        "Resize:sizes",
+        (Node("Tanh", ("x",), ("a",)), Node("Resize", ("a", "", "", "sizes"), ("y",), {"axes": (3, 2)})),
+        constants={"sizes": ints(7, 13)},
+    ),
     Case("Sigmoid", one("Sigmoid")),
     Case("Softmax", one("Softmax"), TOKENS),
     Case("Sub", of_two("Sub")),

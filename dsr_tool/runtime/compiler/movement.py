@@ -14,9 +14,10 @@ from dsr_tool.graph.limits import claim, int_list
 from dsr_tool.runtime.compiler.layouts import Rows
 from dsr_tool.runtime.compiler.lowering import Lowered, Lowering
 from dsr_tool.runtime.compiler.picked import Picked
+from dsr_tool.runtime.reference.resize import check_modes, nearest_entries, resized_axes
 from dsr_tool.sparsity.tensor import Array
 
-__all__ = ["expand", "gather", "gather_nd", "pad", "slices", "split", "transpose", "where"]
+__all__ = ["expand", "gather", "gather_nd", "pad", "resize", "slices", "split", "transpose", "where"]
 
 _Int = npt.NDArray[np.int64]
 
@@ -141,6 +142,35 @@ def pad(low: Lowering, node: Node, *, mode: str = "constant") -> Lowered | None:
         if taken is None:
             return None
         picked, wanted[axis] = taken, len(indices)
+    return Lowered(picked, tuple(wanted))
+
+
+def resize(
+    low: Lowering,
+    node: Node,
+    *,
+    mode: str = "nearest",
+    coordinate_transformation_mode: str = "half_pixel",
+    nearest_mode: str = "round_prefer_floor",
+    axes: tuple[int, ...] = (),
+    cubic_coeff_a: float = -0.75,
+) -> Lowered | None:
+    """Lowers a resize by known numbers to the nearest pixels, which repeats or drops entries."""
+    del cubic_coeff_a  # concerns another mode
+    check_modes(mode, coordinate_transformation_mode, nearest_mode)
+    shape, picked = low.shapes.get(node.inputs[0], ()), low.picked(node.inputs[0])
+    names = (*node.inputs[2:], "", "")[:2]
+    if picked is None or mode != "nearest" or any(name and name not in low.constants for name in names):
+        return None
+    scales, sizes = (low.constants.dense(name) if name else None for name in names)
+    wanted = list(shape)
+    for axis, out, scale in resized_axes(shape, scales, sizes, axes):
+        claim((out,), np.int64)
+        entries = nearest_entries(out, shape[axis], scale, coordinate_transformation_mode, nearest_mode)
+        taken = _take(low, picked, axis, entries)
+        if taken is None:
+            return None
+        picked, wanted[axis] = taken, out
     return Lowered(picked, tuple(wanted))
 
 

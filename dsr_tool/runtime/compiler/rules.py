@@ -8,7 +8,7 @@ from dsr_tool.runtime.compiler.convolution import conv
 from dsr_tool.runtime.compiler.elementwise import activation, arithmetic, clip, gelu, relu
 from dsr_tool.runtime.compiler.lowering import Rule
 from dsr_tool.runtime.compiler.matmul import gemm, matmul
-from dsr_tool.runtime.compiler.movement import expand, gather, gather_nd, pad, slices, split, transpose, where
+from dsr_tool.runtime.compiler.movement import expand, gather, gather_nd, pad, resize, slices, split, transpose, where
 from dsr_tool.runtime.compiler.pooling import average_pool, max_pool
 from dsr_tool.runtime.compiler.products import einsum
 from dsr_tool.runtime.compiler.reduce import global_average_pool, layer_norm, reduction, softmax
@@ -53,6 +53,7 @@ RULES: dict[str, Rule] = {
     "ReduceSum": reduction(),
     "Relu": relu,
     "Reshape": reshape,
+    "Resize": resize,
     "Sigmoid": activation(Activation.SIGMOID),
     "Slice": slices,
     "Softmax": softmax,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from dsr_tool.graph.limits import claim
 from dsr_tool.runtime.reference import NumpyFunction
 from dsr_tool.sparsity.tensor import Array
 
-__all__ = ["FUNCTIONS", "cubic_weights"]
+__all__ = ["FUNCTIONS", "check_modes", "cubic_weights", "nearest_entries", "resized_axes"]
 
 _MODES = ("cubic", "linear", "nearest")
 _COORDINATES = ("align_corners", "asymmetric", "half_pixel", "pytorch_half_pixel")
@@ -41,19 +41,50 @@ def _resize(
     extrapolation_value: float = 0.0,  # noqa: ARG001 - as roi
 ) -> Array:
     """Resizes `x` to `sizes`, or by `scales`, along `axes`; all axes if that is empty."""
-    if mode not in _MODES:
-        raise unknown_name("mode of Resize", mode, _MODES)
-    if coordinate_transformation_mode not in _COORDINATES:
-        raise unknown_name("coordinate mode of Resize", coordinate_transformation_mode, _COORDINATES)
-    if nearest_mode not in _ROUNDINGS:
-        raise unknown_name("nearest mode of Resize", nearest_mode, _ROUNDINGS)
+    check_modes(mode, coordinate_transformation_mode, nearest_mode)
     if antialias or exclude_outside or keep_aspect_ratio_policy != "stretch":
         raise UsageError(
             "Resize with antialias, exclude_outside or keep_aspect_ratio_policy is not supported; replace that layer."
         )
     # All modes are separable: one axis after the other gives the same as all at once, with fewer neighbours.
-    for i, axis in enumerate(axes_of(axes or range(x.ndim), x.ndim)):
+    for axis, out, scale in resized_axes(x.shape, scales, sizes, axes):
         n = x.shape[axis]
+        claim((out, max(x.size // max(n, 1), 1)), np.float64)
+        if mode == "nearest":
+            x = np.take(x, nearest_entries(out, n, scale, coordinate_transformation_mode, nearest_mode), axis)
+        else:
+            at = _coordinates(out, n, scale, coordinate_transformation_mode)
+            x = _interpolated(x, axis, at, cubic_coeff_a if mode == "cubic" else None)
+    return x
+
+
+def check_modes(mode: str, coordinates: str, rounding: str) -> None:
+    """Raises `UsageError` unless the three modes of a Resize are known."""
+    for what, value, known in (
+        ("mode", mode, _MODES),
+        ("coordinate mode", coordinates, _COORDINATES),
+        ("nearest mode", rounding, tuple(_ROUNDINGS)),
+    ):
+        if value not in known:
+            raise unknown_name(f"{what} of Resize", value, known)
+
+
+def resized_axes(
+    shape: Sequence[int], scales: Array | None, sizes: Array | None, axes: Sequence[int]
+) -> Iterator[tuple[int, int, float]]:
+    """Yields each axis that a Resize changes, its new size, and the new size as a multiple of the old one.
+
+    Args:
+        shape: shape of the value.
+        scales: multiples, by axis.
+        sizes: new sizes, by axis; they count if they are given.
+        axes: the axes that scales or sizes are of; all if it is empty.
+
+    Raises:
+        FormatError: the value has no such axis.
+    """
+    for i, axis in enumerate(axes_of(axes or range(len(shape)), len(shape))):
+        n = shape[axis]
         if sizes is not None and sizes.size:
             out = int(sizes[i])
             scale = out / n
@@ -61,15 +92,13 @@ def _resize(
             scale = 1.0 if scales is None else float(scales[i])
             # In float32, as ONNX Runtime: the float32 next to 1.3 is smaller, and yet 1.3 times 10 is 13.
             out = int(np.float32(min(n * scale, 2.0**62)))
-        if out == n and scale == 1.0:
-            continue
-        claim((out, max(x.size // max(n, 1), 1)), np.float64)
-        at = _coordinates(out, n, scale, coordinate_transformation_mode)
-        if mode == "nearest":
-            x = np.take(x, np.clip(_ROUNDINGS[nearest_mode](at).astype(np.int64), 0, n - 1), axis)
-        else:
-            x = _interpolated(x, axis, at, cubic_coeff_a if mode == "cubic" else None)
-    return x
+        if out != n or scale != 1.0:
+            yield axis, out, scale
+
+
+def nearest_entries(out: int, n: int, scale: float, coordinates: str, rounding: str) -> Array:
+    """Returns which of the `n` entries of an axis is the nearest to each of the `out` entries of the result."""
+    return np.clip(_ROUNDINGS[rounding](_coordinates(out, n, scale, coordinates)).astype(np.int64), 0, n - 1)
 
 
 def _coordinates(out: int, n: int, scale: float, mode: str) -> Array:
