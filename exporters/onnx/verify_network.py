@@ -43,12 +43,13 @@ def verify_network(path: Path, network: nn.Module, graph: Graph, input_shape: tu
     value = graph.inputs[0]
     if value.dtype not in _COMPARED or not any(np.dtype(one.dtype).kind == "f" for one in graph.outputs):
         return
-    session, finite = OnnxSession(path, threads=1), []
+    session = OnnxSession(path, threads=1)
+    finite: list[bool] = []
 
     def run(x: Array) -> Mapping[str, Array]:
         found = session.run_all(x.astype(value.dtype))
         floats = {name: array.astype(np.float32) for name, array in found.items() if array.dtype.kind == "f"}
-        finite.extend(np.isfinite(array).all() for array in floats.values())
+        finite.extend(bool(np.isfinite(array).all()) for array in floats.values())
         # Named as the outputs of the network are.
         named = named_floats({name: torch.from_numpy(array) for name, array in floats.items()})
         return {name: tensor.numpy() for name, tensor in named.items()}
