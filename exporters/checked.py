@@ -31,7 +31,11 @@ class CheckedModel:
     """
 
     def __init__(
-        self, model: SparseModel, values: str | None = None, rounded: Mapping[str, GridTensor] | None = None
+        self,
+        model: SparseModel,
+        values: str | None = None,
+        rounded: Mapping[str, GridTensor] | None = None,
+        graph: Graph | None = None,
     ) -> None:
         """Checks a model.
 
@@ -39,10 +43,12 @@ class CheckedModel:
             model: the model.
             values: how its export stores weights; None outside an export.
             rounded: see the attribute; None for none.
+            graph: the computation of the model; None to capture it when it is asked for.
 
         Raises:
             CheckFailed: weights and masks disagree.
-            UsageError: weights of another type than float32, an unknown input shape, or outputs without real numbers.
+            UsageError: weights of another type than float32, an unknown input shape, outputs without real numbers, or
+                a graph with parameters of another network.
         """
         # Loading a dense state_dict into a sparse model undoes its sparsity silently; this finds it.
         (model.check if values is None else model.check_writable)()
@@ -64,6 +70,13 @@ class CheckedModel:
         self.model = model
         self.values = values
         self.rounded = dict(rounded or {})
+        if graph is not None:
+            foreign = [name for name in graph.parameters if name not in model.specs]
+            if foreign:
+                raise UsageError(
+                    f"graph has a parameter {foreign[0]!r} that the model lacks; give the model's own graph."
+                )
+            self.graph = graph
 
     @property
     def input(self) -> Value:

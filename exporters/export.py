@@ -23,6 +23,7 @@ from exporters.verify.result import Verification, require
 if TYPE_CHECKING:
     import torch
 
+    from dsr_tool.graph.ir import Graph
     from dsr_tool.sparse.model import SparseModel
 
 __all__ = ["densify_export", "export", "export_onnx", "verify", "verify_onnx_export"]
@@ -51,6 +52,7 @@ def export(
     min_agreement: float | None = None,
     batch: int | None = None,
     levels: Sequence[str] | None = None,
+    graph: Graph | None = None,
     force: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
@@ -74,6 +76,8 @@ def export(
         min_agreement: least share of equal answers, in (0, 1].
         batch: number of inputs of one run, for plans, which are compiled for one number; default 1.
         levels: levels of the processor that a plan is compiled for, such as `avx2`; default all of this machine's kind.
+        graph: the computation of the model as `dsr_tool.sparse.trace.trace` returns it, so that several exports capture
+            it once; captured if None.
         force: True to replace an existing file.
         on_progress: receives the number of layers that are calibrated, and of all.
 
@@ -94,12 +98,12 @@ def export(
     check_calibration(calibrate, calibration_images, options)
     # Before the model is captured and encoded, which can take minutes.
     refuse_existing(path, force=force)
-    checked = CheckedModel(model, values)
+    checked = CheckedModel(model, values, graph=graph)
     check_images(images, min_agreement, checked)
     notes: tuple[str, ...] = ()
     if calibrate is not None:
         rounded, notes = rounded_by_pictures(checked, calibrate, calibration_images, on_progress)
-        checked = CheckedModel(model, values, rounded)
+        checked = CheckedModel(model, values, rounded, graph)
     draft = container.encode(checked, options)
 
     def check(part: Path) -> Verification:

@@ -1,6 +1,7 @@
 """The public function `export`: every combination of options is verified or refused in one sentence."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -129,3 +130,19 @@ def test_a_compact_onnx_file_becomes_dense(make_model, tmp_path):
     assert dsr_tool.verify(tmp_path / "d.onnx", make_model(0.9)).passed
     with pytest.raises(FileError, match="exists already"):
         densify_export(tmp_path / "m.onnx", tmp_path / "d.onnx", encoding="dense")
+
+
+def test_a_graph_that_was_captured_already_gives_the_same_file(make_model, captured, monkeypatch, tmp_path):
+    model = make_model()
+    export(model, tmp_path / "own.dsr")
+    monkeypatch.setattr("exporters.checked.trace", lambda *_: pytest.fail("captured again"))
+    for name in ("given.dsr", "given.onnx"):
+        assert export(model, tmp_path / name, graph=captured).passed
+    assert (tmp_path / "own.dsr").read_bytes() == (tmp_path / "given.dsr").read_bytes()
+
+
+def test_a_graph_of_another_network_is_refused(make_model, captured, tmp_path):
+    foreign = replace(captured, parameters=("other.weight", *captured.parameters[1:]))
+    with pytest.raises(UsageError, match="'other.weight' that the model lacks"):
+        export(make_model(), tmp_path / "x.dsr", graph=foreign)
+    assert list(tmp_path.iterdir()) == []
