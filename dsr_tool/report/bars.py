@@ -13,7 +13,7 @@ __all__ = ["density_bars", "groups"]
 
 _ROWS = 20
 """Rows that fit a terminal of 24 lines together with the header and the result."""
-_WIDTH = 24
+_WIDTH = 16
 """Characters of a full bar."""
 
 

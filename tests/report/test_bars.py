@@ -18,9 +18,9 @@ def printed(table, width=100):
 def test_a_bar_is_as_long_as_the_share_of_active_weights():
     active = {"conv.weight": 50, "block.fc.weight": 10, "head.weight": 3}
     lines = printed(density_bars(active, {"conv.weight": 50, "block.fc.weight": 40, "head.weight": 100}))[2:]
-    assert [line.count("━") for line in lines] == [24, 6, 0]
-    assert lines[0].split() == ["conv", "━" * 24, "100.00%", "50", "50"]
-    assert lines[1].split() == ["block.fc", "━" * 6, "25.00%", "10", "40"]
+    assert [line.count("━") for line in lines] == [16, 4, 0]
+    assert lines[0].split() == ["conv", "━" * 16, "100.00%", "50", "50"]
+    assert lines[1].split() == ["block.fc", "━" * 4, "25.00%", "10", "40"]
     assert lines[2].split()[-3:] == ["3.00%", "3", "100"]
 
 
@@ -45,7 +45,7 @@ def test_long_networks_are_shown_by_their_blocks():
     assert list(groups(RESNET, 20)) == ["conv1", "layer1", "layer2", "layer3", "layer4", "fc"]
     lines = printed(density_bars(dict.fromkeys(RESNET, 1), dict.fromkeys(RESNET, 4)))
     (line,) = [line for line in lines if line.startswith("layer2\u00a0(10) ")]
-    assert line.count("━") == 6 and line.split(" ")[-1] == "40" and "25.00%" in line and " 10 " in line
+    assert line.count("━") == 4 and line.split(" ")[-1] == "40" and "25.00%" in line and " 10 " in line
 
 
 def test_networks_without_blocks_lose_their_middle():

@@ -46,7 +46,7 @@ def run_in(tiny, folder, *, sparsity=0.8, **changes):
     "changes", [{}, {"method": "static"}, {"method": "gmp", "sparsity": 0, "options": {"final_sparsity": 0.5}}]
 )
 def test_the_table_has_a_row_for_each_epoch_of_the_log(tiny, tmp_path, changes):
-    run_in(tiny, tmp_path / "run", epochs=3, every=2, **changes)
+    run_in(tiny, tmp_path / "run", epochs=3, every=2, batch_size=16, **changes)
     content = (tmp_path / "run" / "log.csv").read_bytes()
     assert content.startswith(HEADER.encode() + b"\r\n") and content.endswith(b"\r\n")
     assert content.count(b"\n") == content.count(b"\r\n") == 4
