@@ -10,6 +10,7 @@ import numpy as np
 
 from dsr_tool.errors import UsageError
 from dsr_tool.graph.fuse import fuse
+from dsr_tool.graph.fuse_norms import fuse_norms
 from dsr_tool.graph.ir import Graph, Node
 from dsr_tool.graph.limits import claim, folding_limit, memory_limit, running_limit
 from dsr_tool.runtime.compiler.constants import Constants
@@ -67,6 +68,7 @@ class Plan:
         self._folding_limit = folding_limit(constants.nbytes)
         self._running_limit = running_limit(4 * math.prod(shape))
         nodes = fuse([node for node, _ in live_nodes(graph.nodes, self.outputs)], constants, self.outputs)
+        nodes = fuse_norms(nodes, lambda name: constants.dense(name) if name in constants else None, self.outputs)
         self._low = Lowering(nodes, constants, machine.target, RULES)
         self._low.begin(self.input, shape, self.outputs)
         # The values of a first run, on zeros, which goes along with the lowering.
