@@ -50,7 +50,10 @@ __all__ = list(_PUBLIC)
 def __getattr__(name: str) -> object:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'dsr_tool' has no attribute {name!r}")
-    value: object = getattr(importlib.import_module(_PUBLIC[name]), name)
+    from dsr_tool.packages import needed_by
+
+    with needed_by(f"dsr_tool.{name}"):
+        value: object = getattr(importlib.import_module(_PUBLIC[name]), name)
     return value
 
 

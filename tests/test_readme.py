@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-from dsr_tool.cli import cli
+from dsr_tool.cli.group import cli
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 CSR, LOOP = re.findall(r"```python\n(.*?)```", README, re.S)

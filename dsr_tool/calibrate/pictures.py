@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from dsr_tool.errors import FileError, FormatError, UsageError
+from dsr_tool.runtime import load_inputs
 from dsr_tool.runtime.picture_folder import input_files
-from dsr_tool.runtime.pictures import load_inputs
 from dsr_tool.sparsity.config import ModelConfig
 
 __all__ = ["DEFAULT_COUNT", "Pictures", "read_calibration"]

@@ -1,20 +1,23 @@
-"""The command line: one file per command, imported only when it is called, so that help answers at once."""
+"""The command line: one file per command, imported only when it is called, so that help answers at once.
+
+click reads the arguments (`group.py`). Where it is not installed, `predict` still runs (`without_click.py`): a program
+that only predicts needs numpy, scipy and safetensors alone.
+"""
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import traceback
-
-import click
+from collections.abc import Callable
 
 from dsr_tool.cli.streams import write_anything
-from dsr_tool.errors import DsrError, closest, first_line, unknown_name
+from dsr_tool.errors import DsrError, first_line
+from dsr_tool.packages import needed_by
 
-__all__ = ["cli", "main"]
+__all__ = ["COMMANDS", "main"]
 
-_COMMANDS = {
+COMMANDS = {
     "convert": "Convert a torchvision model, or your own, to an exact sparse budget.",
     "train": "Train a converted model at its budget: DSR, SET, RigL, static masks or gradual pruning.",
     "recipes": "List, print and copy recipes: rows of published tables, ready to run.",
@@ -27,38 +30,7 @@ _COMMANDS = {
     "demo": "Convert, train and export on a small real data set, in a few minutes.",
     "doctor": "Print versions and devices, and find what does not fit together.",
 }
-
-
-class _LazyGroup(click.Group):
-    """A group that imports a command when it is called, not when help lists it."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        if cmd_name not in _COMMANDS:
-            raise unknown_name("command", cmd_name, _COMMANDS)
-        command: click.Command = importlib.import_module(f"dsr_tool.cli.{cmd_name}").command
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        with formatter.section("Commands"):
-            formatter.write_dl(list(_COMMANDS.items()))
-
-
-@click.group(
-    cls=_LazyGroup,
-    invoke_without_command=True,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Exit codes: 0 done, 1 error, 2 wrong usage, 3 a check failed, 130 interrupted. Results go to stdout, "
-    "everything else to stderr.",
-)
-@click.version_option(package_name="dsr-tool", prog_name="dsr-tool")
-@click.pass_context
-def cli(context: click.Context) -> None:
-    """Fit a vision model into a budget: exact sparsity, trained masks, small files."""
-    if context.invoked_subcommand is None:
-        click.echo(context.get_help())
+"""Every command, and what it does."""
 
 
 def main() -> None:
@@ -69,12 +41,11 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        result = cli.main(prog_name="dsr-tool", standalone_mode=False)
-    except click.ClickException as error:
-        return _fail(_usage_message(error), error.exit_code)
+        with needed_by(f"`{_called()}`"):
+            return _reader()()
     except DsrError as error:
         return _fail(str(error), error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except KeyboardInterrupt:
         return _fail("interrupted; what was completely written before is kept.", 130)
     except BrokenPipeError:
         # The reader of our stdout is gone, as in `dsr-tool ... | head`. Python flushes stdout at exit, which would fail
@@ -97,24 +68,25 @@ def _run() -> int:
             f"(this is a bug in dsr-tool; set DSR_TOOL_TRACEBACK=1 to see the traceback).",
             1,
         )
-    return result if isinstance(result, int) else 0
 
 
-def _usage_message(error: click.ClickException) -> str:
-    """Returns click's complaint as one sentence, with close names for an unknown option."""
-    context = getattr(error, "ctx", None)
-    path = context.command_path if context else "dsr-tool"
-    if isinstance(error, click.NoSuchOption):
-        options = context.command.get_params(context) if context else []
-        names = [name for option in options for name in (*option.opts, *option.secondary_opts) if name[:2] == "--"]
-        close = [f"--{name}" for name in closest(error.option_name.lstrip("-"), [name[2:] for name in names])]
-        hint = f"did you mean {' or '.join(close)}?" if close else f"`{path} --help` lists all options."
-        return f"option {error.option_name} is unknown; {hint}"
-    return f"{error.format_message().rstrip('.')}; see `{path} --help`."
+def _reader() -> Callable[[], int]:
+    """Returns the function that reads the arguments and runs a command: with click if it is installed."""
+    try:
+        from dsr_tool.cli.group import run
+    except ModuleNotFoundError as error:
+        if error.name != "click" or sys.argv[1:2] != ["predict"]:
+            raise
+        from dsr_tool.cli.without_click import run
+    return run
+
+
+def _called() -> str:
+    """Returns the command that the arguments name, such as `dsr-tool convert`."""
+    return " ".join(["dsr-tool", *(word for word in sys.argv[1:2] if word in COMMANDS)])
 
 
 def _fail(message: str, code: int) -> int:
     """Prints an error to stderr and returns its exit code."""
-    # The stream is named, since click would write UTF-8 to a stderr that has ASCII.
-    click.echo(f"dsr-tool: {message}", file=sys.stderr)
+    print(f"dsr-tool: {message}", file=sys.stderr)
     return code

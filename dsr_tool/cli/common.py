@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
-import os
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import click
 
-from dsr_tool.errors import FileError
+from dsr_tool.cli.streams import write_result
 
 __all__ = ["TableOption", "emit", "examples", "model_option", "note", "output_options", "parse_shape", "result_options"]
 
@@ -92,18 +89,7 @@ def examples(*lines: str) -> str:
 
 def emit(document: Mapping[str, object], text: str, *, as_json: bool) -> None:
     """Prints the result to stdout: the document as JSON, or the text."""
-    stdout = click.get_current_context().meta[_STDOUT]
-    try:
-        click.echo(json.dumps(document, indent=1, allow_nan=False) if as_json else text, file=stdout)
-    except BrokenPipeError:  # the reader is gone, which is no error of ours
-        raise
-    except OSError as error:
-        # Python writes the rest of the buffer when it ends; that would fail again, and change the exit code to 120.
-        with contextlib.suppress(OSError), Path(os.devnull).open("wb") as nowhere:
-            os.dup2(nowhere.fileno(), stdout.fileno())
-        raise FileError(
-            f"the result could not be written to stdout: {error.strerror or error}; the work itself is done."
-        ) from error
+    write_result(document, text, as_json=as_json, stdout=click.get_current_context().meta[_STDOUT])
 
 
 def note(message: str, *, quiet: bool) -> None:

@@ -7,10 +7,18 @@ bytes that no encoding has.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
+import json
+import os
 import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TextIO
 
-__all__ = ["write_anything"]
+from dsr_tool.errors import FileError
+
+__all__ = ["write_anything", "write_result"]
 
 _HANDLER = "dsr_tool.ascii"
 _STAND_INS = str.maketrans(
@@ -37,6 +45,26 @@ def write_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=_HANDLER)
+
+
+def write_result(document: Mapping[str, object], text: str, *, as_json: bool, stdout: TextIO) -> None:
+    """Writes the result of a command: the document as JSON, or the text.
+
+    Raises:
+        BrokenPipeError: the reader is gone, which is no error of ours.
+        FileError: the result cannot be written, for example since the disk is full.
+    """
+    try:
+        print(json.dumps(document, indent=1, allow_nan=False) if as_json else text, file=stdout, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # Python writes the rest of the buffer when it ends; that would fail again, and change the exit code to 120.
+        with contextlib.suppress(OSError), Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), stdout.fileno())
+        raise FileError(
+            f"the result could not be written to stdout: {error.strerror or error}; the work itself is done."
+        ) from error
 
 
 def _replace(error: UnicodeError) -> tuple[str, int]:

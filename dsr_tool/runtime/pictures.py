@@ -1,19 +1,17 @@
-"""Reads pictures and arrays as the input of a network, pixel for pixel as torchvision prepares PIL images."""
+"""Reads a picture as the input of a network, pixel for pixel as torchvision prepares PIL images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from dsr_tool.errors import FileError, FormatError, UsageError, unknown_name
-from dsr_tool.files import require_file
+from dsr_tool.errors import FormatError, UsageError, unknown_name
 from dsr_tool.sparsity.config import ModelConfig, Preprocessing
 
-__all__ = ["load_inputs", "to_mode"]
+__all__ = ["read_picture", "to_mode"]
 
 _Float32 = npt.NDArray[np.float32]
 _MODES = {1: "L", 3: "RGB"}
@@ -29,69 +27,21 @@ _FILTERS = {
 }
 
 
-def load_inputs(paths: Sequence[str | Path], config: ModelConfig) -> _Float32:
-    """Reads pictures, or arrays that are preprocessed already, as one batch.
-
-    Pictures are resized, cropped and normalized by the model's preprocessing. If the result has another size than the
-    model's input, it is resized once more.
+def read_picture(path: Path, config: ModelConfig) -> _Float32:
+    """Returns one picture, resized, cropped and normalized by the model's preprocessing.
 
     Args:
-        paths: image files, and `.npy` files with one float32 input (channels, height, width) or a batch of them.
+        path: the image file.
         config: input shape and preprocessing of the model.
 
     Returns:
-        The inputs in order, shape (count, channels, height, width).
+        The pixels, shape (channels, height, width).
 
     Raises:
-        FileError: a file is missing or cannot be read.
-        FormatError: a file is neither a picture nor an array of numbers.
-        UsageError: no paths are given, or an array or a picture does not fit the model.
+        FormatError: the file is no picture, or a damaged one.
+        OSError: the file cannot be read.
+        UsageError: pictures do not fit the model.
     """
-    if not paths:
-        raise UsageError("no inputs were given; name at least one picture or .npy file.")
-    batches = [_load(Path(path), config) for path in paths]
-    for path, batch in zip(paths, batches, strict=True):
-        if batch.shape[1:] != batches[0].shape[1:]:
-            raise UsageError(
-                f"input {str(path)!r} has shape {batch.shape[1:]}, and the first input has {batches[0].shape[1:]}; "
-                f"give inputs of one shape."
-            )
-    return np.concatenate(batches)
-
-
-def _load(path: Path, config: ModelConfig) -> _Float32:
-    """Returns the batch that a file holds."""
-    require_file(path, "input")
-    if path.suffix.lower() == ".npy":
-        return _read_array(path, config)
-    return _read_picture(path, config)[None]
-
-
-def _read_array(path: Path, config: ModelConfig) -> _Float32:
-    """Returns the batch that a `.npy` file holds; a single input becomes a batch of one."""
-    try:
-        with path.open("rb") as file:
-            # Unpickling can run code, so arrays of objects are refused.
-            array = np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise FormatError(f"input {str(path)!r} is not a .npy file of numbers; save one with numpy.save.") from error
-    except OSError as error:
-        raise _read_error(path, error) from error
-    rank = len(config.input_shape) or 3
-    batch = array[None] if array.ndim == rank else array
-    expected = config.input_shape or batch.shape[1:]
-    if batch.dtype != np.float32 or batch.ndim != rank + 1 or batch.shape[1:] != expected or not len(batch):
-        raise UsageError(
-            f"input {str(path)!r} holds {array.dtype} of shape {array.shape}; the model expects float32 of shape "
-            f"{expected}, or a batch of them."
-        )
-    if not np.isfinite(batch).all():
-        raise UsageError(f"input {str(path)!r} contains NaN or inf, so its values are not finite; give numbers.")
-    return np.asarray(batch, np.float32)
-
-
-def _read_picture(path: Path, config: ModelConfig) -> _Float32:
-    """Returns one picture as (channels, height, width), normalized."""
     preprocessing = config.preprocessing
     channels = config.input_shape[0] if config.input_shape else len(preprocessing.mean)
     if len(config.input_shape) not in (0, 3) or channels not in _MODES:
@@ -123,8 +73,6 @@ def _open(path: Path, mode: str) -> Image.Image:
         raise FormatError(
             f"input {str(path)!r} is a damaged or oversized picture ({error}); give another copy of it."
         ) from error
-    except OSError as error:
-        raise _read_error(path, error) from error
     return converted
 
 
@@ -202,7 +150,3 @@ def _normalize(pixels: _Float32, preprocessing: Preprocessing) -> _Float32:
         )
     result: _Float32 = (pixels - mean) / std
     return result
-
-
-def _read_error(path: Path, error: OSError) -> FileError:
-    return FileError(f"input {str(path)!r} cannot be read: {error.strerror or error}; check the file.")

@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 import dsr_tool
-from dsr_tool.cli import _COMMANDS, cli
+from dsr_tool.cli import COMMANDS
+from dsr_tool.cli.group import cli
 from dsr_tool.methods import METHODS, make
 from dsr_tool.runtime.kernels.library import library
 
@@ -24,11 +25,11 @@ def test_help_names_every_command_and_imports_none(python):
         "print([m for m in ('torch', 'numpy', 'onnx', 'scipy', 'rich') if m in sys.modules])"
     )
     assert done.stdout.endswith("[]\n"), done.stderr
-    for name in _COMMANDS:
+    for name in COMMANDS:
         assert name in done.stdout
 
 
-@pytest.mark.parametrize("name", _COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_each_command_has_examples(name):
     result = CliRunner().invoke(cli, [name, "--help"])
     assert result.exit_code == 0

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from torch import nn
 
 import dsr_tool
-from dsr_tool.cli import cli
+from dsr_tool.cli.group import cli
 from dsr_tool.errors import CheckFailed, FormatError, UsageError
 from dsr_tool.runtime.deploy.plan import PlanFile
 from dsr_tool.sparse.sparsify import sparsify

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from torch import nn, optim
 
 from converters.conversion import convert
-from dsr_tool.cli import cli
+from dsr_tool.cli.group import cli
 from dsr_tool.errors import UsageError
 from dsr_tool.methods import attach, make, plugins
 from dsr_tool.methods.final_sparsity import active_count

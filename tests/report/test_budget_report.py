@@ -5,7 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from dsr_tool.cli import cli
+from dsr_tool.cli.group import cli
 from dsr_tool.errors import CheckFailed, UsageError
 from dsr_tool.report.budget import BudgetCheck
 from dsr_tool.sparsity.budget import Budget

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from dsr_tool.cli import cli
+from dsr_tool.cli.group import cli
 from dsr_tool.errors import FileError
 from dsr_tool.report.page import numbers
 from dsr_tool.report.page.memory_view import memory_section

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from dsr_tool import convert
-from dsr_tool.cli import cli
+from dsr_tool.cli.group import cli
 from dsr_tool.formats.footprint import footprint
 from dsr_tool.formats.grid import encode_grid
 from dsr_tool.formats.value_bits import entropy_bits
