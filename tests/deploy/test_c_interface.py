@@ -64,6 +64,17 @@ def run(dsr, handle, x, y):
     return dsr.dsr_run(handle, ctypes.byref(x), 1, ctypes.byref(y), 1)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the file is of another format")
+def test_no_memory_but_the_last_error_belongs_to_threads():
+    """What kernels need while they run belongs to the handle: memory of threads would stay after dsr_close."""
+    content = library().read_bytes()
+    first, size, count = (int.from_bytes(content[at : at + n], "little") for at, n in ((32, 8), (54, 2), (56, 2)))
+    headers = [content[first + i * size : first + (i + 1) * size] for i in range(count)]
+    thread_local = 7  # PT_TLS of ELF
+    (found,) = [header for header in headers if int.from_bytes(header[:4], "little") == thread_local]
+    assert int.from_bytes(found[40:48], "little") <= 1024
+
+
 def test_null_is_refused_everywhere(dsr, handle):
     assert dsr.dsr_open(None, 1) is None and "path" in sentence(dsr)
     assert dsr.dsr_open_memory(None, 100, 1) is None and "NULL" in sentence(dsr)

@@ -8,6 +8,7 @@ import pytest
 from dsr_tool.graph.ir import Graph, Node, Value
 from dsr_tool.runtime.compiler.plan import Plan
 from dsr_tool.runtime.kernels.library import library
+from dsr_tool.runtime.kernels.ops import LIMITS
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no kernels were built here")
 
@@ -46,6 +47,21 @@ def test_a_bias_that_the_caller_keeps_is_counted_only_there(machine, sparse):
     alone, beside = plan.memory(), plan.memory(tensor.values for tensor in tensors.values())
     assert alone.table_bytes - beside.table_bytes == tensors["b"].values.nbytes == 120
     assert beside.weight_bytes == alone.weight_bytes
+
+
+@pytest.mark.parametrize(
+    ("nodes", "used"),
+    [
+        ((Node("Transpose", ("x",), ("t",), {"perm": (0, 2, 1)}), Node("MatMul", ("x", "t"), ("y",))), True),
+        ((Node("Relu", ("x",), ("y",)),), False),
+    ],
+)
+def test_the_scratch_of_the_threads_is_counted_where_an_op_uses_it(machine, nodes, used):
+    graph = Graph((Value("x", (1, 4, 6)),), (Value("y", ()),), nodes, {}, (), 20)
+    plan = Plan(graph, {}, (1, 4, 6), machine)
+    (step,) = plan.steps
+    expected = 4 * LIMITS["SCRATCH_FLOATS"] * machine.target.threads if used else 0
+    assert plan.memory().arena_bytes - step.arena_bytes == expected
 
 
 def test_arrays_between_segments_are_counted_while_they_are_alive(machine):

@@ -17,7 +17,7 @@ class PlanMemory:
     """Bytes that a plan needs; what numpy allocates inside a fallback while it runs is not part of it.
 
     Attributes:
-        arena_bytes: the arena, which all segments use in turn.
+        arena_bytes: the arena, which all segments use in turn, and the scratch of the threads beside it.
         weight_bytes: packed weights, each counted once however many ops share it.
         table_bytes: biases, pixel masks and index tables of the ops, and the array of ops itself. A bias that is the
             memory of a tensor which the caller keeps does not count.
@@ -59,7 +59,8 @@ def memory_of(
         tables.pop(address, None)
         constants.pop(address, None)
     return PlanMemory(
-        arena_bytes=max((step.arena_bytes for step in kernel_steps), default=0),
+        arena_bytes=max((step.arena_bytes for step in kernel_steps), default=0)
+        + max((step.scratch_bytes for step in kernel_steps), default=0),
         weight_bytes=sum(packs.values()),
         table_bytes=sum(tables.values()) + sum(ctypes.sizeof(step.ops) for step in kernel_steps),
         constant_bytes=sum(constants.values()),

@@ -20,8 +20,9 @@ from dsr_tool.runtime.compiler.op import Target, l1_class
 from dsr_tool.runtime.compiler.packing import Packer
 from dsr_tool.runtime.compiler.segment import Segment
 from dsr_tool.runtime.compiler.summary import OpSummary, OpTime, Origin, summary_of
+from dsr_tool.runtime.kernels import ops as table
 from dsr_tool.runtime.kernels.cpu import caches
-from dsr_tool.runtime.kernels.ops import LAYOUT, LIMITS, library_layout
+from dsr_tool.runtime.kernels.ops import LAYOUT, LIMITS, Kind, library_layout
 from dsr_tool.runtime.kernels.pool import Pool
 from dsr_tool.runtime.reference.call import Call
 from dsr_tool.sparsity.tensor import Array
@@ -30,6 +31,8 @@ __all__ = ["FallbackStep", "KernelStep", "Machine"]
 
 _LARGE_PAGE = 2 << 20
 """Bytes of a large page of the system."""
+_LINE = 64
+"""Bytes of a line of the cache."""
 
 
 class Machine:
@@ -63,6 +66,7 @@ class Machine:
         self.packer = Packer(library, keep_recipes=not self.runs)
         self.pool = Pool(library)
         self._memory = np.zeros(0, np.float32)
+        self._scratch = np.zeros(0, np.uint8)
 
     @property
     def lanes(self) -> int:
@@ -74,6 +78,15 @@ class Machine:
         if floats > self._memory.size:
             self._memory = _pages(floats * 4).view(np.float32)
         return self._memory.ctypes.data
+
+    def scratch(self, nbytes: int) -> int:
+        """Returns the address of so many bytes that ops use while they run; for 0 it means nothing."""
+        if nbytes > self._scratch.nbytes:
+            # At whole cache lines. Zeros, since SPMM notes there which values it has converted.
+            memory = np.zeros(nbytes + _LINE, np.uint8)
+            start = -memory.ctypes.data % _LINE
+            self._scratch = memory[start : start + nbytes]
+        return self._scratch.ctypes.data
 
 
 def _pages(nbytes: int) -> Array:
@@ -100,7 +113,7 @@ def _target(library: ctypes.CDLL, threads: int) -> Target:
 def _declare(library: ctypes.CDLL) -> None:
     """Tells ctypes the arguments and results of the library's functions."""
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.dsr_run.argtypes = (pointer, number, pointer, pointer, number, number, pointer)
+    library.dsr_run.argtypes = (pointer, number, pointer, pointer, number, number, pointer, pointer)
     library.dsr_run.restype = None
     library.dsr_run_timed.argtypes = (*library.dsr_run.argtypes, pointer)
     library.dsr_run_timed.restype = None
@@ -115,6 +128,7 @@ class KernelStep:
         work: multiply-adds of its ops, as many as dense kernels would do in the same time.
         dense_work: multiply-adds of dense kernels for the same ops.
         arena_bytes: bytes of the arena that its values take.
+        scratch_bytes: bytes that its ops use while they run, of all threads.
         packs: packed weights, which other segments and plans may share.
         tables: biases, pixel masks and index tables.
         output_bytes: bytes of each array that it fills, by name.
@@ -155,6 +169,7 @@ class KernelStep:
         self.work = sum(op.work for op in segment.ops)
         self.dense_work = sum(op.dense_work for op in segment.ops)
         self.arena_bytes = 4 * arena.floats
+        self.scratch_bytes = _scratch_bytes(self.ops, machine.target.threads)
         self.release: tuple[str, ...] = ()
         self._machine, self.images = machine, segment.batch
         self._inputs = tuple(segment.inputs)
@@ -167,6 +182,7 @@ class KernelStep:
         if machine.runs:
             # Grown now, so that the first run finds its memory.
             machine.arena(arena.floats)
+            machine.scratch(self.scratch_bytes)
 
     def run(self, values: dict[str, Array]) -> None:
         """Reads its inputs from `values` and adds its outputs."""
@@ -186,12 +202,21 @@ class KernelStep:
         # Addresses are new in every run; structs refer to buffers by number, so they stay as they are.
         starts = (ctypes.c_void_p * (len(arrays) + 1))(arena, *(array.ctypes.data for array in arrays))
         pool = machine.pool.address(machine.target.threads)
-        arguments = (self.ops, len(self.ops), starts, self._steps, len(starts), self.images, pool)
+        scratch = machine.scratch(self.scratch_bytes)
+        arguments = (self.ops, len(self.ops), starts, self._steps, len(starts), self.images, pool, scratch)
         if nanoseconds is None:
             machine.library.dsr_run(*arguments)
         else:
             machine.library.dsr_run_timed(*arguments, nanoseconds.ctypes.data)
         values.update(outputs)
+
+
+def _scratch_bytes(ops: Iterable[table.Op], threads: int) -> int:
+    """Returns the bytes that some ops use while they run, of all threads; the next op uses the same memory."""
+    kinds = (Kind.MATMUL, Kind.RELAYOUT)
+    if any(op.kind in kinds or (op.kind == Kind.SPMM and op.spmm.convert) for op in ops):
+        return 4 * LIMITS["SCRATCH_FLOATS"] * threads
+    return 0
 
 
 class FallbackStep:

@@ -37,6 +37,7 @@ struct dsr_plan {
     std::atomic<pid_t> process{0};  // whose threads and lock these are; 0 while a forked process makes its own
     Pool* pool = nullptr;
     Array<float> arena;
+    Array<float> scratch;  // of each thread
 };
 
 namespace {
@@ -218,7 +219,8 @@ dsr_plan* dsr_open_memory(const void* bytes, size_t size, int32_t threads) {
         plan->process = getpid();
         plan->threads = threads;
         if (plan->file.read(bytes, (int64_t)size, threads, problem) &&
-            plan->arena.make(plan->file.arena_floats, problem))
+            plan->arena.make(plan->file.arena_floats, problem) &&
+            plan->scratch.make(threads * SCRATCH_FLOATS, problem))
             prefer_large_pages(plan->arena);
     }
     if (problem) {
@@ -267,7 +269,7 @@ int32_t dsr_run(dsr_plan* plan, const dsr_tensor* inputs, int32_t input_count, c
                                               : (float*)outputs[array.index].data;
         }
         file.level->run(file.ops.data + step.first_op, step.op_count, starts, step.steps.data, step.steps.count,
-                        step.images, plan->pool);
+                        step.images, plan->pool, plan->scratch.data);
     }
     return DSR_OK;
 }

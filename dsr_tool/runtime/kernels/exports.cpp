@@ -23,14 +23,14 @@ int dsr_widest_tile(int dense) { return dense ? LEVEL.widest_dense : LEVEL.wides
 const LayoutRow* dsr_layout() { return LAYOUT; }
 
 void dsr_run(const Op* ops, int64_t count, float* const* starts, const int64_t* steps, int64_t buffers, int64_t images,
-             Pool* pool) {
-    LEVEL.run(ops, count, starts, steps, buffers, images, pool);
+             Pool* pool, float* scratch) {
+    LEVEL.run(ops, count, starts, steps, buffers, images, pool, scratch);
 }
 
 // As dsr_run, and adds the nanoseconds of each op to `nanoseconds`.
 void dsr_run_timed(const Op* ops, int64_t count, float* const* starts, const int64_t* steps, int64_t buffers,
-                   int64_t images, Pool* pool, int64_t* nanoseconds) {
-    LEVEL.run_timed(ops, count, starts, steps, buffers, images, pool, nanoseconds);
+                   int64_t images, Pool* pool, float* scratch, int64_t* nanoseconds) {
+    LEVEL.run_timed(ops, count, starts, steps, buffers, images, pool, scratch, nanoseconds);
 }
 
 // Floating-point operations per nanosecond of one thread whose multiply-adds stay in registers; takes about 10 ms.

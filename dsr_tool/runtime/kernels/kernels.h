@@ -15,13 +15,13 @@ struct Level {
     int32_t widest_dense;  // the same for dense parts
 
     // Runs `count` ops once for each of `images`. Buffer 0 is the arena; the others are arrays of the caller, which
-    // advance by `steps` floats from one image to the next.
+    // advance by `steps` floats from one image to the next. `scratch` is what `Call` says, and starts as zeros.
     void (*run)(const Op* ops, int64_t count, float* const* starts, const int64_t* steps, int64_t buffers,
-                int64_t images, Pool* pool);
+                int64_t images, Pool* pool, float* scratch);
 
     // Runs the same, and adds the nanoseconds of each op, over all images, to `nanoseconds`.
     void (*run_timed)(const Op* ops, int64_t count, float* const* starts, const int64_t* steps, int64_t buffers,
-                      int64_t images, Pool* pool, int64_t* nanoseconds);
+                      int64_t images, Pool* pool, float* scratch, int64_t* nanoseconds);
 
     // Returns the floating-point operations per nanosecond of one thread whose multiply-adds stay in registers.
     double (*peak)();
@@ -42,6 +42,16 @@ constexpr int WIDEST = 12, WIDEST_DENSE = 3;  // of 16 registers
 // Each kind of op is computed by one function, named in its row of ops.def.
 #define OP(kind, number, function, line) void function(const Call& call);
 #include "ops.def"
+
+// The memory of one thread for an op.
+struct Scratch {
+    // The call of SPMM and the group of its parts whose converted values lie there; no op but SPMM writes these two.
+    int64_t number, group;
+    alignas(64) float floats[SCRATCH_FLOATS - 16];
+};
+static_assert(sizeof(Scratch) == SCRATCH_FLOATS * sizeof(float), "the scratch of a thread has another size");
+
+static inline Scratch& scratch_of(float* scratch, int thread) { return ((Scratch*)scratch)[thread]; }
 
 // The combination of two vectors; FIRST is none.
 static inline Vec combined(int64_t how, Vec a, Vec b) {

@@ -28,6 +28,7 @@ struct Panels {
     float left[ROWS * DEPTH];
     float right[DEPTH * WIDTH];
 };
+static_assert(sizeof(Panels) <= sizeof(Scratch::floats), "the panels do not fit into the scratch of a thread");
 
 struct Products {
     const Call& call;
@@ -154,9 +155,9 @@ __attribute__((noinline)) void multiply_rows(const void* context, int64_t item, 
     }
 }
 
-void multiply_block(const void* context, int64_t item) {
-    static thread_local Panels panels;
-    multiply_rows(context, item, panels);
+void multiply_block(const void* context, int64_t item, int thread) {
+    float* scratch = ((const Products*)context)->call.scratch;
+    multiply_rows(context, item, *(Panels*)scratch_of(scratch, thread).floats);
 }
 
 }  // namespace

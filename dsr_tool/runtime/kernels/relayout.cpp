@@ -14,6 +14,7 @@ namespace dsr::DSR_LEVEL {
 namespace {
 
 constexpr int64_t SLACK = 8 * LANES;  // floats that whole vectors read or write past the end
+static_assert(2 * (MAX_POSITIONS + SLACK) * sizeof(float) <= sizeof(Scratch::floats), "the buffers do not fit");
 
 // Every second element of two vectors.
 #if DSR_LANES == 16
@@ -83,9 +84,9 @@ void take(const float* from, const float* end, int64_t step, int64_t count, floa
     for (; i < width; i += LANES) store(to + i, Vec{});
 }
 
-void relayout_channel(const void* context, int64_t channel) {
-    static thread_local float source[MAX_POSITIONS + SLACK], positions[MAX_POSITIONS + SLACK];
+void relayout_channel(const void* context, int64_t channel, int thread) {
     const Call& call = *(const Call*)context;
+    float *source = scratch_of(call.scratch, thread).floats, *positions = source + MAX_POSITIONS + SLACK;
     const Relayout& op = call.op.relayout;
     const int64_t length = call.op.length, factor = op.factor;
     const float *in = call.source + channel * op.source_step, *end = in + op.source_step;

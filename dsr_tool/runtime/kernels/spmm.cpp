@@ -259,11 +259,12 @@ struct Work {
     bool dense;
     int64_t tiles;   // of each part
     int64_t number;  // of this call of spmm in the process, from 1 on
+    float* scratch;
 };
 
 // Item i is one tile of one part. Parts that differ by their phase alone follow each other and read the same input, so
 // they take turns with each tile, while that input is in the cache.
-void run_item(const void* context, int64_t item) {
+void run_item(const void* context, int64_t item, int thread) {
     const Work& work = *(const Work*)context;
     const Op& op = work.product.op;
     const int64_t i = item / op.phases % work.tiles, group = item / (op.phases * work.tiles);
@@ -274,7 +275,7 @@ void run_item(const void* context, int64_t item) {
     const int64_t column = i * narrow + (i < wider ? i : wider);
     if (op.spmm.convert) {
         Product product = work.product;
-        product.values = converted(op, work.number, group);
+        product.values = converted(op, work.number, group, scratch_of(work.scratch, thread));
         product.start = op.spmm.blocks[part.first].values;
         return tile_of<Floats>(work.dense, width)(product, part, column);
     }
@@ -293,7 +294,7 @@ void spmm(const Call& call) {
                           rectified, splat(op.low), splat(op.high), op.spmm.values};
     const int64_t tile = op.spmm.tile;
     static std::atomic<int64_t> calls;
-    const Work work{product, op.spmm.parts->dense != 0, (op.length + tile - 1) / tile, ++calls};
+    const Work work{product, op.spmm.parts->dense != 0, (op.length + tile - 1) / tile, ++calls, call.scratch};
     parallel(call.pool, op.spmm.part_count * work.tiles, run_item, &work);
 }
 

@@ -38,9 +38,19 @@ inline void pause_briefly() {
 
 }  // namespace
 
+namespace {
+
+struct Worker {
+    pthread_t thread;
+    Pool* pool;
+    int number;  // from 1 on: the caller of a round is thread 0
+};
+
+}  // namespace
+
 struct Pool {
     int workers;
-    pthread_t* threads;
+    Worker* threads;
     pthread_mutex_t lock;
     pthread_cond_t wake;
     std::atomic<uint64_t> ticket;
@@ -50,18 +60,18 @@ struct Pool {
     // The round that is going on; written only while no thread has an item.
     uint64_t round;
     int64_t first;
-    void (*f)(const void*, int64_t);
+    void (*f)(const void*, int64_t, int);
     const void* context;
 };
 
 namespace {
 
-void work(Pool* pool) {
+void work(Pool* pool, int thread) {
     // Looked at before it is counted up: workers without work must not count the ticket into the next field.
     while (open(pool->ticket.load(std::memory_order_acquire))) {
         const uint64_t ticket = pool->ticket.fetch_add(1, std::memory_order_acq_rel);
         if (!open(ticket)) return;
-        pool->f(pool->context, pool->first + (int64_t)next_of(ticket));
+        pool->f(pool->context, pool->first + (int64_t)next_of(ticket), thread);
         pool->done.fetch_add(1, std::memory_order_acq_rel);
     }
 }
@@ -79,9 +89,10 @@ void wait_for_work(Pool* pool) {
 }
 
 void* worker(void* argument) {
-    Pool* pool = (Pool*)argument;
+    const Worker* self = (const Worker*)argument;
+    Pool* pool = self->pool;
     while (!pool->stop.load(std::memory_order_acquire)) {
-        work(pool);
+        work(pool, self->number);
         wait_for_work(pool);
     }
     return nullptr;
@@ -95,14 +106,14 @@ void wake_sleepers(Pool* pool) {
     pthread_mutex_unlock(&pool->lock);
 }
 
-void run_round(Pool* pool, int64_t first, int64_t n, void (*f)(const void*, int64_t), const void* context) {
+void run_round(Pool* pool, int64_t first, int64_t n, void (*f)(const void*, int64_t, int), const void* context) {
     pool->first = first;
     pool->f = f;
     pool->context = context;
     pool->done.store(0, std::memory_order_relaxed);
     pool->ticket.store(++pool->round << 2 * BITS | (uint64_t)n << BITS);
     wake_sleepers(pool);
-    work(pool);
+    work(pool, 0);
     while (pool->done.load(std::memory_order_acquire) < n) pause_briefly();
 }
 
@@ -110,9 +121,9 @@ void run_round(Pool* pool, int64_t first, int64_t n, void (*f)(const void*, int6
 
 int threads_of(const Pool* pool) { return pool ? pool->workers + 1 : 1; }
 
-void parallel(Pool* pool, int64_t n, void (*f)(const void*, int64_t), const void* context) {
+void parallel(Pool* pool, int64_t n, void (*f)(const void*, int64_t, int), const void* context) {
     if (!pool || n < 2) {
-        for (int64_t i = 0; i < n; i++) f(context, i);
+        for (int64_t i = 0; i < n; i++) f(context, i, 0);
         return;
     }
     for (int64_t first = 0; first < n; first += MOST_ITEMS)
@@ -120,6 +131,16 @@ void parallel(Pool* pool, int64_t n, void (*f)(const void*, int64_t), const void
 }
 
 namespace {
+
+struct Anywhere {
+    void (*f)(const void*, int64_t);
+    const void* context;
+};
+
+void run_anywhere(const void* context, int64_t item, int) {
+    const Anywhere& anywhere = *(const Anywhere*)context;
+    anywhere.f(anywhere.context, item);
+}
 
 constexpr int64_t SHARES = 32;  // enough to share evenly, few enough that asking for them costs nothing
 
@@ -137,6 +158,11 @@ void run_share(const void* context, int64_t item) {
 
 }  // namespace
 
+void parallel(Pool* pool, int64_t n, void (*f)(const void*, int64_t), const void* context) {
+    const Anywhere anywhere{f, context};
+    parallel(pool, n, run_anywhere, &anywhere);
+}
+
 void in_shares(const Call& call, void (*f)(const Call&, int64_t), int64_t count) {
     const Shares shares{call, f, count, count / SHARES + 1};
     parallel(call.pool, (count + shares.at_once - 1) / shares.at_once, run_share, &shares);
@@ -146,12 +172,16 @@ Pool* new_pool(int threads) {
     if (threads < 2) return nullptr;
     Pool* pool = (Pool*)calloc(1, sizeof(Pool));
     if (!pool) return nullptr;
-    pool->threads = (pthread_t*)calloc(threads, sizeof(pthread_t));
+    pool->threads = (Worker*)calloc(threads, sizeof(Worker));
     pthread_mutex_init(&pool->lock, nullptr);
     pthread_cond_init(&pool->wake, nullptr);
-    while (pool->threads && pool->workers < threads - 1 &&
-           !pthread_create(&pool->threads[pool->workers], nullptr, worker, pool))
+    for (int i = 0; pool->threads && i < threads - 1; i++) {
+        Worker& next = pool->threads[i];
+        next.pool = pool;
+        next.number = i + 1;
+        if (pthread_create(&next.thread, nullptr, worker, &next)) break;
         pool->workers++;
+    }
     return pool;
 }
 
@@ -161,7 +191,7 @@ void free_pool(Pool* pool) {
     pool->stop.store(true);
     pthread_cond_broadcast(&pool->wake);
     pthread_mutex_unlock(&pool->lock);
-    for (int i = 0; i < pool->workers; i++) pthread_join(pool->threads[i], nullptr);
+    for (int i = 0; i < pool->workers; i++) pthread_join(pool->threads[i].thread, nullptr);
     pthread_cond_destroy(&pool->wake);
     pthread_mutex_destroy(&pool->lock);
     free(pool->threads);

@@ -16,6 +16,7 @@ struct Call {
     const float* other;  // null where the op has no second input
     float* out;
     Pool* pool;
+    float* scratch;  // SCRATCH_FLOATS for each thread of the pool; what one op leaves there, no other op needs
 };
 
 // Makes a pool of `threads` with the caller as one of them; null for one thread, or where the system has no more.
@@ -26,6 +27,9 @@ void free_pool(Pool* pool);
 
 // Calls f(context, i) for every i below n on the threads of the pool; neighbouring i tend to stay on one thread.
 void parallel(Pool* pool, int64_t n, void (*f)(const void*, int64_t), const void* context);
+
+// Calls f(context, i, thread) likewise, with the number of the thread that calls it, the caller's being 0.
+void parallel(Pool* pool, int64_t n, void (*f)(const void*, int64_t, int), const void* context);
 
 // Threads that take items of a round, the caller among them; 1 without a pool.
 int threads_of(const Pool* pool);

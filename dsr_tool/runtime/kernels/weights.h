@@ -91,12 +91,13 @@ static inline Vec scales_of(const Op& op, const Part& part, int64_t row) {
 //
 //   number   of the call of the kernel in this process, from 1 on
 //   group    number of the part among those of one phase; parts that differ by their phase alone share their weights
-static inline const float* converted(const Op& op, int64_t number, int64_t group) {
-    static thread_local float values[MAX_CONVERTED + LANES];
-    static thread_local int64_t last_number, last_group;  // those of the values that lie there
-    if (last_number == number && last_group == group) return values;
-    last_number = number;
-    last_group = group;
+//   own      scratch of the thread, where the values lie
+static inline const float* converted(const Op& op, int64_t number, int64_t group, Scratch& own) {
+    static_assert((MAX_CONVERTED + LANES) * sizeof(float) <= sizeof own.floats, "the values do not fit");
+    float* values = own.floats;
+    if (own.number == number && own.group == group) return values;
+    own.number = number;
+    own.group = group;
     // Copies, since a store of vectors may change everything else for all that the compiler knows.
     const Part part = op.spmm.parts[group * op.phases];
     const int64_t start = op.spmm.blocks[part.first].values;
