@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,12 @@ def make_plain(module: nn.Module) -> Plain:
     """
     module = unwrapped(module)
     folded = fold_weights(module)
-    some = f"{', '.join(folded[:_SHOWN])}{', ...' * (len(folded) > _SHOWN)}"
-    notes = (f"computed weights became plain parameters: {some}",) if folded else ()
-    return Plain(module, take_masks(module), notes)
+    notes = [f"computed weights became plain parameters: {_some(folded.names)}"] * bool(folded.names)
+    notes += [f"weights that were computed from shared parameters are now separate: {_some(folded.untied)}"] * bool(
+        folded.untied
+    )
+    return Plain(module, take_masks(module), tuple(notes))
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:_SHOWN])}{', ...' * (len(names) > _SHOWN)}"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from converters.checkpoints import Checkpoint, Found, dense
 from converters.pickles import read_file, without_tensors
 from converters.torch_prune import prune_module
 from dsr_tool.errors import FormatError, UsageError, join_words
-from dsr_tool.sparse.aliases import completed
+from dsr_tool.sparse.aliases import assign, completed, later_names
 from dsr_tool.sparse.compact.marks import store_of
 from dsr_tool.sparse.in_file import FileMaps
 
@@ -157,9 +156,24 @@ def load_strictly(
                 f"--weights {origin!r} holds {key!r} as {value.dtype}, but {name} has {own[key].dtype}; give weights "
                 f"of real numbers that are not quantised."
             )
+    later = later_names(module)
+    _require_tied(state, later, name, origin)
     weights = {key for key, parameter in module.named_parameters() if in_file and parameter.ndim > 1}
     maps = FileMaps() if weights else None
-    fill(module, {key: _taken(value, own[key].dtype, maps if key in weights else None) for key, value in state.items()})
+    once = {key: value for key, value in state.items() if key not in later}
+    fill(module, {key: _taken(value, own[key].dtype, maps if key in weights else None) for key, value in once.items()})
+
+
+def _require_tied(state: Mapping[str, torch.Tensor], later: Mapping[str, str], name: str, origin: str) -> None:
+    """Raises `UsageError` if a file has different values under two names that are one tensor of a network."""
+    for key, earlier in later.items():
+        one, other = state[earlier], state[key]
+        # Bits are compared, so a NaN is equal to itself.
+        if one is not other and not torch.equal(*(dense(each).reshape(-1).view(torch.uint8) for each in (one, other))):
+            raise UsageError(
+                f"--weights {origin!r} holds different values for {earlier[:80]!r} and {key[:80]!r}, which are one "
+                f"tensor in {name}; give a network in which each has its own."
+            )
 
 
 def _taken(value: torch.Tensor, dtype: torch.dtype, maps: FileMaps | None) -> torch.Tensor:
@@ -171,15 +185,10 @@ def _taken(value: torch.Tensor, dtype: torch.dtype, maps: FileMaps | None) -> to
 def fill(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Assigns tensors with a module's own names and shapes to it; the module may be on the meta device.
 
-    Of a submodule with several names, `state` may have any of them. In compact storage, sparse weights are there
-    already, and `state` has the others.
+    Of a tensor with several names, `state` may have any of them, and it stays one tensor. In compact storage, sparse
+    weights are there already, and `state` has the others.
     """
-    # torch keeps the versions of the layers beside the tensors, and some models (MNASNet) read theirs when they load.
-    versioned = OrderedDict(completed(state, module))
-    store = store_of(module)
-    with nullcontext() if store is None else store.naming():  # a state_dict without dense weights
-        versioned._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
-    module.load_state_dict(versioned, strict=store is None, assign=True)
+    assign(module, state, strict=store_of(module) is None)
 
 
 def _split(weights: str) -> tuple[Path, str]:

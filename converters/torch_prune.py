@@ -11,6 +11,9 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from dsr_tool.errors import UsageError
+from dsr_tool.sparse.aliases import completed, later_names
+
 __all__ = ["prune_module", "restore_order", "split_masks", "take_masks"]
 
 _VALUES, _MASK = "_orig", "_mask"
@@ -48,7 +51,8 @@ def prune_module(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
             replaced.
     """
     parameters = dict(module.named_parameters())
-    for name, mask in masks.items():
+    parameters |= {name: parameters[first] for name, first in later_names(module).items() if first in parameters}
+    for name, mask in completed(masks, module).items():
         path, _, local = name.rpartition(".")
         if name in parameters and parameters[name].shape == mask.shape:
             prune.custom_from_mask(module.get_submodule(path), local, mask)
@@ -62,7 +66,11 @@ def take_masks(module: nn.Module) -> dict[str, torch.Tensor]:
 
     Returns:
         A boolean mask for each pruned parameter by its name, True where active; empty for a module without pruning.
+
+    Raises:
+        UsageError: modules share a parameter, and do not prune it in the same way.
     """
+    _require_one_mask(module)
     masks = {}
     for path, owner in module.named_modules():
         hooks = [hook for hook in owner._forward_pre_hooks.values() if isinstance(hook, prune.BasePruningMethod)]
@@ -73,6 +81,25 @@ def take_masks(module: nn.Module) -> dict[str, torch.Tensor]:
             masks[f"{path}.{local}" if path else local] = mask
             restore_order(owner, local)
     return masks
+
+
+def _require_one_mask(module: nn.Module) -> None:
+    """Raises `UsageError` if modules compute with different weights although they share the parameter of these."""
+    found: dict[int, tuple[str, torch.Tensor | None]] = {}
+    for path, owner in module.named_modules():
+        for local, parameter in owner._parameters.items():
+            if parameter is None:
+                continue
+            mask = owner._buffers.get(local.removesuffix(_VALUES) + _MASK) if local.endswith(_VALUES) else None
+            name = f"{path}.{local.removesuffix(_VALUES) if mask is not None else local}".removeprefix(".")
+            other, known = found.setdefault(id(parameter), (name, mask))
+            if (mask is None) != (known is None) or (
+                mask is not None and known is not None and not torch.equal(mask != 0, known != 0)
+            ):
+                raise UsageError(
+                    f"{other!r} and {name!r} share one parameter, and torch.nn.utils.prune masks it differently in the "
+                    f"two; prune both with one mask, or give each module a parameter of its own."
+                )
 
 
 def restore_order(owner: nn.Module, local: str) -> None:

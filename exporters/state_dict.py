@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from dsr_tool.errors import FormatError, UsageError, first_line
 from dsr_tool.formats.footprint import footprint
 from dsr_tool.formats.manifest import METADATA
-from dsr_tool.sparse.aliases import aliased_entries, is_alias, later_paths
+from dsr_tool.sparse.aliases import aliased_entries, later_names
 from dsr_tool.sparsity.granularity import Granularity
 from dsr_tool.sparsity.grid import GridTensor
 from dsr_tool.sparsity.layers import matrix_shape
@@ -29,6 +29,7 @@ from exporters.base import Container, Draft, ExportOptions, Head
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from exporters.checked import CheckedModel
     from exporters.verify.result import Verification
@@ -61,8 +62,8 @@ class _PlainWeights(Container):
         model = checked.model
         tensors = checked.stored(model.tensors(), model.specs)
         state = _state_of(tensors)
-        # Plain code looks for every name of a module that has several.
-        state |= aliased_entries(state, later_paths(model.module))
+        # Plain code looks for every name of a tensor that has several.
+        state |= aliased_entries(state, _later_names(model.module))
         coded = footprint(tensors, model.specs).everything.codec_bytes["delta"]
         note = (
             f"zeros are stored in place, so this file is as large as a dense one; an archive (.dsr) holds the same "
@@ -75,7 +76,7 @@ class _PlainWeights(Container):
         from exporters.verify.tensors import verify_tensors
 
         state = {name: _array(path, name, tensor) for name, tensor in self._state(path).items()}
-        state = _under_first_names(state, later_paths(checked.model.module))
+        state = _under_first_names(state, _later_names(checked.model.module))
         # The file has no masks. An active weight may be zero, so the model's masks say which zeros are meant.
         masks = {name: tensor.mask for name, tensor in checked.model.tensors().items()}
         scales = {name: state.pop(name + _SCALE) for name in [*state] if _has_scale(name, state, masks)}
@@ -177,9 +178,15 @@ def _array(path: Path, name: str, tensor: torch.Tensor) -> Array:
         raise FormatError(f"{str(path)!r} holds {name!r} as {tensor.dtype}, which no export writes.") from error
 
 
+def _later_names(module: nn.Module) -> dict[str, str]:
+    """Returns the first name of every entry of a file by each of its later ones, those of scales among them."""
+    later = later_names(module)
+    return later | {name + _SCALE: first + _SCALE for name, first in later.items()}
+
+
 def _under_first_names(state: dict[str, Array], later: Mapping[str, str]) -> dict[str, Array]:
     """Returns a state under the first name of each entry; as it is if two names of one entry differ in their values."""
-    first = {name: array for name, array in state.items() if not is_alias(name, later)}
+    first = {name: array for name, array in state.items() if name not in later}
     others = aliased_entries(first, later)
     same = all(name in state and state[name].tobytes() == array.tobytes() for name, array in others.items())
     return first if same else state

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 
@@ -59,12 +61,41 @@ def require_state(module: nn.Module) -> None:
     for name, entry, _ in held:
         if (fault := _fault(name, entry)) is not None:
             raise UsageError(f"entry {name!r} of the state_dict is {fault}.")
+    _require_own_memory(module)
     absent = {name for name, _ in module.named_parameters()} - {name for name, *_ in held} - {VALUES}
     if absent:
         raise UsageError(
             f"parameter {min(absent)!r} is not in the state_dict under this name, as a hook of the network removes or "
             f"renames it; give the network without that hook."
         )
+
+
+def _require_own_memory(module: nn.Module) -> None:
+    """Checks that no two parameters share memory: a mask of one would zero the other, and steps would add up.
+
+    Modules that share one parameter are no such case.
+
+    Raises:
+        UsageError: two of them do.
+    """
+    taken: dict[torch.device, list[tuple[int, int, str]]] = {}
+    for name, parameter in module.named_parameters():
+        if type(parameter) is not nn.Parameter or parameter.layout != torch.strided or parameter.is_meta:
+            continue
+        last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+        # Interleaved views, such as columns of one matrix, may lie in one range and share nothing.
+        if last + 1 != parameter.numel():
+            continue
+        first, nbytes = parameter.data_ptr(), parameter.numel() * parameter.element_size()
+        taken.setdefault(parameter.device, []).append((first, first + nbytes, name))
+    for ranges in taken.values():
+        ranges.sort()
+        for (_, end, name), (start, _, other) in pairwise(ranges):
+            if start < end:
+                raise UsageError(
+                    f"parameters {name!r} and {other!r} lie in the same memory and are two parameters to PyTorch; let "
+                    f"both modules have one nn.Parameter if they share it, or else give each a clone()."
+                )
 
 
 def _fault(name: str, entry: object) -> str | None:

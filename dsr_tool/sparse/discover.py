@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from dsr_tool.errors import UsageError, unknown_name
-from dsr_tool.sparse.aliases import later_paths
+from dsr_tool.errors import unknown_name
+from dsr_tool.sparse.aliases import later_names
 from dsr_tool.sparse.compact.change import held_state
 from dsr_tool.sparse.compact.marks import LAYERS
 from dsr_tool.sparse.contract import require_state
@@ -51,6 +51,10 @@ fraction exempts small networks, where every layer counts.
 """
 
 
+_SHOWN = 3
+"""Largest number of names that a reason lists."""
+
+
 @dataclass(frozen=True)
 class Rules:
     """Rules of the user for layers. Patterns match full names or module paths; `*` and `?` are wildcards.
@@ -73,7 +77,8 @@ class Rules:
 def discover(module: nn.Module, rules: Rules | None = None) -> dict[str, LayerSpec]:
     """Decides for every entry of the state_dict whether it is sparse, dense or a buffer, and why.
 
-    A submodule with several names is one layer, under the first of them; patterns may use any.
+    A tensor with several names, of one submodule or of several, is one layer under the first of them; patterns may use
+    any. A parameter that modules share is sparse only if it is a weight to all of them.
 
     Args:
         module: any network; its weights are not read, so it may be on the meta device.
@@ -83,8 +88,7 @@ def discover(module: nn.Module, rules: Rules | None = None) -> dict[str, LayerSp
         One spec per state_dict entry, in its order. `with_macs` adds `macs_per_weight`.
 
     Raises:
-        UsageError: a pattern matches no weight, two modules share one tensor, or the state_dict cannot be saved; see
-            `require_state`.
+        UsageError: a pattern matches no weight, or the state_dict cannot be saved; see `require_state`.
     """
     rules = rules or Rules()
     require_state(module)
@@ -102,42 +106,35 @@ class _Entry(NamedTuple):
     """One entry of the state_dict.
 
     Attributes:
-        owner: the module that has it.
-        local: its name there.
         shape: its shape.
-        role: `parameter`, `buffer`, or `extra` for what the module adds to its state_dict beside these.
-        names: its names in the state_dict; several if the module has several.
+        role: `parameter`, `buffer`, or `extra` for what a module adds to its state_dict beside these.
+        owners: the modules that have it, by its name in each of them; one, unless it is tied.
+        names: its names in the state_dict; several if it is tied, or if a module has several.
     """
 
-    owner: nn.Module
-    local: str
     shape: tuple[int, ...]
     role: str
+    owners: dict[str, nn.Module]
     names: tuple[str, ...]
 
 
 def _entries(module: nn.Module) -> dict[str, _Entry]:
     """Returns every entry of the state_dict by its first name, in its order."""
     modules = dict(module.named_modules(remove_duplicate=False))
-    paths: dict[str, list[str]] = {}
-    for path, earlier in later_paths(module).items():
-        paths.setdefault(earlier, [earlier]).append(path)
+    others: dict[str, list[str]] = {}
+    for name, earlier in later_names(module).items():
+        others.setdefault(earlier, []).append(name)
     found: dict[str, _Entry] = {}
-    seen: dict[int, str] = {}
     for name, like, _ in held_state(module):
-        path, _, local = name.rpartition(".")
-        owner = modules.get(path, module)
-        names = tuple(f"{other}.{local}".removeprefix(".") for other in paths.get(path, [path]))
-        tensor = owner._parameters.get(local, owner._buffers.get(local))
+        names = (name, *others.get(name, ()))
+        places = [(modules.get(path, module), local) for path, _, local in (each.rpartition(".") for each in names)]
+        owner, local = places[0]
         is_parameter = local in owner._parameters or local in owner.__dict__.get(LAYERS, {})
-        role = "parameter" if is_parameter else "buffer" if tensor is not None else "extra"
-        # One tensor in two modules would need one mask under two names.
-        if tensor is not None and seen.setdefault(id(tensor), name) != name:
-            raise UsageError(
-                f"entries {seen[id(tensor)]!r} and {name!r} are one shared tensor, which cannot be made sparse; give "
-                f"each layer its own weights."
-            )
-        found[name] = _Entry(owner, local, tuple(like.shape), role, names)
+        role = "parameter" if is_parameter else "buffer" if local in owner._buffers else "extra"
+        distinct: dict[tuple[int, str], tuple[str, nn.Module]] = {}
+        for each, (one, key) in zip(names, places, strict=True):
+            distinct.setdefault((id(one), key), (each, one))  # a module under several names is one owner
+        found[name] = _Entry(tuple(like.shape), role, dict(distinct.values()), names)
     return found
 
 
@@ -149,21 +146,33 @@ def is_weight(owner: nn.Module, local: str) -> bool:
 
 
 def _by_type(name: str, entry: _Entry) -> LayerSpec:
-    """Returns the spec of an entry by the type of its module alone."""
-    owner, local, shape, role, _ = entry
+    """Returns the spec of an entry by the types of its modules alone."""
+    kind, tied = type(entry.owners[name]).__name__, _tied(entry)
+    if entry.role != "parameter":
+        what = "buffer" if entry.role == "buffer" else "extra state"
+        return LayerSpec(name, entry.shape, kind, "buffer", False, f"{what} of {kind}{tied}")
+    # A mask would reach every module that shares the parameter, so one that has no weights there decides.
+    others = ((owner, each.rpartition(".")[2]) for each, owner in entry.owners.items())
+    other = next(((owner, local) for owner, local in others if not is_weight(owner, local)), None)
+    if other is None:
+        return LayerSpec(name, entry.shape, kind, "sparse", True, f"weight of {kind}{tied}")
+    return LayerSpec(name, entry.shape, kind, "dense", False, f"{_no_weight(*other)}{tied}")
+
+
+def _no_weight(owner: nn.Module, local: str) -> str:
+    """Returns what a parameter is that is no weight to its module."""
     kind = type(owner).__name__
-    if role == "parameter" and is_weight(owner, local):
-        return LayerSpec(name, shape, kind, "sparse", True, f"weight of {kind}")
-    if role != "parameter":
-        what = "buffer" if role == "buffer" else "extra state"
-        return LayerSpec(name, shape, kind, "buffer", False, f"{what} of {kind}")
     if isinstance(owner, _NORMS):
-        reason = f"normalisation ({kind})"
-    elif isinstance(owner, (*_WEIGHT_LAYERS, nn.MultiheadAttention)) and "bias" in local:
-        reason = f"bias of {kind}"
-    else:
-        reason = f"parameter of {kind}, which is no layer of weights"
-    return LayerSpec(name, shape, kind, "dense", False, reason)
+        return f"normalisation ({kind})"
+    if isinstance(owner, (*_WEIGHT_LAYERS, nn.MultiheadAttention)) and "bias" in local:
+        return f"bias of {kind}"
+    return f"parameter of {kind}, which is no layer of weights"
+
+
+def _tied(entry: _Entry) -> str:
+    """Returns a clause that names the other modules' names of an entry; empty if it is not tied."""
+    _, *others = entry.owners
+    return f", tied to {', '.join(others[:_SHOWN])}{', ...' * (len(others) > _SHOWN)}" if others else ""
 
 
 def _by_rules(spec: LayerSpec, entry: _Entry, rules: Rules, tiny_below: float) -> LayerSpec:
@@ -173,9 +182,9 @@ def _by_rules(spec: LayerSpec, entry: _Entry, rules: Rules, tiny_below: float) -
         return replace(spec, reason=f"{spec.reason}, sparse by pattern {pattern!r}")
     if pattern := _match(entry.names, rules.keep_dense):
         return replace(spec, role="dense", reason=f"kept dense by pattern {pattern!r}")
-    if spec.name in rules.preset_dense:
-        return replace(spec, role="dense", reason=rules.preset_dense[spec.name])
-    if rules.small_layers and _is_depthwise(entry.owner):
+    if kept := next((name for name in entry.names if name in rules.preset_dense), None):
+        return replace(spec, role="dense", reason=rules.preset_dense[kept])
+    if rules.small_layers and any(map(_is_depthwise, entry.owners.values())):
         return replace(spec, role="dense", reason="depthwise: one input channel per filter")
     if rules.small_layers and spec.size < tiny_below:
         return replace(spec, role="dense", reason=f"tiny: fewer than {TINY_WEIGHTS:,} weights")
@@ -187,8 +196,9 @@ def _by_granularity(spec: LayerSpec, entry: _Entry, granularity: Granularity) ->
     if spec.role != "sparse" or granularity.kind in UNSTRUCTURED:
         return spec
     misfit = granularity.misfit(spec.shape)
-    if not isinstance(entry.owner, _INPUTS_SECOND):
-        misfit = f"{spec.kind} has no input channels to choose from ({granularity})"
+    other = next((type(one).__name__ for one in entry.owners.values() if not isinstance(one, _INPUTS_SECOND)), None)
+    if other is not None:
+        misfit = f"{other} has no input channels to choose from ({granularity})"
     return replace(spec, role="dense", reason=misfit) if misfit else spec
 
 

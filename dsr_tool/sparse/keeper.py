@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.active import Positions, put_
+from dsr_tool.sparse.aliases import later_names
 from dsr_tool.sparse.masked_layer import MaskedLayer, clear_all
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparse.optimizers import OptimizerView, closure_of, with_closure
@@ -226,7 +227,7 @@ class MaskKeeper(Keeper):
         model.align_masks()
         super().__init__(model, optimizer, [])
         self._before_masking, self._update = before_masking, False
-        self._places = _places(model)
+        self._places, self._tied = _places(model)
         self._layers: dict[str, MaskedLayer] = {}
         self._owned: dict[str, nn.Parameter] = {}
         self._optimized: set[int] = set()
@@ -295,6 +296,8 @@ class MaskKeeper(Keeper):
         self.names = [name for name, layer in self._layers.items() if layer.weight.requires_grad]
 
     def _was_replaced(self, name: str, weight: nn.Parameter, optimized: set[int]) -> bool:
+        if any(owner._parameters.get(attribute) is not weight for owner, attribute in self._tied.get(name, ())):
+            return True
         if weight is self._owned.get(name, weight):
             return False
         return id(weight) not in optimized or weight.shape != self.model.masks[name].shape
@@ -454,8 +457,19 @@ def _nothing(*_: object) -> None:
     """Does nothing."""
 
 
-def _places(model: SparseModel) -> dict[str, tuple[nn.Module, str]]:
-    """Returns the module and the attribute of each sparse weight, by name."""
-    modules = dict(model.module.named_modules())
-    pairs = ((name, name.rpartition(".")) for name in model.masks)
-    return {name: (modules[owner], attribute) for name, (owner, _, attribute) in pairs}
+_Place = tuple[nn.Module, str]
+"""A module, and its attribute for a weight."""
+
+
+def _places(model: SparseModel) -> tuple[dict[str, _Place], dict[str, list[_Place]]]:
+    """Returns the place of each sparse weight, by name; and the other places of those that are tied."""
+    modules = dict(model.module.named_modules(remove_duplicate=False))
+
+    def place(name: str) -> _Place:
+        path, _, attribute = name.rpartition(".")
+        return modules[path], attribute
+
+    tied: dict[str, list[_Place]] = {}
+    for name, first in later_names(model.module).items():
+        tied.setdefault(first, []).append(place(name))
+    return {name: place(name) for name in model.masks}, tied

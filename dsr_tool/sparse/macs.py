@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from dsr_tool.errors import UsageError, first_line
-from dsr_tool.sparse.aliases import later_paths
 from dsr_tool.sparse.feeding import evaluating, float_tensors, tensor_form
 from dsr_tool.sparse.flow import WeightFlow
 from dsr_tool.sparsity.layers import LayerSpec
@@ -144,7 +143,18 @@ def _forward(module: nn.Module, state: dict[str, torch.Tensor], example: torch.T
     with evaluating(module), torch.random.fork_rng(devices=[]), mode(state):
         # The boxes of a detector depend on values, so it runs in its form without their choice.
         form = tensor_form(module, regions=None)
-        # torch gives a tensor back under each name, and of a module with two names the second one is the example's.
-        tied = not later_paths(form)
-        output: object = torch.func.functional_call(form, state, (example,), tie_weights=tied)
+        # torch gives a tensor back under each name, and of a module with two names the second one is the example's. So
+        # each module gets all of its tensors under one name, and torch is not asked to find those that are tied.
+        output: object = torch.func.functional_call(form, _for_each_module(form, state), (example,), tie_weights=False)
         return output
+
+
+def _for_each_module(module: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns tensors by name for every module that reads them, given them under the first of their names."""
+    first = {id(tensor): name for name, tensor in (*module.named_buffers(), *module.named_parameters())}
+    return {
+        f"{path}.{local}" if path else local: state[first[id(tensor)]]
+        for path, owner in module.named_modules()
+        for local, tensor in (*owner._parameters.items(), *owner._buffers.items())
+        if tensor is not None
+    }

@@ -12,8 +12,9 @@ from torch import nn
 from dsr_tool.errors import UsageError
 from dsr_tool.graph.ir import Attribute, Graph, Node, Value
 from dsr_tool.graph.operators import operator_of
-from dsr_tool.sparse.aliases import first_name, later_paths
+from dsr_tool.sparse.aliases import later_names
 from dsr_tool.sparse.capture import capture
+from dsr_tool.sparse.compact.change import held_state
 from dsr_tool.sparse.feeding import INPUT
 from dsr_tool.sparsity.tensor import Array
 
@@ -66,10 +67,7 @@ def _refuse_reserved(network: str, state: Container[str], names: Iterable[str]) 
 
 def _first_names(module: nn.Module) -> dict[str, str]:
     """Returns for each state_dict entry the first name of the same tensor: tied weights have one name in the graph."""
-    first: dict[int, str] = {}
-    later = later_paths(module)
-    state = module.state_dict(keep_vars=True)  # without keep_vars, tied weights are different tensors
-    return {name: first.setdefault(id(tensor), first_name(name, later)) for name, tensor in state.items()}
+    return {name: name for name, *_ in held_state(module)} | later_names(module)
 
 
 class _Reader:

@@ -108,7 +108,9 @@ def _model_against(model: SparseModel, settings: TrainSettings) -> str:
     if not model.prunable_weights:
         return "the model has no sparse layer"
     density = model.active_weights / model.prunable_weights
-    return f"{100 * density:.3g} % of the weights are active" if density > MOST_DENSITY else _tied_against(model, settings)
+    if density > MOST_DENSITY:
+        return f"{100 * density:.3g} % of the weights are active"
+    return _tied_against(model, settings)
 
 
 def _tied_against(model: SparseModel, settings: TrainSettings) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 import numpy as np
 import torch
 
-from dsr_tool.sparse.aliases import completed
+from dsr_tool.sparse.aliases import assign
 from dsr_tool.sparse.capture import frozen_copy
 from dsr_tool.sparse.compact.change import held_state
 from dsr_tool.sparse.model import SparseModel
@@ -73,7 +73,7 @@ def rounded_model(model: SparseModel, tensors: Mapping[str, SparseTensor]) -> Sp
         if model.specs[name].weight:
             state[name] = torch.from_numpy(tensor.to_dense().astype(np.float32))
     # Assigned, not copied into place: the copy shares its tensors with the model, which must not change.
-    module.load_state_dict(completed(state, module), assign=True)
+    assign(module, state)
     return SparseModel(module, model.specs, model.masks, model.config)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dsr_tool.errors import CheckFailed
-from dsr_tool.sparse.aliases import completed
+from dsr_tool.sparse.aliases import assign
 from dsr_tool.sparse.capture import frozen_copy
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.tensor import Array, SparseTensor
@@ -123,5 +123,5 @@ def _filled(module: nn.Module, state: Mapping[str, Array]) -> nn.Module:
     copied = frozen_copy(module)
     # Assigned, not copied into place: the copy shares its tensors with the model, which must not change.
     filled = {name: torch.from_numpy(array).to(types[name]) for name, array in state.items()}
-    copied.load_state_dict(completed(filled, copied), assign=True)
+    assign(copied, filled)
     return copied

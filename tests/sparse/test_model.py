@@ -68,13 +68,6 @@ def test_patterns_keep_dense_and_sparsify():
         discover(Attention(), Rules(keep_dense=["heed.weight"]))
 
 
-def test_tied_weights_are_refused():
-    module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    module[1].weight = module[0].weight
-    with pytest.raises(UsageError, match="one shared tensor"):
-        discover(module)
-
-
 def test_lazy_layers_are_refused():
     with pytest.raises(UsageError, match="has no shape yet"):
         discover(nn.Sequential(nn.LazyLinear(8)))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsr_tool.sparse.aliases import is_alias, later_paths
+from dsr_tool.sparse.aliases import later_names
 from dsr_tool.sparse.compact.layer_parameters import LayerParameters
 from dsr_tool.sparse.compact.marks import LAYERS, ORDER, VALUES, store_of
 from dsr_tool.sparse.compact.modules import install
@@ -68,7 +68,7 @@ def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def held_state(module: nn.Module) -> list[tuple[str, torch.Tensor, Callable[[], torch.Tensor]]]:
     """Lists a state_dict in its order: name, a tensor of its type and shape, and what makes the tensor itself.
 
-    Of a module with several names, entries are listed under the first. Of a compact network the first tensor has no
+    Of a tensor with several names, the first is listed. Of a compact network the first tensor has no
     data, and dense weights exist one at a time.
     """
     store = store_of(module)
@@ -80,8 +80,8 @@ def held_state(module: nn.Module) -> list[tuple[str, torch.Tensor, Callable[[], 
 
 
 def _first_named(module: nn.Module) -> dict[str, Any]:
-    later = later_paths(module)
-    return {name: entry for name, entry in module.state_dict().items() if not is_alias(name, later)}
+    later = later_names(module)
+    return {name: entry for name, entry in module.state_dict().items() if name not in later}
 
 
 def _itself(tensor: torch.Tensor) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
