@@ -96,6 +96,7 @@ class OnnxSession:
         *,
         threads: int | None = None,
         optimized: Path | None = None,
+        optimise: bool = True,
         spinning: bool = True,
     ) -> None:
         """Loads a model and optimises it.
@@ -104,6 +105,7 @@ class OnnxSession:
             source: a file, or the bytes of one.
             threads: number of threads of one inference; None for one per core.
             optimized: file to write the optimised graph to; None for no file.
+            optimise: False runs every node by itself, as the file has it.
             spinning: True lets threads without work keep their cores busy for a while, ONNX Runtime's default; False
                 beside anything else that is timed.
 
@@ -116,6 +118,8 @@ class OnnxSession:
         options.log_severity_level = _ERRORS_ONLY
         options.intra_op_num_threads = threads or 0
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+        if not optimise:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if optimized is not None:
             options.optimized_model_filepath = _utf8(optimized)
             # Weights go to a second file, since a model of more than 2 GB does not fit into one.

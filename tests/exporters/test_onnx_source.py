@@ -141,11 +141,12 @@ def test_a_wrong_computation_does_not_pass_and_leaves_no_file(tmp_path, source, 
     assert [path.name for path in tmp_path.iterdir()] == ["source.onnx"]
 
 
-def test_a_fault_of_the_reference_does_not_pass_for_rounding(tmp_path, source, monkeypatch):
+@pytest.mark.parametrize("fault", [1.01, 1.0001])
+def test_a_fault_of_the_reference_does_not_pass_for_rounding(tmp_path, source, monkeypatch, fault):
     """The run in double precision is by the same code, and would agree with its faults."""
     from dsr_tool.runtime.reference import call
 
-    monkeypatch.setitem(call.FUNCTIONS, "GlobalAveragePool", lambda x: x.mean(axis=(2, 3), keepdims=True) * 1.01)
+    monkeypatch.setitem(call.FUNCTIONS, "GlobalAveragePool", lambda x: x.mean(axis=(2, 3), keepdims=True) * np.float32(fault))
     monkeypatch.setattr("dsr_tool.runtime.kernels.library.library", lambda: None)
     monkeypatch.setattr("dsr_tool.runtime.session.library", lambda: None)
     with pytest.raises(CheckFailed, match="sparse differs from the ONNX file"):
