@@ -146,7 +146,9 @@ def test_a_fault_of_the_reference_does_not_pass_for_rounding(tmp_path, source, m
     """The run in double precision is by the same code, and would agree with its faults."""
     from dsr_tool.runtime.reference import call
 
-    monkeypatch.setitem(call.FUNCTIONS, "GlobalAveragePool", lambda x: x.mean(axis=(2, 3), keepdims=True) * np.float32(fault))
+    monkeypatch.setitem(
+        call.FUNCTIONS, "GlobalAveragePool", lambda x: x.mean(axis=(2, 3), keepdims=True) * np.float32(fault)
+    )
     monkeypatch.setattr("dsr_tool.runtime.kernels.library.library", lambda: None)
     monkeypatch.setattr("dsr_tool.runtime.session.library", lambda: None)
     with pytest.raises(CheckFailed, match="sparse differs from the ONNX file"):
