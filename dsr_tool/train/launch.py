@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.train.class_weights import class_weights, uneven_note
 from dsr_tool.train.data import Data
+from dsr_tool.train.event_log import EventLog
 from dsr_tool.train.failures import require_classifier
 from dsr_tool.train.fine_tuning import announcement, starts_trained
 from dsr_tool.train.loop import train
@@ -30,6 +32,7 @@ def train_in_folder(
     given: Mapping[str, Any],
     *,
     facts: Mapping[str, Any],
+    log: str | None = None,
     quiet: bool = False,
     deadline: float = math.inf,
 ) -> tuple[TrainSettings, TrainResult]:
@@ -41,6 +44,7 @@ def train_in_folder(
         data: the data, opened for this model.
         given: arguments of `TrainSettings`; when `run` resumes, they must agree with those of the start.
         facts: plain values for `settings.json` and the log: where model and data came from.
+        log: another log to write, one of `event_log.LOGS`; None for none.
         quiet: show no progress.
         deadline: reading of `time.monotonic()` by which to stop, see `train`.
 
@@ -48,8 +52,8 @@ def train_in_folder(
         The settings with all defaults filled in, and all epochs of the run, those of earlier calls included.
 
     Raises:
-        UsageError: the model is a detector; a setting is not allowed, or differs from those of the run to resume; or
-            the teacher does.
+        UsageError: the model is a detector; tensorboard is not installed and asked for; a setting is not allowed, or
+            differs from those of the run to resume; or the teacher does.
         DsrError: see `train`.
     """
     require_classifier(model.module)
@@ -62,7 +66,16 @@ def train_in_folder(
     weights = class_weights(settings.class_weights, data.dataset)
     weighted = {} if weights is None else {"class_weights": list(weights)}
     settings, against = apply_storage(model, settings)
-    run.facts = {**facts, **taught, **weighted, **data.sizes, "settings": settings.to_dict()}
+    # First of the observers: an epoch whose events are written before its checkpoint is dropped or kept with that.
+    events = [] if log is None else [EventLog(Path(run.path), stopped)]
+    run.facts = {
+        **facts,
+        **({} if log is None else {"log": log}),
+        **taught,
+        **weighted,
+        **data.sizes,
+        "settings": settings.to_dict(),
+    }
     before = stopped.epochs if stopped else ()
     Ranks.current().wait()  # until every rank has read the files that rank 0 changes from here on
     images = min(settings.batch_size, data.sizes["train_images"])
@@ -75,6 +88,6 @@ def train_in_folder(
         if not stopped and "class_weights" not in given and (line := uneven_note(data.dataset)):
             progress.note(line)
         state = stopped.state if stopped else None
-        result = train(model, data, settings, [run, progress], teacher=teacher, state=state, deadline=deadline)
+        result = train(model, data, settings, [*events, run, progress], teacher=teacher, state=state, deadline=deadline)
     start = stopped.start_accuracy if stopped else result.start_accuracy
     return settings, TrainResult((*before, *result.epochs), start)

@@ -170,7 +170,7 @@ class RunFolder(Observer):
 
     def _restore(self, stopped: Stopped) -> None:
         """Removes what a killed process left half done, and cuts the logs to the last complete epoch."""
-        stopped.require({name: value for name, value in self.facts.items() if name != "settings"})
+        stopped.require({name: value for name, value in self.facts.items() if name not in ("settings", "log")})
         with writing(self.path, _KEPT):
             finish_replacing(self.path)
             if not (self.path / _BEST).exists():  # the process was killed while it replaced this folder
