@@ -33,20 +33,26 @@ _LINKS = ("from", "structure")
 
 
 def resolve_training(
-    name: str | None, sets: Sequence[str], given: Mapping[str, Any], method_options: Sequence[str] = ()
+    name: str | None,
+    sets: Sequence[str],
+    given: Mapping[str, Any],
+    method_options: Sequence[str] = (),
+    *,
+    base: Recipe | None = None,
 ) -> Recipe:
     """Returns a recipe with everything that the command line changes in it.
 
     Args:
-        name: name or file of the recipe; None to start from the defaults.
+        name: name or file of the recipe; None to start from `base`.
         sets: texts of `--set`, see `override`.
         given: settings and options of the method, by name with underscores.
         method_options: texts `key=value` of `--option`, for any option of the method.
+        base: settings to start from, of the right types; None for the defaults.
 
     Raises:
         UsageError: the recipe does not exist, or has values that are not allowed; all of them are listed.
     """
-    recipe = find_recipe(name) if name is not None else Recipe("")
+    recipe = find_recipe(name) if name is not None else base or Recipe("")
     settings = {key: value for key, value in given.items() if key in TRAIN_KEYS}
     recipe = replace(recipe, train=_without_momentum(recipe.train, settings))
     if "method" in settings:  # before --set, since the method decides which options --set may change

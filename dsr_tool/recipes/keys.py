@@ -62,19 +62,25 @@ def find_key(key: str) -> tuple[str, str]:
     return found, name
 
 
-def value_errors(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Yields each key that does not exist or has a value of the wrong type, with a sentence."""
+def value_errors(recipe: Recipe, called: Mapping[str, str] | None = None) -> Iterator[tuple[str, str]]:
+    """Yields each key that does not exist or has a value of the wrong type, with a sentence.
+
+    Args:
+        recipe: the recipe.
+        called: names of its tables in another file; those of recipes when absent.
+    """
+    names = {"model": "model", "train": "train", "options": "options", **(called or {})}
     for table, hints in (("model", MODEL_KEYS), ("train", TRAIN_KEYS)):
         for key, value in getattr(recipe, table).items():
-            where = f"{table}.{key}"
+            where = f"{names[table]}.{key}"
             if key not in hints:
-                yield where, str(unknown_name("key", where, [f"{table}.{name}" for name in hints]))
+                yield where, str(unknown_name("key", where, [f"{names[table]}.{name}" for name in hints]))
             elif not _matches(value, hints[key]):
                 yield where, f"{where} is {value!r}, expected {_describe(hints[key])}."
     name = str(recipe.train.get("method", TrainSettings.method))
     method = METHODS.get(name)  # None for a plugin method, which checks its options itself
     for key, value in recipe.options.items():
-        where = f"options.{key}"
+        where = f"{names['options']}.{key}"
         if method is not None and key not in (known := method.option_defaults()):
             close = closest(key, known)
             hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(known) or 'none'}."

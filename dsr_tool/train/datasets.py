@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torchvision import datasets as tv
 
+from converters.callables import is_callable_name
 from dsr_tool.errors import FileError, FormatError, UsageError, unknown_name
 from dsr_tool.runtime.picture_folder import class_folders
 from dsr_tool.train.arrays import read_idx, read_npz
 from dsr_tool.train.images import DataSet, InMemory, OnDisk
 
-__all__ = ["DATASETS", "open_dataset"]
+__all__ = ["DATASETS", "names_code", "open_dataset"]
 
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 _DIGITS = tuple(str(digit) for digit in range(10))
@@ -41,6 +42,11 @@ def open_dataset(spec: str, input_shape: tuple[int, ...]) -> DataSet:
     if needs in ("ROOT", "FILE.npz"):
         return open_it(Path(rest))
     return _fake(rest, input_shape) if needs else open_it()
+
+
+def names_code(spec: str) -> bool:
+    """Returns whether a value of `--data` is `module:callable`, which only a user may name, not a file."""
+    return spec.partition(":")[0] not in DATASETS and is_callable_name(spec)
 
 
 def _digits() -> DataSet:

@@ -16,9 +16,14 @@ from dsr_tool.train.checkpoint import CHECKPOINT, read_state
 from dsr_tool.train.records import EpochRecord
 from dsr_tool.train.settings import LEARNING_RATES, MOMENTA, TrainSettings
 
-__all__ = ["LOG", "SETTINGS", "Stopped", "find_stopped"]
+__all__ = ["FOUND", "LOG", "SETTINGS", "Stopped", "find_stopped"]
 
 LOG, SETTINGS = "log.jsonl", "settings.json"
+
+FOUND = (
+    *("recipe", "cell", "teacher_sha256", "class_weights", "data_sha256", "train_images", "test_images", "classes"),
+)
+"""Keys of `settings.json` that say where a run came from or what it found, not what it was asked to do."""
 
 _MAY_DIFFER = ("device", "workers", "teacher", "class_weights")
 """Settings that may be changed when a run resumes: they say where it is computed, or where teacher and class weights
@@ -62,7 +67,8 @@ class Stopped:
         lists = {name: getattr(self.started, name) for name in ("milestones", "doubling")}
         known = {**self.started.to_dict(), **lists, **self.started.options}
         for name, value in {**given, **given.get("options", {})}.items():
-            if name in ("options", *_MAY_DIFFER) or known.get(name) == value:
+            # `auto` chose what the run has.
+            if name in ("options", *_MAY_DIFFER) or known.get(name) == value or (name, value) == ("storage", "auto"):
                 continue
             option = f"--{name.replace('_', '-')} {value}"
             difference = (
