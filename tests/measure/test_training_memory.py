@@ -153,7 +153,7 @@ import json, sys, torch
 torch.set_num_threads(1)
 from torch.nn.functional import cross_entropy
 from converters.loading import load
-from dsr_tool.measure.memory.child import _warm_torch
+from dsr_tool.measure.memory.child import warm_torch
 from dsr_tool.measure.memory.ledger import make_optimizer
 from dsr_tool.measure.memory.process import held_bytes, reset_peak
 from dsr_tool.methods import attach
@@ -161,7 +161,7 @@ from dsr_tool.train.checkpoint import write_state
 from pathlib import Path
 
 folder, target, batch = sys.argv[1], sys.argv[2], int(sys.argv[3])
-_warm_torch()
+warm_torch()
 reset_peak()
 base = held_bytes("VmRSS")
 model = load(folder, storage="compact")

@@ -20,7 +20,7 @@ from dsr_tool.measure.memory.process import Measured, Request, held_bytes, reset
 if TYPE_CHECKING:
     from dsr_tool.runtime.source import ModelInMemory
 
-__all__ = ["KINDS"]
+__all__ = ["KINDS", "warm_torch"]
 
 _RUNS = 3
 """Inference runs per measurement: onnxruntime lays out its memory in the second run, after it has seen the first."""
@@ -54,7 +54,8 @@ def _pytorch(request: Request) -> Measured:
 
     from converters.loading import load
 
-    _warm_torch()
+    torch.set_num_threads(1)
+    warm_torch()
 
     def load_model() -> Callable[[], object]:
         module = load(request.path, request.maker).module.eval()
@@ -76,7 +77,8 @@ def _training(request: Request) -> Measured:
     from dsr_tool.measure.memory.steps import loss_of, make_optimizer
     from dsr_tool.methods import attach
 
-    _warm_torch()
+    torch.set_num_threads(1)
+    warm_torch()
 
     def load_model() -> Callable[[], object]:
         dense = request.storage == "dense"
@@ -100,12 +102,11 @@ def _training(request: Request) -> Measured:
     return _measure(load_model, _STEPS)
 
 
-def _warm_torch() -> None:
+def warm_torch() -> None:
     """Runs a forward pass, a backward pass and an optimizer step of a few layers."""
     import torch
     from torch import nn, optim
 
-    torch.set_num_threads(1)
     network = nn.Sequential(
         nn.Conv2d(3, 64, 7, 2, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
         nn.Conv2d(64, 64, 3, 1, 1), nn.Conv2d(64, 64, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 8),
