@@ -39,7 +39,7 @@ _SPARSITY, _TUNING_EPOCHS = 0.9, 2
 # `_STOP`: share of the training after which masks stay fixed, so that the last weights that were grown are trained.
 _BATCH_SIZE, _LR, _WARMUP_EPOCHS, _STOP = 64, 0.02, 1, 0.75
 _ROUNDS = 50
-"""Pairs of runs for each latency; each takes milliseconds, so the median of so many is steady on a busy machine."""
+"""Pairs of runs for each latency; fifty of some milliseconds take less than a second."""
 _DOCUMENT = "demo.json"
 
 
