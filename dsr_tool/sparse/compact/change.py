@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from dsr_tool.sparse.aliases import later_names
-from dsr_tool.sparse.compact.layer_parameters import LayerParameters
-from dsr_tool.sparse.compact.marks import LAYERS, ORDER, VALUES, store_of
+from dsr_tool.sparse.compact.marks import VALUES, store_of
 from dsr_tool.sparse.compact.modules import install
+from dsr_tool.sparse.compact.parts import each_layer
 from dsr_tool.sparse.compact.store import CompactStore, Entry
 
 __all__ = ["compacted", "held_state", "named_parameters", "parameters_of"]
@@ -50,19 +50,7 @@ def parameters_of(module: nn.Module) -> int:
 def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yields the parameters by their names in the `state_dict`, in its order; in compact storage one for each layer."""
     store = store_of(module)
-    if store is None:
-        yield from module.named_parameters()
-        return
-    if store.by_layer is None:
-        store.by_layer = LayerParameters(store)
-    layers, seen = store.by_layer, {id(store.values)}
-    for path, owner in module.named_modules():
-        held = owner.__dict__.get(LAYERS, {})
-        for attribute in dict.fromkeys([*owner.__dict__.get(ORDER, ()), *owner._parameters]):
-            parameter = layers[held[attribute]] if attribute in held else owner._parameters[attribute]
-            if parameter is not None and id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield f"{path}.{attribute}" if path else attribute, parameter
+    yield from module.named_parameters() if store is None else each_layer(module, store)
 
 
 def held_state(module: nn.Module) -> list[tuple[str, torch.Tensor, Callable[[], torch.Tensor]]]:

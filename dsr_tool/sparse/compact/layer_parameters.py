@@ -39,6 +39,7 @@ class LayerParameters(Mapping[str, nn.Parameter]):
         self._trained = {name: self._parameters[name] for name in store.layers if name in trained}
         for name, parameter in self._trained.items():
             parameter.register_hook(_refusal(name))
+        self._flags = {name: parameter.requires_grad for name, parameter in self._parameters.items()}
         self._flat_gradient: torch.Tensor | None = None
         self._hooked: nn.Parameter | None = None
         self.follow()
@@ -51,6 +52,19 @@ class LayerParameters(Mapping[str, nn.Parameter]):
 
     def __len__(self) -> int:
         return len(self._parameters)
+
+    def follow_flags(self) -> None:
+        """Has the parameters say which layers are trained now, before somebody changes that; see `changed`."""
+        for name, parameter in self._parameters.items():
+            trained = self._store.layers[name].trained and self._store.values.requires_grad
+            if parameter.requires_grad == self._flags[name]:
+                parameter.requires_grad_(trained)
+                self._flags[name] = trained
+
+    def changed(self) -> str | None:
+        """Returns the name of a layer that somebody froze or unfroze by its parameter; None if nobody did."""
+        flags = ((name, parameter.requires_grad) for name, parameter in self._parameters.items())
+        return next((name for name, flag in flags if flag != self._flags[name]), None)
 
     @torch.no_grad()
     def follow(self) -> None:

@@ -6,7 +6,7 @@ order and bytes of the `state_dict` stay what they were.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -15,8 +15,9 @@ from torch import nn
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.blocked.runner import Runner
 from dsr_tool.sparse.compact.marks import LAYERS, ORDER, RUNNER, STORE, VALUES, plain_class, store_of
+from dsr_tool.sparse.compact.parts import hide_layers, show_layers
 from dsr_tool.sparse.compact.rebuild import light
-from dsr_tool.sparse.compact.store import CompactStore, frozen_before
+from dsr_tool.sparse.compact.store import CompactStore, frozen_before, trained_before
 
 __all__ = ["install", "runner_of", "uninstall"]
 
@@ -51,6 +52,7 @@ def install(module: nn.Module, store: CompactStore) -> None:
         owner.__dict__[STORE], owner.__dict__[LAYERS] = store, held
         _change_class(owner, _compact_class(type(owner), tuple(held), root=owner is module))
     module.register_parameter(VALUES, store.values)
+    show_layers(module, store)
 
 
 def uninstall(module: nn.Module) -> None:
@@ -59,6 +61,7 @@ def uninstall(module: nn.Module) -> None:
     if store is None:
         return
     made: dict[str, nn.Parameter] = {}
+    hide_layers(module)
     del module._parameters[VALUES]
     for owner in module.modules():
         held: Mapping[str, str] | None = owner.__dict__.pop(LAYERS, None)
@@ -150,10 +153,7 @@ class _Layer(nn.Module):
             if requires_grad and not (layer.trained and (whole or store.values.requires_grad)):
                 raise frozen_before(layer.name)
             if not requires_grad and not whole and layer.trained and store.values.requires_grad:
-                raise UsageError(
-                    f"{layer.name!r} is trained together with all sparse weights in compact storage; call "
-                    f"model.to_storage('masked'), freeze the layer, and then make the model compact again."
-                )
+                raise trained_before(layer.name)
         return nn.Module.requires_grad_(self, requires_grad)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -165,12 +165,22 @@ class _Root(_Layer):
     """The root of a network in compact storage."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        store: CompactStore = self.__dict__[STORE]
+        store.require_flags()
         runner = runner_of(self)
         if runner is not None and runner.accepts(args, kwargs):
             return runner(*args, **kwargs)
-        store: CompactStore = self.__dict__[STORE]
         with store.forward(), light():
             return super().forward(*args, **kwargs)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Yields the flat parameter, all dense ones, and those of frozen sparse layers, so that loops see them."""
+        yield from super().parameters(recurse)
+        store: CompactStore = self.__dict__[STORE]
+        frozen = [name for name, layer in store.layers.items() if not layer.trained] if recurse else []
+        if frozen:
+            layers = store.parameters()
+            yield from (layers[name] for name in frozen)
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

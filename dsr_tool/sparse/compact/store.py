@@ -22,7 +22,7 @@ from dsr_tool.sparse.compact.layer_parameters import LayerParameters
 from dsr_tool.sparse.compact.rebuild import Rebuilt, rebuild
 from dsr_tool.sparsity.granularity import SINGLE
 
-__all__ = ["CompactLayer", "CompactStore", "Entry", "UnexpectedAccessError", "frozen_before"]
+__all__ = ["CompactLayer", "CompactStore", "Entry", "UnexpectedAccessError", "frozen_before", "trained_before"]
 
 _MOST_POSITIONS = 2**31 - 1
 """Largest number of weights of a layer: positions are int32."""
@@ -37,6 +37,14 @@ def frozen_before(name: str) -> UsageError:
     return UsageError(
         f"{name!r} was frozen when the model became compact, so it has no gradient to train by; call "
         f"model.to_storage('masked'), unfreeze the layer, and then make the model compact again."
+    )
+
+
+def trained_before(name: str) -> UsageError:
+    """Returns the error for an attempt to freeze a layer that was trained when its store was made."""
+    return UsageError(
+        f"{name!r} is trained together with all sparse weights in compact storage; call model.to_storage('masked'), "
+        f"freeze the layer, and then make the model compact again."
     )
 
 
@@ -148,6 +156,19 @@ class CompactStore:
     def trained(self) -> list[str]:
         """Names of the layers whose values are in the parameter."""
         return [name for name, layer in self.layers.items() if layer.trained]
+
+    def parameters(self) -> LayerParameters:
+        """Returns the parameters of the layers, made when they are first asked for."""
+        if self.by_layer is None:
+            self.by_layer = LayerParameters(self)
+        self.by_layer.follow_flags()
+        return self.by_layer
+
+    def require_flags(self) -> None:
+        """Raises `UsageError` if a layer was frozen or unfrozen alone, which one flat parameter cannot follow."""
+        name = None if self.by_layer is None else self.by_layer.changed()
+        if name is not None and self.by_layer is not None:
+            raise frozen_before(name) if self.by_layer[name].requires_grad else trained_before(name)
 
     def values_of(self, name: str) -> torch.Tensor:
         """Returns the values of a layer, shape (active,), through which gradients reach the parameter."""
