@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import pickle
 import re
-import sys
 import warnings
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors.torch import load_file
 from torch.serialization import get_safe_globals, get_unsafe_globals_in_checkpoint, safe_globals
 
 from converters.foreign_files import foreign_kind
+from converters.zip_records import OverlapError, Records
 from dsr_tool.errors import FormatError, join_words
 from dsr_tool.files import require_file
 from dsr_tool.formats.tensor_file import is_safetensors
@@ -124,6 +122,8 @@ def read_file(path: Path) -> object:
         raise FormatError(f"--weights file {str(path)!r} {kind}.")
     try:
         return _read(path)
+    except OverlapError as error:
+        raise FormatError(f"--weights file {str(path)!r} {error}") from error
     except Exception as error:  # a damaged pickle or zip may raise anything in its reader
         raise FormatError(f"--weights file {str(path)!r} {_reason(path, error)}") from error
 
@@ -168,23 +168,14 @@ def _read(path: Path) -> object:
         if is_safetensors(start):
             return load_file(path)
         warnings.simplefilter("ignore")  # about unusual pickles, which are refused if they hold no state_dict
-        if CAN_MAP and start.startswith(_ZIP) and _has_plain_records(file):
+        records = Records.of(file) if start.startswith(_ZIP) else None
+        if CAN_MAP and records is not None and records.plain:
             # As a map, so that a conversion can leave the weights in the file. This needs a path, in UTF-8.
-            return torch.load(f"/proc/self/fd/{file.fileno()}", map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(f"/proc/self/fd/{file.fileno()}", map_location="cpu", weights_only=True, mmap=True)
+            if records.require_own(content):
+                return content
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def _has_plain_records(file: BinaryIO) -> bool:
-    """Returns whether tensors have the same bytes in a zip file as in memory: torch reads any record of a map so."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            records = archive.infolist()
-            plain = all(record.compress_type == zipfile.ZIP_STORED for record in records)
-            orders = {archive.read(record) for record in records if plain and record.filename.endswith("/byteorder")}
-    except Exception:  # noqa: BLE001 - a damaged zip may raise anything; torch's reader has the last word
-        return False
-    return plain and orders <= {sys.byteorder.encode()}
 
 
 @contextmanager

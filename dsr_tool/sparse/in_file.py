@@ -63,11 +63,18 @@ class FileMaps:
         first, nbytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
         if not tensor.is_contiguous() or tensor.is_neg():
             return None
+        path, start = self.place(first, nbytes) or ("", 0)
+        if not path or not Path(path).is_file():
+            return None
+        parameter = nn.Parameter(tensor, requires_grad=False)
+        setattr(parameter, _PLACE, _Place(path, start, _version(Path(path).stat())))
+        return parameter
+
+    def place(self, address: int, nbytes: int) -> tuple[str, int] | None:
+        """Returns the path of the file that some bytes are a map of, and their offset there; None for other memory."""
         for start, end, path, offset in self._ranges:
-            if start <= first and first + nbytes <= end and Path(path).is_file():
-                parameter = nn.Parameter(tensor, requires_grad=False)
-                setattr(parameter, _PLACE, _Place(path, offset + first - start, _version(Path(path).stat())))
-                return parameter
+            if start <= address and address + nbytes <= end:
+                return path, offset + address - start
         return None
 
 
