@@ -20,6 +20,14 @@ from dsr_tool.sparse.compact.store import CompactStore
 
 __all__ = ["Runner"]
 
+_GLOBAL_HOOKS = (
+    "_global_backward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_forward_hooks",
+)
+"""Where torch keeps the hooks of all modules; 2.6 has no function that asks for them."""
+
 
 class Runner:
     """Runs a network with sparse weights on the kernels.
@@ -171,15 +179,18 @@ def _unfit_tensor(tensor: Tensor) -> str:
     return "" if tensor.numel() else "an argument is empty"
 
 
+def _is_fx_tracing() -> bool:
+    """Returns whether torch.fx traces a module symbolically; older versions have another name for the question."""
+    fx = torch.fx._symbolic_trace
+    traces: bool = (fx.is_fx_symbolic_tracing if hasattr(fx, "is_fx_symbolic_tracing") else fx.is_fx_tracing)()
+    return traces
+
+
 def _unfit_torch() -> str:
     """Returns which of torch's modes needs the network's own forward, or an empty text."""
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    if (
-        torch._C._get_tracing_state() is not None
-        or torch.compiler.is_compiling()
-        or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
-    ):
+    if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling() or _is_fx_tracing():
         return "it is being traced or compiled"
     if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
         return "a mode of torch watches every operation"
@@ -187,6 +198,6 @@ def _unfit_torch() -> str:
         return "a transform of torch.func is at work"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode derivatives are wanted"
-    if nn.modules.module._has_any_global_hook():
+    if any(getattr(nn.modules.module, name) for name in _GLOBAL_HOOKS):
         return "there are hooks on all modules"
     return ""
