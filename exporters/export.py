@@ -136,45 +136,28 @@ def verify(path: str | Path, model: SparseModel, *, samples: int = 3, seed: int 
     return container_of(path).verify(path, CheckedModel(model), samples=samples, seed=seed)
 
 
-def densify_export(
-    source: str | Path,
-    path: str | Path,
-    *,
-    to: str | None = None,
-    encoding: str = "auto",
-    values: str = "fp32",
-    compact: bool = False,
-    force: bool = False,
-    **pictures: object,
-) -> Verification:
-    """Rewrites an ONNX file with plain initializers, for tools that look for weights there.
+def densify_export(source: str | Path, path: str | Path, *, force: bool = False) -> Verification:
+    """Rewrites an ONNX file in any encoding with plain initializers, for tools that look for weights there.
+
+    Values and nodes stay as they are; `export_onnx` writes the other encodings.
 
     Args:
-        source: the ONNX file, in any encoding.
+        source: the ONNX file.
         path: the new file.
-        to: `onnx` or None.
-        encoding: `dense`; an ONNX file alone cannot be written otherwise.
-        values: `fp32`; values stay as they are.
-        compact: False; removing channels takes the model.
         force: True to replace an existing file.
-        pictures: the other options of `export`, all None: values stay, so there is nothing to calibrate or to compare.
 
     Returns:
         The result of running both files in ONNX Runtime; `scale` is the largest output of `source`.
 
     Raises:
-        UsageError: any other option, a file that holds a plan, or a dense model of more than 2 GB.
+        UsageError: an ending that means another container, a file that holds a plan, or a dense model of more than
+            2 GB.
         FileError: `source` does not exist, or `path` exists and `force` is not set.
         FormatError: `source` is no ONNX file, or is damaged.
         CheckFailed: the new file does not compute what `source` computes; no file remains.
     """
     source, path = Path(source), Path(path)
-    others = any(option is not None for option in pictures.values())
-    if others or (_container_for(path, to).name, encoding, values, compact) != ("onnx", "dense", "fp32", False):
-        raise UsageError(
-            f"MODEL_DIR {str(source)!r} is an ONNX file, which can only become a dense one (-o FILE.onnx --encoding "
-            f"dense); give the model folder or an archive for everything else."
-        )
+    _container_for(path, "onnx")
     from exporters.onnx.densify import densify, verify_dense
     from exporters.onnx.read import read_onnx
 
@@ -231,7 +214,7 @@ def export_onnx(
         )
     _check_options(container, options)
     if container.name == "onnx" and (encoding, values, compact) == ("dense", "fp32", False) and not input_shape:
-        return densify_export(source, path, to=to, encoding=encoding, force=force)
+        return densify_export(source, path, force=force)
     from exporters.onnx.source import OnnxSource
     from exporters.onnx.verify_source import verify_source
 

@@ -105,31 +105,21 @@ def test_a_folder_and_an_archive_export_to_the_same_bytes(tmp_path, monkeypatch)
         assert (tmp_path / f"net-{name}").read_bytes() == (tmp_path / f"net.dsr-{name}").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("d.onnx", {}),
-        ("d.dsr", {"encoding": "dense"}),
-        ("d.onnx", {"encoding": "delta"}),
-        ("d.onnx", {"encoding": "dense", "values": "fp16"}),
-        ("d.onnx", {"encoding": "dense", "compact": True}),
-    ],
-)
-def test_an_onnx_file_only_becomes_dense(tmp_path, name, options):
-    with pytest.raises(UsageError, match="can only become a dense one"):
-        densify_export(tmp_path / "m.onnx", tmp_path / name, **options)
+def test_a_dense_onnx_file_is_not_called_by_the_ending_of_another_container(tmp_path):
+    with pytest.raises(UsageError, match=r"would hold an onnx file, .*call it d\.onnx"):
+        densify_export(tmp_path / "m.onnx", tmp_path / "d.dsr")
 
 
 @pytest.mark.usefixtures("trace_once")
 def test_a_compact_onnx_file_becomes_dense(make_model, tmp_path):
     small = export(make_model(0.9), tmp_path / "m.onnx")
-    done = densify_export(tmp_path / "m.onnx", tmp_path / "d.onnx", encoding="dense")
+    done = densify_export(tmp_path / "m.onnx", tmp_path / "d.onnx")
     plain = export(make_model(0.9), tmp_path / "p.onnx", encoding="dense")
     assert done.passed and done.file_bytes > small.file_bytes
     assert abs(done.file_bytes - plain.file_bytes) < 0.02 * plain.file_bytes
     assert dsr_tool.verify(tmp_path / "d.onnx", make_model(0.9)).passed
     with pytest.raises(FileError, match="exists already"):
-        densify_export(tmp_path / "m.onnx", tmp_path / "d.onnx", encoding="dense")
+        densify_export(tmp_path / "m.onnx", tmp_path / "d.onnx")
 
 
 def test_a_graph_that_was_captured_already_gives_the_same_file(make_model, captured, monkeypatch, tmp_path):

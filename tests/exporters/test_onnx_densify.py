@@ -37,7 +37,7 @@ def test_densify_gives_plain_initializers(make_model, captured, encoding, values
 
 def test_dense_files_are_verified_and_can_be_quantized(make_model, tmp_path):
     export(make_model(), tmp_path / "compact.onnx", values="fp16")
-    verification = densify_export(tmp_path / "compact.onnx", tmp_path / "dense.onnx", encoding="dense")
+    verification = densify_export(tmp_path / "compact.onnx", tmp_path / "dense.onnx")
     assert verification.passed and verification.weights_equal and verification.path == tmp_path / "dense.onnx"
     assert verification.file_bytes == (tmp_path / "dense.onnx").stat().st_size
     compact, dense = (read_onnx(tmp_path / name) for name in ("compact.onnx", "dense.onnx"))
@@ -72,10 +72,10 @@ def test_outputs_of_every_type_of_numbers_are_compared(tmp_path):
         ("Cast", {"to": onnx.TensorProto.UINT8}, onnx.TensorProto.UINT8),
     ):
         with_output(tmp_path / "a.onnx", second)
-        assert densify_export(tmp_path / "a.onnx", tmp_path / "b.onnx", encoding="dense", force=True).passed
+        assert densify_export(tmp_path / "a.onnx", tmp_path / "b.onnx", force=True).passed
     with_output(tmp_path / "a.onnx", ("Cast", {"to": onnx.TensorProto.STRING}, onnx.TensorProto.STRING))
     with pytest.raises(FormatError, match="output 'z' is no tensor of real numbers"):
-        densify_export(tmp_path / "a.onnx", tmp_path / "c.onnx", encoding="dense")
+        densify_export(tmp_path / "a.onnx", tmp_path / "c.onnx")
     assert not (tmp_path / "c.onnx").exists()
 
 
@@ -90,19 +90,19 @@ def test_a_small_output_is_not_hidden_by_a_large_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(OnnxSession, "run_all", altered)
     with pytest.raises(CheckFailed, match="its output 'z' differs from that of .* by 0.001"):
-        densify_export(tmp_path / "a.onnx", tmp_path / "b.onnx", encoding="dense")
+        densify_export(tmp_path / "a.onnx", tmp_path / "b.onnx")
 
 
 def test_files_that_cannot_be_made_dense_are_refused(make_model, tmp_path, monkeypatch):
     with pytest.raises(FileError, match="does not exist"):
-        densify_export(tmp_path / "none.onnx", tmp_path / "dense.onnx", encoding="dense")
+        densify_export(tmp_path / "none.onnx", tmp_path / "dense.onnx")
     (tmp_path / "text.onnx").write_text("no model")
     with pytest.raises(FormatError):
-        densify_export(tmp_path / "text.onnx", tmp_path / "dense.onnx", encoding="dense")
+        densify_export(tmp_path / "text.onnx", tmp_path / "dense.onnx")
     export(make_model(), tmp_path / "m.onnx")
     with pytest.raises(FileError, match="exists already"):
-        densify_export(tmp_path / "m.onnx", tmp_path / "m.onnx", encoding="dense")
+        densify_export(tmp_path / "m.onnx", tmp_path / "m.onnx")
     monkeypatch.setattr("exporters.verify.compare.RELATIVE_TOLERANCE", -1.0)
     with pytest.raises(CheckFailed, match="its output '.*' differs from that of"):
-        densify_export(tmp_path / "m.onnx", tmp_path / "dense.onnx", encoding="dense")
+        densify_export(tmp_path / "m.onnx", tmp_path / "dense.onnx")
     assert not (tmp_path / "dense.onnx").exists()

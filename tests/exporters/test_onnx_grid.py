@@ -98,7 +98,7 @@ def test_few_bits_are_smaller_and_can_be_made_dense(make_model, tmp_path):
         sizes[values] = (tmp_path / f"{values}.onnx").stat().st_size
     assert sizes["int8"] < 0.75 * sizes["fp16"] < 0.75 * sizes["fp32"]
     dense = tmp_path / "dense.onnx"
-    assert densify_export(tmp_path / "int8.onnx", dense, encoding="dense").passed
+    assert densify_export(tmp_path / "int8.onnx", dense).passed
     assert {tensor.data_type for tensor in onnx.load(dense).graph.initializer} <= {TensorProto.FLOAT, TensorProto.INT64}
 
 

@@ -126,7 +126,7 @@ def test_paths_without_a_file(tmp_path):
         with pytest.raises(FileError, match="is not a file"):
             use(tmp_path)
     with pytest.raises(DsrError):
-        densify_export(tmp_path / "none.onnx", tmp_path / "d.onnx", encoding="dense")
+        densify_export(tmp_path / "none.onnx", tmp_path / "d.onnx")
 
 
 def test_safetensors_whose_header_length_begins_like_an_onnx_file(tmp_path):
