@@ -7,11 +7,12 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export DSR_TOOL_REQUIRE_KERNELS ?= $(if $(shell command -v c++ g++ clang++),1,)
 KERNELS := $(foreach ending,cpp h def,$(wildcard dsr_tool/runtime/kernels/*.$(ending) dsr_tool/runtime/deploy/*.$(ending) dsr_tool/runtime/deploy/include/*.$(ending)))
 
-.PHONY: help demo test test-slow fuzz lint bench zoo kernels sanitize neon clean
+.PHONY: help demo pictures test test-slow fuzz lint bench zoo kernels sanitize neon clean
 help:
 	@echo "make demo   set up and run the main job on a small real data set (one to four minutes on two cores, after the installation)"
 	@echo "make test   set up and run linters, type checker, import contracts and tests"
 	@echo "make kernels, make sanitize, make neon   build the kernels; test them with sanitizers, and under emulation"
+	@echo "make pictures   make the pictures of commands and of a page in docs/images"
 	@echo "make test-slow, make fuzz, make lint, make bench, make zoo, make clean"
 
 .venv/installed: pyproject.toml hatch_build.py $(KERNELS)
@@ -22,6 +23,10 @@ help:
 
 demo: .venv/installed
 	$(BIN)/dsr-tool demo --output demo-out --force
+
+# Latencies in the pictures are those of this machine.
+pictures: .venv/installed
+	$(BIN)/python docs/images/make.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
