@@ -79,7 +79,8 @@ def convert(
         granularity: `weight` (default); `kernel` for whole kernels of convolutions that are active or inactive;
             `fan-in` for as many active weights in every output of a layer; or N:M, such as `2:4`, for N active weights
             in every group of M input channels. With kernels and fan-in the number of active weights is the nearest from
-            below that they can make. N:M gives every sparse layer the density N/M and needs no budget.
+            below that they can make. N:M gives every sparse layer the density N/M and needs no budget. With `keep`, the
+            pattern that the zeros have is recorded; `weight` records none, any other must be theirs.
         preset: `paper` keeps dense what the paper's code kept dense, and nothing else.
         keep_dense: patterns of weights to keep dense.
         sparsify_patterns: patterns of weights to make sparse against the defaults.
@@ -142,7 +143,8 @@ def convert(
         refuse_with("--thin", weights=weights, **care)
         fitted = _to_thin(network, selection, parse_budget(sparsity, budget, selection.pattern))
     elif sparsity == KEEP:
-        refuse_with("--sparsity keep", budget=budget, sparsify=sparsify_patterns, **how, **care)
+        others = {name: value for name, value in how.items() if name != "granularity"}
+        refuse_with("--sparsity keep", budget=budget, sparsify=sparsify_patterns, **others, **care)
         fitted = _with_its_zeros(network, selection)
     else:
         if calibrate is None and calibration_images is not None:
@@ -215,6 +217,8 @@ def _to_thin(network: NetworkOptions, selection: SelectionOptions, budget: Budge
 def _with_its_zeros(network: NetworkOptions, selection: SelectionOptions) -> Fitted:
     """Converts a pruned network to a sparse model with the zeros that it has."""
     prepared = prepare(network, selection)
-    fitted = keep(prepared.module, prepared.config, prepared.rules, prepared.masks, selection.seed)
+    asked = None if selection.granularity is None else selection.pattern
+    fitted = keep(prepared.module, prepared.config, prepared.rules, prepared.masks, selection.seed, asked)
     warning = few_zeros_warning(fitted.model)
-    return replace(fitted, notes=prepared.notes, warnings=(warning,) if warning else ())
+    notes = (*prepared.notes, *fitted.notes)
+    return replace(fitted, notes=notes, warnings=(warning,) if warning else ())

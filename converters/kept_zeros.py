@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from converters.budgets import Fitted
+from converters.kept_patterns import kept_pattern
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.contract import require_values
 from dsr_tool.sparse.discover import Rules, discover
@@ -18,6 +19,7 @@ from dsr_tool.sparse.macs import with_macs
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.config import ModelConfig
+from dsr_tool.sparsity.granularity import SINGLE, Granularity
 from dsr_tool.sparsity.layers import LayerSpec
 
 __all__ = ["KEEP", "few_zeros_warning", "keep", "unused_zeros_warning"]
@@ -37,11 +39,13 @@ def keep(
     rules: Rules | None = None,
     masks: Mapping[str, torch.Tensor] | None = None,
     seed: int = 0,
+    granularity: Granularity | None = None,
 ) -> Fitted:
     """Makes a sparse model of a pruned network, without changing a value.
 
     A weight is sparse if it has a zero, however few, and its mask is exactly its non-zeros; depthwise and tiny weights
-    as well, since whoever pruned them has decided. A weight without zeros stays dense.
+    as well, since whoever pruned them has decided. A weight without zeros stays dense. A pattern that all masks have is
+    recorded as the granularity; see `kept_pattern`.
 
     Args:
         module: the network with its weights.
@@ -49,14 +53,17 @@ def keep(
         rules: layers that stay dense although they may have zeros; the defaults for small layers do not apply.
         masks: masks by parameter name that are used instead of the zeros, as `take_masks` returns them.
         seed: seed of random weights, such as those of a new head; for the record.
+        granularity: the pattern to record; by default the one that is found.
 
     Returns:
         The model with the sparsity that it has; its record has `"budget": "keep"`.
 
     Raises:
-        UsageError: no weight has a zero, all are zero, or a value is not finite.
+        UsageError: no weight has a zero, all are zero, a value is not finite, or a mask lacks the given pattern.
     """
-    specs = discover(module, replace(rules or Rules(), small_layers=False))
+    # A layer without the pattern must be seen as sparse, so that its zeros are not lost.
+    rules = replace(rules or Rules(), small_layers=False, granularity=SINGLE)
+    specs = discover(module, rules)
     require_values(module)
     parameters = dict(module.named_parameters())
     found = {spec.name: _mask(parameters[spec.name], spec, masks) for spec in specs.values() if spec.role == "sparse"}
@@ -78,9 +85,10 @@ def keep(
         )
     model.apply_masks()  # values outside a mask are zero, but some may be -0
     budget = Budget(sparsity=Fraction(prunable - active, prunable))
-    record = {"budget": KEEP, **budget.to_record(), "granularity": "weight", "seed": seed, "active_weights": active}
+    pattern, notes = kept_pattern(module, rules, sparse, granularity)
+    record = {"budget": KEEP, **budget.to_record(), "granularity": str(pattern), "seed": seed, "active_weights": active}
     model.config = replace(config, conversion={**config.conversion, **record})
-    return Fitted(model, budget)
+    return Fitted(model, budget, notes=notes)
 
 
 def few_zeros_warning(model: SparseModel) -> str | None:

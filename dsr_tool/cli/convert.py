@@ -66,7 +66,8 @@ __all__ = ["command"]
     "--granularity",
     metavar="PATTERN",
     help="weight (default); kernel: a convolution kernel is active as a whole or not at all; fan-in: as many active "
-    "weights in every output of a layer; or N:M, as 2:4: N of every M input channels, which needs no budget.",
+    "weights in every output of a layer; or N:M, as 2:4: N of every M input channels, which needs no budget. With "
+    "--sparsity keep: default, the pattern that the zeros have.",
 )
 @click.option("--keep-dense", multiple=True, metavar="PATTERN", help="Keep matching weights dense; repeatable.")
 @click.option("--sparsify", multiple=True, metavar="PATTERN", help="Make matching weights sparse; repeatable.")
