@@ -121,6 +121,7 @@ class _Reader:
             self._arrays[_name(node.outputs[0])] = _constant_of(node)
             return
         if operator_of(node.op_type).identity:
+            self._require_inference(node)
             source, name = _name(node.inputs[0]), _name(node.outputs[0])
             if source in self._arrays:
                 self._arrays[name] = self._arrays[source]
@@ -130,6 +131,15 @@ class _Reader:
         op, inputs, attributes = self._simplify(node, [self._use(value) for value in node.inputs])
         outputs = [self._define(op, value) for value in node.outputs]
         self._nodes.append(Node(op, _strip(inputs), _strip(outputs), attributes))
+
+    def _require_inference(self, node: onnx_ir.Node) -> None:
+        """Raises `UsageError` for a Dropout that drops entries in eval mode too."""
+        training = self._arrays.get(_name(node.inputs[2])) if len(node.inputs) > 2 else None
+        if training is not None and training.any():
+            raise UsageError(
+                f"{self._module} applies dropout in eval mode too, so its outputs are random; give the function "
+                f"training=self.training, or use nn.Dropout."
+            )
 
     def _simplify(self, node: onnx_ir.Node, inputs: list[str]) -> tuple[str, list[str], dict[str, Attribute]]:
         """Returns operator, inputs and attributes, in the simpler form if ONNX has two for the same computation."""

@@ -184,3 +184,19 @@ def test_a_parameter_with_the_name_of_an_output_is_refused():
     module.output = nn.Parameter(torch.zeros(3))
     with pytest.raises(UsageError, match="'output'"):
         trace(module, (3,))
+
+
+class AlwaysDrops(nn.Module):
+    def __init__(self, training):
+        super().__init__()
+        self.linear, self.always = nn.Linear(4, 4), training
+
+    def forward(self, x):
+        return nn.functional.dropout(self.linear(x), 0.5, training=self.always or self.training)
+
+
+def test_dropout_in_eval_mode_is_refused():
+    """Its node would become an identity, which the network is not."""
+    check(AlwaysDrops(False), (4,))
+    with pytest.raises(UsageError, match="AlwaysDrops applies dropout in eval mode too.*training=self.training"):
+        trace(AlwaysDrops(True), (4,))
