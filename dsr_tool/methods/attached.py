@@ -21,7 +21,8 @@ from dsr_tool.sparse.active import ActiveWeights, gather
 from dsr_tool.sparse.agreement import require_agreement, several_processes
 from dsr_tool.sparse.averages import averaged
 from dsr_tool.sparse.compact.keeper import CompactKeeper
-from dsr_tool.sparse.keeper import Keeper, MaskKeeper
+from dsr_tool.sparse.keeper import Keeper
+from dsr_tool.sparse.mask_keeper import MaskKeeper
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparse.pattern import torn_layer
 from dsr_tool.sparse.sharding import refuse_sharded

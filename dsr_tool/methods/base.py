@@ -16,7 +16,8 @@ from torch import optim
 from dsr_tool.methods.schedule import ReallocationSchedule, Timing
 from dsr_tool.sparse.active import ActiveWeights, Positions
 from dsr_tool.sparse.compact.keeper import CompactKeeper
-from dsr_tool.sparse.keeper import Keeper, MaskKeeper
+from dsr_tool.sparse.keeper import Keeper
+from dsr_tool.sparse.mask_keeper import MaskKeeper
 from dsr_tool.sparse.model import SparseModel
 
 __all__ = ["Method", "Reallocation"]

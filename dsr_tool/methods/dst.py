@@ -16,7 +16,8 @@ from dsr_tool.methods.final_sparsity import final_budget, require_dense
 from dsr_tool.methods.latent import LatentKeeper
 from dsr_tool.methods.schedule import ReallocationSchedule, Timing
 from dsr_tool.sparse.active import ActiveWeights, Positions
-from dsr_tool.sparse.keeper import MaskKeeper, trained_by
+from dsr_tool.sparse.keeper import trained_by
+from dsr_tool.sparse.mask_keeper import MaskKeeper
 from dsr_tool.sparse.model import SparseModel
 
 __all__ = ["DST", "long_tailed"]

@@ -9,7 +9,7 @@ from torch import optim
 
 from dsr_tool.errors import UsageError
 from dsr_tool.sparse.active import Positions, put_
-from dsr_tool.sparse.keeper import MaskKeeper
+from dsr_tool.sparse.mask_keeper import MaskKeeper
 from dsr_tool.sparse.model import SparseModel
 
 __all__ = ["LatentKeeper"]

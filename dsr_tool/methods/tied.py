@@ -13,7 +13,8 @@ from dsr_tool.errors import UsageError
 from dsr_tool.methods.base import Method, Reallocation
 from dsr_tool.methods.final_sparsity import final_budget, require_dense
 from dsr_tool.sparse.active import ActiveWeights
-from dsr_tool.sparse.keeper import MaskKeeper, trained_by
+from dsr_tool.sparse.keeper import trained_by
+from dsr_tool.sparse.mask_keeper import MaskKeeper
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.apportion import apportion
 

@@ -14,7 +14,7 @@ from dsr_tool.measure.memory.ledger import (
     optimizer_state_bytes,
     training_ledger,
 )
-from dsr_tool.sparse.keeper import MaskKeeper
+from dsr_tool.sparse.mask_keeper import MaskKeeper
 from dsr_tool.sparse.sparsify import sparsify
 from dsr_tool.sparsity.budget import Budget
 from dsr_tool.sparsity.config import ModelConfig

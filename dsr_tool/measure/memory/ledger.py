@@ -28,7 +28,7 @@ from dsr_tool.measure.memory.steps import (
     state_of,
 )
 from dsr_tool.measure.memory.storages import StorageWatch, storage_key
-from dsr_tool.sparse.keeper import MaskKeeper
+from dsr_tool.sparse.mask_keeper import MaskKeeper
 from dsr_tool.sparse.model import SparseModel
 
 __all__ = ["OPTIMIZERS", "Ledger", "inference_ledger", "make_optimizer", "optimizer_state_bytes", "training_ledger"]
