@@ -253,8 +253,8 @@ class Build:
             listed = Path(folder) / "exported"
             listed.write_text("".join(f"_{one}\n" for one in EXPORTED), encoding="utf-8")
             return [*arguments, *([f"-Wl,-exported_symbols_list,{listed}"] if name == LIBRARY else [])]
-        # The kernels use nothing of the C++ library, and Zig would leave debugging symbols of it inside.
-        arguments += ["-static-libgcc", "-Wl,--as-needed", *(["-Wl,-s"] if self._zig else [])]
+        # The kernels use nothing of the C++ library, which Zig would compile first. Zig leaves debugging symbols inside.
+        arguments += ["-Wl,--as-needed", *(["-nostdlib++", "-Wl,-s"] if self._zig else ["-static-libgcc"])]
         if name == LIBRARY:
             listed = Path(folder) / "exported"
             listed.write_text(f"{{ global: {'; '.join(EXPORTED)}; local: *; }};\n", encoding="utf-8")
