@@ -253,7 +253,7 @@ class Build:
             listed = Path(folder) / "exported"
             listed.write_text("".join(f"_{one}\n" for one in EXPORTED), encoding="utf-8")
             return [*arguments, *([f"-Wl,-exported_symbols_list,{listed}"] if name == LIBRARY else [])]
-        # The kernels use nothing of the C++ library, which Zig would compile first. Zig leaves debugging symbols inside.
+        # The kernels use nothing of the C++ library, which Zig would compile first. It leaves debugging symbols inside.
         arguments += ["-Wl,--as-needed", *(["-nostdlib++", "-Wl,-s"] if self._zig else ["-static-libgcc"])]
         if name == LIBRARY:
             listed = Path(folder) / "exported"
