@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 from dsr_tool.errors import FormatError
 from dsr_tool.graph.ir import Graph
+from dsr_tool.runtime.compiler.machine import Machine
 from dsr_tool.runtime.compiler.memory import PlanMemory
 from dsr_tool.runtime.compiler.plan import Plan
-from dsr_tool.runtime.compiler.program import Machine
 from dsr_tool.runtime.compiler.summary import OpTime
 from dsr_tool.runtime.coverage import Coverage
 from dsr_tool.runtime.onnxruntime_plan import OnnxRuntimePlan

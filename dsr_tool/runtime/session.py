@@ -12,8 +12,8 @@ import numpy as np
 from dsr_tool.errors import FormatError, UsageError, unknown_name
 from dsr_tool.graph.fold import fold_norms
 from dsr_tool.graph.ir import Graph, Value
+from dsr_tool.runtime.compiler.machine import Machine
 from dsr_tool.runtime.compiler.memory import PlanMemory
-from dsr_tool.runtime.compiler.program import Machine
 from dsr_tool.runtime.compiler.summary import OpTime
 from dsr_tool.runtime.coverage import Coverage
 from dsr_tool.runtime.kernels.library import library

@@ -8,8 +8,8 @@ from dsr_tool.graph.ir import Graph, Node, Value
 from dsr_tool.measure.latency import Settings
 from dsr_tool.measure.latency_layers_text import layers_text
 from dsr_tool.runtime.compiler import plan as compiler
+from dsr_tool.runtime.compiler.machine import Machine
 from dsr_tool.runtime.compiler.plan import Plan
-from dsr_tool.runtime.compiler.program import Machine
 from dsr_tool.runtime.compiler.rules import RULES
 from dsr_tool.runtime.kernels.library import library
 from dsr_tool.runtime.kernels.peak import peak

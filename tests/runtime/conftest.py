@@ -12,8 +12,8 @@ import pytest
 from onnx import helper
 
 from dsr_tool.graph.ir import Graph, Node, Value
+from dsr_tool.runtime.compiler.machine import Machine
 from dsr_tool.runtime.compiler.plan import Plan
-from dsr_tool.runtime.compiler.program import Machine
 from dsr_tool.runtime.kernels.library import library
 from dsr_tool.runtime.reference.call import FUNCTIONS
 from dsr_tool.runtime.reference.interpreter import Interpreter

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dsr_tool.graph.windows import Window
-from dsr_tool.runtime.compiler import op, program, spmm
+from dsr_tool.runtime.compiler import machine, op, spmm
 from dsr_tool.runtime.compiler.layouts import Grid, Planes
 from dsr_tool.runtime.kernels import cpu
 from dsr_tool.runtime.kernels.library import library
@@ -63,8 +63,8 @@ def test_plans_for_other_levels_assume_the_cache_of_most_processors_that_run_the
 
 @pytest.mark.skipif(library() is None, reason="no kernels")
 def test_plans_are_made_for_the_caches_of_this_processor(monkeypatch):
-    monkeypatch.setattr(program, "caches", lambda: cpu.Caches(50 << 10, 1 << 20))
-    target = program.Machine(library(), 1).target
+    monkeypatch.setattr(machine, "caches", lambda: cpu.Caches(50 << 10, 1 << 20))
+    target = machine.Machine(library(), 1).target
     assert (target.l1_bytes, target.l2_bytes) == (48 << 10, 1 << 20)
 
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from dsr_tool.formats.archive import open_archive, write_archive
 from dsr_tool.graph.ir import Graph, Node, Value
+from dsr_tool.runtime.compiler.machine import Machine
 from dsr_tool.runtime.compiler.plan import Plan
-from dsr_tool.runtime.compiler.program import KernelStep, Machine
+from dsr_tool.runtime.compiler.program import KernelStep
 from dsr_tool.runtime.kernels.library import library
 from dsr_tool.runtime.kernels.ops import LIMITS, Kind
 from dsr_tool.runtime.session import Session, decode

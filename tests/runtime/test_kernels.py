@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsr_tool.graph.ir import Graph, Node, Value
+from dsr_tool.runtime.compiler.machine import Machine
 from dsr_tool.runtime.compiler.plan import Plan
-from dsr_tool.runtime.compiler.program import Machine
 from dsr_tool.runtime.kernels.library import library
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no kernels were built here")

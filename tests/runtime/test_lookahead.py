@@ -7,8 +7,9 @@ import pytest
 
 from dsr_tool.graph.ir import Graph, Node, Value
 from dsr_tool.graph.operators import OPERATORS
+from dsr_tool.runtime.compiler.machine import Machine
 from dsr_tool.runtime.compiler.plan import Plan
-from dsr_tool.runtime.compiler.program import KernelStep, Machine
+from dsr_tool.runtime.compiler.program import KernelStep
 from dsr_tool.runtime.compiler.rules import RULES
 from dsr_tool.runtime.kernels.library import library
 from dsr_tool.runtime.kernels.ops import Kind

@@ -30,10 +30,10 @@ from dsr_tool.runtime.compiler import (
 from dsr_tool.runtime.compiler.arena import Address
 from dsr_tool.runtime.compiler.encoding import encode
 from dsr_tool.runtime.compiler.layouts import Flat, Grid, Planes, Rows
+from dsr_tool.runtime.compiler.machine import Machine
 from dsr_tool.runtime.compiler.op import Activate, Op
 from dsr_tool.runtime.compiler.packing import Packer, Recipe, Taps
 from dsr_tool.runtime.compiler.picked import Picked
-from dsr_tool.runtime.compiler.program import Machine
 from dsr_tool.runtime.compiler.relayout import Copy
 from dsr_tool.runtime.kernels import ops
 from dsr_tool.runtime.kernels.library import library

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from dsr_tool.runtime.compiler import relayout
 from dsr_tool.runtime.compiler.layouts import Flat, Grid, Planes
+from dsr_tool.runtime.compiler.machine import Machine
 from dsr_tool.runtime.compiler.op import Op
-from dsr_tool.runtime.compiler.program import KernelStep, Machine
+from dsr_tool.runtime.compiler.program import KernelStep
 from dsr_tool.runtime.compiler.relayout import to_planes
 from dsr_tool.runtime.compiler.segment import Segment
 from dsr_tool.runtime.kernels.library import library

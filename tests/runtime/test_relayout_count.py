@@ -8,8 +8,9 @@ import torch
 import torchvision
 
 from dsr_tool.graph.fold import fold_norms
+from dsr_tool.runtime.compiler.machine import Machine
 from dsr_tool.runtime.compiler.plan import Plan
-from dsr_tool.runtime.compiler.program import KernelStep, Machine
+from dsr_tool.runtime.compiler.program import KernelStep
 from dsr_tool.runtime.kernels.library import library
 from dsr_tool.runtime.kernels.ops import Kind
 from dsr_tool.sparse.trace import trace

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from dsr_tool.graph.ir import Graph, Node, Value
+from dsr_tool.runtime.compiler.machine import Machine
 from dsr_tool.runtime.compiler.plan import Plan
-from dsr_tool.runtime.compiler.program import KernelStep, Machine
+from dsr_tool.runtime.compiler.program import KernelStep
 from dsr_tool.runtime.compiler.rules import RULES
 from dsr_tool.runtime.coverage import Coverage, Fallback, coverage_text
 from dsr_tool.runtime.deploy.plan import PlanFile

@@ -15,8 +15,8 @@ from dsr_tool.formats.archive import write_archive
 from dsr_tool.graph.ir import Graph, Node, Value
 from dsr_tool.runtime import Session
 from dsr_tool.runtime.compiler import layouts
+from dsr_tool.runtime.compiler.machine import Machine
 from dsr_tool.runtime.compiler.plan import Plan
-from dsr_tool.runtime.compiler.program import Machine
 from dsr_tool.runtime.coverage import Coverage, Fallback
 from dsr_tool.runtime.kernels.library import library
 from dsr_tool.runtime.onnxruntime_plan import OnnxRuntimePlan

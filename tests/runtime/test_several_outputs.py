@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from dsr_tool.graph.ir import Graph, Node, Value
+from dsr_tool.runtime.compiler.machine import Machine
 from dsr_tool.runtime.compiler.plan import Plan
-from dsr_tool.runtime.compiler.program import Machine
 from dsr_tool.runtime.kernels.library import library
 from dsr_tool.runtime.onnxruntime_plan import OnnxRuntimePlan
 from dsr_tool.runtime.reference.interpreter import Interpreter

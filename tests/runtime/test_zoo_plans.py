@@ -16,8 +16,8 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from converters.torchvision_builders import architectures
 from dsr_tool.graph.fold import fold_norms
 from dsr_tool.graph.ir import Graph
+from dsr_tool.runtime.compiler.machine import Machine
 from dsr_tool.runtime.compiler.plan import Plan
-from dsr_tool.runtime.compiler.program import Machine
 from dsr_tool.runtime.kernels.library import library
 from dsr_tool.runtime.reference.interpreter import Interpreter
 from dsr_tool.sparse.trace import trace

@@ -15,8 +15,9 @@ from dsr_tool.graph.ir import Graph, Node
 from dsr_tool.graph.limits import claim, folding_limit, memory_limit, running_limit
 from dsr_tool.runtime.compiler.constants import Constants
 from dsr_tool.runtime.compiler.lowering import Lowering
+from dsr_tool.runtime.compiler.machine import Machine
 from dsr_tool.runtime.compiler.memory import PlanMemory, memory_of
-from dsr_tool.runtime.compiler.program import FallbackStep, KernelStep, Machine
+from dsr_tool.runtime.compiler.program import FallbackStep, KernelStep
 from dsr_tool.runtime.compiler.rules import RULES
 from dsr_tool.runtime.compiler.summary import OpTime
 from dsr_tool.runtime.coverage import Coverage, Fallback

@@ -9,10 +9,11 @@ from typing import Any
 
 from dsr_tool.errors import UsageError, join_words
 from dsr_tool.graph.ir import Graph, Value
+from dsr_tool.runtime.compiler.machine import Machine
 from dsr_tool.runtime.compiler.op import Target, level_l1
 from dsr_tool.runtime.compiler.packing import Pack
 from dsr_tool.runtime.compiler.plan import Plan
-from dsr_tool.runtime.compiler.program import KernelStep, Machine
+from dsr_tool.runtime.compiler.program import KernelStep
 from dsr_tool.runtime.deploy.format import Tables, Weights, counted, document, numbers, string
 from dsr_tool.runtime.deploy.library import LevelRow, level_rows
 from dsr_tool.runtime.kernels import ops as table
