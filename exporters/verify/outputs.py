@@ -109,12 +109,31 @@ def _largest(arrays: Iterable[Array]) -> float:
 def rounding_note(how: str, exact: Sequence[Outputs], rounded: Sequence[Outputs]) -> str:
     """Says how far outputs move when weights are rounded.
 
+    Outputs of several have scales of their own, so of these the one is told that moves furthest for its scale.
+
     Args:
         how: as in `rounded to float16`.
         exact: outputs of the model as it was, by batch.
         rounded: outputs with the rounded weights.
     """
-    return (
-        f"with weights {how}, outputs differ by up to {largest_difference(exact, rounded):.3g} from those of the model "
-        f"as it was, {mean_difference(exact, rounded):.3g} on average (largest output {largest_output(exact):.3g})"
-    )
+    names = list(exact[0])
+    measured = []
+    for name in names:
+        one, other = _only(name, exact), _only(name, rounded)
+        largest = largest_output(one)
+        measured.append((largest_difference(one, other), mean_difference(one, other), largest))
+    # NaN and what differs from zeros alone count as furthest.
+    moves = [
+        difference / largest if largest else math.inf if difference else 0.0 for difference, _, largest in measured
+    ]
+    furthest = max(range(len(names)), key=lambda number: (math.isnan(moves[number]), moves[number]))
+    difference, mean, largest = measured[furthest]
+    which = f"outputs differ by up to {difference:.3g} from those"
+    if len(names) > 1:
+        which = f"{names[furthest][:80]!r} of {len(names)} outputs moves most, by up to {difference:.3g} from that"
+    return f"with weights {how}, {which} of the model as it was, {mean:.3g} on average (largest output {largest:.3g})"
+
+
+def _only(name: str, outputs: Sequence[Outputs]) -> list[Outputs]:
+    """Returns one output of each batch; none of a batch that lacks it."""
+    return [{name: batch[name]} if name in batch else {} for batch in outputs]
