@@ -20,7 +20,7 @@ from dsr_tool.sparse.macs import output_shape
 from dsr_tool.sparse.wrappers import unwrapped
 from dsr_tool.sparsity.config import MOST_CLASSES, ModelConfig
 
-__all__ = ["SOURCE", "build", "is_callable_name", "load"]
+__all__ = ["SOURCE", "build", "call", "is_callable_name", "load"]
 
 
 def is_callable_name(name: str) -> bool:
@@ -75,16 +75,7 @@ def build(name: str, seed: int = 0) -> nn.Module:
     """
     if not is_callable_name(name):
         raise UsageError(f"model {name!r} is not written as module:callable; write it as in mypackage.nets:small.")
-    with _current_directory(), torch.random.fork_rng(devices=[]):
-        function = _find(name)
-        torch.manual_seed(seed)  # after the import, which may draw numbers of its own
-        try:
-            module = function()
-        except (Exception, SystemExit) as error:  # the user's code may raise anything
-            raise UsageError(
-                f"{name!r} failed when it was called without arguments "
-                f"({type(error).__name__}: {first_line(error)}); name a callable that needs none."
-            ) from error
+    module = call(name, seed)
     if not isinstance(module, nn.Module):
         raise UsageError(f"{name!r} returned {type(module).__name__}, expected a torch.nn.Module.")
     module = unwrapped(module)
@@ -92,7 +83,30 @@ def build(name: str, seed: int = 0) -> nn.Module:
     return module
 
 
-def _find(name: str) -> Callable[[], object]:
+def call(name: str, seed: int = 0, *, makes: str = "a network") -> object:
+    """Returns what the callable of a name returns.
+
+    Args:
+        name: `module:callable`, typed by the user, as for `build`.
+        seed: seed of torch's random state while the callable runs.
+        makes: what it should return, for messages.
+
+    Raises:
+        UsageError: the name cannot be imported, is no callable, or fails.
+    """
+    with _current_directory(), torch.random.fork_rng(devices=[]):
+        function = _find(name, makes)
+        torch.manual_seed(seed)  # after the import, which may draw numbers of its own
+        try:
+            return function()
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
+            raise UsageError(
+                f"{name!r} failed when it was called without arguments "
+                f"({type(error).__name__}: {first_line(error)}); name a callable that needs none."
+            ) from error
+
+
+def _find(name: str, makes: str) -> Callable[[], object]:
     path, _, attribute = name.partition(":")
     try:
         found: object = importlib.import_module(path)
@@ -107,7 +121,7 @@ def _find(name: str) -> Callable[[], object]:
         found = getattr(found, part)
     # A module object is callable too, but calling it runs the network.
     if isinstance(found, nn.Module) or not callable(found):
-        raise UsageError(f"{name!r} is {type(found).__name__}, expected a function or class that makes a network.")
+        raise UsageError(f"{name!r} is {type(found).__name__}, expected a function or class that makes {makes}.")
     return found
 
 

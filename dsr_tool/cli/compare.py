@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,11 +79,15 @@ def command(
         raise UsageError(f"--max-time {max_time} is not allowed; give a positive number of seconds.")
     comparison = Comparison(output)
     tables, given = _read_tables(grid, options), _parse_overrides(sparsity, seeds, sets)
-    asked = make_grid(tables, str(grid or "compare"), given) if tables or given else comparison.plan()
-    _require_data(asked)
+    if given or tables.keys() - {"data"}:
+        asked = make_grid(tables, str(grid or "compare"), given)
+    else:
+        asked = replace(comparison.plan(), **tables)
+    _require_data(asked, options["data"])
     whole = comparison.add(asked)
     deadline = started + max_time if max_time is not None else math.inf
-    order = Order(str(output), tuple(cell.name for cell in asked.cells), since, deadline, light=keep == "light")
+    names = tuple(cell.name for cell in asked.cells)
+    order = Order(str(output), names, since, deadline, light=keep == "light", data=asked.data)
     try:
         with stopped_by_sigterm():
             if jobs == 1:
@@ -116,8 +121,17 @@ def _parse_overrides(sparsity: str | None, seeds: str | None, sets: tuple[str, .
     return {key: value for key, value in overrides.items() if value is not None}
 
 
-def _require_data(grid: Grid) -> None:
-    """Opens the data, so that missing data is one error before the first cell, not one in every cell."""
-    from dsr_tool.train.datasets import open_dataset
+def _require_data(grid: Grid, typed: str | None) -> None:
+    """Opens the data, so that missing data is one error before the first cell, not one in every cell.
 
+    Data that are code must be typed: neither a grid nor the plan of a comparison, which are files, may name them alone.
+    """
+    from dsr_tool.errors import UsageError
+    from dsr_tool.train.datasets import names_code, open_dataset
+
+    if names_code(grid.data) and typed != grid.data:
+        raise UsageError(
+            f"the grid or the folder has data {grid.data!r}, code that no file may name to be run; if you trust it, "
+            f"give --data {grid.data} yourself."
+        )
     open_dataset(grid.data, (3, 32, 32))

@@ -38,7 +38,8 @@ __all__ = ["command"]
     "--data",
     metavar="SPEC",
     help="digits, mnist:ROOT, fashion-mnist:ROOT, cifar10:ROOT, cifar100:ROOT, images:ROOT (train/ and val/ class "
-    "folders), arrays:FILE.npz (x_train, y_train, x_test, y_test) or fake:N.",
+    "folders), arrays:FILE.npz (x_train, y_train, x_test, y_test), fake:N, or module:callable that returns torch "
+    "Datasets to train on and to test on.",
 )
 @click.option(
     "--config",

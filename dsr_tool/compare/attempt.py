@@ -24,6 +24,7 @@ from dsr_tool.sparse.model import SparseModel
 from dsr_tool.sparsity.config import installed_versions
 from dsr_tool.train import RunFolder, TrainResult, TrainSettings, load_data, train_in_folder
 from dsr_tool.train.checkpoint import CHECKPOINT
+from dsr_tool.train.datasets import data_name
 from exporters.export import export
 
 __all__ = ["attempt"]
@@ -70,7 +71,7 @@ def _run(cell: Cell, comparison: Comparison, data: str, deadline: float, before:
     arguments = {**training_arguments(cell.recipe), "seed": cell.seed}
     facts = {
         "model": cell.recipe.name,
-        "data": data.partition(":")[0],  # without the path, so that runs on two machines can be compared
+        "data": data_name(data),  # without the path, so that runs on two machines can be compared
         "recipe": cell.recipe.name,
         "cell": cell.name,
     }

@@ -14,6 +14,7 @@ from typing import Any
 from dsr_tool.errors import FileError, FormatError, UsageError
 from dsr_tool.files import new_file, refuse_existing, writing
 from dsr_tool.recipes.recipe import Recipe
+from dsr_tool.train.datasets import data_name
 from dsr_tool.train.lock import Lock
 
 __all__ = ["ARCHIVE", "PLAN", "Cell", "Comparison", "Grid"]
@@ -84,7 +85,7 @@ class Grid:
             UsageError: the grids have different data, or different settings of a cell with results.
         """
         # Data may lie in another folder than before, so only its name is compared.
-        if self.title != other.title or self.data.partition(":")[0] != other.data.partition(":")[0]:
+        if self.title != other.title or data_name(self.data) != data_name(other.data):
             raise UsageError(
                 f"the comparison in this folder is of {self.title} with data {self.data!r}, not {other.title} with "
                 f"{other.data!r}; give another folder."

@@ -43,6 +43,8 @@ class Order:
         since: time of the call, in seconds since 1970; cells that failed before it are tried again.
         deadline: value of `time.monotonic()` at which to stop; infinity for none.
         light: see `attempt`.
+        data: data set, as `load_data` takes it; empty for that of the plan. The plan is a file, which may not name code
+            to run, so code comes from here.
     """
 
     path: str
@@ -50,6 +52,7 @@ class Order:
     since: float
     deadline: float = math.inf
     light: bool = True
+    data: str = ""
 
 
 def work(order: Order, log: Callable[[str], None]) -> None:
@@ -65,7 +68,7 @@ def work(order: Order, log: Callable[[str], None]) -> None:
     waited = False
     # Rounds, because a cell that waits in one may start in the next.
     while True:
-        states = [_run_if_possible(cell, comparison, grid.data, order, log) for cell in cells]
+        states = [_run_if_possible(cell, comparison, order.data or grid.data, order, log) for cell in cells]
         if not {"ran", "waits"} & set(states) or time.monotonic() >= order.deadline:
             return
         # Every cell left is running elsewhere, or starts from one that is.

@@ -14,6 +14,7 @@ from dsr_tool.sparsity.config import ModelConfig, Preprocessing
 from dsr_tool.train.augment import ON_ORIGINAL, Moves, draw_moves
 from dsr_tool.train.datasets import open_dataset
 from dsr_tool.train.images import DataSet, InMemory, OnDisk
+from dsr_tool.train.items import Items
 from dsr_tool.train.loading import Batch, Pictures, Resident, load
 from dsr_tool.train.ranks import Ranks
 from dsr_tool.train.settings import TrainSettings
@@ -95,14 +96,15 @@ class Data:
         name = settings.augment or self.dataset.augment
         side = (self.input_shape[1], self.input_shape[2])
         moves = draw_moves(name, len(order), side, random)
-        seed = int(random.integers(2**62)) if name in ON_ORIGINAL else None
+        original = name in ON_ORIGINAL
+        seed = int(random.integers(2**62)) if original or isinstance(self.dataset.train, Items) else 0
         # Drawn for the whole batch first, so that the number of processes changes no image.
         ranks = Ranks.current()
         rows, batch_size = ranks.share(torch.arange(len(order)), settings.batch_size)
         moves = None if moves is None else moves[rows]
         # Each batch takes the next seed from here on, so ranks are kept apart by more than the batches of an epoch.
-        seed = None if seed is None else seed + len(order) * ranks.rank
-        return self._inputs(_Pass(self.dataset.train, order[rows], batch_size, moves, seed), settings)
+        seed += len(order) * ranks.rank
+        return self._inputs(_Pass(self.dataset.train, order[rows], batch_size, moves, original, seed), settings)
 
     def test_batches(self, settings: TrainSettings) -> Iterator[Batch]:
         """Yields inputs and labels of this rank's share of the test images, on the device, in large batches."""
@@ -134,14 +136,14 @@ class Data:
     def _images(self, shown: _Pass, settings: TrainSettings) -> Iterator[Batch]:
         """Yields images of the size of the input, in pieces of one or several batches."""
         device = settings.torch_device
-        if isinstance(shown.split, InMemory) and shown.seed is None:
+        if isinstance(shown.split, InMemory) and not shown.from_original:
             # On a GPU, preparing many batches at once saves the launches of many small kernels.
             values = shown.batch_size * math.prod(self.input_shape)
             together = max(_GROUP_VALUES // values, 1) if device.type == "cuda" else 1
             return self._resident(shown.split, device).groups(shown.order, shown.batch_size * together)
-        pictures = Pictures(shown.split, self.preprocessing, self.input_shape, from_original=shown.seed is not None)
+        pictures = Pictures(shown.split, self.preprocessing, self.input_shape, from_original=shown.from_original)
         batches = shown.order.split(shown.batch_size)
-        keys = [(batch, (shown.seed or 0) + index) for index, batch in enumerate(batches)]
+        keys = [(batch, shown.seed + index) for index, batch in enumerate(batches)]
         return load(pictures, keys, workers=settings.workers, pin=device.type == "cuda")
 
     def _resident(self, split: InMemory, device: torch.device) -> Resident:
@@ -160,30 +162,30 @@ class _Pass:
         order: image numbers in the order of the pass, int64.
         batch_size: images per batch.
         moves: augmentation of each image, in the order of the pass; None for none.
-        seed: seed of augmentations that are drawn picture by picture; None for none.
+        from_original: whether augmentation cuts its part out of pictures of any size.
+        seed: seed of what is drawn picture by picture.
     """
 
-    split: InMemory | OnDisk
+    split: InMemory | OnDisk | Items
     order: torch.Tensor
     batch_size: int
     moves: Moves | None = None
-    seed: int | None = None
+    from_original: bool = False
+    seed: int = 0
 
 
-def _preprocessing(split: InMemory | OnDisk, config: ModelConfig) -> Preprocessing:
+def _preprocessing(split: InMemory | OnDisk | Items, config: ModelConfig) -> Preprocessing:
     """Returns how images of this data become inputs of this model; raises `UsageError` if they cannot."""
     channels, height, width = config.input_shape
-    own = config.preprocessing
+    if isinstance(split, Items):
+        return _of_items(split, config)
     if isinstance(split, OnDisk):
         if height != width or channels not in (1, 3):
             raise UsageError(
                 f"--data images:ROOT needs a square input of 1 or 3 channels, but the model has "
                 f"{[*config.input_shape]}; convert it with another --input-shape."
             )
-        # The model's own if it fits its input, otherwise 256 / 224, the usual ratio for ImageNet.
-        resize = own.resize if own.crop == height else round(height * 256 / 224)
-        mean, std = (v if len(v) == channels else (sum(v) / len(v),) * channels for v in (own.mean, own.std))
-        return replace(own, resize=resize, crop=height, mean=mean, std=std)
+        return _of_pictures(config)
     found, *side = split.images.shape[1:]
     if found not in (1, channels):
         raise UsageError(
@@ -197,6 +199,31 @@ def _preprocessing(split: InMemory | OnDisk, config: ModelConfig) -> Preprocessi
     mean, std = (values * (channels // found) for values in _statistics(split.images))
     square = height if height == width else 0
     return Preprocessing(square, square, mean, std, "bilinear")
+
+
+def _of_pictures(config: ModelConfig) -> Preprocessing:
+    """Returns the preprocessing of a model, for pictures of any size and a square input."""
+    channels, height, _ = config.input_shape
+    own = config.preprocessing
+    # The model's own if it fits its input, otherwise 256 / 224, the usual ratio for ImageNet.
+    resize = own.resize if own.crop == height else round(height * 256 / 224)
+    mean, std = (v if len(v) == channels else (sum(v) / len(v),) * channels for v in (own.mean, own.std))
+    return replace(own, resize=resize, crop=height, mean=mean, std=std)
+
+
+def _of_items(split: Items, config: ModelConfig) -> Preprocessing:
+    """Returns the preprocessing of pictures in uint8, or of inputs that are normalised already: none."""
+    channels, height, width = config.input_shape
+    if split.shape != config.input_shape:
+        raise UsageError(
+            f"the tensors of {split.name} have shape {[*split.shape]}, and the model's input has "
+            f"{[*config.input_shape]}; transform them to it, or convert the model with another --input-shape."
+        )
+    square = height if height == width else 0
+    if split.dtype == torch.uint8:
+        wanted = _of_pictures(config)
+        return wanted if square else replace(wanted, resize=0, crop=0)
+    return Preprocessing(square, square, (0.0,) * channels, (1.0,) * channels, "bilinear")
 
 
 def _statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

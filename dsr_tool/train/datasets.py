@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import torch
 from torchvision import datasets as tv
 
 from converters.callables import is_callable_name
-from dsr_tool.errors import FileError, FormatError, UsageError, unknown_name
+from dsr_tool.errors import FileError, FormatError, UsageError, closest, unknown_name
 from dsr_tool.runtime.picture_folder import class_folders
 from dsr_tool.train.arrays import read_idx, read_npz
 from dsr_tool.train.images import DataSet, InMemory, OnDisk
+from dsr_tool.train.items import every_fifth, open_items
 
-__all__ = ["DATASETS", "names_code", "open_dataset"]
+__all__ = ["DATASETS", "data_name", "names_code", "open_dataset"]
 
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 _DIGITS = tuple(str(digit) for digit in range(10))
@@ -25,7 +27,8 @@ def open_dataset(spec: str, input_shape: tuple[int, ...]) -> DataSet:
     """Opens the data set that `--data` names.
 
     Args:
-        spec: a name in `DATASETS`, followed by a colon and its path or size if it has one.
+        spec: a name in `DATASETS`, followed by a colon and its path or size if it has one; or `module:callable`, see
+            `items.open_items`.
         input_shape: channels, height and width of random images.
 
     Raises:
@@ -34,6 +37,8 @@ def open_dataset(spec: str, input_shape: tuple[int, ...]) -> DataSet:
         FormatError: a file is damaged or of the wrong kind.
     """
     name, _, rest = spec.partition(":")
+    if names_code(spec):
+        return _own(spec)
     if name not in DATASETS:
         raise unknown_name("--data", name, DATASETS)
     needs, open_it = DATASETS[name]
@@ -49,6 +54,20 @@ def names_code(spec: str) -> bool:
     return spec.partition(":")[0] not in DATASETS and is_callable_name(spec)
 
 
+def data_name(spec: str) -> str:
+    """Returns what a value of `--data` names, without the path of its files, which differs between machines."""
+    return spec if names_code(spec) else spec.partition(":")[0]
+
+
+def _own(spec: str) -> DataSet:
+    module = spec.partition(":")[0]
+    close = closest(module, DATASETS)
+    if close and importlib.util.find_spec(module.partition(".")[0]) is None and not Path(f"{module}.py").exists():
+        raise unknown_name("--data", module, DATASETS)  # mistyped, more likely than a module that is missing
+    data = open_items(spec)
+    return DataSet(data.train, data.test, data.num_classes, data.classes, augment="none", checksum=data.checksum)
+
+
 def _digits() -> DataSet:
     try:
         from sklearn.datasets import load_digits
@@ -60,9 +79,7 @@ def _digits() -> DataSet:
     # Pixels are 0 to 16.
     images = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
     labels = torch.from_numpy(digits.target.astype(np.int64))
-    # Every fifth image of each class is for testing: stratified, and the same on every machine.
-    number_in_class = torch.nn.functional.one_hot(labels).cumsum(0).gather(1, labels[:, None]).squeeze(1)
-    test = number_in_class % 5 == 0
+    test = every_fifth(labels)  # stratified, and the same on every machine
     return DataSet(
         InMemory(images[~test], labels[~test]), InMemory(images[test], labels[test]), 10, _DIGITS, augment="shift"
     )

@@ -10,6 +10,7 @@ from PIL import Image
 
 from dsr_tool.errors import FormatError
 from dsr_tool.runtime.pictures import to_mode
+from dsr_tool.train.items import Items
 
 __all__ = ["DataSet", "InMemory", "OnDisk"]
 
@@ -67,10 +68,12 @@ class DataSet:
         num_classes: number of classes: one more than the largest label.
         classes: names of the classes; empty if unknown.
         augment: name of the augmentation that suits the data.
+        checksum: SHA-256 by which another split of the user's own data is noticed; empty for data that are files.
     """
 
-    train: InMemory | OnDisk
-    test: InMemory | OnDisk
+    train: InMemory | OnDisk | Items
+    test: InMemory | OnDisk | Items
     num_classes: int
     classes: tuple[str, ...]
     augment: str
+    checksum: str = ""

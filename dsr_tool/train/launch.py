@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dsr_tool.errors import CheckFailed
 from dsr_tool.sparse.model import SparseModel
 from dsr_tool.train.class_weights import class_weights, uneven_note
 from dsr_tool.train.data import Data
@@ -65,17 +66,12 @@ def train_in_folder(
     taught = {} if teacher is None else {"teacher_sha256": teacher.checksum}
     weights = class_weights(settings.class_weights, data.dataset)
     weighted = {} if weights is None else {"class_weights": list(weights)}
+    own = _checksum(data, settings)
     settings, against = apply_storage(model, settings)
     # First of the observers: an epoch whose events are written before its checkpoint is dropped or kept with that.
     events = [] if log is None else [EventLog(Path(run.path), stopped)]
-    run.facts = {
-        **facts,
-        **({} if log is None else {"log": log}),
-        **taught,
-        **weighted,
-        **data.sizes,
-        "settings": settings.to_dict(),
-    }
+    logged = {} if log is None else {"log": log}
+    run.facts = {**facts, **logged, **taught, **weighted, **own, **data.sizes, "settings": settings.to_dict()}
     before = stopped.epochs if stopped else ()
     Ranks.current().wait()  # until every rank has read the files that rank 0 changes from here on
     images = min(settings.batch_size, data.sizes["train_images"])
@@ -91,3 +87,16 @@ def train_in_folder(
         result = train(model, data, settings, [*events, run, progress], teacher=teacher, state=state, deadline=deadline)
     start = stopped.start_accuracy if stopped else result.start_accuracy
     return settings, TrainResult((*before, *result.epochs), start)
+
+
+def _checksum(data: Data, settings: TrainSettings) -> dict[str, str]:
+    """Returns the checksum of the user's own data for the log; raises `CheckFailed` if they differ between ranks."""
+    dataset = data.dataset
+    if not dataset.checksum:
+        return {}
+    if not Ranks.current().agree([part.labels.to(settings.torch_device) for part in (dataset.train, dataset.test)]):
+        raise CheckFailed(
+            "the labels or the split of --data differ between the processes; let the callable return the same on each. "
+            "The generators of torch, numpy and Python are seeded when it is called."
+        )
+    return {"data_sha256": dataset.checksum}

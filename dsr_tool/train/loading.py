@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import cpu_count
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -16,6 +16,7 @@ from dsr_tool.errors import DsrError
 from dsr_tool.sparsity.config import Preprocessing
 from dsr_tool.train.augment import Picture, Transform, on_original
 from dsr_tool.train.images import InMemory, OnDisk
+from dsr_tool.train.items import Items, seeded
 
 __all__ = ["Batch", "Key", "Pictures", "Resident", "fit", "load"]
 
@@ -35,7 +36,7 @@ def load(pictures: Pictures, keys: Sequence[Key], *, workers: int | None, pin: b
     Args:
         pictures: the images, as batches by key.
         keys: one per batch; they carry all randomness, so the number of workers changes no bit.
-        workers: number of processes that load; None for 0 if images are in memory, up to 4 if they are on disk.
+        workers: number of processes that load; None for 0 if images are in memory, up to 4 if they are read one by one.
         pin: whether to page-lock the batches, so that a GPU can fetch them while it computes.
 
     Raises:
@@ -107,7 +108,7 @@ class Pictures(Dataset["Batch | DsrError"]):
 
     def __init__(
         self,
-        split: InMemory | OnDisk,
+        split: InMemory | OnDisk | Items,
         preprocessing: Preprocessing,
         input_shape: tuple[int, ...],
         *,
@@ -129,9 +130,8 @@ class Pictures(Dataset["Batch | DsrError"]):
     def __getitem__(self, key: Key) -> Batch | DsrError:
         indices, seed = key
         try:
-            # Transforms draw from torch's global generator, which without workers is also that of the model's dropout.
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed)
+            # Transforms draw from global generators, torch's of which is without workers also that of dropout.
+            with seeded(seed):
                 return torch.stack([self._one(index) for index in indices.tolist()]), self.split.labels[indices]
         except DsrError as error:
             # Returned, since an exception would arrive from a worker process wrapped in its traceback.
@@ -139,6 +139,10 @@ class Pictures(Dataset["Batch | DsrError"]):
 
     def _one(self, index: int) -> torch.Tensor:
         picture: Picture
+        if isinstance(self.split, Items):
+            picture = self.split.read(index)
+            own = picture if self.transform is None else self.transform(picture)
+            return cast(torch.Tensor, own)
         picture = self.split.read(index, self.mode) if isinstance(self.split, OnDisk) else self.split.images[index]
         picture = fit(picture, self.preprocessing) if self.transform is None else self.transform(picture)
         if isinstance(picture, torch.Tensor):

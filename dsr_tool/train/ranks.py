@@ -109,15 +109,17 @@ class Ranks:
         self.follow_first([shared])
         return bool(shared)
 
+    def agree(self, tensors: Iterable[torch.Tensor]) -> bool:
+        """Returns whether all ranks have the same bits: one message with a number per tensor."""
+        return self.count == 1 or bool(equal_everywhere(checksums(tensors)).all())
+
     def require_equal(self, tensors: Iterable[torch.Tensor]) -> None:
         """Raises `CheckFailed` unless all ranks have the same bits: one message with a number per tensor.
 
         Args:
             tensors: weights, and the masks or positions of the active ones, on one device; as many on every rank.
         """
-        if self.count == 1:
-            return
-        if not equal_everywhere(checksums(tensors)).all():
+        if not self.agree(tensors):
             raise CheckFailed(
                 "weights or masks differ between the processes; check that all started with the same model, that the "
                 "model uses torch's random numbers only, and that all machines have the same software."

@@ -87,6 +87,11 @@ class Stopped:
                     f"{str(self.path)!r} was not started with this --teacher: its weights are others; give the same "
                     f"weights to resume, or another folder to train from the start."
                 )
+            if name == "data_sha256" and self.facts.get(name) != value:
+                raise UsageError(
+                    f"{str(self.path)!r} was started with other labels or another split of its --data; let the "
+                    f"callable return the same to resume, or give another folder to train from the start."
+                )
             if self.facts.get(name) != value and name != "class_weights":
                 raise UsageError(
                     f"{str(self.path)!r} was started with {name} {self.facts.get(name)!r}, not {value!r}; give the "
