@@ -66,7 +66,7 @@ sanitize: .venv/installed
 	library() { $${CXX:-c++} -print-file-name=$$1; } && \
 	DSR_TOOL_KERNELS=$(CURDIR)/build/sanitized/_kernels_$$level.so ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$$(library libasan.so) $$(library libstdc++.so.6)" \
-	$(BIN)/python -m pytest tests/runtime
+	$(BIN)/python -m pytest tests/runtime tests/deploy
 
 # Needs an aarch64 compiler, qemu-user and, the first time, root for apt-get; tests/emulated.sh says more.
 neon: .venv/installed
