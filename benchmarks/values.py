@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from commands import run_json
 from machine import processor
 
 SPARSITIES = (0.0, 0.5, 0.8)
@@ -60,13 +60,13 @@ def _measure(arch: str, weights: Path, sparsity: float, options: argparse.Namesp
         return
     with tempfile.TemporaryDirectory() as folder:
         dense, model, file = Path(folder) / "dense", Path(folder) / "model", Path(folder) / "file.dsr"
-        _run("convert", arch, "--weights", weights, "--sparsity", 0, "-o", dense)
-        _run("convert", arch, "--weights", weights, "--sparsity", sparsity, "-o", model)
+        run_json("convert", arch, "--weights", weights, "--sparsity", 0, "-o", dense)
+        run_json("convert", arch, "--weights", weights, "--sparsity", sparsity, "-o", model)
         for values, calibrate in missing:
             more = [calibrate, options.calibration] if calibrate else []
-            _run("export", model, "-o", file, "--values", values, *more, "--force")
-            found = _run("report", file, "--accuracy", options.samples)["accuracy"]
-            agreed = _run("report", file, "--accuracy", options.agreement, "--against", dense)["accuracy"]
+            run_json("export", model, "-o", file, "--values", values, *more, "--force")
+            found = run_json("report", file, "--accuracy", options.samples)["accuracy"]
+            agreed = run_json("report", file, "--accuracy", options.agreement, "--against", dense)["accuracy"]
             row = {
                 "arch": arch,
                 "sparsity": sparsity,
@@ -75,21 +75,12 @@ def _measure(arch: str, weights: Path, sparsity: float, options: argparse.Namesp
                 "bytes": file.stat().st_size,
                 "accuracy": found,
                 "agreement": agreed,
-                "bench": _run("bench", file) if values in _TIMED else None,
+                "bench": run_json("bench", file) if values in _TIMED else None,
                 "processor": processor(),
             }
             with options.rows.open("a", encoding="utf-8") as rows:
                 rows.write(json.dumps(row) + "\n")
             print(line(row), file=sys.stderr, flush=True)
-
-
-def _run(*arguments: object) -> Any:
-    """Runs a command of dsr-tool, and returns its JSON document."""
-    command = [str(Path(sys.executable).with_name("dsr-tool")), *map(str, arguments), "--json", "-q"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}: {done.stderr.strip()}")
-    return json.loads(done.stdout)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
