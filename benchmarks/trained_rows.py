@@ -24,7 +24,7 @@ from typing import Any
 from commands import run_json
 from machine import processor
 
-__all__ = ["COLUMNS", "read_rows", "table"]
+__all__ = ["COLUMNS", "read_rows", "table", "write_rows"]
 
 COLUMNS = (
     *("network", "sparsity", "pictures", "values", "bytes", "dense_bytes", "top1", "dense_top1", "samples"),
@@ -63,7 +63,7 @@ def main() -> None:
     for model in options.models:
         for values in options.values:
             row = _measure(model, values, options)
-            _write(options.rows, [*(old for old in read_rows(options.rows) if _name(old) != _name(row)), row])
+            write_rows(options.rows, [*(old for old in read_rows(options.rows) if _name(old) != _name(row)), row])
     print(table(read_rows(options.rows)))
 
 
@@ -125,7 +125,7 @@ def read_rows(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def _write(path: Path, rows: Sequence[Row]) -> None:
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Writes all rows, sorted by their names."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

@@ -31,7 +31,7 @@ def rows(scripts, tmp_path):
     made |= {"dense_bytes": "102000000", "dense_top1": "0.83", "kernels": "avx2", "command": "dsr-tool convert net"}
     other = {"sparsity": "0.8", "bytes": "9000000", "top1": "0.57", "agreement": "0.605", "time_ratio": "2.000"}
     one = {"sparsity": "0.5", "bytes": "15000000", "top1": "0.78", "agreement": "0.945", "time_ratio": "1.250"}
-    scripts["trained_rows"]._write(tmp_path / "rows.csv", [{**made, **other}, {**made, **one}])
+    scripts["trained_rows"].write_rows(tmp_path / "rows.csv", [{**made, **other}, {**made, **one}])
     assert scripts["first_picture"].rows_of(tmp_path / "rows.csv", "net", "int8", "0") == []
     return scripts["first_picture"].rows_of(tmp_path / "rows.csv", "net", "int8", "256")
 
