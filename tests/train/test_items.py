@@ -3,6 +3,8 @@
 import itertools
 import json
 import random
+import re
+import sys
 import textwrap
 from pathlib import Path
 
@@ -73,8 +75,6 @@ def own(tmp_path, monkeypatch):
 
 
 def module_of(spec):
-    import sys
-
     return sys.modules[spec.partition(":")[0]]
 
 
@@ -299,6 +299,24 @@ def test_processes_with_other_data_are_refused(tiny, own, tmp_path, monkeypatch)
         in_folder(tiny, tmp_path / "run", own())
 
 
+@pytest.mark.slow
+def test_two_processes_share_own_data_with_weights_and_one_writes_the_logs(own, launch):
+    more = "uneven = [0] * 37 + [1] * 6 + [2, 3] * 2 + [3]"
+    spec = own(
+        "return TensorDataset((torch.rand(48, 3, 8, 8) * 255).byte(), torch.tensor(uneven)), Own(20, 1000)", more
+    )
+    settings = {"epochs": 1, "lr": 0.01, "augment": "none", "workers": 0, "class_weights": "balanced"}
+    one, two = (
+        launch(count, f"of-{count}", data=spec, settings=settings, log="tensorboard" if count == 2 else None)
+        for count in (1, 2)
+    )
+    assert two.epochs[0]["train_loss"] == pytest.approx(one.epochs[0]["train_loss"], rel=1e-4)
+    for name, value in one.states[0].items():
+        assert torch.allclose(value.float(), two.states[1][name].float(), atol=1e-4), name
+    assert len(list((two.folder / "run" / "tensorboard").iterdir())) == 1
+    assert (two.folder / "run" / "log.csv").read_text().count("\n") == 2
+
+
 def test_every_augmentation_works_on_own_pictures(tiny, own):
     data = load_data(own(), tiny.model().config)
     for augment in ("shift", "crop-flip", "imagenet"):
@@ -317,6 +335,24 @@ def test_the_commands_take_own_data(own, tmp_path, run):
     assert code == 2 and f"has data '{spec}', code that no file may name to be run" in err
     assert run("train", "--config", "run/settings.json", "-o", "again", "-q", "--data", spec)[0] == 0
     assert Path("run/model.safetensors").read_bytes() == Path("again/model.safetensors").read_bytes()
+
+
+def test_the_examples_of_the_page_run(tmp_path, run, monkeypatch):
+    from converters.conversion import convert
+
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "runs.md").read_text(encoding="utf-8")
+    python, toml = (re.search(rf"```{kind}\n(.*?)```", page, re.S)[1] for kind in ("python", "toml"))
+    Path("my_data.py").write_text(python)
+    Path("c.toml").write_text(toml.replace("images:photos", "digits").replace("epochs = 20", "epochs = 1"))
+    monkeypatch.delitem(sys.modules, "my_data", raising=False)
+    convert("lenet-300-100", sparsity=0.9, input_size=8, seed=3).save(tmp_path / "MODEL")
+    code, _, err = run("train", "MODEL", "-o", "RUN", "--data", "my_data:make", "--epochs", 1, "--workers", 0, "-q")
+    assert code == 0, err
+    assert run("train", "--config", "c.toml", "-o", "OTHER", "-q")[0] == 0 and Path("OTHER/tensorboard").is_dir()
+    head = Path("RUN/log.csv").read_text().splitlines()[0].split(",")
+    told = re.findall(r"^\| (`[a-z_`, ]+`) \|", page[page.index("The columns of") :], re.M)
+    assert [name for cell in told for name in re.findall(r"`(\w+)`", cell)] == head
 
 
 def test_a_grid_may_not_name_code_alone(own, run):

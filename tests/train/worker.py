@@ -1,8 +1,8 @@
 """One process of a training by several: `python worker.py FOLDER OPTIONS`, with the environment that torchrun sets.
 
-OPTIONS is JSON: `settings` of the training; `network`; `resume` to train one epoch and stop; `die` to be killed at a
-moment; `count` to write the bytes that went through an interface between two steps. The weights and masks of rank R are
-left in FOLDER/rankR.pt.
+OPTIONS is JSON: `settings` of the training; `network`; `data`; `log` for another log; `resume` to train one epoch and
+stop; `die` to be killed at a moment; `count` to write the bytes that went through an interface between two steps. The
+weights and masks of rank R are left in FOLDER/rankR.pt.
 """
 
 import json
@@ -140,7 +140,8 @@ def main():
             count_bytes(**options["count"], file=folder / f"sent{ranks.rank}")
         data = load_data(options.get("data", "fake:200"), model.config)
         deadline = 0.0 if options.get("pause") else float("inf")
-        train_in_folder(run, model, data, given, facts={"data": "fake"}, quiet=True, deadline=deadline)
+        log = options.get("log")
+        train_in_folder(run, model, data, given, facts={"data": "fake"}, log=log, quiet=True, deadline=deadline)
         masks = {f"mask {name}": mask for name, mask in model.masks.items()}
         torch.save({**model.module.state_dict(), **masks}, folder / f"rank{ranks.rank}.pt")
 
