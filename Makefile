@@ -13,6 +13,7 @@ help:
 	@echo "make test   set up and run linters, type checker, import contracts and tests"
 	@echo "make kernels, make sanitize, make neon   build the kernels; test them with sanitizers, and under emulation"
 	@echo "make pictures   make the pictures of commands and of a page in docs/images"
+	@echo "make docs   build the site in site/, with warnings as errors"
 	@echo "make test-slow, make fuzz, make lint, make bench, make zoo, make clean"
 
 .venv/installed: pyproject.toml hatch_build.py $(KERNELS)
@@ -55,6 +56,12 @@ bench: .venv/installed
 # Goes on where it was interrupted; build/zoo.jsonl has what is done.
 zoo: .venv/installed
 	$(BIN)/python benchmarks/zoo.py
+	$(BIN)/python benchmarks/support.py
+
+# site/index.html opens from its folder; no page loads anything from the network.
+.PHONY: docs
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 kernels: .venv/installed
 	$(BIN)/python hatch_build.py

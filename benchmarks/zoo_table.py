@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["table"]
+__all__ = ["passed", "passed_in_table", "table", "table_rows"]
 
 Row = Mapping[str, Any]
 
@@ -101,6 +101,25 @@ def passed(row: Row) -> bool:
     ours, theirs = _differences(row)
     # A runtime that did not run has no difference, and must not count as one that agrees.
     return bool(row["bit_for_bit"]) and ours is not None and theirs is not None and max(ours, theirs) <= _LIMIT
+
+
+def table_rows(text: str) -> list[dict[str, str]]:
+    """Returns the rows of a document that `table` made: cells by column."""
+    rows: list[dict[str, str]] = []
+    head: list[str] = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        if cells[:2] == ["model", "input"]:
+            head = cells
+        elif cells and len(cells) == len(head) and not cells[0].startswith("-"):
+            rows.append(dict(zip(head, cells, strict=True)))
+    return rows
+
+
+def passed_in_table(row: Mapping[str, str]) -> bool:
+    """Returns whether a row of the document is that of a model which passed."""
+    differences = [row["ONNX Runtime"], row["own runtime"]]
+    return row["bit for bit"] == "yes" and all(d != "not run" and float(d) <= _LIMIT for d in differences)
 
 
 def _summary(names: Sequence[str], done: Mapping[str, Row]) -> str:
