@@ -21,7 +21,7 @@ from dsr_tool.train.records import TrainResult
 from dsr_tool.train.run import RunFolder
 from dsr_tool.train.settings import TrainSettings
 from dsr_tool.train.storage import apply_storage, storage_line
-from dsr_tool.train.teacher import open_teacher
+from dsr_tool.train.teacher import Teacher, open_teacher
 
 __all__ = ["train_in_folder"]
 
@@ -63,15 +63,12 @@ def train_in_folder(
     settings = settings.resolve(data.dataset.augment, trained=starts_trained(model.config))
     settings.require_update(settings.epochs * data.steps(settings.batch_size))
     teacher = open_teacher(settings.teacher, model) if settings.teacher is not None else None
-    taught = {} if teacher is None else {"teacher_sha256": teacher.checksum}
-    weights = class_weights(settings.class_weights, data.dataset)
-    weighted = {} if weights is None else {"class_weights": list(weights)}
-    own = _checksum(data, settings)
+    found = _found(data, settings, teacher)
     settings, against = apply_storage(model, settings)
     # First of the observers: an epoch whose events are written before its checkpoint is dropped or kept with that.
     events = [] if log is None else [EventLog(Path(run.path), stopped)]
     logged = {} if log is None else {"log": log}
-    run.facts = {**facts, **logged, **taught, **weighted, **own, **data.sizes, "settings": settings.to_dict()}
+    run.facts = {**facts, **logged, **found, "settings": settings.to_dict()}
     before = stopped.epochs if stopped else ()
     Ranks.current().wait()  # until every rank has read the files that rank 0 changes from here on
     images = min(settings.batch_size, data.sizes["train_images"])
@@ -89,14 +86,22 @@ def train_in_folder(
     return settings, TrainResult((*before, *result.epochs), start)
 
 
-def _checksum(data: Data, settings: TrainSettings) -> dict[str, str]:
-    """Returns the checksum of the user's own data for the log; raises `CheckFailed` if they differ between ranks."""
-    dataset = data.dataset
-    if not dataset.checksum:
-        return {}
-    if not Ranks.current().agree([part.labels.to(settings.torch_device) for part in (dataset.train, dataset.test)]):
-        raise CheckFailed(
-            "the labels or the split of --data differ between the processes; let the callable return the same on each. "
-            "The generators of torch, numpy and Python are seeded when it is called."
-        )
-    return {"data_sha256": dataset.checksum}
+def _found(data: Data, settings: TrainSettings, teacher: Teacher | None) -> dict[str, Any]:
+    """Returns what a run records of its data and its teacher, so that a resume notices others; see `resume.FOUND`.
+
+    Raises:
+        CheckFailed: the user's own data differ between the processes.
+    """
+    found: dict[str, Any] = {} if teacher is None else {"teacher_sha256": teacher.checksum}
+    weights = class_weights(settings.class_weights, data.dataset)
+    if weights is not None:
+        found["class_weights"] = list(weights)
+    if checksum := data.dataset.checksum:
+        found["data_sha256"] = checksum
+        labels = [part.labels.to(settings.torch_device) for part in (data.dataset.train, data.dataset.test)]
+        if not Ranks.current().agree(labels):
+            raise CheckFailed(
+                "the labels or the split of --data differ between the processes; let the callable return the same on "
+                "each. The generators of torch, numpy and Python are seeded when it is called."
+            )
+    return {**found, **data.sizes}
