@@ -19,7 +19,6 @@ from safetensors.numpy import save_file
 from dsr_tool.errors import FormatError, UsageError, first_line
 from dsr_tool.formats.footprint import footprint
 from dsr_tool.formats.manifest import METADATA
-from dsr_tool.sparse.aliases import aliased_entries, later_names
 from dsr_tool.sparsity.granularity import Granularity
 from dsr_tool.sparsity.grid import GridTensor
 from dsr_tool.sparsity.layers import matrix_shape
@@ -59,6 +58,8 @@ class _PlainWeights(Container):
         Raises:
             UsageError: a weight that float16 cannot hold, or a name that the scales of another weight need.
         """
+        from dsr_tool.sparse.aliases import aliased_entries
+
         model = checked.model
         tensors = checked.stored(model.tensors(), model.specs)
         state = _state_of(tensors)
@@ -180,12 +181,16 @@ def _array(path: Path, name: str, tensor: torch.Tensor) -> Array:
 
 def _later_names(module: nn.Module) -> dict[str, str]:
     """Returns the first name of every entry of a file by each of its later ones, those of scales among them."""
+    from dsr_tool.sparse.aliases import later_names
+
     later = later_names(module)
     return later | {name + _SCALE: first + _SCALE for name, first in later.items()}
 
 
 def _under_first_names(state: dict[str, Array], later: Mapping[str, str]) -> dict[str, Array]:
     """Returns a state under the first name of each entry; as it is if two names of one entry differ in their values."""
+    from dsr_tool.sparse.aliases import aliased_entries
+
     first = {name: array for name, array in state.items() if name not in later}
     others = aliased_entries(first, later)
     same = all(name in state and state[name].tobytes() == array.tobytes() for name, array in others.items())
