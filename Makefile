@@ -80,4 +80,4 @@ neon: .venv/installed
 	tests/emulated.sh
 
 clean:
-	rm -rf .venv demo-out
+	rm -rf .venv demo-out site

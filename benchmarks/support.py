@@ -74,7 +74,7 @@ What works for which family of torchvision's models. Archives, ONNX files and ru
 
 - **models**: those of the family in the zoo. All of them convert with random weights, published ones
   (`--weights DEFAULT`) or a checkpoint; `docs/pretrained.md` says what is kept.
-- **compact training**: uses of sparse weights that ran on kernels, in steps of `dsr` with SGD. For the others, a dense
+- **trained on kernels**: uses of sparse weights in compact storage, in steps of `dsr` with SGD. For the others, a dense
   weight is built for one operation: slower, with the same result. Masked storage works for every model, with every
   optimizer of torch but SparseAdam (`docs/training.md`).
 - **archive, ONNX, runtimes**: models that came back bit for bit, and whose archive and compact ONNX file agree with
@@ -137,13 +137,13 @@ def page(zoo: Sequence[Mapping[str, str]], rows: Mapping[str, Mapping[str, Any]]
         zoo: the rows of docs/zoo.md, cells by column.
         rows: measurements by family.
     """
-    head = ("family", "models", "compact training", "archive, ONNX, runtimes", "plan")
+    head = ("family", "models", "trained on kernels", "archive, ONNX, runtimes", "plan")
     lines = ["| " + " | ".join(head) + " |", "|---|---:|---|---|---|"]
     for title in FAMILIES:
         models = [row for row in zoo if family(row["model"]) == title]
         good = sum(passed_in_table(row) for row in models)
         row = rows.get(title)
-        training = f"{row['on_kernels']} of {row['sparse']} on kernels" if row else "not measured"
+        training = f"{row['on_kernels']} of {row['sparse']}" if row else "not measured"
         plan = _plan(row["inference"]) if row else "not measured"
         lines.append(f"| {title} | {len(models)} | {training} | {good} of {len(models)} | {plan} |")
     machines = dict.fromkeys(row["machine"] for row in rows.values())
