@@ -10,10 +10,15 @@ from converters.torchvision_weights import FRESH
 from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.train.settings import TrainSettings
 
-__all__ = ["announcement", "chance", "doubt", "starts_trained"]
+__all__ = ["announcement", "chance", "doubt", "few_steps", "starts_trained"]
 
 _FROM_TRAINED = ("weights", "calibration")
 """Keys in the record of a conversion that only trained weights have."""
+
+_FEW_STEPS = 30
+"""Steps below which a fine-tuning hardly begins. A ResNet-18 at .8 with a new head, on 244 photographs of two classes
+for six epochs, ended at 81 % after 12 steps, in batches of 128; in batches of 32, its first epoch of 8 steps ended at
+91.5 %."""
 
 
 def starts_trained(config: ModelConfig) -> bool:
@@ -31,6 +36,21 @@ def announcement(settings: TrainSettings) -> str:
         amount = f"{share:.3g} weights" if share >= 1 else f"{100 * share:.3g} %"
         parts.append(f"{settings.method} moves {amount} a time{_until(settings.stop)}")
     return f"from trained weights: {', '.join(parts)}"
+
+
+def few_steps(settings: TrainSettings, steps: int) -> str:
+    """Returns a line that says if a fine-tuning has too few steps to change much; else nothing.
+
+    Args:
+        settings: the settings.
+        steps: steps of the whole training.
+    """
+    if steps >= _FEW_STEPS:
+        return ""
+    return (
+        f"this training has {steps} {'step' if steps == 1 else 'steps'}, since --batch-size is {settings.batch_size}; "
+        f"a smaller one makes more of the same images, and so do more --epochs"
+    )
 
 
 def _until(stop: float | None) -> str:

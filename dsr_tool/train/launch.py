@@ -13,7 +13,7 @@ from dsr_tool.train.class_weights import class_weights, uneven_note
 from dsr_tool.train.data import Data
 from dsr_tool.train.event_log import EventLog
 from dsr_tool.train.failures import require_classifier
-from dsr_tool.train.fine_tuning import announcement, starts_trained
+from dsr_tool.train.fine_tuning import announcement, few_steps, starts_trained
 from dsr_tool.train.loop import train
 from dsr_tool.train.progress import Progress
 from dsr_tool.train.ranks import Follower, Ranks
@@ -61,7 +61,8 @@ def train_in_folder(
     stopped = run.stopped
     settings = stopped.settings(given) if stopped else TrainSettings(**given)
     settings = settings.resolve(data.dataset.augment, trained=starts_trained(model.config))
-    settings.require_update(settings.epochs * data.steps(settings.batch_size))
+    steps = settings.epochs * data.steps(settings.batch_size)
+    settings.require_update(steps)
     teacher = open_teacher(settings.teacher, model) if settings.teacher is not None else None
     found = _found(data, settings, teacher)
     settings, against = apply_storage(model, settings)
@@ -77,6 +78,8 @@ def train_in_folder(
     with run, Progress(settings.epochs, images, done=len(before), quiet=quiet) as progress:
         if settings.fine_tune:
             progress.note(announcement(settings))
+            if line := few_steps(settings, steps):
+                progress.note(line)
         progress.note(storage_line(model, against))
         if not stopped and "class_weights" not in given and (line := uneven_note(data.dataset)):
             progress.note(line)

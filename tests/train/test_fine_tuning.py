@@ -13,7 +13,7 @@ from dsr_tool.cli.train import command
 from dsr_tool.methods import METHODS
 from dsr_tool.sparsity.config import ModelConfig
 from dsr_tool.train import Observer, RunFolder, TrainSettings, train, train_in_folder
-from dsr_tool.train.fine_tuning import announcement, chance, doubt, starts_trained
+from dsr_tool.train.fine_tuning import announcement, chance, doubt, few_steps, starts_trained
 from dsr_tool.train.resume import find_stopped
 
 
@@ -188,12 +188,19 @@ def test_the_command_prints_the_defaults_the_first_evaluation_and_the_doubt(tmp_
     done = CliRunner().invoke(command, arguments, catch_exceptions=False)
     lines = done.stderr.splitlines()
     assert lines[0] == "from trained weights: learning rate 0.003, dsr moves 3 % a time until half time"
-    assert lines[1].startswith("storage compact: ")
-    assert lines[2].startswith("epoch 0/1  accuracy 0.") and lines[2].endswith("before the training")
-    assert lines[3].startswith("warning: before the training the network is at chance")
+    assert lines[1].startswith("this training has 11 steps, since --batch-size is 128; ")
+    assert lines[2].startswith("storage compact: ")
+    assert lines[3].startswith("epoch 0/1  accuracy 0.") and lines[3].endswith("before the training")
+    assert lines[4].startswith("warning: before the training the network is at chance")
     document = json.loads(done.stdout)
-    assert f"accuracy {document['start_accuracy']:.4f}" in lines[2]
+    assert f"accuracy {document['start_accuracy']:.4f}" in lines[3]
     assert document["settings"]["lr"] == 0.003 and document["settings"]["options"]["threshold"] == "auto"
+
+
+def test_many_steps_need_no_line():
+    settings = TrainSettings(batch_size=32)
+    assert few_steps(settings, 30) == ""
+    assert few_steps(settings, 1).startswith("this training has 1 step, since --batch-size is 32; ")
 
 
 def test_help_says_both_defaults():
