@@ -35,10 +35,12 @@ lint: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Training has a process of its own: what torch compiles, and the threads that do it, stay until the process ends.
+# Training has processes of its own: what torch compiles, and the threads that do it, stay until a process ends. A file
+# of tests stays in one process, as its fixtures do. More processes need more memory, about 2 GB each.
+WORKERS ?= 2
 test: lint
-	$(BIN)/python -m pytest --ignore=tests/train
-	$(BIN)/python -m pytest tests/train
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --ignore=tests/train
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/train
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
