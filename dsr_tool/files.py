@@ -50,8 +50,11 @@ def refuse_existing(path: Path, *, force: bool, marker: str = "") -> None:
             Folders without it are never replaced, unless they are empty.
 
     Raises:
-        FileError: the output exists and must not be replaced, or its parent is not a folder.
+        FileError: the output exists and must not be replaced, is a device, or its parent is not a folder.
     """
+    # A rename would put a file in place of a device such as /dev/null, for every process of the machine.
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise FileError(f"output {str(path)!r} is a device or a pipe, which no output replaces; give another path.")
     # An empty folder is as good as none: users make one with mkdir, and tempfile does.
     holds_something = path.exists() and not (marker and path.is_dir() and not any(path.iterdir()))
     if holds_something and not force:
@@ -236,7 +239,8 @@ def disk_is_full(error: BaseException, folder: Path) -> bool:
     if isinstance(error, DsrError) and not isinstance(error, FormatError):
         return False
     try:
-        return shutil.disk_usage(folder).free < _BLOCK
+        usage = shutil.disk_usage(folder)
+        return usage.total > 0 and usage.free < _BLOCK  # folders that the system makes up, such as /proc, have no size
     except OSError:
         return False
 

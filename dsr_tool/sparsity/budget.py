@@ -59,7 +59,9 @@ class Budget:
         try:
             value = Fraction(str(sparsity))
         except (ValueError, ZeroDivisionError):
-            value = Fraction(-1)
+            raise UsageError(
+                f"sparsity {str(sparsity)[:80]!r} is not a number in [0, 1); give the fraction of zeros, e.g. 0.9."
+            ) from None
         if not 0 <= value < 1:
             raise UsageError(f"sparsity {sparsity} is not in [0, 1); give the fraction of zeros, e.g. 0.9.")
         return cls(sparsity=value)

@@ -141,7 +141,7 @@ class TrainSettings:
         for name, low, high, allowed in (
             ("epochs", 1, math.inf, "1 or more"),
             # Batch normalisation learns nothing from a single image.
-            ("batch_size", 2, math.inf, "2 or more images"),
+            ("batch_size", 2, 2**31 - 1, "2 or more images, below 2^31"),
             ("accumulate", 1, math.inf, "1 or more parts of a batch"),
             ("lr", 1e-12, math.inf, "a positive number"),
             ("gamma", 1e-12, 1, "a factor in (0, 1]"),
