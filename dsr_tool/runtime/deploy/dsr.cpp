@@ -28,6 +28,12 @@ T failed(T code, const char* format, A... arguments) {
     return code;
 }
 
+// A sentence without values; clang wants a literal format.
+template <class T>
+T failed(T code, const char* sentence) {
+    return failed(code, "%s", sentence);
+}
+
 }  // namespace
 
 struct dsr_plan {
