@@ -7,11 +7,12 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export DSR_TOOL_REQUIRE_KERNELS ?= $(if $(shell command -v c++ g++ clang++),1,)
 KERNELS := $(foreach ending,cpp h def,$(wildcard dsr_tool/runtime/kernels/*.$(ending) dsr_tool/runtime/deploy/*.$(ending) dsr_tool/runtime/deploy/include/*.$(ending)))
 
-.PHONY: help demo pictures test test-slow fuzz lint bench zoo kernels sanitize neon clean
+.PHONY: help demo pictures test test-slow fuzz lint bench zoo kernels sanitize neon wheels smoke clean
 help:
 	@echo "make demo   set up and run the main job on a small real data set (one to four minutes on two cores, after the installation)"
 	@echo "make test   set up and run linters, type checker, import contracts and tests"
 	@echo "make kernels, make sanitize, make neon   build the kernels; test them with sanitizers, and under emulation"
+	@echo "make wheels, make smoke   build the wheels and the sdist in dist/ and check what is in them; install and use them"
 	@echo "make pictures   make the pictures of commands and of a page in docs/images"
 	@echo "make docs   build the site in site/, with warnings as errors"
 	@echo "make test-slow, make fuzz, make lint, make bench, make zoo, make clean"
@@ -80,6 +81,20 @@ sanitize: .venv/installed
 # Needs an aarch64 compiler, qemu-user and, the first time, root for apt-get; tests/emulated.sh says more.
 neon: .venv/installed
 	tests/emulated.sh
+
+# The sdist builds each wheel, in an environment of its own, with Zig's compiler for that platform (hatch_build.py).
+wheels: .venv/installed
+	rm -rf dist
+	$(BIN)/python -m hatchling build --target sdist --directory dist
+	for platform in manylinux_2_17_x86_64 manylinux_2_17_aarch64; do \
+	  env -u CXX DSR_TOOL_REQUIRE_KERNELS=1 DSR_TOOL_WHEEL_PLATFORM=$$platform \
+	  $(BIN)/python -m pip wheel --no-deps --wheel-dir dist dist/*.tar.gz || exit 1; done
+	$(BIN)/python -m pytest -m slow tests/wheels
+
+# Needs `make wheels`. tests/wheels/smoke.py says what KINDS there are.
+KINDS ?= newest prediction
+smoke:
+	$(PYTHON) tests/wheels/smoke.py $(KINDS)
 
 clean:
 	rm -rf .venv demo-out site
