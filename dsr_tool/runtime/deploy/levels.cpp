@@ -72,7 +72,7 @@ extern "C" const Level* dsr_level(int32_t number, int32_t* runs) {
     return levels[number];
 }
 
-bool runs_here(const char* level) {
+bool runs_here([[maybe_unused]] const char* level) {
 #if defined(__x86_64__)
     if (!strcmp(level, "avx512")) return has_v4();
     if (!strcmp(level, "avx2")) return has_v3();
