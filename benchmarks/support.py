@@ -89,7 +89,7 @@ What works for which family of torchvision's models. Archives, ONNX files and ru
 | torchvision's detectors | yes | in your own loop | their raw outputs (`docs/onnx.md`) |
 | your own module or callable | yes | yes; `train` takes classifiers | yes, if torch can capture it |
 | `lenet-300-100`, `wrn-22-2`, `wrn-28-2` | yes | yes | yes |
-| ONNX files of other tools | their zeros become masks | no | yes (`docs/onnx.md`) |
+| ONNX files of other tools | yes, as layers of PyTorch | yes, a classifier | yes (`docs/onnx.md`) |
 
 {machine}
 """
