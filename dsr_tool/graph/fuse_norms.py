@@ -46,7 +46,8 @@ class _Finder:
 
     def __init__(self, nodes: Sequence[Node], known: _Known, outputs: Container[str]) -> None:
         self._known, self._outputs = known, outputs
-        self._makers = {node.outputs[0]: node for node in nodes}
+        # With another number of inputs a node is invalid, and the reference says so.
+        self._makers = {node.outputs[0]: node for node in nodes if len(node.inputs) == 1 + (node.op != "Sqrt")}
         self._readers: dict[str, list[Node]] = defaultdict(list)
         for node in nodes:
             for name in dict.fromkeys(node.inputs):
@@ -54,6 +55,8 @@ class _Finder:
 
     def norm(self, quotient: Node) -> tuple[Node, set[str]] | None:
         """Returns the norm that a quotient is part of, and the values that nothing reads then; None if it is none."""
+        if len(quotient.inputs) != 2:
+            return None
         difference, root = quotient.inputs
         shifted = self._made(self._input(root, "Sqrt"), "Add")
         variance, epsilon = self._split(shifted)
@@ -96,7 +99,7 @@ class _Finder:
     def _mean_of(self, name: str) -> str:
         """Returns the value whose mean over the last axis this is, with that axis kept; empty if it is none."""
         node = self._made(name, "ReduceMean")
-        if node is None or len(node.inputs) != 2 or not node.attributes.get("keepdims", 1):
+        if node is None or not node.attributes.get("keepdims", 1):
             return ""
         axes = self._known(node.inputs[1])
         return node.inputs[0] if axes is not None and axes.tolist() == [-1] else ""
@@ -112,7 +115,7 @@ class _Finder:
 
     def _split(self, node: Node | None) -> tuple[str, Array | None]:
         """Returns the computed and the known operand of a node; None for one that has no known operand."""
-        if node is None:
+        if node is None or len(node.inputs) != 2:
             return "", None
         for name, other in (node.inputs, node.inputs[::-1]):
             if (array := self._known(other)) is not None and self._known(name) is None:

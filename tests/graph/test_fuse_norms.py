@@ -102,3 +102,12 @@ def test_a_value_in_between_that_is_read_elsewhere_keeps_its_steps(name):
 
 def test_a_factor_that_is_read_elsewhere_keeps_the_summand():
     assert [node.op for node in fused([*STEPS.values()], "y", "f")] == ["LayerNormalization", "Add"]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_with_another_number_of_inputs_are_left_to_the_reference(name):
+    for inputs in ((), STEPS[name].inputs[:1], (*STEPS[name].inputs, "two", "two")):
+        if len(inputs) != len(STEPS[name].inputs):
+            nodes = changed(**{name: inputs})
+            steps = fuse_norms(nodes, KNOWN.get, ["y"])
+            assert nodes[list(STEPS).index(name)] in steps
