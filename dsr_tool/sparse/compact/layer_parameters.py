@@ -36,9 +36,7 @@ class LayerParameters(Mapping[str, nn.Parameter]):
         self._parameters = {
             name: nn.Parameter(store.values_of(name).detach(), requires_grad=name in trained) for name in store.layers
         }
-        self._trained = {name: self._parameters[name] for name in store.layers if name in trained}
-        for name, parameter in self._trained.items():
-            parameter.register_hook(_refusal(name))
+        self._trained: dict[str, nn.Parameter] = {}  # those that had a gradient at some time
         self._flags = {name: parameter.requires_grad for name, parameter in self._parameters.items()}
         self._flat_gradient: torch.Tensor | None = None
         self._hooked: nn.Parameter | None = None
@@ -57,9 +55,11 @@ class LayerParameters(Mapping[str, nn.Parameter]):
         """Has the parameters say which layers are trained now, before somebody changes that; see `changed`."""
         for name, parameter in self._parameters.items():
             trained = self._store.layers[name].trained and self._store.values.requires_grad
-            if parameter.requires_grad == self._flags[name]:
+            if parameter.requires_grad == self._flags[name] != trained:
                 parameter.requires_grad_(trained)
                 self._flags[name] = trained
+        if self._hook():
+            self._share()
 
     def changed(self) -> str | None:
         """Returns the name of a layer that somebody froze or unfroze by its parameter; None if nobody did."""
@@ -72,12 +72,22 @@ class LayerParameters(Mapping[str, nn.Parameter]):
         for name, parameter in self._parameters.items():
             parameter.grad = None
             parameter.data = self._store.values_of(name).detach()
+        self._hook()
         self._share()
+
+    def _hook(self) -> bool:
+        """Hooks on to the flat parameter and to new trained layers, which torch refuses while they are frozen."""
+        others = {name: self._parameters[name] for name in self._store.trained if name not in self._trained}
+        new = {name: parameter for name, parameter in others.items() if parameter.requires_grad}
+        for name, parameter in new.items():
+            parameter.register_hook(_refusal(name))
+        self._trained |= new
         values = self._store.values
-        if values is not self._hooked and self._trained:
+        if values is not self._hooked and values.requires_grad and self._trained:
             values.register_hook(lambda _: self.drop_cleared())
             values.register_post_accumulate_grad_hook(lambda _: self._share_later())
             self._hooked = values
+        return bool(new)
 
     @torch.no_grad()
     def drop_cleared(self) -> None:

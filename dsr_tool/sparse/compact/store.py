@@ -166,9 +166,12 @@ class CompactStore:
 
     def require_flags(self) -> None:
         """Raises `UsageError` if a layer was frozen or unfrozen alone, which one flat parameter cannot follow."""
-        name = None if self.by_layer is None else self.by_layer.changed()
-        if name is not None and self.by_layer is not None:
+        if self.by_layer is None:
+            return
+        if (name := self.by_layer.changed()) is not None:
             raise frozen_before(name) if self.by_layer[name].requires_grad else trained_before(name)
+        # All of them may have been frozen or unfrozen together, by the network.
+        self.by_layer.follow_flags()
 
     def values_of(self, name: str) -> torch.Tensor:
         """Returns the values of a layer, shape (active,), through which gradients reach the parameter."""

@@ -119,3 +119,19 @@ def test_groups_of_parts_step_as_masked_ones_do():
         ends.append(model.module.state_dict())
     for name, tensor in ends[0].items():
         torch.testing.assert_close(ends[1][name], tensor)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_parts_listed_while_the_network_was_frozen_are_trained_afterwards(early):
+    model = compact()
+    model.module.requires_grad_(False)
+    parts = [p for part in ("stem", "body", "head") for p in model.module.get_submodule(part).parameters()]
+    optimizer = torch.optim.SGD(parts, lr=0.1) if early else None
+    model.module(X)
+    model.module.requires_grad_(True)
+    optimizer = optimizer or torch.optim.SGD(parts, lr=0.1)
+    before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+    model.module(X).square().mean().backward()
+    assert all(part.grad is not None for part in parts)
+    optimizer.step()
+    assert not any(torch.equal(before[name], tensor) for name, tensor in model.module.state_dict().items())
