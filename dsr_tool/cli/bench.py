@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dsr_tool.cli.common import emit, examples, note, output_options
+from dsr_tool.cli.common import FilePath, emit, examples, note, output_options
 
 __all__ = ["command"]
 
@@ -20,7 +20,7 @@ __all__ = ["command"]
         "dsr-tool bench resnet18-90.dsr --layers",
     ),
 )
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=FilePath())
 @click.option("--batch", type=int, default=1, show_default=True, help="Inputs per batch.")
 @click.option("--threads", type=int, default=1, show_default=True, help="Threads of both runtimes.")
 @click.option("--rounds", type=int, default=20, show_default=True, help="Pairs of measurements.")

@@ -6,19 +6,44 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import click
 
 from dsr_tool.cli.streams import write_result
 
-__all__ = ["TableOption", "emit", "examples", "model_option", "note", "output_options", "parse_shape", "result_options"]
+__all__ = [
+    "FilePath",
+    "TableOption",
+    "emit",
+    "examples",
+    "model_option",
+    "note",
+    "output_options",
+    "parse_shape",
+    "result_options",
+]
 
 _STDOUT = "dsr_tool.cli.stdout"
 """Key of click's context under which the real stdout is kept."""
 _QUIET_HELP = "Print only the result, no progress or notes."
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class FilePath(click.Path):
+    """The path of a file or folder; an empty text, which `Path` takes for the current directory, is refused."""
+
+    def __init__(self) -> None:
+        """Makes the type; a command gets a `Path`."""
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        """Returns the path; raises `click.BadParameter` for an empty text, as of a shell's variable without a value."""
+        if value == "":
+            self.fail("'' is no path; give one, such as . for the current directory.", parameter, context)
+        return super().convert(value, parameter, context)
 
 
 class TableOption(click.Option):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsr_tool.cli.common import emit, examples, note, output_options
+from dsr_tool.cli.common import FilePath, emit, examples, note, output_options
 
 if TYPE_CHECKING:
     from dsr_tool.compare.cells import Grid
@@ -25,8 +25,8 @@ __all__ = ["command"]
         "dsr-tool compare grid.toml -o lenet --jobs 2 --max-time 3000",
     ),
 )
-@click.argument("grid", required=False, type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The comparison's folder.")
+@click.argument("grid", required=False, type=FilePath())
+@click.option("-o", "--output", required=True, type=FilePath(), help="The comparison's folder.")
 @click.option("--recipe", metavar="FAMILY", help="Family of recipes: one that `dsr-tool recipes` lists, or a file.")
 @click.option("--methods", metavar="A,B", help="Methods of the family; those that they start from are added.")
 @click.option("--sparsity", metavar="S,T", help="Fractions of zeros; default: those of the family.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dsr_tool.cli.common import emit, examples, note, output_options, parse_shape
+from dsr_tool.cli.common import FilePath, emit, examples, note, output_options, parse_shape
 from dsr_tool.cli.progress import progress_bar
 
 __all__ = ["command"]
@@ -26,7 +26,7 @@ __all__ = ["command"]
     ),
 )
 @click.argument("arch", required=False)
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The model folder to create.")
+@click.option("-o", "--output", required=True, type=FilePath(), help="The model folder to create.")
 @click.option(
     "--recipe", metavar="NAME", help="Take options from a recipe: one that `dsr-tool recipes` lists, or a file."
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dsr_tool.cli.common import TableOption, emit, examples, model_option, output_options, parse_shape
+from dsr_tool.cli.common import FilePath, TableOption, emit, examples, model_option, output_options, parse_shape
 from dsr_tool.cli.progress import progress_bar
 
 __all__ = ["command"]
@@ -54,8 +54,8 @@ def _parse_levels(
         "dsr-tool export pruned-elsewhere.onnx -o small.dsr --input-shape 3,640,640",
     ),
 )
-@click.argument("source", metavar="MODEL_DIR", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file to create.")
+@click.argument("source", metavar="MODEL_DIR", type=FilePath())
+@click.option("-o", "--output", required=True, type=FilePath(), help="The file to create.")
 @click.option("--to", cls=TableOption, describe=_containers_help)
 @click.option("--encoding", default="auto", show_default=True, cls=TableOption, describe=_encodings_help)
 @click.option(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dsr_tool.cli.common import emit, examples, result_options
+from dsr_tool.cli.common import FilePath, emit, examples, result_options
 
 __all__ = ["command"]
 
@@ -18,14 +18,14 @@ __all__ = ["command"]
         "dsr-tool predict resnet18-90.dsr batch.npy --runtime onnxruntime --json",
     ),
 )
-@click.argument("file", type=click.Path(path_type=Path))
-@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("file", type=FilePath())
+@click.argument("inputs", nargs=-1, required=True, type=FilePath())
 @click.option("--runtime", default="sparse", show_default=True, help="sparse, scipy or onnxruntime.")
 @click.option(
     "--threads", type=click.IntRange(1, 256), help="Worker threads; default: 1, or every core with onnxruntime."
 )
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Number of classes to print.")
-@click.option("--labels", type=click.Path(path_type=Path), help="Text file with one class name per line.")
+@click.option("--labels", type=FilePath(), help="Text file with one class name per line.")
 @result_options
 def command(
     file: Path,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dsr_tool.cli.common import emit, examples, result_options
+from dsr_tool.cli.common import FilePath, emit, examples, result_options
 
 __all__ = ["command"]
 
@@ -16,7 +16,7 @@ __all__ = ["command"]
     epilog=examples("dsr-tool recipes", "dsr-tool recipes wrn-28-2/set@0.9 -o mine.toml"),
 )
 @click.argument("name", required=False)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Copy the recipe to this file, to change it.")
+@click.option("-o", "--output", type=FilePath(), help="Copy the recipe to this file, to change it.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @result_options
 def command(name: str | None, output: Path | None, force: bool, as_json: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dsr_tool.cli.common import emit, examples, model_option, output_options
+from dsr_tool.cli.common import FilePath, emit, examples, model_option, output_options
 from dsr_tool.cli.progress import progress_bar
 
 __all__ = ["command"]
@@ -24,8 +24,8 @@ __all__ = ["command"]
         "dsr-tool report resnet18-90.dsr --accuracy photos --against resnet18.pth",
     ),
 )
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option("--html", type=click.Path(path_type=Path), help="Also write the report as one self-contained page.")
+@click.argument("path", type=FilePath())
+@click.option("--html", type=FilePath(), help="Also write the report as one self-contained page.")
 @click.option("--budget", help="Print only whether it fits 5.1Mparams, 12MB, 12MiB or 0.8GMACs; exit code 3 if not.")
 @click.option("--force", is_flag=True, help="Replace an existing page.")
 @click.option("--memory", is_flag=True, help="Print only the memory of inference, by runtime, and of training.")
@@ -35,13 +35,13 @@ __all__ = ["command"]
 @click.option("--measure", "measured", is_flag=True, help="With --memory: also measure it, in child processes.")
 @click.option(
     "--accuracy",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     metavar="DIR",
     help="Print only top-1 and top-5 on a folder of pictures: class folders, or a labels.csv.",
 )
 @click.option(
     "--against",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     metavar="MODEL",
     help="With --accuracy: also a dense model folder, weights or a file; how often both agree, and the KL divergence.",
 )

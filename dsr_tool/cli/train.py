@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsr_tool.cli.common import emit, examples, model_option, note, output_options
+from dsr_tool.cli.common import FilePath, emit, examples, model_option, note, output_options
 from dsr_tool.cli.ending import ended_by_sigterm
 from dsr_tool.cli.method_help import MethodsCommand
 from dsr_tool.cli.progress import show_on_terminal
@@ -32,8 +32,8 @@ __all__ = ["command"]
         "dsr-tool train lenet-99 --recipe lenet-300-100/dsr@0.99 --set epochs=10 --data mnist:mnist -o lenet-run",
     ),
 )
-@click.argument("model_dir", required=False, type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The run folder to create.")
+@click.argument("model_dir", required=False, type=FilePath())
+@click.option("-o", "--output", required=True, type=FilePath(), help="The run folder to create.")
 @click.option(
     "--data",
     metavar="SPEC",
@@ -44,7 +44,7 @@ __all__ = ["command"]
 @click.option(
     "--config",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="Take model, data and all settings from a file, .json or .toml, such as the settings.json of a run folder; "
     "what the command line gives wins.",
 )
@@ -184,8 +184,9 @@ def _places(
     from dsr_tool.errors import UsageError
 
     if config is not None:
-        model = model or (Path(config.model) if config.model is not None else None)
-        data, log = data or config.data, log or config.log
+        # An empty text of the command line is not absent: it is refused like any other value that is none.
+        model = Path(config.model) if model is None and config.model is not None else model
+        data, log = config.data if data is None else data, config.log if log is None else log
     if model is None or data is None:
         missing = " and ".join(name for name, value in (("MODEL_DIR", model), ("--data", data)) if value is None)
         raise UsageError(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dsr_tool.cli.common import emit, examples, model_option, result_options
+from dsr_tool.cli.common import FilePath, emit, examples, model_option, result_options
 
 __all__ = ["command"]
 
@@ -18,11 +18,11 @@ __all__ = ["command"]
         "dsr-tool verify resnet18-90.npz --against resnet18-90 --json",
     ),
 )
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=FilePath())
 @click.option(
     "--against",
     required=True,
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="The model folder that FILE was exported from, or the ONNX file.",
 )
 @model_option

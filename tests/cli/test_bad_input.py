@@ -155,6 +155,9 @@ def test_existing_outputs_are_not_replaced(run, folder, tmp_path):
         (["train", "{folder}", "-o", "{out}", "--data", "fake:10", "--epochs", "0"], 2, "epochs"),
         (["train", "{folder}", "-o", "{out}", "--data", "fake:10", "--resume", "--force"], 2, "give one of the two"),
         (["train", "{folder}", "-o", "{out}", "--data", "fake:10", "--milestones", ""], 2, "60,120,160"),
+        (["train", "", "-o", "{out}", "--data", "fake:10"], 2, "'' is no path; give one, such as ."),
+        (["convert", "resnet18", "--sparsity", "0.9", "-o", ""], 2, "for '-o' / '--output': '' is no path; give one"),
+        (["verify", "{archive}", "--against", ""], 2, "for '--against': '' is no path; give one"),
         (["reprot", "x"], 2, "did you mean report"),
     ],
 )
