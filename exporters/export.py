@@ -260,7 +260,7 @@ def _container_for(path: Path, to: str | None) -> Container:
     # Read from the table at each call, so that rows added at run time count.
     ending = path.suffix.lower()
     by_ending = next((name for name, one in CONTAINERS.items() if ending in one.endings), None)
-    name = to or by_ending or "archive"
+    name = to if to is not None else by_ending or "archive"
     if name not in CONTAINERS:
         raise unknown_name("--to", name, CONTAINERS)
     container = CONTAINERS[name]

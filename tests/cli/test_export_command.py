@@ -116,6 +116,7 @@ def test_rounding_by_pictures_and_the_agreement_on_others(run, run_json, folder,
         (["-o", "a.dsr", "--values", "fp61"], "did you mean fp16"),
         (["-o", "a.pth", "--compact"], "which state-dict files lack"),
         (["-o", "a.npz", "--to", "safetensors"], "call it a.safetensors"),
+        (["-o", "a.dsr", "--to", ""], "--to '' is unknown"),
     ],
 )
 def test_wrong_arguments_of_export_are_one_sentence(run, folder, tmp_path, monkeypatch, arguments, says):
