@@ -19,6 +19,7 @@ from dsr_tool.recipes.keys import TRAIN_KEYS, value_errors
 from dsr_tool.recipes.recipe import Recipe
 from dsr_tool.train.datasets import names_code
 from dsr_tool.train.resume import FOUND
+from dsr_tool.train.settings import TrainSettings
 
 __all__ = ["Config", "read_config"]
 
@@ -51,7 +52,7 @@ class Config:
 
         The options of a method go with it: another one does not get those that the file has for its own.
         """
-        own = self.recipe.train.get("method")
+        own = self.recipe.train.get("method", TrainSettings.method)
         return self.recipe if method in (None, own) else replace(self.recipe, options={})
 
     def changes(self, row: Recipe, given: Mapping[str, str | None]) -> str:
@@ -139,6 +140,8 @@ def _faults(tables: Mapping[str, Any], given: Mapping[str, object]) -> Iterator[
             yield str(unknown_name("key", key, known))
         elif key in _TEXTS and not isinstance(value, str):
             yield f"{key} is {value!r}, expected a text."
+        elif key in _TEXTS and not value:
+            yield f"{key} is empty; give a value, or leave it out."
     for key in ("settings", *(["settings.options"] if isinstance(tables.get("settings"), Mapping) else [])):
         value = tables["settings"].get("options", {}) if key != "settings" else tables.get(key, {})
         if not isinstance(value, Mapping):

@@ -101,6 +101,7 @@ FULL = {"model": "net", "data": "digits"}
             ],
         ),
         ({"model": 3, "data": "digits"}, ["model is 3, expected a text."]),
+        ({"model": "", "data": "digits"}, ["model is empty; give a value, or leave it out."]),
         ({"model": "net"}, ["data is missing; add"]),
         ({f"key{i}": i for i in range(40)}, ["And 33 more."]),
         ({"train": {"epochs": 3}}, ["is a recipe; give it as --recipe."]),
@@ -147,6 +148,20 @@ def test_code_in_a_file_is_not_run_unless_the_user_names_it(tmp_path):
     ):
         read_config(path, {})
     assert read_config(path, {"data": "os:getcwd"}).data == "os:getcwd"
+
+
+@pytest.mark.usefixtures("model")
+def test_an_empty_text_on_the_command_line_does_not_stand_for_the_file():
+    written(Path("c.json"), {"model": "net", "data": "os:getcwd"})
+    with pytest.raises(UsageError, match="--data '' is unknown"):
+        run("--config", "c.json", "-o", "a", "--data", "")
+    with pytest.raises(UsageError, match="--log '' is unknown"):
+        run("--config", "c.json", "-o", "a", "--data", "digits", "--log", "")
+
+
+def test_options_of_the_default_method_stay_when_the_method_is_given_by_name(tmp_path):
+    file = read_config(written(tmp_path / "c.json", FULL | {"settings": {"options": {"target": 0.2}}}), {})
+    assert file.for_method("dsr").options == {"target": 0.2} and not file.for_method("set").options
 
 
 @pytest.mark.parametrize(
