@@ -61,8 +61,9 @@ def data_name(spec: str) -> str:
 
 def _own(spec: str) -> DataSet:
     module = spec.partition(":")[0]
-    close = closest(module, DATASETS)
-    if close and importlib.util.find_spec(module.partition(".")[0]) is None and not Path(f"{module}.py").exists():
+    close, first = closest(module, DATASETS), module.partition(".")[0]
+    here = Path(first, "__init__.py").exists() or Path(*module.split(".")).with_suffix(".py").exists()
+    if close and not here and importlib.util.find_spec(first) is None:
         raise unknown_name("--data", module, DATASETS)  # mistyped, more likely than a module that is missing
     data = open_items(spec)
     return DataSet(data.train, data.test, data.num_classes, data.classes, augment="none", checksum=data.checksum)

@@ -129,8 +129,9 @@ def open_items(spec: str) -> OwnData:
 
 def every_fifth(labels: torch.Tensor) -> torch.Tensor:
     """Returns which items are for testing: every fifth of each class, in their order, bool of shape (items,)."""
+    # Classes are numbered anew, since labels that are none, such as -1 or 2^40, are refused only later.
+    _, labels, counts = labels.unique(return_inverse=True, return_counts=True)
     order = labels.argsort(stable=True)
-    counts = labels.bincount()
     starts = counts.cumsum(0) - counts
     number_in_class = torch.arange(1, len(labels) + 1) - starts[labels[order]]
     test = torch.zeros(len(labels), dtype=torch.bool)
@@ -232,6 +233,6 @@ def _read(items: Dataset[Any], row: int, name: str) -> tuple[torch.Tensor, int]:
 def _label(value: object, row: int, name: str) -> int:
     if isinstance(value, torch.Tensor) and value.ndim == 0 and value.dtype != torch.bool:
         value = value.item()
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and abs(int(value)) < 2**63:
         return int(value)
     raise FormatError(f"item {row} of {name} has label {value!r:.40}, expected a class number, a whole one from 0 on.")

@@ -169,6 +169,9 @@ def test_one_dataset_is_split_as_digits_are(own):
         ("return changed(1, lambda x, y: (x, 1.5)), Own(4)", FormatError, "has label 1.5, expected a class number"),
         ("return changed(1, lambda x, y: (x, True)), Own(4)", FormatError, "has label True, expected"),
         ("return changed(1, lambda x, y: (x, -1)), Own(4)", FormatError, "has label -1, which is none of 4 classes"),
+        ("return changed(1, lambda x, y: (x, -1))", FormatError, "training data .* has label -1, which is none of 4"),
+        ("return changed(1, lambda x, y: (x, 2**40)), 4", FormatError, "has label 1099511627776, which is none of 4"),
+        ("return changed(1, lambda x, y: (x, 2**70)), Own(4)", FormatError, "has label 118.*, expected a class number"),
         ("return changed(3, lambda x, y: 1 / 0), Own(4)", FormatError, "item 3 .* failed .ZeroDivisionError: division"),
     ],
 )
@@ -201,6 +204,13 @@ def test_names_that_are_no_callable_are_refused(own):
     ):
         with pytest.raises(UsageError, match=message):
             open_dataset(name, (3, 8, 8))
+    # A package of the current directory may be named nearly as data are.
+    Path("image").mkdir()
+    with pytest.raises(UsageError, match="--data 'image' is unknown; did you mean images"):
+        open_dataset("image:root", (3, 8, 8))
+    Path("image/sets.py").write_text("made = 3")
+    with pytest.raises(UsageError, match="'image.sets:made' is int, expected a function"):
+        open_dataset("image.sets:made", (3, 8, 8))
     assert names_code(spec) and not names_code("digits") and not names_code("images:root") and not names_code("mnist:x")
     assert data_name(spec) == spec and data_name("images:/a/b") == "images"
 
