@@ -276,7 +276,7 @@ def test_a_plugin_that_changes_the_density_is_held_to_its_path(found, options, s
     ("options", "message"),
     [
         ({"final_sparsity": 1.5}, r"declares a final_sparsity that cannot be \(sparsity 1\.5 is not in \[0, 1\)\)"),
-        ({"final_sparsity": "half"}, r"declares a final_sparsity that cannot be \(sparsity half is not"),
+        ({"final_sparsity": "half"}, r"declares a final_sparsity that cannot be \(sparsity 'half' is not a number"),
         ({"final_step": 0}, r"declares final_sparsity 0\.9 and final_step 0, expected a step from 1 on"),
     ],
 )

@@ -18,11 +18,11 @@ from dsr_tool.runtime.compiler import (
     broadcast,
     elementwise,
     gemv,
+    machine,
     op,
     picking,
     pooling,
     products,
-    program,
     reduce,
     relayout,
     spmm,
@@ -65,7 +65,7 @@ def test_every_field_has_one_offset_and_size_on_both_sides():
 @KERNELS
 def test_a_library_with_another_table_is_refused(monkeypatch):
     changed = tuple(row._replace(number=row.number + 8) if row.name == "Spmm.tile" else row for row in LAYOUT)
-    monkeypatch.setattr(program, "LAYOUT", changed)
+    monkeypatch.setattr(machine, "LAYOUT", changed)
     with pytest.raises(DsrError, match="other sources"):
         Machine(library(), 1)
 

@@ -99,7 +99,7 @@ def test_states_that_files_cannot_hold_are_refused_when_a_network_is_converted(k
 def test_callables_that_return_such_a_network_are_refused(kind, weights, tmp_path, monkeypatch):
     import converters.callables
 
-    monkeypatch.setattr(converters.callables, "_find", lambda _name: REFUSED[kind][0])
+    monkeypatch.setattr(converters.callables, "_find", lambda *_names: REFUSED[kind][0])
     torch.save({"a": torch.ones(1)}, tmp_path / "w.pth")
     given = {"weights": str(tmp_path / "w.pth")} if weights else {}
     with pytest.raises(UsageError, match=REFUSED[kind][1]):

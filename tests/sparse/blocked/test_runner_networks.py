@@ -53,7 +53,9 @@ def family(name, options):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "vgg11_bn" else name for name in FAMILIES]
+)
 def test_a_convolutional_network_of_torchvision_runs_on_kernels_alone(networks, name, training):
     # Max pools and functional ReLUs keep their kinks, at which another rounding is another gradient: one in a few.
     for seed in range(4):
