@@ -9,7 +9,7 @@ KERNELS := $(foreach ending,cpp h def,$(wildcard dsr_tool/runtime/kernels/*.$(en
 
 .PHONY: help demo pictures test test-slow fuzz lint bench zoo kernels sanitize neon wheels smoke clean
 help:
-	@echo "make demo   set up and run the main job on a small real data set (one to four minutes on two cores, after the installation)"
+	@echo "make demo   set up and run the main job on a small real data set (one to three minutes on two cores, after the installation)"
 	@echo "make test   set up and run linters, type checker, import contracts and tests"
 	@echo "make kernels, make sanitize, make neon   build the kernels; test them with sanitizers, and under emulation"
 	@echo "make wheels, make smoke   build the wheels and the sdist in dist/ and check what is in them; install and use them"

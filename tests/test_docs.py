@@ -59,11 +59,11 @@ def test_symbols_that_a_page_names_beside_a_file_are_defined_there(page):
     assert missing == []
 
 
-def test_the_readme_lists_every_method_and_every_container():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_of_commands_lists_every_method_and_every_container():
+    text = (ROOT / "docs" / "using.md").read_text(encoding="utf-8")
     for option, table in (("method", METHODS), ("to", CONTAINERS)):
         (listed,) = re.findall(rf"`--{option} ((?:[a-z-]+ \| )+[a-z-]+)`", text)
-        assert sorted(listed.split(" | ")) == sorted(table), f"README lists other values of --{option}"
+        assert sorted(listed.split(" | ")) == sorted(table), f"the page lists other values of --{option}"
 
 
 def test_the_walk_names_a_symbol_at_every_room():
