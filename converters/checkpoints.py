@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from converters.torch_prune import split_masks
-from dsr_tool.errors import UsageError, join_words
+from dsr_tool.errors import UsageError, first_few, join_words
 
 __all__ = ["Checkpoint", "Found", "dense"]
 
@@ -224,8 +224,7 @@ class Checkpoint:
         notes += [f"removed prefix {join_words([repr(prefix) for prefix in prefixes], 'and')}"] * bool(prefixes)
         notes += [f"added prefix {start.child!r}"] * bool(start.child)
         if left_out:
-            some = ", ".join(repr(path[:80]) for path in left_out[:_SHOWN])
-            notes.append(f"left out {len(left_out)} more ({some}{', ...' * (len(left_out) > _SHOWN)})")
+            notes.append(f"left out {len(left_out)} more ({first_few([repr(path[:80]) for path in left_out])})")
         return tuple(notes)
 
     def _is_averaged(self, label: str) -> bool:

@@ -9,7 +9,7 @@ from fractions import Fraction
 import torch
 from torch import nn
 
-from dsr_tool.errors import UsageError
+from dsr_tool.errors import UsageError, first_few
 from dsr_tool.sparse.discover import Rules, discover
 from dsr_tool.sparse.pattern import torn_layer
 from dsr_tool.sparsity.granularity import MOST_GROUP, SINGLE, Granularity
@@ -17,9 +17,6 @@ from dsr_tool.sparsity.mask import Mask
 from dsr_tool.sparsity.pattern import found_pattern
 
 __all__ = ["kept_pattern"]
-
-_SHOWN = 3
-"""Largest number of names that a sentence lists."""
 
 
 def kept_pattern(
@@ -84,10 +81,7 @@ def _in_part(masks: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
             by_pattern.setdefault(str(pattern), []).append(name)
     if not by_pattern:
         return ()
-    parts = [
-        f"{pattern} in {len(names)} ({', '.join(names[:_SHOWN])}{', ...' * (len(names) > _SHOWN)})"
-        for pattern, names in by_pattern.items()
-    ]
+    parts = [f"{pattern} in {len(names)} ({first_few(names)})" for pattern, names in by_pattern.items()]
     return (
         f"of {len(masks)} sparse layers, the zeros follow a pattern in a part: {'; '.join(parts)}; none is recorded "
         f"for the model",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +10,10 @@ from torch import nn
 
 from converters.folding import fold_weights
 from converters.torch_prune import take_masks
+from dsr_tool.errors import first_few
 from dsr_tool.sparse.wrappers import unwrapped
 
 __all__ = ["Plain", "make_plain"]
-
-_SHOWN = 3
-"""Largest number of names that a note lists."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +39,8 @@ def make_plain(module: nn.Module) -> Plain:
     """
     module = unwrapped(module)
     folded = fold_weights(module)
-    notes = [f"computed weights became plain parameters: {_some(folded.names)}"] * bool(folded.names)
-    notes += [f"weights that were computed from shared parameters are now separate: {_some(folded.untied)}"] * bool(
-        folded.untied
+    told = (
+        ("computed weights became plain parameters", folded.names),
+        ("weights that were computed from shared parameters are now separate", folded.untied),
     )
-    return Plain(module, take_masks(module), tuple(notes))
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:_SHOWN])}{', ...' * (len(names) > _SHOWN)}"
+    return Plain(module, take_masks(module), tuple(f"{what}: {first_few(names)}" for what, names in told if names))

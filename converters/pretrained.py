@@ -16,7 +16,7 @@ from converters.request import SelectionOptions
 from dsr_tool.calibrate.importance import data_free_importance
 from dsr_tool.calibrate.moments import InputMoments, input_moments, untrained
 from dsr_tool.calibrate.norms import correct_norms
-from dsr_tool.errors import CheckFailed, UsageError
+from dsr_tool.errors import CheckFailed, UsageError, first_few
 from dsr_tool.graph.ir import Graph
 from dsr_tool.sparse.discover import discover
 from dsr_tool.sparse.feeding import tensor_form
@@ -207,8 +207,5 @@ def _told(corrected: list[str], left_alone: Mapping[str, str]) -> list[str]:
     by_reason: dict[str, list[str]] = defaultdict(list)
     for name, reason in left_alone.items():
         by_reason[reason].append(name)
-    notes += [
-        f"left alone behind {len(names)} ({', '.join(names[:3])}{', ...' * (len(names) > 3)}): {reason}"
-        for reason, names in by_reason.items()
-    ]
+    notes += [f"left alone behind {len(names)} ({first_few(names)}): {reason}" for reason, names in by_reason.items()]
     return notes

@@ -15,6 +15,7 @@ __all__ = [
     "FormatError",
     "UsageError",
     "closest",
+    "first_few",
     "first_line",
     "join_words",
     "unknown_name",
@@ -74,6 +75,13 @@ class CheckFailed(DsrError):  # noqa: N818 - "failed" already says that it is an
 def join_words(words: Sequence[str], conjunction: str = "or") -> str:
     """Joins words as in a sentence: "dsr, static or set"."""
     return f" {conjunction} ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+
+
+def first_few(words: Sequence[str], most: int = 3, *, counted: bool = False) -> str:
+    """Joins the first words of a list, and says if there are more: "a, b, c, ...", or counted "a, b, c and 7 more"."""
+    more = len(words) - most
+    rest = "" if more <= 0 else f" and {more} more" if counted else ", ..."
+    return ", ".join(words[:most]) + rest
 
 
 def first_line(error: BaseException) -> str:

@@ -4,7 +4,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies
 
-from dsr_tool.errors import FormatError, closest, unknown_name
+from dsr_tool.errors import FormatError, closest, first_few, unknown_name
 
 
 @pytest.mark.parametrize("cited", ["x" * 10**6, "two\nlines", "\u2028", "\x1b[2J", "\ud800", "\u202e"])
@@ -18,6 +18,13 @@ def test_a_format_error_is_one_printable_line(cited):
 
 def test_an_unknown_name_may_be_long():
     assert len(str(unknown_name("mode", "x" * 10**7, ("linear", "nearest")))) < 200
+
+
+def test_a_list_shows_its_first_words_and_that_there_are_more():
+    assert (first_few([]), first_few(["a"]), first_few(list("abc"))) == ("", "a", "a, b, c")
+    assert first_few(list("abcd")) == "a, b, c, ..."
+    assert first_few(list("abcde"), 2, counted=True) == "a, b and 3 more"
+    assert first_few(["a", "b"], 2, counted=True) == "a, b"
 
 
 METHODS = ("dsr", "static", "dense", "set", "deepr", "rigl", "gmp", "dst", "tied", "neuron-set")

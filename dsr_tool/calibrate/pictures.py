@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dsr_tool.errors import FileError, FormatError, UsageError
+from dsr_tool.errors import FileError, FormatError, UsageError, first_few
 from dsr_tool.runtime import load_inputs
 from dsr_tool.runtime.picture_folder import input_files
 from dsr_tool.sparsity.config import ModelConfig
@@ -135,10 +135,9 @@ def _skipped_warning(skipped: Mapping[str, str]) -> tuple[str, ...]:
     if not skipped:
         return ()
     names = list(map(repr, skipped))
-    more = ", ..." if len(names) > _NAMED else ""
     files = "1 file was" if len(names) == 1 else f"{len(names)} files were"
     return (
-        f"{files} skipped in the calibration folder: {', '.join(names[:_NAMED])}{more}; of the first, "
+        f"{files} skipped in the calibration folder: {first_few(names, _NAMED)}; of the first, "
         f"{next(iter(skipped.values()))}",
     )
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from dsr_tool.errors import unknown_name
+from dsr_tool.errors import first_few, unknown_name
 from dsr_tool.sparse.aliases import later_names
 from dsr_tool.sparse.compact.change import held_state
 from dsr_tool.sparse.compact.marks import LAYERS
@@ -49,10 +49,6 @@ At sparsity 0.9 such a layer would keep fewer than 103 weights and save less tha
 bottlenecks that everything passes: 3-channel stems of small networks, the squeeze of squeeze-and-excitation. The
 fraction exempts small networks, where every layer counts.
 """
-
-
-_SHOWN = 3
-"""Largest number of names that a reason lists."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +168,7 @@ def _no_weight(owner: nn.Module, local: str) -> str:
 def _tied(entry: _Entry) -> str:
     """Returns a clause that names the other modules' names of an entry; empty if it is not tied."""
     _, *others = entry.owners
-    return f", tied to {', '.join(others[:_SHOWN])}{', ...' * (len(others) > _SHOWN)}" if others else ""
+    return f", tied to {first_few(others)}" if others else ""
 
 
 def _by_rules(spec: LayerSpec, entry: _Entry, rules: Rules, tiny_below: float) -> LayerSpec:

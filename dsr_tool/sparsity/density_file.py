@@ -12,7 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-from dsr_tool.errors import UsageError, closest
+from dsr_tool.errors import UsageError, closest, first_few
 from dsr_tool.sparsity.apportion import apportion
 from dsr_tool.sparsity.density_table import DensityTable
 from dsr_tool.sparsity.layers import LayerSpec
@@ -100,7 +100,9 @@ def read_densities(path: Path, column: str | None, specs: Mapping[str, LayerSpec
     lines = [_Line(*cells, name, density_of(cells[1])) for cells, name in zip(written, names, strict=True)]
     sparse = [spec for spec in specs.values() if spec.role == "sparse"]
     if problems := {kind: found for kind, found in _problems(lines, specs).items() if found}:
-        told = "; ".join(f"{len(found)} {kind}: {_some(found)}" for kind, found in problems.items())
+        told = "; ".join(
+            f"{len(found)} {kind}: {first_few(found, _SHOWN, counted=True)}" for kind, found in problems.items()
+        )
         raise UsageError(
             f"--distribution file {str(path)!r} does not fit the {len(sparse)} sparse layers of this network: {told}. "
             f"Give each sparse layer one line with its name and a density from 0 to 1."
@@ -154,9 +156,3 @@ def _resolve(written: Sequence[str], specs: Mapping[str, LayerSpec]) -> list[str
     if not any(name in known for name in written):
         known = {str(number): name for number, name in enumerate(weights, start=1)}
     return [known.get(name) for name in written]
-
-
-def _some(names: Sequence[str]) -> str:
-    """Returns the first few names, and how many more there are."""
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

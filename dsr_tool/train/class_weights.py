@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dsr_tool.errors import FormatError, first_line
+from dsr_tool.errors import FormatError, first_few, first_line
 from dsr_tool.files import require_file
 from dsr_tool.train.images import DataSet
 
@@ -21,8 +21,6 @@ NONE, BALANCED = "none", "balanced"
 
 _UNEVEN = 10
 """Largest ratio of the images of two classes at which nothing is said."""
-_SHOWN = 3
-"""Faults of a kind that a message shows."""
 
 
 def class_weights(choice: str, data: DataSet) -> tuple[float, ...] | None:
@@ -135,5 +133,4 @@ def _number(text: str) -> float:
 
 
 def _fault(kind: str, found: Sequence[str]) -> str:
-    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return f"{kind}: {', '.join(map(repr, found[:_SHOWN]))}{more}" if found else ""
+    return f"{kind}: {first_few(list(map(repr, found)), counted=True)}" if found else ""
