@@ -130,7 +130,8 @@ def load_strictly(
     # Files from before torch 0.4.1 lack the counters of batch normalisation.
     counters = {key: torch.zeros_like(value, device="cpu") for key, value in own.items() if value.ndim == 0}
     state = {**{key: value for key, value in counters.items() if key.endswith("num_batches_tracked")}, **state}
-    state = completed(state, module)
+    later = later_names(module)
+    state = completed(state, later)
     missing = sorted(set(own) - set(state))
     unknown = sorted(set(state) - set(own))
     differing = sorted(key for key in set(own) & set(state) if own[key].shape != state[key].shape)
@@ -156,7 +157,6 @@ def load_strictly(
                 f"--weights {origin!r} holds {key!r} as {value.dtype}, but {name} has {own[key].dtype}; give weights "
                 f"of real numbers that are not quantised."
             )
-    later = later_names(module)
     _require_tied(state, later, name, origin)
     weights = {key for key, parameter in module.named_parameters() if in_file and parameter.ndim > 1}
     maps = FileMaps() if weights else None

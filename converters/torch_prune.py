@@ -51,8 +51,9 @@ def prune_module(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
             replaced.
     """
     parameters = dict(module.named_parameters())
-    parameters |= {name: parameters[first] for name, first in later_names(module).items() if first in parameters}
-    for name, mask in completed(masks, module).items():
+    later = later_names(module)
+    parameters |= {name: parameters[first] for name, first in later.items() if first in parameters}
+    for name, mask in completed(masks, later).items():
         path, _, local = name.rpartition(".")
         if name in parameters and parameters[name].shape == mask.shape:
             prune.custom_from_mask(module.get_submodule(path), local, mask)

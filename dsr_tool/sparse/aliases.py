@@ -55,16 +55,13 @@ def aliased_entries(state: Mapping[str, T], later: Mapping[str, str]) -> dict[st
     return {name: state[earlier] for name, earlier in later.items() if earlier in state}
 
 
-def completed(state: Mapping[str, T], module: nn.Module) -> dict[str, T]:
+def completed(state: Mapping[str, T], later: Mapping[str, str]) -> dict[str, T]:
     """Returns the entries of a module under all their names, whichever of them a state has.
 
     Args:
         state: entries by name; tools that write shared tensors once may have kept any of their names.
-        module: the module that they are for.
+        later: the result of `later_names` for the module that they are for.
     """
-    later = later_names(module)
-    if not later:
-        return dict(state)
     first = {later.get(name, name): entry for name, entry in state.items()}
     first |= {name: entry for name, entry in state.items() if name not in later}
     return {**first, **aliased_entries(first, later), **state}
@@ -80,12 +77,12 @@ def assign(module: nn.Module, state: Mapping[str, torch.Tensor], *, strict: bool
     """
     later = later_names(module)
     # torch keeps the versions of the layers beside the tensors, and some models (MNASNet) read theirs when they load.
-    versioned = OrderedDict(completed(state, module))
+    versioned = OrderedDict(completed(state, later))
     with _naming(module):  # of a compact network, a state_dict without dense weights
         versioned._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
     module.load_state_dict(versioned, strict=strict, assign=True)
     modules = dict(module.named_modules(remove_duplicate=False))
-    # What is assigned became a parameter of its own under each name.
+    # Each name got a parameter of its own for the tensor that was assigned.
     for name, earlier in later.items():
         (path, _, local), (first, _, attribute) = name.rpartition("."), earlier.rpartition(".")
         for mine, theirs in (
