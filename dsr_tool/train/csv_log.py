@@ -14,13 +14,11 @@ __all__ = ["COLUMNS", "CSV", "append_epoch", "write_epochs"]
 
 CSV = "log.csv"
 
-_FIGURES = (
+COLUMNS = (
     *("epoch", "step", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "time_s"),
-    "active_weights",
+    *("active_weights", "sparsity", "dropped", "grown", "threshold"),
 )
-COLUMNS = (*_FIGURES, "sparsity", "dropped", "grown", "threshold")
-"""Headers of the columns: the figures of `EpochRecord`, the fraction of zeros among the prunable weights, and sums over
-the layers of what was pruned and grown."""
+"""Headers of the columns: figures of `EpochRecord`, or what `EpochRecord.totals` has under such a name."""
 
 
 def write_epochs(folder: Path, records: Iterable[EpochRecord], prunable: int) -> None:
@@ -45,9 +43,8 @@ def append_epoch(folder: Path, record: EpochRecord, prunable: int) -> None:
 
 
 def _row(record: EpochRecord, prunable: int) -> list[float | None]:
-    sparsity = 1 - record.active_weights / prunable if prunable else 0.0
-    moved = (sum(record.dropped.values()), sum(record.grown.values()))
-    return [*(getattr(record, name) for name in _FIGURES), sparsity, *moved, record.threshold]
+    totals = record.totals(prunable)
+    return [totals[name] if name in totals else getattr(record, name) for name in COLUMNS]
 
 
 def _lines(rows: Iterable[Sequence[object]]) -> bytes:

@@ -123,6 +123,7 @@ class EventLog(Observer):
 
 def _figures(record: EpochRecord, prunable: int) -> dict[str, float]:
     """Returns the scalars of an epoch by the tag under which they are shown."""
+    totals = record.totals(prunable)
     return {
         "loss/train": record.train_loss,
         "loss/test": record.test_loss,
@@ -130,9 +131,9 @@ def _figures(record: EpochRecord, prunable: int) -> dict[str, float]:
         "accuracy/test": record.test_accuracy,
         "learning_rate": record.lr,
         "epoch_time_s": record.time_s,
-        "sparsity": 1 - record.active_weights / prunable if prunable else 0.0,
-        "moved/dropped": sum(record.dropped.values()),
-        "moved/grown": sum(record.grown.values()),
+        "sparsity": totals["sparsity"],
+        "moved/dropped": totals["dropped"],
+        "moved/grown": totals["grown"],
         **({} if record.threshold is None else {"threshold": record.threshold}),
         **{f"density/{name.removesuffix('.weight')}": share for name, share in record.density.items()},
     }

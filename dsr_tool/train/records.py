@@ -48,6 +48,19 @@ class EpochRecord:
     threshold: float | None
     facts: dict[str, float] = field(default_factory=dict)
 
+    def totals(self, prunable: int) -> dict[str, float]:
+        """Returns figures of all sparse layers together, by name.
+
+        Args:
+            prunable: number of prunable weights of the model.
+
+        Returns:
+            `sparsity`, the fraction of zeros among the prunable weights, and how many weights were `dropped` and
+            `grown`.
+        """
+        sparsity = 1 - self.active_weights / prunable if prunable else 0.0
+        return {"sparsity": sparsity, "dropped": sum(self.dropped.values()), "grown": sum(self.grown.values())}
+
 
 @dataclass(frozen=True)
 class Start:
