@@ -37,6 +37,11 @@ def _parse_threshold(
         raise click.BadParameter(f"{value!r} is neither a number nor auto; write it as 0.001.") from error
 
 
+def _of_method(flag: str, what: str, **more: Any) -> Callable[[F], F]:
+    """Returns an option of methods, whose help names the methods that have it, and their defaults."""
+    return click.option(flag, cls=TableOption, describe=option_help(flag[2:].replace("-", "_"), what), **more)
+
+
 _OPTIONS = (
     click.option("--method", cls=TableOption, describe=method_names),
     click.option("--epochs", type=int, help="Passes over the training images; default 30."),
@@ -86,44 +91,19 @@ _OPTIONS = (
     click.option("--every", type=int, help="Steps between updates of the method, at first; default: the method's."),
     click.option("--doubling", callback=_parse_numbers, help="Epochs at which --every doubles; default: the method's."),
     click.option("--stop", type=float, cls=TableOption, describe=stop_help),
-    click.option(
-        "--target",
-        type=float,
-        cls=TableOption,
-        describe=option_help("target", "weights to move per update, a number or a fraction of the active ones"),
-    ),
-    click.option(
-        "--tolerance",
-        type=float,
-        cls=TableOption,
-        describe=option_help("tolerance", "accepted deviation from the target"),
-    ),
-    click.option(
+    _of_method("--target", "weights to move per update, a number or a fraction of the active ones", type=float),
+    _of_method("--tolerance", "accepted deviation from the target", type=float),
+    _of_method(
         "--threshold",
+        "magnitude below which weights are pruned at first, or auto for a quantile",
         callback=_parse_threshold,
         metavar="X",
-        cls=TableOption,
-        describe=option_help("threshold", "magnitude below which weights are pruned at first, or auto for a quantile"),
     ),
-    click.option(
-        "--drop-fraction",
-        type=float,
-        cls=TableOption,
-        describe=option_help("drop_fraction", "fraction of each layer to move per update"),
+    _of_method("--drop-fraction", "fraction of each layer to move per update", type=float),
+    _of_method(
+        "--unit-threshold", "hidden units weaker than this fraction of their layer's mean are removed", type=float
     ),
-    click.option(
-        "--unit-threshold",
-        type=float,
-        cls=TableOption,
-        describe=option_help(
-            "unit_threshold", "hidden units weaker than this fraction of their layer's mean are removed"
-        ),
-    ),
-    click.option(
-        "--final-sparsity",
-        cls=TableOption,
-        describe=option_help("final_sparsity", "fraction of zeros at the end, or for tied 1 - values / weights"),
-    ),
+    _of_method("--final-sparsity", "fraction of zeros at the end, or for tied 1 - values / weights"),
     click.option(
         "--fine-tune/--no-fine-tune",
         default=None,

@@ -54,13 +54,11 @@ def groups(names: list[str], most: int) -> dict[str, list[str]]:
             found.setdefault(".".join(text.split(".")[:depth]), []).append(name)
         if len(found) <= most:
             return found
-    ends = most // 2
-    first, *_, last = middle = list(found)[ends : len(found) - (most - ends - 1)]
-    rows = {label: members for label, members in found.items() if label not in middle}
-    order = list(rows)
-    merged = [member for label in middle for member in found[label]]
+    labels, before = list(found), most // 2
+    after = len(labels) - (most - before - 1)
+    middle = labels[before:after]
     return {
-        **{key: rows[key] for key in order[:ends]},
-        f"{first} ... {last}": merged,
-        **{k: rows[k] for k in order[ends:]},
+        **{label: found[label] for label in labels[:before]},
+        f"{middle[0]} ... {middle[-1]}": [member for label in middle for member in found[label]],
+        **{label: found[label] for label in labels[after:]},
     }
