@@ -1,4 +1,4 @@
-"""What mkdocs does while it builds the site: pages made from elsewhere, and links where a page names another one."""
+"""mkdocs calls these functions as it builds the site: pages made from elsewhere are added, and names become links."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from command_line import commands
-from links import linked, relocated
+from links import FROM_ROOT, ROOT, linked, relocated
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from notebooks import notebook
-
-ROOT = Path(__file__).parents[2]
-FROM_ROOT = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
-"""Pages of the site that are files of the root."""
 
 _NOTEBOOK = """\
 !!! note ""
@@ -47,7 +43,7 @@ def _entry(nav: Any, title: str) -> list[str] | None:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the files of the root as pages, and a notebook for each tutorial."""
-    for target, source in FROM_ROOT.items():
+    for source, target in FROM_ROOT.items():
         text = relocated((ROOT / source).read_text(encoding="utf-8"))
         files.append(File.generated(config, target, content=text))
     for path in tutorials():

@@ -9,7 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 _IN_DOCS = r"docs/[A-Za-z0-9_./-]*"
-_FROM_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+FROM_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+"""Files of the root that are pages of the site, with the paths that they have there."""
 _FENCE = re.compile(r"^\s*(```+|~~~+)")
 _INDENTED = re.compile(r"^(?: {4}|\t)")
 
@@ -28,7 +29,7 @@ def linked(markdown: str, uri: str) -> str:
             return found[0]
         return f"[{_title(target, found[1])}]({posixpath.relpath(target, posixpath.dirname(uri) or '.')})"
 
-    names = rf"(?<!\[)`({_IN_DOCS}|{'|'.join(map(re.escape, _FROM_ROOT))})`"
+    names = rf"(?<!\[)`({_IN_DOCS}|{'|'.join(map(re.escape, FROM_ROOT))})`"
     return "\n".join(re.sub(names, link, line) if prose else line for line, prose in _lines(markdown))
 
 
@@ -42,8 +43,8 @@ def relocated(markdown: str) -> str:
         if target.startswith("docs/"):
             return f"{text}({target.removeprefix('docs/')})"
         name, _, anchor = target.partition("#")
-        if name in _FROM_ROOT:
-            return f"{text}({_FROM_ROOT[name]}{'#' + anchor if anchor else ''})"
+        if name in FROM_ROOT:
+            return f"{text}({FROM_ROOT[name]}{'#' + anchor if anchor else ''})"
         return text.lstrip("!")[1:-1]
 
     markdown = re.sub(r"""((?:src|srcset|href)=["'])docs/""", r"\1", markdown)
@@ -67,8 +68,8 @@ def _lines(markdown: str) -> list[tuple[str, bool]]:
 
 def _target(name: str) -> str | None:
     """Returns the path below `docs` that a name stands for; None if the site has no such page."""
-    if name in _FROM_ROOT:
-        return _FROM_ROOT[name]
+    if name in FROM_ROOT:
+        return FROM_ROOT[name]
     path = ROOT / name
     if path.is_dir():
         path = path / "README.md"
