@@ -127,7 +127,7 @@ def picture(rows: Sequence[Row]) -> str:
     for title, dense, ours, decimals in kinds:
         panels.append(_panel(title, labels, [dense, *ours], decimals, y))
         y += STEP * len(labels) + GAP
-    # Of the sparsest, since ONNX Runtime may run the others.
+    # The sparsest one says which kernels ran, since ONNX Runtime may run the others.
     notes = [Note(text, y + 22 * index - 10) for index, text in enumerate(_notes(rows[-1]))]
     environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True, keep_trailing_newline=True)
     return environment.from_string(TEMPLATE).render(

@@ -1,4 +1,4 @@
-"""What works for which family of models: docs/support.md, from the zoo's table and one small model of each family.
+"""This script writes docs/support.md, what works for which family of models, from the zoo and one model of each family.
 
     python benchmarks/support.py                 measure families that have no row yet, then write the page
     python benchmarks/support.py resnet vgg      measure the families with these names again

@@ -35,7 +35,7 @@ COLUMNS = (
 time ÷ ours with its quartiles, `pictures` counts those of the calibration, and `command` makes the model."""
 
 NO_KERNELS = "none"
-"""What stands for the kernels of a network that is so dense that a session gives it to ONNX Runtime."""
+"""This stands for the kernels of a network that is so dense that a session gives it to ONNX Runtime."""
 
 _KEY = ("network", "sparsity", "pictures", "values")
 """Columns that name a row."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -39,7 +40,9 @@ class FilePath(click.Path):
         """Makes the type; a command gets a `Path`."""
         super().__init__(path_type=Path)
 
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+    def convert(
+        self, value: str | os.PathLike[str], parameter: click.Parameter | None, context: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
         """Returns the path; raises `click.BadParameter` for an empty text, as of a shell's variable without a value."""
         if value == "":
             self.fail("'' is no path; give one, such as . for the current directory.", parameter, context)

@@ -1,4 +1,4 @@
-"""What is shown on a terminal alone, on stderr: a progress bar with the time left, and pictures of results."""
+"""Terminals alone show these, on stderr: a progress bar with the time left, and pictures of results."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class _Demo:
         """Converts, trains and exports a model, and returns its row."""
         base = self._held()
         model = self._converted(training)
-        # What the conversion freed is no memory of the training.
+        # The memory that the conversion freed is none of the training.
         self._held()
         run = RunFolder(self._part / training.name)
         # Trained weights have defaults of their own, such as a lower learning rate.

@@ -31,7 +31,7 @@ _MOST = 8
 
 @dataclass(frozen=True)
 class Config:
-    """What a file asks for; what the command line gives wins.
+    """A file asks for these things; what the command line gives wins.
 
     Attributes:
         path: path of the file, for messages.

@@ -64,7 +64,7 @@ class Items:
 
 @dataclass(frozen=True)
 class OwnData:
-    """What a callable returned.
+    """The data that a callable returned.
 
     Attributes:
         train: items to train on.

@@ -116,7 +116,7 @@ WRONG = {
 
 @pytest.fixture(scope="module")
 def results(alone):
-    """What the lines above do with numpy, scipy and safetensors alone."""
+    """The lines above do as much with numpy, scipy and safetensors alone."""
     return called(alone, [*RUN, *NEED, *WRONG])
 
 

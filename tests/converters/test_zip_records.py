@@ -89,7 +89,7 @@ def test_bits_of_the_directory_never_end_in_a_traceback(path):
                     found = read_file(path)
                 except FormatError:
                     continue
-                # What is read at all is what the file had: no tensor takes another's bytes.
+                # Any content that is read is what the file had: no tensor takes another's bytes.
                 assert all(torch.equal(found[name], tensor) for name, tensor in original.items())
 
 

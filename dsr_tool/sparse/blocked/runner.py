@@ -26,7 +26,7 @@ _GLOBAL_HOOKS = (
     "_global_forward_pre_hooks",
     "_global_forward_hooks",
 )
-"""Where torch keeps the hooks of all modules; 2.6 has no function that asks for them."""
+"""Names under which torch keeps the hooks of all modules; 2.6 has no function that asks for them."""
 
 
 class Runner:
